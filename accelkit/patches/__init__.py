@@ -1,0 +1,1 @@
+"""First floor: models and methods."""

@@ -1,0 +1,119 @@
+"""What a method sees: where it is (`Site`), when it is (`Clock`), what the tokens are (`Geometry`) and the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from accelkit.kernels.index import Inputs
+
+Phase = Literal["prefill", "decode", "denoise"]
+Kind = Literal["self", "joint", "cross"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention module, addressed by its canonical module path; `order` is its place in the running order."""
+
+    path: str
+    order: int
+    kind: Kind = "self"
+    component: str = "text"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When a call happens: phase, step of `total` (denoising) and guidance branch."""
+
+    phase: Phase
+    step: int = 0
+    total: int = 1
+    branch: str = "cond"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `[start, stop)` of one modality: "text", "image", "video", …"""
+
+    kind: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the tokens are: spans by modality and the `(frames, rows, columns)` grid of the visual span."""
+
+    spans: tuple[Span, ...] = ()
+    grid: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class AttentionCall(Inputs):
+    """One attention call as a method sees it, at run time and during calibration alike.
+
+    The tensors are those of `kernels.index.Inputs`. `memory` belongs to this site and guidance branch and lives for
+    one generation. `tables` holds the plan's side tensors of this site. `ordinal` counts the calls of this site in
+    one forward and is part of the memory's key.
+    """
+
+    site: Site = Site("", 0)
+    clock: Clock = Clock("prefill")
+    geometry: Geometry = Geometry()
+    memory: dict[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
+    ordinal: int = 0
+    _shared: dict[Any, Any] = field(default_factory=dict)
+
+    def take(self, heads: Sequence[int]) -> AttentionCall:
+        """The same call for some of its query heads; no tensor is copied."""
+        if tuple(heads) == self.heads:
+            return self
+        at = [self.heads.index(h) for h in heads]
+        narrowed = {
+            name: value if value is None or value.shape[1] == 1 else value[:, at]
+            for name, value in (("q_pos", self.q_pos), ("k_pos", self.k_pos))
+        }
+        return replace(self, heads=tuple(heads), kv_of_head=self.kv_of_head[at], **narrowed)
+
+    def once(self, key: Any, compute: Callable[[], T]) -> T:
+        """`compute()`, remembered for this call and these heads: methods and settings share one estimate."""
+        key = (key, self.heads)
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]
+
+    def per_head(self, value: float | str) -> float | Tensor:
+        """A `PerHead` field: the number itself, or the values of this call's heads (fp32 `[H]`) from the tables."""
+        if not isinstance(value, str):
+            return value
+        table = self.tables[value]
+        return table[torch.as_tensor(self.heads, device=table.device)].to(self.q.device)
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Hidden states `[B, N, C]` on their way into a block, with what is needed to judge the tokens."""
+
+    hidden: Tensor
+    positions: Tensor
+    site: Site
+    clock: Clock
+    geometry: Geometry
+    memory: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a transformer block or of its FFN (`part`), with its input `[B, N, C]`."""
+
+    hidden: Tensor
+    part: Literal["block", "ffn"]
+    site: Site
+    clock: Clock
+    memory: dict[str, Any]

@@ -1,0 +1,242 @@
+"""A method answers questions about an attention call; the house does the work.
+
+The fields of a method are its hyper-parameters with the paper's defaults, units in their names. Nothing here imports
+torch when it is loaded: plans are read, and methods listed, on machines that have none.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from accelkit.errors import UnknownMethodError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from accelkit.kernels.index import BlockIndex, Partial
+    from accelkit.patches.call import AttentionCall, BlockCall, Phase, Site, TokenStream
+
+    Pieces = BlockIndex | Partial | tuple[BlockIndex | Partial, ...]
+
+PerHead = float | str
+"""One number, or the name of a side tensor of the plan with one number for each query head of the layer."""
+
+Precision = Literal["native", "int8", "fp8"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Token ids in kernel order. Fewer ids than tokens: only these; −1: a hole (clusters begin on block edges).
+
+    `q_table` and `k_table` are int32 `[K, n]`, the few distinct orders; `row` (`[H]` or `[B, H]`) says which of them
+    a head uses. `None` leaves that side as it comes. Masks use original positions.
+    """
+
+    q_table: Tensor | None
+    k_table: Tensor | None
+    row: Tensor
+
+
+@dataclass(frozen=True)
+class Execution:
+    """With which arithmetic: precisions, smoothing, softmax skip and decode splits.
+
+    `skip` is λ (a number or fp32 `[H]`): a tile whose row maxima all stay `ln λ` under the running ones is dropped.
+    """
+
+    qk: Precision = "native"
+    pv: Precision = "native"
+    smooth_k: bool = False
+    skip: float | Tensor | None = None
+    splits: int | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Surviving positions `[B, n]` of a token stream and, when tokens were merged, their weights."""
+
+    positions: Tensor
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The one field that trades quality for speed, and the values worth trying, from sparsest to densest."""
+
+    field: str
+    values: tuple[float, ...]
+
+
+class Method(BaseModel):
+    """Base of all methods: frozen hyper-parameters. A class lives alone in a file of `patches/methods/`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    phases: ClassVar[tuple[Phase, ...]] = ("prefill",)
+    dial: ClassVar[Dial | None] = None
+
+    @property
+    def kind(self) -> str:
+        """The name under which `load` finds the class: its file's name, or `package:name` for other packages."""
+        return kind_of(type(self))
+
+    def calibrator(self, site: Site) -> Calibrator:
+        """What calibration should try at `site`; the default walks the dial."""
+        return Calibrator(self)
+
+    @classmethod
+    def answers(cls) -> frozenset[str]:
+        """The questions that this class answers itself."""
+        asked = (
+            "order",
+            "index",
+            "execution",
+            "finish",
+            "emit",
+            "keep",
+            "compress",
+            "run",
+            "rewire",
+        )
+        bases = (AttentionMethod, TokenMethod, CacheMethod, BlockMethod, Method)
+        return frozenset(
+            q
+            for q in asked
+            if any(q in vars(c) for c in cls.__mro__ if c not in bases and issubclass(c, Method))
+        )
+
+
+class Calibrator:
+    """Watches dense calls of one site and names the settings worth measuring."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def see(self, call: AttentionCall, out: Tensor, lse: Tensor) -> None:
+        """One dense call with its output `[B, H, Nq, D]` and log-sum-exp `[B, H, Nq]`."""
+
+    def settings(self) -> tuple[Method, ...]:
+        """Methods to measure, from sparsest to densest."""
+        dial = self.method.dial
+        if dial is None:
+            return (self.method,)
+        return tuple(self.method.model_copy(update={dial.field: v}) for v in dial.values)
+
+
+class AttentionMethod(Method):
+    """Answers up to four questions about an attention call; an unanswered one keeps what dense attention does."""
+
+    def order(self, call: AttentionCall) -> Order | None:
+        """In which order the tokens are laid out before blocking. None: as they come."""
+        return None
+
+    def index(self, call: AttentionCall) -> Pieces | None:
+        """Which keys each query tile reads; sees q and k in kernel order. None: dense (short prompt, …)."""
+        return None
+
+    def execution(self, call: AttentionCall) -> Execution | None:
+        """With which arithmetic."""
+        return None
+
+    def finish(
+        self, call: AttentionCall, out: Tensor, lse: Tensor, parts: tuple[Partial, ...]
+    ) -> Tensor:
+        """What happens to the output `[B, H, Nq, D]` afterwards."""
+        return out
+
+    def emit(self, call: AttentionCall, lse: Tensor | None) -> Pieces | None:
+        """An index to store for other layers or steps, not to run: a dense anchor."""
+        return None
+
+
+class TokenMethod(Method):
+    """Drops or merges tokens before a block."""
+
+    def keep(self, stream: TokenStream) -> Kept | None:
+        """Surviving positions. None: all."""
+        return None
+
+
+class CacheMethod(Method):
+    """Rewrites what a layer remembers."""
+
+    def compress(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor] | None:
+        """New stored keys, values and their positions. None: unchanged."""
+        return None
+
+
+class BlockMethod(Method):
+    """Skips, repeats, thins out or fuses blocks and FFNs."""
+
+    def run(self, call: BlockCall, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        """Around a block or its FFN."""
+        return forward(call.hidden)
+
+    def rewire(self, model: Any, undo: Any) -> None:
+        """A structural change; every edit pushes its reverse onto `undo` (an `ExitStack`)."""
+
+
+_FOLDER = "accelkit.patches.methods"
+_GROUP = "accelkit.methods"
+
+
+def kind_of(cls: type[Method]) -> str:
+    """The `kind` of a method class; classes from other packages are `package:name`."""
+    folder, _, name = cls.__module__.rpartition(".")
+    if folder == _FOLDER:
+        return name
+    for point in entry_points(group=_GROUP):
+        module, _, attribute = point.value.partition(":")
+        if module == cls.__module__ and attribute == cls.__qualname__:
+            return f"{module.partition('.')[0]}:{point.name}"
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """All methods at hand: the files of the folder, then the entry points of other packages."""
+    folder = import_module(_FOLDER)
+    own = sorted(m.name for m in iter_modules(folder.__path__) if not m.name.startswith("_"))
+    other = sorted(
+        f"{p.value.partition('.')[0].partition(':')[0]}:{p.name}"
+        for p in entry_points(group=_GROUP)
+    )
+    return (*own, *other)
+
+
+@cache
+def load(name: str) -> type[Method]:
+    """The class of a method by name: `load("flex_prefill")`, or `load("package:name")` for another package.
+
+    Raises:
+        UnknownMethodError: nothing of that name; the message lists what there is.
+    """
+    package, _, point = name.partition(":")
+    if point:
+        for entry in entry_points(group=_GROUP):
+            if entry.name == point and entry.value.startswith(package):
+                return entry.load()
+        raise UnknownMethodError(
+            f"method {name!r}: no installed package offers it; install {package!r}"
+        )
+    if name not in names():
+        raise UnknownMethodError(f"unknown method {name!r}; known are: {', '.join(names())}")
+    module = import_module(f"{_FOLDER}.{name}")
+    own = [
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, Method) and c.__module__ == module.__name__
+    ]
+    if len(own) != 1:
+        found = [c.__name__ for c in own]
+        raise UnknownMethodError(f"{module.__file__}: expected one method class, found {found}")
+    return own[0]

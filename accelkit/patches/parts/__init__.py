@@ -1,0 +1,15 @@
+"""What methods share. Submodules load on first use, so that methods can be listed without torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelkit.patches.parts import keep, orders, patterns  # noqa: F401
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("keep", "orders", "patterns"):
+        return import_module(f"accelkit.patches.parts.{name}")
+    raise AttributeError(f"module 'accelkit.patches.parts' has no attribute {name!r}")

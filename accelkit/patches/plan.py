@@ -1,0 +1,574 @@
+"""The plan: which policy every head of every site runs, when, and the evidence for it.
+
+A plan is JSON that a person can read and diff (`accelkit_plan.json`); per-head tables lie beside it in
+`accelkit_plan.safetensors`. Reading one needs neither torch nor the model's library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+
+from accelkit.errors import PlanCorruptError, PlanError, PlanVersionError, UnknownMethodError
+from accelkit.patches.method import (
+    AttentionMethod,
+    BlockMethod,
+    CacheMethod,
+    Method,
+    TokenMethod,
+    load,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from accelkit.patches.call import Clock
+
+SCHEMA_VERSION = 1
+FILE = "accelkit_plan.json"
+TABLES_FILE = "accelkit_plan.safetensors"
+
+# From version N to N+1, pure dict → dict, kept for ever.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+def _read_method(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    fields = dict(value)
+    kind = fields.pop("kind", None)
+    if not isinstance(kind, str):
+        raise ValueError("a method needs a 'kind', the name of its file in patches/methods")
+    try:
+        return load(kind).model_validate(fields)
+    except UnknownMethodError as error:
+        raise ValueError(str(error)) from error
+
+
+def _write_method(method: Method) -> dict[str, Any]:
+    return {"kind": method.kind, **method.model_dump(mode="json")}
+
+
+_read, _write = BeforeValidator(_read_method), PlainSerializer(_write_method)
+AnyAttentionMethod = Annotated[AttentionMethod, _read, _write]
+AnyTokenMethod = Annotated[TokenMethod, _read, _write]
+AnyCacheMethod = Annotated[CacheMethod, _read, _write]
+AnyBlockMethod = Annotated[BlockMethod, _read, _write]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Reuse(_Part):
+    """Take the index that another site computed in this forward (`site=None`: this site, an earlier step).
+
+    `heads[h]` is the anchor's query head whose lists head h of this layer reads; None: the head of the same number.
+    """
+
+    site: str | None = None
+    heads: tuple[int, ...] | None = None
+
+
+class Policy(_Part):
+    """What some heads run: methods that answer different questions, or reuse; nothing of both is dense."""
+
+    methods: tuple[AnyAttentionMethod, ...] = ()
+    reuse: Reuse | None = None
+
+    @property
+    def dense(self) -> bool:
+        return not self.methods and self.reuse is None
+
+    @model_validator(mode="after")
+    def _one_answer_each(self) -> Policy:
+        answered: dict[str, str] = {"index": "reuse"} if self.reuse else {}
+        for method in self.methods:
+            for question in method.answers():
+                if question in answered:
+                    raise ValueError(
+                        f"{answered[question]} and {method.kind} both answer {question!r}; a policy takes one answer each"
+                    )
+                answered[question] = method.kind
+        return self
+
+    def label(self) -> str:
+        """A short name for tables and pictures."""
+        names = [m.kind for m in self.methods] + (["reuse"] if self.reuse else [])
+        return "+".join(names) or "dense"
+
+
+class Rule(_Part):
+    """When a set of policies applies. `policies[h]` is a row of the plan's table for query head h, un-sharded."""
+
+    phase: Literal["prefill", "decode", "denoise"]
+    min_tokens: int = Field(0, ge=0)
+    steps: tuple[float, float] = (0.0, 1.0)
+    branch: str | None = None
+    policies: tuple[int, ...]
+
+    def applies(self, tokens: int, clock: Clock) -> bool:
+        done = clock.step / max(clock.total, 1)
+        return (
+            clock.phase == self.phase
+            and tokens >= self.min_tokens
+            and self.steps[0] <= done <= self.steps[1]
+            and self.branch in (None, clock.branch)
+        )
+
+
+class Schedule(_Part):
+    """How often an index is made anew; `refresh_every` counts computed steps."""
+
+    refresh_every: int = Field(1, ge=1)
+
+
+class Evidence(_Part):
+    """What calibration saw, per query head: relative L1 error of the head's output as executed, attention mass
+    covered, computed ÷ visible pairs; and the site's milliseconds beside those of dense at `tokens` tokens."""
+
+    tokens: int
+    error: tuple[float, ...]
+    recall: tuple[float, ...]
+    density: tuple[float, ...]
+    weight: tuple[float, ...] = ()
+    ms: float
+    dense_ms: float
+
+
+class LayerPlan(_Part):
+    """One site: rules (first match wins, no match is dense) and the methods around attention."""
+
+    rules: tuple[Rule, ...] = ()
+    schedule: Schedule = Schedule()
+    tokens: AnyTokenMethod | None = None
+    cache: AnyCacheMethod | None = None
+    block: AnyBlockMethod | None = None
+    evidence: dict[str, Evidence] = {}
+
+
+class Component(_Part):
+    """Size of one sub-model."""
+
+    layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class Fingerprint(_Part):
+    """The model that a plan was made for."""
+
+    library: str = "transformers"
+    class_name: str
+    model_type: str
+    base_id: str | None = None
+    base_revision: str | None = None
+    config_hash: str
+    weights_hash: str | None = None
+    config: dict[str, Any] = {}
+    components: dict[str, Component]
+
+
+class Limits(_Part):
+    """Where the plan was measured: dense below `min_length` tokens, one warning above `max_length`."""
+
+    min_length: int = Field(0, ge=0)
+    max_length: int | None = None
+    grid: tuple[int, int, int] | None = None
+    steps: int | None = None
+
+
+class Budget(_Part):
+    """The quality that may be spent: relative L1 error of the last hidden state at scored positions, worst task."""
+
+    max_rel_error: float = Field(0.02, gt=0.0, lt=1.0)
+
+
+class TablesFile(_Part):
+    """The side tensors' file and its SHA-256."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """Heads of a layer with the same policy; `policy_id` is its row in the plan's table."""
+
+    heads: tuple[int, ...]
+    policy: Policy
+    policy_id: int
+
+
+class Plan(_Part):
+    """Everything that `patch` needs and everything that calibration learnt."""
+
+    schema_version: int = SCHEMA_VERSION
+    producer: dict[str, str | None] = {}
+    fingerprint: Fingerprint
+    calibration: dict[str, Any] = {}
+    policies: tuple[Policy, ...]
+    sites: dict[str, LayerPlan]
+    limits: Limits = Limits()
+    budget: Budget | None = None
+    measured: dict[str, Any] = {}
+    tables_file: TablesFile | None = None
+
+    _tables: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _rows_exist(self) -> Plan:
+        for path, layer in self.sites.items():
+            for rule in layer.rules:
+                for head, row in enumerate(rule.policies):
+                    if not 0 <= row < len(self.policies):
+                        raise ValueError(
+                            f"sites[{path!r}], head {head}: policy {row} does not exist; "
+                            f"the table has rows 0 … {len(self.policies) - 1}"
+                        )
+        return self
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """Side tensors by `<site>/<name>`; the `<name>` stands in a method's `PerHead` field."""
+        return self._tables
+
+    def with_tables(self, tables: Mapping[str, Tensor]) -> Plan:
+        """The same plan with these side tensors."""
+        plan = self.model_copy()
+        plan._tables = dict(tables)
+        return plan
+
+    def groups(self, site: str, tokens: int, clock: Clock) -> tuple[HeadGroup, ...]:
+        """Heads of `site` by policy for a call over `tokens` keys; empty: dense."""
+        layer = self.sites.get(site)
+        if layer is None or tokens < self.limits.min_length:
+            return ()
+        rule = next((r for r in layer.rules if r.applies(tokens, clock)), None)
+        if rule is None or all(self.policies[row].dense for row in rule.policies):
+            return ()
+        heads: dict[int, list[int]] = {}
+        for head, row in enumerate(rule.policies):
+            heads.setdefault(row, []).append(head)
+        return tuple(
+            HeadGroup(tuple(h), self.policies[row], row) for row, h in sorted(heads.items())
+        )
+
+    def anchors(self) -> frozenset[str]:
+        """Sites whose index another site reads."""
+        used = {
+            row for layer in self.sites.values() for rule in layer.rules for row in rule.policies
+        }
+        reuses = (self.policies[row].reuse for row in used)
+        return frozenset(r.site for r in reuses if r is not None and r.site is not None)
+
+    def check(self, model: Any) -> list[Problem]:
+        """Every problem of running this plan on `model`, each with its mend; empty when it fits."""
+        from accelkit.patches.adapters import (
+            facts,
+        )  # the model's side of the comparison lies above the plan
+
+        return compare(self, *facts(model))
+
+    def to_json(self) -> str:
+        """Canonical text: sorted keys, two spaces, one newline at the end."""
+        return (
+            json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=2, ensure_ascii=False)
+            + "\n"
+        )
+
+    @staticmethod
+    def from_json(text: str, *, where: str = "plan") -> Plan:
+        """Parse and validate.
+
+        Raises:
+            PlanCorruptError: not JSON, or not an object.
+            PlanVersionError: written by a newer schema.
+            PlanError: a field is wrong; the message has its path.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanCorruptError(
+                f"{where}: not valid JSON ({error}); restore the file or calibrate again"
+            ) from error
+        if not isinstance(data, dict) or not isinstance(data.get("schema_version"), int):
+            raise PlanCorruptError(
+                f"{where}: not a plan (no integer 'schema_version'); expected a file written by accelkit"
+            )
+        version = data["schema_version"]
+        if version > SCHEMA_VERSION:
+            made_by = (data.get("producer") or {}).get("version", "a newer version")
+            raise PlanVersionError(
+                f"{where}: schema {version}, this accelkit reads up to {SCHEMA_VERSION}; install accelkit {made_by} or newer"
+            )
+        while version < SCHEMA_VERSION:
+            if version not in MIGRATIONS:
+                raise PlanVersionError(
+                    f"{where}: schema {version} is too old to be read; calibrate again"
+                )
+            data = MIGRATIONS[version](data)
+            version += 1
+            data["schema_version"] = version
+        try:
+            return Plan.model_validate(data)
+        except ValidationError as error:
+            raise PlanError(f"{where}: {describe(error)}") from error
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+    ) -> Path:
+        """Write the plan into `folder`; the old one stays intact until the new one is whole. Returns the JSON's path."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = self
+        if self._tables:
+            from safetensors.torch import save
+
+            blob = save(
+                {k: v.contiguous() for k, v in sorted(self._tables.items())},
+                {"accelkit_schema": str(SCHEMA_VERSION)},
+            )
+            digest = hashlib.sha256(blob).hexdigest()
+            plan = self.model_copy(
+                update={"tables_file": TablesFile(file=TABLES_FILE, sha256=digest)}
+            )
+            _replace(folder / TABLES_FILE, blob)
+        _replace(folder / FILE, plan.to_json().encode())
+        if push_to_hub:
+            plan.push_to_hub(repo_id or folder.name)
+        return folder / FILE
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Plan:
+        """Read a plan from a file, a folder or a hub repository.
+
+        Raises:
+            PlanError: nothing there, or a wrong field. PlanCorruptError: damaged text, side tensors missing or with
+            a wrong hash. PlanVersionError: newer schema.
+        """
+        path = Path(name_or_path)
+        if path.is_dir():
+            path = path / (subfolder or "") / FILE
+        if path.exists():
+            fetch = lambda name: path.parent / name  # noqa: E731
+        elif (
+            path.suffix == ".json"
+            or str(name_or_path).startswith((".", "/"))
+            or str(name_or_path).count("/") != 1
+        ):
+            raise PlanError(
+                f"no plan at {path}; expected a file, a folder holding {FILE} or a hub id 'owner/name'"
+            )
+        else:
+            from huggingface_hub import hf_hub_download
+
+            fetch = lambda name: Path(
+                hf_hub_download(  # noqa: E731
+                    str(name_or_path),
+                    name,
+                    revision=revision,
+                    subfolder=subfolder,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    force_download=force_download,
+                )
+            )
+            path = fetch(FILE)
+        plan = Plan.from_json(path.read_text(encoding="utf-8"), where=str(path))
+        if plan.tables_file is None:
+            return plan
+        return plan.with_tables(_read_tables(fetch(plan.tables_file.file), plan.tables_file.sha256))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Upload accelkit plan",
+        create_pr: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Upload the plan to a model repository of the hub; returns the commit's address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why a plan does not fit a model, and what to do. A `fatal` one makes `patch` refuse."""
+
+    where: str
+    what: str
+    mend: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.mend}"
+
+
+def compare(plan: Plan, model: Fingerprint, sites: Mapping[str, int]) -> list[Problem]:
+    """Differences between a plan and a model, given the model's fingerprint and its sites with their query heads."""
+    problems: list[Problem] = []
+    made_for = plan.fingerprint
+    again = "calibrate this model, or use the plan's own model"
+    if (made_for.class_name, made_for.model_type) != (model.class_name, model.model_type):
+        problems.append(
+            Problem(
+                "model",
+                f"the plan is for {made_for.class_name} ({made_for.model_type}), "
+                f"this is {model.class_name} ({model.model_type})",
+                again,
+            )
+        )
+    for name, component in made_for.components.items():
+        here = model.components.get(name)
+        if here is None:
+            problems.append(Problem(name, "the model has no such component", again))
+            continue
+        for field in Component.model_fields:
+            expected, found = getattr(component, field), getattr(here, field)
+            if expected != found:
+                problems.append(
+                    Problem(name, f"{field}: the plan has {expected}, the model {found}", again)
+                )
+    order = {path: n for n, path in enumerate(sites)}
+    for path, layer in plan.sites.items():
+        if path not in sites:
+            problems.append(Problem(path, "no such attention module in the model", again))
+            continue
+        for rule in layer.rules:
+            if len(rule.policies) != sites[path]:
+                problems.append(
+                    Problem(
+                        path,
+                        f"{len(rule.policies)} heads in the plan, {sites[path]} in the model",
+                        again,
+                    )
+                )
+            for row in set(rule.policies):
+                reuse = plan.policies[row].reuse
+                if reuse is None or reuse.site is None:
+                    continue
+                if reuse.site not in order or order[reuse.site] >= order[path]:
+                    problems.append(
+                        Problem(
+                            path,
+                            f"reuses {reuse.site!r}, which does not run before it",
+                            "anchors must be earlier sites of the same model",
+                        )
+                    )
+                elif reuse.heads is not None and max(reuse.heads) >= sites[reuse.site]:
+                    problems.append(
+                        Problem(
+                            path,
+                            f"reuses head {max(reuse.heads)} of {reuse.site!r}, which has "
+                            f"{sites[reuse.site]}",
+                            "use head ids of the anchor",
+                        )
+                    )
+    if not problems and made_for.config_hash != model.config_hash:
+        keys = sorted(
+            k
+            for k in made_for.config.keys() | model.config.keys()
+            if made_for.config.get(k) != model.config.get(k)
+        )
+        problems.append(
+            Problem(
+                "config",
+                f"differs in {', '.join(keys) or 'unrecorded keys'}",
+                "check with `accelkit eval --against dense`",
+                fatal=False,
+            )
+        )
+    return problems
+
+
+def describe(error: ValidationError, most: int = 5) -> str:
+    """A pydantic error as `path: message (found …)` lines."""
+    lines = []
+    for item in error.errors()[:most]:
+        path = ".".join(str(p) for p in item["loc"]) or "top level"
+        found = repr(item.get("input"))
+        lines.append(f"{path}: {item['msg']} (found {found[:80]})")
+    more = error.error_count() - most
+    return "; ".join(lines) + (f"; and {more} more" if more > 0 else "")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside the target and rename: a full disk leaves the old file whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise PlanError(
+            f"{path}: could not be written ({error}); an older plan there is untouched"
+        ) from error
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _read_tables(path: Path, sha256: str) -> dict[str, Tensor]:
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise PlanCorruptError(
+            f"{path}: side tensors are missing; they belong beside {FILE}"
+        ) from error
+    digest = hashlib.sha256(blob).hexdigest()
+    if digest != sha256:
+        raise PlanCorruptError(
+            f"{path}: SHA-256 is {digest[:12]}…, the plan expects {sha256[:12]}…; restore the file"
+        )
+    from safetensors.torch import load as load_tensors
+
+    return load_tensors(blob)
