@@ -133,7 +133,12 @@ class Calibrator:
 
 
 class AttentionMethod(Method):
-    """Answers up to four questions about an attention call; an unanswered one keeps what dense attention does."""
+    """Answers up to four questions about an attention call; an unanswered one keeps what dense attention does.
+
+    A `static` method's index follows from the call's geometry alone: it is made once per shape and kept.
+    """
+
+    static: ClassVar[bool] = False
 
     def order(self, call: AttentionCall) -> Order | None:
         """In which order the tokens are laid out before blocking. None: as they come."""

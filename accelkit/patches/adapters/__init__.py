@@ -1,0 +1,105 @@
+"""Adapters find the sites of a model and open the doors to them. One adapter a library, imported when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+from accelkit.errors import InvalidInputError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from accelkit.patches.call import AttentionCall, Site
+    from accelkit.patches.plan import Fingerprint
+
+
+class Runner(Protocol):
+    """What an adapter calls at every site."""
+
+    phases: frozenset[str]
+
+    def run(self, call: AttentionCall) -> Tensor | None:
+        """The output `[B, Nq, Hq, Dv]` of one call; None: run what ran before, already counted."""
+
+    def skipped(self, site: str, reason: str) -> None:
+        """The adapter ran `site` dense by itself and says why."""
+
+
+class Adapter(Protocol):
+    """The functions that an adapter module offers."""
+
+    def facts(self, model: Any) -> tuple[Fingerprint, dict[str, int]]: ...
+    def sites(self, model: Any) -> tuple[Site, ...]: ...
+    def connect(self, model: Any, runner: Runner, undo: ExitStack) -> None: ...
+
+
+def adapter_for(model: Any) -> tuple[Adapter, Any]:
+    """The adapter of a model's library and the bare model inside wrappers (PEFT, DDP, FSDP).
+
+    Raises:
+        InvalidInputError: a compiled model. UnsupportedModelError: no adapter knows the class.
+    """
+    if type(model).__name__ == "OptimizedModule":
+        raise InvalidInputError(
+            "the model is compiled; pass the model itself to accelkit first and call torch.compile afterwards"
+        )
+    bare = model
+    if hasattr(bare, "module") and type(bare).__name__.endswith("Parallel"):
+        bare = bare.module
+    if hasattr(bare, "get_base_model"):
+        bare = bare.get_base_model()
+    libraries = {c.__module__.partition(".")[0] for c in type(bare).__mro__}
+    if "transformers" in libraries:
+        return import_module("accelkit.patches.adapters.transformers"), bare  # type: ignore[return-value]
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: no adapter knows this class; expected a transformers PreTrainedModel"
+    )
+
+
+def facts(model: Any) -> tuple[Fingerprint, dict[str, int]]:
+    """Fingerprint of a model and its sites in running order, with their query heads."""
+    adapter, bare = adapter_for(model)
+    return adapter.facts(bare)
+
+
+def sites(model: Any) -> tuple[Site, ...]:
+    """The attention calls of a model that may run sparse, in running order."""
+    adapter, bare = adapter_for(model)
+    return adapter.sites(bare)
+
+
+class _Watcher:
+    phases = frozenset(("prefill", "decode", "denoise"))
+
+    def __init__(self, see: Callable[[AttentionCall], Tensor | None]) -> None:
+        self.see = see
+
+    def run(self, call: AttentionCall) -> Tensor | None:
+        out = self.see(call)
+        return None if out is None else out.transpose(1, 2).contiguous()
+
+    def skipped(self, site: str, reason: str) -> None:
+        pass
+
+
+class watch:  # noqa: N801 - used as `with watch(model, see):`
+    """While open, every attention call of `model` is shown to `see(call)` before it runs.
+
+    A tensor `[B, Hq, Nq, Dv]` that `see` returns replaces the call's output; None runs dense as before.
+    """
+
+    def __init__(self, model: Any, see: Callable[[AttentionCall], Tensor | None]) -> None:
+        self.model, self.see, self.undo = model, see, ExitStack()
+
+    def __enter__(self) -> watch:
+        adapter, bare = adapter_for(self.model)
+        with ExitStack() as undo:
+            adapter.connect(bare, _Watcher(self.see), undo)
+            self.undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo.close()

@@ -1,0 +1,337 @@
+"""transformers: the attention interface and the mask interface are the only doors used.
+
+Each previous implementation ("sdpa", "eager", …) gets one name of ours, `accelkit-over-<previous>`, registered in both
+interfaces, so that dense calls and masks go back to exactly what ran before. Everything that depends on the plan
+happens inside one custom op, opaque to `torch.compile`.
+
+Our mask function tells the attention function what it needs through the number of dimensions:
+None: first prefill · 1: no padding, queries at the end of the keys · 2: bool key mask, likewise · 4: any other mask,
+which only the previous implementation understands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from accelkit.errors import NothingPatchedError, ParallelNotSupportedError, UnsupportedModelError
+from accelkit.patches.adapters import Runner
+from accelkit.patches.call import AttentionCall, Clock, Geometry, Site
+from accelkit.patches.plan import Component, Fingerprint
+
+NAME = "accelkit-over-"
+ATTRIBUTE = "accelkit_site"
+VOLATILE = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "quantization_config",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "attn_implementation",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
+# Arguments of the attention function that change what is computed; accelkit's kernels do not know them.
+MEANINGFUL = ("softcap", "s_aux", "position_bias", "sliding_window", "cache", "head_mask")
+
+
+@dataclass(frozen=True)
+class _Door:
+    """One connected attention module."""
+
+    module: weakref.ref[nn.Module]
+    site: Site
+    runner: Runner
+    first: bool
+    previous: Callable[..., Any]
+
+
+_DOORS: dict[int, _Door] = {}
+_NUMBERS = itertools.count(1)
+
+
+def attention_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Path, module and, where it must stay dense, the reason, of every causal attention module in running order."""
+    classes: set[type] = set()
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            recorded = (part._can_record_outputs or {}).get("attentions")
+            many = recorded if isinstance(recorded, list | tuple) else [recorded]
+            found = {getattr(r, "target_class", r) for r in many if r is not None}
+            classes |= {c for c in found if isinstance(c, type)}
+    for path, module in model.named_modules():
+        if not isinstance(module, tuple(classes)) or not getattr(module, "is_causal", False):
+            continue
+        if not hasattr(module, "layer_idx"):
+            continue
+        yield path, module, "sliding window" if _slides(module) else None
+
+
+def _slides(module: nn.Module) -> bool:
+    kinds = getattr(module.config, "layer_types", None)
+    if kinds is not None:
+        return kinds[module.layer_idx] != "full_attention"
+    return getattr(module, "sliding_window", None) is not None
+
+
+def sites(model: PreTrainedModel) -> tuple[Site, ...]:
+    """The sites that may run sparse."""
+    found = attention_modules(model)
+    return tuple(
+        Site(path, order) for order, (path, _, reason) in enumerate(found) if reason is None
+    )
+
+
+def facts(model: PreTrainedModel) -> tuple[Fingerprint, dict[str, int]]:
+    """Fingerprint and the query heads of every site."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    plain = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE}
+    plain = json.loads(json.dumps(plain, sort_keys=True, default=str))
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    fingerprint = Fingerprint(
+        class_name=type(model).__name__,
+        model_type=model.config.model_type,
+        base_id=model.config._name_or_path or None,
+        config_hash=f"sha256:{digest}",
+        config=plain,
+        components={
+            "text": Component(
+                layers=config.num_hidden_layers,
+                q_heads=heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+            )
+        },
+    )
+    return fingerprint, {path: heads for path, _, _ in attention_modules(model)}
+
+
+def connect(model: PreTrainedModel, runner: Runner, undo: ExitStack) -> None:
+    """Route the model's attention to `runner`; every edit pushes its reverse onto `undo`.
+
+    Raises:
+        UnsupportedModelError: the class does not use the attention interface.
+        NothingPatchedError: the model has no causal self-attention.
+    """
+    modules = list(attention_modules(model))
+    if not modules:
+        raise NothingPatchedError(
+            f"{type(model).__name__}: no causal self-attention module found; nothing to patch"
+        )
+    if not model._can_set_attn_implementation():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not read its attention function from transformers' "
+            "AttentionInterface; use a newer modelling class of this model"
+        )
+    parents = {
+        id(part.config): part for part in model.modules() if isinstance(part, PreTrainedModel)
+    }
+    # The configs of text parts, with what they used before.
+    configs = {id(module.config): module.config for _, module, _ in modules}
+    for config in configs.values():
+        before = config._attn_implementation or "eager"
+        _register(before)
+        undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
+        config._attn_implementation_internal = NAME + before
+    # A root config that wraps the text config builds the masks of some classes.
+    root = parents.get(id(model.config))
+    if root is not None and id(model.config) not in configs:
+        before = model.config._attn_implementation
+        undo.callback(setattr, model.config, "_attn_implementation_internal", before)
+    for order, (path, module, reason) in enumerate(modules):
+        if hasattr(module, ATTRIBUTE):
+            raise RuntimeError(f"{path} is connected already")
+        number = next(_NUMBERS)
+        site = Site(path, order)
+        previous = _implementation(module)
+        _DOORS[number] = _Door(weakref.ref(module), site, runner, order == 0, previous)
+        undo.callback(_DOORS.pop, number, None)
+        if reason is None:
+            setattr(module, ATTRIBUTE, number)
+            undo.callback(delattr, module, ATTRIBUTE)
+
+
+def _implementation(module: nn.Module) -> Callable[..., Any]:
+    """What the module called before: a registered function or the eager one of its own file."""
+    before = module.config._attn_implementation.removeprefix(NAME)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(before, eager)
+
+
+def _register(before: str) -> None:
+    name = NAME + before
+    if "flash" in name:
+        name = NAME + before.replace("flash", "fl")
+    if name not in ALL_ATTENTION_FUNCTIONS._global_mapping:
+        AttentionInterface.register(name, _forward)
+        previous = ALL_MASK_ATTENTION_FUNCTIONS[before]
+        AttentionMaskInterface.register(name, partial(_mask, previous))
+
+
+def _mask(previous: Callable[..., Any], **kwargs: Any) -> Any:
+    """Our mask: see the module's docstring for what the dimensions say."""
+    q_length, kv_length = kwargs["q_length"], kwargs["kv_length"]
+    offset, padding = kwargs.get("q_offset", 0), kwargs.get("attention_mask")
+    plain = (
+        kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+        and kwargs.get("local_size") is None
+        and kwargs.get("kv_offset", 0) == 0
+        and kwargs.get("allow_is_causal_skip", True)
+        and isinstance(offset, int)
+        and (padding is None or padding.ndim == 2)
+    )
+    if not plain or q_length == 1:
+        return previous(**kwargs)
+    if padding is not None and padding.shape[1] > kv_length:
+        padding = padding[:, :kv_length]
+    if padding is not None and not torch.compiler.is_compiling() and bool(padding.all()):
+        padding = None
+    if padding is None and offset == 0:
+        return None
+    if offset + q_length != kv_length:
+        return previous(**kwargs)
+    if padding is None:
+        return torch.empty(1, dtype=torch.bool, device=kwargs["device"])
+    if padding.shape[1] < kv_length:
+        padding = nn.functional.pad(padding, (0, kv_length - padding.shape[1]), value=False)
+    return padding.to(torch.bool)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function: the custom op where it may help, otherwise what ran before."""
+    number = getattr(module, ATTRIBUTE, None)
+    reason = _dense_reason(module, query, attention_mask, dropout, kwargs)
+    if number is not None and reason is None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return torch.ops.accelkit.attention(query, key, value, attention_mask, scale, number), None
+    if number is not None and not torch.compiler.is_compiling():
+        door = _DOORS[number]
+        if reason not in door.runner.phases:
+            door.runner.skipped(door.site.path, reason or "")
+    if attention_mask is not None and attention_mask.ndim < 4:
+        attention_mask = _full_mask(module, query, key, attention_mask)
+    previous = _implementation(module)
+    return previous(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+
+
+def _dense_reason(
+    module: nn.Module, query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> str | None:
+    """Why a call cannot be served, as far as shapes and arguments tell."""
+    if query.shape[2] == 1:
+        return "decode"
+    if mask is not None and mask.ndim == 4:
+        return "attention mask other than causal"
+    if dropout:
+        return "dropout"
+    for name in MEANINGFUL:
+        if kwargs.get(name) is not None:
+            return name.replace("_", " ")
+    if kwargs.get("is_causal") is False:
+        return "not causal"
+    if torch.is_grad_enabled() and query.requires_grad:
+        return "gradients are enabled"
+    return None
+
+
+def _full_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor) -> Any:
+    """The mask that the previous implementation would have been given for a plain causal call."""
+    config = module.config
+    previous = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation.removeprefix(NAME)]
+    return previous(
+        batch_size=query.shape[0],
+        q_length=query.shape[2],
+        kv_length=key.shape[2],
+        q_offset=key.shape[2] - query.shape[2],
+        kv_offset=0,
+        mask_function=causal_mask_function,
+        attention_mask=mask if mask.ndim == 2 else None,
+        allow_is_causal_skip=True,
+        dtype=query.dtype,
+        config=config,
+        use_vmap=False,
+        device=query.device,
+    )
+
+
+@torch.library.custom_op("accelkit::attention", mutates_args=())
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, number: int
+) -> Tensor:
+    """One attention call of a connected module: `[B, Nq, Hq, Dv]` from q `[B, Hq, Nq, D]` and unexpanded k, v."""
+    door = _DOORS[number]
+    n_q, heads = query.shape[2], query.shape[1]
+    full_key, full_value = key, value
+    if mask is None:
+        # An empty static cache is longer than the prompt; only its first keys are real.
+        key, value = key[:, :, :n_q], value[:, :, :n_q]
+    module = door.module()
+    assert module is not None
+    expected = module.config.num_attention_heads
+    if heads != expected:
+        raise ParallelNotSupportedError(
+            f"{door.site.path}: {heads} query heads here, {expected} in the config; tensor parallel "
+            "execution is not supported, load the model on one device or with device_map"
+        )
+    q_start = 0 if mask is None else key.shape[2] - n_q
+    call = AttentionCall(
+        q=query,
+        k=key,
+        v=value,
+        scale=scale,
+        causal=True,
+        q_start=q_start,
+        key_mask=mask if mask is not None and mask.ndim == 2 else None,
+        heads=tuple(range(heads)),
+        kv_of_head=torch.arange(heads, device=query.device) // (heads // key.shape[1]),
+        site=door.site,
+        clock=Clock("prefill"),
+        geometry=Geometry(),
+    )
+    out = door.runner.run(call)
+    if out is not None:
+        return out
+    if mask is not None:
+        mask = _full_mask(module, query, key, mask)
+    out, _ = door.previous(module, query, full_key, full_value, mask, scaling=scale, dropout=0.0)
+    # A custom op may not hand out its inputs' memory.
+    return out.contiguous()
+
+
+@_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, number: int
+) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])

@@ -1,0 +1,302 @@
+"""`patch(model, plan)`: every edit is made together with its undo, and undone bit for bit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from accelkit.errors import (
+    AlreadyPatchedError,
+    DenseFallbackWarning,
+    InvalidInputError,
+    NothingPatchedError,
+    PlanMismatchError,
+    PlanTransferWarning,
+)
+from accelkit.patches.adapters import adapter_for, facts, sites
+from accelkit.patches.call import AttentionCall
+from accelkit.patches.method import Method
+from accelkit.patches.plan import FILE, LayerPlan, Plan, Policy, Rule
+from accelkit.patches.sites.attention import attend
+from accelkit.patches.state import PatchState, SiteCount
+
+log = logging.getLogger("accelkit")
+_HANDLES: weakref.WeakKeyDictionary[Any, PatchHandle] = weakref.WeakKeyDictionary()
+_EXPECTED = ("decode", "no policy")
+"""Reasons for dense calls that nobody needs to be warned about."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a patched model did: calls, sparse calls, reasons for dense ones and densities by site."""
+
+    sites: dict[str, SiteCount]
+
+    @property
+    def calls(self) -> int:
+        return sum(s.calls for s in self.sites.values())
+
+    @property
+    def sparse_calls(self) -> int:
+        return sum(s.sparse for s in self.sites.values())
+
+    @property
+    def dense(self) -> dict[str, int]:
+        """Dense calls by reason."""
+        total: dict[str, int] = {}
+        for site in self.sites.values():
+            for reason, n in site.dense.items():
+                total[reason] = total.get(reason, 0) + n
+        return total
+
+    @property
+    def density(self) -> float | None:
+        """Mean computed ÷ visible pairs over all sites and heads, dense sites counted as 1; None if not measured."""
+        measured = [(s.density, s) for s in self.sites.values() if s.density is not None]
+        if not measured:
+            return None
+        dense = sum(n for s in self.sites.values() for r, n in s.dense.items() if r != "decode")
+        sparse = sum(s.sparse for _, s in measured)
+        return (sum(d * s.sparse for d, s in measured if d is not None) + dense) / (sparse + dense)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "calls": self.calls,
+            "sparse_calls": self.sparse_calls,
+            "dense": self.dense,
+            "density": self.density,
+            "sites": {
+                path: {
+                    "calls": s.calls,
+                    "sparse": s.sparse,
+                    "dense": dict(s.dense),
+                    "density": s.density,
+                }
+                for path, s in self.sites.items()
+            },
+        }
+
+
+class PatchHandle:
+    """A patched model's plan, memory and way back. Also a context manager."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.state = PatchState(plan)
+        self.phases = frozenset(r.phase for s in plan.sites.values() for r in s.rules)
+        self.enabled = os.environ.get("ACCELKIT_DISABLE", "0") in ("", "0")
+        self._undo = ExitStack()
+        self._warned: set[str] = set()
+
+    def run(self, call: AttentionCall) -> Tensor | None:
+        """One call of the model's attention, `[B, Nq, Hq, Dv]`; None: dense, counted with its reason."""
+        state, path = self.state, call.site.path
+        if not self.enabled:
+            return self._dense(path, "disabled")
+        if call.site.order == 0:
+            state.begin_generation() if call.q_start == 0 else state.begin_forward()
+        groups = self.plan.groups(path, call.n_k, call.clock)
+        if not groups:
+            short = call.n_k < self.plan.limits.min_length
+            return self._dense(path, "shorter than the minimum length" if short else "no policy")
+        limit = self.plan.limits.max_length
+        if limit is not None and call.n_k > limit:
+            self._warn(f"{call.n_k} tokens: the plan was calibrated up to {limit}")
+        call = self._bound(call)
+        out = call.q.new_empty(call.q.shape[0], call.n_q, call.q.shape[1], call.v.shape[3])
+        if not attend(call, groups, state, out.transpose(1, 2)):
+            return self._dense(path, "every head chose dense")
+        state.count(path)
+        return out
+
+    def _bound(self, call: AttentionCall) -> AttentionCall:
+        key = (call.site.path, call.ordinal, call.clock.branch)
+        memory = self.state.memory.setdefault(key, {})
+        return replace(call, memory=memory, tables=self.state.tables_of(call.site.path))
+
+    def _dense(self, site: str, reason: str) -> None:
+        self.state.count(site, reason)
+
+    def skipped(self, site: str, reason: str) -> None:
+        """The adapter ran `site` dense by itself."""
+        self.state.count(site, reason)
+        if reason not in _EXPECTED:
+            self._warn(f"attention runs dense: {reason}")
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, DenseFallbackWarning, stacklevel=3)
+
+    def reset(self) -> None:
+        """Forget the current generation."""
+        self.state.begin_generation()
+
+    def remove(self) -> None:
+        """The model is bit for bit what it was; safe to call twice."""
+        self._undo.close()
+        self.state.begin_generation()
+        for model, handle in list(_HANDLES.items()):
+            if handle is self:
+                del _HANDLES[model]
+
+    @contextmanager
+    def measuring(self) -> Iterator[PatchHandle]:
+        """Record densities while open; costs a device read per call, so it is off otherwise."""
+        self.state.measure_density = True
+        try:
+            yield self
+        finally:
+            self.state.measure_density = False
+
+    def report(self) -> Report:
+        """Counts and measured densities since patching or `reset_report`."""
+        return Report(dict(self.state.counts))
+
+    def reset_report(self) -> None:
+        """Start counting anew."""
+        self.state.counts.clear()
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def patch(
+    model: Any, plan: Plan | Method | Sequence[Method] | Policy, *, strict: bool = True
+) -> PatchHandle:
+    """Make `model` run `plan`, in place, and return the handle that undoes it.
+
+    A bare method, or several that answer different questions, is a plan with one row for every head. With
+    `strict=False` differences of model class only warn.
+
+    Raises:
+        AlreadyPatchedError: the model carries another plan (an equal one is a no-op).
+        PlanMismatchError: the plan does not fit; the message lists the first five problems.
+        NothingPatchedError: no site of the plan is in the model.
+        UnsupportedModelError, InvalidInputError: a model that cannot be patched, or a compiled one.
+
+    Example:
+        >>> with accelkit.patch(model, FlexPrefill(coverage=0.9)):
+        ...     model.generate(**inputs)
+    """
+    adapter, bare = adapter_for(model)
+    if not isinstance(plan, Plan):
+        plan = plan_of(model, plan)
+    present = _HANDLES.get(bare)
+    if present is not None:
+        if present.plan == plan:
+            log.info("the model runs this plan already")
+            return present
+        raise AlreadyPatchedError(
+            f"{type(bare).__name__} already runs a plan with {len(present.plan.policies)} policies; "
+            "call its handle's remove() or accelkit.unpatch(model) first"
+        )
+    _refuse_misfits(plan, model, strict)
+    if not any(layer.rules for layer in plan.sites.values()):
+        log.info("the plan is dense everywhere")
+    handle = PatchHandle(plan)
+    with ExitStack() as undo:
+        adapter.connect(bare, handle, undo)
+        handle._undo = undo.pop_all()
+    _HANDLES[bare] = handle
+    return handle
+
+
+def unpatch(model: Any) -> None:
+    """Undo `patch`; a model that is not patched is left alone."""
+    handle = handle_of(model)
+    if handle is not None:
+        handle.remove()
+
+
+def handle_of(model: Any) -> PatchHandle | None:
+    """The handle of a patched model."""
+    _, bare = adapter_for(model)
+    return _HANDLES.get(bare)
+
+
+@contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """Dense for this block; the patch stays installed."""
+    handle = handle_of(model)
+    if handle is None:
+        raise InvalidInputError("the model is not patched; nothing to disable")
+    before, handle.enabled = handle.enabled, False
+    try:
+        yield
+    finally:
+        handle.enabled = before
+
+
+def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
+    """A plan that runs the same methods in every head of every site, from the first token on."""
+    if isinstance(what, Method):
+        what = (what,)
+    policy = what if isinstance(what, Policy) else Policy(methods=tuple(what))
+    fingerprint, heads = facts(model)
+    phases = set.intersection(*(set(m.phases) for m in policy.methods)) if policy.methods else set()
+    if policy.methods and not phases:
+        kinds = ", ".join(m.kind for m in policy.methods)
+        raise InvalidInputError(f"{kinds}: no phase that all of them serve")
+    rules = {
+        site.path: LayerPlan(
+            rules=tuple(Rule(phase=p, policies=(0,) * heads[site.path]) for p in sorted(phases))
+        )
+        for site in sites(model)
+    }
+    return Plan(fingerprint=fingerprint, policies=(policy,), sites=rules)
+
+
+def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Load a model folder that holds a plan and return the model, patched. `kwargs` go to transformers.
+
+    Raises:
+        PlanError: the folder has no plan.
+    """
+    from transformers import AutoModelForCausalLM
+
+    plan = Plan.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+    patch(model, plan)
+    return model
+
+
+def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> Path:
+    """Write a patched model's folder with its plan beside the config; `from_pretrained` opens it patched."""
+    handle = handle_of(model)
+    if handle is None:
+        raise InvalidInputError(f"the model is not patched; there is no plan to write as {FILE}")
+    model.save_pretrained(folder)
+    return handle.plan.save_pretrained(folder)
+
+
+def _refuse_misfits(plan: Plan, model: Any, strict: bool) -> None:
+    problems = plan.check(model)
+    if plan.sites and all(
+        p.what == "no such attention module in the model" for p in problems if p.fatal
+    ):
+        missing = [p for p in problems if p.fatal]
+        if len(missing) == len(plan.sites):
+            raise NothingPatchedError(
+                f"none of the plan's {len(missing)} sites is in the model; {missing[0].mend}"
+            )
+    fatal = [p for p in problems if p.fatal and (strict or p.where != "model")]
+    if fatal:
+        shown = "\n  ".join(str(p) for p in fatal[:5])
+        more = f"\n  and {len(fatal) - 5} more" if len(fatal) > 5 else ""
+        raise PlanMismatchError(f"the plan does not fit this model:\n  {shown}{more}")
+    for problem in problems:
+        warnings.warn(str(problem), PlanTransferWarning, stacklevel=3)
