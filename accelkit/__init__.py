@@ -1,4 +1,6 @@
-"""accelkit: calibrated training-free acceleration of pretrained transformers. Everything loads on first use."""
+"""accelkit: calibrated training-free acceleration of pretrained transformers. Everything loads
+on first use.
+"""
 
 from __future__ import annotations
 

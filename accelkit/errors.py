@@ -1,7 +1,8 @@
 """Every error that accelkit raises on purpose.
 
-A message says what failed, where (site, head, field), what was found and what was expected, and what to do. Each
-class also inherits the builtin that a caller would expect and carries the exit code of the command line.
+A message says what failed, where (site, head, field), what was found and what was expected, and
+what to do. Each class also inherits the builtin that a caller would expect and carries the exit
+code of the command line.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ class GateFailedError(AccelkitError, RuntimeError):
 
 
 class CalibrationError(AccelkitError, RuntimeError):
-    """Calibration could not finish; finished units stay in the journal and `--resume` takes them up."""
+    """Calibration could not finish; finished units stay in the journal and `--resume` takes them
+    up.
+    """
 
 
 class AccelkitWarning(UserWarning):

@@ -1,4 +1,6 @@
-"""Ground floor: tensors in, tensors out. Submodules load on first use, so that plans can be read without torch."""
+"""Ground floor: tensors in, tensors out. Submodules load on first use, so that plans can be read
+without torch.
+"""
 
 from __future__ import annotations
 

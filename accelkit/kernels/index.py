@@ -1,10 +1,13 @@
-"""The types that everything meets in: `BlockIndex` (what was selected), `Partial` (a piece already computed) and
-`Inputs` (the tensors of one attention call, as estimators and methods see them)."""
+"""The types that everything meets in: `BlockIndex` (what was selected), `Partial` (a piece
+already computed) and `Inputs` (the tensors of one attention call, as estimators and methods see
+them).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +24,12 @@ def ceil_div(a: int, b: int) -> int:
 class BlockIndex:
     """Rows of key blocks, in visiting order. Row (b, h, i) is `blocks[start : start + count]`.
 
-    `start` is int64 and `count` int32, both `[B|1, H, nq]` for the call's heads; `blocks` is one flat int32 list, so
-    padded and ragged rows are the same type and joining head groups is `cat` and an offset. `size` is `(bq, bk)` in
-    tokens and independent of any kernel's tile; `bk == 1` means single keys. `level` (int8 `[n]`) says that an entry
-    stands for keys pooled over `2**level` tokens; `bias` is added to the logits of the whole piece (float) or of each
-    key (`[B|1, H|1, Nk]`), for merged or sampled keys that stand for several.
+    `start` is int64 and `count` int32, both `[B|1, H, nq]` for the call's heads; `blocks` is one
+    flat int32 list, so padded and ragged rows are the same type and joining head groups is `cat`
+    and an offset. `size` is `(bq, bk)` in tokens and independent of any kernel's tile; `bk == 1`
+    means single keys. `level` (int8 `[n]`) says that an entry stands for keys pooled over
+    `2**level` tokens; `bias` is added to the logits of the whole piece (float) or of each key
+    (`[B|1, H|1, Nk]`), for merged or sampled keys that stand for several.
     """
 
     start: Tensor
@@ -34,6 +38,8 @@ class BlockIndex:
     size: tuple[int, int]
     level: Tensor | None = None
     bias: Tensor | float = 0.0
+    lowered: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What kernels derived from this index, kept with it because reuse layers and steps ask again."""
 
     @property
     def heads(self) -> int:
@@ -46,7 +52,9 @@ class BlockIndex:
 
     @staticmethod
     def from_mask(mask: Tensor, size: tuple[int, int]) -> BlockIndex:
-        """Compact a bool mask `[B|1, H, nq, nk]`, ascending ids in each row. No host synchronisation."""
+        """Compact a bool mask `[B|1, H, nq, nk]`, ascending ids in each row. No host
+        synchronisation.
+        """
         batch, heads, nq, nk = mask.shape
         flat = mask.reshape(-1, nk)
         slot = flat.cumsum(-1, dtype=torch.int64) - 1
@@ -68,7 +76,9 @@ class BlockIndex:
 
     @staticmethod
     def cat(parts: Sequence[BlockIndex]) -> BlockIndex:
-        """Join head groups along the heads. All parts have the same `size` and number of query tiles."""
+        """Join head groups along the heads. All parts have the same `size` and number of query
+        tiles.
+        """
         if len(parts) == 1:
             return parts[0]
         if len({p.size for p in parts}) != 1 or len({p.rows for p in parts}) != 1:
@@ -92,12 +102,16 @@ class BlockIndex:
         )
 
     def take(self, heads: Sequence[int]) -> BlockIndex:
-        """The rows of some heads, in the given order (a head map for reuse). Lists are shared, not copied."""
+        """The rows of some heads, in the given order (a head map for reuse). Lists are shared,
+        not copied.
+        """
         ids = torch.as_tensor(list(heads), device=self.count.device)
         return replace(self, start=self.start[:, ids], count=self.count[:, ids])
 
     def to_mask(self, nk: int) -> Tensor:
-        """Bool `[B|1, H, nq, nk]`; rows with `ALL` are wholly true. For tests, statistics and the torch reference."""
+        """Bool `[B|1, H, nq, nk]`; rows with `ALL` are wholly true. For tests, statistics and
+        the torch reference.
+        """
         batch, heads, nq = self.count.shape
         mask = torch.zeros((batch * heads * nq, nk), dtype=torch.bool, device=self.count.device)
         start, count = self.start.reshape(-1), self.count.reshape(-1)
@@ -113,7 +127,9 @@ class BlockIndex:
 
 @dataclass(frozen=True)
 class Partial:
-    """A computed piece: `out` `[B, H, Nq, Dv]` and its natural-log `lse`, fp32 `[B, H, Nq]` (−inf for empty rows)."""
+    """A computed piece: `out` `[B, H, Nq, Dv]` and its natural-log `lse`, fp32 `[B, H, Nq]`
+    (−inf for empty rows).
+    """
 
     out: Tensor
     lse: Tensor
@@ -123,11 +139,12 @@ class Partial:
 class Inputs:
     """The tensors of one attention call.
 
-    `q` `[B, Hq, Nq, D]`, `k` and `v` `[B, Hkv, Nk, D]`, any strides, never expanded to the query heads. `heads` names
-    the query heads that the call is about and `kv_of_head` (int64 `[len(heads)]`) their KV heads; `take` narrows
-    them and never copies q, k or v. `q_start` is the absolute position of query row 0. `key_mask` is bool `[B, Nk]`
-    and marks real keys (padding only). `q_pos` and `k_pos` (int32 `[B|1, H|1, N]`) hold the original positions when
-    the rows come in another order than the tokens; −1 marks a hole.
+    `q` `[B, Hq, Nq, D]`, `k` and `v` `[B, Hkv, Nk, D]`, any strides, never expanded to the query
+    heads. `heads` names the query heads that the call is about and `kv_of_head` (int64
+    `[len(heads)]`) their KV heads; `take` narrows them and never copies q, k or v. `q_start` is the
+    absolute position of query row 0. `key_mask` is bool `[B, Nk]` and marks real keys (padding
+    only). `q_pos` and `k_pos` (int32 `[B|1, H|1, N]`) hold the original positions when the rows
+    come in another order than the tokens; −1 marks a hole.
     """
 
     q: Tensor

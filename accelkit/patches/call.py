@@ -1,4 +1,6 @@
-"""What a method sees: where it is (`Site`), when it is (`Clock`), what the tokens are (`Geometry`) and the tensors."""
+"""What a method sees: where it is (`Site`), when it is (`Clock`), what the tokens are
+(`Geometry`) and the tensors.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Site:
-    """One attention module, addressed by its canonical module path; `order` is its place in the running order."""
+    """One attention module, addressed by its canonical module path; `order` is its place in the
+    running order.
+    """
 
     path: str
     order: int
@@ -47,7 +51,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the tokens are: spans by modality and the `(frames, rows, columns)` grid of the visual span."""
+    """What the tokens are: spans by modality and the `(frames, rows, columns)` grid of the
+    visual span.
+    """
 
     spans: tuple[Span, ...] = ()
     grid: tuple[int, int, int] | None = None
@@ -57,9 +63,9 @@ class Geometry:
 class AttentionCall(Inputs):
     """One attention call as a method sees it, at run time and during calibration alike.
 
-    The tensors are those of `kernels.index.Inputs`. `memory` belongs to this site and guidance branch and lives for
-    one generation. `tables` holds the plan's side tensors of this site. `ordinal` counts the calls of this site in
-    one forward and is part of the memory's key.
+    The tensors are those of `kernels.index.Inputs`. `memory` belongs to this site and guidance
+    branch and lives for one generation. `tables` holds the plan's side tensors of this site.
+    `ordinal` counts the calls of this site in one forward and is part of the memory's key.
     """
 
     site: Site = Site("", 0)
@@ -82,14 +88,18 @@ class AttentionCall(Inputs):
         return replace(self, heads=tuple(heads), kv_of_head=self.kv_of_head[at], **narrowed)
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
-        """`compute()`, remembered for this call and these heads: methods and settings share one estimate."""
+        """`compute()`, remembered for this call and these heads: methods and settings share one
+        estimate.
+        """
         key = (key, self.heads)
         if key not in self._shared:
             self._shared[key] = compute()
         return self._shared[key]
 
     def per_head(self, value: float | str) -> float | Tensor:
-        """A `PerHead` field: the number itself, or the values of this call's heads (fp32 `[H]`) from the tables."""
+        """A `PerHead` field: the number itself, or the values of this call's heads (fp32 `[H]`)
+        from the tables.
+        """
         if not isinstance(value, str):
             return value
         table = self.tables[value]
@@ -98,7 +108,9 @@ class AttentionCall(Inputs):
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Hidden states `[B, N, C]` on their way into a block, with what is needed to judge the tokens."""
+    """Hidden states `[B, N, C]` on their way into a block, with what is needed to judge the
+    tokens.
+    """
 
     hidden: Tensor
     positions: Tensor

@@ -1,7 +1,8 @@
 """A method answers questions about an attention call; the house does the work.
 
-The fields of a method are its hyper-parameters with the paper's defaults, units in their names. Nothing here imports
-torch when it is loaded: plans are read, and methods listed, on machines that have none.
+The fields of a method are its hyper-parameters with the paper's defaults, units in their names.
+Nothing here imports torch when it is loaded: plans are read, and methods listed, on machines that
+have none.
 """
 
 from __future__ import annotations
@@ -28,17 +29,21 @@ if TYPE_CHECKING:
     Pieces = BlockIndex | Partial | tuple[BlockIndex | Partial, ...]
 
 PerHead = float | str
-"""One number, or the name of a side tensor of the plan with one number for each query head of the layer."""
+"""One number, or the name of a side tensor of the plan with one number for each query head of
+the layer.
+"""
 
 Precision = Literal["native", "int8", "fp8"]
 
 
 @dataclass(frozen=True)
 class Order:
-    """Token ids in kernel order. Fewer ids than tokens: only these; −1: a hole (clusters begin on block edges).
+    """Token ids in kernel order. Fewer ids than tokens: only these; −1: a hole (clusters begin on
+    block edges).
 
-    `q_table` and `k_table` are int32 `[K, n]`, the few distinct orders; `row` (`[H]` or `[B, H]`) says which of them
-    a head uses. `None` leaves that side as it comes. Masks use original positions.
+    `q_table` and `k_table` are int32 `[K, n]`, the few distinct orders; `row` (`[H]` or `[B, H]`)
+    says which of them a head uses. `None` leaves that side as it comes. Masks use original
+    positions.
     """
 
     q_table: Tensor | None
@@ -50,7 +55,8 @@ class Order:
 class Execution:
     """With which arithmetic: precisions, smoothing, softmax skip and decode splits.
 
-    `skip` is λ (a number or fp32 `[H]`): a tile whose row maxima all stay `ln λ` under the running ones is dropped.
+    `skip` is λ (a number or fp32 `[H]`): a tile whose row maxima all stay `ln λ` under the running
+    ones is dropped.
     """
 
     qk: Precision = "native"
@@ -62,7 +68,9 @@ class Execution:
 
 @dataclass(frozen=True)
 class Kept:
-    """Surviving positions `[B, n]` of a token stream and, when tokens were merged, their weights."""
+    """Surviving positions `[B, n]` of a token stream and, when tokens were merged, their
+    weights.
+    """
 
     positions: Tensor
     weights: Tensor | None = None
@@ -70,14 +78,18 @@ class Kept:
 
 @dataclass(frozen=True)
 class Dial:
-    """The one field that trades quality for speed, and the values worth trying, from sparsest to densest."""
+    """The one field that trades quality for speed, and the values worth trying, from sparsest to
+    densest.
+    """
 
     field: str
     values: tuple[float, ...]
 
 
 class Method(BaseModel):
-    """Base of all methods: frozen hyper-parameters. A class lives alone in a file of `patches/methods/`."""
+    """Base of all methods: frozen hyper-parameters. A class lives alone in a file of
+    `patches/methods/`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -86,7 +98,9 @@ class Method(BaseModel):
 
     @property
     def kind(self) -> str:
-        """The name under which `load` finds the class: its file's name, or `package:name` for other packages."""
+        """The name under which `load` finds the class: its file's name, or `package:name` for
+        other packages.
+        """
         return kind_of(type(self))
 
     def calibrator(self, site: Site) -> Calibrator:
@@ -133,9 +147,11 @@ class Calibrator:
 
 
 class AttentionMethod(Method):
-    """Answers up to four questions about an attention call; an unanswered one keeps what dense attention does.
+    """Answers up to four questions about an attention call; an unanswered one keeps what dense
+    attention does.
 
-    A `static` method's index follows from the call's geometry alone: it is made once per shape and kept.
+    A `static` method's index follows from the call's geometry alone: it is made once per shape and
+    kept.
     """
 
     static: ClassVar[bool] = False
@@ -145,7 +161,9 @@ class AttentionMethod(Method):
         return None
 
     def index(self, call: AttentionCall) -> Pieces | None:
-        """Which keys each query tile reads; sees q and k in kernel order. None: dense (short prompt, …)."""
+        """Which keys each query tile reads; sees q and k in kernel order. None: dense (short
+        prompt, …).
+        """
         return None
 
     def execution(self, call: AttentionCall) -> Execution | None:
@@ -220,7 +238,8 @@ def names() -> tuple[str, ...]:
 
 @cache
 def load(name: str) -> type[Method]:
-    """The class of a method by name: `load("flex_prefill")`, or `load("package:name")` for another package.
+    """The class of a method by name: `load("flex_prefill")`, or `load("package:name")` for another
+    package.
 
     Raises:
         UnknownMethodError: nothing of that name; the message lists what there is.

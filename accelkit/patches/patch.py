@@ -25,7 +25,8 @@ from accelkit.errors import (
 from accelkit.patches.adapters import adapter_for, facts, sites
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import Method
-from accelkit.patches.plan import FILE, LayerPlan, Plan, Policy, Rule
+from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
+from accelkit.patches.plan_file import FILE
 from accelkit.patches.sites.attention import attend
 from accelkit.patches.state import PatchState, SiteCount
 
@@ -37,7 +38,9 @@ _EXPECTED = ("decode", "no policy")
 
 @dataclass(frozen=True)
 class Report:
-    """What a patched model did: calls, sparse calls, reasons for dense ones and densities by site."""
+    """What a patched model did: calls, sparse calls, reasons for dense ones and densities by
+    site.
+    """
 
     sites: dict[str, SiteCount]
 
@@ -60,7 +63,9 @@ class Report:
 
     @property
     def density(self) -> float | None:
-        """Mean computed ÷ visible pairs over all sites and heads, dense sites counted as 1; None if not measured."""
+        """Mean computed ÷ visible pairs over all sites and heads, dense sites counted as 1; None
+        if not measured.
+        """
         measured = [(s.density, s) for s in self.sites.values() if s.density is not None]
         if not measured:
             return None
@@ -99,7 +104,9 @@ class PatchHandle:
         self._warned: set[str] = set()
 
     def run(self, call: AttentionCall) -> Tensor | None:
-        """One call of the model's attention, `[B, Nq, Hq, Dv]`; None: dense, counted with its reason."""
+        """One call of the model's attention, `[B, Nq, Hq, Dv]`; None: dense, counted with its
+        reason.
+        """
         state, path = self.state, call.site.path
         if not self.enabled:
             return self._dense(path, "disabled")
@@ -179,18 +186,18 @@ def patch(
 ) -> PatchHandle:
     """Make `model` run `plan`, in place, and return the handle that undoes it.
 
-    A bare method, or several that answer different questions, is a plan with one row for every head. With
-    `strict=False` differences of model class only warn.
+    A bare method, or several that answer different questions, is a plan with one row for every
+    head. With `strict=False` differences of model class only warn.
 
     Raises:
         AlreadyPatchedError: the model carries another plan (an equal one is a no-op).
         PlanMismatchError: the plan does not fit; the message lists the first five problems.
-        NothingPatchedError: no site of the plan is in the model.
-        UnsupportedModelError, InvalidInputError: a model that cannot be patched, or a compiled one.
+        NothingPatchedError: no site of the plan is in the model. UnsupportedModelError,
+        InvalidInputError: a model that cannot be patched, or a compiled one.
 
     Example:
-        >>> with accelkit.patch(model, FlexPrefill(coverage=0.9)):
-        ...     model.generate(**inputs)
+    >>> with accelkit.patch(model, FlexPrefill(coverage=0.9)):
+    ...     model.generate(**inputs)
     """
     adapter, bare = adapter_for(model)
     if not isinstance(plan, Plan):
@@ -201,8 +208,8 @@ def patch(
             log.info("the model runs this plan already")
             return present
         raise AlreadyPatchedError(
-            f"{type(bare).__name__} already runs a plan with {len(present.plan.policies)} policies; "
-            "call its handle's remove() or accelkit.unpatch(model) first"
+            f"{type(bare).__name__} already runs a plan with {len(present.plan.policies)} "
+            "policies; call its handle's remove() or accelkit.unpatch(model) first"
         )
     _refuse_misfits(plan, model, strict)
     if not any(layer.rules for layer in plan.sites.values()):
@@ -261,7 +268,8 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
 
 
 def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Load a model folder that holds a plan and return the model, patched. `kwargs` go to transformers.
+    """Load a model folder that holds a plan and return the model, patched. `kwargs` go to
+    transformers.
 
     Raises:
         PlanError: the folder has no plan.
@@ -275,7 +283,9 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> Path:
-    """Write a patched model's folder with its plan beside the config; `from_pretrained` opens it patched."""
+    """Write a patched model's folder with its plan beside the config; `from_pretrained` opens it
+    patched.
+    """
     handle = handle_of(model)
     if handle is None:
         raise InvalidInputError(f"the model is not patched; there is no plan to write as {FILE}")

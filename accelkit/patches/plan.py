@@ -1,16 +1,15 @@
 """The plan: which policy every head of every site runs, when, and the evidence for it.
 
-A plan is JSON that a person can read and diff (`accelkit_plan.json`); per-head tables lie beside it in
-`accelkit_plan.safetensors`. Reading one needs neither torch nor the model's library.
+A plan is JSON that a person can read and diff (`accelkit_plan.json`); per-head tables lie beside it
+in `accelkit_plan.safetensors`. Reading one needs neither torch nor the model's library.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,7 +25,8 @@ from pydantic import (
     model_validator,
 )
 
-from accelkit.errors import PlanCorruptError, PlanError, PlanVersionError, UnknownMethodError
+from accelkit.errors import PlanError, UnknownMethodError
+from accelkit.patches import plan_file
 from accelkit.patches.method import (
     AttentionMethod,
     BlockMethod,
@@ -40,13 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accelkit.patches.call import Clock
-
-SCHEMA_VERSION = 1
-FILE = "accelkit_plan.json"
-TABLES_FILE = "accelkit_plan.safetensors"
-
-# From version N to N+1, pure dict → dict, kept for ever.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+    from accelkit.patches.plan_check import Problem
 
 
 def _read_method(value: Any) -> Any:
@@ -78,9 +72,11 @@ class _Part(BaseModel):
 
 
 class Reuse(_Part):
-    """Take the index that another site computed in this forward (`site=None`: this site, an earlier step).
+    """Take the index that another site computed in this forward (`site=None`: this site, an earlier
+    step).
 
-    `heads[h]` is the anchor's query head whose lists head h of this layer reads; None: the head of the same number.
+    `heads[h]` is the anchor's query head whose lists head h of this layer reads; None: the head of
+    the same number.
     """
 
     site: str | None = None
@@ -88,7 +84,9 @@ class Reuse(_Part):
 
 
 class Policy(_Part):
-    """What some heads run: methods that answer different questions, or reuse; nothing of both is dense."""
+    """What some heads run: methods that answer different questions, or reuse; nothing of both is
+    dense.
+    """
 
     methods: tuple[AnyAttentionMethod, ...] = ()
     reuse: Reuse | None = None
@@ -104,7 +102,8 @@ class Policy(_Part):
             for question in method.answers():
                 if question in answered:
                     raise ValueError(
-                        f"{answered[question]} and {method.kind} both answer {question!r}; a policy takes one answer each"
+                        f"{answered[question]} and {method.kind} both answer {question!r}; "
+                        "a policy takes one answer each"
                     )
                 answered[question] = method.kind
         return self
@@ -116,7 +115,9 @@ class Policy(_Part):
 
 
 class Rule(_Part):
-    """When a set of policies applies. `policies[h]` is a row of the plan's table for query head h, un-sharded."""
+    """When a set of policies applies. `policies[h]` is a row of the plan's table for query head
+    h, un-sharded.
+    """
 
     phase: Literal["prefill", "decode", "denoise"]
     min_tokens: int = Field(0, ge=0)
@@ -141,8 +142,10 @@ class Schedule(_Part):
 
 
 class Evidence(_Part):
-    """What calibration saw, per query head: relative L1 error of the head's output as executed, attention mass
-    covered, computed ÷ visible pairs; and the site's milliseconds beside those of dense at `tokens` tokens."""
+    """What calibration saw, per query head: relative L1 error of the head's output as executed,
+    attention mass covered, computed ÷ visible pairs; and the site's milliseconds beside those of
+    dense at `tokens` tokens.
+    """
 
     tokens: int
     error: tuple[float, ...]
@@ -188,7 +191,9 @@ class Fingerprint(_Part):
 
 
 class Limits(_Part):
-    """Where the plan was measured: dense below `min_length` tokens, one warning above `max_length`."""
+    """Where the plan was measured: dense below `min_length` tokens, one warning above
+    `max_length`.
+    """
 
     min_length: int = Field(0, ge=0)
     max_length: int | None = None
@@ -197,7 +202,9 @@ class Limits(_Part):
 
 
 class Budget(_Part):
-    """The quality that may be spent: relative L1 error of the last hidden state at scored positions, worst task."""
+    """The quality that may be spent: relative L1 error of the last hidden state at scored
+    positions, worst task.
+    """
 
     max_rel_error: float = Field(0.02, gt=0.0, lt=1.0)
 
@@ -221,7 +228,7 @@ class HeadGroup:
 class Plan(_Part):
     """Everything that `patch` needs and everything that calibration learnt."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = plan_file.SCHEMA_VERSION
     producer: dict[str, str | None] = {}
     fingerprint: Fingerprint
     calibration: dict[str, Any] = {}
@@ -282,9 +289,9 @@ class Plan(_Part):
 
     def check(self, model: Any) -> list[Problem]:
         """Every problem of running this plan on `model`, each with its mend; empty when it fits."""
-        from accelkit.patches.adapters import (
-            facts,
-        )  # the model's side of the comparison lies above the plan
+        # The model's side of the comparison lies above the plan, so it is fetched when asked for.
+        from accelkit.patches.adapters import facts
+        from accelkit.patches.plan_check import compare
 
         return compare(self, *facts(model))
 
@@ -300,38 +307,13 @@ class Plan(_Part):
         """Parse and validate.
 
         Raises:
-            PlanCorruptError: not JSON, or not an object.
-            PlanVersionError: written by a newer schema.
-            PlanError: a field is wrong; the message has its path.
+            PlanCorruptError: not JSON, or not an object. PlanVersionError: written by a newer
+            schema. PlanError: a field is wrong; the message has its path.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanCorruptError(
-                f"{where}: not valid JSON ({error}); restore the file or calibrate again"
-            ) from error
-        if not isinstance(data, dict) or not isinstance(data.get("schema_version"), int):
-            raise PlanCorruptError(
-                f"{where}: not a plan (no integer 'schema_version'); expected a file written by accelkit"
-            )
-        version = data["schema_version"]
-        if version > SCHEMA_VERSION:
-            made_by = (data.get("producer") or {}).get("version", "a newer version")
-            raise PlanVersionError(
-                f"{where}: schema {version}, this accelkit reads up to {SCHEMA_VERSION}; install accelkit {made_by} or newer"
-            )
-        while version < SCHEMA_VERSION:
-            if version not in MIGRATIONS:
-                raise PlanVersionError(
-                    f"{where}: schema {version} is too old to be read; calibrate again"
-                )
-            data = MIGRATIONS[version](data)
-            version += 1
-            data["schema_version"] = version
-        try:
-            return Plan.model_validate(data)
+            return Plan.model_validate(plan_file.parse(text, where))
         except ValidationError as error:
-            raise PlanError(f"{where}: {describe(error)}") from error
+            raise PlanError(f"{where}: {plan_file.describe(error)}") from error
 
     def save_pretrained(
         self,
@@ -340,26 +322,19 @@ class Plan(_Part):
         push_to_hub: bool = False,
         repo_id: str | None = None,
     ) -> Path:
-        """Write the plan into `folder`; the old one stays intact until the new one is whole. Returns the JSON's path."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        plan = self
-        if self._tables:
-            from safetensors.torch import save
+        """Write the plan into `folder` and return the JSON's path.
 
-            blob = save(
-                {k: v.contiguous() for k, v in sorted(self._tables.items())},
-                {"accelkit_schema": str(SCHEMA_VERSION)},
-            )
-            digest = hashlib.sha256(blob).hexdigest()
-            plan = self.model_copy(
-                update={"tables_file": TablesFile(file=TABLES_FILE, sha256=digest)}
-            )
-            _replace(folder / TABLES_FILE, blob)
-        _replace(folder / FILE, plan.to_json().encode())
+        An older plan there stays intact until the new one is whole.
+        """
+        blob, plan = None, self
+        if self._tables:
+            blob, digest = plan_file.pack(self._tables)
+            tables_file = TablesFile(file=plan_file.TABLES_FILE, sha256=digest)
+            plan = self.model_copy(update={"tables_file": tables_file})
+        path = plan_file.write(Path(folder), plan.to_json(), blob)
         if push_to_hub:
-            plan.push_to_hub(repo_id or folder.name)
-        return folder / FILE
+            self.push_to_hub(repo_id or Path(folder).name)
+        return path
 
     @staticmethod
     def from_pretrained(
@@ -375,42 +350,23 @@ class Plan(_Part):
         """Read a plan from a file, a folder or a hub repository.
 
         Raises:
-            PlanError: nothing there, or a wrong field. PlanCorruptError: damaged text, side tensors missing or with
-            a wrong hash. PlanVersionError: newer schema.
+            PlanError: nothing there, or a wrong field. PlanCorruptError: damaged text, side tensors
+            missing or with a wrong hash. PlanVersionError: newer schema.
         """
-        path = Path(name_or_path)
-        if path.is_dir():
-            path = path / (subfolder or "") / FILE
-        if path.exists():
-            fetch = lambda name: path.parent / name  # noqa: E731
-        elif (
-            path.suffix == ".json"
-            or str(name_or_path).startswith((".", "/"))
-            or str(name_or_path).count("/") != 1
-        ):
-            raise PlanError(
-                f"no plan at {path}; expected a file, a folder holding {FILE} or a hub id 'owner/name'"
-            )
-        else:
-            from huggingface_hub import hf_hub_download
-
-            fetch = lambda name: Path(
-                hf_hub_download(  # noqa: E731
-                    str(name_or_path),
-                    name,
-                    revision=revision,
-                    subfolder=subfolder,
-                    token=token,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only,
-                    force_download=force_download,
-                )
-            )
-            path = fetch(FILE)
-        plan = Plan.from_json(path.read_text(encoding="utf-8"), where=str(path))
+        path, fetch = plan_file.find(
+            name_or_path,
+            subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        plan = Plan.from_json(plan_file.read(path), where=str(path))
         if plan.tables_file is None:
             return plan
-        return plan.with_tables(_read_tables(fetch(plan.tables_file.file), plan.tables_file.sha256))
+        stored = plan.tables_file
+        return plan.with_tables(plan_file.unpack(fetch(stored.file), stored.sha256))
 
     def push_to_hub(
         self,
@@ -434,141 +390,3 @@ class Plan(_Part):
                 commit_message=commit_message,
                 create_pr=create_pr,
             )
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One reason why a plan does not fit a model, and what to do. A `fatal` one makes `patch` refuse."""
-
-    where: str
-    what: str
-    mend: str
-    fatal: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}; {self.mend}"
-
-
-def compare(plan: Plan, model: Fingerprint, sites: Mapping[str, int]) -> list[Problem]:
-    """Differences between a plan and a model, given the model's fingerprint and its sites with their query heads."""
-    problems: list[Problem] = []
-    made_for = plan.fingerprint
-    again = "calibrate this model, or use the plan's own model"
-    if (made_for.class_name, made_for.model_type) != (model.class_name, model.model_type):
-        problems.append(
-            Problem(
-                "model",
-                f"the plan is for {made_for.class_name} ({made_for.model_type}), "
-                f"this is {model.class_name} ({model.model_type})",
-                again,
-            )
-        )
-    for name, component in made_for.components.items():
-        here = model.components.get(name)
-        if here is None:
-            problems.append(Problem(name, "the model has no such component", again))
-            continue
-        for field in Component.model_fields:
-            expected, found = getattr(component, field), getattr(here, field)
-            if expected != found:
-                problems.append(
-                    Problem(name, f"{field}: the plan has {expected}, the model {found}", again)
-                )
-    order = {path: n for n, path in enumerate(sites)}
-    for path, layer in plan.sites.items():
-        if path not in sites:
-            problems.append(Problem(path, "no such attention module in the model", again))
-            continue
-        for rule in layer.rules:
-            if len(rule.policies) != sites[path]:
-                problems.append(
-                    Problem(
-                        path,
-                        f"{len(rule.policies)} heads in the plan, {sites[path]} in the model",
-                        again,
-                    )
-                )
-            for row in set(rule.policies):
-                reuse = plan.policies[row].reuse
-                if reuse is None or reuse.site is None:
-                    continue
-                if reuse.site not in order or order[reuse.site] >= order[path]:
-                    problems.append(
-                        Problem(
-                            path,
-                            f"reuses {reuse.site!r}, which does not run before it",
-                            "anchors must be earlier sites of the same model",
-                        )
-                    )
-                elif reuse.heads is not None and max(reuse.heads) >= sites[reuse.site]:
-                    problems.append(
-                        Problem(
-                            path,
-                            f"reuses head {max(reuse.heads)} of {reuse.site!r}, which has "
-                            f"{sites[reuse.site]}",
-                            "use head ids of the anchor",
-                        )
-                    )
-    if not problems and made_for.config_hash != model.config_hash:
-        keys = sorted(
-            k
-            for k in made_for.config.keys() | model.config.keys()
-            if made_for.config.get(k) != model.config.get(k)
-        )
-        problems.append(
-            Problem(
-                "config",
-                f"differs in {', '.join(keys) or 'unrecorded keys'}",
-                "check with `accelkit eval --against dense`",
-                fatal=False,
-            )
-        )
-    return problems
-
-
-def describe(error: ValidationError, most: int = 5) -> str:
-    """A pydantic error as `path: message (found …)` lines."""
-    lines = []
-    for item in error.errors()[:most]:
-        path = ".".join(str(p) for p in item["loc"]) or "top level"
-        found = repr(item.get("input"))
-        lines.append(f"{path}: {item['msg']} (found {found[:80]})")
-    more = error.error_count() - most
-    return "; ".join(lines) + (f"; and {more} more" if more > 0 else "")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside the target and rename: a full disk leaves the old file whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        Path(name).unlink(missing_ok=True)
-        raise PlanError(
-            f"{path}: could not be written ({error}); an older plan there is untouched"
-        ) from error
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _read_tables(path: Path, sha256: str) -> dict[str, Tensor]:
-    try:
-        blob = path.read_bytes()
-    except OSError as error:
-        raise PlanCorruptError(
-            f"{path}: side tensors are missing; they belong beside {FILE}"
-        ) from error
-    digest = hashlib.sha256(blob).hexdigest()
-    if digest != sha256:
-        raise PlanCorruptError(
-            f"{path}: SHA-256 is {digest[:12]}…, the plan expects {sha256[:12]}…; restore the file"
-        )
-    from safetensors.torch import load as load_tensors
-
-    return load_tensors(blob)

@@ -1,4 +1,6 @@
-"""What one generation remembers, and what a handle counts. All of it lives here, never on modules or methods."""
+"""What one generation remembers, and what a handle counts. All of it lives here, never on
+modules or methods.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class SiteCount:
-    """Calls of one site: how many ran sparse, why the others did not, and densities if they were measured."""
+    """Calls of one site: how many ran sparse, why the others did not, and densities if they were
+    measured.
+    """
 
     calls: int = 0
     sparse: int = 0
@@ -37,9 +41,9 @@ class SiteCount:
 class PatchState:
     """Memory of one patched model.
 
-    `memory` belongs to a site and guidance branch for one generation; `indices` are the lists of anchor sites for the
-    layers that reuse them in the same forward; `static` caches answers that follow from geometry alone and survives
-    generations.
+    `memory` belongs to a site and guidance branch for one generation; `indices` are the lists of
+    anchor sites for the layers that reuse them in the same forward; `static` caches answers that
+    follow from geometry alone and survives generations.
     """
 
     def __init__(self, plan: Plan) -> None:

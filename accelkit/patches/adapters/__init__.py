@@ -1,4 +1,6 @@
-"""Adapters find the sites of a model and open the doors to them. One adapter a library, imported when it is needed."""
+"""Adapters find the sites of a model and open the doors to them. One adapter a library, imported
+when it is needed.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def adapter_for(model: Any) -> tuple[Adapter, Any]:
     """
     if type(model).__name__ == "OptimizedModule":
         raise InvalidInputError(
-            "the model is compiled; pass the model itself to accelkit first and call torch.compile afterwards"
+            "the model is compiled; pass the model itself to accelkit first and call "
+            "torch.compile afterwards"
         )
     bare = model
     if hasattr(bare, "module") and type(bare).__name__.endswith("Parallel"):
@@ -53,9 +56,11 @@ def adapter_for(model: Any) -> tuple[Adapter, Any]:
         bare = bare.get_base_model()
     libraries = {c.__module__.partition(".")[0] for c in type(bare).__mro__}
     if "transformers" in libraries:
-        return import_module("accelkit.patches.adapters.transformers"), bare  # type: ignore[return-value]
+        module = import_module("accelkit.patches.adapters.transformers")
+        return module, bare  # type: ignore[return-value]
     raise UnsupportedModelError(
-        f"{type(model).__name__}: no adapter knows this class; expected a transformers PreTrainedModel"
+        f"{type(model).__name__}: no adapter knows this class; "
+        "expected a transformers PreTrainedModel"
     )
 
 
@@ -85,10 +90,11 @@ class _Watcher:
         pass
 
 
-class watch:  # noqa: N801 - used as `with watch(model, see):`
+class watch:
     """While open, every attention call of `model` is shown to `see(call)` before it runs.
 
-    A tensor `[B, Hq, Nq, Dv]` that `see` returns replaces the call's output; None runs dense as before.
+    A tensor `[B, Hq, Nq, Dv]` that `see` returns replaces the call's output; None runs dense as
+    before.
     """
 
     def __init__(self, model: Any, see: Callable[[AttentionCall], Tensor | None]) -> None:

@@ -1,12 +1,12 @@
 """transformers: the attention interface and the mask interface are the only doors used.
 
-Each previous implementation ("sdpa", "eager", …) gets one name of ours, `accelkit-over-<previous>`, registered in both
-interfaces, so that dense calls and masks go back to exactly what ran before. Everything that depends on the plan
-happens inside one custom op, opaque to `torch.compile`.
+Each previous implementation ("sdpa", "eager", …) gets one name of ours, `accelkit-over-<previous>`,
+registered in both interfaces, so that dense calls and masks go back to exactly what ran before.
+Everything that depends on the plan happens inside one custom op, opaque to `torch.compile`.
 
 Our mask function tells the attention function what it needs through the number of dimensions:
-None: first prefill · 1: no padding, queries at the end of the keys · 2: bool key mask, likewise · 4: any other mask,
-which only the previous implementation understands.
+    None: first prefill · 1: no padding, queries at the end of the keys · 2: bool key mask, likewise
+    · 4: any other mask, which only the previous implementation understands.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ VOLATILE = {
     "output_hidden_states",
     "return_dict",
 }
-# Arguments of the attention function that change what is computed; accelkit's kernels do not know them.
+# Arguments of the attention function that change what is computed; accelkit's kernels do not know
+# them.
 MEANINGFUL = ("softcap", "s_aux", "position_bias", "sliding_window", "cache", "head_mask")
 
 
@@ -69,7 +70,9 @@ _NUMBERS = itertools.count(1)
 
 
 def attention_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str | None]]:
-    """Path, module and, where it must stay dense, the reason, of every causal attention module in running order."""
+    """Path, module and, where it must stay dense, the reason, of every causal attention module
+    in running order.
+    """
     classes: set[type] = set()
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
@@ -290,7 +293,9 @@ def _full_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor) -> A
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, number: int
 ) -> Tensor:
-    """One attention call of a connected module: `[B, Nq, Hq, Dv]` from q `[B, Hq, Nq, D]` and unexpanded k, v."""
+    """One attention call of a connected module: `[B, Nq, Hq, Dv]` from q `[B, Hq, Nq, D]` and
+    unexpanded k, v.
+    """
     door = _DOORS[number]
     n_q, heads = query.shape[2], query.shape[1]
     full_key, full_value = key, value
@@ -302,8 +307,8 @@ def _attention(
     expected = module.config.num_attention_heads
     if heads != expected:
         raise ParallelNotSupportedError(
-            f"{door.site.path}: {heads} query heads here, {expected} in the config; tensor parallel "
-            "execution is not supported, load the model on one device or with device_map"
+            f"{door.site.path}: {heads} query heads here, {expected} in the config; tensor "
+            "parallel execution is not supported, load the model on one device or with device_map"
         )
     q_start = 0 if mask is None else key.shape[2] - n_q
     call = AttentionCall(

@@ -1,7 +1,7 @@
 """One attention call: order → pieces → kernels → merge → finish.
 
-`answer` asks a policy what to do, `compute` does it for one policy (calibration lives on these two), and `attend` runs
-all head groups of a call, joining those that can share a launch.
+`answer` asks a policy what to do, `compute` does it for one policy (calibration lives on these
+two), and `attend` runs all head groups of a call, joining those that can share a launch.
 """
 
 from __future__ import annotations
@@ -25,21 +25,26 @@ if TYPE_CHECKING:
 
 Piece = BlockIndex | Partial
 DENSE_UNIT = (128, 128)
+PLAIN = Execution()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a policy decided for some heads: the call in kernel order, disjoint pieces and the arithmetic."""
+    """What a policy decided for some heads: the call in kernel order, disjoint pieces and the
+    arithmetic.
+    """
 
     call: AttentionCall
     pieces: tuple[Piece, ...]
-    execution: Execution = Execution()
+    execution: Execution = PLAIN
     order: Order | None = None
     finishers: tuple[AttentionMethod, ...] = ()
 
     @property
     def plain(self) -> bool:
-        """One list in token order and nothing afterwards: may share a launch with others of its kind."""
+        """One list in token order and nothing afterwards: may share a launch with others of its
+        kind.
+        """
         return (
             len(self.pieces) == 1
             and isinstance(self.pieces[0], BlockIndex)
@@ -62,7 +67,7 @@ def answer(
     order = _first(m.order(call) for m in policy.methods if "order" in m.answers())
     seen = call if order is None else in_kernel_order(call, order)
     found = (m.execution(seen) for m in policy.methods if "execution" in m.answers())
-    execution = _first(found) or Execution()
+    execution = _first(found) or PLAIN
     finishers = tuple(m for m in policy.methods if "finish" in m.answers())
     if policy.reuse is not None:
         if state is None:
@@ -75,7 +80,7 @@ def answer(
     pieces = _first(m.index(seen) for m in policy.methods if "index" in m.answers())
     if pieces is None:
         # An execution alone (softmax skip, precision) runs over every visible block.
-        if execution == Execution() and not finishers:
+        if execution == PLAIN and not finishers:
             return None
         rows = -(-call.n_q // DENSE_UNIT[0])
         pieces = BlockIndex.dense(len(call.heads), rows, DENSE_UNIT, call.q.device)
@@ -92,7 +97,8 @@ def compute(
 ) -> Partial:
     """Run one answer: output `[B, len(heads), Nq, Dv]` and lse of its heads, in token order.
 
-    `rows` computes these query tiles of the index only (others are zero); it needs pieces of one tile height.
+    `rows` computes these query tiles of the index only (others are zero); it needs pieces of one
+    tile height.
     """
     call = answered.call
     parts = tuple(
@@ -115,7 +121,8 @@ def attend(
 ) -> bool:
     """Run every head group of `call` into `out` `[B, Hq, Nq, Dv]` (any strides, last one 1).
 
-    Returns False, with `out` untouched, when every group turned out dense: the caller then runs what it ran before.
+    Returns False, with `out` untouched, when every group turned out dense: the caller then runs
+    what it ran before.
     """
     answers: list[Answer] = []
     dense: list[int] = []

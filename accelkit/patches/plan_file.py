@@ -1,0 +1,159 @@
+"""How a plan lies on disk or on the hub: text and versions, side tensors with their hash; a file
+is replaced whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from accelkit.errors import PlanCorruptError, PlanError, PlanVersionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA_VERSION = 1
+FILE = "accelkit_plan.json"
+TABLES_FILE = "accelkit_plan.safetensors"
+
+# From version N to N+1, pure dict → dict, kept for ever.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """The plan's data at the present schema version; `where` names the source in errors."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanCorruptError(
+            f"{where}: not valid JSON ({error}); restore the file or calibrate again"
+        ) from error
+    if not isinstance(data, dict) or not isinstance(data.get("schema_version"), int):
+        raise PlanCorruptError(
+            f"{where}: not a plan (no integer 'schema_version'); expected a file of accelkit's"
+        )
+    version = data["schema_version"]
+    if version > SCHEMA_VERSION:
+        made_by = (data.get("producer") or {}).get("version", "a newer version")
+        raise PlanVersionError(
+            f"{where}: schema {version}, this accelkit reads up to {SCHEMA_VERSION}; "
+            f"install accelkit {made_by} or newer"
+        )
+    while version < SCHEMA_VERSION:
+        if version not in MIGRATIONS:
+            raise PlanVersionError(
+                f"{where}: schema {version} is too old to be read; calibrate again"
+            )
+        data = MIGRATIONS[version](data)
+        version += 1
+        data["schema_version"] = version
+    return data
+
+
+def describe(error: ValidationError, most: int = 5) -> str:
+    """A pydantic error as `path: message (found …)` lines."""
+    lines = []
+    for item in error.errors()[:most]:
+        path = ".".join(str(p) for p in item["loc"]) or "top level"
+        found = repr(item.get("input"))
+        lines.append(f"{path}: {item['msg']} (found {found[:80]})")
+    more = error.error_count() - most
+    return "; ".join(lines) + (f"; and {more} more" if more > 0 else "")
+
+
+def write(folder: Path, text: str, tables: bytes | None) -> Path:
+    """Put a plan's text and packed side tensors into `folder`; returns the text's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if tables is not None:
+        _replace(folder / TABLES_FILE, tables)
+    _replace(folder / FILE, text.encode())
+    return folder / FILE
+
+
+def find(
+    name_or_path: str | os.PathLike[str], subfolder: str | None, **hub: Any
+) -> tuple[Path, Callable[[str], Path]]:
+    """The plan's path and how to get a file beside it; `hub` are `hf_hub_download`'s arguments."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / (subfolder or "") / FILE
+    if path.exists():
+        return path, lambda name: path.parent / name
+    name = str(name_or_path)
+    if path.suffix == ".json" or name.startswith((".", "/")) or name.count("/") != 1:
+        raise PlanError(
+            f"no plan at {path}; expected a file, a folder holding {FILE} or a hub id 'owner/name'"
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    def fetch(file: str) -> Path:
+        return Path(hf_hub_download(name, file, subfolder=subfolder, **hub))
+
+    try:
+        return fetch(FILE), fetch
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise PlanError(
+            f"no plan at {name}: neither a folder here nor to be had from the hub ({error})"
+        ) from error
+
+
+def read(path: Path) -> str:
+    """The plan's text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanCorruptError(f"{path}: could not be read ({error}); restore the file") from error
+
+
+def pack(tables: Mapping[str, Tensor]) -> tuple[bytes, str]:
+    """Side tensors as safetensors bytes, and their SHA-256."""
+    from safetensors.torch import save
+
+    ordered = {k: v.contiguous() for k, v in sorted(tables.items())}
+    blob = save(ordered, {"accelkit_schema": str(SCHEMA_VERSION)})
+    return blob, hashlib.sha256(blob).hexdigest()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside the target and rename: a full disk leaves the old file whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise PlanError(
+            f"{path}: could not be written ({error}); an older plan there is untouched"
+        ) from error
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def unpack(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Side tensors of a plan, checked against the hash that the plan gives."""
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise PlanCorruptError(
+            f"{path}: side tensors are missing; they belong beside {FILE}"
+        ) from error
+    digest = hashlib.sha256(blob).hexdigest()
+    if digest != sha256:
+        raise PlanCorruptError(
+            f"{path}: SHA-256 is {digest[:12]}…, the plan expects {sha256[:12]}…; restore the file"
+        )
+    from safetensors.torch import load as load_tensors
+
+    return load_tensors(blob)

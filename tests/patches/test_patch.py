@@ -1,0 +1,313 @@
+"""Patching: what runs sparse, what stays dense, and that undoing leaves no trace."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import accelkit
+from accelkit.errors import (
+    AlreadyPatchedError,
+    DenseFallbackWarning,
+    InvalidInputError,
+    NothingPatchedError,
+    PlanMismatchError,
+    UnsupportedModelError,
+)
+from accelkit.patches.method import load
+from accelkit.patches.patch import handle_of, plan_of, save_pretrained
+from accelkit.patches.plan import Limits, Plan, Policy, Reuse, Rule
+from tests.patches.conftest import FAMILIES, attributes, tiny
+
+WINDOW = load("window")
+NARROW = WINDOW(sink_tokens=16, window_tokens=48, block=16)
+WIDE = WINDOW(sink_tokens=16, window_tokens=4096, block=16)
+# Families whose full-attention layers may run sparse, and how many of the two layers that is.
+SPARSE_LAYERS = {"mistral": 0, "gemma3_text": 1, "gpt_oss": 0}
+pytestmark = pytest.mark.filterwarnings("ignore::accelkit.errors.DenseFallbackWarning")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_patches_runs_and_undoes(family, ids):
+    model = tiny(family)
+    mask = torch.ones_like(ids)
+    mask[1, :57] = 0
+    dense, padded = model(ids).logits, model(ids, attention_mask=mask).logits
+    before = attributes(model)
+    implementation = model.config._attn_implementation
+    sparse_layers = SPARSE_LAYERS.get(family, 2)
+    if family == "mistral":
+        with pytest.raises(NothingPatchedError):
+            accelkit.patch(model, NARROW)
+    else:
+        with accelkit.patch(model, WIDE) as handle:
+            torch.testing.assert_close(model(ids).logits, dense, atol=2e-4, rtol=1e-3)
+            wide = model(ids, attention_mask=mask).logits
+            torch.testing.assert_close(wide[0], padded[0], atol=2e-4, rtol=1e-3)
+            torch.testing.assert_close(wide[1, 57:], padded[1, 57:], atol=2e-4, rtol=1e-3)
+            assert handle.report().sparse_calls == 2 * sparse_layers
+        with accelkit.patch(model, NARROW) as handle, handle.measuring():
+            narrow = model(ids).logits
+            if sparse_layers:
+                assert not torch.allclose(narrow, dense, atol=1e-3)
+                assert 0 < handle.report().density < 1
+            else:
+                assert torch.equal(narrow, dense)
+                assert handle.report().dense
+    assert torch.equal(model(ids).logits, dense)
+    assert torch.equal(model(ids, attention_mask=mask).logits, padded)
+    assert model.config._attn_implementation == implementation
+    assert attributes(model) == before
+
+
+def test_gpt_oss_sinks_stay_dense_with_a_reason(ids):
+    model = tiny("gpt_oss")
+    with accelkit.patch(model, NARROW) as handle, pytest.warns(DenseFallbackWarning, match="s aux"):
+        model(ids)
+    assert handle.report().dense["s aux"] == 1
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_dense_fallback_is_bit_identical(llama, ids, implementation):
+    llama.set_attn_implementation(implementation)
+    mask = torch.ones_like(ids)
+    mask[1, :57] = 0
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    plain, padded = llama(ids).logits, llama(ids, attention_mask=mask).logits
+    answer = llama.generate(ids, attention_mask=mask, **settings)
+    plan = plan_of(llama, NARROW).model_copy(update={"limits": Limits(min_length=10_000)})
+    with accelkit.patch(llama, plan) as handle:
+        assert torch.equal(llama(ids).logits, plain)
+        assert torch.equal(llama(ids, attention_mask=mask).logits, padded)
+        assert torch.equal(llama.generate(ids, attention_mask=mask, **settings), answer)
+        assert handle.report().sparse_calls == 0
+        assert handle.report().dense["shorter than the minimum length"] > 0
+
+
+def chunked(model, ids, cut, cache):
+    model(ids[:, :cut], past_key_values=cache)
+    return model(ids[:, cut:], past_key_values=cache).logits
+
+
+def test_chunked_prefill_equals_one_shot_rows(llama, ids):
+    with accelkit.patch(llama, NARROW) as handle:
+        whole = llama(ids).logits
+        parts = chunked(llama, ids, 128, DynamicCache(config=llama.config))
+        assert handle.report().sparse_calls == 6
+    torch.testing.assert_close(parts, whole[:, 128:], atol=2e-4, rtol=1e-3)
+
+
+def test_static_cache(llama, ids):
+    dense = llama.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="static")
+    with accelkit.patch(llama, WIDE) as handle:
+        same = llama.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="static")
+        assert handle.report().sparse_calls > 0
+    assert torch.equal(dense, same)
+    with accelkit.patch(llama, WIDE):
+        cache = StaticCache(config=llama.config, max_cache_len=320)
+        first = llama(ids, past_key_values=cache).logits
+    torch.testing.assert_close(first, llama(ids).logits, atol=2e-4, rtol=1e-3)
+
+
+def test_second_turn_and_prefix_cache(llama, ids):
+    cache = DynamicCache(config=llama.config)
+    llama(ids[:, :200], past_key_values=cache)
+    reference = llama(ids[:, 200:], past_key_values=cache).logits
+    with accelkit.patch(llama, WIDE) as handle:
+        again = chunked(llama, ids, 200, DynamicCache(config=llama.config))
+        assert handle.report().sparse_calls == 4
+    torch.testing.assert_close(again, reference, atol=2e-4, rtol=1e-3)
+
+
+def test_generate_twice_gives_the_same(llama, ids):
+    with accelkit.patch(llama, NARROW):
+        first = llama.generate(ids, max_new_tokens=4, do_sample=False)
+        second = llama.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(first, second)
+
+
+def test_gradients_run_dense_and_warn(llama, ids):
+    with torch.enable_grad(), accelkit.patch(llama, NARROW) as handle:
+        with pytest.warns(DenseFallbackWarning, match="gradients"):
+            loss = llama(ids).logits.sum()
+        loss.backward()
+    assert handle.report().sparse_calls == 0
+    assert llama.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_heads_of_a_layer_may_differ(llama, ids):
+    """Mixed lanes equal the groups run one by one: head 0 narrow, 1 dense, 2 wide, 3 narrow."""
+    base = plan_of(llama, NARROW)
+    policies = (Policy(), Policy(methods=(NARROW,)), Policy(methods=(WIDE,)))
+    rule = Rule(phase="prefill", policies=(1, 0, 2, 1))
+    sites = {path: s.model_copy(update={"rules": (rule,)}) for path, s in base.sites.items()}
+    mixed = base.model_copy(update={"policies": policies, "sites": sites})
+    seen = {}
+
+    def outputs(model, plan):
+        hooks = [
+            layer.self_attn.o_proj.register_forward_pre_hook(
+                lambda _, args, n=n: seen.setdefault((id(plan), n), args[0].clone())
+            )
+            for n, layer in enumerate(model.model.layers)
+        ]
+        with accelkit.patch(model, plan):
+            model(ids)
+        for hook in hooks:
+            hook.remove()
+        return seen[(id(plan), 0)].view(2, 300, 4, 16)
+
+    got, narrow = outputs(llama, mixed), outputs(llama, plan_of(llama, NARROW))
+    wide = outputs(llama, plan_of(llama, WIDE))
+    torch.testing.assert_close(got[:, :, [0, 3]], narrow[:, :, [0, 3]])
+    torch.testing.assert_close(got[:, :, [1, 2]], wide[:, :, [1, 2]], atol=1e-5, rtol=1e-4)
+
+
+def test_reuse_reads_the_anchors_lists(llama, ids):
+    """Layer 1 reuses layer 0's lists through a head map: with a static pattern that changes nothing."""
+    base = plan_of(llama, NARROW)
+    first, second = base.sites
+    policies = (*base.policies, Policy(reuse=Reuse(site=first, heads=(3, 2, 1, 0))))
+    again = base.sites[second].model_copy(
+        update={"rules": (Rule(phase="prefill", policies=(1, 1, 1, 1)),)}
+    )
+    plan = base.model_copy(update={"policies": policies, "sites": {**base.sites, second: again}})
+    with accelkit.patch(llama, base):
+        direct = llama(ids).logits
+    with accelkit.patch(llama, plan) as handle:
+        reused = llama(ids).logits
+        assert handle.report().sparse_calls == 2
+    assert torch.equal(direct, reused)
+
+
+def test_compile_fullgraph(llama, ids):
+    with accelkit.patch(llama, NARROW) as handle:
+        eager = llama(ids, use_cache=True).logits
+        compiled = torch.compile(llama, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(
+            compiled(ids, use_cache=True).logits, eager, atol=1e-5, rtol=1e-4
+        )
+        assert handle.report().sparse_calls == 4
+    torch._dynamo.reset()
+
+
+def test_compiled_model_is_refused(llama):
+    with pytest.raises(InvalidInputError, match=r"torch\.compile afterwards"):
+        accelkit.patch(torch.compile(llama), NARROW)
+
+
+def test_patching_twice(llama):
+    handle = accelkit.patch(llama, NARROW)
+    assert accelkit.patch(llama, NARROW) is handle
+    with pytest.raises(AlreadyPatchedError, match="remove"):
+        accelkit.patch(llama, WIDE)
+    accelkit.unpatch(llama)
+    assert handle_of(llama) is None
+    handle.remove()
+
+
+def test_disabled_block_is_dense(llama, ids):
+    dense = llama(ids).logits
+    with accelkit.patch(llama, NARROW):
+        with accelkit.disabled(llama):
+            assert torch.equal(llama(ids).logits, dense)
+        assert not torch.equal(llama(ids).logits, dense)
+
+
+def test_failed_patch_leaves_the_model(llama, ids, monkeypatch):
+    before, dense = attributes(llama), llama(ids).logits
+    from accelkit.patches.adapters import transformers as adapter
+
+    calls = iter(range(1))
+    monkeypatch.setattr(adapter, "_implementation", lambda module: next(calls) or print)
+    with pytest.raises(StopIteration):
+        accelkit.patch(llama, NARROW)
+    monkeypatch.undo()
+    assert attributes(llama) == before
+    assert torch.equal(llama(ids).logits, dense)
+
+
+def test_plan_of_another_model_lists_differences(llama):
+    plan = plan_of(tiny("llama", num_attention_heads=8, num_hidden_layers=3), NARROW)
+    with pytest.raises(PlanMismatchError) as error:
+        accelkit.patch(llama, plan)
+    text = str(error.value)
+    assert "layers: the plan has 3, the model 2" in text
+    assert "q_heads: the plan has 8, the model 4" in text
+    assert "model.layers.2.self_attn" in text
+
+
+def test_changed_config_only_warns(llama):
+    plan = plan_of(tiny("llama", rope_theta=5e5), NARROW)
+    with pytest.warns(accelkit.errors.PlanTransferWarning, match="rope"):
+        accelkit.patch(llama, plan).remove()
+
+
+def test_unknown_class_is_refused():
+    with pytest.raises(UnsupportedModelError, match="Linear"):
+        accelkit.patch(torch.nn.Linear(2, 2), NARROW)
+
+
+def test_patched_model_saves_the_same_bytes(llama, tmp_path, ids):
+    llama.save_pretrained(tmp_path / "plain")
+    with accelkit.patch(llama, NARROW):
+        sparse = llama(ids).logits
+        save_pretrained(llama, tmp_path / "patched")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "plain" / name).read_bytes() == (
+            tmp_path / "patched" / name
+        ).read_bytes()
+    again = accelkit.from_pretrained(tmp_path / "patched")
+    assert torch.equal(again(ids).logits, sparse)
+    assert Plan.from_pretrained(tmp_path / "patched") == handle_of(again).plan
+
+
+def test_warning_free_when_all_is_well(llama, ids):
+    with warnings.catch_warnings(), accelkit.patch(llama, NARROW):
+        warnings.simplefilter("error", DenseFallbackWarning)
+        llama.generate(ids, max_new_tokens=3, do_sample=False)
+
+
+def test_unmerged_lora(llama, ids):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model.eval()
+    dense = model(ids).logits
+    with accelkit.patch(model, WIDE) as handle:
+        torch.testing.assert_close(model(ids).logits, dense, atol=2e-4, rtol=1e-3)
+        assert handle.report().sparse_calls == 2
+        assert "model.layers.0.self_attn" in handle.report().sites
+    assert torch.equal(model(ids).logits, dense)
+
+
+def test_device_map_auto(tmp_path, ids):
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    tiny("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto").eval()
+    ids = ids.to(model.device)
+    dense = model(ids).logits
+    with accelkit.patch(model, WIDE) as handle:
+        torch.testing.assert_close(model(ids).logits, dense, atol=2e-4, rtol=1e-3)
+        assert handle.report().sparse_calls == 2
+    assert torch.equal(model(ids).logits, dense)
+
+
+def test_quantised_weights(llama, ids):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(llama, torchao.Int8WeightOnlyConfig())
+    dense = llama(ids).logits
+    with accelkit.patch(llama, WIDE) as handle:
+        torch.testing.assert_close(llama(ids).logits, dense, atol=2e-4, rtol=1e-3)
+        assert handle.report().sparse_calls == 2
+    assert torch.equal(llama(ids).logits, dense)

@@ -1,0 +1,182 @@
+"""Plan files: round trip, exact errors, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from accelkit.errors import PlanCorruptError, PlanError, PlanVersionError
+from accelkit.patches.call import Clock
+from accelkit.patches.plan import (
+    Component,
+    Fingerprint,
+    LayerPlan,
+    Limits,
+    Plan,
+    Policy,
+    Reuse,
+    Rule,
+)
+from accelkit.patches.plan_check import compare
+from accelkit.patches.plan_file import FILE, SCHEMA_VERSION, TABLES_FILE
+
+PREFILL = Clock("prefill")
+
+
+def make(rows=(0, 1, 1, 0), **changes) -> Plan:
+    fingerprint = Fingerprint(
+        class_name="LlamaForCausalLM",
+        model_type="llama",
+        config_hash="sha256:0",
+        components={"text": Component(layers=1, q_heads=4, kv_heads=2, head_dim=16)},
+    )
+    window = {"kind": "window", "sink_tokens": 4, "window_tokens": 256}
+    site = LayerPlan(rules=(Rule(phase="prefill", policies=rows),))
+    fields = {
+        "fingerprint": fingerprint,
+        "policies": (Policy(), Policy.model_validate({"methods": [window]})),
+        "sites": {"model.layers.0.self_attn": site},
+    }
+    return Plan(**{**fields, **changes})
+
+
+def damaged(edit) -> str:
+    data = json.loads(make().to_json())
+    edit(data)
+    return json.dumps(data)
+
+
+@given(st.lists(st.integers(0, 1), min_size=4, max_size=4), st.integers(0, 10**6))
+def test_round_trip(rows, length):
+    plan = make(tuple(rows), limits=Limits(min_length=length))
+    text = plan.to_json()
+    assert Plan.from_json(text) == plan
+    assert Plan.from_json(text).to_json() == text
+
+
+def test_groups_by_policy():
+    plan = make(limits=Limits(min_length=100))
+    groups = plan.groups("model.layers.0.self_attn", 100, PREFILL)
+    assert [(g.heads, g.policy.label()) for g in groups] == [((0, 3), "dense"), ((1, 2), "window")]
+    assert plan.groups("model.layers.0.self_attn", 99, PREFILL) == ()
+    assert plan.groups("model.layers.0.self_attn", 100, Clock("decode")) == ()
+    assert plan.groups("elsewhere", 100, PREFILL) == ()
+    assert make((0, 0, 0, 0)).groups("model.layers.0.self_attn", 100, PREFILL) == ()
+
+
+def test_first_matching_rule_wins():
+    rules = (
+        Rule(phase="prefill", min_tokens=1000, policies=(1,) * 4),
+        Rule(phase="prefill", policies=(0, 1, 1, 1)),
+    )
+    plan = make(sites={"a": LayerPlan(rules=rules)})
+    assert len(plan.groups("a", 1000, PREFILL)) == 1
+    assert len(plan.groups("a", 999, PREFILL)) == 2
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        (lambda d: d.update(schema_version=SCHEMA_VERSION + 1), PlanVersionError, "reads up to"),
+        (lambda d: d.update(schema_version=0), PlanVersionError, "calibrate again"),
+        (lambda d: d.pop("schema_version"), PlanCorruptError, "not a plan"),
+        (
+            lambda d: d["policies"][1]["methods"][0].update(kind="nope"),
+            PlanError,
+            r"policies\.1\.methods\.0.*unknown method 'nope'.*window",
+        ),
+        (
+            lambda d: d["policies"][1]["methods"][0].update(windw=3),
+            PlanError,
+            r"policies\.1\.methods\.0.*windw",
+        ),
+        (
+            lambda d: d["policies"][1]["methods"].append(d["policies"][1]["methods"][0]),
+            PlanError,
+            "both answer 'index'",
+        ),
+        (
+            lambda d: d["sites"]["model.layers.0.self_attn"]["rules"][0].update(
+                policies=[0, 7, 0, 0]
+            ),
+            PlanError,
+            "head 1: policy 7 does not exist",
+        ),
+        (lambda d: d.update(extra=1), PlanError, "extra"),
+    ],
+)
+def test_damaged_plans_say_where(edit, error, message):
+    with pytest.raises(error, match=message):
+        Plan.from_json(damaged(edit))
+
+
+def test_not_json():
+    with pytest.raises(PlanCorruptError, match="not valid JSON"):
+        Plan.from_json('{"schema_version": 1,')
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(PlanError, match=FILE):
+        Plan.from_pretrained(tmp_path)
+    with pytest.raises(PlanError, match="hub id"):
+        Plan.from_pretrained(tmp_path / "missing.json")
+
+
+def test_tables_travel_with_their_hash(tmp_path):
+    tables = {"model.layers.0.self_attn/1/coverage": torch.tensor([0.5, 0.75, 0.9, 1.0])}
+    make().with_tables(tables).save_pretrained(tmp_path)
+    again = Plan.from_pretrained(tmp_path)
+    assert torch.equal(again.tables["model.layers.0.self_attn/1/coverage"], *tables.values())
+    (tmp_path / TABLES_FILE).write_bytes(b"damaged")
+    with pytest.raises(PlanCorruptError, match="SHA-256"):
+        Plan.from_pretrained(tmp_path)
+    (tmp_path / TABLES_FILE).unlink()
+    with pytest.raises(PlanCorruptError, match="missing"):
+        Plan.from_pretrained(tmp_path)
+
+
+def test_full_disk_keeps_the_old_plan(tmp_path, monkeypatch):
+    make().save_pretrained(tmp_path)
+    old = (tmp_path / FILE).read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(PlanError, match="older plan there is untouched"):
+        make((1, 1, 1, 1)).save_pretrained(tmp_path)
+    assert (tmp_path / FILE).read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+
+
+def test_compare_lists_every_problem():
+    plan = make(
+        policies=(Policy(), Policy(reuse=Reuse(site="model.layers.5.self_attn"))),
+    )
+    other = plan.fingerprint.model_copy(
+        update={"components": {"text": Component(layers=1, q_heads=8, kv_heads=2, head_dim=32)}}
+    )
+    problems = [str(p) for p in compare(plan, other, {"model.layers.0.self_attn": 8})]
+    assert len(problems) == 4
+    assert any("q_heads: the plan has 4, the model 8" in p for p in problems)
+    assert any("head_dim" in p for p in problems)
+    assert any("4 heads in the plan, 8 in the model" in p for p in problems)
+    assert any("does not run before it" in p for p in problems)
+
+
+def test_reading_a_plan_needs_no_torch(tmp_path):
+    import subprocess
+    import sys
+
+    make().save_pretrained(tmp_path)
+    code = (
+        "import sys; from accelkit.patches.plan import Plan; "
+        f"plan = Plan.from_pretrained({str(tmp_path)!r}); "
+        "assert plan.policies[1].label() == 'window'; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
