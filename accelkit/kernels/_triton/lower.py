@@ -1,0 +1,138 @@
+"""From `BlockIndex` rows to lists that a kernel can run: clipped, partly visible blocks first, longest rows first.
+
+Everything stays on the device: no host reads, lists by capacity (rows × key blocks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from accelkit.kernels._triton.tile import table
+from accelkit.kernels.launch import END, FAR, Launch
+
+_KEEP_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Work:
+    """Row r = (b, slot, t) has `masked[r]` then `clean[r]` block ids at `lists[r · capacity]`; `order` runs longest first."""
+
+    lists: Tensor
+    masked: Tensor
+    clean: Tensor
+    order: Tensor
+    tiles: Tensor
+    capacity: int
+
+
+@triton.jit(do_not_specialize=["n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity"])
+def _lower(
+    START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, MASKED, CLEAN,
+    s_ib, s_ih, s_ir, s_kfb, s_kfh, s_kfn, s_klb, s_klh, s_kln, s_qlb, s_qlh, s_qln, s_qhb, s_qhh, s_qhn,
+    n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity,
+    BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr, IN_ORDER: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    h, b = (pid // n_tiles) % n_heads, pid // (n_tiles * n_heads)
+    tile = tl.load(TILES + pid % n_tiles)
+    at = b * s_ib + h * s_ih + tile * s_ir
+    start, count = tl.load(START + at), tl.load(COUNT + at)
+    listed = tl.maximum(count, 0)
+    n = tl.where(count < 0, n_blocks, count)
+    if PLAIN:
+        low = q_start + tile * BQ
+        high = q_start + tl.minimum((tile + 1) * BQ, n_q) - 1
+        if not CAUSAL:
+            low = low * 0 + 2147483646
+            high = low
+    else:
+        low = tl.load(Q_LOW + b * s_qlb + h * s_qlh + tile * s_qln).to(tl.int64)
+        high = tl.load(Q_HIGH + b * s_qhb + h * s_qhh + tile * s_qhn).to(tl.int64)
+    n_masked, n_clean = 0, 0
+    # The first round counts, the second writes: the clean part begins where the masked part ends.
+    for round in tl.static_range(2):
+        put_masked = 0
+        put_clean = n_masked if round == 1 else 0
+        for j in range(0, n, CHUNK):
+            lane = j + tl.arange(0, CHUNK)
+            block = tl.load(BLOCKS + start + lane, mask=lane < listed, other=0)
+            block = tl.where(count < 0, lane, block)
+            real = (lane < n) & (block >= 0) & (block < n_blocks)
+            if PLAIN:
+                first = block.to(tl.int64) * BK
+                last = tl.where(first + BK > n_k, 2147483647, first + BK - 1)
+            else:
+                first = tl.load(K_FIRST + b * s_kfb + h * s_kfh + block * s_kfn, mask=real, other=0).to(tl.int64)
+                last = tl.load(K_LAST + b * s_klb + h * s_klh + block * s_kln, mask=real, other=0).to(tl.int64)
+            seen = real & (first <= high)
+            if IN_ORDER:
+                clean = seen & (first < 0)
+            else:
+                clean = seen & (last <= low)
+            masked = (seen & (clean == 0)).to(tl.int32)
+            clean = clean.to(tl.int32)
+            if round == 1:
+                base = LISTS + pid * capacity
+                tl.store(base + put_masked + tl.cumsum(masked, 0) - 1, block, mask=masked > 0)
+                tl.store(base + put_clean + tl.cumsum(clean, 0) - 1, block, mask=clean > 0)
+            put_masked += tl.sum(masked, 0)
+            put_clean += tl.sum(clean, 0)
+        if round == 0:
+            n_masked, n_clean = put_masked, put_clean
+    tl.store(MASKED + pid, n_masked)
+    tl.store(CLEAN + pid, n_clean)
+
+
+def lower(launch: Launch, *, in_order: bool = False) -> Work:
+    """Lower a launch's index. `in_order` keeps the visiting order and calls every block masked (for skipping).
+
+    Work over plain positions and all rows depends only on the index and the geometry and is kept on the index, so
+    layers and steps that reuse an index lower it once.
+    """
+    plain = launch.q_pos is None and launch.k_pos is None
+    if not plain or launch.rows is not None:
+        return _lower_now(launch, plain, in_order)
+    cache, key = launch.index.lowered, (launch.batch, launch.n_q, launch.n_k, launch.causal, launch.q_start, in_order)
+    work = cache.get(key)
+    if work is None:
+        work = _lower_now(launch, plain, in_order)
+        if work.lists.numel() * 4 <= _KEEP_BYTES:
+            cache[key] = work
+    return work
+
+
+def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
+    index, device = launch.index, launch.q.device
+    tiles = launch.tiles
+    rows, capacity = launch.batch * launch.heads * tiles.numel(), launch.key_blocks
+    lists = torch.empty(rows * capacity, dtype=torch.int32, device=device)
+    counts = torch.empty((2, rows), dtype=torch.int32, device=device)
+    bounds = (index.start,) * 4 if plain else (*launch.key_bounds(), *launch.row_bounds())
+    tables = [table(None if plain else t, index.start) for t in bounds]
+    start, count = index.start, index.count
+    if start.stride() != count.stride():
+        start, count = start.contiguous(), count.contiguous()
+    steps = [0 if n == 1 else s for s, n in zip(start.stride(), start.shape, strict=True)]
+    chunk = min(1024, max(16, triton.next_power_of_2(capacity)))
+    assert END == 2147483646 and FAR == END + 1  # as written in the kernel
+    _lower[(rows,)](
+        start, count, index.blocks if index.blocks.numel() else tiles, tiles,
+        *(t[0] for t in tables), lists, counts[0], counts[1],
+        *steps, *(step for t in tables for step in t[1:]),
+        launch.heads, tiles.numel(), launch.key_blocks, launch.n_q, launch.n_k, launch.q_start, capacity,
+        BQ=index.size[0], BK=index.size[1], CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order, CHUNK=chunk,
+        num_warps=4 if chunk > 256 else 1,
+    )  # fmt: skip
+    order = longest_first(counts[0] + counts[1])
+    return Work(lists, counts[0], counts[1], order, tiles, capacity)
+
+
+def longest_first(length: Tensor) -> Tensor:
+    """Row ids by descending length, int32. Equal rows keep their order, so neighbours share K and V in the cache."""
+    return length.argsort(descending=True, stable=True).to(torch.int32)

@@ -1,0 +1,179 @@
+"""Which backend serves a launch, and why: the one place that decides."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from accelkit.errors import AccelkitWarning, InvalidInputError, KernelUnavailableError
+from accelkit.kernels import block_sparse, cpu
+from accelkit.kernels.index import BlockIndex, Partial
+from accelkit.kernels.launch import Launch, prepare
+
+BACKENDS = ("triton", "torch", "reference")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that serves a launch and the reason, as a person would say it."""
+
+    backend: str
+    reason: str
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: BlockIndex,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    q_start: int = 0,
+    heads: Sequence[int] | Tensor | None = None,
+    kv_of_head: Sequence[int] | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    rows: Sequence[int] | Tensor | None = None,
+    skip: float | Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    backend: str | None = None,
+) -> Partial:
+    """Attention of some query heads over the keys that `index` lists. Inference only; nothing is differentiated.
+
+    Args:
+        q: `[B, Hq, Nq, D]`; k: `[B, Hkv, Nk, D]`; v: `[B, Hkv, Nk, Dv]`; any strides, never expanded to the query heads.
+        index: rows for the call's heads, no key twice in a row. `size[1] == 1` means single keys. Entries outside the
+            keys or past the causal edge are ignored, `ALL` rows read every visible block in ascending order.
+        scale: factor of the logits; `D ** -0.5` by default.
+        causal: key `j` is visible to row `i` if `j <= q_start + i`, or `k_pos[j] <= q_pos[i]` where positions are given.
+        heads: ids of the query heads (a sequence, or an integer tensor); all by default.
+        kv_of_head: KV head of each of `heads`; equal groups by default.
+        key_mask: bool `[B, Nk]`, true for real keys, in the order in which k lies.
+        q_pos, k_pos: int32 `[B|1, H|1, N]`, absolute positions where rows or keys were permuted; −1 is a hole.
+        rows: query tiles to compute; all others stay untouched (zeros and −inf where this call allocates).
+        skip: λ in 0 … 1, one number or `[len(heads)]`: a tile is dropped when in every row its maximum stays more than
+            `−ln λ` under the running one. Tiles are the index units as far as they have at most 128 × 128 tokens; the
+            Triton kernel cuts larger ones.
+        out, lse: `[B, Hq, Nq, Dv]` with unit last stride and fp32 `[B, Hq, Nq]`: results go to `out[:, heads[j]]` and
+            `lse[:, heads[j]]`. Without them `[B, len(heads), …]` is allocated, in the order of `heads`.
+        backend: "triton", "torch", "reference", or None: what the device does best. The environment variable
+            `ACCELKIT_KERNEL` replaces None. A wish is served or refused, never bent.
+
+    Returns:
+        `Partial(out, lse)`: natural-log LSE; rows without a visible key give zeros and −inf.
+
+    Raises:
+        InvalidInputError: an argument does not fit the others.
+        UnsupportedConfigurationError: no backend runs this combination.
+        KernelUnavailableError: the backend that was asked for cannot serve the call.
+    """
+    with torch.no_grad():
+        launch = prepare(
+            q, k, v, index, scale=scale, causal=causal, q_start=q_start, heads=heads, kv_of_head=kv_of_head,
+            key_mask=key_mask, q_pos=q_pos, k_pos=k_pos, rows=rows, skip=skip, out=out, lse=lse,
+        )
+        choice = choose(launch, backend)
+        if launch.q.numel() and launch.heads and (launch.rows is None or launch.rows.numel()):
+            _run(launch, choice.backend)
+        if not isinstance(launch.bias, Tensor) and launch.bias and choice.backend != "reference":
+            _shift(launch)
+    return Partial(launch.out, launch.lse)
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, backend: str | None = None, **options) -> Choice:
+    """Which backend `attend` would take for the same arguments, and why. Computes nothing."""
+    return choose(prepare(q, k, v, index, **options), backend)
+
+
+def choose(launch: Launch, backend: str | None = None) -> Choice:
+    """Pick the backend; an explicit wish is served or raises `KernelUnavailableError` with the reason."""
+    wish, source = backend, "asked for"
+    if wish is None:
+        wish, source = os.environ.get("ACCELKIT_KERNEL") or "auto", "set by ACCELKIT_KERNEL"
+    if wish not in (*BACKENDS, "auto"):
+        raise InvalidInputError(f"attend: backend {wish!r} ({source}) is unknown, expected one of {BACKENDS}")
+    if wish == "auto":
+        if launch.q.device.type == "cpu":
+            refusal = cpu.refusal(launch)
+            return Choice("reference", refusal) if refusal else Choice("torch", "tensors are on the CPU")
+        refusal = triton_refusal(launch)
+        if refusal is None:
+            return Choice("triton", f"tensors are on {launch.q.device}")
+        _tell(f"attention runs the torch reference, which is slow: {refusal}")
+        return Choice("reference", refusal)
+    if wish == "triton":
+        refusal = triton_refusal(launch)
+        if refusal:
+            raise KernelUnavailableError(f"attend: backend 'triton' ({source}) cannot serve this call: {refusal}")
+    if wish == "torch" and (refusal := cpu.refusal(launch)):
+        return Choice("reference", f"{source}: torch; {refusal}")
+    return Choice(wish, source)
+
+
+def triton_refusal(launch: Launch) -> str | None:
+    """Why the Triton kernels cannot serve a launch, or None."""
+    reason = triton_missing(launch.q.device)
+    if reason is None:
+        if launch.index.size[1] == 1:
+            from accelkit.kernels._triton import gather as kernel
+        else:
+            from accelkit.kernels._triton import block_sparse as kernel
+        reason = kernel.refusal(launch)
+    return reason
+
+
+def triton_missing(device: torch.device) -> str | None:
+    """Why Triton cannot run on a device at all, or None. Under TRITON_INTERPRET=1 it runs on the CPU, for tests."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return f"it needs a CUDA device and the tensors are on {device}"
+
+
+def fast_device(t: Tensor) -> bool:
+    """Whether small helper operations on this tensor should run as Triton kernels."""
+    return t.is_cuda and os.environ.get("ACCELKIT_KERNEL", "auto") in ("auto", "triton", "") and not triton_missing(t.device)
+
+
+def _run(launch: Launch, backend: str) -> None:
+    if backend == "reference":
+        block_sparse.reference(launch)
+    elif backend == "torch":
+        cpu.attend_listed(launch)
+    elif launch.index.size[1] == 1:
+        from accelkit.kernels._triton.gather import gather
+
+        gather(launch)
+    else:
+        from accelkit.kernels._triton.block_sparse import block_sparse as kernel
+
+        kernel(launch)
+
+
+def _shift(launch: Launch) -> None:
+    """A bias on the whole piece leaves the output as it is and moves the LSE of the rows just written."""
+    heads = launch.out_heads.long()
+    if launch.rows is None:
+        launch.lse[:, heads] += launch.bias
+        return
+    bq = launch.index.size[0]
+    rows = (launch.rows[:, None] * bq + torch.arange(bq, device=launch.q.device)).flatten().clamp(max=launch.n_q - 1)
+    written = torch.zeros(launch.n_q, dtype=torch.float32, device=launch.q.device).index_fill_(0, rows, launch.bias)
+    launch.lse[:, heads] += written
+
+
+@lru_cache(maxsize=64)
+def _tell(message: str) -> None:
+    """Say it once for each message."""
+    warnings.warn(message, AccelkitWarning, stacklevel=4)

@@ -1,0 +1,53 @@
+"""Join disjoint pieces of one attention call by their log-sum-exp."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from accelkit.errors import InvalidInputError
+from accelkit.kernels.index import Partial
+
+
+def merge(parts: Sequence[Partial]) -> Partial:
+    """Softmax over the union of disjoint key sets, from what each set gave alone.
+
+    `parts` hold `out` `[B, H, N, Dv]` and natural-log `lse` fp32 `[B, H, N]`, all of one shape. Rows that a piece left
+    empty (−inf) take nothing from it, and rows empty in all pieces give zeros and −inf. The result has the first
+    piece's dtype; one piece is handed back as it is. Raises `InvalidInputError` for no pieces or unequal shapes.
+    """
+    if not parts:
+        raise InvalidInputError("merge: no pieces were given, expected at least one Partial")
+    first = parts[0]
+    for i, part in enumerate(parts):
+        if part.out.shape != first.out.shape or part.lse.shape != first.out.shape[:-1]:
+            found = f"out {tuple(part.out.shape)} and lse {tuple(part.lse.shape)}"
+            raise InvalidInputError(f"merge: piece {i} has {found}, expected out {tuple(first.out.shape)} as piece 0")
+    if len(parts) == 1:
+        return first
+    from accelkit.kernels.dispatch import fast_device
+
+    if fast_device(first.out):
+        from accelkit.kernels._triton.merge import merge_pair
+
+        # Pieces beyond the second are folded in fp32, so that only the last step rounds.
+        done = first
+        for part in parts[1:]:
+            done = merge_pair(done, part, first.out.dtype if part is parts[-1] else torch.float32)
+        return done
+    return reference(parts)
+
+
+def reference(parts: Sequence[Partial]) -> Partial:
+    """The same in plain torch."""
+    lse = torch.stack([p.lse for p in parts])  # [P, B, H, N]
+    total = lse.logsumexp(0)
+    weight = (lse - total.masked_fill(total == -math.inf, 0.0)).exp()
+    wide = torch.promote_types(parts[0].out.dtype, torch.float32)
+    out = torch.zeros_like(parts[0].out, dtype=wide)
+    for w, part in zip(weight, parts, strict=True):
+        # Where a piece is empty its output may hold anything: leave it out instead of multiplying by zero.
+        out += torch.where(w[..., None] > 0, part.out * w[..., None].to(wide), 0.0)
+    return Partial(out.to(parts[0].out.dtype), total)
