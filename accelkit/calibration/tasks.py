@@ -102,18 +102,25 @@ def make(
     filler = source_corpus() if filler is None else filler
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
     size = length  # in characters; grows below if the tokenizer's tokens are longer
-    for _ in range(8):
-        segments = build(task, size, seed, filler)
+    for attempt in range(32):
+        share = _DENSE_FILLER * (1 + attempt // 4)  # a list of few long lines needs more to trim
+        segments = build(task, size, seed, filler, share)
         pieces, total = _tokenise(segments, tokenizer)
         spare = _spare(pieces, segments)
         if length <= total <= length + spare:
             return _join(pieces, segments, tokenizer, length, task)
-        size = max(MIN_LENGTH, int(size * (length + min(spare, 0.06 * length) / 2) / total))
+        wanted = length + min(spare, share * length) / 2
+        size = max(MIN_LENGTH, int(size * wanted / total))
     raise ValueError(f"no {task} prompt of {length} tokens found for this tokenizer")
 
 
-def build(task: str, size: int, seed: int, filler: str) -> list[Segment]:
-    """The text of a prompt, `size` characters in all, as segments."""
+def build(
+    task: str, size: int, seed: int, filler: str, share: float = _DENSE_FILLER
+) -> list[Segment]:
+    """The text of a prompt, `size` characters in all, as segments.
+
+    share: how much of a dense list's characters is left to filler.
+    """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
     rng = np.random.default_rng((TASKS.index(task), seed))
@@ -122,7 +129,7 @@ def build(task: str, size: int, seed: int, filler: str) -> list[Segment]:
         return [Segment(window, "filler")]
     names = _Names(rng, window)
     if task in ("key_value", "common_words"):
-        room = int(size * (1 - _DENSE_FILLER)) - len(_HEADERS[task]) - len(_QUESTIONS)
+        room = int(size * (1 - share)) - len(_HEADERS[task]) - len(_QUESTIONS)
         lines, questions = _DENSE[task](rng, names, room // _LINE)
     else:
         lines, questions = _SPARSE[task](rng, names, size)

@@ -108,6 +108,27 @@ def test_any_tokenizer(task: str) -> None:
         assert answer == solve(task, context, line.split("=")[0])
 
 
+def test_short_prompts_fit_a_trained_tokenizer() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=3000, show_progress=False)
+    trained.train_from_iterator([source_corpus(held_out=True)], trainer)
+
+    class Trained:
+        bos_token_id = None
+
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return trained.encode(text).ids
+
+    for task in tasks.TASKS:
+        for length, seed in ((256, 0), (301, 1), (777, 2), (2000, 3)):
+            sample = tasks.make(task, length, seed, tokenizer=Trained())
+            assert sample.ids.shape == (length,)
+            for start, end in sample.answers:
+                assert trained.decode(sample.ids[start:end].tolist()).startswith("=")
+
+
 def test_encode_trims_filler_only() -> None:
     segments = [
         tasks.Segment("head ", "given"),
