@@ -45,7 +45,7 @@ $(VENV)/.docs: $(VENV)/.test
 	@touch $@
 
 demo: $(VENV)/.demo
-	$(BIN)/accelkit calibrate $(MODEL) --out $(OUT) --budget 2% --lengths 8k
+	$(BIN)/accelkit calibrate $(MODEL) --out $(OUT) --budget 2% --lengths 8k --yes
 	$(BIN)/accelkit patch $(MODEL) --plan $(OUT) --demo
 
 test: lint types pytest

@@ -1,4 +1,4 @@
-"""The floor plan, held by reading the imports: cli → calibration → patches → kernels → torch, never upwards."""
+"""The floor plan, held by reading imports: cli → calibration → patches → kernels, never upwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 METHOD_FILES = sorted((PACKAGE / "patches" / "methods").glob("[!_]*.py"))
 
 ANYWHERE = {"errors"}  # knows nothing and may be known by everything
-FLOORS = {"kernels": 0, "patches": 1, "calibration": 2, "doctor": 3, "cli": 3, "__main__": 4}
+FLOORS = {
+    "kernels": 0,
+    "patches": 1,
+    "calibration": 2,
+    "console": 3,
+    "doctor": 3,
+    "cli": 4,
+    "__main__": 5,
+}
 
 # Inside patches, from the bottom: a file imports its own room and those before it.
 ROOMS = {

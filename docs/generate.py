@@ -1,0 +1,267 @@
+#!/usr/bin/env python3
+"""What the code knows, the documentation copies: schema, methods, command line, measurements.
+
+    python docs/generate.py            write accelkit/plan.schema.json, README's marked parts, pages
+    python docs/generate.py --check    write nothing; exit 1 if the schema or README is out of date
+
+Pages made here and kept out of git: docs/methods/*.md, docs/cli.md, docs/benchmarks.md. mkdocs runs
+the script as a hook, so a site is never built from old pages.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+SCHEMA = ROOT / "accelkit" / "plan.schema.json"
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
+
+
+def schema() -> str:
+    """JSON Schema of `accelkit_plan.json`, from the pydantic model that reads and writes it."""
+    from accelkit.patches.plan import Plan
+
+    whole = Plan.model_json_schema(mode="serialization")
+    anything = {"additionalProperties": True, "type": "object"}
+    method = {"$ref": "#/$defs/Method"}
+
+    def name_methods(node: Any) -> Any:
+        if isinstance(node, list):
+            return [name_methods(part) for part in node]
+        if isinstance(node, dict):
+            return method if node == anything else {k: name_methods(v) for k, v in node.items()}
+        return node
+
+    for part in ("Policy", "LayerPlan"):
+        whole["$defs"][part] = name_methods(whole["$defs"][part])
+    whole["$defs"]["Method"] = {
+        "title": "Method",
+        "description": "A method by its kind, as `accelkit methods` lists it, and its numbers.",
+        "type": "object",
+        "properties": {"kind": {"type": "string", "title": "Kind"}},
+        "required": ["kind"],
+        "additionalProperties": True,
+    }
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "accelkit plan"}
+    return json.dumps(head | {k: v for k, v in whole.items() if k != "title"}, indent=1) + "\n"
+
+
+def method_classes() -> list[Any]:
+    """The classes of the methods folder, without those that other installed packages add."""
+    from accelkit.patches.method import load, names
+
+    return [load(name) for name in names() if ":" not in name]
+
+
+def story(cls: Any) -> tuple[str, str]:
+    """First paragraph and the rest of a method's docstring: its module's, or the class's own."""
+    text = import_module(cls.__module__).__doc__ or cls.__doc__ or ""
+    first, _, rest = inspect.cleandoc(text).partition("\n\n")
+    return " ".join(first.split()), rest
+
+
+def field_notes(cls: Any) -> dict[str, str]:
+    """The strings that stand under a class's fields."""
+    notes, last = {}, None
+    for node in ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            last = node.target.id
+        elif last and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            notes[last], last = " ".join(str(node.value.value).split()), None
+        else:
+            last = None
+    return notes
+
+
+def cell(text: Any) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def kind_of_type(annotation: Any) -> str:
+    return (
+        annotation.__name__
+        if inspect.isclass(annotation)
+        else str(annotation).replace("typing.", "")
+    )
+
+
+def method_page(cls: Any) -> str:
+    """One method: its story, what it answers, its fields."""
+    first, rest = story(cls)
+    notes = field_notes(cls)
+    out = [f"# {cls.__name__}", first]
+    facts = [f"`accelkit.method({cls.__module__.rpartition('.')[2]!r})`"]
+    facts += ["phases: " + ", ".join(cls.phases), "answers: " + ", ".join(sorted(cls.answers()))]
+    if cls.dial:
+        values = ", ".join(f"{v:g}" for v in cls.dial.values)
+        facts.append(f"calibration tries `{cls.dial.field}` = {values}")
+    out.append("\n".join(f"- {f}" for f in facts))
+    if rest:
+        out.append(rest)
+    if cls.model_fields:
+        rows = ["| field | type | default | |", "|---|---|---|---|"]
+        for name, field in cls.model_fields.items():
+            default = "required" if field.is_required() else f"`{field.default!r}`"
+            note = field.description or notes.get(name, "")
+            rows.append(
+                f"| `{name}` | {cell(kind_of_type(field.annotation))} | {default} | {cell(note)} |"
+            )
+        out.append("\n".join(rows))
+    return "\n\n".join(out) + "\n"
+
+
+def methods_table(link: str) -> str:
+    """All methods, a line each."""
+    rows = ["| method | what it does | answers | phases |", "|---|---|---|---|"]
+    for cls in method_classes():
+        name = cls.__module__.rpartition(".")[2]
+        answers = ", ".join(sorted(cls.answers()))
+        title = f"[`{name}`]({link.format(name)})" if link else f"`{name}`"
+        rows.append(f"| {title} | {cell(story(cls)[0])} | {answers} | {', '.join(cls.phases)} |")
+    return "\n".join(rows)
+
+
+def cli_page() -> str:
+    """The command line's own help, as typer writes it."""
+    command = [sys.executable, "-m", "typer", "accelkit.cli", "utils", "docs", "--name", "accelkit"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    return "# Command line\n\n" + done.stdout.partition("\n")[2].strip() + "\n"
+
+
+def number(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else cell("" if value is None else value)
+
+
+# A result is a JSON object: `title`, `environment`, `rows` (flat objects, equal keys) and perhaps a
+# `note`; or what `accelkit bench --json` printed.
+def results() -> list[tuple[Path, dict[str, Any]]]:
+    """The shipped measurements, in the order of their names."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        data = json.loads(path.read_text("utf-8"))
+        if isinstance(data, list):
+            data = {**data[0], "results": data}
+        if "rows" in data or "results" in data:
+            found.append((path, data))
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows with the same keys as a Markdown table."""
+    keys = [k for k in rows[0] if not isinstance(rows[0][k], dict | list)]
+    lines = ["| " + " | ".join(k.replace("_", " ") for k in keys) + " |", "|" + "---|" * len(keys)]
+    return "\n".join(
+        [*lines, *("| " + " | ".join(number(r.get(k)) for k in keys) + " |" for r in rows)]
+    )
+
+
+def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Table rows of a result: its own `rows`, or those of `accelkit bench --json`."""
+    if "rows" in data:
+        return data["rows"]
+    return [
+        {
+            "tokens": m["length"],
+            "own path, ms": m["median_ms"]["own"],
+            "best dense, ms": m["median_ms"][m["best_dense"]],
+            "which": m["best_dense"],
+            "sparse, ms": m["median_ms"]["sparse"],
+            "density": m["density"],
+            "× own": m["speedup_vs_own"],
+            "× best dense": m["speedup_vs_best_dense"],
+        }
+        for m in data["results"]
+    ]
+
+
+def machine(data: dict[str, Any]) -> str:
+    """Where a result was measured, in a line."""
+    facts = data.get("environment") or data.get("machine") or {}
+    if isinstance(facts, str):
+        return facts
+    gpu = facts.get("gpu")
+    where = (
+        gpu["name"]
+        if isinstance(gpu, dict)
+        else gpu or f"CPU, {facts.get('cpu_threads', '?')} threads"
+    )
+    versions = [f"{k} {facts[k]}" for k in ("torch", "triton", "transformers") if facts.get(k)]
+    return ", ".join([str(where), *versions])
+
+
+def benchmarks() -> str:
+    """Every shipped result with the machine it was measured on."""
+    parts = []
+    for path, data in results():
+        parts.append(
+            f"**{data.get('title', path.stem)}**: {machine(data)} "
+            f"(`benchmarks/results/{path.name}`)"
+        )
+        parts.append(table(rows_of(data)))
+        if data.get("note"):
+            parts.append(data["note"])
+    return "\n\n".join(parts) or "No measurement is shipped yet."
+
+
+def readme() -> str:
+    """README with its marked parts renewed."""
+    parts = {
+        "methods": lambda: methods_table("accelkit/patches/methods/{}.py"),
+        "benchmarks": benchmarks,
+    }
+    text = README.read_text("utf-8")
+    return MARK.sub(lambda m: m[1] + parts[m[2]]() + "\n" + m[3], text)
+
+
+def pages() -> dict[Path, str]:
+    """The pages that exist only for the site."""
+    made = {
+        DOCS / "methods" / "index.md": "# Methods\n\n" + methods_table("{}.md") + "\n",
+        DOCS / "cli.md": cli_page(),
+        DOCS / "benchmarks.md": f"# Measurements\n\n{benchmarks()}\n",
+    }
+    for cls in method_classes():
+        made[DOCS / "methods" / f"{cls.__module__.rpartition('.')[2]}.md"] = method_page(cls)
+    return made
+
+
+def kept() -> dict[Path, str]:
+    """The generated files that are kept in git."""
+    return {SCHEMA: schema(), README: readme()}
+
+
+def on_pre_build(config: Any) -> None:
+    """mkdocs calls this before every build."""
+    main([])
+
+
+def main(arguments: list[str]) -> int:
+    """Write, or with `--check` compare."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    if "--check" in arguments:
+        old = [p for p, text in kept().items() if not p.exists() or p.read_text("utf-8") != text]
+        for path in old:
+            print(f"{path.relative_to(ROOT)} is out of date; run `make generate`")
+        return 1 if old else 0
+    for path, text in (kept() | pages()).items():
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists() or path.read_text("utf-8") != text:  # mkdocs serve watches the folder
+            path.write_text(text, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

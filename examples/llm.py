@@ -1,0 +1,47 @@
+"""Calibrate a language model, run it patched, and put it back.
+
+    python examples/llm.py [MODEL] [--lengths 4096]
+
+MODEL is a hub id or a folder; by default the small Llama beside this file.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import accelkit
+
+HERE = Path(__file__).parent
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", nargs="?", default=str(HERE / "models" / "tiny-llama"))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
+    parser.add_argument("--out", default="runs/example")
+    args = parser.parse_args()
+
+    cuda = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto" if cuda else "float32")
+    model = model.to("cuda" if cuda else "cpu").eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    ids = torch.arange(args.lengths[-1], device=model.device)[None] % 200
+    before = model(ids).logits
+
+    budget = accelkit.Budget(max_rel_error=0.02)
+    plan = accelkit.calibrate(model, tokenizer=tokenizer, budget=budget, lengths=args.lengths)
+    plan.save_pretrained(args.out)
+    with accelkit.patch(model, plan) as handle, handle.measuring():
+        model(ids)
+        report = handle.report()
+
+    assert torch.equal(model(ids).logits, before), "unpatching is exact"
+    print(f"{report.sparse_calls} of {report.calls} calls ran sparse, density {report.density}")
+    print(f"plan: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Does it help on your model? Calibrate, patch, score against dense, time both, write a report.
+
+    python examples/verify_real.py MODEL [--lengths 8192 32768] [--budget 0.02] [--out runs/verify]
+
+MODEL is a hub id or a folder. OUT receives the plan, a page to read and every figure as JSON.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import accelkit
+from accelkit.calibration import bench, evaluate, report
+from accelkit.calibration.opening import open_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--budget", type=float, default=0.02)
+    parser.add_argument("--tasks", nargs="+", default=["needle", "multi_key", "text"])
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path("runs/verify"))
+    args = parser.parse_args()
+
+    model, tokenizer = open_model(args.model)
+    print(f"{type(model).__name__} on {model.device}, {model.dtype}")
+
+    budget = accelkit.Budget(max_rel_error=args.budget)
+    plan = accelkit.calibrate(model, tokenizer=tokenizer, budget=budget, lengths=args.lengths)
+    args.out.mkdir(parents=True, exist_ok=True)
+    plan.save_pretrained(args.out)
+    report.write_html(plan, args.out / "report.html", title=args.model)
+
+    settings = {"names": args.tasks, "lengths": args.lengths, "samples": args.samples}
+    scores = evaluate.evaluate(model, tokenizer, plan, **settings)
+    speeds = bench.bench(model, plan, tokenizer, lengths=args.lengths)
+    found = {
+        "model": args.model,
+        "environment": bench.environment(model.device),
+        "scores": [s.as_dict() for s in scores],
+        "results": [m.as_dict() for m in speeds],
+    }
+    (args.out / "verify.json").write_text(json.dumps(found, indent=1))
+
+    for s in scores:
+        lost = "" if s.drop is None else f", {s.drop:.1f} points below dense"
+        print(f"{s.task} at {s.length}: {s.agreement:.1%} of the tokens as dense{lost}")
+    for m in speeds:
+        own, best = m.ratio("own"), m.ratio(m.best_dense)
+        print(f"{m.length} tokens: {own:.2f}× your path, {best:.2f}× {m.best_dense}")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

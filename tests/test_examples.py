@@ -1,0 +1,68 @@
+"""Every example runs, offline, on the small Llama that lies beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+TINY = EXAMPLES / "models" / "tiny-llama"
+
+
+def run(name: str, *arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_every_example_is_run_here():
+    here = Path(__file__).read_text("utf-8")
+    for path in EXAMPLES.glob("*.py"):
+        assert f'run("{path.name}"' in here, f"{path.name} has no test"
+
+
+@pytest.mark.timeout(300)
+def test_llm(tmp_path):
+    out = run("llm.py", "--lengths", "1024", "--out", str(tmp_path))
+    assert "calls ran sparse" in out
+    assert (tmp_path / "accelkit_plan.json").exists()
+
+
+def test_one_method():
+    out = run("one_method.py", "window", "--tokens", "2048")
+    assert "density 0." in out
+    assert "relative error" in out
+
+
+def test_add_a_method():
+    densities = [float(line.split()[-1]) for line in run("add_a_method.py").splitlines()]
+    assert densities[0] == 1.0, "every block: dense"
+    assert densities == sorted(densities, reverse=True), "fewer blocks, lower density"
+    assert densities[-1] < 0.35
+
+
+@pytest.mark.timeout(300)
+def test_verify_real(tmp_path):
+    arguments = ["--lengths", "1024", "--budget", "0.3", "--samples", "1", "--tasks", "needle"]
+    out = run("verify_real.py", str(TINY), *arguments, "--out", str(tmp_path))
+    assert "your path" in out
+    found = json.loads((tmp_path / "verify.json").read_text())
+    assert [s["task"] for s in found["scores"]] == ["needle"]
+    assert found["results"][0]["speedup_vs_own"] > 0
+    assert (tmp_path / "accelkit_plan.json").exists()
+    assert (tmp_path / "report.html").exists()
