@@ -1,4 +1,4 @@
-"""Triton's interpreter stands in for a GPU. The variable must be set before triton is first imported."""
+"""Without a GPU, Triton's interpreter stands in. The variable must be set before triton is imported."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

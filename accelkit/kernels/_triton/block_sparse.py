@@ -36,19 +36,23 @@ from accelkit.kernels.launch import Launch
 def _rows_at(T, b, h, n0, n, s_b, s_h, s_n, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
     """Rows n0 … n0 + ROWS of head (b, h), [ROWS, BD], zeros outside."""
     if TMA:
-        return T.load([b.to(tl.int32), h, n0, 0]).reshape(ROWS, BD)
-    at, d = n0 + tl.arange(0, ROWS), tl.arange(0, BD)
-    base = T + b.to(tl.int64) * s_b + h.to(tl.int64) * s_h
-    inside = (at < n)[:, None] & (d < D)[None, :]
-    return tl.load(base + at.to(tl.int64)[:, None] * s_n + d[None, :], mask=inside, other=0.0)
+        tile = T.load([b.to(tl.int32), h, n0, 0]).reshape(ROWS, BD)
+    else:
+        at, d = n0 + tl.arange(0, ROWS), tl.arange(0, BD)
+        base = T + b.to(tl.int64) * s_b + h.to(tl.int64) * s_h
+        inside = (at < n)[:, None] & (d < D)[None, :]
+        tile = tl.load(base + at.to(tl.int64)[:, None] * s_n + d[None, :], mask=inside, other=0.0)
+    return tile
 
 
 @triton.jit
 def _bits(p, like: tl.constexpr):
     """Probabilities in the dtype of V, as integers."""
     if like == tl.float32:
-        return p.to(tl.int32, bitcast=True)
-    return p.to(like).to(tl.int16, bitcast=True)
+        bits = p.to(tl.int32, bitcast=True)
+    else:
+        bits = p.to(like).to(tl.int16, bitcast=True)
+    return bits
 
 
 @triton.jit
@@ -171,8 +175,8 @@ _CONFIG = {
     (64, 64, 64): (4, 3),
     (128, 128, 128): (8, 3),
     (128, 128, 64): (8, 3),
-    (128, 64, 128): (4, 2),
-    (128, 64, 64): (4, 2),
+    (128, 64, 128): (4, 3),
+    (128, 64, 64): (4, 3),
     (256, 128, 64): (8, 2),
     (256, 64, 64): (4, 2),
 }

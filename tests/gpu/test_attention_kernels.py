@@ -1,0 +1,154 @@
+"""The Triton attention kernels on a GPU against fp64, with poisoned outputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import permutation, random_index, tensors
+
+from accelkit.kernels.dispatch import attend, explain
+from accelkit.kernels.index import Partial
+from accelkit.kernels.merge import merge
+from accelkit.kernels.merge import reference as merge_reference
+
+pytestmark = pytest.mark.gpu
+
+# ‖out − ref‖ / ‖ref‖ that rounding of inputs, probabilities and output explains.
+TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Case:
+    size: tuple[int, int] = (128, 128)
+    head_size: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    heads: tuple[int, int] = (8, 2)
+    lengths: tuple[int, int, int] = (1024, 1024, 0)
+    value_size: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        name = f"{self.size[0]}x{self.size[1]}-d{self.head_size}-{str(self.dtype)[6:]}"
+        tail = "causal" if self.causal else "full"
+        return "-".join([name, tail, *map(str, self.lengths), *self.options])
+
+
+RAGGED, CHUNKED = (1000, 1000, 0), (300, 1100, 800)
+F16, F32 = torch.float16, torch.float32
+CASES = [
+    Case(),
+    Case(lengths=RAGGED),
+    Case(lengths=RAGGED, causal=False),
+    Case(lengths=CHUNKED),
+    Case(dtype=F16, heads=(4, 4)),
+    Case(dtype=F32, lengths=RAGGED),
+    Case(size=(64, 64)),
+    Case(size=(64, 64), lengths=CHUNKED, dtype=F16),
+    Case(size=(64, 128), causal=False),
+    Case(size=(128, 64), lengths=RAGGED),
+    Case(size=(32, 32), lengths=RAGGED),
+    Case(size=(256, 256), lengths=RAGGED),
+    Case(size=(48, 80), lengths=RAGGED),
+    Case(head_size=64),
+    Case(head_size=64, lengths=RAGGED, causal=False),
+    Case(head_size=64, size=(64, 64), dtype=F16),
+    Case(head_size=96, lengths=RAGGED),
+    Case(head_size=80, value_size=64, lengths=RAGGED),
+    Case(head_size=256, lengths=RAGGED),
+    Case(head_size=256, size=(64, 64), causal=False),
+    Case(head_size=64, dtype=F32, size=(64, 64)),
+    Case(lengths=CHUNKED, options={"key_mask": True}),
+    Case(causal=False, lengths=RAGGED, options={"key_mask": True}),
+    Case(lengths=RAGGED, options={"positions": True}),
+    Case(lengths=RAGGED, causal=False, options={"positions": True}, head_size=64),
+    Case(lengths=RAGGED, options={"rows": True}),
+    Case(lengths=RAGGED, options={"bias": True}),
+    Case(lengths=RAGGED, options={"skip": 0.2}),
+    Case(lengths=RAGGED, options={"skip": 0.2}, size=(64, 64), head_size=64),
+    Case(lengths=RAGGED, options={"unaligned": True}),
+    Case(lengths=CHUNKED, options={"heads": True}),
+    Case(size=(128, 1), lengths=RAGGED),
+    Case(size=(32, 1), lengths=CHUNKED, head_size=64),
+    Case(size=(1, 1), lengths=(70, 500, 430)),
+    Case(size=(128, 1), lengths=RAGGED, options={"positions": True}),
+    Case(size=(64, 1), lengths=RAGGED, options={"rows": True}, head_size=256, causal=False),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_fp64(case: Case) -> None:
+    (heads, kv_heads), (n_q, n_k, q_start) = case.heads, case.lengths
+    size = case.head_size + (1 if "unaligned" in case.options else 0)
+    q, k, v = tensors(2, heads, kv_heads, n_q, n_k, size, case.dtype, case.value_size, "cuda")
+    q, k = q[..., : case.head_size], k[..., : case.head_size]
+    if "unaligned" in case.options:
+        v = v[..., : case.head_size]
+    chosen = (5, 0, 3, 6) if "heads" in case.options else tuple(range(heads))
+    index = random_index(2, len(chosen), n_q, n_k, case.size, 0.35, (1,), (2,), "cuda")
+    args: dict[str, Any] = {"causal": case.causal, "q_start": q_start, "heads": chosen}
+    if "key_mask" in case.options:
+        args["key_mask"] = torch.ones(2, n_k, dtype=torch.bool, device="cuda")
+        args["key_mask"][0, :333] = False
+    if "positions" in case.options:
+        args["k_pos"] = permutation(1, heads, n_k, 9, "cuda")
+        args["q_pos"] = permutation(2, 1, n_q, 5, "cuda") + q_start
+    if "rows" in case.options:
+        args["rows"] = torch.tensor([1, index.rows - 1], device="cuda")
+    if "bias" in case.options:
+        index = replace(index, bias=torch.randn(1, heads, n_k, device="cuda"))
+    if "skip" in case.options:
+        args["skip"] = case.options["skip"]
+    width = v.shape[-1]
+    out = torch.full((2, n_q, heads, width), math.nan, dtype=case.dtype, device="cuda").transpose(1, 2)
+    lse = torch.full((2, heads, n_q), math.nan, device="cuda")
+    assert explain(q, k, v, index, **args).backend == "triton"
+    attend(q, k, v, index, **args, out=out, lse=lse)
+    want_out = torch.full((2, heads, n_q, width), math.nan, dtype=torch.float64, device="cuda")
+    want_lse = torch.full((2, heads, n_q), math.nan, device="cuda")
+    wide = (t.double() for t in (q, k, v))
+    attend(*wide, index, **args, out=want_out, lse=want_lse, backend="reference")
+
+    torch.testing.assert_close(out.isnan(), want_out.isnan())  # written where it should be, and nowhere else
+    there = ~want_lse.isnan()
+    error = (out[there].double() - want_out[there]).norm() / want_out[there].norm()
+    limit = TOLERANCE[case.dtype]
+    if "skip" in case.options:
+        limit *= 2  # a vote within rounding of the threshold may fall either way
+    assert error < limit, f"relative error {error:.2e}"
+    finite = there & want_lse.isfinite()
+    assert torch.equal(lse.isinf(), want_lse.isinf())
+    torch.testing.assert_close(lse[finite], want_lse[finite], atol=2e-4 if limit < 2e-3 else 2e-3, rtol=1e-4)
+
+
+def test_out_is_allocated_whole_and_empty_rows_are_zero() -> None:
+    q, k, v = tensors(1, 4, 2, 512, 512, 128, torch.bfloat16, device="cuda")
+    index = random_index(1, 4, 512, 512, (128, 128), empty_rows=(1,), device="cuda")
+    part = attend(q, k, v, index)
+    assert part.out.isfinite().all() and not part.out[:, :, 128:256].any()
+    assert (part.lse[:, :, 128:256] == -math.inf).all()
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    q, k, v = tensors(1, 8, 2, 2048, 2048, 128, torch.bfloat16, device="cuda")
+    index = random_index(1, 8, 2048, 2048, (128, 128), dense_heads=(3,), device="cuda")
+    first, second = attend(q, k, v, index), attend(q, k, v, index)
+    assert torch.equal(first.out, second.out) and torch.equal(first.lse, second.lse)
+
+
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_merge_agrees_with_torch(pieces: int) -> None:
+    parts = []
+    for i in range(pieces):
+        out = torch.randn(2, 300, 8, 96, device="cuda").bfloat16().transpose(1, 2)
+        lse = torch.randn(2, 8, 300, device="cuda")
+        lse[:, :, i * 10 : 40] = -math.inf
+        out[:, :, i * 10 : 40] = math.nan
+        parts.append(Partial(out, lse))
+    got, want = merge(parts), merge_reference(parts)
+    torch.testing.assert_close(got.out, want.out, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(got.lse, want.lse)
