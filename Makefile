@@ -28,7 +28,7 @@ $(VENV)/constraints.txt: $(NEEDS)
 	$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(VENV)
 	$(if $(TORCH),$(PIP) '$(TORCH)')
 	grep -vE '^(torch|triton)==' constraints.txt > $@
-	$(BIN)/python -c "import torch; print(f'torch=={torch.__version__}')" >> $@
+	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" >> $@
 
 $(VENV)/.demo: $(VENV)/constraints.txt
 	$(PIP) -c $< -e '.[llm,report]'

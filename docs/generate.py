@@ -141,20 +141,19 @@ def cli_page() -> str:
 
 
 def number(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else cell("" if value is None else value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return cell("" if value is None else value)
 
 
-# A result is a JSON object: `title`, `environment`, `rows` (flat objects, equal keys) and perhaps a
-# `note`; or what `accelkit bench --json` printed.
+# A result is what the scripts in benchmarks/ write or `accelkit bench --json` prints; a `title` and
+# a `note` may be added by hand.
 def results() -> list[tuple[Path, dict[str, Any]]]:
     """The shipped measurements, in the order of their names."""
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         data = json.loads(path.read_text("utf-8"))
-        if isinstance(data, list):
-            data = {**data[0], "results": data}
-        if "rows" in data or "results" in data:
-            found.append((path, data))
+        found.append((path, {**data[0], "results": data} if isinstance(data, list) else data))
     return found
 
 
@@ -168,37 +167,51 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """Table rows of a result: its own `rows`, or those of `accelkit bench --json`."""
-    if "rows" in data:
-        return data["rows"]
-    return [
-        {
-            "tokens": m["length"],
-            "own path, ms": m["median_ms"]["own"],
-            "best dense, ms": m["median_ms"][m["best_dense"]],
-            "which": m["best_dense"],
-            "sparse, ms": m["median_ms"]["sparse"],
-            "density": m["density"],
-            "× own": m["speedup_vs_own"],
-            "× best dense": m["speedup_vs_best_dense"],
-        }
-        for m in data["results"]
-    ]
+    """Table rows of a result, whichever script wrote it."""
+    if "calibration" in data:
+        return [data["calibration"]]
+    rows = data.get("rows") or data.get("forced") or data["results"]
+    if "median_ms" in rows[0]:
+        return [speed_row(row) for row in rows]
+    return [kernel_row(row) if "tflops" in row else row for row in rows]
+
+
+def speed_row(m: dict[str, Any]) -> dict[str, Any]:
+    """A length of `accelkit bench`."""
+    return {
+        "tokens": m["length"],
+        "own path, ms": m["median_ms"]["own"],
+        "best dense, ms": m["median_ms"][m["best_dense"]],
+        "which": m["best_dense"],
+        "sparse, ms": m["median_ms"]["sparse"],
+        "density": m["density"],
+        "× own": m["speedup_vs_own"],
+        "× best dense": m["speedup_vs_best_dense"],
+    }
+
+
+def kernel_row(m: dict[str, Any]) -> dict[str, Any]:
+    """A case of `benchmarks/kernels.py`."""
+    return {
+        "shape": m["shape"],
+        "unit": "×".join(map(str, m["unit"])),
+        "density": m["density"],
+        "dense, ms": m["ms"]["dense"],
+        "sparse kernel, ms": m["ms"]["kernel"],
+        "whole call, ms": m["ms"]["call"],
+        "TFLOP/s": m["tflops"]["kernel"],
+        "share of the dense rate": m["tflops"]["kernel"] / m["tflops"]["dense"],
+    }
 
 
 def machine(data: dict[str, Any]) -> str:
     """Where a result was measured, in a line."""
-    facts = data.get("environment") or data.get("machine") or {}
-    if isinstance(facts, str):
-        return facts
+    facts = data.get("environment") or data
     gpu = facts.get("gpu")
-    where = (
-        gpu["name"]
-        if isinstance(gpu, dict)
-        else gpu or f"CPU, {facts.get('cpu_threads', '?')} threads"
-    )
+    threads = f"CPU, {facts['cpu_threads']} threads" if "cpu_threads" in facts else ""
+    where = gpu["name"] if isinstance(gpu, dict) else gpu or threads
     versions = [f"{k} {facts[k]}" for k in ("torch", "triton", "transformers") if facts.get(k)]
-    return ", ".join([str(where), *versions])
+    return ", ".join(filter(None, [where, *versions]))
 
 
 def benchmarks() -> str:
@@ -206,7 +219,7 @@ def benchmarks() -> str:
     parts = []
     for path, data in results():
         parts.append(
-            f"**{data.get('title', path.stem)}**: {machine(data)} "
+            f"**{data.get('title') or data.get('model') or path.stem}**: {machine(data)} "
             f"(`benchmarks/results/{path.name}`)"
         )
         parts.append(table(rows_of(data)))
