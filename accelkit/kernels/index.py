@@ -105,7 +105,7 @@ class BlockIndex:
         """The rows of some heads, in the given order (a head map for reuse). Lists are shared,
         not copied.
         """
-        ids = torch.as_tensor(list(heads), device=self.count.device)
+        ids = torch.as_tensor(list(heads), dtype=torch.int64, device=self.count.device)
         return replace(self, start=self.start[:, ids], count=self.count[:, ids])
 
     def to_mask(self, nk: int) -> Tensor:
