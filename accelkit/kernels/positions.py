@@ -1,0 +1,125 @@
+"""Who sees whom: positions of rows and keys, and logits of a few rows with the unseen ones hidden.
+
+Estimators, selectors and patterns share these, so that padding, chunked prefill (`q_start`) and
+permuted tokens mean the same everywhere. A key is seen by a row if its place is not −1 and at most
+the row's limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from accelkit.kernels.index import Inputs
+
+FAR = 2**31 - 1
+END = FAR - 1
+"""What a row without causal limit sees up to."""
+
+
+def key_places(call: Inputs) -> Tensor:
+    """Position of each key, int32 `[B|1, H|1, Nk]`; −1 for padding and holes."""
+    place = call.k_pos
+    if place is None:
+        place = torch.arange(call.n_k, device=call.k.device, dtype=torch.int32).view(1, 1, -1)
+    if call.key_mask is not None:
+        place = torch.where(call.key_mask[:, None], place, -1)
+    return place
+
+
+def row_places(call: Inputs) -> Tensor:
+    """Position of each query row, int32 `[B|1, H|1, Nq]`; −1 for holes."""
+    if call.q_pos is not None:
+        return call.q_pos
+    row = torch.arange(call.n_q, device=call.q.device, dtype=torch.int32)
+    return (row + call.q_start).view(1, 1, -1)
+
+
+def row_limits(call: Inputs) -> Tensor:
+    """Last position that each row sees, int32 `[B|1, H|1, Nq]`; −1: nothing."""
+    place = row_places(call)
+    return place if call.causal else torch.where(place < 0, -1, END).int()
+
+
+def voting_rows(call: Inputs) -> Tensor | None:
+    """Rows that estimators listen to, bool `[B|1, H|1, Nq]`, or None for all: no holes, and no
+    padding where the rows are the newest of the keys' own tokens.
+    """
+    if call.q_pos is not None:
+        return call.q_pos >= 0
+    own = call.k_pos is None and call.q_start + call.n_q == call.n_k
+    if call.key_mask is None or not own:
+        return None
+    return call.key_mask[:, None, call.q_start :]
+
+
+def bounds(place: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Least and greatest position in each block of `place` `[…, N]`, int32 `[…, nb]`; holes do not
+    count, a block of holes gives `(FAR, −1)`.
+    """
+    short = -place.shape[-1] % block
+    cells = pad(place, (0, short), value=-1).unflatten(-1, (-1, block))
+    return torch.where(cells >= 0, cells, FAR).amin(-1), cells.amax(-1)
+
+
+def visible_blocks(call: Inputs, size: tuple[int, int]) -> Tensor:
+    """Key blocks of which some row of the query tile sees some key, bool `[B|1, H|1, nq, nk]`."""
+    first, _ = bounds(key_places(call), size[1])
+    _, limit = bounds(row_limits(call), size[0])
+    return first[..., None, :] <= limit[..., :, None]
+
+
+def groups(call: Inputs) -> list[tuple[int, list[int]]]:
+    """`(KV head, its slots among call.heads)`. Reads `kv_of_head` back to the host."""
+    found: dict[int, list[int]] = {}
+    for slot, kv in enumerate(call.kv_of_head.tolist()):
+        found.setdefault(kv, []).append(slot)
+    return list(found.items())
+
+
+def take_heads(t: Tensor, heads: Sequence[int]) -> Tensor:
+    """`t[:, heads]`, a view when the heads are neighbours."""
+    first, n = heads[0], len(heads)
+    if list(heads) == list(range(first, first + n)):
+        return t[:, first : first + n]
+    return t[:, torch.as_tensor(list(heads), device=t.device)]
+
+
+def per_slot(table: Tensor, slots: Sequence[int]) -> Tensor:
+    """Rows of a `[B|1, H|1, N]` table for some slots, `[B|1, g|1, N]`."""
+    return table if table.shape[1] == 1 else take_heads(table, slots)
+
+
+def key_head(call: Inputs, kv: int) -> Tensor:
+    """Keys of one KV head `[B, Nk, D]`; fp32 on the CPU, where half products are slow."""
+    k = call.k[:, kv]
+    return k.float() if k.device.type == "cpu" else k
+
+
+def logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """fp32 `[B, g, R, N]` of q `[B, g, R, D]` and k `[B, N, D]`: the rows of a group share k."""
+    b, g, r, d = q.shape
+    rows = q.reshape(b, g * r, d)
+    if rows.is_cuda and rows.dtype != torch.float32:
+        s = torch.bmm(rows, k.to(rows.dtype).transpose(1, 2), out_dtype=torch.float32)
+        return s.mul_(scale).view(b, g, r, -1)
+    # Scaling the few rows is cheaper than scaling all logits.
+    return torch.bmm(rows.float() * scale, k.float().transpose(1, 2)).view(b, g, r, -1)
+
+
+def hide(s: Tensor, limit: Tensor, place: Tensor) -> Tensor:
+    """Logits `[B, g, R, N]` with −inf (in place) where row limits `[B|1, g|1, R]` and key places
+    `[B|1, g|1, N]` do not see each other.
+    """
+    seen = (place >= 0)[..., None, :] & (place[..., None, :] <= limit[..., :, None])
+    return s.masked_fill_(~seen, -float("inf"))
+
+
+def softmax_(s: Tensor) -> Tensor:
+    """Softmax over the last dimension, in place; rows of −inf become zeros."""
+    top = s.amax(-1, keepdim=True)
+    s.sub_(top.masked_fill_(top == -float("inf"), 0.0)).exp_()
+    return s.div_(s.sum(-1, keepdim=True).clamp_(min=1e-30))

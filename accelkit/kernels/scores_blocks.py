@@ -1,0 +1,283 @@
+"""Estimators on the block grid: pooled, every row × mean key, strided, exact.
+
+Each returns fp32 `[B, H, nq, nk]` for the call's heads. Blocks that no row of the tile sees are
+−inf in estimates and 0 in exact masses. Keys are expanded to the query heads only after pooling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from accelkit.errors import InvalidInputError
+from accelkit.kernels import dispatch
+from accelkit.kernels.index import Inputs
+from accelkit.kernels.positions import (
+    bounds,
+    groups,
+    hide,
+    key_head,
+    key_places,
+    logits,
+    per_slot,
+    row_limits,
+    softmax_,
+    take_heads,
+    visible_blocks,
+    voting_rows,
+)
+
+CHUNK_BYTES = 64 * 2**20
+"""Logits held at a time on the CPU; eight times as much on a GPU."""
+
+
+def pool(x: Tensor, block: int, mode: str = "mean", mask: Tensor | None = None) -> Tensor:
+    """Pool tokens by block: `[…, N, D]` → fp32 `[…, ceil(N / block), D]`.
+
+    The ragged last block is pooled by its true length. `mask` (bool, broadcast to `[…, N]`) names
+    the tokens that count; a block without any gives zeros. `mode` is "mean" or "max".
+    """
+    if mode not in ("mean", "max"):
+        raise InvalidInputError(f"pool: mode {mode!r}, expected 'mean' or 'max'")
+    if mask is not None:
+        return _pool_masked(x, block, mode, mask)
+    n = x.shape[-2]
+    whole = n // block * block
+    parts = []
+    for part, size in ((x[..., :whole, :], block), (x[..., whole:, :], n - whole)):
+        if part.shape[-2]:
+            cells = part.unflatten(-2, (-1, size))
+            parts.append(
+                cells.mean(-2, dtype=torch.float32) if mode == "mean" else cells.amax(-2).float()
+            )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+
+def _pool_masked(x: Tensor, block: int, mode: str, mask: Tensor) -> Tensor:
+    short = -x.shape[-2] % block
+    mask = mask.expand(x.shape[:-1])
+    hole = 0.0 if mode == "mean" else -float("inf")
+    cells = pad(torch.where(mask[..., None], x.float(), hole), (0, 0, 0, short), value=hole)
+    cells = cells.unflatten(-2, (-1, block))
+    count = pad(mask, (0, short)).unflatten(-1, (-1, block)).sum(-1)[..., None]
+    if mode == "mean":
+        return cells.sum(-2) / count.clamp(min=1)
+    return torch.where(count > 0, cells.amax(-2), 0.0)
+
+
+def pool_queries(call: Inputs, block: int, mode: str = "mean") -> Tensor:
+    """Pooled queries of the call's heads, fp32 `[B, H, nq, D]`; padding rows do not vote."""
+    votes = voting_rows(call)
+    if mode == "mean" and dispatch.fast_device(call.q):
+        from accelkit.kernels._triton import scores as fast
+
+        places = None if votes is None else torch.where(votes, 0, -1).int()
+        return fast.pool(call.q, block, call.heads, places)
+    return pool(take_heads(call.q, call.heads), block, mode, votes)
+
+
+def pool_keys(call: Inputs, block: int, mode: str = "mean") -> Tensor:
+    """Pooled keys for the call's heads, fp32 `[B, H, nk, D]`; padding and holes do not count.
+
+    Each KV head is pooled once, unless the holes differ by query head (`k_pos` with heads).
+    """
+    masked = call.key_mask is not None or call.k_pos is not None
+    places = key_places(call) if masked else None
+    own = places is not None and places.shape[1] > 1
+    if mode == "mean" and dispatch.fast_device(call.k):
+        from accelkit.kernels._triton import scores as fast
+
+        if own:
+            return fast.pool(call.k, block, call.kv_of_head, places)
+        return fast.pool(call.k, block, None, places)[:, call.kv_of_head]
+    if not own:
+        mask = None if places is None else places >= 0
+        return pool(call.k, block, mode, mask)[:, call.kv_of_head]
+    parts = [
+        pool(call.k[:, kv : kv + 1], block, mode, places[:, slot : slot + 1] >= 0)
+        for slot, kv in enumerate(call.kv_of_head.tolist())
+    ]
+    return torch.cat(parts, 1)
+
+
+def pooled(call: Inputs, size: tuple[int, int], mode: str = "mean") -> Tensor:
+    """Logits of pooled queries and pooled keys, `mean(q) · mean(k) · scale`, fp32 `[B, H, nq, nk]`.
+
+    FlexPrefill (2502.20766), PBS-Attn (2510.21270), SpargeAttn (2502.18137) and the block pattern
+    of MInference (2407.02490). A key mean of the diagonal block includes keys that the tile's first
+    rows do not see; the selectors force that block anyway.
+    """
+    q = pool_queries(call, size[0], mode)
+    k = pool_keys(call, size[1], mode)
+    s = torch.matmul(q * call.scale, k.transpose(-1, -2))
+    return s.masked_fill_(~visible_blocks(call, size), -float("inf"))
+
+
+def self_similarity(
+    x: Tensor, block: int, mask: Tensor | None = None, center: bool = False
+) -> Tensor:
+    """Mean cosine between the tokens of a block, fp32 `[…, nb]`, from `[…, N, D]`.
+
+    It is the mean of the Gram matrix of the normalised tokens (diagonal included, as in SpargeAttn,
+    2502.18137), computed as `‖Σ x̂‖² / n²`. `center` removes the mean token first, as SpargeAttn
+    does for keys. `mask` names the tokens that count; a block without any gives 1.
+    """
+    n = x.shape[-2]
+    short = -n % block
+    x = x.float()
+    if mask is None:
+        mask = torch.ones(n, dtype=torch.bool, device=x.device)
+    mask = mask.expand(x.shape[:-1])
+    if center:
+        total = mask.sum(-1)[..., None, None].clamp(min=1)
+        x = x - (x * mask[..., None]).sum(-2, keepdim=True) / total
+    weight = torch.linalg.vector_norm(x, dim=-1).clamp_(min=1e-12).reciprocal_() * mask
+    cells = pad(x, (0, 0, 0, short)).unflatten(-2, (-1, block))
+    weight = pad(weight, (0, short)).unflatten(-1, (-1, 1, block))
+    count = pad(mask, (0, short)).unflatten(-1, (-1, block)).sum(-1)
+    square = torch.matmul(weight, cells).square().sum((-1, -2))
+    return torch.where(count > 0, square / count.clamp(min=1).square(), 1.0)
+
+
+def rows_by_block_mean(call: Inputs, size: tuple[int, int]) -> Tensor:
+    """Every query row × mean key: `Σ_r exp(s_rj − max)` over the rows r of a tile, fp32
+    `[B, H, nq, nk]`, the maximum taken over the tile's rows and visible blocks.
+
+    FlashPrefill (`qhfan/FlashPrefill`). A row counts for a block if it sees the block's first key.
+    Chunk-safe: no row stands for another.
+    """
+    visible = visible_blocks(call, size)
+    plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
+    keys = pool_keys(call, size[1])
+    if plain and dispatch.fast_device(call.q):
+        from accelkit.kernels._triton import scores as fast
+
+        return fast.rows_by_block_mean(call, size, keys)
+    nq, nk = call.tiles(size)
+    first, _ = bounds(key_places(call), size[1])
+    limit, votes = row_limits(call), voting_rows(call)
+    if votes is not None:
+        limit = torch.where(votes, limit, -1)
+    out = call.q.new_empty((call.q.shape[0], len(call.heads), nq, nk), dtype=torch.float32)
+    step = _rows_per_chunk(call, nk * call.q.shape[0], size[0])
+    for slot, head in enumerate(call.heads):
+        mean = keys[:, slot]
+        for r in range(0, call.n_q, step):
+            rows = slice(r, min(r + step, call.n_q))
+            s = logits(call.q[:, head : head + 1, rows].float(), mean, call.scale)
+            seen = per_slot(first, [slot])[..., None, :] <= per_slot(limit, [slot])[..., rows, None]
+            s = s.masked_fill_(~seen, -float("inf"))
+            s = pad(s[:, 0], (0, 0, 0, -s.shape[2] % size[0]), value=-float("inf"))
+            s = s.unflatten(1, (-1, size[0]))
+            top = s.amax((2, 3), keepdim=True)
+            s = s.sub_(top.masked_fill_(top == -float("inf"), 0.0)).exp_().sum(2)
+            out[:, slot, r // size[0] : r // size[0] + s.shape[1]] = s
+    return out.masked_fill_(~visible, -float("inf"))
+
+
+def _rows_per_chunk(call: Inputs, width: int, multiple: int) -> int:
+    """Rows of `width` fp32 numbers that fit the scratch budget, a multiple of `multiple`."""
+    budget = CHUNK_BYTES * (8 if call.q.is_cuda else 1)
+    return max(1, budget // (4 * max(1, width) * multiple)) * multiple
+
+
+def strided(call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128)) -> Tensor:
+    """Antidiagonal score of XAttention (2503.16428), fp32 `[B, H, nq, nk]`.
+
+    Tokens are cut into cells of `stride`; the logit of two cells is the mean of their antidiagonal
+    `Σ_s q[iS + S−1−s] · k[jS + s] · scale / S`, softmaxed over the cells j that row cell i sees,
+    then summed into blocks. A full tile's row of blocks sums to `size[0] / stride`. Ragged ends are
+    padded with zeros; masked keys count as zeros, cells without a real key are not seen. A cell of
+    keys is seen if its first real key is not after the row cell's last row.
+    """
+    if stride < 1 or size[0] % stride or size[1] % stride:
+        raise InvalidInputError(
+            f"strided: stride {stride} does not divide the unit {size}; "
+            "choose a stride that divides both sides"
+        )
+    plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
+    if plain and dispatch.fast_device(call.q) and call.q.dtype != torch.float32:
+        from accelkit.kernels._triton import scores as fast
+
+        return fast.strided(call, stride, size)
+    places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
+    if votes is not None:
+        limit = torch.where(votes, limit, -1)
+    first, _ = bounds(places, stride)
+    _, last = bounds(limit, stride)
+    batch, (nq, nk) = call.q.shape[0], call.tiles(size)
+    nqc, nkc = last.shape[-1], first.shape[-1]
+    first = torch.where(first == 2**31 - 1, -1, first)
+    out = call.q.new_zeros((batch, len(call.heads), nq, nk), dtype=torch.float32)
+    per = size[0] // stride
+    for kv, slots in groups(call):
+        k = key_head(call, kv)
+        if call.key_mask is not None or call.k_pos is not None:
+            real = places >= 0
+            if real.shape[1] > 1:
+                real = real[:, slots[:1]]
+            k = k * real[:, 0, :, None]
+        k = pad(k, (0, 0, 0, -call.n_k % stride)).reshape(batch, nkc, -1)
+        at = [call.heads[s] for s in slots]
+        step = _rows_per_chunk(call, nkc * batch * len(slots), per)
+        for c in range(0, nqc, step):
+            stop = min(c + step, nqc)
+            q = take_heads(call.q[:, :, c * stride : stop * stride], at).to(k.dtype)
+            q = pad(q, (0, 0, 0, (stop - c) * stride - q.shape[2]))
+            q = q.unflatten(2, (-1, stride)).flip(3).flatten(3)
+            n = nkc
+            if plain and call.causal:
+                n = min(nkc, (call.q_start + stop * stride - 1) // stride + 1)
+            s = logits(q, k[:, :n], call.scale / stride)
+            hide(s, per_slot(last, slots)[..., c:stop], per_slot(first, slots)[..., :n])
+            p = softmax_(s)
+            p = pad(p, (0, -n % (size[1] // stride), 0, -(stop - c) % per))
+            p = p.unflatten(-1, (-1, size[1] // stride)).sum(-1).unflatten(2, (-1, per)).sum(3)
+            out[:, slots, c // per : c // per + p.shape[2], : p.shape[3]] = p
+    return out.masked_fill_(~visible_blocks(call, size), -float("inf"))
+
+
+def block_mass(
+    call: Inputs,
+    lse: Tensor | None,
+    size: tuple[int, int],
+    rows: Sequence[int] | Tensor | None = None,
+) -> Tensor:
+    """Exact attention mass of each key block, mean over the rows of a tile, fp32
+    `[B, H, len(rows), nk]`; a tile's masses sum to one.
+
+    `lse` is the natural-log LSE of the dense rows, fp32 `[B, H, Nq]` for the call's heads, or None:
+    then it is computed on the way. `rows` are the query tiles to look at, all by default.
+    Calibration reads recall from this. Padding rows do not vote.
+    """
+    nq, nk = call.tiles(size)
+    tiles = list(range(nq)) if rows is None else [int(r) for r in rows]
+    places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
+    batch = call.q.shape[0]
+    out = call.q.new_zeros((batch, len(call.heads), len(tiles), nk), dtype=torch.float32)
+    plain = call.causal and call.k_pos is None and call.q_pos is None
+    for kv, slots in groups(call):
+        k = key_head(call, kv)
+        at = [call.heads[s] for s in slots]
+        for i, tile in enumerate(tiles):
+            r = slice(tile * size[0], min((tile + 1) * size[0], call.n_q))
+            n = min(call.n_k, call.q_start + r.stop) if plain else call.n_k
+            n = max(1, n)
+            s = logits(take_heads(call.q[:, :, r], at).to(k.dtype), k[:, :n], call.scale)
+            hide(s, per_slot(limit, slots)[..., r], per_slot(places, slots)[..., :n])
+            if lse is None:
+                p = softmax_(s)
+            else:
+                norm = take_heads(lse[:, :, r], slots)[..., None].float()
+                p = s.sub_(norm.masked_fill(norm == -float("inf"), 0.0)).exp_()
+            if votes is None:
+                p = p.mean(2)
+            else:
+                vote = per_slot(votes, slots)[..., r, None]
+                p = (p * vote).sum(2) / vote.sum(2).clamp(min=1)
+            p = pad(p, (0, -n % size[1])).unflatten(-1, (-1, size[1])).sum(-1)
+            out[:, slots, i, : p.shape[-1]] = p
+    return out

@@ -1,0 +1,177 @@
+"""Selectors: block scores → bool masks, and masks → `BlockIndex`.
+
+Scores are fp32 `[B, H, nq, nk]` with −inf for invisible blocks, so visibility comes before every
+selection. Thresholds are numbers or one value per head, `[H]`. Ties go to the lower block id. A
+selected mask passes through `force`, which adds what must be kept and leaves no visible row empty.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accelkit.errors import InvalidInputError
+from accelkit.kernels import dispatch
+from accelkit.kernels.index import Inputs
+from accelkit.kernels.positions import (
+    bounds,
+    key_places,
+    row_limits,
+    row_places,
+    visible_blocks,
+)
+from accelkit.kernels.select_lines import compact, lines, vertical_slash
+from accelkit.kernels.select_stats import density, pair_counts, recall
+
+__all__ = [
+    "compact", "density", "force", "global_top_p", "lines", "pair_counts", "probabilities",
+    "ratio_of_max", "recall", "threshold", "top_k", "top_p", "vertical_slash", "visible",
+]  # fmt: skip
+
+
+def visible(call: Inputs, size: tuple[int, int]) -> Tensor:
+    """Key blocks of which some row of the tile sees some key, bool `[B|1, H|1, nq, nk]`."""
+    return visible_blocks(call, size)
+
+
+def probabilities(scores: Tensor) -> Tensor:
+    """Softmax of each row, fp32; invisible blocks stay −inf, rows without a visible block too."""
+    hidden = scores == -float("inf")
+    top = scores.amax(-1, keepdim=True)
+    p = (scores - top.masked_fill(top == -float("inf"), 0.0)).exp_()
+    p /= p.sum(-1, keepdim=True).clamp_(min=1e-30)
+    return p.masked_fill_(hidden, -float("inf"))
+
+
+def _per_head(value: float | Tensor, scores: Tensor) -> Tensor:
+    """A number or `[H]` as a tensor that broadcasts against `[B, H, nq, nk]`."""
+    value = torch.as_tensor(value, device=scores.device)
+    return value.view(1, -1, 1, 1) if value.dim() else value
+
+
+def top_k(scores: Tensor, k: int | float | Tensor) -> Tensor:
+    """The k best visible blocks of each row, bool `[B, H, nq, nk]`.
+
+    An integer (or integer tensor `[H]`) is a count; a float in 0 … 1 (or float tensor) a fraction
+    of the row's visible blocks, rounded up, at least one.
+    """
+    if isinstance(k, float) and not 0 <= k <= 1:
+        raise InvalidInputError(f"top_k: fraction {k} is outside 0 … 1; pass an int for a count")
+    number = _per_head(k, scores)
+    seen = (scores != -float("inf")).sum(-1, keepdim=True)
+    if number.is_floating_point():
+        # 0.3 · 10 is a little above 3 in fp32; a block more than asked for would be wrong.
+        number = torch.ceil(number * seen - 1e-4).clamp_(min=1)
+    number = torch.minimum(number.to(torch.int32), seen.to(torch.int32))
+    return _prefix(scores, number.float(), by_mass=False)
+
+
+def top_p(probs: Tensor, p: float | Tensor) -> Tensor:
+    """The shortest prefix of each row's descending order whose sum reaches `p` of the row's total;
+    the block that crosses is kept. Bool `[B, H, nq, nk]`.
+
+    `probs` are non-negative, −inf where invisible; rows need not sum to one. `p ≥ 1` keeps every
+    visible block, however small.
+    """
+    share = _per_head(p, probs)
+    total = probs.clamp(min=0).sum(-1, keepdim=True, dtype=torch.float32)
+    mask = _prefix(probs, share * total, by_mass=True)
+    return torch.where(share >= 1, probs != -float("inf"), mask)
+
+
+def _prefix(scores: Tensor, target: Tensor, by_mass: bool) -> Tensor:
+    """Greatest visible entries of each row until their number or their sum reaches `target`
+    `[B, H, nq, 1]`.
+    """
+    shape = (*scores.shape[:-1], 1)
+    if dispatch.fast_device(scores) and scores.shape[-1] <= 8192:
+        from accelkit.kernels._triton import select as fast
+
+        return fast.prefix(scores, target.expand(shape), by_mass)
+    order = scores.sort(dim=-1, descending=True, stable=True)
+    if by_mass:
+        mass = order.values.clamp(min=0)
+        keep = mass.cumsum(-1) - mass < target
+    else:
+        keep = torch.arange(scores.shape[-1], device=scores.device) < target
+    keep = keep & (order.values != -float("inf"))
+    return torch.zeros_like(keep).scatter_(-1, order.indices, keep)
+
+
+def global_top_p(probs: Tensor, p: float | Tensor) -> Tensor:
+    """FlexPrefill's query-aware selection (2502.20766): one prefix over all rows of a head, so rows
+    compete, until the sum reaches `p` of the head's total (`p · nq` for rows that sum to one). The
+    block that crosses is kept. Bool `[B, H, nq, nk]`.
+    """
+    flat = probs.flatten(2)[:, :, None]
+    share = _per_head(p, flat)
+    total = flat.clamp(min=0).sum(-1, keepdim=True, dtype=torch.float32)
+    order = flat.sort(dim=-1, descending=True, stable=True)
+    mass = order.values.clamp(min=0)
+    # A million small terms: the running sum is kept in fp64.
+    keep = mass.cumsum(-1, dtype=torch.float64) - mass < share * total
+    keep &= order.values != -float("inf")
+    mask = torch.zeros_like(keep).scatter_(-1, order.indices, keep)
+    return torch.where(share >= 1, flat != -float("inf"), mask).view_as(probs)
+
+
+def ratio_of_max(scores: Tensor, alpha: float | Tensor) -> Tensor:
+    """Blocks with at least `alpha` of their row's greatest score (FlashPrefill). One pass, no sort.
+    Scores are non-negative, −inf where invisible.
+    """
+    top = scores.amax(-1, keepdim=True)
+    return (scores >= _per_head(alpha, scores) * top) & (scores != -float("inf"))
+
+
+def threshold(scores: Tensor, value: float | Tensor) -> Tensor:
+    """Visible blocks whose score is at least `value`."""
+    return (scores >= _per_head(value, scores)) & (scores != -float("inf"))
+
+
+def force(
+    mask: Tensor,
+    call: Inputs,
+    size: tuple[int, int],
+    *,
+    sink: int = 1,
+    local: int = 1,
+    last: int = 0,
+) -> Tensor:
+    """A selection with what must be kept, without what nobody sees; bool `[B, H, nq, nk]`.
+
+    `sink` blocks from the first real token on (key blocks), `local` blocks up to and including the
+    tile's own (both sides where the call is not causal), and the `last` query tiles wholly. Then
+    every row that sees anything has a block it sees: where the tile's first such row would be left
+    empty, the nearest block that it sees is added.
+    """
+    _, bk = size
+    places = key_places(call)
+    first, final = bounds(places, bk)
+    low, high = bounds(row_places(call), size[0])
+    limit_low, limit_high = bounds(row_limits(call), size[0])
+    seen = first[..., None, :] <= limit_high[..., :, None]
+    low, high, limit_low = low[..., :, None], high[..., :, None], limit_low[..., :, None]
+    first, final = first[..., None, :], final[..., None, :]
+    origin = first.amin(-1, keepdim=True)
+    keep = mask
+    if sink > 0:
+        # In sixty-four bits: FAR stands for a block without a key.
+        keep = keep | (first.long() <= origin.long() + (sink - 1) * bk)
+    if local > 0:
+        reach = (local - 1) * bk
+        begin = low // bk * bk - reach
+        end = high if call.causal else (high.long() // bk + local) * bk - 1
+        keep = keep | ((final >= begin) & (first <= end))
+    if last > 0:
+        tail = torch.arange(seen.shape[-2], device=seen.device) >= seen.shape[-2] - last
+        keep = keep | tail[:, None]
+    keep = keep & seen
+    # The first row of the tile that sees anything is the hardest to please.
+    row = torch.maximum(limit_low, origin)
+    candidate = seen & (first <= row)
+    empty = ~(keep & candidate).any(-1, keepdim=True)
+    nearest = torch.where(candidate, first, -1)
+    best = nearest.amax(-1, keepdim=True)
+    one = candidate & (nearest == best) & (best >= 0)
+    # Permuted keys may share a nearest position only by being the same block.
+    return keep | (empty & one)

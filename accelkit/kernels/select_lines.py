@@ -1,0 +1,105 @@
+"""Masks → lists, and vertical and slash lines → block masks and column lists."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accelkit.errors import UnsupportedConfigurationError
+from accelkit.kernels import dispatch
+from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
+from accelkit.kernels.positions import bounds, key_places, row_limits, row_places, visible_blocks
+
+
+def compact(mask: Tensor, size: tuple[int, int]) -> BlockIndex:
+    """`BlockIndex.from_mask` by the fastest way on the mask's device. No host synchronisation."""
+    if dispatch.fast_device(mask):
+        from accelkit.kernels._triton import select as fast
+
+        return fast.compact(mask, size)
+    return BlockIndex.from_mask(mask, size)
+
+
+def _plain(call: Inputs, name: str) -> None:
+    if call.q_pos is not None or call.k_pos is not None or not call.causal:
+        raise UnsupportedConfigurationError(
+            f"{name} speaks of diagonals: it needs causal rows and keys in their own order"
+        )
+
+
+def lines(call: Inputs, columns: Tensor, offsets: Tensor, size: tuple[int, int]) -> Tensor:
+    """Blocks on chosen block columns and block diagonals (FlexPrefill, 2502.20766), bool
+    `[B, H, nq, nk]`.
+
+    `columns` bool `[B, H, nk]`; `offsets` bool `[B, H, n]`: offset `o` marks, for each block row of
+    keys that the tile's own positions fall in, the block `o` before it.
+    """
+    _plain(call, "lines")
+    nk, bk = call.tiles(size)[1], size[1]
+    low, high = bounds(row_places(call), size[0])
+    block = torch.arange(nk, device=columns.device)
+    mask = columns[..., None, :]
+    n = offsets.shape[-1]
+    # A tile whose q_start is not aligned lies across two block rows or more.
+    for step in range(ceil_div(size[0] - 1, bk) + 1):
+        row = torch.minimum(low[0, 0] // bk + step, high[0, 0] // bk)
+        offset = row[:, None] - block
+        inside = (offset >= 0) & (offset < n)
+        mask = mask | (offsets[..., offset.clamp(0, n - 1)] & inside)
+    return mask & visible_blocks(call, size)
+
+
+def vertical_slash(
+    call: Inputs, columns: Tensor, offsets: Tensor, size: tuple[int, int] = (64, 64)
+) -> tuple[BlockIndex, BlockIndex]:
+    """MInference's vertical-slash index (2407.02490) as two disjoint pieces: blocks that cover the
+    slash windows, and the single columns `(size[0], 1)` outside those blocks.
+
+    `columns` int `[B, H, n_v]` are key ids, `offsets` int `[B, H, n_s]` distances query − key; −1
+    entries are skipped, repetitions count once. Offset `o` touches keys `[R − o, E − o)` for a tile
+    of rows at positions `[R, E)`: every block that such a window overlaps is taken, so the cover is
+    block aligned and contains the paper's windows. Offset 0 is always in. Ids ascend, no key twice;
+    later columns of the tile's own rows are left to the element mask.
+    """
+    _plain(call, "vertical_slash")
+    blocks = _slash_blocks(call, offsets, size)
+    n_k, bk = call.n_k, size[1]
+    ids = torch.where((columns >= 0) & (columns < n_k), columns, n_k).long().sort(-1).values
+    fresh = ids < n_k
+    fresh[..., 1:] &= ids[..., 1:] != ids[..., :-1]
+    ids = ids.clamp(max=n_k - 1)
+    real = (key_places(call) >= 0).expand(*ids.shape[:2], -1)
+    fresh &= real.gather(-1, ids)
+    _, limit = bounds(row_limits(call), size[0])
+    keep = fresh[..., None, :] & (ids[..., None, :] <= limit[..., :, None])
+    covered = blocks.gather(
+        -1, (ids // bk)[..., None, :].expand(*ids.shape[:2], blocks.shape[2], -1)
+    )
+    listed = compact(keep & ~covered, (size[0], 1))
+    # The compacted ids are places in a row's column list; put the columns in their stead.
+    places = listed.blocks.view(*keep.shape).long()
+    keys = ids[..., None, :].expand_as(keep).gather(-1, places.clamp(0, max(ids.shape[-1] - 1, 0)))
+    rest = BlockIndex(listed.start, listed.count, keys.int().flatten(), (size[0], 1))
+    return compact(blocks, size), rest
+
+
+def _slash_blocks(call: Inputs, offsets: Tensor, size: tuple[int, int]) -> Tensor:
+    """Blocks that overlap a slash window of their tile, bool `[B, H, nq, nk]`."""
+    bq, bk = size
+    n_q, device = call.n_q, offsets.device
+    nq, nk = call.tiles(size)
+    n = call.q_start + n_q
+    inside = (offsets >= 0) & (offsets < n)
+    present = torch.zeros((*offsets.shape[:2], n + 1), dtype=torch.int32, device=device)
+    present.scatter_(-1, torch.where(inside, offsets, n).long(), 1)
+    present[..., 0], present[..., n] = 1, 0
+    # before[o]: chosen offsets below o. Block c of tile t is on the line of o for
+    # R − (c + 1)·bk < o < E − c·bk.
+    before = torch.nn.functional.pad(present.cumsum(-1, dtype=torch.int32), (1, 0))
+    tile = torch.arange(nq, device=device)
+    row, end = call.q_start + tile * bq, call.q_start + (tile * bq + bq).clamp(max=n_q)
+    key = torch.arange(nk, device=device) * bk
+    least = (row[:, None] - key - bk + 1).clamp(0, n)
+    most = (end[:, None] - key).clamp(0, n)
+    mask = before[..., most] > before[..., least]
+    return mask & visible_blocks(call, size)

@@ -1,0 +1,119 @@
+"""How much an index computes (density) and how much attention it covers (recall)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from accelkit.errors import InvalidInputError
+from accelkit.kernels.index import ALL, BlockIndex, Inputs
+from accelkit.kernels.positions import key_places, row_limits
+
+
+def pair_counts(call: Inputs, size: tuple[int, int]) -> Tensor:
+    """Visible query-key pairs in each block, int64 `[B|1, H|1, nq, nk]`. For block units: with
+    `size[1] == 1` this has one number per tile and key.
+    """
+    (nq, nk), (bq, bk) = call.tiles(size), size
+    device = call.q.device
+    if call.q_pos is None and call.k_pos is None and call.key_mask is None:
+        tile, block = torch.arange(nq, device=device) * bq, torch.arange(nk, device=device) * bk
+        rows = (call.n_q - tile).clamp(max=bq)[:, None]
+        keys = (call.n_k - block).clamp(max=bk)
+        if not call.causal:
+            return (rows * keys)[None, None]
+        return _staircase(call.q_start + tile[:, None] + 1 - block, rows, keys)[None, None]
+    places, limit = key_places(call), row_limits(call)
+    out = []
+    for t in range(nq):
+        some = limit[..., t * bq : (t + 1) * bq].contiguous()
+        # Rows that see key j: those whose limit is not below its place.
+        order = some.sort(-1).values
+        lead = torch.broadcast_shapes(order.shape[:2], places.shape[:2])
+        order = order.expand(*lead, -1).contiguous()
+        place = places.expand(*lead, -1).contiguous()
+        blind = torch.searchsorted(order, place)
+        seen = torch.where(place >= 0, order.shape[-1] - blind, 0)
+        out.append(pad(seen, (0, -call.n_k % bk)).unflatten(-1, (-1, bk)).sum(-1))
+    return torch.stack(out, 2)
+
+
+def _staircase(first: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
+    """`Σ_{i < rows} clamp(first + i, 0, keys)`: row i of a causal tile sees that many keys."""
+
+    def below(x: Tensor) -> Tensor:
+        """Sum of min(u, keys) over 0 ≤ u < x."""
+        x = x.clamp(min=0)
+        m = torch.minimum(x, keys)
+        return m * (m - 1) // 2 + (x - m) * keys
+
+    return below(first + rows) - below(first)
+
+
+def density(index: BlockIndex | Sequence[BlockIndex], call: Inputs) -> Tensor:
+    """Visible query-key pairs inside the listed blocks ÷ all visible pairs, fp32 `[H]`.
+
+    Element-exact at block granularity; several disjoint pieces add up. Reads sizes back to the
+    host: for reports, not for the forward pass.
+    """
+    pieces = [index] if isinstance(index, BlockIndex) else list(index)
+    heads, batch = len(call.heads), call.q.shape[0]
+    whole = pair_counts(call, (128, 128)).sum((-1, -2)).expand(batch, heads).double()
+    listed = torch.zeros((batch, heads), dtype=torch.float64, device=call.q.device)
+    for piece in pieces:
+        if piece.heads != heads or piece.rows != call.tiles(piece.size)[0]:
+            raise InvalidInputError(
+                f"density: the index has {piece.heads} heads and {piece.rows} tiles, the call "
+                f"{heads} heads and {call.tiles(piece.size)[0]} tiles of {piece.size[0]}"
+            )
+        plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
+        counts = None if plain else pair_counts(call, piece.size)
+        for b in range(batch):
+            for h in range(heads):
+                listed[b, h] += _listed_pairs(piece, call, counts, b, h, whole[b, h])
+    return (listed.sum(0) / whole.sum(0).clamp(min=1)).float()
+
+
+def _listed_pairs(
+    piece: BlockIndex, call: Inputs, counts: Tensor | None, b: int, h: int, whole: Tensor
+) -> Tensor:
+    """Visible pairs in one head's lists, one entry at a time."""
+    b_own = b if piece.count.shape[0] > 1 else 0
+    start, count = piece.start[b_own, h], piece.count[b_own, h].long()
+    if bool((count == ALL).all()):
+        return whole
+    (bq, bk), device = piece.size, call.q.device
+    nq, nk = call.tiles(piece.size)
+    everything = torch.where(count == ALL, nk, 0).long()
+    length = torch.where(count == ALL, everything, count)
+    row = torch.repeat_interleave(torch.arange(nq, device=device), length)
+    at = torch.arange(row.numel(), device=device) - (length.cumsum(0) - length)[row]
+    is_all = (count == ALL)[row]
+    n = max(piece.blocks.numel(), 1)
+    place = torch.where(is_all, 0, start[row] + at).clamp(max=n - 1)
+    source = piece.blocks if piece.blocks.numel() else piece.blocks.new_zeros(1)
+    block = torch.where(is_all, at, source[place].long())
+    real = (block >= 0) & (block < nk)
+    block = block.clamp(0, nk - 1)
+    if counts is not None:
+        table = counts[b if counts.shape[0] > 1 else 0, h if counts.shape[1] > 1 else 0]
+        pairs = table[row, block]
+    else:
+        rows = (call.n_q - row * bq).clamp(max=bq)
+        keys = (call.n_k - block * bk).clamp(max=bk)
+        pairs = rows * keys
+        if call.causal:
+            pairs = _staircase(call.q_start + row * bq + 1 - block * bk, rows, keys)
+    return torch.where(real, pairs, 0).sum().double()
+
+
+def recall(mask: Tensor, mass: Tensor) -> Tensor:
+    """Share of the attention mass that a selection covers, fp32 `[H]`, mean over tiles and batch.
+
+    `mass` is `scores.block_mass` `[B, H, R, nk]`, `mask` bool for the same tiles.
+    """
+    covered, whole = (mass * mask).sum((0, 2, 3)), mass.sum((0, 2, 3))
+    return (covered / whole.clamp(min=1e-30)).float()
