@@ -19,13 +19,18 @@ import sys
 import textwrap
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 SCHEMA = ROOT / "accelkit" / "plan.schema.json"
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+KERNELS = (
+    "Attention alone on random data, bfloat16, by `benchmarks/kernels.py`. The whole call adds checks and the "
+    "lowering of a fresh index; choosing what to read comes on top. TFLOP/s count computed blocks only."
+)
 MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
 
 
@@ -90,11 +95,15 @@ def cell(text: Any) -> str:
 
 
 def kind_of_type(annotation: Any) -> str:
-    return (
-        annotation.__name__
-        if inspect.isclass(annotation)
-        else str(annotation).replace("typing.", "")
-    )
+    """A field's type as one would write it, without pydantic's bounds."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return kind_of_type(parts[0])
+    if origin in (Union, UnionType):
+        return " | ".join(map(kind_of_type, parts)).replace("NoneType", "None")
+    if origin is Literal:
+        return " | ".join(map(repr, parts))
+    return annotation.__name__ if inspect.isclass(annotation) and not parts else str(annotation)
 
 
 def method_page(cls: Any) -> str:
@@ -111,13 +120,13 @@ def method_page(cls: Any) -> str:
     if rest:
         out.append(rest)
     if cls.model_fields:
-        rows = ["| field | type | default | |", "|---|---|---|---|"]
+        told = any(field.description or notes.get(n) for n, field in cls.model_fields.items())
+        rows = ["| field | type | default |" + " |" * told, "|---|---|---|" + "---|" * told]
         for name, field in cls.model_fields.items():
             default = "required" if field.is_required() else f"`{field.default!r}`"
             note = field.description or notes.get(name, "")
-            rows.append(
-                f"| `{name}` | {cell(kind_of_type(field.annotation))} | {default} | {cell(note)} |"
-            )
+            row = f"| `{name}` | {cell(kind_of_type(field.annotation))} | {default} |"
+            rows.append(row + f" {cell(note)} |" * told)
         out.append("\n".join(rows))
     return "\n\n".join(out) + "\n"
 
@@ -195,8 +204,8 @@ def kernel_row(m: dict[str, Any]) -> dict[str, Any]:
     return {
         "shape": m["shape"],
         "unit": "×".join(map(str, m["unit"])),
-        "density": m["density"],
-        "dense, ms": m["ms"]["dense"],
+        "density": number(m["density"]) + (f" ({w})" if isinstance(w := m["wanted"], str) else ""),
+        "cuDNN dense, ms": m["ms"]["dense"],
         "sparse kernel, ms": m["ms"]["kernel"],
         "whole call, ms": m["ms"]["call"],
         "TFLOP/s": m["tflops"]["kernel"],
@@ -222,7 +231,10 @@ def benchmarks() -> str:
             f"**{data.get('title') or data.get('model') or path.stem}**: {machine(data)} "
             f"(`benchmarks/results/{path.name}`)"
         )
-        parts.append(table(rows_of(data)))
+        rows = rows_of(data)
+        parts.append(table(rows))
+        if "whole call, ms" in rows[0]:
+            parts.append(KERNELS)
         if data.get("note"):
             parts.append(data["note"])
     return "\n\n".join(parts) or "No measurement is shipped yet."
