@@ -254,6 +254,12 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
         what = (what,)
     policy = what if isinstance(what, Policy) else Policy(methods=tuple(what))
     fingerprint, heads = facts(model)
+    places = sites(model)
+    if not places:
+        raise NothingPatchedError(
+            f"{fingerprint.class_name}: none of its {len(heads)} attention modules sees the whole "
+            "prompt (sliding windows); there is nothing to make sparse"
+        )
     phases = set.intersection(*(set(m.phases) for m in policy.methods)) if policy.methods else set()
     if policy.methods and not phases:
         kinds = ", ".join(m.kind for m in policy.methods)
@@ -262,7 +268,7 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
         site.path: LayerPlan(
             rules=tuple(Rule(phase=p, policies=(0,) * heads[site.path]) for p in sorted(phases))
         )
-        for site in sites(model)
+        for site in places
     }
     return Plan(fingerprint=fingerprint, policies=(policy,), sites=rules)
 

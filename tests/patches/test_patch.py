@@ -24,7 +24,7 @@ from tests.patches.conftest import FAMILIES, attributes, tiny
 
 WINDOW = load("window")
 NARROW = WINDOW(sink_tokens=16, window_tokens=48, block=16)
-WIDE = WINDOW(sink_tokens=16, window_tokens=4096, block=16)
+WIDE = WINDOW(sink_tokens=10_000, window_tokens=48, block=16)  # every block, on the sparse path
 # Families whose full-attention layers may run sparse, and how many of the two layers that is.
 SPARSE_LAYERS = {"mistral": 0, "gemma3_text": 1, "gpt_oss": 0}
 pytestmark = pytest.mark.filterwarnings("ignore::accelkit.errors.DenseFallbackWarning")
@@ -243,7 +243,8 @@ def test_plan_of_another_model_lists_differences(llama):
     text = str(error.value)
     assert "layers: the plan has 3, the model 2" in text
     assert "q_heads: the plan has 8, the model 4" in text
-    assert "model.layers.2.self_attn" in text
+    assert "model.layers.0.self_attn: 8 heads in the plan, 4 in the model" in text
+    assert "more" in text.rpartition("\n")[2]
 
 
 def test_changed_config_only_warns(llama):

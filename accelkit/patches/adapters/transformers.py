@@ -89,10 +89,13 @@ def attention_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, 
 
 
 def _slides(module: nn.Module) -> bool:
+    """Whether a layer sees a window only: by itself, by its kind, or because the whole model does."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window is not None
     kinds = getattr(module.config, "layer_types", None)
     if kinds is not None:
         return kinds[module.layer_idx] != "full_attention"
-    return getattr(module, "sliding_window", None) is not None
+    return getattr(module.config, "sliding_window", None) is not None
 
 
 def sites(model: PreTrainedModel) -> tuple[Site, ...]:
@@ -241,8 +244,7 @@ def _forward(
         door = _DOORS[number]
         if reason not in door.runner.phases:
             door.runner.skipped(door.site.path, reason or "")
-    if attention_mask is not None and attention_mask.ndim < 4:
-        attention_mask = _full_mask(module, query, key, attention_mask)
+    attention_mask = _full_mask(module, query, key, attention_mask)
     previous = _implementation(module)
     return previous(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -269,8 +271,11 @@ def _dense_reason(
     return None
 
 
-def _full_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor) -> Any:
-    """The mask that the previous implementation would have been given for a plain causal call."""
+def _full_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> Any:
+    """The mask that the previous implementation would have been given for this call."""
+    first_prefill = mask is None and 1 < query.shape[2] == key.shape[2]
+    if not first_prefill and (mask is None or mask.ndim == 4):
+        return mask
     config = module.config
     previous = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation.removeprefix(NAME)]
     return previous(
@@ -280,7 +285,7 @@ def _full_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor) -> A
         q_offset=key.shape[2] - query.shape[2],
         kv_offset=0,
         mask_function=causal_mask_function,
-        attention_mask=mask if mask.ndim == 2 else None,
+        attention_mask=mask if mask is not None and mask.ndim == 2 else None,
         allow_is_causal_skip=True,
         dtype=query.dtype,
         config=config,
@@ -328,8 +333,7 @@ def _attention(
     out = door.runner.run(call)
     if out is not None:
         return out
-    if mask is not None:
-        mask = _full_mask(module, query, key, mask)
+    mask = _full_mask(module, query, full_key, mask)
     out, _ = door.previous(module, query, full_key, full_value, mask, scaling=scale, dropout=0.0)
     # A custom op may not hand out its inputs' memory.
     return out.contiguous()
