@@ -2,9 +2,10 @@
 
     python benchmarks/kernels.py --out results.json [--sweep]
 
-Random normal data; medians of interleaved repetitions timed by device events. `kernel` is the attention kernel over a
-lowered index, `call` the whole of `attend` with a fresh index (checks, lowering, sort). TFLOP/s count executed blocks.
-Every timed kernel is first compared with an fp32 reference on a few query tiles.
+Random normal data; medians of interleaved repetitions timed by device events. `kernel` is the
+attention kernel over a lowered index, `call` the whole of `attend` with a fresh index (checks,
+lowering, sort). TFLOP/s count executed blocks. Every timed kernel is first compared with an fp32
+reference on a few query tiles.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from accelkit.kernels._triton.lower import lower
 from accelkit.kernels._triton.tile import Tile
 from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import ALL, BlockIndex
-from accelkit.kernels.launch import prepare
+from accelkit.kernels.prepare import prepare
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,24 @@ def milliseconds(work: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def random_mask(shape: Shape, size: tuple[int, int], density: float) -> torch.Tensor:
+def random_call(shape: Shape, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """q, k, v `[B, H, N, D]` as projections leave them: transposed views of `[B, N, H, D]`."""
+    sizes = [
+        (shape.batch, shape.tokens, h, shape.head_size)
+        for h in (shape.heads, *[shape.kv_heads] * 2)
+    ]
+    return [torch.randn(size, device=device, dtype=dtype).transpose(1, 2) for size in sizes]
+
+
+def random_mask(shape: Shape, size: tuple[int, int], density: float, device: str) -> torch.Tensor:
     """Uniform random blocks of the visible ones, the diagonal always: bool [1, H, nq, nk]."""
     nq, nk = -(-shape.tokens // size[0]), -(-shape.tokens // size[1])
-    mask = torch.rand(1, shape.heads, nq, nk, device="cuda") < density
+    mask = torch.rand(1, shape.heads, nq, nk, device=device) < density
     if shape.causal:
-        edge = (torch.arange(1, nq + 1, device="cuda")[:, None] * size[0] - 1).clamp(max=shape.tokens - 1) // size[1]
-        block = torch.arange(nk, device="cuda")
+        edge = (torch.arange(1, nq + 1, device=device)[:, None] * size[0] - 1).clamp(
+            max=shape.tokens - 1
+        ) // size[1]
+        block = torch.arange(nk, device=device)
         mask = (mask | (block == edge)) & (block <= edge)
     return mask
 
@@ -87,9 +100,11 @@ def visible_blocks(shape: Shape, index: BlockIndex) -> tuple[int, int]:
     nk = -(-shape.tokens // index.size[1])
     mask = index.to_mask(nk)
     if shape.causal:
-        high = torch.arange(1, index.rows + 1, device="cuda")[:, None] * index.size[0] - 1
-        mask &= torch.arange(nk, device="cuda") * index.size[1] <= high
-        every = int((torch.arange(nk, device="cuda") * index.size[1] <= high).sum()) * shape.heads
+        high = torch.arange(1, index.rows + 1, device=mask.device)[:, None] * index.size[0] - 1
+        mask &= torch.arange(nk, device=mask.device) * index.size[1] <= high
+        every = (
+            int((torch.arange(nk, device=mask.device) * index.size[1] <= high).sum()) * shape.heads
+        )
     else:
         every = mask.numel()
     return int(mask.sum()) * shape.batch, every * shape.batch
@@ -100,7 +115,9 @@ def flex(shape: Shape, mask: torch.Tensor, compiled: Callable, q, k, v) -> Calla
     from torch.nn.attention.flex_attention import BlockMask
 
     def lists(m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return m.sum(-1, dtype=torch.int32), m.int().argsort(dim=-1, descending=True, stable=True).int()
+        return m.sum(-1, dtype=torch.int32), m.int().argsort(
+            dim=-1, descending=True, stable=True
+        ).int()
 
     nq = mask.shape[2]
     diagonal = torch.eye(nq, dtype=torch.bool, device="cuda") & mask
@@ -108,7 +125,12 @@ def flex(shape: Shape, mask: torch.Tensor, compiled: Callable, q, k, v) -> Calla
     cnt, idx = lists(partial)
     full_cnt, full_idx = lists(full)
     block_mask = BlockMask.from_kv_blocks(
-        cnt, idx, full_cnt, full_idx, BLOCK_SIZE=128, mask_mod=lambda b, h, i, j: i >= j,
+        cnt,
+        idx,
+        full_cnt,
+        full_idx,
+        BLOCK_SIZE=128,
+        mask_mod=lambda b, h, i, j: i >= j,
         seq_lengths=(shape.tokens, shape.tokens),
     )
     return lambda: compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
@@ -118,7 +140,15 @@ def check(q, k, v, index: BlockIndex, causal: bool) -> float:
     """Relative error of a few query tiles against fp32, or a refusal to go on."""
     rows = sorted({1, index.rows // 2, index.rows - 1})
     got = attend(q, k, v, index, causal=causal, rows=rows).out[:1]
-    want = attend(q[:1].float(), k[:1].float(), v[:1].float(), index, causal=causal, rows=rows, backend="reference").out
+    want = attend(
+        q[:1].float(),
+        k[:1].float(),
+        v[:1].float(),
+        index,
+        causal=causal,
+        rows=rows,
+        backend="reference",
+    ).out
     error = float((got.float() - want).norm() / want.norm())
     if not error < 1e-2:
         raise SystemExit(f"the kernel is wrong: relative error {error}")
@@ -130,13 +160,14 @@ def fresh(index: BlockIndex) -> BlockIndex:
 
 
 def measure(shape: Shape, cases, rounds: int, sweep: bool, with_flex: bool) -> list[dict]:
-    make = lambda heads: torch.randn(shape.batch, shape.tokens, heads, shape.head_size, device="cuda").bfloat16()  # noqa: E731
-    q, k, v = (make(h).transpose(1, 2) for h in (shape.heads, shape.kv_heads, shape.kv_heads))
+    q, k, v = random_call(shape, "cuda", torch.bfloat16)
     groups = shape.heads // shape.kv_heads
 
     def dense() -> torch.Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=groups > 1)
+            return scaled_dot_product_attention(
+                q, k, v, is_causal=shape.causal, enable_gqa=groups > 1
+            )
 
     compiled = None
     if with_flex:
@@ -146,7 +177,7 @@ def measure(shape: Shape, cases, rounds: int, sweep: bool, with_flex: bool) -> l
     results = []
     for size, density in cases:
         wanted = density if isinstance(density, float) else 0.05
-        mask = random_mask(shape, size, wanted)
+        mask = random_mask(shape, size, wanted, "cuda")
         index = BlockIndex.from_mask(mask, size)
         if not isinstance(density, float):
             index = mixed(index, 4)
@@ -162,7 +193,9 @@ def measure(shape: Shape, cases, rounds: int, sweep: bool, with_flex: bool) -> l
         if sweep:
             for other in other_tiles(size, tile):
                 name = f"kernel {other.bm}x{other.bn} w{other.warps} s{other.stages}"
-                jobs[name] = lambda launch=launch, work=work, tile=other: kernel.run(launch, work, tile)
+                jobs[name] = lambda launch=launch, work=work, tile=other: kernel.run(
+                    launch, work, tile
+                )
         if compiled is not None and size == (128, 128) and isinstance(density, float):
             jobs["flex"] = flex(shape, mask, compiled, q, k, v)
         times = milliseconds(jobs, rounds)
@@ -170,20 +203,34 @@ def measure(shape: Shape, cases, rounds: int, sweep: bool, with_flex: bool) -> l
         flops = 4 * done * size[0] * size[1] * shape.head_size
         pairs = shape.tokens * (shape.tokens + 1) / 2 if shape.causal else shape.tokens**2
         dense_flops = 4 * shape.batch * shape.heads * shape.head_size * pairs
-        results.append({
-            "shape": shape.name, "unit": list(size), "wanted": density, "density": done / every, "error": error,
-            "tile": [tile.bm, tile.bn, tile.warps, tile.stages], "ms": times,
-            "tflops": {n: (dense_flops if n == "dense" else flops) / t / 1e9 for n, t in times.items()},
-        })  # fmt: skip
+        results.append(
+            {
+                "shape": shape.name,
+                "unit": list(size),
+                "wanted": density,
+                "density": done / every,
+                "error": error,
+                "tile": [tile.bm, tile.bn, tile.warps, tile.stages],
+                "ms": times,
+                "tflops": {
+                    n: (dense_flops if n == "dense" else flops) / t / 1e9 for n, t in times.items()
+                },
+            }
+        )
         row = "  ".join(f"{n} {t:.3f}" for n, t in times.items())
         share = results[-1]["tflops"]["kernel"] / results[-1]["tflops"]["dense"]
-        print(f"{shape.name} {size} ρ={results[-1]['density']:.3f} | {row} | {share:.2f} of dense rate", flush=True)
+        print(
+            f"{shape.name} {size} ρ={results[-1]['density']:.3f} | {row} | {share:.2f} of dense",
+            flush=True,
+        )
     return results
 
 
 def other_tiles(size: tuple[int, int], tile: Tile) -> list[Tile]:
     """Tiles worth trying for a unit beside the chosen one."""
-    tries = [(tile.bm, tile.bn, tile.warps, s) for s in (2, 3, 4)] + [(64, tile.bn, 4, s) for s in (2, 3)]
+    tries = [(tile.bm, tile.bn, tile.warps, s) for s in (2, 3, 4)] + [
+        (64, tile.bn, 4, s) for s in (2, 3)
+    ]
     kept = []
     for bm, bn, warps, stages in tries:
         other = Tile(bm, bn, size[0] // bm, warps, stages)
@@ -193,28 +240,101 @@ def other_tiles(size: tuple[int, int], tile: Tile) -> list[Tile]:
     return kept
 
 
+def measure_cpu(rounds: int) -> list[dict]:
+    """The CPU path against torch's dense attention, fp32, with all threads that torch uses."""
+    shape = Shape("causal 8K, 4/2 heads, d64, CPU", 1, 4, 2, 8192, 64, True)
+    q, k, v = random_call(shape, "cpu", torch.float32)
+
+    def seconds(run: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+
+    results = []
+    for size in ((128, 128), (64, 64), (2048, 1), (32, 1)):
+        for density in (0.25, 0.1, 0.05):
+            index = BlockIndex.from_mask(random_mask(shape, size, density, "cpu"), size)
+            jobs = {
+                "dense": lambda: scaled_dot_product_attention(
+                    q, k, v, is_causal=True, enable_gqa=True
+                ),
+                "call": lambda index=index: attend(q, k, v, index),
+            }
+            times = {name: [] for name in jobs}
+            for _ in range(rounds + 1):
+                for name, run in jobs.items():
+                    times[name].append(seconds(run) * 1e3)
+            # The least, not the median: on shared cores the rest is other people's work.
+            best = {name: min(values[1:]) for name, values in times.items()}
+            done, every = visible_blocks(shape, index)
+            results.append(
+                {
+                    "shape": shape.name,
+                    "unit": list(size),
+                    "wanted": density,
+                    "density": done / every,
+                    "threads": torch.get_num_threads(),
+                    "ms": best,
+                }
+            )
+            gain = best["dense"] / best["call"]
+            print(
+                f"{shape.name} {size} ρ={done / every:.3f} | dense {best['dense']:.1f} "
+                f"call {best['call']:.1f} | {gain:.2f}×, {gain * done / every:.2f} of ideal",
+                flush=True,
+            )
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--sweep", action="store_true", help="also time other tiles")
     parser.add_argument("--no-flex", action="store_true")
+    parser.add_argument("--cpu", action="store_true", help="time the CPU path instead")
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.cpu:
+        report = {
+            "torch": torch.__version__,
+            "processor": platform.processor() or platform.machine(),
+        }
+        report["results"] = measure_cpu(args.rounds)
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=1))
+        return
     block, small = (128, 128), (64, 64)
     plan = [
-        (LLM, [*((block, d) for d in (1.0, 0.5, 0.25, 0.1, 0.05)), (block, "mixed"), (small, 0.25), (small, 0.1)], True),
+        (
+            LLM,
+            [
+                *((block, d) for d in (1.0, 0.5, 0.25, 0.1, 0.05)),
+                (block, "mixed"),
+                (small, 0.25),
+                (small, 0.1),
+            ],
+            True,
+        ),
         (D64, [(block, 0.25), (block, 0.1), (small, 0.1), (block, "mixed")], False),
         (DIT, [(block, 0.25), (block, 0.1), (block, "mixed")], False),
         (LONG, [(block, 0.1), (block, "mixed")], False),
     ]
     report = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "python": platform.python_version(),
-        "dtype": "bfloat16", "rounds": args.rounds, "results": [],
-    }  # fmt: skip
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+        "dtype": "bfloat16",
+        "rounds": args.rounds,
+        "results": [],
+    }
     for shape, cases, with_flex in plan:
-        report["results"] += measure(shape, cases, args.rounds, args.sweep, with_flex and not args.no_flex)
+        report["results"] += measure(
+            shape, cases, args.rounds, args.sweep, with_flex and not args.no_flex
+        )
         if args.out:
             args.out.write_text(json.dumps(report, indent=1))
 

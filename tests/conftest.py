@@ -1,4 +1,6 @@
-"""Without a GPU, Triton's interpreter stands in. The variable must be set before triton is imported."""
+"""Without a GPU, Triton's interpreter stands in. The variable must be set before triton is
+imported.
+"""
 
 from __future__ import annotations
 

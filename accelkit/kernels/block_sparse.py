@@ -3,11 +3,13 @@
 For head slot `j` and query row `i` of tile `t`, with the blocks that `index` lists for `(j, t)`:
 
     visible = listed & (k_pos >= 0) & (k_pos <= q_pos if causal)
-    s       = scale · q · kᵀ + bias          out = softmax(s) · v          lse = log Σ exp s        (over visible keys)
+    s       = scale · q · kᵀ + bias          out = softmax(s) · v          lse = log Σ exp s
+    (over visible keys)
 
-A row without visible keys gives zeros and −inf. With `skip`, the blocks of a row tile are visited in list order and a
-block is dropped when, for every row that sees some of it, `rowmax(s) − running maximum < ln λ`; its mass is missing
-from the LSE as well, and a row's first visible block always counts.
+A row without visible keys gives zeros and −inf. With `skip`, the blocks of a row tile are visited
+in list order and a block is dropped when, for every row that sees some of it, `rowmax(s) − running
+maximum < ln λ`; its mass is missing from the LSE as well, and a row's first visible block always
+counts.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ _CHUNK = 512
 
 
 def reference(launch: Launch) -> None:
-    """Write `launch.out` and `launch.lse` by dense masked softmax in fp32 (fp64 for fp64 inputs), any unit size.
+    """Write `launch.out` and `launch.lse` by dense masked softmax in fp32 (fp64 for fp64 inputs),
+    any unit size.
 
     Slow and plain on purpose. Serves every option of `attend`.
     """
@@ -34,7 +37,9 @@ def reference(launch: Launch) -> None:
     limits, places = launch.row_positions(), launch.key_positions()
     tiles = launch.tiles
     step = max(1, _CHUNK // index.size[0])
-    pairs = zip(launch.q_heads.tolist(), launch.kv_heads.tolist(), launch.out_heads.tolist(), strict=True)
+    pairs = zip(
+        launch.q_heads.tolist(), launch.kv_heads.tolist(), launch.out_heads.tolist(), strict=True
+    )
     for slot, (hq, hk, ho) in enumerate(pairs):
         for b in range(launch.batch):
             k, v = launch.k[b, hk].to(wide), launch.v[b, hk].to(wide)
@@ -47,7 +52,7 @@ def reference(launch: Launch) -> None:
                 if launch.skip is None:
                     seen &= _listed(index, b, slot, part, launch.n_k)[ids]
                 else:
-                    _visit(launch, b, slot, part, ids, s, seen)
+                    _visit(launch, launch.skip, b, slot, part, ids, s, seen)
                 s = s.masked_fill(~seen, -math.inf)
                 lse = s.logsumexp(-1)
                 p = (s - lse.masked_fill(lse == -math.inf, 0.0)[:, None]).exp()
@@ -71,20 +76,37 @@ def _rows_of(tiles: Tensor, bq: int, n_q: int) -> tuple[Tensor, Tensor]:
 def _listed(index: BlockIndex, b: int, slot: int, tiles: Tensor, n_k: int) -> Tensor:
     """Keys that the index lists for each of some tiles, bool `[tiles, Nk]`."""
     b = b if index.count.shape[0] > 1 else 0
-    row = BlockIndex(index.start[b, slot, tiles][None, None], index.count[b, slot, tiles][None, None],
-                     index.blocks, index.size)
+    row = BlockIndex(
+        index.start[b, slot, tiles][None, None],
+        index.count[b, slot, tiles][None, None],
+        index.blocks,
+        index.size,
+    )
     blocks = row.to_mask(-(-n_k // index.size[1]))[0, 0]
     return blocks.repeat_interleave(index.size[1], -1)[:, :n_k]
 
 
-def _visit(launch: Launch, b: int, slot: int, tiles: Tensor, ids: Tensor, s: Tensor, seen: Tensor) -> None:
+def _visit(
+    launch: Launch,
+    skip: Tensor,
+    b: int,
+    slot: int,
+    tiles: Tensor,
+    ids: Tensor,
+    s: Tensor,
+    seen: Tensor,
+) -> None:
     """Narrow `seen` to the blocks that survive the skip rule, one tile after another."""
     index, bk = launch.index, launch.index.size[1]
     bi = b if index.count.shape[0] > 1 else 0
-    threshold = launch.skip[slot]
+    threshold = skip[slot]
     for t, tile in enumerate(tiles.tolist()):
         start, count = int(index.start[bi, slot, tile]), int(index.count[bi, slot, tile])
-        blocks = range(launch.key_blocks) if count == ALL else index.blocks[start : start + count].tolist()
+        blocks = (
+            range(launch.key_blocks)
+            if count == ALL
+            else index.blocks[start : start + count].tolist()
+        )
         own = (ids == t).nonzero().flatten()
         keep = torch.zeros_like(seen[own])
         top = torch.full((own.numel(),), -math.inf, device=s.device, dtype=s.dtype)

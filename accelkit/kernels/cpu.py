@@ -1,14 +1,15 @@
 """The torch path that really skips work on a CPU.
 
-Rows of blocks are sorted into buckets of equal length; a chunk of rows that fits the cache gathers its K and V and
-goes through torch's fused CPU attention in one call, which also hands back the LSE. Blocks that some query sees only
-in part (the diagonal, the tail, padding) form a second, short piece with a mask, joined by LSE. So no mask is built
-or read for the bulk of the work.
+Rows of blocks are sorted into buckets of equal length; a chunk of rows that fits the cache gathers
+its K and V and goes through torch's fused CPU attention in one call, which also hands back the LSE.
+Blocks that some query sees only in part (the diagonal, the tail, padding) form a second, short
+piece with a mask, joined by LSE. So no mask is built or read for the bulk of the work.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,14 @@ _CHUNK_BYTES = 2 * 2**20
 """Gathered K and V (and mask) of one fused call: about the second-level caches of a few cores."""
 
 _EVEN_KEYS = 64
-"""Lists of blocks smaller than this are cut to a multiple of it, so that buckets stay few and well filled."""
+"""Lists of blocks smaller than this are cut to a multiple of it, so that buckets stay few and well
+filled.
+"""
 
 _HIDDEN = -1e30
-"""Added to the logits of invisible pairs. Finite, because a fully hidden stretch would give NaN with −inf."""
+"""Added to the logits of invisible pairs. Finite, because a fully hidden stretch would give NaN
+with −inf.
+"""
 
 
 def refusal(launch: Launch) -> str | None:
@@ -53,15 +58,21 @@ def attend_listed(launch: Launch) -> None:
         _listed(launch, listed)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None):
-    """Fused attention `[R, H, n, D]` → out and natural-log LSE. Its causal mask is aligned to the first key."""
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Fused attention `[R, H, n, D]` → out and natural-log LSE. Its causal mask is aligned to the
+    first key.
+    """
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=scale
     )
 
 
 def _one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The fused kernel wants one head size for q, k and v: zeros behind the narrower ones change no score."""
+    """The fused kernel wants one head size for q, k and v: zeros behind the narrower ones change no
+    score.
+    """
     width = max(t.shape[-1] for t in tensors)
     return tuple(pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in tensors)
 
@@ -105,7 +116,9 @@ def _ragged(blocks: Tensor, row: Tensor, rows: int) -> _Lists:
 
 
 def _split(launch: Launch, slots: Tensor) -> tuple[_Lists, _Lists]:
-    """Lists of rows `(b, slot, tile)`: blocks that all queries of the tile see wholly, and those that need a mask."""
+    """Lists of rows `(b, slot, tile)`: blocks that all queries of the tile see wholly, and those
+    that need a mask.
+    """
     index, tiles, nk = launch.index, launch.tiles, launch.key_blocks
     shape = (launch.batch, slots.numel(), tiles.numel())
     count = index.count[:, slots][:, :, tiles].expand(shape).flatten()
@@ -132,18 +145,26 @@ def _split(launch: Launch, slots: Tensor) -> tuple[_Lists, _Lists]:
         rank = clean.cumsum(0) - 1 - (number.cumsum(0) - number)[row]
         clean &= rank < (number // even * even)[row]
     masked = seen & ~clean
-    return _ragged(block[clean], row[clean], length.numel()), _ragged(block[masked], row[masked], length.numel())
+    return _ragged(block[clean], row[clean], length.numel()), _ragged(
+        block[masked], row[masked], length.numel()
+    )
 
 
 def _pick(table: Tensor, batch: Tensor, slot: Tensor, place: Tensor) -> Tensor:
-    """Entries of a `[B|1, H|1, n]` table."""
-    b = batch if table.shape[0] > 1 else torch.zeros_like(batch)
-    h = slot if table.shape[1] > 1 else torch.zeros_like(slot)
-    return table[b, h, place]
+    """Entries (or rows) of a `[B|1, H|1, n, …]` table; flat lookups, which are far faster than
+    three indices.
+    """
+    if table.shape[1] > 1:
+        place = place + slot * table.shape[2]
+    if table.shape[0] > 1:
+        place = place + batch * (table.shape[1] * table.shape[2])
+    return table.flatten(0, 2).index_select(0, place.flatten()).unflatten(0, place.shape)
 
 
 def _listed(launch: Launch, slots: Tensor) -> None:
-    """Sparse heads. Large buffers are avoided: touching fresh memory costs as much as the arithmetic here."""
+    """Sparse heads. Large buffers are avoided: touching fresh memory costs as much as the
+    arithmetic here.
+    """
     (bq, bk), tiles, nk = launch.index.size, launch.tiles, launch.key_blocks
     shape = (launch.batch, slots.numel(), tiles.numel())
     clean, masked = _split(launch, slots)
@@ -152,7 +173,9 @@ def _listed(launch: Launch, slots: Tensor) -> None:
     k, v = (pad(t, (0, 0, 0, nk * bk - launch.n_k)).reshape(-1, bk * width) for t in (k, v))
     row = torch.arange(math.prod(shape))
     kv = launch.kv_heads[slots].long()[row // shape[2] % shape[1]]
-    base = (row // (shape[1] * shape[2]) * launch.k.shape[1] + kv) * nk  # first block of the row's KV head
+    base = (
+        row // (shape[1] * shape[2]) * launch.k.shape[1] + kv
+    ) * nk  # first block of the row's KV head
 
     wide = torch.promote_types(launch.q.dtype, torch.float32)
     target = launch.out if launch.out.dtype == wide else torch.empty_like(launch.out, dtype=wide)
@@ -160,13 +183,18 @@ def _listed(launch: Launch, slots: Tensor) -> None:
     out_rows = _tile_views(target, launch.out_heads[slots], tiles, bq)
     lse_rows = _tile_views(launch.lse, launch.out_heads[slots], tiles, bq)
 
-    def fused(rows: list[int], blocks: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def fused(
+        rows: list[int], blocks: Tensor, mask: Tensor | None = None, causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Out `[R, bq, Dv]` and LSE `[R, bq]` of some rows over the blocks `[R, C]`."""
         flat = (blocks + base[rows, None]).flatten()
         kv_shape = (len(rows), 1, -1, width)
         queries = torch.stack([_full(q_rows[r], bq, width) for r in rows])[:, None]
-        keys, values = k.index_select(0, flat).view(kv_shape), v.index_select(0, flat).view(kv_shape)
-        out, lse = _fused(queries, keys, values, launch.scale, mask=mask)
+        keys, values = (
+            k.index_select(0, flat).view(kv_shape),
+            v.index_select(0, flat).view(kv_shape),
+        )
+        out, lse = _fused(queries, keys, values, launch.scale, causal, mask)
         return out[:, 0, :, : launch.v.shape[3]].to(wide), lse[:, 0].to(wide)
 
     def store(rows: list[int], out: Tensor, lse: Tensor) -> None:
@@ -175,35 +203,61 @@ def _listed(launch: Launch, slots: Tensor) -> None:
             out_rows[r].copy_(o[:n])
             lse_rows[r].copy_(s[:n])
 
+    def fold(rows: list[int], out: Tensor, lse: Tensor) -> None:
+        before = torch.stack([_full(out_rows[r], bq) for r in rows])
+        store(rows, *_fold(before, torch.stack([_full(lse_rows[r], bq) for r in rows]), out, lse))
+
     for r in (clean.count == 0).nonzero().flatten().tolist():
         out_rows[r].zero_()
         lse_rows[r].fill_(-math.inf)
-    for rows, count in _chunks(clean.count, 2 * bk * width * k.element_size()):
-        blocks = clean.blocks[clean.first[rows, None] + torch.arange(count)]
-        rows = rows.tolist()
+    for chunk, count in _chunks(clean.count, 2 * bk * width * k.element_size()):
+        blocks = clean.blocks[clean.first[chunk, None] + torch.arange(count)]
+        rows = chunk.tolist()
         store(rows, *fused(rows, blocks))
 
+    if _on_diagonal(launch):
+        for chunk, _ in _chunks(masked.count, 2 * bk * width * k.element_size()):
+            blocks = masked.blocks[masked.first[chunk, None]]
+            rows = chunk.tolist()
+            fold(rows, *fused(rows, blocks, causal=True))
+        masked = _Lists(masked.blocks, masked.first, torch.zeros_like(masked.count))
     hidden = _Hidden(launch, slots)
     size = (2 * width * k.element_size() + bq * wide.itemsize) * bk
-    for rows, count in _chunks(masked.count, size, even=False):
+    for chunk, count in _chunks(masked.count, size, even=False):
         # Shorter rows of a chunk repeat block 0 behind their own, hidden.
-        own = torch.arange(count) < masked.count[rows, None]
-        blocks = masked.blocks[(masked.first[rows, None] + torch.arange(count)).clamp_(max=masked.blocks.numel() - 1)]
+        own = torch.arange(count) < masked.count[chunk, None]
+        blocks = masked.blocks[
+            (masked.first[chunk, None] + torch.arange(count)).clamp_(max=masked.blocks.numel() - 1)
+        ]
         blocks = torch.where(own, blocks, 0)
-        mask, empty = hidden.mask(rows, blocks, own, wide)
-        rows = rows.tolist()
+        mask, empty = hidden.mask(chunk, blocks, own, wide)
+        rows = chunk.tolist()
         piece, piece_lse = fused(rows, blocks, mask[:, None])
         piece_lse = piece_lse.masked_fill_(empty, -math.inf)
         piece = piece.masked_fill_(empty[..., None], 0.0)
-        before = torch.stack([_full(out_rows[r], bq) for r in rows])
-        store(rows, *_fold(before, torch.stack([_full(lse_rows[r], bq) for r in rows]), piece, piece_lse))
+        fold(rows, piece, piece_lse)
     if target is not launch.out:
         for r, mine in enumerate(_tile_views(launch.out, launch.out_heads[slots], tiles, bq)):
             mine.copy_(out_rows[r])
 
 
+def _on_diagonal(launch: Launch) -> bool:
+    """Whether the only partly visible block of a tile is its own, seen as a triangle."""
+    (bq, bk), plain = launch.index.size, launch.q_pos is None and launch.k_pos is None
+    square = bq == bk and launch.q_start % bq == 0 and launch.n_k >= launch.q_start + launch.n_q
+    return (
+        launch.causal
+        and plain
+        and square
+        and bk >= _EVEN_KEYS
+        and not isinstance(launch.bias, Tensor)
+    )
+
+
 def _tile_views(t: Tensor, heads: Tensor, tiles: Tensor, bq: int) -> list[Tensor]:
-    """Views of the query tiles of `[B, H, N, …]`, in the order (b, slot, tile); the last tile may be short."""
+    """Views of the query tiles of `[B, H, N, …]`, in the order (b, slot, tile); the last tile may
+    be short.
+    """
     chosen, views = tiles.tolist(), []
     for batch in t.unbind():
         for head in heads.tolist():
@@ -233,22 +287,31 @@ class _Hidden:
         if isinstance(self.bias, Tensor):
             self.bias = pad(self.bias, (0, tail)).unflatten(-1, (-1, bk))
 
-    def mask(self, rows: Tensor, blocks: Tensor, own: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Mask `[R, bq, C · bk]` of rows over the blocks `[R, C]`, and which queries see nothing at all `[R, bq]`."""
+    def mask(
+        self, rows: Tensor, blocks: Tensor, own: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Mask `[R, bq, C · bk]` of rows over the blocks `[R, C]`, and which queries see nothing at
+        all `[R, bq]`.
+        """
         n_tiles, n_slots = self.tiles.numel(), self.slots.numel()
         batch, slot = rows // (n_slots * n_tiles), self.slots[rows // n_tiles % n_slots]
-        at = (batch[:, None].expand_as(blocks), slot[:, None].expand_as(blocks), blocks)
-        place = torch.where(own[..., None], _pick(self.places, *at), -1).flatten(1)[:, None]  # [R, 1, C · bk]
+        at = (batch[:, None], slot[:, None], blocks)
+        place = torch.where(own[..., None], _pick(self.places, *at), -1).flatten(1)[
+            :, None
+        ]  # [R, 1, C · bk]
         place = place.masked_fill(place < 0, FAR)
         seen = place <= _pick(self.limits, batch, slot, self.tiles[rows % n_tiles])[..., None]
-        mask = torch.where(seen, 0.0, _HIDDEN).to(dtype)
-        if isinstance(self.bias, Tensor):
-            mask += _pick(self.bias, *at).flatten(1)[:, None]
-        return mask, ~seen.any(-1)
+        if not isinstance(self.bias, Tensor):
+            return torch.where(seen, 0.0, _HIDDEN).to(dtype), ~seen.any(-1)
+        bias = _pick(self.bias, *at).flatten(1)[:, None]
+        seen = seen & (bias > -math.inf)
+        return torch.where(seen, bias, _HIDDEN).to(dtype), ~seen.any(-1)
 
 
-def _chunks(count: Tensor, bytes_per_block: int, even: bool = True):
-    """Yield `(rows, blocks per row)`, rows of similar length together; of exactly equal length if `even`."""
+def _chunks(count: Tensor, bytes_per_block: int, even: bool = True) -> Iterator[tuple[Tensor, int]]:
+    """Yield `(rows, blocks per row)`, rows of similar length together; of exactly equal length if
+    `even`.
+    """
     order = count.argsort(descending=True, stable=True)
     lengths = count[order].tolist()
     first = 0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from accelkit.errors import AccelkitWarning, InvalidInputError, KernelUnavailableError
 from accelkit.kernels import block_sparse, cpu
 from accelkit.kernels.index import BlockIndex, Partial
-from accelkit.kernels.launch import Launch, prepare
+from accelkit.kernels.launch import Launch
+from accelkit.kernels.prepare import prepare
 
 BACKENDS = ("triton", "torch", "reference")
 
@@ -48,25 +50,36 @@ def attend(
     lse: Tensor | None = None,
     backend: str | None = None,
 ) -> Partial:
-    """Attention of some query heads over the keys that `index` lists. Inference only; nothing is differentiated.
+    """Attention of some query heads over the keys that `index` lists. Inference only; nothing is
+    differentiated.
 
     Args:
-        q: `[B, Hq, Nq, D]`; k: `[B, Hkv, Nk, D]`; v: `[B, Hkv, Nk, Dv]`; any strides, never expanded to the query heads.
-        index: rows for the call's heads, no key twice in a row. `size[1] == 1` means single keys. Entries outside the
-            keys or past the causal edge are ignored, `ALL` rows read every visible block in ascending order.
+        q: `[B, Hq, Nq, D]`; k: `[B, Hkv, Nk, D]`; v: `[B, Hkv, Nk, Dv]`; any strides, never
+            expanded to the query heads.
+        index: rows for the call's heads, no key twice in a row. `size[1] == 1` means single keys.
+            Entries outside the
+            keys or past the causal edge are ignored, `ALL` rows read every visible block in
+            ascending order.
         scale: factor of the logits; `D ** -0.5` by default.
-        causal: key `j` is visible to row `i` if `j <= q_start + i`, or `k_pos[j] <= q_pos[i]` where positions are given.
+        causal: key `j` is visible to row `i` if `j <= q_start + i`, or `k_pos[j] <= q_pos[i]` where
+            positions are given.
         heads: ids of the query heads (a sequence, or an integer tensor); all by default.
         kv_of_head: KV head of each of `heads`; equal groups by default.
         key_mask: bool `[B, Nk]`, true for real keys, in the order in which k lies.
-        q_pos, k_pos: int32 `[B|1, H|1, N]`, absolute positions where rows or keys were permuted; −1 is a hole.
-        rows: query tiles to compute; all others stay untouched (zeros and −inf where this call allocates).
-        skip: λ in 0 … 1, one number or `[len(heads)]`: a tile is dropped when in every row its maximum stays more than
-            `−ln λ` under the running one. Tiles are the index units as far as they have at most 128 × 128 tokens; the
-            Triton kernel cuts larger ones.
-        out, lse: `[B, Hq, Nq, Dv]` with unit last stride and fp32 `[B, Hq, Nq]`: results go to `out[:, heads[j]]` and
-            `lse[:, heads[j]]`. Without them `[B, len(heads), …]` is allocated, in the order of `heads`.
-        backend: "triton", "torch", "reference", or None: what the device does best. The environment variable
+        q_pos, k_pos: int32 `[B|1, H|1, N]`, absolute positions where rows or keys were permuted; −1
+            is a hole.
+        rows: query tiles to compute; all others stay untouched (zeros and −inf where this call
+            allocates).
+        skip: λ in 0 … 1, one number or `[len(heads)]`: a tile is dropped when in every row its
+            maximum stays more than
+            `−ln λ` under the running one. Tiles are the index units as far as they have at most 128
+            × 128 tokens; the Triton kernel cuts larger ones.
+        out, lse: `[B, Hq, Nq, Dv]` with unit last stride and fp32 `[B, Hq, Nq]`: results go to
+            `out[:, heads[j]]` and
+            `lse[:, heads[j]]`. Without them `[B, len(heads), …]` is allocated, in the order of
+            `heads`.
+        backend: "triton", "torch", "reference", or None: what the device does best. The environment
+            variable
             `ACCELKIT_KERNEL` replaces None. A wish is served or refused, never bent.
 
     Returns:
@@ -79,8 +92,22 @@ def attend(
     """
     with torch.no_grad():
         launch = prepare(
-            q, k, v, index, scale=scale, causal=causal, q_start=q_start, heads=heads, kv_of_head=kv_of_head,
-            key_mask=key_mask, q_pos=q_pos, k_pos=k_pos, rows=rows, skip=skip, out=out, lse=lse,
+            q,
+            k,
+            v,
+            index,
+            scale=scale,
+            causal=causal,
+            q_start=q_start,
+            heads=heads,
+            kv_of_head=kv_of_head,
+            key_mask=key_mask,
+            q_pos=q_pos,
+            k_pos=k_pos,
+            rows=rows,
+            skip=skip,
+            out=out,
+            lse=lse,
         )
         choice = choose(launch, backend)
         if launch.q.numel() and launch.heads and (launch.rows is None or launch.rows.numel()):
@@ -90,22 +117,38 @@ def attend(
     return Partial(launch.out, launch.lse)
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, backend: str | None = None, **options) -> Choice:
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: BlockIndex,
+    *,
+    backend: str | None = None,
+    **options: Any,
+) -> Choice:
     """Which backend `attend` would take for the same arguments, and why. Computes nothing."""
     return choose(prepare(q, k, v, index, **options), backend)
 
 
 def choose(launch: Launch, backend: str | None = None) -> Choice:
-    """Pick the backend; an explicit wish is served or raises `KernelUnavailableError` with the reason."""
+    """Pick the backend; an explicit wish is served or raises `KernelUnavailableError` with the
+    reason.
+    """
     wish, source = backend, "asked for"
     if wish is None:
         wish, source = os.environ.get("ACCELKIT_KERNEL") or "auto", "set by ACCELKIT_KERNEL"
     if wish not in (*BACKENDS, "auto"):
-        raise InvalidInputError(f"attend: backend {wish!r} ({source}) is unknown, expected one of {BACKENDS}")
+        raise InvalidInputError(
+            f"attend: backend {wish!r} ({source}) is unknown, expected one of {BACKENDS}"
+        )
     if wish == "auto":
         if launch.q.device.type == "cpu":
             refusal = cpu.refusal(launch)
-            return Choice("reference", refusal) if refusal else Choice("torch", "tensors are on the CPU")
+            return (
+                Choice("reference", refusal)
+                if refusal
+                else Choice("torch", "tensors are on the CPU")
+            )
         refusal = triton_refusal(launch)
         if refusal is None:
             return Choice("triton", f"tensors are on {launch.q.device}")
@@ -114,7 +157,9 @@ def choose(launch: Launch, backend: str | None = None) -> Choice:
     if wish == "triton":
         refusal = triton_refusal(launch)
         if refusal:
-            raise KernelUnavailableError(f"attend: backend 'triton' ({source}) cannot serve this call: {refusal}")
+            raise KernelUnavailableError(
+                f"attend: backend 'triton' ({source}) cannot serve this call: {refusal}"
+            )
     if wish == "torch" and (refusal := cpu.refusal(launch)):
         return Choice("reference", f"{source}: torch; {refusal}")
     return Choice(wish, source)
@@ -133,17 +178,25 @@ def triton_refusal(launch: Launch) -> str | None:
 
 
 def triton_missing(device: torch.device) -> str | None:
-    """Why Triton cannot run on a device at all, or None. Under TRITON_INTERPRET=1 it runs on the CPU, for tests."""
+    """Why Triton cannot run on a device at all, or None. Under TRITON_INTERPRET=1 it runs on the
+    CPU, for tests.
+    """
     if find_spec("triton") is None:
         return "triton is not installed"
-    if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if device.type == "cuda" or (
+        device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    ):
         return None
     return f"it needs a CUDA device and the tensors are on {device}"
 
 
 def fast_device(t: Tensor) -> bool:
     """Whether small helper operations on this tensor should run as Triton kernels."""
-    return t.is_cuda and os.environ.get("ACCELKIT_KERNEL", "auto") in ("auto", "triton", "") and not triton_missing(t.device)
+    return (
+        t.is_cuda
+        and os.environ.get("ACCELKIT_KERNEL", "auto") in ("auto", "triton", "")
+        and not triton_missing(t.device)
+    )
 
 
 def _run(launch: Launch, backend: str) -> None:
@@ -162,14 +215,22 @@ def _run(launch: Launch, backend: str) -> None:
 
 
 def _shift(launch: Launch) -> None:
-    """A bias on the whole piece leaves the output as it is and moves the LSE of the rows just written."""
+    """A bias on the whole piece leaves the output as it is and moves the LSE of the rows just
+    written.
+    """
     heads = launch.out_heads.long()
     if launch.rows is None:
         launch.lse[:, heads] += launch.bias
         return
     bq = launch.index.size[0]
-    rows = (launch.rows[:, None] * bq + torch.arange(bq, device=launch.q.device)).flatten().clamp(max=launch.n_q - 1)
-    written = torch.zeros(launch.n_q, dtype=torch.float32, device=launch.q.device).index_fill_(0, rows, launch.bias)
+    rows = (
+        (launch.rows[:, None] * bq + torch.arange(bq, device=launch.q.device))
+        .flatten()
+        .clamp(max=launch.n_q - 1)
+    )
+    written = torch.zeros(launch.n_q, dtype=torch.float32, device=launch.q.device).index_fill_(
+        0, rows, launch.bias
+    )
     launch.lse[:, heads] += written
 
 

@@ -39,7 +39,8 @@ class BlockIndex:
     level: Tensor | None = None
     bias: Tensor | float = 0.0
     lowered: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What kernels derived from this index, kept with it because reuse layers and steps ask again."""
+    """What kernels derived from this index, kept with it because reuse layers and steps ask again.
+    """
 
     @property
     def heads(self) -> int:

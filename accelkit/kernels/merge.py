@@ -14,9 +14,10 @@ from accelkit.kernels.index import Partial
 def merge(parts: Sequence[Partial]) -> Partial:
     """Softmax over the union of disjoint key sets, from what each set gave alone.
 
-    `parts` hold `out` `[B, H, N, Dv]` and natural-log `lse` fp32 `[B, H, N]`, all of one shape. Rows that a piece left
-    empty (−inf) take nothing from it, and rows empty in all pieces give zeros and −inf. The result has the first
-    piece's dtype; one piece is handed back as it is. Raises `InvalidInputError` for no pieces or unequal shapes.
+    `parts` hold `out` `[B, H, N, Dv]` and natural-log `lse` fp32 `[B, H, N]`, all of one shape.
+    Rows that a piece left empty (−inf) take nothing from it, and rows empty in all pieces give
+    zeros and −inf. The result has the first piece's dtype; one piece is handed back as it is.
+    Raises `InvalidInputError` for no pieces or unequal shapes.
     """
     if not parts:
         raise InvalidInputError("merge: no pieces were given, expected at least one Partial")
@@ -24,7 +25,9 @@ def merge(parts: Sequence[Partial]) -> Partial:
     for i, part in enumerate(parts):
         if part.out.shape != first.out.shape or part.lse.shape != first.out.shape[:-1]:
             found = f"out {tuple(part.out.shape)} and lse {tuple(part.lse.shape)}"
-            raise InvalidInputError(f"merge: piece {i} has {found}, expected out {tuple(first.out.shape)} as piece 0")
+            raise InvalidInputError(
+                f"merge: piece {i} has {found}, expected out {tuple(first.out.shape)} as piece 0"
+            )
     if len(parts) == 1:
         return first
     from accelkit.kernels.dispatch import fast_device
@@ -48,6 +51,7 @@ def reference(parts: Sequence[Partial]) -> Partial:
     wide = torch.promote_types(parts[0].out.dtype, torch.float32)
     out = torch.zeros_like(parts[0].out, dtype=wide)
     for w, part in zip(weight, parts, strict=True):
-        # Where a piece is empty its output may hold anything: leave it out instead of multiplying by zero.
+        # Where a piece is empty its output may hold anything: leave it out instead of multiplying
+        # by zero.
         out += torch.where(w[..., None] > 0, part.out * w[..., None].to(wide), 0.0)
     return Partial(out.to(parts[0].out.dtype), total)

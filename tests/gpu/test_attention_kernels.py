@@ -104,7 +104,9 @@ def test_against_fp64(case: Case) -> None:
     if "skip" in case.options:
         args["skip"] = case.options["skip"]
     width = v.shape[-1]
-    out = torch.full((2, n_q, heads, width), math.nan, dtype=case.dtype, device="cuda").transpose(1, 2)
+    out = torch.full((2, n_q, heads, width), math.nan, dtype=case.dtype, device="cuda").transpose(
+        1, 2
+    )
     lse = torch.full((2, heads, n_q), math.nan, device="cuda")
     assert explain(q, k, v, index, **args).backend == "triton"
     attend(q, k, v, index, **args, out=out, lse=lse)
@@ -113,7 +115,9 @@ def test_against_fp64(case: Case) -> None:
     wide = (t.double() for t in (q, k, v))
     attend(*wide, index, **args, out=want_out, lse=want_lse, backend="reference")
 
-    torch.testing.assert_close(out.isnan(), want_out.isnan())  # written where it should be, and nowhere else
+    torch.testing.assert_close(
+        out.isnan(), want_out.isnan()
+    )  # written where it should be, and nowhere else
     there = ~want_lse.isnan()
     error = (out[there].double() - want_out[there]).norm() / want_out[there].norm()
     limit = TOLERANCE[case.dtype]
@@ -122,7 +126,9 @@ def test_against_fp64(case: Case) -> None:
     assert error < limit, f"relative error {error:.2e}"
     finite = there & want_lse.isfinite()
     assert torch.equal(lse.isinf(), want_lse.isinf())
-    torch.testing.assert_close(lse[finite], want_lse[finite], atol=2e-4 if limit < 2e-3 else 2e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        lse[finite], want_lse[finite], atol=2e-4 if limit < 2e-3 else 2e-3, rtol=1e-4
+    )
 
 
 def test_out_is_allocated_whole_and_empty_rows_are_zero() -> None:

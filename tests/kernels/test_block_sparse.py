@@ -1,4 +1,4 @@
-"""Block-sparse attention: the reference against plain softmax, every backend against the reference."""
+"""Block-sparse attention: reference against plain softmax, backends against the reference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from accelkit.kernels.dispatch import attend, explain
 from accelkit.kernels.index import ALL, BlockIndex
 
 HEADS = [(4, 1), (4, 2), (2, 2)]
-LENGTHS = [(200, 200, 0), (70, 200, 130), (64, 190, 0)]  # queries, keys, position of the first query
+LENGTHS = [
+    (200, 200, 0),
+    (70, 200, 130),
+    (64, 190, 0),
+]  # queries, keys, position of the first query
 OPTIONS = ["plain", "key_mask", "positions", "rows", "bias", "q_pos"]
 
 
@@ -108,7 +112,10 @@ def test_skip_by_hand() -> None:
     torch.testing.assert_close(attend(q, k, v, index, **options, skip=0.0).out, whole.out)
     # The first block a row sees always counts, even when all others are larger.
     last_first = BlockIndex(
-        index.start, torch.full_like(index.count, 2), torch.tensor([1, 0], dtype=torch.int32), (2, 2)
+        index.start,
+        torch.full_like(index.count, 2),
+        torch.tensor([1, 0], dtype=torch.int32),
+        (2, 2),
     )
     assert attend(q, k, v, last_first, **options, skip=1.0).lse[0, 0, 0] > part.lse[0, 0, 0] - 1
 
@@ -212,9 +219,9 @@ def test_errors_say_what_was_expected() -> None:
     for change, message in wrong:
         with pytest.raises(InvalidInputError, match=message):
             attend(**(good | change))
+    levels = replace(index, level=torch.zeros(index.blocks.numel(), dtype=torch.int8))
     with pytest.raises(UnsupportedConfigurationError, match="level"):
-        level = torch.zeros(index.blocks.numel(), dtype=torch.int8)
-        attend(q, k, v, replace(index, level=level))
+        attend(q, k, v, levels)
 
 
 def test_no_rows_and_no_heads_compute_nothing() -> None:
@@ -233,7 +240,9 @@ def test_lists_shared_between_heads_and_batch() -> None:
     shape = (1, 2, 2, 4)
     start, count = (t[:, :, None].expand(shape).reshape(1, 4, 4) for t in (one.start, one.count))
     shared = replace(one, start=start, count=count)
-    alone = replace(one, start=one.start[:, :1].expand(2, 4, 4), count=one.count[:, :1].expand(2, 4, 4))
+    alone = replace(
+        one, start=one.start[:, :1].expand(2, 4, 4), count=one.count[:, :1].expand(2, 4, 4)
+    )
     for index in (shared, alone):
         for backend in ("torch", "triton"):
             got = attend(q, k, v, index, backend=backend)

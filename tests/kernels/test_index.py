@@ -32,7 +32,10 @@ def test_dense_rows_are_whole() -> None:
 
 
 def test_cat_joins_heads_of_different_batch_width() -> None:
-    one, two = random_index(1, 2, 300, 300, (64, 64)), random_index(2, 1, 300, 300, (64, 64), seed=1)
+    one, two = (
+        random_index(1, 2, 300, 300, (64, 64)),
+        random_index(2, 1, 300, 300, (64, 64), seed=1),
+    )
     both = BlockIndex.cat([one, two])
     assert both.count.shape == (2, 3, 5)
     mask = both.to_mask(5)
@@ -56,7 +59,10 @@ def test_what_cannot_be_joined_is_refused() -> None:
 
 
 def test_entries_outside_are_ignored_when_read_back() -> None:
-    start, count = torch.zeros(1, 1, 1, dtype=torch.int64), torch.full((1, 1, 1), 3, dtype=torch.int32)
+    start, count = (
+        torch.zeros(1, 1, 1, dtype=torch.int64),
+        torch.full((1, 1, 1), 3, dtype=torch.int32),
+    )
     index = BlockIndex(start, count, torch.tensor([1, 9, -1], dtype=torch.int32), (64, 64))
     assert index.to_mask(3).flatten().tolist() == [False, True, False]
 

@@ -1,9 +1,10 @@
 """Block-sparse attention forward.
 
-One program per query tile, longest rows first. Partly visible blocks come first and get element masks; the main loop
-over wholly visible blocks has none. It carries the probabilities of the previous tile, bit-cast to integers so that
-they stay in registers, and multiplies them with V while the next scores are computed: softmax can overlap the
-products. With `skip` a plain loop visits the blocks in list order.
+One program per query tile, longest rows first. Partly visible blocks come first and get element
+masks; the main loop over wholly visible blocks has none. It carries the probabilities of the
+previous tile, bit-cast to integers so that they stay in registers, and multiplies them with V while
+the next scores are computed: softmax can overlap the products. With `skip` a plain loop visits the
+blocks in list order.
 """
 
 from __future__ import annotations
@@ -33,7 +34,20 @@ from accelkit.kernels.launch import Launch
 
 
 @triton.jit
-def _rows_at(T, b, h, n0, n, s_b, s_h, s_n, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+def _rows_at(
+    T,
+    b,
+    h,
+    n0,
+    n,
+    s_b,
+    s_h,
+    s_n,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """Rows n0 … n0 + ROWS of head (b, h), [ROWS, BD], zeros outside."""
     if TMA:
         tile = T.load([b.to(tl.int32), h, n0, 0]).reshape(ROWS, BD)
@@ -64,14 +78,16 @@ def _key0(LISTS, at, tile, BK: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_tiles", "n_q", "n_k", "q_start", "capacity"])
 def _block_sparse(
-    Q, K, V, OUT, LSE, LISTS, MASKED, CLEAN, ORDER, TILES, Q_HEADS, KV_HEADS, OUT_HEADS, Q_POS, K_POS, BIAS, SKIP,
+    Q, K, V, OUT, LSE, LISTS, MASKED, CLEAN, ORDER, TILES, Q_HEADS, KV_HEADS, OUT_HEADS, Q_POS,
+    K_POS, BIAS, SKIP,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on, s_lb, s_lh, s_ln,
     s_qpb, s_qph, s_qpn, s_kpb, s_kph, s_kpn, s_bb, s_bh, s_bn,
     n_heads, n_tiles, n_q, n_k, q_start, capacity, factor,
     BQ: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PER_ROW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DTYPE: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_Q_POS: tl.constexpr, HAS_K_POS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EXTRA_MASKED: tl.constexpr, HAS_SKIP: tl.constexpr, TMA: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    EXTRA_MASKED: tl.constexpr, HAS_SKIP: tl.constexpr, TMA: tl.constexpr, PREC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row = tl.load(ORDER + pid // PER_ROW)
@@ -82,7 +98,9 @@ def _block_sparse(
     m0 = tile * BQ + (pid % PER_ROW) * BM
     rows = m0 + tl.arange(0, BM)
     keep = (rows < n_q) & (rows < tile * BQ + BQ)
-    limit = row_limits(Q_POS, b64 * s_qpb + h64 * s_qph, s_qpn, rows, n_q, q_start, CAUSAL, HAS_Q_POS)
+    limit = row_limits(
+        Q_POS, b64 * s_qpb + h64 * s_qph, s_qpn, rows, n_q, q_start, CAUSAL, HAS_Q_POS
+    )
     kp_at, bias_at = b64 * s_kpb + h64 * s_kph, b64 * s_bb + h64 * s_bh
     at = row.to(tl.int64) * capacity
     R: tl.constexpr = BK // BN
@@ -92,7 +110,7 @@ def _block_sparse(
 
     q = _rows_at(Q, b, hq, m0, n_q, s_qb, s_qh, s_qn, BM, D, BD, TMA)
     m = tl.full([BM], -1e30, tl.float32)  # finite, so that an empty row meets no inf − inf
-    l = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BDV], tl.float32)
 
     if HAS_SKIP:
@@ -110,8 +128,10 @@ def _block_sparse(
                 m_new = tl.maximum(m, peak)
                 alpha = tl.exp2(m - m_new)
                 p = tl.exp2(s - m_new[:, None])
-                l = l * alpha + tl.sum(p, 1)
-                acc = tl.dot(p.to(DTYPE), v, acc * alpha[:, None], input_precision=PREC, out_dtype=tl.float32)
+                total = total * alpha + tl.sum(p, 1)
+                acc = tl.dot(
+                    p.to(DTYPE), v, acc * alpha[:, None], input_precision=PREC, out_dtype=tl.float32
+                )
                 m = m_new
     else:
         limit = tl.where(n > 0, limit, -1)
@@ -127,10 +147,12 @@ def _block_sparse(
                 m_new = tl.maximum(m, tl.max(s, 1))
                 alpha = tl.exp2(m - m_new)
                 p = tl.exp2(s - m_new[:, None])
-                l = l * alpha + tl.sum(p, 1)
+                total = total * alpha + tl.sum(p, 1)
                 m = m_new
                 v = _rows_at(V, b, hk, k0, n_k, s_vb, s_vh, s_vn, BN, DV, BDV, TMA)
-                acc = tl.dot(p.to(DTYPE), v, acc * alpha[:, None], input_precision=PREC, out_dtype=tl.float32)
+                acc = tl.dot(
+                    p.to(DTYPE), v, acc * alpha[:, None], input_precision=PREC, out_dtype=tl.float32
+                )
         v0 = tl.load(LISTS + at + lead // R, mask=n > 0, other=0) * BK + (lead % R) * BN
         k = _rows_at(K, b, hk, v0, n_k, s_kb, s_kh, s_kn, BN, D, BD, TMA)
         s = tl.dot(q, k.T, input_precision=PREC, out_dtype=tl.float32) * factor
@@ -139,7 +161,7 @@ def _block_sparse(
         m_new = tl.maximum(m, tl.max(s, 1))
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(s - m_new[:, None])
-        l = l * alpha + tl.sum(p, 1)
+        total = total * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         m = m_new
         carried = _bits(p, DTYPE)
@@ -148,7 +170,9 @@ def _block_sparse(
             k = _rows_at(K, b, hk, k0, n_k, s_kb, s_kh, s_kn, BN, D, BD, TMA)
             v = _rows_at(V, b, hk, v0, n_k, s_vb, s_vh, s_vn, BN, DV, BDV, TMA)
             s = tl.dot(q, k.T, input_precision=PREC, out_dtype=tl.float32)
-            acc = tl.dot(carried.to(DTYPE, bitcast=True), v, acc, input_precision=PREC, out_dtype=tl.float32)
+            acc = tl.dot(
+                carried.to(DTYPE, bitcast=True), v, acc, input_precision=PREC, out_dtype=tl.float32
+            )
             if HAS_BIAS:
                 s = add_bias(s * factor, k0 + cols, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
                 m_new = tl.maximum(m, tl.max(s, 1))
@@ -157,19 +181,22 @@ def _block_sparse(
                 m_new = tl.maximum(m, tl.max(s, 1) * factor)
                 p = tl.exp2(s * factor - m_new[:, None])
             alpha = tl.exp2(m - m_new)
-            l = l * alpha + tl.sum(p, 1)
+            total = total * alpha + tl.sum(p, 1)
             acc = acc * alpha[:, None]
             m = m_new
             carried = _bits(p, DTYPE)
             v0 = k0
         v = _rows_at(V, b, hk, v0, n_k, s_vb, s_vh, s_vn, BN, DV, BDV, TMA)
-        acc = tl.dot(carried.to(DTYPE, bitcast=True), v, acc, input_precision=PREC, out_dtype=tl.float32)
+        acc = tl.dot(
+            carried.to(DTYPE, bitcast=True), v, acc, input_precision=PREC, out_dtype=tl.float32
+        )
 
     out_at, lse_at = b64 * s_ob + ho.to(tl.int64) * s_oh, b64 * s_lb + ho.to(tl.int64) * s_lh
-    finish(OUT, LSE, out_at, lse_at, s_on, s_ln, rows, keep, m, l, acc, DV, BDV)
+    finish(OUT, LSE, out_at, lse_at, s_on, s_ln, rows, keep, m, total, acc, DV, BDV)
 
 
-# (padded head size, bm, bn) → warps, stages; measured on sm_90 where a reading exists, else what fits its shared memory.
+# (padded head size, bm, bn) → warps, stages; measured on sm_90 where a reading exists, else what
+# fits its shared memory.
 _CONFIG = {
     (64, 64, 128): (4, 2),
     (64, 64, 64): (4, 3),
@@ -183,7 +210,9 @@ _CONFIG = {
 
 
 def choose_tile(size: tuple[int, int], width: int, dtype: torch.dtype, skip: bool) -> Tile | None:
-    """Tile for units `size` at padded head size `width`, or None where the unit does not fit a tile."""
+    """Tile for units `size` at padded head size `width`, or None where the unit does not fit a
+    tile.
+    """
     wide = dtype == torch.float32
     most_m = 64 if wide or width == 64 else 128
     most_n = 128 if width <= 128 else 64
@@ -195,7 +224,9 @@ def choose_tile(size: tuple[int, int], width: int, dtype: torch.dtype, skip: boo
     bn = power_of_two_part(size[1], most_n)
     if rows is None or bn < 16:
         return None
-    warps, stages = _CONFIG.get((width, rows[0], bn), (8 if rows[0] * max(bn, width) > 8192 else 4, 2))
+    warps, stages = _CONFIG.get(
+        (width, rows[0], bn), (8 if rows[0] * max(bn, width) > 8192 else 4, 2)
+    )
     if skip:
         warps, stages = (8 if rows[0] == 128 else 4), 2
     return Tile(rows[0], bn, rows[1], warps, stages)
@@ -204,7 +235,11 @@ def choose_tile(size: tuple[int, int], width: int, dtype: torch.dtype, skip: boo
 def refusal(launch: Launch) -> str | None:
     """Why this kernel cannot serve a launch, or None."""
     reason = common_refusal(launch)
-    if reason is None and choose_tile(launch.index.size, _width(launch), launch.q.dtype, launch.skip is not None) is None:
+    if (
+        reason is None
+        and choose_tile(launch.index.size, _width(launch), launch.q.dtype, launch.skip is not None)
+        is None
+    ):
         reason = f"units of {launch.index.size} tokens do not divide into tiles of 16 or more"
     return reason
 
@@ -236,7 +271,11 @@ def run(launch: Launch, work: Work, tile: Tile) -> None:
         )
     bias = launch.bias if isinstance(launch.bias, torch.Tensor) else None
     dummy = work.order
-    q_pos, k_pos, bias_table = table(launch.q_pos, dummy), table(launch.k_pos, dummy), table(bias, dummy)
+    q_pos, k_pos, bias_table = (
+        table(launch.q_pos, dummy),
+        table(launch.k_pos, dummy),
+        table(bias, dummy),
+    )
     plain = launch.q_pos is None and launch.k_pos is None
     # Aligned causal square units have one masked block at most: its loop need not exist.
     one = plain and bk == tile.bn
@@ -244,15 +283,19 @@ def run(launch: Launch, work: Work, tile: Tile) -> None:
         covered = launch.n_k % bk == 0 or launch.n_k >= launch.q_start + launch.n_q
         one = one and covered and bk % bq == 0 and launch.q_start % bq == 0
     _block_sparse[(work.order.numel() * tile.per_row,)](
-        *tensors, launch.out, launch.lse, work.lists, work.masked, work.clean, work.order, work.tiles,
+        *tensors, launch.out, launch.lse, work.lists, work.masked, work.clean, work.order,
+        work.tiles,
         launch.q_heads, launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0], bias_table[0],
         launch.skip if launch.skip is not None else dummy,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *launch.out.stride()[:3], *launch.lse.stride(),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *launch.out.stride()[:3],
+        *launch.lse.stride(),
         *q_pos[1:], *k_pos[1:], *bias_table[1:],
-        launch.heads, work.tiles.numel(), launch.n_q, launch.n_k, launch.q_start, work.capacity, launch.scale * LOG2E,
+        launch.heads, work.tiles.numel(), launch.n_q, launch.n_k, launch.q_start, work.capacity,
+        launch.scale * LOG2E,
         BQ=bq, BK=bk, BM=tile.bm, BN=tile.bn, PER_ROW=tile.per_row, D=d, DV=dv, BD=bd, BDV=bdv,
         DTYPE=getattr(tl, str(v.dtype).removeprefix("torch.")), CAUSAL=launch.causal,
-        HAS_Q_POS=launch.q_pos is not None, HAS_K_POS=launch.k_pos is not None, HAS_BIAS=bias is not None,
+        HAS_Q_POS=launch.q_pos is not None, HAS_K_POS=launch.k_pos is not None, HAS_BIAS=bias is not
+        None,
         EXTRA_MASKED=not one, HAS_SKIP=launch.skip is not None, TMA=tma, PREC=precision(q.dtype),
         STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Attention over gathered keys: index rows hold key positions, loaded row by row through pointers.
 
-One program per query tile, longest lists first. Every tile is masked by position, which costs little here because
-the positions are in registers anyway.
+One program per query tile, longest lists first. Every tile is masked by position, which costs
+little here because the positions are in registers anyway.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from accelkit.kernels.launch import Launch
 
 @triton.jit(do_not_specialize=["n_tiles", "n_q", "n_k", "q_start"])
 def _gather(
-    Q, K, V, OUT, LSE, START, COUNT, BLOCKS, ORDER, TILES, Q_HEADS, KV_HEADS, OUT_HEADS, Q_POS, K_POS, BIAS,
+    Q, K, V, OUT, LSE, START, COUNT, BLOCKS, ORDER, TILES, Q_HEADS, KV_HEADS, OUT_HEADS, Q_POS,
+    K_POS, BIAS,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on, s_lb, s_lh, s_ln,
     s_ib, s_ih, s_ir, s_qpb, s_qph, s_qpn, s_kpb, s_kph, s_kpn, s_bb, s_bh, s_bn,
     n_heads, n_tiles, n_q, n_k, q_start, factor,
@@ -47,7 +48,9 @@ def _gather(
     m0 = tile * BQ + (pid % PER_ROW) * BM
     rows = m0 + tl.arange(0, BM)
     keep = (rows < n_q) & (rows < tile * BQ + BQ)
-    limit = row_limits(Q_POS, b64 * s_qpb + h64 * s_qph, s_qpn, rows, n_q, q_start, CAUSAL, HAS_Q_POS)
+    limit = row_limits(
+        Q_POS, b64 * s_qpb + h64 * s_qph, s_qpn, rows, n_q, q_start, CAUSAL, HAS_Q_POS
+    )
     kp_at, bias_at = b64 * s_kpb + h64 * s_kph, b64 * s_bb + h64 * s_bh
     at = b64 * s_ib + h64 * s_ih + tile.to(tl.int64) * s_ir
     start, count = tl.load(START + at), tl.load(COUNT + at)
@@ -63,7 +66,7 @@ def _gather(
     q = tl.load(q_ptr, mask=keep[:, None] & (d < D)[None, :], other=0.0)
     k_base, v_base = K + b64 * s_kb + hk * s_kh, V + b64 * s_vb + hk * s_vh
     m = tl.full([BM], -1e30, tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BDV], tl.float32)
     for j in tl.range(0, n, BN, num_stages=STAGES):
         lane = j + tl.arange(0, BN)
@@ -72,19 +75,29 @@ def _gather(
         real = (key >= 0) & (key < n_k)
         col = tl.where(real, key, n_k)  # outside: hidden below
         at_key = tl.where(real, key, 0).to(tl.int64)
-        k = tl.load(k_base + at_key[:, None] * s_kn + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-        v = tl.load(v_base + at_key[:, None] * s_vn + dv[None, :], mask=real[:, None] & (dv < DV)[None, :], other=0.0)
+        k = tl.load(
+            k_base + at_key[:, None] * s_kn + d[None, :],
+            mask=real[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        v = tl.load(
+            v_base + at_key[:, None] * s_vn + dv[None, :],
+            mask=real[:, None] & (dv < DV)[None, :],
+            other=0.0,
+        )
         s = tl.dot(q, k.T, input_precision=PREC, out_dtype=tl.float32) * factor
         s = add_bias(s, col, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
         s = hide(s, col, limit, K_POS, kp_at, s_kpn, n_k, HAS_K_POS)
         m_new = tl.maximum(m, tl.max(s, 1))
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(s - m_new[:, None])
-        l = l * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(DTYPE), v, acc * alpha[:, None], input_precision=PREC, out_dtype=tl.float32)
+        total = total * alpha + tl.sum(p, 1)
+        acc = tl.dot(
+            p.to(DTYPE), v, acc * alpha[:, None], input_precision=PREC, out_dtype=tl.float32
+        )
         m = m_new
     out_at, lse_at = b64 * s_ob + ho * s_oh, b64 * s_lb + ho * s_lh
-    finish(OUT, LSE, out_at, lse_at, s_on, s_ln, rows, keep, m, l, acc, DV, BDV)
+    finish(OUT, LSE, out_at, lse_at, s_on, s_ln, rows, keep, m, total, acc, DV, BDV)
 
 
 def refusal(launch: Launch) -> str | None:
@@ -110,17 +123,27 @@ def gather(launch: Launch) -> None:
             start, whole = start.contiguous(), whole.contiguous()
         steps = [0 if n == 1 else s for s, n in zip(start.stride(), start.shape, strict=True)]
         bias = launch.bias if isinstance(launch.bias, torch.Tensor) else None
-        q_pos, k_pos, bias_table = table(launch.q_pos, order), table(launch.k_pos, order), table(bias, order)
+        q_pos, k_pos, bias_table = (
+            table(launch.q_pos, order),
+            table(launch.k_pos, order),
+            table(bias, order),
+        )
         _gather[(order.numel() * per_row,)](
-            q, k, v, launch.out, launch.lse, start, whole, index.blocks if index.blocks.numel() else order,
-            order, tiles, launch.q_heads, launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0], bias_table[0],
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *launch.out.stride()[:3], *launch.lse.stride(),
+            q, k, v, launch.out, launch.lse, start, whole, index.blocks if index.blocks.numel() else
+            order,
+            order, tiles, launch.q_heads, launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0],
+            bias_table[0],
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *launch.out.stride()[:3],
+            *launch.lse.stride(),
             *steps, *q_pos[1:], *k_pos[1:], *bias_table[1:],
-            launch.heads, tiles.numel(), launch.n_q, launch.n_k, launch.q_start, launch.scale * LOG2E,
+            launch.heads, tiles.numel(), launch.n_q, launch.n_k, launch.q_start, launch.scale *
+            LOG2E,
             BQ=index.size[0], BM=bm, BN=bn, PER_ROW=per_row, D=d, DV=dv,
             BD=max(16, next_power_of_two(d)), BDV=max(16, next_power_of_two(dv)),
             DTYPE=getattr(tl, str(v.dtype).removeprefix("torch.")), CAUSAL=launch.causal,
-            HAS_Q_POS=launch.q_pos is not None, HAS_K_POS=launch.k_pos is not None, HAS_BIAS=bias is not None,
+            HAS_Q_POS=launch.q_pos is not None, HAS_K_POS=launch.k_pos is not None, HAS_BIAS=bias is
+            not None,
             PREC=precision(q.dtype), STAGES=2 if width > 128 else 3,
-            num_warps=8 if bm == 128 else 4, num_stages=2 if width > 128 else 3, enable_fp_fusion=True,
+            num_warps=8 if bm == 128 else 4, num_stages=2 if width > 128 else 3,
+            enable_fp_fusion=True,
         )  # fmt: skip

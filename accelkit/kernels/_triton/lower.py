@@ -1,4 +1,5 @@
-"""From `BlockIndex` rows to lists that a kernel can run: clipped, partly visible blocks first, longest rows first.
+"""From `BlockIndex` rows to lists that a kernel can run: clipped, partly visible blocks first,
+longest rows first.
 
 Everything stays on the device: no host reads, lists by capacity (rows × key blocks).
 """
@@ -20,7 +21,9 @@ _KEEP_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Work:
-    """Row r = (b, slot, t) has `masked[r]` then `clean[r]` block ids at `lists[r · capacity]`; `order` runs longest first."""
+    """Row r = (b, slot, t) has `masked[r]` then `clean[r]` block ids at `lists[r · capacity]`;
+    `order` runs longest first.
+    """
 
     lists: Tensor
     masked: Tensor
@@ -33,9 +36,11 @@ class Work:
 @triton.jit(do_not_specialize=["n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity"])
 def _lower(
     START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, MASKED, CLEAN,
-    s_ib, s_ih, s_ir, s_kfb, s_kfh, s_kfn, s_klb, s_klh, s_kln, s_qlb, s_qlh, s_qln, s_qhb, s_qhh, s_qhn,
+    s_ib, s_ih, s_ir, s_kfb, s_kfh, s_kfn, s_klb, s_klh, s_kln, s_qlb, s_qlh, s_qln, s_qhb, s_qhh,
+    s_qhn,
     n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity,
-    BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr, IN_ORDER: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr, IN_ORDER:
+    tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -68,8 +73,12 @@ def _lower(
                 first = block.to(tl.int64) * BK
                 last = tl.where(first + BK > n_k, 2147483647, first + BK - 1)
             else:
-                first = tl.load(K_FIRST + b * s_kfb + h * s_kfh + block * s_kfn, mask=real, other=0).to(tl.int64)
-                last = tl.load(K_LAST + b * s_klb + h * s_klh + block * s_kln, mask=real, other=0).to(tl.int64)
+                first = tl.load(
+                    K_FIRST + b * s_kfb + h * s_kfh + block * s_kfn, mask=real, other=0
+                ).to(tl.int64)
+                last = tl.load(
+                    K_LAST + b * s_klb + h * s_klh + block * s_kln, mask=real, other=0
+                ).to(tl.int64)
             seen = real & (first <= high)
             if IN_ORDER:
                 clean = seen & (first < 0)
@@ -90,15 +99,19 @@ def _lower(
 
 
 def lower(launch: Launch, *, in_order: bool = False) -> Work:
-    """Lower a launch's index. `in_order` keeps the visiting order and calls every block masked (for skipping).
+    """Lower a launch's index. `in_order` keeps the visiting order and calls every block masked (for
+    skipping).
 
-    Work over plain positions and all rows depends only on the index and the geometry and is kept on the index, so
-    layers and steps that reuse an index lower it once.
+    Work over plain positions and all rows depends only on the index and the geometry and is kept on
+    the index, so layers and steps that reuse an index lower it once.
     """
     plain = launch.q_pos is None and launch.k_pos is None
     if not plain or launch.rows is not None:
         return _lower_now(launch, plain, in_order)
-    cache, key = launch.index.lowered, (launch.batch, launch.n_q, launch.n_k, launch.causal, launch.q_start, in_order)
+    cache, key = (
+        launch.index.lowered,
+        (launch.batch, launch.n_q, launch.n_k, launch.causal, launch.q_start, in_order),
+    )
     work = cache.get(key)
     if work is None:
         work = _lower_now(launch, plain, in_order)
@@ -125,8 +138,10 @@ def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
         start, count, index.blocks if index.blocks.numel() else tiles, tiles,
         *(t[0] for t in tables), lists, counts[0], counts[1],
         *steps, *(step for t in tables for step in t[1:]),
-        launch.heads, tiles.numel(), launch.key_blocks, launch.n_q, launch.n_k, launch.q_start, capacity,
-        BQ=index.size[0], BK=index.size[1], CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order, CHUNK=chunk,
+        launch.heads, tiles.numel(), launch.key_blocks, launch.n_q, launch.n_k, launch.q_start,
+        capacity,
+        BQ=index.size[0], BK=index.size[1], CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order,
+        CHUNK=chunk,
         num_warps=4 if chunk > 256 else 1,
     )  # fmt: skip
     order = longest_first(counts[0] + counts[1])
@@ -134,5 +149,7 @@ def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
 
 
 def longest_first(length: Tensor) -> Tensor:
-    """Row ids by descending length, int32. Equal rows keep their order, so neighbours share K and V in the cache."""
+    """Row ids by descending length, int32. Equal rows keep their order, so neighbours share K and V
+    in the cache.
+    """
     return length.argsort(descending=True, stable=True).to(torch.int32)

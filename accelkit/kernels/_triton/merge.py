@@ -29,9 +29,19 @@ def _merge(
     d = tl.arange(0, BD)
     inside = real[:, None] & (d < D)[None, :]
     # An empty piece is not read: its output may hold anything.
-    a = tl.load(A + (b * s_ab + h * s_ah + i * s_an)[:, None] + d[None, :], mask=inside & (wa > 0)[:, None], other=0.0)
-    c = tl.load(B + (b * s_bb + h * s_bh + i * s_bn)[:, None] + d[None, :], mask=inside & (wb > 0)[:, None], other=0.0)
-    out = (a.to(tl.float32) * wa[:, None] + c.to(tl.float32) * wb[:, None]) / tl.where(both > 0, both, 1.0)[:, None]
+    a = tl.load(
+        A + (b * s_ab + h * s_ah + i * s_an)[:, None] + d[None, :],
+        mask=inside & (wa > 0)[:, None],
+        other=0.0,
+    )
+    c = tl.load(
+        B + (b * s_bb + h * s_bh + i * s_bn)[:, None] + d[None, :],
+        mask=inside & (wb > 0)[:, None],
+        other=0.0,
+    )
+    out = (a.to(tl.float32) * wa[:, None] + c.to(tl.float32) * wb[:, None]) / tl.where(
+        both > 0, both, 1.0
+    )[:, None]
     lse = tl.where(both > 0, (safe + tl.log2(tl.where(both > 0, both, 1.0))) * LN2, none)
     at = OUT + (b * s_ob + h * s_oh + i * s_on)[:, None] + d[None, :]
     tl.store(at, out.to(OUT.dtype.element_ty), mask=inside)
@@ -51,7 +61,9 @@ def merge_pair(a: Partial, b: Partial, dtype: torch.dtype) -> Partial:
     with torch.cuda.device_of(out):
         _merge[(triton.cdiv(batch * heads * n, rows),)](
             outs[0], a.lse, outs[1], b.lse, out, lse,
-            *outs[0].stride()[:3], *a.lse.stride(), *outs[1].stride()[:3], *b.lse.stride(), *out.stride()[:3],
-            batch * heads * n, heads, n, ROWS=rows, D=width, BD=next_power_of_two(width), num_warps=4,
+            *outs[0].stride()[:3], *a.lse.stride(), *outs[1].stride()[:3], *b.lse.stride(),
+            *out.stride()[:3],
+            batch * heads * n, heads, n, ROWS=rows, D=width, BD=next_power_of_two(width),
+            num_warps=4,
         )  # fmt: skip
     return Partial(out, lse)

@@ -17,7 +17,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def row_limits(Q_POS, pos_at, pos_step, rows, n_q, q_start, CAUSAL: tl.constexpr, HAS_Q_POS: tl.constexpr):
+def row_limits(
+    Q_POS, pos_at, pos_step, rows, n_q, q_start, CAUSAL: tl.constexpr, HAS_Q_POS: tl.constexpr
+):
     """Last position that each row may see, int32 [BM]; −1: nothing."""
     if HAS_Q_POS:
         limit = tl.load(Q_POS + pos_at + rows.to(tl.int64) * pos_step, mask=rows < n_q, other=-1)
@@ -34,7 +36,9 @@ def row_limits(Q_POS, pos_at, pos_step, rows, n_q, q_start, CAUSAL: tl.constexpr
 def hide(s, col, limit, K_POS, pos_at, pos_step, n_k, HAS_K_POS: tl.constexpr):
     """Scores [BM, BN] with −inf where row and key do not see each other."""
     if HAS_K_POS:
-        place = tl.load(K_POS + pos_at + col.to(tl.int64) * pos_step, mask=(col >= 0) & (col < n_k), other=-1)
+        place = tl.load(
+            K_POS + pos_at + col.to(tl.int64) * pos_step, mask=(col >= 0) & (col < n_k), other=-1
+        )
     else:
         place = tl.where(col < n_k, col, -1)
     seen = (place >= 0)[None, :] & (place[None, :] <= limit[:, None])
@@ -45,17 +49,33 @@ def hide(s, col, limit, K_POS, pos_at, pos_step, n_k, HAS_K_POS: tl.constexpr):
 def add_bias(s, col, BIAS, bias_at, bias_step, n_k, HAS_BIAS: tl.constexpr):
     """Base-2 scores plus the per-key bias."""
     if HAS_BIAS:
-        value = tl.load(BIAS + bias_at + col.to(tl.int64) * bias_step, mask=(col >= 0) & (col < n_k), other=0.0)
+        value = tl.load(
+            BIAS + bias_at + col.to(tl.int64) * bias_step, mask=(col >= 0) & (col < n_k), other=0.0
+        )
         s += (value * 1.4426950408889634)[None, :]
     return s
 
 
 @triton.jit
-def finish(OUT, LSE, out_at, lse_at, s_om, s_lm, rows, keep, m, l, acc, DV: tl.constexpr, BDV: tl.constexpr):
+def finish(
+    OUT,
+    LSE,
+    out_at,
+    lse_at,
+    s_om,
+    s_lm,
+    rows,
+    keep,
+    m,
+    total,
+    acc,
+    DV: tl.constexpr,
+    BDV: tl.constexpr,
+):
     """Normalise and store a tile; `keep` [BM] are the rows that belong to it."""
-    alive = l > 0.0
-    acc = acc / tl.where(alive, l, 1.0)[:, None]
-    lse = tl.where(alive, (m + tl.log2(tl.where(alive, l, 1.0))) * LN2, -float("inf"))
+    alive = total > 0.0
+    acc = acc / tl.where(alive, total, 1.0)[:, None]
+    lse = tl.where(alive, (m + tl.log2(tl.where(alive, total, 1.0))) * LN2, -float("inf"))
     d = tl.arange(0, BDV)
     at = OUT + out_at + rows.to(tl.int64)[:, None] * s_om + d[None, :]
     tl.store(at, acc.to(OUT.dtype.element_ty), mask=keep[:, None] & (d < DV)[None, :])
@@ -91,7 +111,9 @@ class Tile:
 
 
 def query_tile(bq: int, most: int) -> tuple[int, int] | None:
-    """`(bm, tiles per index row)`: a divisor of bq with at least 16 rows, or one padded tile for odd small units."""
+    """`(bm, tiles per index row)`: a divisor of bq with at least 16 rows, or one padded tile for
+    odd small units.
+    """
     bm = power_of_two_part(bq, most)
     if bm >= 16:
         return bm, bq // bm
@@ -121,8 +143,11 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def describable(t: Tensor) -> bool:
-    """Whether the bulk copy engine can read a tensor: 16-byte base and strides, at most 2³¹ per dimension."""
+    """Whether the bulk copy engine can read a tensor: 16-byte base and strides, at most 2³¹ per
+    dimension.
+    """
     size = t.element_size()
     return t.data_ptr() % 16 == 0 and all(
-        s > 0 and s * size % 16 == 0 and s * size < 2**40 for s, n in zip(t.stride()[:-1], t.shape, strict=False)
+        s > 0 and s * size % 16 == 0 and s * size < 2**40
+        for s, n in zip(t.stride()[:-1], t.shape, strict=False)
     )
