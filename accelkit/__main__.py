@@ -1,0 +1,5 @@
+"""`python -m accelkit` is the `accelkit` command."""
+
+from accelkit.cli import main
+
+main()

@@ -1,0 +1,346 @@
+"""Prefill speed in one process: patched, against the user's own path and the best dense path
+present (`accelkit bench`).
+
+Dense variants run on the unpatched model, half of their repeats before the patched ones and half
+after, so that a drifting clock shows up on both sides. Choosing a better dense kernel is never
+counted as sparsity: both ratios are always given."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from accelkit.calibration import tasks
+from accelkit.calibration.evaluate import FIRST_SEED, need_sparse
+from accelkit.errors import AccelkitError, GateFailedError, InvalidInputError
+from accelkit.patches.adapters import facts, sites
+from accelkit.patches.patch import patch
+from accelkit.patches.plan import Plan
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_SDPA = {
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of repeated runs; `error` says why a path could not run."""
+
+    ms: tuple[float, ...] = ()
+    error: str | None = None
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.ms) if self.ms else None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Prefill of `batch` prompts of `length` tokens. `paths` holds the dense paths by name, "own"
+    among them."""
+
+    length: int
+    batch: int
+    prompt: str
+    paths: dict[str, Timing]
+    sparse: Timing
+    density: float | None
+    sparse_calls: int
+    calls: int
+    dense_reasons: dict[str, int]
+
+    @property
+    def best_dense(self) -> str:
+        """Name of the fastest dense path."""
+        return min(
+            (n for n, t in self.paths.items() if t.ms), key=lambda n: self.paths[n].median or 0
+        )
+
+    def ratio(self, path: str) -> float | None:
+        """How many times faster than a dense path the patched model is."""
+        dense, sparse = self.paths[path].median, self.sparse.median
+        return dense / sparse if dense and sparse else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; milliseconds and tokens."""
+        return asdict(self) | {
+            "median_ms": {n: t.median for n, t in self.paths.items()}
+            | {"sparse": self.sparse.median},
+            "best_dense": self.best_dense,
+            "speedup_vs_own": self.ratio("own"),
+            "speedup_vs_best_dense": self.ratio(self.best_dense),
+        }
+
+
+def bench(
+    model: Any,
+    plan: Plan,
+    tokenizer: Any = None,
+    *,
+    lengths: Sequence[int],
+    batch: int = 1,
+    repeat: int = 5,
+    warmup: int = 1,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[Measurement]:
+    """Median prefill times at lengths in tokens. Prompts are retrieval tasks, or random tokens
+    without a tokenizer.
+
+    Raises:
+        NothingPatchedError: no call ran sparse.
+
+    Example:
+        >>> for m in bench(model, plan, tokenizer, lengths=(8192, 32768)):
+        ...     print(m.length, m.ratio("own"), m.ratio(m.best_dense))
+    """
+    if min(repeat, batch, *lengths) < 1:
+        raise InvalidInputError("--repeat, --batch and --lengths must be at least 1")
+    results, paths = [], dense_paths(model)
+    for length in lengths:
+        ids, kind = prompt(model, tokenizer, length, batch, seed)
+        run = lambda ids=ids: prefill(model, ids)  # noqa: E731
+        times: dict[str, Timing] = {}
+
+        def dense(
+            count: int, times: dict[str, Timing] = times, run: Callable = run, n: int = length
+        ) -> None:
+            for name in paths:
+                if progress:
+                    progress(f"{n} tokens: {name}")
+                before = times.get(name, Timing())
+                if before.error is None and count:
+                    times[name] = _join(before, _time_path(model, name, run, count, warmup))
+
+        dense(repeat - repeat // 2)
+        if progress:
+            progress(f"{length} tokens: sparse")
+        with patch(model, plan) as handle:
+            with handle.measuring():
+                run()
+            need_sparse(handle, length)
+            report = handle.report().as_dict()  # before the timed runs add to it
+            sparse = Timing(times_ms(run, repeat, warmup, ids.device))
+        dense(repeat // 2)
+        results.append(
+            Measurement(
+                length,
+                batch,
+                kind,
+                times,
+                sparse,
+                report["density"],
+                report["sparse_calls"],
+                report["calls"],
+                report["dense"],
+            )
+        )
+    return results
+
+
+def dense_paths(model: Any) -> dict[str, str]:
+    """Dense paths worth timing here and what each is; "own" is what the model runs unpatched."""
+    own = model.config._attn_implementation
+    paths = {"own": f"{own}, as the model was loaded"}
+    if model.device.type != "cuda":
+        return paths if own == "sdpa" else paths | {"sdpa": "torch's scaled_dot_product_attention"}
+    return paths | dict.fromkeys(_SDPA, "torch's scaled_dot_product_attention, this backend alone")
+
+
+@contextmanager
+def using(model: Any, path: str) -> Iterator[None]:
+    """While open, the unpatched model runs the dense path of this name."""
+    if path == "own":
+        yield
+        return
+    before = model.config._attn_implementation
+    if before != "sdpa":
+        model.set_attn_implementation("sdpa")
+    try:
+        if path in _SDPA:
+            with sdpa_kernel([_SDPA[path]]):
+                yield
+        else:
+            yield
+    finally:
+        if before != "sdpa":
+            model.set_attn_implementation(before)
+
+
+@torch.inference_mode()
+def prefill(model: Any, ids: Tensor) -> Tensor:
+    """Logits `[B, 1, vocabulary]` of the next token, filling a cache as `generate` does."""
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+
+
+def times_ms(
+    run: Callable[[], Any], repeat: int, warmup: int, device: torch.device
+) -> tuple[float, ...]:
+    """Milliseconds of each of `repeat` runs: CUDA events on a GPU, the clock elsewhere."""
+    for _ in range(warmup):
+        run()
+    found = []
+    for _ in range(repeat):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(device)
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize(device)
+            found.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            run()
+            found.append(1e3 * (time.perf_counter() - begin))
+    return tuple(found)
+
+
+def prompt(model: Any, tokenizer: Any, length: int, batch: int, seed: int) -> tuple[Tensor, str]:
+    """Token ids `[batch, length]` on the model's device, and what they are."""
+    if tokenizer is not None and length >= tasks.MIN_LENGTH:
+        try:
+            made = [
+                tasks.make("multi_key", length, FIRST_SEED + seed + i, tokenizer=tokenizer)
+                for i in range(batch)
+            ]
+            ids = torch.stack([torch.from_numpy(s.ids).long() for s in made])
+            return ids.to(model.device), "multi_key task"
+        except ValueError:
+            pass  # no prompt of this length with this tokenizer; random tokens have any length
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(
+        0, model.config.get_text_config().vocab_size, (batch, length), generator=generator
+    )
+    return ids.to(model.device), "random tokens"
+
+
+def preview(model: Any, plan: Plan, lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """What would run at each length, without running it: heads by policy, and the backend with its
+    reason."""
+    from accelkit.kernels import dispatch
+    from accelkit.kernels.index import BlockIndex
+
+    found, clock = [], SimpleNamespace(phase="prefill", step=0, total=1, branch="cond")
+    component = next(iter(plan.fingerprint.components.values()))
+    q = torch.zeros(
+        1, component.q_heads, 128, component.head_dim, dtype=model.dtype, device=model.device
+    )
+    kv = q[:, : component.kv_heads]
+    try:
+        index = BlockIndex.dense(component.q_heads, 1, (128, 128), q.device)
+        choice = dispatch.explain(q, kv, kv, index)
+        backend, reason = choice.backend, choice.reason
+    except AccelkitError as error:
+        backend, reason = "none", str(error)
+    for length in lengths:
+        heads: dict[str, int] = {}
+        for site in sites(model):
+            groups = plan.groups(site.path, length, clock)  # type: ignore[arg-type]
+            for group in groups:
+                label = group.policy.label()
+                heads[label] = heads.get(label, 0) + len(group.heads)
+            if not groups:
+                heads["dense"] = heads.get("dense", 0) + component.q_heads
+        found.append({"length": length, "heads": heads, "backend": backend, "reason": reason})
+    return found
+
+
+def fit_costs(
+    model: Any, lengths: Sequence[int], step: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """The cost table of this device for layers like the model's and prompts up to the longest."""
+    from accelkit.calibration.candidates import chosen_methods
+    from accelkit.calibration.fit import Shape, fit
+
+    fingerprint, heads = facts(model)
+    size = next(iter(fingerprint.components.values()))
+    shape = Shape(size.q_heads, size.kv_heads, size.head_dim, len(heads))
+    costs = fit(shape, model.dtype, model.device, max(lengths), chosen_methods(None), step=step)
+    return costs.to_dict()
+
+
+def cost_rows(costs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """A cost table as titled rows."""
+    lengths = [{"tokens": n, "dense_ms": ms} for n, ms in costs["dense"]]
+    kernels = [{"unit": unit, **k} for unit, k in costs["kernels"].items()]
+    methods = [
+        {"method": m, **{f"ms at {n}": ms for n, ms in c["points"]}, "share": c["share"]}
+        for m, c in costs["methods"].items()
+    ]
+    refused = [{"method": m, "why": why} for m, why in costs["refused"].items()]
+    return {
+        "Dense attention of a layer": lengths,
+        "Kernels: ms a launch, a row, a million pairs; error of the fit": kernels,
+        "Methods: ms to choose the blocks of a layer": methods,
+        **({"Too slow here": refused} if refused else {}),
+    }
+
+
+def gate(results: Sequence[Measurement], least: float) -> None:
+    """Raise `GateFailedError` if a length is not `least` times as fast as the best dense path."""
+    for m in results:
+        found = m.ratio(m.best_dense)
+        if found is not None and found < least:
+            raise GateFailedError(
+                f"{m.length} tokens: {found:.2f} times as fast as {m.best_dense!r}, "
+                f"wanted {least:g}; "
+                "take longer prompts or calibrate with a larger budget"
+            )
+
+
+def table(results: Sequence[Measurement]) -> Table:
+    """What a person reads."""
+    from rich.table import Table
+
+    grid = Table(title="Prefill, median milliseconds", title_justify="left")
+    names = list(dict.fromkeys(n for m in results for n in m.paths))
+    for head in ("length", "batch", *names, "sparse", "density", "× own", "× best dense"):
+        grid.add_column(head, justify="right")
+    for m in results:
+        cells = [_ms(m.paths.get(n, Timing())) for n in names]
+        vs_own, vs_best = m.ratio("own"), m.ratio(m.best_dense)
+        grid.add_row(
+            str(m.length),
+            str(m.batch),
+            *cells,
+            _ms(m.sparse),
+            "–" if m.density is None else f"{m.density:.1%}",
+            "–" if vs_own is None else f"{vs_own:.2f}",
+            "–" if vs_best is None else f"{vs_best:.2f} ({m.best_dense})",
+        )
+    return grid
+
+
+def _ms(timing: Timing) -> str:
+    return "cannot run" if timing.median is None else f"{timing.median:.2f}"
+
+
+def _join(a: Timing, b: Timing) -> Timing:
+    return Timing(a.ms + b.ms, b.error)
+
+
+def _time_path(model: Any, name: str, run: Callable[[], Any], repeat: int, warmup: int) -> Timing:
+    with using(model, name):
+        if name == "own":
+            return Timing(times_ms(run, repeat, warmup, model.device))
+        try:
+            return Timing(times_ms(run, repeat, warmup, model.device))
+        except (RuntimeError, ValueError, ImportError) as error:
+            if type(error).__name__ == "OutOfMemoryError":
+                torch.cuda.empty_cache()
+            return Timing(error=f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")

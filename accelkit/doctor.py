@@ -1,0 +1,246 @@
+"""What this machine has and what would run on it: versions, GPUs, kernels, capability probes,
+environment variables."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from accelkit.patches.method import load, names
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+VARIABLES = {
+    "ACCELKIT_KERNEL": "backend of every launch: triton, torch, reference or auto",
+    "ACCELKIT_DISABLE": "1: patched models run dense",
+    "ACCELKIT_PROGRESS": "0: no progress bars",
+    "HF_HOME": "where models from the hub are kept",
+    "HF_HUB_OFFLINE": "1: the hub is not asked",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1: no progress bars",
+    "CUDA_VISIBLE_DEVICES": "which GPUs are seen",
+    "TRITON_INTERPRET": "1: Triton kernels run in Python on the CPU, for tests",
+    "OMP_NUM_THREADS": "CPU threads",
+}
+OPTIONAL = {
+    "transformers": "language models: accelkit[llm]",
+    "matplotlib": "pictures: accelkit[report]",
+    "jinja2": "HTML reports: accelkit[report]",
+    "flash-attn": "dense attention to compare with",
+}
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `accelkit doctor` shows, as plain data. A probe that fails is reported, never
+    raised."""
+    import torch
+
+    from accelkit.calibration.results import environment, installed
+
+    found: dict[str, Any] = {"versions": {k: v for k, v in environment().items() if k != "gpu"}}
+    found["optional"] = {
+        name: {"version": installed(name), "for": use} for name, use in OPTIONAL.items()
+    }
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found["gpus"] = [_gpu(n) for n in range(count)]
+    device = torch.device("cuda" if count else "cpu")
+    found["kernels"] = [_kernel(device, *case) for case in _cases(device)]
+    found["probes"] = {name: _try(probe) for name, probe in _probes(device).items()}
+    found["environment"] = {
+        name: {"value": os.environ.get(name), "meaning": text} for name, text in VARIABLES.items()
+    }
+    found["problems"] = problems(found)
+    return found
+
+
+def explain(name: str) -> dict[str, Any]:
+    """A method: its idea, its numbers with defaults, the phases it serves and the questions it
+    answers. No torch."""
+    cls = load(name)
+    about = inspect.getdoc(sys.modules[cls.__module__]) or inspect.getdoc(cls) or ""
+    fields = [
+        {
+            "field": field,
+            "default": "required"
+            if info.is_required()
+            else info.get_default(call_default_factory=True),
+            "type": _type_name(info.annotation),
+            "limits": ", ".join(map(str, info.metadata)),
+            "meaning": info.description or "",
+        }
+        for field, info in cls.model_fields.items()
+    ]
+    return {
+        "name": name,
+        "class_name": cls.__name__,
+        "idea": about.split("\n\n")[0].replace("\n", " "),
+        "phases": list(cls.phases),
+        "answers": sorted(cls.answers()),
+        "dial": {"field": cls.dial.field, "values": list(cls.dial.values)} if cls.dial else None,
+        "about": about,
+        "fields": fields,
+    }
+
+
+def listing() -> list[dict[str, Any]]:
+    """All methods in short; one that cannot be loaded says why and does not hide the others."""
+    found = []
+    for name in names():
+        try:
+            entry = explain(name)
+        except Exception as error:
+            told = f"cannot be loaded: {type(error).__name__}: {error}"
+            entry = {"idea": told, "phases": [], "answers": []}
+        found.append({"name": name, **{k: entry[k] for k in ("idea", "phases", "answers")}})
+    return found
+
+
+def _type_name(annotation: Any) -> str:
+    return (
+        annotation.__name__
+        if isinstance(annotation, type)
+        else str(annotation).replace("typing.", "")
+    )
+
+
+def problems(found: dict[str, Any]) -> list[str]:
+    """What keeps accelkit from being useful here, each with its mend."""
+    told = []
+    if not found["gpus"]:
+        told.append(
+            "no CUDA GPU is visible: speed-ups can be tried on the CPU but are made for GPUs"
+        )
+    if found["gpus"] and any(
+        k["backend"] != "triton" for k in found["kernels"] if k["dtype"] != "float32"
+    ):
+        told.append(
+            "some launches do not run in Triton kernels; the reasons stand in the table of kernels"
+        )
+    if not found["optional"]["transformers"]["version"]:
+        told.append('language models need transformers: pip install "accelkit[llm]"')
+    if os.environ.get("ACCELKIT_DISABLE", "0") not in ("", "0"):
+        told.append("ACCELKIT_DISABLE is set: patched models run dense; unset it")
+    return told
+
+
+def render(found: dict[str, Any]) -> Group:
+    """What a person reads."""
+    from rich.console import Group
+    from rich.table import Table
+
+    versions = Table(title="Versions", title_justify="left", show_header=False)
+    for name, value in found["versions"].items():
+        versions.add_row(name, str(value or "not installed"))
+    for name, entry in found["optional"].items():
+        if name not in found["versions"]:
+            versions.add_row(name, entry["version"] or f"not installed ({entry['for']})")
+    gpus = Table(title="GPUs", title_justify="left")
+    for column in ("", "name", "capability", "memory GiB", "multiprocessors"):
+        gpus.add_column(column)
+    for n, gpu in enumerate(found["gpus"]):
+        gpus.add_row(
+            str(n), *(str(gpu[k]) for k in ("name", "capability", "memory_gib", "multiprocessors"))
+        )
+    kernels = Table(title="Which kernel would serve", title_justify="left")
+    for column in ("dtype", "head size", "unit", "backend", "why"):
+        kernels.add_column(column)
+    for k in found["kernels"]:
+        kernels.add_row(
+            k["dtype"], str(k["head_dim"]), "×".join(map(str, k["unit"])), k["backend"], k["reason"]
+        )
+    probes = Table(title="Probes", title_justify="left", show_header=False)
+    for name, answer in found["probes"].items():
+        probes.add_row(name, answer)
+    variables = Table(title="Environment", title_justify="left")
+    for column in ("variable", "value", "meaning"):
+        variables.add_column(column)
+    for name, entry in found["environment"].items():
+        variables.add_row(name, entry["value"] or "–", entry["meaning"])
+    parts: list[Any] = [versions, *([gpus] if found["gpus"] else []), kernels, probes, variables]
+    return Group(*parts, *(f"note: {text}" for text in found["problems"]))
+
+
+def _gpu(number: int) -> dict[str, Any]:
+    import torch
+
+    facts = torch.cuda.get_device_properties(number)
+    free, total = torch.cuda.mem_get_info(number)
+    return {
+        "name": facts.name,
+        "capability": f"{facts.major}.{facts.minor}",
+        "memory_gib": round(total / 2**30, 1),
+        "free_gib": round(free / 2**30, 1),
+        "multiprocessors": facts.multi_processor_count,
+    }
+
+
+def _cases(device: Any) -> list[tuple[str, int, tuple[int, int]]]:
+    dtypes = (
+        ("bfloat16", "float16", "float32") if device.type == "cuda" else ("float32", "bfloat16")
+    )
+    return [
+        (dtype, dim, unit)
+        for dtype in dtypes
+        for dim in (64, 128)
+        for unit in ((128, 128), (128, 1))
+    ]
+
+
+def _kernel(device: Any, dtype: str, head_dim: int, unit: tuple[int, int]) -> dict[str, Any]:
+    """Which backend a launch of this kind would take; asks, and computes nothing."""
+    import torch
+
+    from accelkit.kernels import dispatch
+    from accelkit.kernels.index import BlockIndex
+
+    entry: dict[str, Any] = {"dtype": dtype, "head_dim": head_dim, "unit": unit}
+    try:
+        q = torch.zeros(1, 4, 128, head_dim, dtype=getattr(torch, dtype), device=device)
+        mask = torch.ones(1, 4, 1, 128 // unit[1], dtype=torch.bool, device=device)
+        choice = dispatch.explain(q, q[:, :2], q[:, :2], BlockIndex.from_mask(mask, unit))
+        return entry | {"backend": choice.backend, "reason": choice.reason}
+    except Exception as error:
+        return entry | {"backend": "none", "reason": f"{type(error).__name__}: {error}"}
+
+
+def _probes(device: Any) -> dict[str, Callable[[], str]]:
+    import torch
+
+    from accelkit.calibration.opening import fast_bf16
+
+    def triton() -> str:
+        from accelkit.kernels.dispatch import triton_missing
+
+        return triton_missing(device) or "usable"
+
+    def sdpa(name: str) -> str:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        q = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device=device)
+        with sdpa_kernel([getattr(SDPBackend, name)]):
+            torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        return "runs"
+
+    def methods() -> str:
+        return ", ".join(names()) or "none"
+
+    probes: dict[str, Callable[[], str]] = {"methods": methods, "triton": triton}
+    if device.type == "cuda":
+        for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
+            probes[f"torch SDPA {name.split('_')[0].lower()}"] = lambda name=name: sdpa(name)  # type: ignore[misc]
+    else:
+        probes["bfloat16 on this CPU"] = lambda: (
+            "fast" if fast_bf16() else "slow: models load as float32"
+        )
+    return probes
+
+
+def _try(probe: Callable[[], str]) -> str:
+    try:
+        return probe()
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        return f"no: {type(error).__name__}: {lines[0][:160]}"
