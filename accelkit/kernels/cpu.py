@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from accelkit.kernels.index import ALL
 from accelkit.kernels.launch import FAR, Launch
 
-_CHUNK_BYTES = 2 * 2**20
+_CHUNK_BYTES = 4 * 2**20
 """Gathered K and V (and mask) of one fused call: about the second-level caches of a few cores."""
 
 _EVEN_KEYS = 64
