@@ -218,7 +218,7 @@ def show(
     from accelkit.calibration import pictures, report
 
     plan = Plan.from_pretrained(plan_or_model)
-    document = report.summary(plan, phase) | {"heads_by_site": report.head_rows(plan, phase)}
+    document = report.summary(plan, phase) | {"heads_by_site": pictures.head_rows(plan, phase)}
     if out:
         document["report"] = str(report.write_html(plan, out))
     if plot:

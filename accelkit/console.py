@@ -105,9 +105,11 @@ def emit(document: Any, as_json: bool, *renderables: Any) -> None:
 
 def table(title: str, rows: Sequence[dict[str, Any]]) -> Any:
     """A rich table of rows that have the same keys; numbers stand at the right."""
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    grid = Table(title=title, title_justify="left")
+    grid = Table()
     for key, value in (rows[0] if rows else {}).items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         grid.add_column(
@@ -115,7 +117,8 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Any:
         )
     for row in rows:
         grid.add_row(*map(cell, row.values()))
-    return grid
+    # The title stands by itself: a table breaks its own at its width.
+    return Group(Text(title, style="italic"), grid)
 
 
 def cell(value: Any) -> str:
@@ -166,7 +169,7 @@ def verbosity(talk: bool | None) -> None:
         if issubclass(category, AccelkitWarning) or talk:
             log.warning("%s", message)
 
-    warnings.showwarning = show
+    warnings.showwarning = show  # type: ignore[assignment]
 
 
 class _Stderr(logging.Handler):

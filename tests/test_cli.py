@@ -329,6 +329,18 @@ def test_bench(model, plan, tmp_path):
     assert "wanted 1000" in missed.stderr
 
 
+def test_bench_fits_the_cost_table(model, monkeypatch):
+    from accelkit.calibration import candidates
+    from accelkit.patches.method import load
+
+    monkeypatch.setattr(candidates, "chosen_methods", lambda _: [load("probe_window")()])
+    words = ("bench", model, "--fit", "--lengths", "512")
+    costs = json.loads(run(*words, "--json").stdout)
+    assert costs["dense"][-1][0] == 512
+    assert "probe_window" in {**costs["methods"], **costs["refused"]}
+    assert "Dense attention of a layer" in run(*words).stdout
+
+
 def test_bench_dry_run(model, plan):
     rows = json.loads(
         run("bench", model, "--plan", plan, "--lengths", "100,1k", "--dry-run", "--json").stdout

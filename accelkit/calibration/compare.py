@@ -179,7 +179,8 @@ class _Stamps:
     """A streamer that notes when each generated token has reached the CPU, in seconds from now."""
 
     def __init__(self) -> None:
-        self.start, self.at, self.prompt = time.perf_counter(), [], True
+        self.start, self.prompt = time.perf_counter(), True
+        self.at: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
         if not self.prompt:

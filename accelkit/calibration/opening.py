@@ -130,7 +130,7 @@ def choose_dtype(config: Any, dtype: str, device: torch.device) -> torch.dtype:
 def fast_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware tiles. Narrower support loses in
     attention."""
-    found = getattr(torch.cpu, "get_capabilities", dict)() or {}
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() or {}
     return bool(found.get("amx_bf16") or found.get("sve_bf16"))
 
 

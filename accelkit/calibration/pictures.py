@@ -31,7 +31,9 @@ def figure(plan: Plan, phase: str = "prefill", tokens: int | None = None) -> Fig
         for s in sorted(plan.sites, key=natural)
         if phase in plan.sites[s].evidence
     }
-    if seen:
+    # What was measured belongs to the longest prompts.
+    longest = tokens is None or tokens == max(tiers(plan, phase))
+    if seen and longest:
         panels += [
             lambda axes: _number_map(
                 axes, [e.density for e in seen.values()], list(seen), "Density", "Blues", (0, 1)
@@ -41,7 +43,7 @@ def figure(plan: Plan, phase: str = "prefill", tokens: int | None = None) -> Fig
             ),
             lambda axes: _ms_bars(axes, seen),
         ]
-    if drawn_rounds(plan):
+    if longest and drawn_rounds(plan):
         panels.append(lambda axes: _round_lines(axes, plan))
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
@@ -226,7 +228,7 @@ def drawn_rounds(plan: Plan) -> list[dict[str, Any]]:
         "measured": "measured_error",
         "error": "measured_error",
     }
-    named = [{short.get(k, k): v for k, v in r.items()} for r in found]
+    named = [{short.get(str(k), str(k)): v for k, v in r.items()} for r in found]
     return [
         r
         for r in named

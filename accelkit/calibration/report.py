@@ -99,9 +99,9 @@ def tables(plan: Plan, phase: str = "prefill", *, heads: bool = True) -> Group:
         grid.add_column("heads 0, 1, …", no_wrap=True)
         for column in ("density", "worst error", "ms", "dense ms"):
             grid.add_column(column, justify="right")
-        for site, row in head_rows(plan, phase).items():
+        for site, policies in head_rows(plan, phase).items():
             text = Text()
-            for policy in row:
+            for policy in policies:
                 text.append(
                     signs.get(policy, "·"),
                     style=colour_of(plan, policy) if policy in signs else "dim",
@@ -148,7 +148,11 @@ def headline(plan: Plan, phase: str = "prefill") -> list[tuple[str, str]]:
     ]
     if errors:
         lines.append(("error", ", ".join(errors) + " (relative L1, last hidden state, worst task)"))
-    made = [f"{k} {v}" for k, v in s["producer"].items() if v and k not in ("name", "date")]
+    made = [
+        f"{'accelkit' if k == 'version' else k} {v}"
+        for k, v in s["producer"].items()
+        if v and k not in ("name", "date")
+    ]
     if made:
         lines.append(("made with", ", ".join(made)))
     return lines

@@ -65,6 +65,7 @@ def test_longer_prompts_may_have_other_rules(plan):
     assert pictures.tiers(tiered) == [512, 2048]
     assert pictures.head_rows(tiered)[site] == [1, 1, 1, 1]
     assert pictures.head_rows(tiered, tokens=600)[site] == [0, 1, 1, 2]
+    assert len(report.figure(tiered, tokens=512).axes) == 1
     assert pictures.head_rows(tiered, tokens=100)[site] == [-1] * 4
 
 
