@@ -86,14 +86,13 @@ def pool_keys(call: Inputs, block: int, mode: str = "mean") -> Tensor:
     """
     masked = call.key_mask is not None or call.k_pos is not None
     places = key_places(call) if masked else None
-    own = places is not None and places.shape[1] > 1
     if mode == "mean" and dispatch.fast_device(call.k):
         from accelkit.kernels._triton import scores as fast
 
-        if own:
+        if places is not None and places.shape[1] > 1:
             return fast.pool(call.k, block, call.kv_of_head, places)
         return fast.pool(call.k, block, None, places)[:, call.kv_of_head]
-    if not own:
+    if places is None or places.shape[1] == 1:
         mask = None if places is None else places >= 0
         return pool(call.k, block, mode, mask)[:, call.kv_of_head]
     parts = [
@@ -152,10 +151,11 @@ def rows_by_block_mean(call: Inputs, size: tuple[int, int]) -> Tensor:
     visible = visible_blocks(call, size)
     plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
     keys = pool_keys(call, size[1])
-    if plain and dispatch.fast_device(call.q):
+    if plain and size[0] <= 256 and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import scores as fast
 
-        return fast.rows_by_block_mean(call, size, keys)
+        found = fast.rows_by_block_mean(call, size, keys)
+        return found.masked_fill_(~visible, -float("inf"))
     nq, nk = call.tiles(size)
     first, _ = bounds(key_places(call), size[1])
     limit, votes = row_limits(call), voting_rows(call)
@@ -199,10 +199,12 @@ def strided(call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128)) -
             "choose a stride that divides both sides"
         )
     plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
-    if plain and dispatch.fast_device(call.q) and call.q.dtype != torch.float32:
-        from accelkit.kernels._triton import scores as fast
+    if plain and dispatch.fast_device(call.q):
+        from accelkit.kernels._triton import strided as fast
 
-        return fast.strided(call, stride, size)
+        if fast.strided_fits(stride, size):
+            found = fast.strided(call, stride, size)
+            return found.masked_fill_(~visible_blocks(call, size), -float("inf"))
     places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
     if votes is not None:
         limit = torch.where(votes, limit, -1)

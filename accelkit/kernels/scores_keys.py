@@ -296,7 +296,7 @@ def tile_top_k(
     _plain_only(call, "tile_top_k")
     places, found = key_places(call), groups(call)
     batch, device = call.q.shape[0], call.q.device
-    nt, starts = ceil_div(call.n_q, tile), []
+    nt = ceil_div(call.n_q, tile)
     before = [min(call.q_start + t * tile, call.n_k) for t in range(nt)]
     take = [min(b, k if isinstance(k, int) else max(least, -int(-k * b // 1))) for b in before]
     width = max(take) + (tile if own else 0)

@@ -106,6 +106,11 @@ def global_top_p(probs: Tensor, p: float | Tensor) -> Tensor:
     flat = probs.flatten(2)[:, :, None]
     share = _per_head(p, flat)
     total = flat.clamp(min=0).sum(-1, keepdim=True, dtype=torch.float32)
+    if dispatch.fast_device(flat):
+        from accelkit.kernels._triton import select as fast
+
+        mask = fast.long_prefix(flat, share * total)
+        return torch.where(share >= 1, flat != -float("inf"), mask).view_as(probs)
     order = flat.sort(dim=-1, descending=True, stable=True)
     mass = order.values.clamp(min=0)
     # A million small terms: the running sum is kept in fp64.

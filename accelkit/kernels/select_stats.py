@@ -69,45 +69,41 @@ def density(index: BlockIndex | Sequence[BlockIndex], call: Inputs) -> Tensor:
                 f"density: the index has {piece.heads} heads and {piece.rows} tiles, the call "
                 f"{heads} heads and {call.tiles(piece.size)[0]} tiles of {piece.size[0]}"
             )
-        plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
-        counts = None if plain else pair_counts(call, piece.size)
         for b in range(batch):
-            for h in range(heads):
-                listed[b, h] += _listed_pairs(piece, call, counts, b, h, whole[b, h])
+            listed[b] += _listed_pairs(piece, call, b, whole[b])
     return (listed.sum(0) / whole.sum(0).clamp(min=1)).float()
 
 
-def _listed_pairs(
-    piece: BlockIndex, call: Inputs, counts: Tensor | None, b: int, h: int, whole: Tensor
-) -> Tensor:
-    """Visible pairs in one head's lists, one entry at a time."""
-    b_own = b if piece.count.shape[0] > 1 else 0
-    start, count = piece.start[b_own, h], piece.count[b_own, h].long()
+def _listed_pairs(piece: BlockIndex, call: Inputs, b: int, whole: Tensor) -> Tensor:
+    """Visible pairs in the lists of one sequence, fp64 `[H]`, one entry at a time."""
+    heads, (bq, bk), device = len(call.heads), piece.size, call.q.device
+    nq, nk = call.tiles(piece.size)
+    own = b if piece.count.shape[0] > 1 else 0
+    start, count = piece.start[own].reshape(-1), piece.count[own].reshape(-1).long()
     if bool((count == ALL).all()):
         return whole
-    (bq, bk), device = piece.size, call.q.device
-    nq, nk = call.tiles(piece.size)
-    everything = torch.where(count == ALL, nk, 0).long()
-    length = torch.where(count == ALL, everything, count)
-    row = torch.repeat_interleave(torch.arange(nq, device=device), length)
-    at = torch.arange(row.numel(), device=device) - (length.cumsum(0) - length)[row]
-    is_all = (count == ALL)[row]
-    n = max(piece.blocks.numel(), 1)
-    place = torch.where(is_all, 0, start[row] + at).clamp(max=n - 1)
+    # Rows of dense heads get every block; they have no list to read.
+    free = count == ALL
+    length = torch.where(free, nk, count)
+    line = torch.repeat_interleave(torch.arange(heads * nq, device=device), length)
+    at = torch.arange(line.numel(), device=device) - (length.cumsum(0) - length)[line]
     source = piece.blocks if piece.blocks.numel() else piece.blocks.new_zeros(1)
-    block = torch.where(is_all, at, source[place].long())
+    place = torch.where(free[line], 0, start[line] + at).clamp(max=source.numel() - 1)
+    block = torch.where(free[line], at, source[place].long())
     real = (block >= 0) & (block < nk)
-    block = block.clamp(0, nk - 1)
-    if counts is not None:
-        table = counts[b if counts.shape[0] > 1 else 0, h if counts.shape[1] > 1 else 0]
-        pairs = table[row, block]
-    else:
-        rows = (call.n_q - row * bq).clamp(max=bq)
+    block, head, tile = block.clamp(0, nk - 1), line // nq, line % nq
+    if call.q_pos is None and call.k_pos is None and call.key_mask is None:
+        rows = (call.n_q - tile * bq).clamp(max=bq)
         keys = (call.n_k - block * bk).clamp(max=bk)
         pairs = rows * keys
         if call.causal:
-            pairs = _staircase(call.q_start + row * bq + 1 - block * bk, rows, keys)
-    return torch.where(real, pairs, 0).sum().double()
+            pairs = _staircase(call.q_start + tile * bq + 1 - block * bk, rows, keys)
+    else:
+        counts = pair_counts(call, piece.size)
+        counts = counts[b if counts.shape[0] > 1 else 0].expand(heads, -1, -1)
+        pairs = counts[head, tile, block]
+    total = torch.zeros(heads, dtype=torch.float64, device=device)
+    return total.index_add_(0, head, torch.where(real, pairs, 0).double())
 
 
 def recall(mask: Tensor, mass: Tensor) -> Tensor:

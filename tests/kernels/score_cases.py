@@ -1,4 +1,4 @@
-"""Small calls with every trait that an estimator must honour, and the same attention done densely."""
+"""Small calls with every trait that an estimator must honour, and the same done densely."""
 
 from __future__ import annotations
 

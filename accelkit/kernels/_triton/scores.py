@@ -1,0 +1,226 @@
+"""Estimators: pooling, every row × mean key, the probe of the last rows.
+
+Plain positions only; what is permuted goes to the torch twins in `kernels/scores_*.py`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from accelkit.kernels._triton.tile import precision
+from accelkit.kernels.index import Inputs, ceil_div
+
+LOG2E = 1.4426950408889634
+SCRATCH_BYTES = 512 * 2**20
+
+
+@lru_cache(maxsize=256)
+def head_table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Head ids on the device; building them anew would copy from the host in every call."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def padded_width(d: int) -> int:
+    return max(16, triton.next_power_of_2(d))
+
+
+@triton.jit(do_not_specialize=["n_heads", "n", "nb"])
+def _pool(
+    X, HEADS, PLACES, OUT, s_xb, s_xh, s_xn, s_xd, s_pb, s_ph, s_pn, n_heads, n, nb,
+    BLOCK: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
+):  # fmt: skip
+    block, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // n_heads).to(tl.int64), bh % n_heads
+    d = tl.arange(0, BD)
+    x0 = X + b * s_xb + tl.load(HEADS + h).to(tl.int64) * s_xh
+    total, count = tl.zeros([BD], tl.float32), 0
+    for i in range(0, BLOCK, BM):
+        at = i + tl.arange(0, BM)
+        row = (block * BLOCK + at).to(tl.int64)
+        real = (at < BLOCK) & (row < n)
+        if HAS_PLACES:
+            place = tl.load(PLACES + b * s_pb + h * s_ph + row * s_pn, mask=real, other=-1)
+            real = real & (place >= 0)
+        inside = real[:, None] & (d < D)[None, :]
+        x = tl.load(x0 + row[:, None] * s_xn + d[None, :] * s_xd, mask=inside, other=0.0)
+        total += tl.sum(x.to(tl.float32), 0)
+        count += tl.sum(real.to(tl.int32), 0)
+    mean = total / tl.maximum(count, 1)
+    tl.store(OUT + (bh.to(tl.int64) * nb + block) * D + d, mean, mask=d < D)
+
+
+def pool(
+    x: Tensor, block: int, heads: tuple[int, ...] | Tensor | None, places: Tensor | None = None
+) -> Tensor:
+    """Block means of some heads of x `[B, Hx, N, D]`, fp32 `[B, H, nb, D]`; one read, no copies.
+    Tokens with a place (`[B|1, H|1, N]`) of −1 do not count.
+    """
+    if not isinstance(heads, Tensor):
+        heads = head_table(tuple(range(x.shape[1])) if heads is None else heads, x.device)
+    (batch, _, n, d), nb = x.shape, ceil_div(x.shape[2], block)
+    out = torch.empty((batch, heads.numel(), nb, d), dtype=torch.float32, device=x.device)
+    steps = (0, 0, 0)
+    if places is not None:
+        pairs = zip(places.stride(), places.shape, strict=True)
+        steps = tuple(0 if number == 1 else step for step, number in pairs)
+    _pool[(nb, batch * heads.numel())](
+        x, heads.int(), out if places is None else places, out, *x.stride(), *steps,
+        heads.numel(), n, nb, BLOCK=block, BM=min(64, max(16, triton.next_power_of_2(block))),
+        D=d, BD=padded_width(d), HAS_PLACES=places is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["n_heads", "n_q", "nk", "nkp", "nq", "q_start"])
+def _rows_by_mean(
+    Q, KM, HEADS, OUT, TOP, s_qb, s_qh, s_qn, s_qd, n_heads, n_q, nk, nkp, nq, q_start, factor,
+    BQ: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    tile, bh = nq - 1 - tl.program_id(0), tl.program_id(1)
+    b, h = (bh // n_heads).to(tl.int64), bh % n_heads
+    lane, d = tl.arange(0, BM), tl.arange(0, BD)
+    row = tile * BQ + lane
+    real = (lane < BQ) & (row < n_q)
+    q0 = Q + b * s_qb + tl.load(HEADS + h).to(tl.int64) * s_qh
+    inside = real[:, None] & (d < D)[None, :]
+    at = row.to(tl.int64)[:, None] * s_qn + d[None, :] * s_qd
+    q = tl.load(q0 + at, mask=inside, other=0.0)
+    limit = tl.where(real, row + q_start, -1)
+    end = nk
+    if CAUSAL:
+        end = tl.minimum(nk, (q_start + tl.minimum(tile * BQ + BQ, n_q) - 1) // BK + 1)
+    line = (bh.to(tl.int64) * nq + tile) * nkp
+    for j in range(0, end, BN):
+        block = j + tl.arange(0, BN)
+        k_at = (bh.to(tl.int64) * nk + block)[None, :] * D + d[:, None]
+        k = tl.load(KM + k_at, mask=(d < D)[:, None] & (block < nk)[None, :], other=0.0)
+        s = tl.dot(q, k, out_dtype=tl.float32, input_precision=PREC) * factor
+        seen = real[:, None] & (block < nk)[None, :]
+        if CAUSAL:
+            seen = seen & ((block * BK)[None, :] <= limit[:, None])
+        s = tl.where(seen, s, -float("inf"))
+        top = tl.max(tl.max(s, 1), 0)
+        p = tl.sum(tl.exp2(s - tl.where(top > -float("inf"), top, 0.0)), 0)
+        tl.store(OUT + line + block, p, mask=block < nkp)
+        tl.store(TOP + line // BN + j // BN, top)
+
+
+def rows_by_block_mean(call: Inputs, size: tuple[int, int], keys: Tensor) -> Tensor:
+    """`kernels.scores.rows_by_block_mean` with mean keys `[B, H, nk, D]`, rounded to q's dtype.
+    Blocks that are not visible hold anything.
+    """
+    (nq, nk), batch, heads = call.tiles(size), call.q.shape[0], len(call.heads)
+    bn, d = 64, call.q.shape[3]
+    nkp = ceil_div(nk, bn) * bn
+    bm = max(16, triton.next_power_of_2(size[0]))
+    # Tiles above the diagonal are not visited: zeros, with a maximum that wipes them out.
+    out = call.q.new_zeros((batch, heads, nq, nkp), dtype=torch.float32)
+    top = call.q.new_full((batch, heads, nq, nkp // bn), -float("inf"), dtype=torch.float32)
+    _rows_by_mean[(nq, batch * heads)](
+        call.q, keys.to(call.q.dtype).contiguous(), head_table(call.heads, call.q.device), out, top,
+        *call.q.stride(), heads, call.n_q, nk, nkp, nq, call.q_start, call.scale * LOG2E,
+        BQ=size[0], BM=bm, BK=size[1], BN=bn, D=d, BD=padded_width(d), CAUSAL=call.causal,
+        PREC=precision(call.q.dtype), num_warps=8 if bm >= 128 else 4, num_stages=2,
+    )  # fmt: skip
+    greatest = top.amax(-1, keepdim=True)
+    share = torch.exp2(top - greatest.masked_fill(greatest == -float("inf"), 0.0))
+    return out.unflatten(-1, (-1, bn)).mul_(share[..., None]).flatten(-2)[..., :nk]
+
+
+@triton.jit(do_not_specialize=["n_heads", "n_k", "n_tiles", "first"])
+def _probe_logits(
+    Q, K, KV_HEADS, LIMIT, MASK, S, M, L, s_kb, s_kh, s_kn, s_kd, s_lb, s_mb,
+    n_heads, n_all, first, n_k, n_tiles, factor,
+    R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    HAS_MASK: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    # Heads run fastest: those of a KV group find its keys in the cache.
+    h, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, d, col = tl.arange(0, RP), tl.arange(0, BD), tile * BN + tl.arange(0, BN)
+    q_at = ((b * n_all + first + h) * R + row)[:, None] * D + d[None, :]
+    q = tl.load(Q + q_at, mask=(row < R)[:, None] & (d < D)[None, :], other=0.0)
+    k0 = K + b * s_kb + tl.load(KV_HEADS + first + h).to(tl.int64) * s_kh
+    k_at = col.to(tl.int64)[None, :] * s_kn + d[:, None] * s_kd
+    k = tl.load(k0 + k_at, mask=(d < D)[:, None] & (col < n_k)[None, :], other=0.0)
+    s = tl.dot(q, k, out_dtype=tl.float32, input_precision=PREC) * factor
+    limit = tl.load(LIMIT + b * s_lb + row, mask=row < R, other=-1)
+    seen = (col < n_k)[None, :] & (col[None, :] <= limit[:, None])
+    if HAS_MASK:
+        real = tl.load(MASK + b * s_mb + col, mask=col < n_k, other=0)
+        seen = seen & (real != 0)[None, :]
+    s = tl.where(seen, s, -float("inf"))
+    line = (b * n_heads + h) * R + row
+    s_at = line.to(tl.int64)[:, None] * n_k + col[None, :]
+    tl.store(S + s_at, s, mask=(row < R)[:, None] & (col < n_k)[None, :])
+    m = tl.max(s, 1)
+    safe = tl.where(m > -float("inf"), m, 0.0)
+    part = ((b * n_heads + h) * n_tiles + tile) * R + row
+    tl.store(M + part, m, mask=row < R)
+    tl.store(L + part, tl.sum(tl.exp2(s - safe[:, None]), 1), mask=row < R)
+
+
+@triton.jit(do_not_specialize=["n_heads", "first", "n_k"])
+def _probe_sums(
+    S, NORM, LIMIT, COLUMNS, DIAGONALS, s_lb, n_heads, n_all, first, n_k,
+    R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    h, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, col = tl.arange(0, RP), tile * BN + tl.arange(0, BN)
+    line = (b * n_heads + h) * R + row
+    norm = tl.load(NORM + line, mask=row < R, other=float("inf"))
+    limit = tl.load(LIMIT + b * s_lb + row, mask=row < R, other=-1)
+    s0 = S + line.to(tl.int64)[:, None] * n_k
+    inside = (row < R)[:, None] & (col < n_k)[None, :]
+    s = tl.load(s0 + col[None, :], mask=inside, other=-float("inf"))
+    out = (b * n_all + first + h) * n_k + col
+    tl.store(COLUMNS + out, tl.sum(tl.exp2(s - norm[:, None]), 0), mask=col < n_k)
+    # The same logits along the offset: key = position of the row − offset.
+    key = limit[:, None] - col[None, :]
+    s = tl.load(s0 + key, mask=inside & (key >= 0) & (key < n_k), other=-float("inf"))
+    tl.store(DIAGONALS + out, tl.sum(tl.exp2(s - norm[:, None]), 0), mask=col < n_k)
+
+
+def probe(call: Inputs, q: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns and diagonals, fp32 `[B, H, Nk]`, of rows q `[B, H, R, D]` at positions `limit`
+    `[B|1, 1, R]`. Two passes over logits that are kept for a few heads at a time; no atomics.
+    """
+    (batch, heads, r, d), n_k, device = q.shape, call.n_k, q.device
+    bn = 128
+    n_tiles = ceil_div(n_k, bn)
+    rp = max(16, triton.next_power_of_2(r))
+    some = max(1, min(heads, SCRATCH_BYTES // (4 * batch * r * n_k)))
+    scratch = torch.empty(batch * some * r * n_k, dtype=torch.float32, device=device)
+    columns, diagonals = torch.empty((2, batch, heads, n_k), dtype=torch.float32, device=device)
+    q, limit = q.contiguous(), limit.to(torch.int32)[:, 0].contiguous()
+    s_limit = limit.stride(0) if limit.shape[0] > 1 else 0
+    mask = limit if call.key_mask is None else call.key_mask.contiguous().view(torch.uint8)
+    kv = call.kv_of_head.int()
+    number = (limit >= 0).sum(-1).clamp(min=1).log2().view(-1, 1, 1)
+    for first in range(0, heads, some):
+        n = min(some, heads - first)
+        m, l = torch.empty((2, batch, n, n_tiles, r), dtype=torch.float32, device=device)
+        _probe_logits[(n, n_tiles, batch)](
+            q, call.k, kv, limit, mask, scratch, m, l, *call.k.stride(), s_limit,
+            mask.stride(0) if call.key_mask is not None and batch > 1 else 0,
+            n, heads, first, n_k, n_tiles, call.scale * LOG2E, R=r, RP=rp, BN=bn, D=d,
+            BD=padded_width(d), HAS_MASK=call.key_mask is not None, PREC=precision(q.dtype), num_warps=4,
+        )  # fmt: skip
+        top = m.amax(2, keepdim=True)
+        safe = top.masked_fill(top == -float("inf"), 0.0)
+        total = (torch.exp2(m - safe) * l).sum(2)
+        # Dividing by the number of rows is a shift of the norm.
+        norm = safe[:, :, 0] + total.log2() + number
+        norm = torch.where(total > 0, norm, float("inf"))
+        _probe_sums[(n, n_tiles, batch)](
+            scratch, norm, limit, columns, diagonals, s_limit, n, heads, first, n_k,
+            R=r, RP=rp, BN=bn, num_warps=4,
+        )  # fmt: skip
+    return columns, diagonals

@@ -1,0 +1,140 @@
+"""Selection without sorting, and compaction without scans over the whole map.
+
+The greatest entries of a row up to a number or a mass are those above a threshold; it is found by
+bisection over the bit patterns of fp32, which are ordered like the numbers. Entries equal to the
+threshold are taken in ascending order, as a stable sort would.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from accelkit.kernels.index import BlockIndex
+
+_WAYS = 16
+
+
+@triton.jit
+def _compact(MASK, BLOCKS, COUNT, nk, CHUNK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    done = 0
+    for j in range(0, nk, CHUNK):
+        at = j + tl.arange(0, CHUNK)
+        chosen = tl.load(MASK + row * nk + at, mask=at < nk, other=0).to(tl.int32)
+        tl.store(BLOCKS + row * nk + done + tl.cumsum(chosen, 0) - 1, at, mask=chosen > 0)
+        done += tl.sum(chosen, 0)
+    tl.store(COUNT + row, done)
+
+
+def compact(mask: Tensor, size: tuple[int, int]) -> BlockIndex:
+    """`BlockIndex.from_mask` in one launch; places behind a row's count stay unwritten."""
+    batch, heads, nq, nk = mask.shape
+    rows, device = batch * heads * nq, mask.device
+    mask = mask.contiguous()
+    blocks = torch.empty(rows * nk, dtype=torch.int32, device=device)
+    count = torch.empty((batch, heads, nq), dtype=torch.int32, device=device)
+    if mask.numel():
+        chunk = min(1024, max(16, triton.next_power_of_2(nk)))
+        warps = 4 if chunk > 256 else 1
+        _compact[(rows,)](mask.view(torch.uint8), blocks, count, nk, CHUNK=chunk, num_warps=warps)
+    else:
+        count.zero_()
+    start = torch.arange(rows, device=device, dtype=torch.int64) * nk
+    return BlockIndex(start.view(batch, heads, nq), count, blocks, size)
+
+
+@triton.jit
+def _key(x):
+    """Integers ordered like the numbers."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+
+
+@triton.jit
+def _prefix(SCORES, TARGET, OUT, n, BY_MASS: tl.constexpr, N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, N)
+    x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
+    target = tl.load(TARGET + row)
+    real = x > -float("inf")
+    value = tl.where(real, tl.maximum(x, 0.0), 0.0) if BY_MASS else real.to(tl.float32)
+    key = _key(x)
+    # Least threshold with less than the target above it. Without a target it stays above all.
+    low, high = tl.min(key, 0) - 1, tl.max(key, 0) + 1
+    for _ in range(32):
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        above = tl.sum(tl.where(key > middle, value, 0.0), 0)
+        fits = above < target
+        high = tl.where(fits, middle, high)
+        low = tl.where(fits, low, tl.minimum(middle + 1, high))
+    above = tl.sum(tl.where(key > high, value, 0.0), 0)
+    tied = key == high
+    before = (tl.cumsum(tied.to(tl.int32), 0) - 1).to(tl.float32) * value
+    room = above + before < target
+    keep = real & ((key > high) | (tied & room))
+    tl.store(OUT + row * n + at, keep.to(tl.uint8), mask=at < n)
+
+
+def prefix(scores: Tensor, target: Tensor, by_mass: bool) -> Tensor:
+    """Greatest entries of each row of fp32 `[…, n]` until their number or sum reaches `target`
+    `[…, 1]`; bool `[…, n]`. −inf entries are never taken. n up to a few thousand: a row lies in
+    registers.
+    """
+    scores, n = scores.float().contiguous(), scores.shape[-1]
+    out = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    width = max(16, triton.next_power_of_2(n))
+    warps = 1 if width <= 256 else 4 if width <= 2048 else 8
+    if out.numel():
+        _prefix[(scores.numel() // n,)](
+            scores, target.float().contiguous(), out.view(torch.uint8), n,
+            BY_MASS=by_mass, N=width, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _mass_above(SCORES, LIMITS, OUT, n, n_chunks, WAYS: tl.constexpr, CHUNK: tl.constexpr):
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
+    value, key = tl.maximum(x, 0.0), _key(x)
+    for i in tl.static_range(WAYS):
+        limit = tl.load(LIMITS + row * WAYS + i)
+        mass = tl.sum(tl.where(key > limit, value, 0.0), 0)
+        tl.store(OUT + (row * WAYS + i) * n_chunks + chunk, mass)
+
+
+def long_prefix(scores: Tensor, target: Tensor) -> Tensor:
+    """`prefix` by mass for long rows: sixteen thresholds a pass, eight passes, no sort.
+
+    Scores are fp32 `[…, n]`, non-negative or −inf; sums are kept in fp64.
+    """
+    n = scores.shape[-1]
+    flat, goal = scores.float().reshape(-1, n).contiguous(), target.reshape(-1, 1).double()
+    rows, device = flat.shape[0], flat.device
+    chunk = 4096
+    n_chunks = triton.cdiv(n, chunk)
+    part = torch.empty((rows, _WAYS, n_chunks), dtype=torch.float32, device=device)
+    low = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+    high = torch.full_like(low, 0x7F7FFFFF)  # the greatest finite number
+    step = torch.arange(_WAYS, device=device)
+    for _ in range(9):
+        limits = low + (high - low) * step // _WAYS
+        _mass_above[(n_chunks, rows)](
+            flat, limits.int(), part, n, n_chunks, WAYS=_WAYS, CHUNK=chunk, num_warps=4
+        )
+        short = part.sum(-1, dtype=torch.float64) < goal  # rising along the thresholds
+        first = (~short).sum(-1, keepdim=True)
+        found = limits.gather(1, first.clamp(max=_WAYS - 1))
+        below = limits.gather(1, (first - 1).clamp(min=0))
+        high = torch.where(first < _WAYS, found, high)
+        low = torch.minimum(torch.where(first > 0, below + 1, low), high)
+    key = flat.view(torch.int32)
+    tied = key == high
+    above = flat.clamp(min=0).masked_fill(key <= high, 0).sum(-1, keepdim=True, dtype=torch.float64)
+    before = (tied.cumsum(-1, dtype=torch.int32) - 1) * flat.clamp(min=0)
+    keep = (key > high) | (tied & (above + before < goal))
+    return (keep & (flat != -float("inf")) & (goal > 0)).view(scores.shape)

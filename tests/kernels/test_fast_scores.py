@@ -1,0 +1,148 @@
+"""Triton estimators and selectors against their torch twins, in Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from score_cases import case, close
+
+from accelkit.kernels import scores, select
+from accelkit.kernels.index import BlockIndex
+from accelkit.kernels.positions import key_places, visible_blocks
+from accelkit.kernels.scores_keys import probe_rows
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    import os
+
+    pytestmark = [
+        pytest.mark.interpreter,
+        pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="no interpreter"),
+    ]
+
+from accelkit.kernels._triton import scores as fast
+from accelkit.kernels._triton import select as fast_select
+from accelkit.kernels._triton import strided as fast_strided
+
+INF = float("inf")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PLAIN = ["grouped", "chunk", "some heads", "not causal"]
+SIZE = (32, 16)
+
+
+def small(name, **more):
+    return case(name, n=70, device=DEVICE, **more)
+
+
+@pytest.mark.parametrize("name", ["some heads", "left padding", "permuted keys"])
+def test_pool(name):
+    call = small(name)
+    found = fast.pool(call.q, 24, call.heads)
+    close(found, scores.pool(call.q[:, list(call.heads)], 24))
+    places = key_places(call)
+    if name == "permuted keys":
+        places = torch.where(places % 5 == 0, -1, places)
+        call = replace(call, k_pos=places)
+    found = fast.pool(call.k, 16, call.kv_of_head, places)
+    close(found, scores.pool(call.k[:, call.kv_of_head], 16, mask=places >= 0))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("size", [SIZE, (24, 8)])
+def test_rows_by_block_mean(name, size):
+    call = small(name)
+    found = fast.rows_by_block_mean(call, size, scores.pool_keys(call, size[1]))
+    found = found.masked_fill(~visible_blocks(call, size), -INF)
+    close(found, scores.rows_by_block_mean(call, size))
+
+
+@pytest.mark.parametrize("name", ["grouped", "chunk", "some heads", "left padding"])
+def test_probe(name, monkeypatch):
+    call = small(name)
+    expected = scores.probe(call, 24)
+    for scratch in (2**20, 1):  # all heads at once, then one at a time
+        monkeypatch.setattr(fast, "SCRATCH_BYTES", scratch)
+        columns, diagonals = fast.probe(call, *probe_rows(call, 24))
+        close(columns, expected.columns)
+        close(diagonals, expected.diagonals)
+
+
+def test_probe_of_right_padding():
+    call = small("right padding")
+    columns, diagonals = fast.probe(call, *probe_rows(call, 24))
+    expected = scores.probe(call, 24)
+    close(columns, expected.columns)
+    close(diagonals, expected.diagonals)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(("stride", "size"), [(8, SIZE), (4, (16, 16))])
+def test_strided(name, stride, size, monkeypatch):
+    call = small(name)
+    expected = scores.strided(call, stride, size)
+    tile = (16, 16, 16, 4, 2)
+    for scratch in (2**20, 1):
+        monkeypatch.setattr(fast_strided, "SCRATCH_BYTES", scratch)
+        found = fast_strided.strided(call, stride, size, tile)
+        close(found.masked_fill(~visible_blocks(call, size), -INF), expected)
+
+
+def test_strided_fits():
+    assert fast_strided.strided_fits(8, (128, 128))
+    assert fast_strided.strided_fits(16, (64, 64))
+    assert not fast_strided.strided_fits(8, (96, 128))
+    assert not fast_strided.strided_fits(8, (128, 96))
+
+
+def test_half_inputs():
+    call = small("grouped", dtype=torch.float16)
+    columns, _ = fast.probe(call, *probe_rows(call, 24))
+    close(columns, scores.probe(call, 24).columns, atol=2e-3, rtol=2e-2)
+    found = fast_strided.strided(call, 8, SIZE, (16, 16, 16, 4, 2))
+    found = found.masked_fill(~visible_blocks(call, SIZE), -INF)
+    close(found, scores.strided(call, 8, SIZE), atol=2e-3, rtol=2e-2)
+
+
+def random_scores(n=24):
+    g = torch.Generator().manual_seed(0)
+    s = torch.randint(0, 9, (2, 2, 3, n), generator=g) / 4
+    s = torch.where(torch.rand(s.shape, generator=g) < 0.3, s + torch.rand(s.shape, generator=g), s)
+    return s.masked_fill(torch.rand(s.shape, generator=g) < 0.3, -INF).to(DEVICE)
+
+
+def test_prefix_by_number():
+    s = random_scores()
+    s[0, 0, 0] = -INF
+    for k in (0, 7):
+        number = torch.full((2, 2, 3, 1), float(k), device=DEVICE)
+        number = torch.minimum(number, (s > -INF).sum(-1, keepdim=True).float())
+        assert torch.equal(fast_select.prefix(s, number, False), select.top_k(s, k))
+    # Negative scores too.
+    assert torch.equal(fast_select.prefix(s - 1, number * 0 + 5, False), select.top_k(s - 1, 5))
+
+
+def test_prefix_by_mass():
+    p = select.probabilities(random_scores())
+    total = p.clamp(min=0).sum(-1, keepdim=True)
+    for share in (0.0, 0.77):
+        assert torch.equal(fast_select.prefix(p, share * total, True), select.top_p(p, share))
+
+
+def test_long_prefix():
+    p = select.probabilities(random_scores()).flatten(2)[:, :, None]
+    total = p.clamp(min=0).sum(-1, keepdim=True)
+    for share in (0.0, 0.77):
+        found = fast_select.long_prefix(p, share * total)
+        assert torch.equal(found, select.global_top_p(p, share))
+
+
+@pytest.mark.parametrize("n", [5, 40])
+def test_compact(n):
+    mask = random_scores(n) > 1
+    mask[1, 1, 2] = False
+    found, expected = fast_select.compact(mask, (8, 8)), BlockIndex.from_mask(mask, (8, 8))
+    assert torch.equal(found.count, expected.count)
+    assert torch.equal(found.start, expected.start)
+    assert torch.equal(found.to_mask(n), mask)
