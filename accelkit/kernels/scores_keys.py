@@ -170,6 +170,11 @@ def anchor_max(call: Inputs, block: int = 128, superblock: int = 2048) -> Tensor
     chunked prefill sees the same ranges as a whole one.
     """
     _plain_only(call, "anchor_max")
+    if dispatch.fast_device(call.q):
+        from accelkit.kernels._triton import stripes as fast
+
+        if fast.anchor_fits(call, block, superblock):
+            return fast.anchor_max(call, block, superblock)
     places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
     row_max = call.q.new_zeros((call.q.shape[0], len(call.heads), call.n_q), dtype=torch.float32)
     for kv, slots in groups(call):
@@ -225,7 +230,11 @@ def stripes(
         )
     q, places = pool_queries(call, block), key_places(call)
     if isinstance(theta, Tensor):
-        theta = theta.view(1, -1, 1)
+        theta = theta.to(q.device).view(1, -1, 1)
+    if dispatch.fast_device(call.q) and superblock // block <= 128:
+        from accelkit.kernels._triton import stripes as fast
+
+        return fast.stripes(call, q, anchor - theta, block, superblock)
     least = (anchor - theta)[..., None]
     per = superblock // block
     spans = _superblocks(call, superblock)

@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 from accelkit.kernels._triton import scores as fast
 from accelkit.kernels._triton import select as fast_select
 from accelkit.kernels._triton import strided as fast_strided
+from accelkit.kernels._triton import stripes as fast_stripes
 
 INF = float("inf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,11 +97,23 @@ def test_strided_fits():
     assert not fast_strided.strided_fits(8, (128, 96))
 
 
+@pytest.mark.parametrize("name", ["chunk", "some heads", "left padding", "right padding"])
+def test_stripes(name):
+    call, b, sup = small(name), 16, 32
+    assert fast_stripes.anchor_fits(call, b, sup)
+    anchor = scores.anchor_max(call, b, sup)
+    close(fast_stripes.anchor_max(call, b, sup), anchor)
+    mean = scores.pool_queries(call, b)
+    found = fast_stripes.stripes(call, mean, anchor - 6.0, b, sup)
+    assert torch.equal(found, scores.stripes(call, anchor, 6.0, b, sup))
+    assert found.any()
+
+
 def test_half_inputs():
     call = small("grouped", dtype=torch.float16)
     columns, _ = fast.probe(call, *probe_rows(call, 24))
     close(columns, scores.probe(call, 24).columns, atol=2e-3, rtol=2e-2)
-    found = fast_strided.strided(call, 8, SIZE, (16, 16, 16, 4, 2))
+    found = fast_strided.strided(call, 8, SIZE)
     found = found.masked_fill(~visible_blocks(call, SIZE), -INF)
     close(found, scores.strided(call, 8, SIZE), atol=2e-3, rtol=2e-2)
 

@@ -211,7 +211,8 @@ def probe(call: Inputs, q: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
             q, call.k, kv, limit, mask, scratch, m, l, *call.k.stride(), s_limit,
             mask.stride(0) if call.key_mask is not None and batch > 1 else 0,
             n, heads, first, n_k, n_tiles, call.scale * LOG2E, R=r, RP=rp, BN=bn, D=d,
-            BD=padded_width(d), HAS_MASK=call.key_mask is not None, PREC=precision(q.dtype), num_warps=4,
+            BD=padded_width(d), HAS_MASK=call.key_mask is not None, PREC=precision(q.dtype),
+            num_warps=4,
         )  # fmt: skip
         top = m.amax(2, keepdim=True)
         safe = top.masked_fill(top == -float("inf"), 0.0)

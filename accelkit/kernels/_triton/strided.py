@@ -113,14 +113,14 @@ def _strided_sums(
 def strided_fits(stride: int, size: tuple[int, int]) -> bool:
     """Whether blocks hold a power of two of cells and a tile of cells holds whole blocks."""
     cells = size[1] // stride
-    return cells & (cells - 1) == 0 and cells <= 128 and 128 % (size[0] // stride) == 0
+    return cells & (cells - 1) == 0 and cells <= 64 and 128 % (size[0] // stride) == 0
 
 
 def strided(
     call: Inputs,
     stride: int,
     size: tuple[int, int],
-    tile: tuple[int, int, int, int, int] = (128, 128, 64, 8, 3),
+    tile: tuple[int, int, int, int, int] | None = None,
 ) -> Tensor:
     """`kernels.scores.strided`; blocks that are not visible hold zeros.
 
@@ -128,6 +128,8 @@ def strided(
     rescales and adds them: one pass over the products. `tile` is (cells of q, cells of k, inner
     dimension, warps, stages).
     """
+    half = call.q.element_size() == 2
+    tile = tile or ((128, 256, 64, 8, 4) if half else (128, 64, 32, 8, 2))
     bm, bn, dk, warps, stages = tile
     (nq, nk), (batch, _, _, d), heads = call.tiles(size), call.q.shape, len(call.heads)
     device, cells = call.q.device, size[1] // stride
