@@ -1,0 +1,56 @@
+"""FlashPrefill: every query row against mean keys, blocks within a ratio of the best.
+
+Fan et al., 2026, arXiv 2608.19758 (V2). Rows are not averaged, so a single row that needs a block
+is heard; a ratio of the row's maximum needs neither sort nor running sum.
+
+    S[i, j] = Σ_{rows r of tile i} exp(q_r · k̄_j · scale − M_i)
+    keep j  if S[i, j] ≥ alpha · max_j S[i, j],  or sink, or local, or i is among the last tiles
+
+Scores of a row depend on that row alone, which makes the method safe in chunked prefill.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from accelkit import kernels
+from accelkit.patches.method import AttentionMethod, Dial
+
+if TYPE_CHECKING:
+    from accelkit.kernels import BlockIndex
+    from accelkit.patches.call import AttentionCall
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class FlashPrefill(AttentionMethod):
+    """Rows × block means, kept by ratio of the maximum."""
+
+    dial: ClassVar[Dial] = Dial("alpha", (0.5, 0.3, 0.18, 0.12, 0.08, 0.04, 0.02, 0.005))
+    full: ClassVar[dict[str, Any]] = {"alpha": 0.0}
+
+    alpha: Share | str = 0.1
+    sink_blocks: int = Field(2, ge=0)
+    local_blocks: int = Field(4, ge=1)
+    dense_tiles: int = Field(2, ge=0)
+    block: int = Field(128, ge=16)
+
+    def index(self, call: AttentionCall) -> BlockIndex | None:
+        if call.n_k <= self.block * (self.sink_blocks + self.local_blocks + self.dense_tiles):
+            return None
+        size = (self.block, self.block)
+        score = call.once(
+            ("rows_by_block_mean", size), lambda: kernels.scores.rows_by_block_mean(call, size)
+        )
+        mask = kernels.select.ratio_of_max(score, call.per_head(self.alpha))
+        mask = kernels.select.force(
+            mask,
+            call,
+            size,
+            sink=self.sink_blocks,
+            local=self.local_blocks,
+            last=self.dense_tiles,
+        )
+        return kernels.select.compact(mask, size)

@@ -1,0 +1,66 @@
+"""SpargeAttn: pooled prediction where pooling is honest, and a softmax skip behind it.
+
+Zhang et al., ICML 2025, arXiv 2502.18137. A block mean speaks for its block only if the tokens are
+alike, so blocks are tested for self-similarity and those that fail are always computed. In the
+kernel, tiles whose logits stay far below the running maximum are dropped.
+
+    regular block:  mean cosine between its tokens > `similarity`      (keys without their mean)
+    P̄ = softmax(q̄ k̄ᵀ · scale) over regular key blocks;  keep the top blocks that hold `coverage`
+    and all irregular key blocks, and whole rows of irregular query blocks
+    skip a tile if max over rows(m_tile − m_running) · log₂e + `skip_log2` ≤ 0     (None: never)
+
+The untuned call of the release has `skip_log2` 50, which hardly ever skips; tuned heads have less.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from accelkit import kernels
+from accelkit.patches.method import AttentionMethod, Dial, Execution
+
+if TYPE_CHECKING:
+    from accelkit.kernels import BlockIndex
+    from accelkit.patches.call import AttentionCall
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class SpargeAttn(AttentionMethod):
+    """Pooled blocks with a self-similarity guard, top-p, and softmax skip."""
+
+    dial: ClassVar[Dial] = Dial("coverage", (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995))
+    full: ClassVar[dict[str, Any]] = {"coverage": 1.0}
+
+    coverage: Share | str = 0.98
+    similarity: Annotated[float, Field(ge=-1, le=1)] | str = 0.6
+    skip_log2: Annotated[float, Field(ge=0)] | str | None = None
+    query_block: int = Field(128, ge=16)
+    key_block: int = Field(64, ge=16)
+
+    def index(self, call: AttentionCall) -> BlockIndex | None:
+        from accelkit.patches.parts import ranking
+
+        size = (self.query_block, self.key_block)
+        if call.n_k <= 4 * max(size):
+            return None
+        # The mean key shifts all logits of a row alike, so the softmax needs no smoothing.
+        pooled = call.once(("pooled", size), lambda: kernels.scores.pooled(call, size))
+        q_similar, k_similar = call.once(
+            ("alike", size), lambda: ranking.self_similarity(call, size)
+        )
+        least = call.per_head(self.similarity)
+        if not isinstance(least, float):
+            least = least[:, None]
+        odd_rows = (q_similar <= least)[..., :, None]
+        odd_keys = (k_similar <= least)[..., None, :]
+        share = kernels.select.probabilities(pooled.masked_fill(odd_keys, -float("inf")))
+        mask = kernels.select.top_p(share, call.per_head(self.coverage)) | odd_keys | odd_rows
+        return kernels.select.compact(kernels.select.force(mask, call, size), size)
+
+    def execution(self, call: AttentionCall) -> Execution | None:
+        if self.skip_log2 is None or call.n_k <= 4 * max(self.query_block, self.key_block):
+            return None
+        return Execution(skip=2.0 ** -call.per_head(self.skip_log2))

@@ -1,0 +1,49 @@
+"""XAttention: the sum along antidiagonals is a good block score.
+
+Xu et al., ICML 2025, arXiv 2503.16428. A stride-S antidiagonal of a cell crosses every vertical and
+every slash line that passes through the cell, so its sum sees what a mean over the cell would blur.
+All of a cell's antidiagonal comes from one product of vectors S times as long: 1/S of the work of
+QKᵀ.
+
+    A[I, J] = softmax_J( Σ_s q[IS + S−1−s] · k[JS + s] · scale / S )
+    block score = Σ of A in the block;   keep the top blocks that hold `coverage` of a row
+
+First block and diagonal are added after the selection: at most two blocks more than in the release,
+which counts them first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from accelkit import kernels
+from accelkit.patches.method import AttentionMethod, Dial
+
+if TYPE_CHECKING:
+    from accelkit.kernels import BlockIndex
+    from accelkit.patches.call import AttentionCall
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class XAttention(AttentionMethod):
+    """Blocks by antidiagonal sums and top-p."""
+
+    dial: ClassVar[Dial] = Dial("coverage", (0.5, 0.65, 0.75, 0.85, 0.9, 0.95, 0.98))
+    full: ClassVar[dict[str, Any]] = {"coverage": 1.0}
+
+    coverage: Share | str = 0.9
+    stride: int = Field(8, ge=1)
+    block: int = Field(128, ge=16)
+
+    def index(self, call: AttentionCall) -> BlockIndex | None:
+        if call.n_k <= 4 * self.block:
+            return None
+        size, stride = (self.block, self.block), self.stride
+        score = call.once(
+            ("strided", stride, size), lambda: kernels.scores.strided(call, stride, size)
+        )
+        mask = kernels.select.top_p(score, call.per_head(self.coverage))
+        return kernels.select.compact(kernels.select.force(mask, call, size), size)

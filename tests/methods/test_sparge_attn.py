@@ -1,0 +1,58 @@
+"""SpargeAttn by hand: regular blocks are predicted, irregular ones are computed."""
+
+import hand
+import pytest
+import torch
+
+from accelkit.patches.methods.sparge_attn import SpargeAttn
+
+
+def small(**fields: float) -> SpargeAttn:
+    return SpargeAttn(**{"coverage": 0.9, "query_block": 16, "key_block": 16, **fields})
+
+
+def spread(call):
+    """Each block of keys points its own way, and block 3 has no way at all: signs alternate."""
+    for block in range(6):
+        call.k[:, :, 16 * block : 16 * block + 16, 2 + block] = 30.0
+    call.k[:, :, 48:64, 5] *= torch.tensor([1.0, -1.0]).repeat(8)
+    return call
+
+
+def test_lists():
+    """Block 2 holds the mass; block 3 is irregular and always in, as are sink and diagonal."""
+    call = spread(hand.call_with(96, {range(32, 48): 30.0}))
+    assert hand.lists(small(), call) == [
+        [0],
+        [0, 1],
+        [0, 2],
+        [0, 2, 3],
+        [0, 2, 3, 4],
+        [0, 2, 3, 5],
+    ]
+
+
+def test_irregular_query_blocks_read_everything():
+    call = spread(hand.call_with(96, {range(32, 48): 30.0}))
+    call.q[:, :, 64:80, 1] = 30 * torch.tensor([1.0, -1.0]).repeat(8)
+    found = hand.lists(small(), call)
+    assert found[4] == [0, 1, 2, 3, 4]
+    assert found[5] == [0, 2, 3, 5]
+
+
+def test_a_strong_irregular_block_takes_no_share():
+    """It would hold all of the predicted mass and hide block 2."""
+    call = spread(hand.call_with(96, {range(32, 48): 30.0, range(48, 64): 60.0}))
+    call.k[:, :, 48:64, 5] *= 20
+    assert hand.lists(small(), call)[5] == [0, 2, 3, 5]
+
+
+@pytest.mark.parametrize(("log2", "factor"), [(3.0, 0.125), (50.0, 2.0**-50)])
+def test_skip_is_in_powers_of_two(log2: float, factor: float):
+    execution = small(skip_log2=log2).execution(hand.call_with(96, {}))
+    assert execution is not None
+    assert execution.skip == factor
+
+
+def test_no_skip_by_default():
+    assert SpargeAttn().execution(hand.call_with(4096, {})) is None

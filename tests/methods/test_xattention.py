@@ -1,0 +1,31 @@
+"""XAttention by hand, and the line that a mean cannot see."""
+
+import hand
+import planted
+import torch
+
+from accelkit import kernels
+from accelkit.patches.methods.xattention import XAttention
+
+
+def test_lists():
+    """Block 2 holds everything; block 0 (a key column, not a query row) and the diagonal join."""
+    call = hand.call_with(96, {range(32, 48): 30.0})
+    assert hand.lists(XAttention(block=16, stride=4), call)[2:] == [
+        [0, 2],
+        [0, 2, 3],
+        [0, 2, 4],
+        [0, 2, 5],
+    ]
+
+
+def test_antidiagonals_see_what_means_lose():
+    """Signs alternate along the queries and along block 2, so both means are zero; in cells of two,
+    the antidiagonal joins q[1] with k[0] and q[0] with k[1], which agree.
+    """
+    q, k = torch.zeros(1, 2, 96, 16), torch.zeros(1, 1, 96, 16)
+    q[..., 0] = torch.tensor([1.0, -1.0]).repeat(48)
+    k[..., 32:48, 0] = torch.tensor([-120.0, 120.0]).repeat(8)
+    call = planted.make_call(q, k, k)
+    assert (kernels.scores.pooled(call, (16, 16))[0, 0, 5] == 0).all()
+    assert hand.lists(XAttention(block=16, stride=2), call)[5] == [0, 2, 5]
