@@ -29,8 +29,8 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 KERNELS = (
     "Attention alone, random data, bfloat16, by `benchmarks/kernels.py`. The whole call adds "
-    "checks and the lowering of a fresh index; choosing what to read comes on top. TFLOP/s count computed "
-    "blocks only. Mixed: a quarter of the heads dense."
+    "checks and the lowering of a fresh index; choosing what to read comes on top. TFLOP/s count "
+    "computed blocks only. Mixed: a quarter of the heads dense."
 )
 MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
 

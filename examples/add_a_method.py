@@ -42,7 +42,7 @@ def main() -> None:
         with accelkit.patch(model, EveryOther(stride_blocks=stride)) as handle:
             with handle.measuring():
                 model(ids)
-            print(f"every {stride}th block: density {handle.report().density:.2f}")
+            print(f"one block in {stride}: density {handle.report().density:.2f}")
 
 
 if __name__ == "__main__":

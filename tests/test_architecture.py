@@ -23,7 +23,6 @@ FLOORS = {
     "patches": 1,
     "calibration": 2,
     "console": 3,
-    "console": 3,
     "doctor": 3,
     "cli": 4,
     "__main__": 5,
