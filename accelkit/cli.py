@@ -31,7 +31,9 @@ def calibrate(
         "accelkit-plan"
     ),
     budget: Annotated[str, typer.Option(help="Error that may be spent: 0.02 or 2%.")] = "2%",
-    lengths: Lengths = "8k",
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompt lengths such as 8k,32k. Default: by the device.")
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -64,11 +66,8 @@ def calibrate(
 ) -> None:
     """Measure MODEL and write the fastest [bold]plan[/bold] that keeps within the error budget."""
     console.verbosity(talk)
-    limits, allowed, stop = (
-        console.sizes(lengths),
-        console.ratio(budget, "--budget"),
-        console.seconds(time_limit),
-    )
+    allowed, stop = console.ratio(budget, "--budget"), console.seconds(time_limit)
+    limits = console.sizes(lengths) if lengths else None
     chosen = console.names(methods) or None
     journal = out / "journal.jsonl"
     from accelkit.patches.plan import Budget

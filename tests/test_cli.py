@@ -389,7 +389,7 @@ def flow(monkeypatch):
 
     module.calibrate = calibrate
     module.dry_run = lambda model, **options: [
-        {"length": n, "attention_share": 0.5} for n in options["lengths"]
+        {"length": n, "attention_share": 0.5} for n in options["lengths"] or (8192,)
     ]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module

@@ -111,6 +111,10 @@ def tiny_plan(model: Any, min_length: int = 512, sparse: bool = True) -> Plan:
         measured={
             "predicted_error": 0.018,
             "measured_error": 0.015,
+            "prefill_tokens": 1024,
+            "prefill_ms": 20.0,
+            "prefill_dense_ms": 30.0,
+            "prefill_speedup": 1.5,
             "per_task": {"needle": 0.015, "text": 0.011},
             "rounds": [
                 {"predicted_error": 0.02, "measured_error": 0.031},

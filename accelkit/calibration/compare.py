@@ -269,6 +269,8 @@ def text_prompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def demo_length(plan: Plan) -> int:
-    """A length at which the plan has something to show, in tokens: the longest calibrated."""
+    """A length at which the plan has something to show, in tokens: near the longest calibrated."""
     seen = [e.tokens for layer in plan.sites.values() for e in layer.evidence.values()]
-    return max(plan.limits.max_length or 0, plan.limits.min_length, *seen, tasks.MIN_LENGTH)
+    longest = max(plan.limits.max_length or 0, *seen, 0)
+    # Room for the answer, which may not pass the longest length either.
+    return max(longest - 64, plan.limits.min_length, tasks.MIN_LENGTH)

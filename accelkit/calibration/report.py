@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+PREFILL = ("tokens", "ms", "dense_ms", "speedup")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -65,6 +66,8 @@ def summary(plan: Plan, phase: str = "prefill") -> dict[str, Any]:
         "budget": plan.budget.max_rel_error if plan.budget else None,
         "predicted_error": measured.get("predicted_error"),
         "measured_error": measured.get("measured_error"),
+        **{f"prefill_{k}": measured.get(f"prefill_{k}") for k in PREFILL},
+        "note": measured.get("note"),
         "per_task": measured.get("per_task", {}),
         "rounds": measured.get("rounds", []),
         "producer": plan.producer,
@@ -115,12 +118,10 @@ def headline(plan: Plan, phase: str = "prefill") -> list[tuple[str, str]]:
     """The few lines that begin every report."""
     s = summary(plan, phase)
     low, high = s["min_length"], s["max_length"]
+    reach = f"from {low} tokens, dense below" if low else "all"
     lines = [
         ("model", f"{s['model']} ({s['class_name']})"),
-        (
-            "lengths",
-            f"from {low} tokens" + (f", measured up to {high}" if high else "") + "; dense below",
-        ),
+        ("lengths", reach + (f"; measured up to {high}" if high else "")),
         ("heads", ", ".join(f"{k} {v:.0%}" for k, v in s["shares"].items()) or "none"),
     ]
     if s["density"] is not None:
@@ -137,6 +138,14 @@ def headline(plan: Plan, phase: str = "prefill") -> list[tuple[str, str]]:
                 f"(predicted{f' at {at} tokens' if at else ''})",
             )
         )
+    if is_number(s["prefill_speedup"]):
+        lines.append(
+            (
+                "prefill",
+                f"{s['prefill_ms']:.2f} ms, dense {s['prefill_dense_ms']:.2f} ms: "
+                f"{s['prefill_speedup']:.2f} × faster (measured at {s['prefill_tokens']} tokens)",
+            )
+        )
     errors = [
         f"{name} {s[key]:.2%}"
         for name, key in (
@@ -148,6 +157,8 @@ def headline(plan: Plan, phase: str = "prefill") -> list[tuple[str, str]]:
     ]
     if errors:
         lines.append(("error", ", ".join(errors) + " (relative L1, last hidden state, worst task)"))
+    if s["note"]:
+        lines.append(("note", str(s["note"])))
     made = [
         f"{'accelkit' if k == 'version' else k} {v}"
         for k, v in s["producer"].items()
@@ -212,7 +223,7 @@ def write_html(plan: Plan, path: Path, title: str | None = None) -> Path:
         ],
         tasks=_as_table(plan.measured.get("per_task")),
         rounds=_as_table(plan.measured.get("rounds")),
-        facts=_as_table({"producer": plan.producer, "calibration": plan.calibration}),
+        facts=_as_table({k: v for k, v in {**plan.producer, **plan.calibration}.items() if v}),
         data=plan.to_json(),
     )
     try:

@@ -12,7 +12,7 @@ from tiny_cases import byte_tokenizer, probe_methods, tiny_model, tiny_plan
 from accelkit.calibration import bench as speed
 from accelkit.calibration import results
 from accelkit.calibration.bench import Measurement, Timing, bench
-from accelkit.calibration.compare import compare, demo_prompt, text_prompt
+from accelkit.calibration.compare import compare, demo_length, demo_prompt, text_prompt
 from accelkit.errors import GateFailedError, InvalidInputError, NothingPatchedError
 
 
@@ -149,3 +149,10 @@ def test_compare_says_when_the_switch_is_off(model, tokenizer, plan, monkeypatch
     assert "ACCELKIT_DISABLE" in result.note
     assert result.density is None
     assert result.dense is None
+
+
+def test_demo_stays_within_the_plan(plan):
+    assert demo_length(plan) == 4096 - 64
+    short = plan.limits.model_copy(update={"max_length": 520})
+    bare = plan.model_copy(update={"limits": short, "sites": {}})
+    assert demo_length(bare) == 512

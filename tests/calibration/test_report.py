@@ -45,6 +45,7 @@ def test_tables_tell_policies_apart(plan):
     assert re.search(r"model\.layers\.0\.self_attn\s+│ ·AAB", text)
     assert "blocks=2" in text
     assert "2.50 × faster" in text
+    assert "1.50 × faster (measured at 1024 tokens)" in text
 
 
 def test_a_plan_without_measurements_is_shown_as_well(plan, tmp_path):
