@@ -32,6 +32,14 @@ SELECTORS = [
     and "prefill" in load(name).phases
     and "index" in load(name).answers()
 ]
+
+
+def takes_table(name: str) -> bool:
+    """Whether the dial may be one number for each head."""
+    cls = load(name)
+    return cls.dial is not None and "str" in str(cls.model_fields[cls.dial.field].annotation)
+
+
 STATIC = [name for name in SELECTORS if load(name).static]
 N = 2300
 """Long enough for every default to run sparse, and a multiple of no block."""
@@ -202,6 +210,21 @@ def test_some_heads_only(name: str):
     if name != "kascade":  # pools over the group's own heads
         assert torch.equal(some.seen, whole.seen[:, [3, 1]])
     check_lists(some)
+
+
+@pytest.mark.parametrize("name", [n for n in SELECTORS if takes_table(n)])
+def test_a_number_for_each_head(name: str):
+    """A `PerHead` dial read from a side tensor gives each head what the plain number gives."""
+    dial, call = load(name).dial, random_call()
+    values = [dial.values[0], dial.values[-1]] * 2
+    tables = {"per_head": torch.tensor(values)}
+    found = planted.select(
+        load(name)(**{dial.field: "per_head"}), replace(call, tables=tables, _shared={})
+    )
+    for value in set(values):
+        heads = [h for h in range(4) if values[h] == value]
+        alone = planted.select(load(name)(**{dial.field: value}), call)
+        assert torch.equal(found.seen[:, heads], alone.seen[:, heads])
 
 
 @pytest.mark.parametrize("name", SELECTORS)

@@ -4,6 +4,7 @@ import hand
 import pytest
 import torch
 
+from accelkit.patches.call import Site
 from accelkit.patches.methods.sparge_attn import SpargeAttn
 
 
@@ -56,3 +57,9 @@ def test_skip_is_in_powers_of_two(log2: float, factor: float):
 
 def test_no_skip_by_default():
     assert SpargeAttn().execution(hand.call_with(4096, {})) is None
+
+
+def test_calibration_tries_both_guards():
+    settings = SpargeAttn().calibrator(Site("a", 0)).settings()
+    assert {m.similarity for m in settings} == {-0.1, 0.6}
+    assert {m.coverage for m in settings} == set(SpargeAttn.dial.values)

@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from accelkit import kernels
-from accelkit.patches.method import AttentionMethod, Dial, Execution
+from accelkit.patches.method import AttentionMethod, Calibrator, Dial, Execution, Method
 
 if TYPE_CHECKING:
     from accelkit.kernels import BlockIndex
-    from accelkit.patches.call import AttentionCall
+    from accelkit.patches.call import AttentionCall, Site
 
 Share = Annotated[float, Field(ge=0, le=1)]
+GUARDS = (-0.1, 0.6)
+"""Similarities of the release's top-k and top-p calls: nearly every block regular, or few."""
 
 
 class SpargeAttn(AttentionMethod):
@@ -64,3 +66,17 @@ class SpargeAttn(AttentionMethod):
         if self.skip_log2 is None or call.n_k <= 4 * max(self.query_block, self.key_block):
             return None
         return Execution(skip=2.0 ** -call.per_head(self.skip_log2))
+
+    def calibrator(self, site: Site) -> Calibrator:
+        return _Guards(self)
+
+
+class _Guards(Calibrator):
+    """Where the strict guard leaves a head nearly dense, the loose one may still do."""
+
+    def settings(self) -> tuple[Method, ...]:
+        return tuple(
+            self.method.model_copy(update={"similarity": guard, "coverage": share})
+            for guard in GUARDS
+            for share in SpargeAttn.dial.values
+        )
