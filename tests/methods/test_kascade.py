@@ -2,8 +2,12 @@
 
 import hand
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import accelkit
 from accelkit.patches.methods.kascade import Kascade
+from accelkit.patches.patch import plan_of
+from accelkit.patches.plan import Policy, Reuse, Rule
 
 SMALL = Kascade(share=0.25, floor_tokens=2, tile=4)
 NATS = {1: 9.0, 6: 8.0, 3: 5.0}
@@ -41,3 +45,37 @@ def test_tail_tile_is_its_own():
     found = hand.lists(SMALL, hand.call_with(14, NATS))
     assert found[3][-2:] == [12, 13]
     assert torch.tensor(found[3]).max() == 13
+
+
+@torch.inference_mode()
+def test_a_dense_first_layer_serves_the_second():
+    """Layer 0 runs dense and hands its lists through a head map to layer 1, which computes none.
+    With all keys listed that is the dense model.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=128,
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(3, 128, (1, 300))
+    dense = model(ids).logits
+    for share, close in ((1.0, True), (0.1, False)):
+        anchor = Kascade(share=share, floor_tokens=16, tile=16, dense_output=True)
+        base = plan_of(model, anchor)
+        first, second = base.sites
+        reuse = Policy(reuse=Reuse(site=first, heads=(2, 3, 0, 1)))
+        rule = Rule(phase="prefill", policies=(len(base.policies),) * 4)
+        sites = {**base.sites, second: base.sites[second].model_copy(update={"rules": (rule,)})}
+        policies = (*base.policies, reuse)
+        plan = base.model_copy(update={"policies": policies, "sites": sites})
+        with accelkit.patch(model, plan) as handle:
+            logits = model(ids).logits
+            counts = handle.report().sites
+            assert (counts[first].sparse, counts[second].sparse) == (0, 1)
+        assert torch.allclose(logits, dense, atol=1e-5) == close
