@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,8 +168,8 @@ class PatchHandle:
             self.state.measure_density = False
 
     def report(self) -> Report:
-        """Counts and measured densities since patching or `reset_report`."""
-        return Report(dict(self.state.counts))
+        """Counts and measured densities since patching or `reset_report`, as they are now."""
+        return Report(deepcopy(self.state.counts))
 
     def reset_report(self) -> None:
         """Start counting anew."""

@@ -1,0 +1,167 @@
+"""Time to first token of a full-size Llama-3.1-8B configuration, dense against a forced plan.
+
+Random weights spread their attention, so a calibrated plan on them is dense; the forced plan keeps
+a fixed share of the blocks and shows what the machinery reaches, estimate and selection included.
+Both sides run in one process on the same prompts; the dense side uses transformers' own SDPA path
+and, separately, the cuDNN kernel.
+
+    python benchmarks/prefill_8b.py --lengths 32768 131072 --density 0.1 --out results.json
+    python benchmarks/prefill_8b.py --calibrate 32768 --out calibration.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import accelkit
+from accelkit import kernels
+from accelkit.calibration.results import environment
+from accelkit.patches.method import AttentionMethod
+
+
+class FixedShare(AttentionMethod):
+    """The blocks of each row with the largest row-by-mean-key scores, a fixed share of them."""
+
+    share: float = 0.1
+    block: int = 128
+
+    def index(self, call):
+        size = (self.block, self.block)
+        score = kernels.scores.rows_by_block_mean(call, size)
+        mask = kernels.select.force(kernels.select.top_k(score, self.share), call, size)
+        return kernels.select.compact(mask, size)
+
+
+def llama_8b(device: str) -> LlamaForCausalLM:
+    """The public configuration of Llama-3.1-8B with random bf16 weights."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return LlamaForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(before)
+
+
+def planted_prompt(length: int, vocabulary: int, device: str) -> torch.Tensor:
+    """Random tokens with a sink token in front and a needle repeated at eight places."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1000, vocabulary, (1, length), generator=generator)
+    ids[0, 0] = 1
+    needle = torch.randint(10, 1000, (32,), generator=generator)
+    for n in range(8):
+        start = (2 * n + 1) * length // 17
+        ids[0, start : start + len(needle)] = needle
+    return ids.to(device)
+
+
+def first_token_ms(model: LlamaForCausalLM, ids: torch.Tensor, repeat: int) -> list[float]:
+    """Milliseconds of prefill up to the first token's logits."""
+    times = []
+    for n in range(repeat + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(ids, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
+        if n:
+            times.append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def forced(args: argparse.Namespace, model: LlamaForCausalLM) -> list[dict]:
+    """Dense and forced-plan times at every length."""
+    method = FixedShare(share=args.density)
+    rows = []
+    for length in args.lengths:
+        ids = planted_prompt(length, model.config.vocab_size, "cuda")
+        own = first_token_ms(model, ids, args.repeat)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            cudnn = first_token_ms(model, ids, args.repeat)
+        with accelkit.patch(model, method) as handle:
+            sparse = first_token_ms(model, ids, args.repeat)
+            with handle.measuring():
+                first_token_ms(model, ids, 0)
+            density = handle.report().density
+        again = first_token_ms(model, ids, 1)
+        median = statistics.median
+        best = min(median(own), median(cudnn))
+        rows.append(
+            {
+                "tokens": length,
+                "dense_own_ms": median(own),
+                "dense_cudnn_ms": median(cudnn),
+                "dense_after_ms": median(again),
+                "sparse_ms": median(sparse),
+                "density": density,
+                "ratio_own": median(own) / median(sparse),
+                "ratio_cudnn": median(cudnn) / median(sparse),
+                "ratio_best_dense": best / median(sparse),
+                "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def calibrated(length: int, model: LlamaForCausalLM) -> dict:
+    """Seconds and memory of a whole calibration at `length` tokens."""
+    prompts = [planted_prompt(length, model.config.vocab_size, "cuda") for _ in range(2)]
+    ids = prompts[0]
+    dense = statistics.median(first_token_ms(model, ids, 2))
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    plan = accelkit.calibrate(model, prompts, budget=0.02, lengths=[length], preset="fast")
+    seconds = time.perf_counter() - start
+    return {
+        "tokens": length,
+        "seconds": seconds,
+        "dense_prefills": 1000 * seconds / dense,
+        "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
+        "dense_ms": dense,
+        "measured": plan.measured,
+        "policies": [p.label() for p in plan.policies],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[32768, 131072])
+    parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--calibrate", type=int, default=0, help="tokens; 0: forced plans only")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    with torch.no_grad():
+        model = llama_8b("cuda")
+        result: dict = {
+            "model": "Llama-3.1-8B configuration, random bf16 weights",
+            "environment": environment(torch.device("cuda")),
+        }
+        if args.calibrate:
+            result["calibration"] = calibrated(args.calibrate, model)
+        else:
+            result["forced"] = forced(args, model)
+    args.out.write_text(json.dumps(result, indent=2, sort_keys=True, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
