@@ -1,0 +1,318 @@
+"""From measurements to the tables that search reads, and from its choices to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from accelkit.calibration.candidates import Family
+from accelkit.calibration.search import DENSE, Choice, Loan, Option, Solution, Table
+from accelkit.kernels.cost import CostTable
+from accelkit.patches.method import AttentionMethod
+from accelkit.patches.plan import (
+    Budget,
+    Evidence,
+    Fingerprint,
+    LayerPlan,
+    Limits,
+    Plan,
+    Policy,
+    Reuse,
+    Rule,
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One setting of a family at one site, over all prompts; arrays are per query head.
+
+    `error` is the worst over prompts, `recall` the least; `density` by length in tokens is a mean.
+    """
+
+    family: str
+    method: AttentionMethod
+    field: str | None
+    size: tuple[int, int]
+    error: np.ndarray
+    recall: np.ndarray
+    density: dict[int, np.ndarray]
+    ms: float | None = None
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """Everything measured at one site: the search's table, and what stands behind its rows."""
+
+    table: Table
+    options: tuple[Measured, ...]
+    loans: tuple[Measured, ...]
+
+
+def site_data(
+    sites: Sequence[str],
+    families: Mapping[str, Sequence[Family]],
+    screen: Mapping[str, Any],
+    units: Sequence[tuple[int, Mapping[str, Any]]],
+    screen_tokens: int,
+    weights: Mapping[str, Sequence[float]],
+    costs: CostTable,
+) -> list[SiteData]:
+    """Tables in running order. `units` are the measured prompts with their lengths in tokens."""
+    tokens = max(n for n, _ in units)
+    found: list[SiteData] = []
+    for path in sites:
+        rows = [(n, u[path]) for n, u in units]
+        options = []
+        for family in families[path]:
+            sparse = screen[path]["families"][family.name]
+            for at, method in enumerate(family.settings):
+                one = _join(family, method, rows, tokens, (screen_tokens, sparse, at))
+                if one is not None:
+                    options.append(one)
+        loans, lent = _loans(path, sites, families, rows, found, tokens)
+        weight = np.maximum(np.asarray(weights[path], float), 1e-6)
+        fixed = {o.family: _once(o, costs, tokens) for o in options}
+        table = Table(
+            path,
+            weight,
+            costs.dense_ms(tokens),
+            costs.ride_ms(tokens),
+            tuple(
+                Option(o.family, i, o.error, head_ms(o, costs, tokens))
+                for i, o in enumerate(options)
+            ),
+            fixed,
+            tuple(
+                Loan(anchor, option, heads, m.error, head_ms(m, costs, tokens, borrowed=True))
+                for (anchor, option, heads), m in zip(lent, loans, strict=True)
+            ),
+        )
+        found.append(SiteData(table, tuple(options), tuple(loans)))
+    return found
+
+
+def head_ms(one: Measured, costs: CostTable, tokens: int, borrowed: bool = False) -> np.ndarray:
+    """Milliseconds that each head adds at a length."""
+    heads = len(one.error)
+    if one.ms is not None:
+        return np.full(heads, one.ms / heads)
+    each = 0.0 if borrowed else costs.method_ms(one.method.kind, tokens)[1]
+    share = density_at(one, tokens)
+    return np.array([each + costs.head_ms(one.size, tokens, float(d)) for d in share])
+
+
+def density_at(one: Measured, tokens: int) -> np.ndarray:
+    """Density at a length: straight lines on logarithmic axes between measured lengths."""
+    known = sorted(one.density)
+    if len(known) == 1:
+        return one.density[known[0]]
+    right = next((i for i, n in enumerate(known) if n >= tokens), len(known) - 1)
+    a, b = known[max(right, 1) - 1], known[max(right, 1)]
+    low, high = np.maximum(one.density[a], 1e-6), np.maximum(one.density[b], 1e-6)
+    return np.minimum(low * (high / low) ** (np.log(tokens / a) / np.log(b / a)), 1.0)
+
+
+def crossover(data: Sequence[SiteData], solution: Solution, costs: CostTable, tokens: int) -> int:
+    """The shortest length, in quarters of powers of two, from which the plan is predicted to win."""
+    least = tokens
+    for n in sorted({int(256 * 2 ** (i / 4)) for i in range(64)}, reverse=True):
+        if n > tokens:
+            continue
+        ms = sum(_ms_at(d, c, costs, n) for d, c in zip(data, solution.choices, strict=True))
+        if ms >= len(data) * costs.dense_ms(n):
+            break
+        least = n
+    return least
+
+
+def _ms_at(data: SiteData, choice: Choice, costs: CostTable, tokens: int) -> float:
+    if choice.dense:
+        return costs.dense_ms(tokens)
+    ms, paid = 0.0, {}
+    for h, at in enumerate(choice.heads):
+        if choice.borrowed and choice.borrowed[h]:
+            ms += float(head_ms(data.loans[choice.loan], costs, tokens, True)[h])  # type: ignore[index]
+        elif at == DENSE:
+            ms += costs.ride_ms(tokens)
+        else:
+            ms += float(head_ms(data.options[at], costs, tokens)[h])
+            paid[data.options[at].family] = _once(data.options[at], costs, tokens)
+    return ms + sum(paid.values())
+
+
+def assemble(
+    data: Sequence[SiteData],
+    solution: Solution,
+    fingerprint: Fingerprint,
+    budget: Budget,
+    tokens: int,
+    limits: Limits,
+) -> Plan:
+    """The plan of a solution, without what the end-to-end check measures."""
+    policies: list[Policy] = [Policy()]
+    names: dict[str, str] = {}
+    tables: dict[str, torch.Tensor] = {}
+    sites: dict[str, LayerPlan] = {}
+
+    def place(policy: Policy) -> int:
+        if policy not in policies:
+            policies.append(policy)
+        return policies.index(policy)
+
+    for d, choice in zip(data, solution.choices, strict=True):
+        rows = []
+        for h, at in enumerate(choice.heads):
+            if choice.borrowed and choice.borrowed[h]:
+                loan = d.table.loans[choice.loan]  # type: ignore[index]
+                reuse = Reuse(site=data[loan.anchor].table.site, heads=loan.heads)
+                rows.append(place(Policy(reuse=reuse)))
+            elif at == DENSE:
+                rows.append(0)
+            else:
+                one = d.options[at]
+                method = one.method
+                if one.field is not None:
+                    name = names.setdefault(one.family, f"p{len(names)}/{one.field}")
+                    key = f"{d.table.site}/{name}"
+                    densest = max(
+                        getattr(o.method, one.field) for o in d.options if o.family == one.family
+                    )
+                    values = tables.setdefault(key, torch.full((d.table.heads,), float(densest)))
+                    values[h] = getattr(one.method, one.field)
+                    method = per_head(method, one.field, name) or method
+                rows.append(place(Policy(methods=(method,))))
+        rules = () if choice.dense else (Rule(phase="prefill", policies=tuple(rows)),)
+        sites[d.table.site] = LayerPlan(
+            rules=rules, evidence={"prefill": _evidence(d, choice, tokens)}
+        )
+    plan = Plan(
+        fingerprint=fingerprint,
+        policies=tuple(policies),
+        sites=sites,
+        limits=limits,
+        budget=budget,
+    )
+    return plan.with_tables(tables)
+
+
+def per_head(method: AttentionMethod, field: str, name: str) -> AttentionMethod | None:
+    """The method with its dial read from a side tensor; None if the field takes numbers only."""
+    try:
+        return type(method).model_validate({**method.model_dump(), field: name})
+    except ValidationError:
+        return None
+
+
+def _evidence(data: SiteData, choice: Choice, tokens: int) -> Evidence:
+    t = data.table
+    error, recall, density = [0.0] * t.heads, [1.0] * t.heads, [1.0] * t.heads
+    for h, at in enumerate(choice.heads):
+        if choice.borrowed and choice.borrowed[h]:
+            one = data.loans[choice.loan]  # type: ignore[index]
+        elif at == DENSE:
+            continue
+        else:
+            one = data.options[at]
+        error[h], recall[h] = float(one.error[h]), float(one.recall[h])
+        density[h] = float(one.density[tokens][h])
+    from accelkit.calibration.search import cost
+
+    return Evidence(
+        tokens=tokens,
+        error=_rounded(error),
+        recall=_rounded(recall),
+        density=_rounded(density),
+        weight=_rounded(t.weight.tolist()),
+        ms=round(cost(t, choice), 5),
+        dense_ms=round(t.dense_ms, 5),
+    )
+
+
+def _join(
+    family: Family,
+    method: AttentionMethod,
+    rows: Sequence[tuple[int, Mapping[str, Any]]],
+    tokens: int,
+    short: tuple[int, Mapping[str, Any], int] | None,
+) -> Measured | None:
+    """One setting over all prompts; None where a prompt found it hopeless or no long one ran it."""
+    stored = {"kind": method.kind, **method.model_dump(mode="json")}
+    errors, recalls, shares, ms, size = [], [], {}, [], (128, 128)
+    for n, row in rows:
+        found = row["families"].get(family.name)
+        if found is None:
+            continue  # the method leaves this prompt dense
+        if stored not in found["settings"]:
+            return None
+        at = found["settings"].index(stored)
+        errors.append(found["error"][at])
+        recalls.append(found["recall"][at])
+        shares.setdefault(n, []).append(found["density"][at])
+        size = tuple(found["size"][at])
+        if found["ms"][at] is not None and n == tokens:
+            ms.append(found["ms"][at])
+    if tokens not in shares:
+        return None
+    density = {n: np.mean(d, axis=0) for n, d in shares.items()}
+    if short is not None:
+        n, found, at = short
+        if n not in density and stored in found["settings"]:
+            density[n] = np.array(found["density"][found["settings"].index(stored)])
+    field, name = family.field, family.name
+    if field is not None and per_head(method, field, "name") is None:
+        # Heads with other values cannot share a policy: each setting stands alone.
+        field, name = None, f"{name} {family.field}={getattr(method, family.field)}"
+    return Measured(
+        name, method, field, size, np.max(errors, axis=0), np.min(recalls, axis=0), density,
+        float(np.mean(ms)) if ms else None,
+    )  # fmt: skip
+
+
+def _loans(
+    path: str,
+    sites: Sequence[str],
+    families: Mapping[str, Sequence[Family]],
+    rows: Sequence[tuple[int, Mapping[str, Any]]],
+    earlier: Sequence[SiteData],
+    tokens: int,
+) -> tuple[list[Measured], list[tuple[int, int, tuple[int, ...]]]]:
+    """Borrowed lists that every prompt measured, with their anchor, its option and the head map."""
+    keys = [(x["anchor"], x["family"], x["at"]) for x in rows[0][1]["loans"]]
+    out, lent = [], []
+    for anchor, name, at in keys:
+        seen = [
+            (n, x)
+            for n, row in rows
+            for x in row["loans"]
+            if (x["anchor"], x["family"], x["at"]) == (anchor, name, at)
+        ]
+        place = list(sites).index(anchor)
+        family = next(f for f in families[anchor] if f.name == name)
+        method = family.settings[at]
+        option = next((i for i, o in enumerate(earlier[place].options) if o.method == method), None)
+        longest = [x for n, x in seen if n == tokens]
+        if len(seen) < len(rows) or option is None or not longest:
+            continue
+        out.append(
+            Measured(
+                f"reuse of {anchor}", method, None, tuple(seen[0][1]["size"]),
+                np.max([x["error"] for _, x in seen], axis=0),
+                np.min([x["recall"] for _, x in seen], axis=0),
+                {tokens: np.mean([x["density"] for x in longest], axis=0)},
+            )
+        )  # fmt: skip
+        lent.append((place, option, tuple(seen[0][1]["heads"])))
+    return out, lent
+
+
+def _once(one: Measured, costs: CostTable, tokens: int) -> float:
+    return costs.method_ms(one.method.kind, tokens)[0] + costs.launch_ms(one.size)
+
+
+def _rounded(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(f"{v:.5g}") for v in values)

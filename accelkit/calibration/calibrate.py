@@ -1,0 +1,288 @@
+"""The whole flow on one page: measure, choose, check, and choose again until the check holds."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from accelkit.calibration import assemble, fit, measure
+from accelkit.calibration import data as prompts
+from accelkit.calibration.candidates import chosen_methods
+from accelkit.calibration.capture import forward
+from accelkit.calibration.journal import Journal
+from accelkit.calibration.measure import PRESETS, PROBE_TOKENS, Run
+from accelkit.calibration.refine import refined
+from accelkit.calibration.results import installed
+from accelkit.calibration.tasks import MIN_LENGTH
+from accelkit.errors import InvalidInputError, NothingPatchedError
+from accelkit.patches.adapters import adapter_for, facts, sites
+from accelkit.patches.method import Method
+from accelkit.patches.patch import handle_of
+from accelkit.patches.plan import Budget, Fingerprint, Plan
+
+log = logging.getLogger("accelkit")
+LENGTHS = {"cpu": (4096, 8192), "cuda": (8192, 32768)}
+"""Prompt lengths without a wish of the user's, by kind of device."""
+
+
+def calibrate(
+    model: Any,
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    budget: float | Budget = 0.02,
+    lengths: Sequence[int] | None = None,
+    methods: Sequence[str | Method | type[Method]] | None = None,
+    preset: str = "balanced",
+    seed: int = 0,
+    time_limit: float | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Plan:
+    """The fastest plan for `model` whose budget error stays within `budget` on held-out prompts.
+
+    Args:
+        model: a transformers causal language model in evaluation mode. It is left as it was.
+        data: what to run on; see `calibration.data.gather`. None: built-in retrieval tasks and text.
+        tokenizer: needed unless `data` holds token ids.
+        budget: relative L1 error of the last hidden state at scored positions, worst task.
+        lengths: prompt lengths in tokens; costs are those of the longest.
+        methods: names, classes or instances to try; None: all.
+        preset: "fast", "balanced" or "careful".
+        time_limit: seconds, after which the best plan that was checked is returned.
+        journal, resume: file of finished units, and whether to take up an older one.
+
+    Raises:
+        InvalidInputError: an argument that cannot be used. NothingPatchedError: a model without a
+        site. UnsupportedModelError: no adapter knows the model.
+
+    Example:
+    >>> plan = accelkit.calibrate(model, tokenizer=tokenizer, budget=0.02, lengths=[8192])
+    """
+    begun = time.monotonic()
+    budget = _budget(budget)
+    if preset not in PRESETS:
+        raise InvalidInputError(
+            f"preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}"
+        )
+    if time_limit is not None and time_limit <= 0:
+        raise InvalidInputError(f"time_limit is {time_limit} s; expected a positive number")
+    _, bare = adapter_for(model)
+    fingerprint, heads = facts(model)
+    places = sites(model)
+    if not places:
+        raise NothingPatchedError(f"{type(bare).__name__}: no attention that could run sparse")
+    if handle_of(model) is not None:
+        raise InvalidInputError(
+            "the model is patched; call its handle's remove() before calibrating"
+        )
+    lengths = _lengths(lengths, bare)
+    tried = chosen_methods(methods)
+    inputs = prompts.gather(data, tokenizer, lengths, preset, seed)
+    short = max(
+        MIN_LENGTH, min(2048, inputs.longest) if inputs.longest <= 8192 else inputs.longest // 4
+    )
+    screen_on = prompts.screening(inputs, tokenizer, short, seed)
+
+    settings = {
+        "accelkit": _version(),
+        "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
+        "weights": _weights_digest(bare),
+        "device": str(bare.device),
+        "dtype": str(bare.dtype),
+        "prompts": _digest([s.ids.tobytes() for s in (*inputs.measure, *inputs.check, screen_on)]),
+        "methods": [f"{m.kind} {m.model_dump_json()}" for m in tried],
+        "preset": preset,
+        "seed": seed,
+    }
+    book = Journal(journal, settings, resume)
+    with _Bar(progress) as bar:
+        run = Run(
+            bare, bare.device, places, heads, book, PRESETS[preset], bar.tell, time_limit, begun
+        )
+        try:
+            was = bare.training
+            bare.eval()
+            plan = _plan(run, inputs, screen_on, tried, fingerprint, budget, seed, tokenizer)
+        finally:
+            bare.train(was)
+            book.close()
+    about = {
+        "data": inputs.about,
+        "prompts": [f"{s.task}@{len(s.ids)}" for s in inputs.measure],
+        "checked_on": [f"{s.task}@{len(s.ids)}" for s in inputs.check],
+        "lengths": sorted({len(s.ids) for s in inputs.measure}),
+        "seed": seed,
+        "preset": preset,
+        "methods": [m.kind for m in tried],
+        "skipped": run.skipped,
+        "seconds": {
+            stage: round(book.seconds(prefix), 1)
+            for stage, prefix in (
+                ("fit", "fit"), ("screening", "screen/"), ("measuring", "measure/"),
+                ("weighing", "weight/"), ("checking", "check/"),
+            )
+        },
+    }  # fmt: skip
+    packages = ("torch", "triton", "transformers")
+    producer = {"name": "accelkit", "version": _version()} | {p: installed(p) for p in packages}
+    done = plan.model_copy(update={"calibration": about | plan.calibration, "producer": producer})
+    return done.with_tables(plan.tables)
+
+
+def _plan(
+    run: Run,
+    inputs: prompts.Inputs,
+    screen_on: prompts.Sample,
+    methods: Sequence[Any],
+    fingerprint: Fingerprint,
+    budget: Budget,
+    seed: int,
+    tokenizer: Any,
+) -> Plan:
+    """Measure, then search and check in turns."""
+    component = fingerprint.components["text"]
+    shape = fit.Shape(component.q_heads, component.kv_heads, component.head_dim, len(run.sites))
+    tokens = inputs.longest
+    costs = measure.fitted(run, shape, run.model.dtype, tokens, methods)
+    able = [m for m in methods if m.kind in costs.methods]
+    screen = measure.screened(run, screen_on, able)
+    families = {
+        path: measure.kept(record, costs, tokens, run.preset.families)
+        for path, record in screen.items()
+    }
+    units = measure.measured(run, inputs.measure, screen, families)
+    probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
+    weights = measure.weighed(run, probes)
+    lengths = [len(s.ids) for s in inputs.measure][: len(units)]
+    found = assemble.site_data(
+        [s.path for s in run.sites], families, screen, list(zip(lengths, units, strict=True)),
+        len(screen_on.ids), weights, costs,
+    )  # fmt: skip
+    plan = refined(run, found, inputs, fingerprint, budget, costs)
+    about = {"refused": dict(costs.refused), "fit_error": round(costs.error(), 4)}
+    done = plan.model_copy(update={"calibration": {**plan.calibration, **about}})
+    return done.with_tables(plan.tables)
+
+
+def dry_run(
+    model: Any, *, lengths: Sequence[int] | None = None, tokenizer: Any = None, repeat: int = 2
+) -> list[dict[str, Any]]:
+    """Attention's share of prefill at each length on this device, and how much faster prefill would be
+    if attention cost nothing. Writes nothing; random tokens stand for a prompt.
+    """
+    _, bare = adapter_for(model)
+    fingerprint, _ = facts(model)
+    component = fingerprint.components["text"]
+    count = len(sites(model))
+    if not count:
+        raise NothingPatchedError(f"{type(bare).__name__}: no attention that could run sparse")
+    shape = fit.Shape(component.q_heads, component.kv_heads, component.head_dim, count)
+    rows = []
+    for n in _lengths(lengths, bare):
+        ids = np.random.default_rng(0).integers(0, bare.config.get_text_config().vocab_size, n)
+        whole = fit.clock(lambda ids=ids: forward(bare, ids), repeat, bare.device)
+        call = fit.random_call(shape, bare.dtype, bare.device, n)
+        attention = count * fit.dense_ms(call, lambda run: fit.clock(run, repeat, bare.device))
+        share = min(attention / whole, 1.0)
+        rows.append(
+            {
+                "tokens": n,
+                "prefill_ms": round(whole, 3),
+                "attention_ms": round(attention, 3),
+                "attention_share": round(share, 4),
+                "most_speedup": round(1 / max(1 - share, 1e-3), 2),
+            }
+        )
+    return rows
+
+
+def _probes(
+    inputs: prompts.Inputs, tokenizer: Any, names: Sequence[str], seed: int
+) -> list[prompts.Sample]:
+    """Short prompts for the weights: of the built-in tasks, or the ends of the user's own."""
+    if inputs.about.startswith("built-in"):
+        n = min(PROBE_TOKENS, inputs.longest)
+        return [
+            prompts.made(t, n, 200 + seed * 1000 + i, False, tokenizer) for i, t in enumerate(names)
+        ]
+    some = inputs.measure[: len(names)]
+    return [prompts.Sample(s.task, s.ids[-PROBE_TOKENS:], ()) for s in some]
+
+
+def _budget(budget: float | Budget) -> Budget:
+    if isinstance(budget, Budget):
+        return budget
+    if not isinstance(budget, int | float) or not 0 < budget < 1:
+        raise InvalidInputError(
+            f"budget is {budget!r}; expected a share between 0 and 1, such as 0.02"
+        )
+    return Budget(max_rel_error=float(budget))
+
+
+def _lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    if lengths is None:
+        kind = "cuda" if model.device.type == "cuda" else "cpu"
+        return sorted({min(n, most) for n in LENGTHS[kind]})
+    found = sorted({int(n) for n in lengths})
+    if not found or found[0] < MIN_LENGTH:
+        raise InvalidInputError(
+            f"lengths {list(lengths)}: expected numbers of tokens from {MIN_LENGTH} on"
+        )
+    if found[-1] > most:
+        raise InvalidInputError(
+            f"length {found[-1]}: the model has positions for {most} tokens; take shorter prompts"
+        )
+    return found
+
+
+def _weights_digest(model: Any) -> str:
+    """A digest of a few numbers of every weight: enough to tell fine-tuned models apart."""
+    parts = []
+    for name, p in model.named_parameters():
+        few = p.detach().reshape(-1)[:64].float().cpu().numpy()
+        parts += [name.encode(), few.tobytes()]
+    return _digest(parts)
+
+
+def _digest(parts: Sequence[bytes]) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()[:16]
+
+
+def _version() -> str:
+    from accelkit import __version__
+
+    return __version__
+
+
+class _Bar:
+    """Progress on stderr: the stage and the time so far; silent where nobody watches."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted and sys.stderr.isatty() and os.environ.get("ACCELKIT_PROGRESS") != "0"
+
+    def __enter__(self) -> _Bar:
+        from tqdm.auto import tqdm
+
+        self.bar = tqdm(disable=not self.wanted, file=sys.stderr, unit="unit")
+        return self
+
+    def tell(self, stage: str) -> None:
+        """Another unit of `stage` begins."""
+        self.bar.set_description(stage, refresh=False)
+        self.bar.update()
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()

@@ -1,0 +1,248 @@
+"""Asks every method what is worth trying at a site, runs it as it will run later, and measures.
+
+A family is a method with all fields fixed but its dial; the settings of a family share an
+estimate. The error of a head is `Σ|o − ô| / Σ|o|` against dense on a stratified eighth of the query
+tiles and, apart, on tiles with scored positions; the larger of the two counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accelkit.calibration.bench import times_ms
+from accelkit.errors import InvalidInputError
+from accelkit.kernels.index import BlockIndex, Partial, ceil_div
+from accelkit.kernels.scores import block_mass
+from accelkit.kernels.select import density
+from accelkit.patches import method as registry
+from accelkit.patches.call import AttentionCall, Site
+from accelkit.patches.method import AttentionMethod, Method
+from accelkit.patches.plan import Policy, Reuse
+from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute
+
+SHARE = 8
+"""One query tile in this many is looked at."""
+HOPELESS = 0.5
+"""A head whose error is above this is not tried at sparser settings."""
+ROUNDS = 8
+"""Most settings of a family that are measured at a site."""
+REUSE_UNIT = 16
+"""Lists of at least this many keys a block can be lent to later layers."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Settings of one method, from sparsest to densest, that differ in `field` only."""
+
+    name: str
+    settings: tuple[AttentionMethod, ...]
+    field: str | None
+
+    @property
+    def values(self) -> list[float]:
+        """The dial's values; empty without a dial."""
+        return [getattr(m, self.field) for m in self.settings] if self.field else []
+
+
+def chosen_methods(methods: Sequence[str | Method | type[Method]] | None) -> list[AttentionMethod]:
+    """The methods to try: names, classes or instances; None is every prefill method at hand.
+
+    Raises:
+        InvalidInputError: one of them is no attention method for prefill.
+        UnknownMethodError: no method of that name.
+    """
+    found = []
+    for wish in registry.names() if methods is None else methods:
+        cls = registry.load(wish) if isinstance(wish, str) else wish
+        made = cls() if isinstance(cls, type) else cls
+        fits = isinstance(made, AttentionMethod) and "prefill" in made.phases
+        if fits and made.answers() & {"index", "execution"}:
+            found.append(made)
+        elif methods is not None:
+            raise InvalidInputError(
+                f"method {made.kind!r} does not select keys in prefill; calibration cannot try it"
+            )
+    if not found:
+        raise InvalidInputError("methods is empty; name at least one, or None for all")
+    return found
+
+
+def families(settings: Iterable[Method]) -> list[Family]:
+    """Group what a calibrator named by method and fixed fields."""
+    groups: dict[str, list[AttentionMethod]] = {}
+    for m in settings:
+        fixed = m.model_dump(mode="json", exclude_defaults=True)
+        if m.dial is not None:
+            fixed.pop(m.dial.field, None)
+        text = json.dumps(fixed, sort_keys=True)
+        groups.setdefault(m.kind + (text if fixed else ""), []).append(m)  # type: ignore[arg-type]
+    return [
+        Family(name, tuple(ms), ms[0].dial.field if ms[0].dial and len(ms) > 1 else None)
+        for name, ms in groups.items()
+    ]
+
+
+def thinned(family: Family, most: int) -> Family:
+    """At most `most` settings, spread over the dial with both ends."""
+    n = len(family.settings)
+    if n <= most:
+        return family
+    keep = sorted({round(i * (n - 1) / (most - 1)) for i in range(most)}) if most > 1 else [n // 2]
+    return Family(family.name, tuple(family.settings[i] for i in keep), family.field)
+
+
+class Bench:
+    """One site's dense call, on which candidates are measured."""
+
+    def __init__(self, call: AttentionCall, dense: Partial, scored: np.ndarray) -> None:
+        self.call, self.dense = call, dense
+        self.scored = torch.from_numpy(scored).to(call.q.device)
+        self._tiles: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.lent: dict[Method, BlockIndex] = {}
+
+    def tiles(self, height: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query tiles of `height` rows to compute, and the positions in them that are judged: of
+        the stratified ones, and the scored ones.
+        """
+        if height not in self._tiles:
+            n = self.call.n_q
+            count = ceil_div(n, height)
+            wanted = min(count, max(2, ceil_div(count, SHARE)))
+            device = self.scored.device
+            spread = ((torch.arange(wanted, device=device) + 0.5) * count / wanted).long()
+            last = torch.unique(self.scored // height)[-max(1, wanted // 2) :]
+            rows = torch.unique(torch.cat([spread, last]))
+            even = (spread[:, None] * height + torch.arange(height, device=device)).flatten()
+            scored = self.scored[torch.isin(self.scored // height, last)]
+            self._tiles[height] = (rows, even[even < n], scored)
+        return self._tiles[height]
+
+    def family(self, family: Family, timed: bool) -> dict[str, Any] | None:
+        """Measure the settings of a family, from densest to sparsest; None: nothing to measure
+        (the method leaves this call dense). Lists are `[setting][head]`.
+        """
+        heads = len(self.call.heads)
+        found: dict[int, dict[str, Any]] = {}
+        for at in range(len(family.settings) - 1, -1, -1):
+            row = self._setting(family.settings[at], timed)
+            if row is None:
+                continue
+            found[at] = row
+            if len(found) == ROUNDS or min(row["error"]) > HOPELESS:
+                break
+        if not found:
+            return None
+        kept = sorted(found)
+        assert all(len(found[i]["error"]) == heads for i in kept)
+        return {
+            "settings": [_dump(family.settings[i]) for i in kept],
+            "field": family.field,
+            **{
+                k: [found[i][k] for i in kept] for k in ("error", "recall", "density", "ms", "size")
+            },
+        }
+
+    def _setting(self, method: AttentionMethod, timed: bool) -> dict[str, Any] | None:
+        answers = answer(self.call, Policy(methods=(method,)))
+        if answers is None:
+            return None
+        row = self.measure(answers)
+        one = answers[0]
+        if one.execution != PLAIN:
+            # Skipping and low precision save what no index shows: only the clock tells.
+            row["ms"] = float("nan") if not timed else self._clock(one)
+            if not timed:
+                row["ms"] = None
+        if one.plain and one.pieces[0].size[1] >= REUSE_UNIT:
+            self.lent[method] = one.pieces[0]  # type: ignore[assignment]
+        return row
+
+    def measure(self, answers: tuple[Answer, ...]) -> dict[str, Any]:
+        """Error, recall and density per head of what a policy answered."""
+        order = [self.call.heads.index(h) for a in answers for h in a.call.heads]
+        parts = [self._one(a) for a in answers]
+        back = torch.tensor(order).argsort()
+        size = answers[0].pieces[0].size if isinstance(answers[0].pieces[0], BlockIndex) else None
+        return {
+            **{
+                k: _numbers(torch.cat([p[k] for p in parts])[back])
+                for k in ("error", "recall", "density")
+            },
+            "ms": None,
+            "size": list(size or (128, 128)),
+        }
+
+    def _one(self, a: Answer) -> dict[str, Tensor]:
+        at = [self.call.heads.index(h) for h in a.call.heads]
+        heights = {p.size[0] if isinstance(p, BlockIndex) else 0 for p in a.pieces}
+        moved = a.order is not None and a.order.q_table is not None
+        partly = len(heights) == 1 and 0 not in heights and not moved and not a.finishers
+        height = max(heights) if partly else 128
+        rows, even, scored = self.tiles(height)
+        part = compute(a, rows=rows if partly else None)
+        errors = [self._error(part, at, places) for places in (even, scored) if places.numel()]
+        lse, true = part.lse[:, :, even].float(), self.dense.lse[:, at][:, :, even]
+        recall = (lse - true).clamp(max=0.0).exp().nan_to_num(0.0).mean((0, 2))
+        listed = [p for p in a.pieces if isinstance(p, BlockIndex)]
+        share = density(listed, a.call) if listed else torch.ones(len(at))
+        error = torch.stack(errors).amax(0)
+        return {"error": error.cpu(), "recall": recall.cpu(), "density": share.cpu()}
+
+    def _error(self, part: Partial, at: list[int], places: Tensor) -> Tensor:
+        """Relative L1 error of the heads `at`, fp32 `[len(at)]`."""
+        found, true = part.out[:, :, places].float(), self.dense.out[:, at][:, :, places].float()
+        gap = (found - true).abs().sum((0, 2, 3))
+        return (gap / true.abs().sum((0, 2, 3)).clamp(min=1e-30)).nan_to_num(1e3, 1e3)
+
+    def _clock(self, one: Answer) -> float:
+        return min(times_ms(lambda: compute(one), 2, 1, self.call.q.device))
+
+    # -- lists of earlier layers ------------------------------------------------------------------
+
+    def borrow(
+        self, anchor: str, index: BlockIndex, good: Sequence[int], heads: Sequence[int] | None
+    ) -> dict[str, Any] | None:
+        """Measure this site with the lists of an earlier one.
+
+        `good` are the anchor's heads whose lists are worth lending. `heads`, which of them each
+        head reads, is chosen by attention mass unless it is given.
+        """
+        if heads is None:
+            rows = self.tiles(index.size[0])[0]
+            mass = block_mass(self.call, self.dense.lse, index.size, rows)[0]
+            mask = index.to_mask(mass.shape[-1])[0][:, rows]
+            covered = torch.einsum("hrk,ark->ha", mass, mask[list(good)].to(mass.dtype))
+            heads = [good[i] for i in covered.argmax(-1).tolist()]
+        everyone = tuple(range(index.heads))
+        state = SimpleNamespace(indices={(anchor, self.call.ordinal): [(everyone, (index,))]})
+        policy = Policy(reuse=Reuse(site=anchor, heads=tuple(heads)))
+        answers = answer(self.call, policy, state)  # type: ignore[arg-type]
+        return None if answers is None else {"heads": list(heads), **self.measure(answers)}
+
+
+def calibrated_settings(
+    methods: Sequence[AttentionMethod], site: Site, call: AttentionCall, dense: Partial
+) -> list[Family]:
+    """What each method's calibrator names after it saw one dense call."""
+    found: list[Method] = []
+    for m in methods:
+        calibrator = m.calibrator(site)
+        calibrator.see(call, dense.out, dense.lse)
+        found += calibrator.settings()
+    return families(found)
+
+
+def _dump(method: Method) -> dict[str, Any]:
+    return {"kind": method.kind, **method.model_dump(mode="json")}
+
+
+def _numbers(values: Tensor) -> list[float]:
+    return [float(f"{v:.6g}") for v in values.tolist()]

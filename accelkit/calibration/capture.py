@@ -1,0 +1,66 @@
+"""Runs the dense model and shows every attention call to an observer; keeps no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accelkit import kernels
+from accelkit.kernels.index import BlockIndex, Partial
+from accelkit.patches.adapters import adapter_for, watch
+from accelkit.patches.call import AttentionCall
+from accelkit.patches.sites.attention import DENSE_UNIT
+
+See = Callable[[AttentionCall, Partial], None]
+
+
+@torch.inference_mode()
+def capture(
+    model: Any, ids: np.ndarray, see: See, only: Callable[[str], bool] | None = None
+) -> Tensor:
+    """One dense forward over the token ids `[N]` or `[B, N]`; returns the last hidden states.
+
+    `see(call, dense)` gets each site's call with its dense output `[B, H, N, Dv]` and LSE
+    `[B, H, N]`; both are gone afterwards, and what it writes into the output the model goes on with. `only(site path)` says which sites to show; the others
+    run what the model always runs.
+    """
+
+    def visit(call: AttentionCall) -> Tensor | None:
+        if only is not None and not only(call.site.path):
+            return None
+        dense = dense_attention(call)
+        see(call, dense)
+        return dense.out
+
+    with watch(model, visit):
+        return forward(model, ids)
+
+
+@torch.inference_mode()
+def forward(model: Any, ids: np.ndarray) -> Tensor:
+    """Last hidden states `[B, N, C]` of token ids `[N]` or `[B, N]`: a prefill without the logits."""
+    _, bare = adapter_for(model)
+    prompt = torch.from_numpy(np.atleast_2d(ids).astype(np.int64)).to(bare.device)
+    return bare.base_model(input_ids=prompt, use_cache=False).last_hidden_state
+
+
+def dense_attention(call: AttentionCall) -> Partial:
+    """All heads of a call over every visible key."""
+    tiles = call.tiles(DENSE_UNIT)[0]
+    index = BlockIndex.dense(len(call.heads), tiles, DENSE_UNIT, call.q.device)
+    return kernels.attend(
+        call.q,
+        call.k,
+        call.v,
+        index,
+        scale=call.scale,
+        causal=call.causal,
+        q_start=call.q_start,
+        heads=call.heads,
+        kv_of_head=call.kv_of_head,
+        key_mask=call.key_mask,
+    )

@@ -1,0 +1,239 @@
+"""What calibration runs on: prompts to measure on, and others to check on.
+
+Without data of the user's, a mix of retrieval tasks and source text is made; retrieval is where
+sparse attention fails first. Prompts to check on have other seeds and other filler text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accelkit.calibration import tasks
+from accelkit.calibration.tasks import Sample
+from accelkit.errors import InvalidInputError
+
+CHECK_SEED = 500_000
+"""Prompts to check on are numbered from here on, those to measure on below."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Which built-in tasks a preset uses: at the longest length, at each shorter one, and to check."""
+
+    longest: tuple[str, ...]
+    shorter: tuple[str, ...]
+    check: tuple[str, ...]
+    check_shorter: tuple[str, ...]
+
+
+MIXES = {
+    "fast": Mix(("multi_key", "text"), ("variables",), ("multi_key", "variables", "text"), ()),
+    "balanced": Mix(
+        ("multi_key", "variables", "text"), ("multi_value",), tasks.TASKS, ("key_value",)
+    ),
+    "careful": Mix(tasks.TASKS, ("multi_key", "variables", "text"), tasks.TASKS * 2, tasks.TASKS),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Prompts to measure on (the longest first) and to check on; `about` goes into the plan."""
+
+    measure: tuple[Sample, ...]
+    check: tuple[Sample, ...]
+    about: str
+
+    @property
+    def longest(self) -> int:
+        return max(len(s.ids) for s in self.measure)
+
+    @property
+    def shortest(self) -> int:
+        return min(len(s.ids) for s in self.measure)
+
+
+def gather(data: Any, tokenizer: Any, lengths: Sequence[int], preset: str, seed: int) -> Inputs:
+    """Prompts of at most the given lengths, in tokens.
+
+    Args:
+        data: None for the built-in mix; a path to a text or JSON-lines file; one text; a list of
+            texts, of chats (lists of messages) or of token ids (1-d, `[1, N]`, or a dict with
+            `input_ids`); or a function without arguments that returns one of these.
+        tokenizer: a Hugging Face tokenizer; not needed for token ids.
+
+    Raises:
+        InvalidInputError: no tokenizer, an empty file, prompts too few or too short.
+    """
+    if callable(data):
+        data = data()
+    if data is None:
+        return _built_in(tokenizer, lengths, preset, seed)
+    if isinstance(data, str | Path):
+        data = _read(data)
+    if isinstance(data, Mapping) or hasattr(data, "shape"):
+        data = [data]
+    if not isinstance(data, Sequence):
+        raise InvalidInputError(
+            f"data is {type(data).__name__}; expected a path, texts, chats, token ids or a function"
+        )
+    if not data:
+        raise InvalidInputError("data is empty; give at least two prompts or one long text")
+    longest = max(lengths)
+    prompts: list[np.ndarray] = []
+    texts = [d for d in data if isinstance(d, str)]
+    for item in data:
+        if not isinstance(item, str):
+            prompts.append(_token_ids(item, tokenizer))
+    if texts:
+        prompts += _windows(texts, _need(tokenizer), longest)
+    kind = "text" if texts else "prompt"
+    short = min(len(p) for p in prompts)
+    if short < tasks.MIN_LENGTH:
+        raise InvalidInputError(
+            f"a prompt has {short} tokens; calibration needs at least {tasks.MIN_LENGTH} in each"
+        )
+    if len(prompts) < 2:
+        raise InvalidInputError(
+            f"one prompt of {short} tokens; calibration needs two, one to measure on and one to "
+            f"check on, or a text of at least {2 * longest} tokens"
+        )
+    most = len(MIXES[preset].check)
+    measure, check = prompts[0::2][:most], prompts[1::2][:most]
+    samples = [Sample(kind, p[:longest], ()) for p in measure]
+    # A shorter length is measured on the beginning of the first prompt.
+    samples += [Sample(kind, samples[0].ids[:n], ()) for n in lengths if n < len(samples[0].ids)]
+    return Inputs(
+        tuple(sorted(samples, key=lambda s: -len(s.ids))),
+        tuple(Sample(kind, p[:longest], ()) for p in check),
+        f"{len(data)} of the user's",
+    )
+
+
+def screening(inputs: Inputs, tokenizer: Any, tokens: int, seed: int) -> Sample:
+    """A short prompt on which hopeless methods are found out cheaply."""
+    first = inputs.measure[0]
+    if first.answers and tokenizer is not None:
+        return made("multi_key", tokens, seed + 99, False, tokenizer)
+    return Sample(first.task, first.ids[-tokens:], ())
+
+
+def scored_rows(sample: Sample, most: int = 2048) -> np.ndarray:
+    """Positions whose next token counts: those before the answers' tokens, or the end of a text."""
+    if sample.answers:
+        return np.concatenate([np.arange(a - 1, b - 1) for a, b in sample.answers])
+    n = len(sample.ids)
+    return np.arange(max(n // 2, n - 1 - most), n - 1)
+
+
+def _built_in(tokenizer: Any, lengths: Sequence[int], preset: str, seed: int) -> Inputs:
+    _need(tokenizer)
+    mix, longest = MIXES[preset], max(lengths)
+    shorter = sorted((n for n in lengths if n < longest), reverse=True)
+    first = seed * 1000
+    measure = [(t, longest) for t in mix.longest] + [(t, n) for n in shorter for t in mix.shorter]
+    check = [(t, longest) for t in mix.check] + [(t, n) for n in shorter for t in mix.check_shorter]
+    return Inputs(
+        tuple(made(t, n, first + i, False, tokenizer) for i, (t, n) in enumerate(measure)),
+        tuple(
+            made(t, n, CHECK_SEED + first + i, True, tokenizer) for i, (t, n) in enumerate(check)
+        ),
+        "built-in tasks: " + ", ".join(dict.fromkeys(mix.longest + mix.shorter)),
+    )
+
+
+def made(task: str, tokens: int, seed: int, held_out: bool, tokenizer: Any) -> Sample:
+    try:
+        return tasks.make(task, tokens, seed, tasks.source_corpus(held_out=held_out), tokenizer)
+    except ValueError as error:
+        raise InvalidInputError(
+            f"{task} at {tokens} tokens: {error}; give data of your own"
+        ) from error
+
+
+def _need(tokenizer: Any) -> Any:
+    if tokenizer is None:
+        raise InvalidInputError(
+            "no tokenizer: pass tokenizer=…, or data as token ids; texts and built-in tasks need one"
+        )
+    return tokenizer
+
+
+def _read(path: str | Path) -> list[Any]:
+    """Texts or chats of a file; a string that is no path is a text itself."""
+    text = str(path)
+    if isinstance(path, str) and ("\n" in text or len(text) > 1024):
+        return [text]
+    file = Path(path)
+    try:
+        content = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(
+            f"data: {file} cannot be read ({error}); expected a UTF-8 text or JSON-lines file"
+        ) from error
+    if not content.strip():
+        raise InvalidInputError(f"data: {file} is empty")
+    if file.suffix != ".jsonl":
+        return [content]
+    found = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            found.append(row if isinstance(row, str | list) else row.get("messages") or row["text"])
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InvalidInputError(
+                f"data: {file}, line {number}: expected a text, or an object with 'text' or "
+                f"'messages' ({error!r})"
+            ) from error
+    return found
+
+
+def _token_ids(item: Any, tokenizer: Any) -> np.ndarray:
+    """Ids of a ready prompt or of a chat."""
+    if isinstance(item, list) and item and isinstance(item[0], Mapping):
+        if not getattr(_need(tokenizer), "chat_template", None):
+            raise InvalidInputError(
+                "data holds chats, and the tokenizer has no chat template; give texts"
+            )
+        item = tokenizer.apply_chat_template(item, return_dict=True)
+    if isinstance(item, Mapping):
+        if "input_ids" not in item:
+            raise InvalidInputError(f"data: a dict with {sorted(item)}; expected 'input_ids'")
+        item = item["input_ids"]
+    ids = np.asarray(item.tolist() if hasattr(item, "tolist") else item)
+    if ids.ndim == 2 and ids.shape[0] == 1:
+        ids = ids[0]
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise InvalidInputError(
+            f"data: token ids of shape {ids.shape} and type {ids.dtype}; expected integers [N] or [1, N]"
+        )
+    return ids.astype(np.int32)
+
+
+def _windows(texts: Sequence[str], tokenizer: Any, tokens: int) -> list[np.ndarray]:
+    """Each long text cut into prompts of `tokens`; short texts stay whole, or are joined if a
+    single prompt comes out otherwise.
+    """
+    encoded = [np.asarray(tokenizer.encode(t), np.int32) for t in texts]
+    if sum(len(e) for e in encoded) < tasks.MIN_LENGTH:
+        raise InvalidInputError(
+            f"the texts have {sum(len(e) for e in encoded)} tokens in all; calibration needs prompts "
+            f"of at least {tasks.MIN_LENGTH}"
+        )
+    if any(len(e) < min(tokens, 2 * tasks.MIN_LENGTH) for e in encoded):
+        encoded = [np.concatenate(encoded)]
+    pieces = [e[i : i + tokens] for e in encoded for i in range(0, len(e), tokens)]
+    whole = [p for p in pieces if len(p) == tokens]
+    if len(whole) >= 2:
+        return whole
+    # Too little for two prompts of this length: halves of what there is.
+    if len(pieces) < 2:
+        pieces = list(np.array_split(pieces[0], 2))
+    return [p for p in pieces if len(p) >= tasks.MIN_LENGTH] or pieces

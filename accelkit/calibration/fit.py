@@ -1,0 +1,296 @@
+"""Measures attention on this device and fits the cost table that search and reports predict with.
+
+Random data; medians on a GPU, the least of a few runs on a CPU, where other programs only add time. Methods that cannot win here are refused on the way, with the reason, so that no
+time is spent on them later: a prompt of a quarter of the length tells whether the whole one is worth it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from accelkit import kernels
+from accelkit.calibration.bench import times_ms
+from accelkit.calibration.capture import dense_attention
+from accelkit.kernels.cost import (
+    CostTable,
+    Kernel,
+    MethodCost,
+    interpolate,
+    least_squares,
+    name,
+    visible_pairs,
+)
+from accelkit.kernels.index import BlockIndex, ceil_div, plain_inputs
+from accelkit.patches.call import AttentionCall, Clock, Site
+from accelkit.patches.method import AttentionMethod
+from accelkit.patches.plan import Policy
+from accelkit.patches.sites.attention import Answer, answer, compute
+
+FITTED = (0.04, 0.12, 0.35, 1.0)
+CHECKED = (0.08, 0.2)
+"""Densities of random blocks that the fit sees, and those on which it is judged."""
+SINGLE_KEYS = 0.15
+"""Lists of single keys denser than this are not measured: nobody runs them."""
+GOOD_FIT = 0.15
+ROUNDS = 5
+"""Measuring ends when the error on held-out points is below `GOOD_FIT`, or after so many rounds."""
+MOST = 0.8
+"""A method whose estimate alone takes this share of dense attention is refused."""
+UNIT = (128, 128)
+PATIENCE_MS = 1000.0
+"""Time that the repeats of one measurement may take together on a CPU."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads of a layer, and how many layers there are to share lists that follow from geometry."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int = 1
+
+
+def fit(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int,
+    methods: Sequence[AttentionMethod] = (),
+    *,
+    repeat: int = 3,
+    limit_s: float = 60.0,
+    step: Callable[[str], None] | None = None,
+) -> CostTable:
+    """The cost table for prefills of up to `tokens` tokens.
+
+    `step` is told what is measured next. After `limit_s` seconds nothing is repeated any more.
+    """
+    until = time.monotonic() + limit_s
+    lengths = sorted({max(512, tokens // 4), tokens})
+    calls = {n: random_call(shape, dtype, device, n) for n in lengths}
+
+    def ms(run: Callable[[], Any], times: int = repeat) -> float:
+        return clock(run, times if time.monotonic() < until else 1, device)
+
+    tell = step or (lambda _: None)
+    tell("dense attention")
+    dense = tuple((n, dense_ms(calls[n], ms)) for n in lengths)
+    ride = tuple((n, ms(lambda n=n: dense_attention(calls[n]))) for n in lengths)
+    costs: dict[str, MethodCost] = {}
+    refused: dict[str, str] = {}
+    sizes = {UNIT: None}
+    for method in methods:
+        tell(method.kind)
+        found = _method(method, calls, lengths, dense, ms, shape)
+        if isinstance(found, str):
+            refused[method.kind] = found
+        else:
+            costs[method.kind], used = found
+            sizes |= dict.fromkeys(used)
+    fitted = {}
+    for size in sizes:
+        tell(f"kernel {name(size)}")
+        fitted[name(size)] = _kernel(calls, size, until)
+    about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return CostTable(
+        about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
+        dense, ride, fitted, costs, refused,
+    )  # fmt: skip
+
+
+def clock(run: Callable[[], Any], times: int, device: torch.device) -> float:
+    """Milliseconds of `run` after one run to warm up; slow ones are not repeated."""
+    if device.type == "cuda":
+        return statistics.median(times_ms(run, times, 1, device))
+    found = list(times_ms(run, 1, 0, device))
+    while len(found) < 2 or (len(found) <= times and sum(found) + found[-1] < PATIENCE_MS):
+        if sum(found) > 4 * PATIENCE_MS:
+            break
+        found += times_ms(run, 1, 0, device)
+    return min(found)
+
+
+def random_call(
+    shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int
+) -> AttentionCall:
+    """A causal prefill on random data with some structure: a sink, and neighbours that are alike."""
+    g = torch.Generator(device=device).manual_seed(0)
+
+    def draw(heads: int) -> Tensor:
+        x = torch.randn(1, heads, tokens, shape.head_dim, generator=g, device=device)
+        coarse = torch.randn(
+            1, heads, ceil_div(tokens, 64), shape.head_dim, generator=g, device=device
+        )
+        x += coarse.repeat_interleave(64, 2)[:, :, :tokens]
+        x[:, :, :4] *= 2
+        return x.to(dtype)
+
+    base = plain_inputs(draw(shape.heads), draw(shape.kv_heads), draw(shape.kv_heads), causal=True)
+    return AttentionCall(
+        base.q, base.k, base.v, base.scale, True, 0, None, base.heads, base.kv_of_head,
+        site=Site("fit", 0), clock=Clock("prefill"),
+    )  # fmt: skip
+
+
+def fresh(call: AttentionCall) -> AttentionCall:
+    """The same call without the estimates that methods left with it."""
+    return AttentionCall(
+        call.q, call.k, call.v, call.scale, call.causal, call.q_start, call.key_mask, call.heads,
+        call.kv_of_head, site=call.site, clock=call.clock,
+    )  # fmt: skip
+
+
+def dense_ms(call: AttentionCall, ms: Callable[..., float]) -> float:
+    """The fastest dense path present."""
+    group = call.q.shape[1] != call.k.shape[1]
+
+    def run() -> Tensor:
+        return scaled_dot_product_attention(
+            call.q, call.k, call.v, is_causal=True, enable_gqa=group
+        )
+
+    if call.q.device.type != "cuda":
+        return ms(run)
+    found = []
+    for backend in (None, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        try:
+            with sdpa_kernel([backend]) if backend is not None else nullcontext():
+                found.append(ms(run))
+        except RuntimeError:
+            continue
+    return min(found)
+
+
+def _method(
+    method: AttentionMethod,
+    calls: dict[int, AttentionCall],
+    lengths: Sequence[int],
+    dense: Sequence[tuple[int, float]],
+    ms: Callable[..., float],
+    shape: Shape,
+) -> tuple[MethodCost, list[tuple[int, int]]] | str:
+    """Cost of a method's estimate, order and merging, with the units it uses; or why it is refused."""
+    middle = _middle(method)
+    points: list[tuple[int, float]] = []
+    sizes: list[tuple[int, int]] = []
+    longest = lengths[-1]
+    for n in lengths:
+        call, whole = calls[n], interpolate(dense, n)
+        try:
+            answers = answer(fresh(call), Policy(methods=(middle,)))
+            if answers is None:
+                continue
+            one = answers[0]
+            sizes = [p.size for p in one.pieces if isinstance(p, BlockIndex)]
+            if not sizes:
+                return "it computes its pieces by itself, which the cost table cannot predict"
+            spent = ms(lambda call=call: answer(fresh(call), Policy(methods=(middle,))), 2)
+            least = spent * longest / n
+            if least > MOST * interpolate(dense, longest):
+                return (
+                    f"choosing takes {spent:.1f} ms at {n} tokens, dense attention {whole:.1f} ms"
+                )
+            if n < longest and call.q.device.type == "cpu" and one.execution.skip is not None:
+                return "skipping tiles inside the kernel saves no time on a CPU"
+            spent += _around(one, ms)
+        except Exception as error:  # a method that fails must not end the calibration of the others
+            return f"it does not run here: {type(error).__name__}: {error}"
+        points.append((n, spent / shape.layers if method.static else spent))
+    if not points:
+        return f"it leaves prompts of {longest} tokens dense"
+    return MethodCost(tuple(points), _share(middle, calls[longest], points[-1][1], ms)), sizes
+
+
+def _around(one: Answer, ms: Callable[..., float]) -> float:
+    """What order and merging add to the kernels of the pieces."""
+    if one.plain or (one.order is None and len(one.pieces) == 1):
+        return 0.0
+    whole = ms(lambda: compute(one), 2)
+    alone = sum(
+        ms(lambda p=p: compute(Answer(one.call, (p,), one.execution)), 2)
+        for p in one.pieces
+        if isinstance(p, BlockIndex)
+    )
+    return max(0.0, whole - alone)
+
+
+def _share(
+    method: AttentionMethod, call: AttentionCall, whole: float, ms: Callable[..., float]
+) -> float:
+    """How much of the cost remains when one KV group takes part instead of all heads."""
+    groups = call.k.shape[1]
+    if groups == 1 or method.static:
+        return 1.0
+    few = call.heads[: len(call.heads) // groups]
+    part = ms(lambda: answer(fresh(call).take(few), Policy(methods=(method,))), 2)
+    # whole = a + b, part = a + b / groups
+    fixed = (part * groups - whole) / (groups - 1)
+    return min(1.0, max(0.0, fixed / whole)) if whole else 1.0
+
+
+def _middle(method: AttentionMethod) -> AttentionMethod:
+    dial = method.dial
+    if dial is None:
+        return method
+    return method.model_copy(update={dial.field: dial.values[len(dial.values) // 2]})
+
+
+def _kernel(calls: dict[int, AttentionCall], size: tuple[int, int], until: float) -> Kernel:
+    """Coefficients of one unit from random lists, judged on densities that were left out."""
+    longest, points = max(calls), []
+    for n, call in calls.items():
+        for density in FITTED + (CHECKED if n == longest else ()):
+            if (size[1] == 1 and density > SINGLE_KEYS) or (density == 1.0 and n == longest):
+                continue
+            index = random_index(call, size, density)
+            pairs = float(kernels.select.density(index, call).sum()) * visible_pairs(n) / 1e6
+            features = [1.0, len(call.heads) * call.tiles(size)[0], pairs]
+            points.append((density in CHECKED, features, Answer(call, (index,))))
+    device = calls[longest].q.device
+    spent = [float("inf")] * len(points)
+    kernel = Kernel(0.0, 0.0, 0.0, float("inf"))
+    # Rounds over all points: a disturbance then spoils one run of several points, not one point.
+    for turn in range(ROUNDS):
+        runs = [min(times_ms(lambda a=a: compute(a), 2, 0, device)) for _, _, a in points]
+        spent = [min(pair) for pair in zip(spent, runs, strict=True)]
+        kernel = _solve([(held, f, t) for (held, f, _), t in zip(points, spent, strict=True)])
+        if turn and (kernel.error < GOOD_FIT or time.monotonic() > until):
+            break
+    return kernel
+
+
+def _solve(points: Sequence[tuple[bool, list[float], float]]) -> Kernel:
+    """Coefficients from the points that are not held out, and their error on those that are."""
+    seen = [(f, t) for held, f, t in points if not held]
+    found = least_squares([f for f, _ in seen], [t for _, t in seen])
+    gaps = [
+        abs(sum(a * b for a, b in zip(found, f, strict=True)) - t) / t
+        for held, f, t in points
+        if held
+    ]
+    return Kernel(*found, error=round(statistics.fmean(gaps), 4))
+
+
+def random_index(call: AttentionCall, size: tuple[int, int], density: float) -> BlockIndex:
+    """Random visible blocks, the first and the diagonal ones always among them."""
+    (nq, nk), (bq, bk) = call.tiles(size), size
+    device, heads = call.q.device, len(call.heads)
+    g = torch.Generator(device=device).manual_seed(1)
+    rows = torch.arange(nq, device=device)[:, None]
+    keys = torch.arange(nk, device=device)[None]
+    visible = keys * bk < (rows + 1) * bq
+    # The tile's own keys, or a part of them where tiles are tall.
+    own = visible & ((keys + 1) * bk > rows * bq + max(0, bq - 128))
+    chosen = torch.rand(heads, nq, nk, generator=g, device=device) < density
+    return BlockIndex.from_mask((chosen & visible | own | (visible & (keys == 0)))[None], size)

@@ -1,0 +1,194 @@
+"""The end-to-end check: does the patched model do what the dense one does?
+
+Budget error is the relative L1 error of the last hidden states at scored positions, by task; beside it
+the KL divergence of the next-token distribution there, and the share of right answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accelkit.calibration.capture import capture, forward
+from accelkit.calibration.data import scored_rows
+from accelkit.calibration.tasks import Sample, count_right
+from accelkit.kernels.index import Partial
+from accelkit.patches.adapters import adapter_for
+from accelkit.patches.call import AttentionCall
+from accelkit.patches.patch import patch
+from accelkit.patches.plan import Plan
+
+NOISE = 0.05
+"""Relative L1 size of the noise by which weights are measured."""
+ROUNDING = 2.0**-8
+"""Relative size of the noise that tells how far rounding alone carries in half precision."""
+MOST_DROP = 0.01
+"""Share of right answers that a plan may lose on any task."""
+_ROWS = 256  # rows of logits in fp32 at a time
+
+
+@dataclass
+class Reference:
+    """The dense side of one prompt: last hidden states at scored rows and right answers."""
+
+    sample: Sample
+    rows: np.ndarray
+    hidden: Tensor
+    right: int
+    ms: float
+
+
+def reference(model: Any, sample: Sample) -> Reference:
+    """Run one prompt dense."""
+    rows = scored_rows(sample)
+    hidden, ms = _hidden(model, sample, rows)
+    right = _right(model, sample, rows, hidden)
+    return Reference(sample, rows, hidden, right, ms)
+
+
+def check(model: Any, plan: Plan, dense: Reference) -> dict[str, Any]:
+    """Run one prompt with `plan` and compare: error, KL, right answers of both sides, milliseconds."""
+    with patch(model, plan):
+        hidden, ms = _hidden(model, dense.sample, dense.rows)
+    return {
+        "task": dense.sample.task,
+        "tokens": len(dense.sample.ids),
+        "error": relative(hidden, dense.hidden),
+        "kl": _divergence(model, dense.hidden, hidden),
+        "right": _right(model, dense.sample, dense.rows, hidden),
+        "dense_right": dense.right,
+        "asked": len(dense.sample.answers),
+        "ms": ms,
+        "dense_ms": dense.ms,
+    }
+
+
+def score_answers(model: Any, samples: Sequence[Sample]) -> list[int]:
+    """How many answers of each prompt the model gets right, teacher-forced, as it is patched now."""
+    found = []
+    for sample in samples:
+        rows = scored_rows(sample)
+        found.append(_right(model, sample, rows, _hidden(model, sample, rows)[0]))
+    return found
+
+
+def by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Means of the checks of each task and length, keyed "task@tokens"."""
+    found: dict[str, dict[str, Any]] = {}
+    for key in dict.fromkeys(f"{r['task']}@{r['tokens']}" for r in rows):
+        mine = [r for r in rows if f"{r['task']}@{r['tokens']}" == key]
+        asked = sum(r["asked"] for r in mine)
+        found[key] = {
+            "error": float(np.mean([r["error"] for r in mine])),
+            "kl": float(np.mean([r["kl"] for r in mine])),
+            "asked": asked,
+            "accuracy": sum(r["right"] for r in mine) / asked if asked else None,
+            "dense_accuracy": sum(r["dense_right"] for r in mine) / asked if asked else None,
+        }
+    return found
+
+
+def holds(tasks: dict[str, dict[str, Any]], budget: float) -> bool:
+    """Whether every task is within the budget and has kept its right answers."""
+    return all(
+        t["error"] <= budget
+        and (t["asked"] == 0 or t["dense_accuracy"] - t["accuracy"] <= MOST_DROP)
+        for t in tasks.values()
+    )
+
+
+def relative(found: Tensor, true: Tensor) -> float:
+    """`Σ|found − true| / Σ|true|`."""
+    return float((found - true).abs().sum() / true.abs().sum().clamp(min=1e-30))
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device, so that the clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+def site_weights(
+    model: Any, ids: np.ndarray, rows: np.ndarray, site: str, groups: Sequence[Sequence[int]]
+) -> list[float]:
+    """Change of the budget error ÷ 0.05 when the heads of each group get 5 % noise on their output.
+
+    All groups share one forward: entry g of the batch has the noise of group g, the last two have
+    none and the noise of rounding. What rounding alone does in half precision is subtracted in
+    squares. Heads of a group share its weight in squares as well.
+    """
+    probes = len(groups)
+
+    def disturb(call: AttentionCall, dense: Partial) -> None:
+        generator = torch.Generator(device=dense.out.device).manual_seed(0)
+        noise = torch.randn(dense.out.shape[1:], generator=generator, device=dense.out.device)
+        size = dense.out[0].float().abs().sum(-1, keepdim=True)
+        noise *= size / noise.abs().sum(-1, keepdim=True)
+        for g, heads in enumerate(groups):
+            dense.out[g, list(heads)] += (NOISE * noise[list(heads)]).to(dense.out.dtype)
+        dense.out[probes + 1] += (ROUNDING * noise).to(dense.out.dtype)
+
+    hidden = capture(model, np.repeat(ids[None], probes + 2, 0), disturb, lambda path: path == site)
+    hidden = hidden[:, torch.from_numpy(rows).to(hidden.device)]
+    half = hidden.dtype != torch.float32
+    hidden = hidden.float()
+    true = hidden[probes]
+    floor = relative(hidden[probes + 1], true) if half else 0.0
+    out = []
+    for g, heads in enumerate(groups):
+        change = relative(hidden[g], true)
+        out.append(max(change**2 - floor**2, 0.0) ** 0.5 / NOISE / len(heads) ** 0.5)
+    return out
+
+
+# -- one prompt -----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _hidden(model: Any, sample: Sample, rows: np.ndarray) -> tuple[Tensor, float]:
+    """Last hidden states at `rows`, fp32 `[rows, C]`, and the milliseconds of the forward."""
+    _, bare = adapter_for(model)
+    synchronise(bare.device)
+    begin = time.perf_counter()
+    states = forward(model, sample.ids)
+    synchronise(bare.device)
+    ms = 1e3 * (time.perf_counter() - begin)
+    return states[0, torch.from_numpy(rows).to(states.device)].float(), ms
+
+
+@torch.inference_mode()
+def _logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits of a few hidden states, fp32."""
+    _, bare = adapter_for(model)
+    head = bare.get_output_embeddings()
+    if head is None:
+        return hidden
+    weight = next(head.parameters())
+    return head(hidden.to(weight.dtype).to(weight.device)).float()
+
+
+def _right(model: Any, sample: Sample, rows: np.ndarray, hidden: Tensor) -> int:
+    if not sample.answers:
+        return 0
+    best = [_logits(model, part).argmax(-1).cpu() for part in hidden.split(_ROWS)]
+    predicted = np.full(len(sample.ids), -1)
+    predicted[rows] = torch.cat(best).numpy()
+    return count_right(sample, predicted)
+
+
+def _divergence(model: Any, dense: Tensor, sparse: Tensor) -> float:
+    """Mean KL(dense ‖ sparse) of the next-token distributions, in nats."""
+    total = 0.0
+    for a, b in zip(dense.split(_ROWS), sparse.split(_ROWS), strict=True):
+        p, q = _logits(model, a).log_softmax(-1), _logits(model, b).log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum())
+    return total / len(dense)

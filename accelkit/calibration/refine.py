@@ -1,0 +1,246 @@
+"""Search and check in turns: a plan is predicted, run on held-out prompts, and ε follows what was seen.
+
+κ, the ratio of measured to predicted error, comes from earlier rounds; it says how errors of single
+heads compose in the whole model. The fastest plan that held on every prompt wins; if none held, or
+none was faster, the plan is dense and says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelkit.calibration import quality
+from accelkit.calibration.assemble import SiteData, assemble, crossover
+from accelkit.calibration.capture import forward
+from accelkit.calibration.data import Inputs
+from accelkit.calibration.fit import clock
+from accelkit.calibration.measure import Run
+from accelkit.calibration.search import DENSE, Choice, Solution, search
+from accelkit.kernels.cost import CostTable
+from accelkit.patches.patch import patch
+from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
+
+log = logging.getLogger("accelkit")
+MARGIN = 0.9
+"""Share of the budget that the next round aims at."""
+CLOSE = 1.15
+"""Rounds end when the largest ε that held and the smallest that failed are this close."""
+WIDEN = 8.0
+"""Most by which one round may widen ε."""
+
+
+@dataclass
+class Round:
+    """One search and its check. `rows` are the prompts that were run; a failing plan stops early."""
+
+    epsilon: float
+    solution: Solution
+    plan: Plan
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    held: bool = False
+
+    @property
+    def measured(self) -> float:
+        return max(t["error"] for t in quality.by_task(self.rows).values())
+
+
+def refined(
+    run: Run,
+    data: Sequence[SiteData],
+    inputs: Inputs,
+    fingerprint: Fingerprint,
+    budget: Budget,
+    costs: CostTable,
+) -> Plan:
+    """The fastest plan that holds within the budget on every prompt to check on."""
+    tables = [d.table for d in data]
+    tokens, allowed = inputs.longest, budget.max_rel_error
+    checker = _Checker(run, inputs)
+    rounds: list[Round] = []
+    low, high, epsilon = 0.0, float("inf"), allowed
+    for turn in range(run.preset.rounds):
+        if turn and run.late(0.9, f"round {turn + 1} of the end-to-end check"):
+            break
+        solution = search(tables, epsilon)
+        if all(c.dense for c in solution.choices):
+            if low or epsilon > 100 * allowed:
+                break
+            low, epsilon = epsilon, epsilon * WIDEN
+            continue
+        if any(r.solution == solution for r in rounds):
+            break
+        limits = Limits(
+            min_length=max(crossover(data, solution, costs, tokens), inputs.shortest // 2),
+            max_length=tokens,
+        )
+        plan = assemble(data, solution, fingerprint, budget, tokens, limits)
+        now = Round(epsilon, solution, plan)
+        checker.check(now, allowed)
+        rounds.append(now)
+        aim = epsilon * MARGIN * allowed / max(now.measured, 1e-9)
+        if now.held:
+            low = max(low, epsilon)
+            epsilon = min(max(aim, epsilon * CLOSE), epsilon * WIDEN)
+            if epsilon >= high:
+                epsilon = (low * high) ** 0.5
+        else:
+            high = min(high, epsilon)
+            # Right answers may be lost within the budget: then the error says nothing.
+            epsilon = aim if now.measured > allowed else epsilon / 2
+            if epsilon <= low:
+                epsilon = (low * high) ** 0.5
+        if low and high / low < CLOSE:
+            break
+    held = sorted((r for r in rounds if r.held), key=lambda r: r.solution.ms)
+    for best in held:
+        speed = checker.speed(best.plan)
+        if speed["dense_ms"] > speed["ms"]:
+            return _finished(best, rounds, tables, speed)
+    why = (
+        "no plan was faster than dense attention"
+        if held
+        else "no sparse plan held within the budget"
+        if rounds
+        else "no method was predicted to be faster than dense attention"
+    )
+    log.warning("the plan is dense: %s at %d tokens", why, tokens)
+    return _dense(data, fingerprint, budget, tokens, rounds, why)
+
+
+class _Checker:
+    """Runs plans on the prompts to check on; the dense side of each is run once."""
+
+    def __init__(self, run: Run, inputs: Inputs) -> None:
+        self.run, self.samples = run, inputs.check
+        self.order = list(range(len(inputs.check)))
+        self.references: dict[int, quality.Reference] = {}
+
+    def check(self, now: Round, allowed: float) -> None:
+        """Run the prompts, the most revealing of earlier rounds first, until one fails."""
+        digest = _digest(now.plan)
+        for n in list(self.order):
+            self.run.tell("checking a plan")
+            row = self.run.journal.unit(f"check/{digest}/{n}", lambda n=n: self._row(now.plan, n))
+            now.rows.append({**row, "prompt": n})
+            if not quality.holds(quality.by_task([row]), allowed) and not self._averaged(n):
+                break
+        now.held = len(now.rows) == len(self.samples) and quality.holds(
+            quality.by_task(now.rows), allowed
+        )
+        worst = sorted(now.rows, key=lambda r: -r["error"])
+        first = [r["prompt"] for r in worst]
+        self.order = first + [n for n in self.order if n not in first]
+
+    def _averaged(self, n: int) -> bool:
+        """Whether other prompts of the same task and length have a say as well."""
+        mine = self.samples[n]
+        return sum((s.task, len(s.ids)) == (mine.task, len(mine.ids)) for s in self.samples) > 1
+
+    def _row(self, plan: Plan, n: int) -> dict[str, Any]:
+        if n not in self.references:
+            self.references[n] = quality.reference(self.run.model, self.samples[n])
+        return quality.check(self.run.model, plan, self.references[n])
+
+    def speed(self, plan: Plan) -> dict[str, float]:
+        """Milliseconds of a whole prefill, dense and patched, on the longest prompt."""
+        sample = max(self.samples, key=lambda s: len(s.ids))
+        model, device = self.run.model, self.run.device
+
+        def once() -> float:
+            return clock(lambda: forward(model, sample.ids), 1, device)
+
+        def work() -> dict[str, float]:
+            dense, sparse = [], []
+            # In turns, so that a drifting clock meets both sides.
+            for _ in range(2):
+                dense.append(once())
+                with patch(model, plan):
+                    sparse.append(once())
+            return {"dense_ms": min(dense), "ms": min(sparse), "tokens": len(sample.ids)}
+
+        self.run.tell("timing the plan")
+        return self.run.journal.unit(f"speed/{_digest(plan)}", work)
+
+
+def _finished(
+    best: Round, rounds: Sequence[Round], tables: Sequence[Any], speed: dict[str, float]
+) -> Plan:
+    ratios = [r.measured / r.solution.error for r in rounds if r is not best and r.solution.error]
+    kappa = statistics.median(ratios) if ratios else 1.0
+    dense = sum(t.dense_ms for t in tables)
+    measured = {
+        "predicted_error": _short(kappa * best.solution.error),
+        "measured_error": _short(best.measured),
+        "composition": _short(kappa),
+        "per_task": _tasks(best.rows),
+        "ms": _short(best.solution.ms),
+        "dense_ms": _short(dense),
+        "attention_speedup": _short(dense / best.solution.ms),
+        "prefill_tokens": speed["tokens"],
+        "prefill_ms": _short(speed["ms"]),
+        "prefill_dense_ms": _short(speed["dense_ms"]),
+        "prefill_speedup": _short(speed["dense_ms"] / speed["ms"]),
+        "rounds": _rounds(rounds),
+    }
+    return best.plan.model_copy(update={"measured": measured}).with_tables(best.plan.tables)
+
+
+def _dense(
+    data: Sequence[SiteData],
+    fingerprint: Fingerprint,
+    budget: Budget,
+    tokens: int,
+    rounds: Sequence[Round],
+    why: str,
+) -> Plan:
+    ms = sum(d.table.dense_ms for d in data)
+    choices = tuple(Choice((DENSE,) * d.table.heads) for d in data)
+    plan = assemble(
+        data, Solution(choices, ms, 0.0), fingerprint, budget, tokens, Limits(max_length=tokens)
+    )
+    measured = {
+        "predicted_error": 0.0,
+        "measured_error": 0.0,
+        "ms": _short(ms),
+        "dense_ms": _short(ms),
+        "note": f"dense: {why}",
+        "rounds": _rounds(rounds),
+    }
+    return plan.model_copy(update={"measured": measured})
+
+
+def _rounds(rounds: Sequence[Round]) -> list[dict[str, Any]]:
+    return [
+        {
+            "epsilon": _short(r.epsilon),
+            "sum_of_errors": _short(r.solution.error),
+            "measured_error": _short(r.measured),
+            "ms": _short(r.solution.ms),
+            "prompts": len(r.rows),
+            "held": r.held,
+        }
+        for r in rounds
+    ]
+
+
+def _tasks(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        task: {k: _short(v) if isinstance(v, float) else v for k, v in found.items()}
+        for task, found in quality.by_task(rows).items()
+    }
+
+
+def _digest(plan: Plan) -> str:
+    """Key of a plan's choices: policies, rules and side tensors."""
+    parts = [plan.model_dump_json(include={"policies", "sites", "limits"})]
+    parts += [f"{k} {v.tolist()}" for k, v in sorted(plan.tables.items())]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")

@@ -1,0 +1,174 @@
+"""What a launch costs on this device: a fitted table and its predictions.
+
+For one launch over heads h with `pairs_h` computed query-key pairs in tiles of `bq` rows,
+
+    ms = launch + row · (heads · query tiles) + pair · Σ_h pairs_h
+
+with coefficients by unit `(bq, bk)`; dense attention and whole `index()` calls are measured at a few
+lengths and interpolated on logarithmic axes. The table knows numbers only; `calibration.fit` fills it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from accelkit.kernels.index import ceil_div
+
+Points = tuple[tuple[int, float], ...]
+"""Milliseconds by length in tokens, ascending."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Coefficients of one unit: ms a launch, a row of a head, and a million pairs.
+
+    `error` is the mean relative error on points that the fit did not see.
+    """
+
+    launch: float
+    row: float
+    pair: float
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """A whole `index()` with order and merging, for all heads of a layer; `share` of it is paid
+    however few heads take part.
+    """
+
+    points: Points
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs of one device, dtype and head shape.
+
+    `dense` is the best dense path for a whole layer of `heads` heads, `ride` the same layer as
+    `ALL` rows inside a sparse launch, both in ms.
+    """
+
+    device: str
+    dtype: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dense: Points
+    ride: Points
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
+    methods: Mapping[str, MethodCost] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def dense_ms(self, tokens: int) -> float:
+        """A layer whose heads are all dense, as the unpatched model runs it."""
+        return interpolate(self.dense, tokens)
+
+    def ride_ms(self, tokens: int) -> float:
+        """One dense head in a layer that has sparse ones."""
+        return interpolate(self.ride, tokens) / self.heads
+
+    def launch_ms(self, size: tuple[int, int]) -> float:
+        """What a launch costs before any head takes part."""
+        return self._kernel(size).launch
+
+    def head_ms(self, size: tuple[int, int], tokens: int, density: float) -> float:
+        """One head of a causal prefill of `tokens` at `density` = computed ÷ visible pairs."""
+        k = self._kernel(size)
+        return k.row * ceil_div(tokens, size[0]) + k.pair * density * visible_pairs(tokens) / 1e6
+
+    def method_ms(self, kind: str, tokens: int) -> tuple[float, float]:
+        """Estimator and selector of a method: ms of the layer, and ms more for each head."""
+        cost = self.methods[kind]
+        ms = interpolate(cost.points, tokens)
+        return ms * cost.share, ms * (1 - cost.share) / self.heads
+
+    def error(self) -> float:
+        """The worst kernel's fit error on points that the fit did not see."""
+        return max((k.error for k in self.kernels.values()), default=0.0)
+
+    def _kernel(self, size: tuple[int, int]) -> Kernel:
+        known = {unit(name): k for name, k in self.kernels.items()}
+        if size in known:
+            return known[size]
+        # A unit that was not measured: the nearest one of its kind, tokens apart on a log scale.
+        alike = [s for s in known if (s[1] == 1) == (size[1] == 1)] or list(known)
+        if not alike:
+            raise KeyError(f"the cost table has no kernel for unit {size}; fit it on this device")
+        near = min(
+            alike, key=lambda s: (abs(math.log(s[0] / size[0])) + abs(math.log(s[1] / size[1])), s)
+        )
+        return known[near]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> CostTable:
+        """The table that `to_dict` wrote."""
+        fields = dict(data)
+        for name in ("dense", "ride"):
+            fields[name] = _points(fields[name])
+        fields["kernels"] = {k: Kernel(**v) for k, v in fields["kernels"].items()}
+        fields["methods"] = {
+            k: MethodCost(_points(v["points"]), v["share"]) for k, v in fields["methods"].items()
+        }
+        return CostTable(**fields)
+
+
+def visible_pairs(tokens: int) -> float:
+    """Query-key pairs of a causal prefill."""
+    return tokens * (tokens + 1) / 2
+
+
+def name(size: tuple[int, int]) -> str:
+    """Key of a unit in the table: "128x128"."""
+    return f"{size[0]}x{size[1]}"
+
+
+def unit(text: str) -> tuple[int, int]:
+    """The unit that `name` wrote."""
+    bq, _, bk = text.partition("x")
+    return int(bq), int(bk)
+
+
+def interpolate(points: Sequence[Sequence[float]], tokens: int) -> float:
+    """Milliseconds at `tokens`: straight lines between points on logarithmic axes.
+
+    Beyond the ends the nearest line goes on; a single point grows with the length.
+    """
+    if not points:
+        raise ValueError("interpolate needs at least one measured point")
+    if len(points) == 1:
+        n, ms = points[0]
+        return ms * tokens / n
+    right = next((i for i, p in enumerate(points) if p[0] >= tokens), len(points) - 1)
+    (n0, a), (n1, b) = points[max(right, 1) - 1], points[max(right, 1)]
+    slope = math.log(max(b, 1e-9) / max(a, 1e-9)) / math.log(n1 / n0)
+    return max(a, 1e-9) * (tokens / n0) ** slope
+
+
+def least_squares(features: Sequence[Sequence[float]], ms: Sequence[float]) -> list[float]:
+    """Coefficients ≥ 0 that minimise the relative error; features that would go negative drop out."""
+    import numpy as np
+
+    x = np.asarray(features, float) / np.asarray(ms, float)[:, None]
+    y = np.ones(len(ms))
+    active = list(range(x.shape[1]))
+    found = np.zeros(x.shape[1])
+    while active:
+        scale = np.abs(x[:, active]).max(0).clip(1e-30)
+        part = np.linalg.lstsq(x[:, active] / scale, y, rcond=None)[0] / scale
+        if (part >= 0).all():
+            found[active] = part
+            break
+        active.pop(int(np.argmin(part * scale)))
+    return found.tolist()
+
+
+def _points(points: Sequence[Sequence[float]]) -> Points:
+    return tuple((int(n), float(ms)) for n, ms in points)
