@@ -21,6 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", default=str(HERE / "models" / "tiny-llama"))
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
+    parser.add_argument("--budget", type=float, default=0.02)
+    parser.add_argument("--methods", nargs="+", help="default: all")
+    parser.add_argument("--preset", default="balanced", help="fast, balanced or careful")
     parser.add_argument("--out", default="runs/example")
     args = parser.parse_args()
 
@@ -31,8 +34,8 @@ def main() -> None:
     ids = torch.arange(args.lengths[-1], device=model.device)[None] % 200
     before = model(ids).logits
 
-    budget = accelkit.Budget(max_rel_error=0.02)
-    plan = accelkit.calibrate(model, tokenizer=tokenizer, budget=budget, lengths=args.lengths)
+    chosen = {"budget": args.budget, "methods": args.methods, "preset": args.preset}
+    plan = accelkit.calibrate(model, tokenizer=tokenizer, lengths=args.lengths, **chosen)
     plan.save_pretrained(args.out)
     with accelkit.patch(model, plan) as handle, handle.measuring():
         model(ids)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import accelkit
-from accelkit.calibration import bench, evaluate, report
+from accelkit.calibration import bench, evaluate, report, results
 from accelkit.calibration.opening import open_model
 
 
@@ -19,6 +19,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--budget", type=float, default=0.02)
+    parser.add_argument("--methods", nargs="+", help="some of `accelkit methods`; default: all")
+    parser.add_argument("--preset", default="balanced")
     parser.add_argument("--tasks", nargs="+", default=["needle", "multi_key", "text"])
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("runs/verify"))
@@ -26,19 +28,20 @@ def main() -> None:
 
     model, tokenizer = open_model(args.model)
     print(f"{type(model).__name__} on {model.device}, {model.dtype}")
-
-    budget = accelkit.Budget(max_rel_error=args.budget)
-    plan = accelkit.calibrate(model, tokenizer=tokenizer, budget=budget, lengths=args.lengths)
-    args.out.mkdir(parents=True, exist_ok=True)
+    chosen = {"budget": args.budget, "methods": args.methods, "preset": args.preset}
+    plan = accelkit.calibrate(model, tokenizer=tokenizer, lengths=args.lengths, **chosen)
     plan.save_pretrained(args.out)
     report.write_html(plan, args.out / "report.html", title=args.model)
+
+    if all(policy.dense for policy in plan.policies):
+        return print("dense everywhere: nothing was faster within this budget at these lengths")
 
     settings = {"names": args.tasks, "lengths": args.lengths, "samples": args.samples}
     scores = evaluate.evaluate(model, tokenizer, plan, **settings)
     speeds = bench.bench(model, plan, tokenizer, lengths=args.lengths)
     found = {
         "model": args.model,
-        "environment": bench.environment(model.device),
+        "environment": results.environment(model.device),
         "scores": [s.as_dict() for s in scores],
         "results": [m.as_dict() for m in speeds],
     }
