@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelkit.calibration.calibrate import calibrate as calibrate
-    from accelkit.patches.method import load as method
-    from accelkit.patches.method import names as methods
+    from accelkit.patches.method import load as method  # noqa: F401
+    from accelkit.patches.method import names as methods  # noqa: F401
     from accelkit.patches.patch import PatchHandle as PatchHandle
     from accelkit.patches.patch import disabled as disabled
     from accelkit.patches.patch import from_pretrained as from_pretrained

@@ -138,7 +138,7 @@ class PatchHandle:
     def skipped(self, site: str, reason: str) -> None:
         """The adapter ran `site` dense by itself."""
         self.state.count(site, reason)
-        if reason not in _EXPECTED:
+        if reason not in _EXPECTED or reason in self.phases:
             self._warn(f"attention runs dense: {reason}")
 
     def _warn(self, message: str) -> None:
@@ -261,10 +261,14 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
             f"{fingerprint.class_name}: none of its {len(heads)} attention modules sees the whole "
             "prompt (sliding windows); there is nothing to make sparse"
         )
-    phases = set.intersection(*(set(m.phases) for m in policy.methods)) if policy.methods else set()
-    if policy.methods and not phases:
+    # A method may serve phases that the model's adapter does not open; those stay dense.
+    served = set(adapter_for(model)[0].PHASES)
+    phases = served.intersection(*(m.phases for m in policy.methods))
+    if not phases:
         kinds = ", ".join(m.kind for m in policy.methods)
-        raise InvalidInputError(f"{kinds}: no phase that all of them serve")
+        raise InvalidInputError(
+            f"{kinds}: no common phase among those that can be patched here ({', '.join(served)})"
+        )
     rules = {
         site.path: LayerPlan(
             rules=tuple(Rule(phase=p, policies=(0,) * heads[site.path]) for p in sorted(phases))

@@ -76,6 +76,8 @@ class PatchState:
         methods = group.policy.methods
         if group.policy.reuse or not methods or not all(m.static for m in methods):
             return None
+        if call.key_mask is not None:
+            return None
         shape = (call.n_q, call.n_k, call.q_start, call.q.shape[0], call.q.device)
         return (group.policy_id, len(call.heads), shape)
 

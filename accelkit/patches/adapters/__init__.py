@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 class Runner(Protocol):
     """What an adapter calls at every site."""
 
-    phases: frozenset[str]
-
     def run(self, call: AttentionCall) -> Tensor | None:
         """The output `[B, Nq, Hq, Dv]` of one call; None: run what ran before, already counted."""
 
@@ -31,7 +29,9 @@ class Runner(Protocol):
 
 
 class Adapter(Protocol):
-    """The functions that an adapter module offers."""
+    """What an adapter module offers."""
+
+    PHASES: tuple[str, ...]
 
     def facts(self, model: Any) -> tuple[Fingerprint, dict[str, int]]: ...
     def sites(self, model: Any) -> tuple[Site, ...]: ...
@@ -77,8 +77,6 @@ def sites(model: Any) -> tuple[Site, ...]:
 
 
 class _Watcher:
-    phases = frozenset(("prefill", "decode", "denoise"))
-
     def __init__(self, see: Callable[[AttentionCall], Tensor | None]) -> None:
         self.see = see
 

@@ -33,6 +33,8 @@ from accelkit.patches.adapters import Runner
 from accelkit.patches.call import AttentionCall, Clock, Geometry, Site
 from accelkit.patches.plan import Component, Fingerprint
 
+PHASES = ("prefill",)
+"""Phases whose calls are opened to methods; all others run what ran before."""
 NAME = "accelkit-over-"
 ATTRIBUTE = "accelkit_site"
 VOLATILE = {
@@ -89,7 +91,7 @@ def attention_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, 
 
 
 def _slides(module: nn.Module) -> bool:
-    """Whether a layer sees a window only: by itself, by its kind, or because the whole model does."""
+    """Whether a layer sees a window only: by itself, by its kind, or as its whole model does."""
     if hasattr(module, "sliding_window"):
         return module.sliding_window is not None
     kinds = getattr(module.config, "layer_types", None)
@@ -242,8 +244,7 @@ def _forward(
         return torch.ops.accelkit.attention(query, key, value, attention_mask, scale, number), None
     if number is not None and not torch.compiler.is_compiling():
         door = _DOORS[number]
-        if reason not in door.runner.phases:
-            door.runner.skipped(door.site.path, reason or "")
+        door.runner.skipped(door.site.path, reason or "")
     attention_mask = _full_mask(module, query, key, attention_mask)
     previous = _implementation(module)
     return previous(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from accelkit import kernels
+from accelkit.patches import parts
 from accelkit.patches.method import AttentionMethod, Dial
 
 if TYPE_CHECKING:
@@ -35,13 +36,11 @@ class AnchorAttention(AttentionMethod):
     superblock_tiles: int = Field(16, ge=1)
 
     def index(self, call: AttentionCall) -> tuple[BlockIndex, BlockIndex] | None:
-        from accelkit.patches.parts import ranking
-
         block, run = self.block, self.block * self.superblock_tiles
         end = call.q_start + call.n_q
         if end <= run or call.q_start % run:
             return None  # a single superblock, or a chunk that begins inside one
-        near = ranking.own_run(call, (block, block), run)
+        near = parts.ranking.own_run(call, (block, block), run)
         near[..., 0] = True
         near = near & kernels.select.visible(call, (block, block))
         anchor = call.once(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from accelkit.patches import parts
 from accelkit.patches.method import AttentionMethod, Calibrator, Dial, Execution, Method
 
 if TYPE_CHECKING:
@@ -46,12 +47,10 @@ class BLASST(AttentionMethod):
     min_tokens: int = Field(1024, ge=0)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
-        from accelkit.patches.parts import visiting
-
         if call.n_k < self.min_tokens:
             return None
         size = (self.block, self.block)
-        return call.once(("visits", size), lambda: visiting.sink_then_newest(call, size))
+        return call.once(("visits", size), lambda: parts.visiting.sink_then_newest(call, size))
 
     def execution(self, call: AttentionCall) -> Execution | None:
         if call.n_k < self.min_tokens:
@@ -76,12 +75,10 @@ class _Fit(Calibrator):
         self.points: list[tuple[float, float]] = []  # (sparsity, scale_factor)
 
     def see(self, call: AttentionCall, out: Tensor, lse: Tensor) -> None:
-        from accelkit.patches.parts import visiting
-
         index = self.method.index(call)
         if index is None:
             return
-        gaps = visiting.peak_gaps(call, index, range(index.rows)[::-1][::8])
+        gaps = parts.visiting.peak_gaps(call, index, range(index.rows)[::-1][::8])
         visits = int((gaps == gaps).sum())
         for trial in TRIALS:
             skipped = int((gaps < log(trial)).sum()) / max(visits, 1)

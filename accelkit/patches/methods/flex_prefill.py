@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from accelkit import kernels
+from accelkit.patches import parts
 from accelkit.patches.method import AttentionMethod, Dial
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ class FlexPrefill(AttentionMethod):
     block: int = Field(128, ge=16, le=128)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
-        from accelkit.patches.parts import ranking
-
         b, size = self.block, (self.block, self.block)
         if call.n_k <= max(2 * b, self.min_budget_tokens):
             return None
@@ -52,8 +51,8 @@ class FlexPrefill(AttentionMethod):
         trusted = self._trusted(call, probe)
         columns, offsets = probe.blocks(b), probe.offset_blocks(b)
         columns[..., 0] = offsets[..., 0] = float("inf")  # the first block, the main diagonal
-        columns = ranking.best(columns, self._budget(call, probe.columns, trusted))
-        offsets = ranking.best(offsets, self._budget(call, probe.diagonals, trusted))
+        columns = parts.ranking.best(columns, self._budget(call, probe.columns, trusted))
+        offsets = parts.ranking.best(offsets, self._budget(call, probe.diagonals, trusted))
         lines = kernels.select.lines(call, columns, offsets, size)
 
         pooled = call.once(("pooled", size), lambda: kernels.scores.pooled(call, size))
@@ -64,17 +63,14 @@ class FlexPrefill(AttentionMethod):
 
     def _trusted(self, call: AttentionCall, probe: Probe) -> Tensor:
         """Whether pooled vectors predict the last rows' attention, bool `[B, H]`."""
-        from accelkit.patches.parts import ranking
-
         guess = kernels.scores.pooled_probe(call, self.block, self.block)
-        distance = ranking.divergence(kernels.select.probabilities(guess), probe.blocks(self.block))
+        share = kernels.select.probabilities(guess)
+        distance = parts.ranking.divergence(share, probe.blocks(self.block))
         return distance < call.per_head(self.divergence)
 
     def _budget(self, call: AttentionCall, mass: Tensor, trusted: Tensor) -> Tensor:
         """Blocks of lines to take, int64 `[B, H]`; query-aware heads take the least."""
-        from accelkit.patches.parts import ranking
-
         most = min(self.max_budget_tokens or call.n_k, call.n_k)
-        tokens = ranking.held_by(mass, call.per_head(self.coverage)) + 1
+        tokens = parts.ranking.held_by(mass, call.per_head(self.coverage)) + 1
         blocks = (tokens // self.block + 1).masked_fill(trusted, 0)
         return blocks.clamp(-(-self.min_budget_tokens // self.block), -(-most // self.block))

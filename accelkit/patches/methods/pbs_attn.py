@@ -37,22 +37,18 @@ class PBSAttn(AttentionMethod):
     block: int = Field(128, ge=16, le=128)
 
     def order(self, call: AttentionCall) -> Order | None:
-        from accelkit.patches.parts import ranking
-
         if self._short(call):
             return None
         probe = call.once(("probe", self.block), lambda: kernels.scores.probe(call, self.block))
         keys = parts.orders.segments(call, probe.columns, self.segment_tokens)
-        table, row = ranking.own_tables(keys)
+        table, row = parts.ranking.own_tables(keys)
         return Order(q_table=None, k_table=table, row=row)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
-        from accelkit.patches.parts import ranking
-
         if self._short(call):
             return None
         size = (self.block, self.block)
-        own = ranking.own_run(call, size, self.segment_tokens)
+        own = parts.ranking.own_run(call, size, self.segment_tokens)
         pooled = kernels.scores.pooled(call, size).masked_fill(own, -float("inf"))
         share = kernels.select.probabilities(pooled)
         mask = kernels.select.top_p(share, call.per_head(self.coverage)) | own

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from accelkit import kernels
+from accelkit.patches import parts
 from accelkit.patches.method import AttentionMethod, Calibrator, Dial, Execution, Method
 
 if TYPE_CHECKING:
@@ -43,15 +44,13 @@ class SpargeAttn(AttentionMethod):
     key_block: int = Field(64, ge=16)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
-        from accelkit.patches.parts import ranking
-
         size = (self.query_block, self.key_block)
         if call.n_k <= 4 * max(size):
             return None
         # The mean key shifts all logits of a row alike, so the softmax needs no smoothing.
         pooled = call.once(("pooled", size), lambda: kernels.scores.pooled(call, size))
         q_similar, k_similar = call.once(
-            ("alike", size), lambda: ranking.self_similarity(call, size)
+            ("alike", size), lambda: parts.ranking.self_similarity(call, size)
         )
         least = call.per_head(self.similarity)
         if not isinstance(least, float):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from accelkit import kernels
+from accelkit.patches import parts
 from accelkit.patches.method import AttentionMethod, Calibrator, Dial, Method
 
 if TYPE_CHECKING:
@@ -43,13 +44,11 @@ class VerticalSlash(AttentionMethod):
     block: int = Field(64, ge=16)
 
     def index(self, call: AttentionCall) -> tuple[BlockIndex, BlockIndex] | None:
-        from accelkit.patches.parts import ranking
-
         if call.n_k <= 8 * self.block:
             return None
         rows = self.probe_rows
         probe = call.once(("probe", rows), lambda: kernels.scores.probe(call, rows))
-        sink = ranking.first_tokens(call, self.sink_tokens)
+        sink = parts.ranking.first_tokens(call, self.sink_tokens)
         columns = probe.columns.masked_fill(sink, float("inf"))
         offsets = probe.diagonals.clone()
         offsets[..., : self.local_tokens] = float("inf")
