@@ -33,8 +33,8 @@ KERNELS = (
     "computed blocks only. Mixed: a quarter of the heads dense."
 )
 FORCED = (
-    "Time to first token with one method forced on every head (`benchmarks/prefill_8b.py`). The weights "
-    "are random: this shows what the machinery reaches at that density, and nothing about quality."
+    "Time to first token with one method forced on every head (`benchmarks/prefill_8b.py`). The "
+    "weights are random: this shows what the machinery reaches at that density, and nothing about quality."
 )
 MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
 
