@@ -34,7 +34,7 @@ KERNELS = (
 )
 FORCED = (
     "Time to first token with one method forced on every head (`benchmarks/prefill_8b.py`). The "
-    "weights are random: this shows what the machinery reaches at that density, and nothing about quality."
+    "weights are random: this shows what the machinery reaches at that density, not quality."
 )
 MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
 
