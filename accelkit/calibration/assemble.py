@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from accelkit.calibration.candidates import Family
+from accelkit.calibration.candidates import Family, stored
 from accelkit.calibration.search import DENSE, Choice, Loan, Option, Solution, Table
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.method import AttentionMethod
@@ -71,7 +71,8 @@ def site_data(
         for family in families[path]:
             sparse = screen[path]["families"][family.name]
             for at, method in enumerate(family.settings):
-                one = _join(family, method, rows, tokens, (screen_tokens, sparse, at))
+                brief = {screen_tokens: _between(family, at, sparse)}
+                one = _join(family, method, rows, tokens, brief)
                 if one is not None:
                     options.append(one)
         loans, lent = _loans(path, sites, families, rows, found, tokens)
@@ -118,7 +119,7 @@ def density_at(one: Measured, tokens: int) -> np.ndarray:
 
 
 def crossover(data: Sequence[SiteData], solution: Solution, costs: CostTable, tokens: int) -> int:
-    """The shortest length, in quarters of powers of two, from which the plan is predicted to win."""
+    """The shortest length, in quarters of powers of two, from which the plan should win."""
     least = tokens
     for n in sorted({int(256 * 2 ** (i / 4)) for i in range(64)}, reverse=True):
         if n > tokens:
@@ -238,18 +239,18 @@ def _join(
     method: AttentionMethod,
     rows: Sequence[tuple[int, Mapping[str, Any]]],
     tokens: int,
-    short: tuple[int, Mapping[str, Any], int] | None,
+    brief: Mapping[int, np.ndarray],
 ) -> Measured | None:
     """One setting over all prompts; None where a prompt found it hopeless or no long one ran it."""
-    stored = {"kind": method.kind, **method.model_dump(mode="json")}
+    name = stored(method)
     errors, recalls, shares, ms, size = [], [], {}, [], (128, 128)
     for n, row in rows:
         found = row["families"].get(family.name)
         if found is None:
             continue  # the method leaves this prompt dense
-        if stored not in found["settings"]:
+        if name not in found["settings"]:
             return None
-        at = found["settings"].index(stored)
+        at = found["settings"].index(name)
         errors.append(found["error"][at])
         recalls.append(found["recall"][at])
         shares.setdefault(n, []).append(found["density"][at])
@@ -259,10 +260,7 @@ def _join(
     if tokens not in shares:
         return None
     density = {n: np.mean(d, axis=0) for n, d in shares.items()}
-    if short is not None:
-        n, found, at = short
-        if n not in density and stored in found["settings"]:
-            density[n] = np.array(found["density"][found["settings"].index(stored)])
+    density = {**brief, **density}
     field, name = family.field, family.name
     if field is not None and per_head(method, field, "name") is None:
         # Heads with other values cannot share a policy: each setting stands alone.
@@ -308,6 +306,14 @@ def _loans(
         )  # fmt: skip
         lent.append((place, option, tuple(seen[0][1]["heads"])))
     return out, lent
+
+
+def _between(family: Family, at: int, screen: Mapping[str, Any]) -> np.ndarray:
+    """Density of a setting on the screening prompt: measured, or between its neighbours'."""
+    names = [stored(m) for m in family.settings]
+    places = [names.index(s) for s in screen["settings"]]
+    rows = np.array(screen["density"])
+    return np.array([np.interp(at, places, rows[:, h]) for h in range(rows.shape[1])])
 
 
 def _once(one: Measured, costs: CostTable, tokens: int) -> float:

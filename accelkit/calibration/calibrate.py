@@ -51,7 +51,7 @@ def calibrate(
 
     Args:
         model: a transformers causal language model in evaluation mode. It is left as it was.
-        data: what to run on; see `calibration.data.gather`. None: built-in retrieval tasks and text.
+        data: what to run on; see `calibration.data.gather`. None: built-in tasks and text.
         tokenizer: needed unless `data` holds token ids.
         budget: relative L1 error of the last hidden state at scored positions, worst task.
         lengths: prompt lengths in tokens; costs are those of the longest.
@@ -156,7 +156,7 @@ def _plan(
     able = [m for m in methods if m.kind in costs.methods]
     screen = measure.screened(run, screen_on, able)
     families = {
-        path: measure.kept(record, costs, tokens, run.preset.families)
+        path: measure.kept(record, costs, tokens, run.preset.families, run.preset.finest)
         for path, record in screen.items()
     }
     units = measure.measured(run, inputs.measure, screen, families)
@@ -176,8 +176,8 @@ def _plan(
 def dry_run(
     model: Any, *, lengths: Sequence[int] | None = None, tokenizer: Any = None, repeat: int = 2
 ) -> list[dict[str, Any]]:
-    """Attention's share of prefill at each length on this device, and how much faster prefill would be
-    if attention cost nothing. Writes nothing; random tokens stand for a prompt.
+    """Attention's share of prefill at each length on this device, and how much faster prefill
+    would be if attention cost nothing. Writes nothing; random tokens stand for a prompt.
     """
     _, bare = adapter_for(model)
     fingerprint, _ = facts(model)

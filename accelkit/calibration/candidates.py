@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,8 @@ SHARE = 8
 """One query tile in this many is looked at."""
 HOPELESS = 0.5
 """A head whose error is above this is not tried at sparser settings."""
+SMALL_JUMP = 0.35
+"""Difference of logarithms of two neighbours' errors between which no value is added."""
 ROUNDS = 8
 """Most settings of a family that are measured at a site."""
 REUSE_UNIT = 16
@@ -99,6 +102,45 @@ def thinned(family: Family, most: int) -> Family:
     return Family(family.name, tuple(family.settings[i] for i in keep), family.field)
 
 
+def finer(family: Family, error: Sequence[Sequence[float]], most: int) -> Family:
+    """The family with values between those of its dial, up to `most` settings in all, where the
+    heads' errors `[setting][head]` jump most from one value to the next.
+    """
+    if family.field is None:
+        return family
+    settings = list(family.settings)
+    level = [float(np.log(np.median(row) + 1e-4)) for row in error]
+    while len(settings) < most:
+        gaps = [abs(a - b) for a, b in pairwise(level)]
+        if not gaps or max(gaps) < SMALL_JUMP:
+            break
+        at = int(np.argmax(gaps))
+        low, high = (getattr(settings[i], family.field) for i in (at, at + 1))
+        value = between(low, high)
+        if value in (low, high):
+            level[at + 1] = level[at]  # whole numbers side by side: look elsewhere
+            continue
+        settings.insert(at + 1, settings[at].model_copy(update={family.field: value}))
+        level.insert(at + 1, (level[at] + level[at + 1]) / 2)
+    return Family(family.name, tuple(settings), family.field)
+
+
+def between(low: float, high: float) -> float:
+    """A value half-way: of the logarithms for numbers far apart, of those of the complements for
+    shares close to one.
+    """
+    a, b = sorted((low, high))
+    if isinstance(low, int) and isinstance(high, int):
+        return round((a * b) ** 0.5 if a > 0 and b > 2 * a else (a + b) / 2)
+    if a > 0 and b > 2 * a:
+        value = (a * b) ** 0.5
+    elif b < 1 and 1 - a > 2 * (1 - b):
+        value = 1 - ((1 - a) * (1 - b)) ** 0.5
+    else:
+        value = (a + b) / 2
+    return float(f"{value:.4g}")
+
+
 class Bench:
     """One site's dense call, on which candidates are measured."""
 
@@ -143,7 +185,7 @@ class Bench:
         kept = sorted(found)
         assert all(len(found[i]["error"]) == heads for i in kept)
         return {
-            "settings": [_dump(family.settings[i]) for i in kept],
+            "settings": [stored(family.settings[i]) for i in kept],
             "field": family.field,
             **{
                 k: [found[i][k] for i in kept] for k in ("error", "recall", "density", "ms", "size")
@@ -240,7 +282,8 @@ def calibrated_settings(
     return families(found)
 
 
-def _dump(method: Method) -> dict[str, Any]:
+def stored(method: Method) -> dict[str, Any]:
+    """A method as plain data, as the journal and the plan hold it."""
     return {"kind": method.kind, **method.model_dump(mode="json")}
 
 

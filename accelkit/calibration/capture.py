@@ -25,8 +25,8 @@ def capture(
     """One dense forward over the token ids `[N]` or `[B, N]`; returns the last hidden states.
 
     `see(call, dense)` gets each site's call with its dense output `[B, H, N, Dv]` and LSE
-    `[B, H, N]`; both are gone afterwards, and what it writes into the output the model goes on with. `only(site path)` says which sites to show; the others
-    run what the model always runs.
+    `[B, H, N]`; both are gone afterwards, and what it writes into the output the model goes on
+    with. `only(site path)` says which sites to show; the others run what the model always runs.
     """
 
     def visit(call: AttentionCall) -> Tensor | None:
@@ -42,7 +42,7 @@ def capture(
 
 @torch.inference_mode()
 def forward(model: Any, ids: np.ndarray) -> Tensor:
-    """Last hidden states `[B, N, C]` of token ids `[N]` or `[B, N]`: a prefill without the logits."""
+    """Last hidden states `[B, N, C]` of token ids `[N]` or `[B, N]`: a prefill without logits."""
     _, bare = adapter_for(model)
     prompt = torch.from_numpy(np.atleast_2d(ids).astype(np.int64)).to(bare.device)
     return bare.base_model(input_ids=prompt, use_cache=False).last_hidden_state

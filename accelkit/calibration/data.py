@@ -7,7 +7,7 @@ sparse attention fails first. Prompts to check on have other seeds and other fil
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ CHECK_SEED = 500_000
 
 @dataclass(frozen=True)
 class Mix:
-    """Which built-in tasks a preset uses: at the longest length, at each shorter one, and to check."""
+    """Which built-in tasks a preset uses: at the longest length, at each shorter one, to check."""
 
     longest: tuple[str, ...]
     shorter: tuple[str, ...]
@@ -43,11 +43,15 @@ MIXES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Prompts to measure on (the longest first) and to check on; `about` goes into the plan."""
+    """Prompts to measure on (the longest first) and to check on; `about` goes into the plan.
+
+    `more(task, tokens, n)` makes the n-th further prompt to check on; None for data of the user's.
+    """
 
     measure: tuple[Sample, ...]
     check: tuple[Sample, ...]
     about: str
+    more: Callable[[str, int, int], Sample] | None = None
 
     @property
     def longest(self) -> int:
@@ -144,6 +148,7 @@ def _built_in(tokenizer: Any, lengths: Sequence[int], preset: str, seed: int) ->
             made(t, n, CHECK_SEED + first + i, True, tokenizer) for i, (t, n) in enumerate(check)
         ),
         "built-in tasks: " + ", ".join(dict.fromkeys(mix.longest + mix.shorter)),
+        lambda task, tokens, n: made(task, tokens, CHECK_SEED + first + 100 + n, True, tokenizer),
     )
 
 
@@ -159,7 +164,7 @@ def made(task: str, tokens: int, seed: int, held_out: bool, tokenizer: Any) -> S
 def _need(tokenizer: Any) -> Any:
     if tokenizer is None:
         raise InvalidInputError(
-            "no tokenizer: pass tokenizer=…, or data as token ids; texts and built-in tasks need one"
+            "no tokenizer: pass tokenizer=…, or data as token ids; texts and tasks need one"
         )
     return tokenizer
 
@@ -212,7 +217,7 @@ def _token_ids(item: Any, tokenizer: Any) -> np.ndarray:
         ids = ids[0]
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise InvalidInputError(
-            f"data: token ids of shape {ids.shape} and type {ids.dtype}; expected integers [N] or [1, N]"
+            f"data: token ids of shape {ids.shape}, {ids.dtype}; expected integers [N] or [1, N]"
         )
     return ids.astype(np.int32)
 
@@ -224,8 +229,8 @@ def _windows(texts: Sequence[str], tokenizer: Any, tokens: int) -> list[np.ndarr
     encoded = [np.asarray(tokenizer.encode(t), np.int32) for t in texts]
     if sum(len(e) for e in encoded) < tasks.MIN_LENGTH:
         raise InvalidInputError(
-            f"the texts have {sum(len(e) for e in encoded)} tokens in all; calibration needs prompts "
-            f"of at least {tasks.MIN_LENGTH}"
+            f"the texts have {sum(len(e) for e in encoded)} tokens in all; calibration needs "
+            f"prompts of at least {tasks.MIN_LENGTH}"
         )
     if any(len(e) < min(tokens, 2 * tasks.MIN_LENGTH) for e in encoded):
         encoded = [np.concatenate(encoded)]

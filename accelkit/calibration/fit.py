@@ -1,7 +1,8 @@
 """Measures attention on this device and fits the cost table that search and reports predict with.
 
-Random data; medians on a GPU, the least of a few runs on a CPU, where other programs only add time. Methods that cannot win here are refused on the way, with the reason, so that no
-time is spent on them later: a prompt of a quarter of the length tells whether the whole one is worth it.
+Random data; medians on a GPU, the least of a few runs on a CPU, where other programs only add time.
+Methods that cannot win here are refused on the way, with the reason, so that no time is spent on
+them later: a prompt of a quarter of the length tells whether the whole one is worth it.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def clock(run: Callable[[], Any], times: int, device: torch.device) -> float:
 def random_call(
     shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int
 ) -> AttentionCall:
-    """A causal prefill on random data with some structure: a sink, and neighbours that are alike."""
+    """A causal prefill on random data with some structure: a sink, and neighbours alike."""
     g = torch.Generator(device=device).manual_seed(0)
 
     def draw(heads: int) -> Tensor:
@@ -180,7 +181,7 @@ def _method(
     ms: Callable[..., float],
     shape: Shape,
 ) -> tuple[MethodCost, list[tuple[int, int]]] | str:
-    """Cost of a method's estimate, order and merging, with the units it uses; or why it is refused."""
+    """Cost of a method's estimate, order and merging, and its units; or why it is refused."""
     middle = _middle(method)
     points: list[tuple[int, float]] = []
     sizes: list[tuple[int, int]] = []

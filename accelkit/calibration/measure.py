@@ -1,14 +1,14 @@
 """The measuring half of calibration: fit, screening, candidates, weights; one journal unit each.
 
-Every method meets one short prompt first; at each site a few families survive and are measured on the
-long prompts. Which families those are, and whose lists are lent to later sites, follows from stored
-units alone, so a resumed run repeats nothing and decides alike.
+Every method meets one short prompt first; at each site a few families survive and are measured on
+the long prompts. Which families those are, and whose lists are lent to later sites, follows from
+stored units alone, so a resumed run repeats nothing and decides alike.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,15 @@ import numpy as np
 import torch
 
 from accelkit.calibration import data, fit, quality
-from accelkit.calibration.candidates import Bench, Family, calibrated_settings, thinned
+from accelkit.calibration.candidates import (
+    REUSE_UNIT,
+    Bench,
+    Family,
+    calibrated_settings,
+    finer,
+    stored,
+    thinned,
+)
 from accelkit.calibration.capture import capture
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.profile import UNIT, profile
@@ -32,7 +40,7 @@ TOLERANCES = (0.02, 0.05, 0.1, 0.2)
 """Errors of a head at which families are compared after screening."""
 LENDABLE = 0.15
 """Error up to which a head's lists are worth lending."""
-PROBE_TOKENS = 1024
+PROBE_TOKENS = 512
 """Length of the prompts on which weights are measured."""
 PROBES = 2048
 """Heads that get noise of their own; models with more share probes among neighbours."""
@@ -40,21 +48,22 @@ PROBES = 2048
 
 @dataclass(frozen=True)
 class Preset:
-    """How much is measured: families kept at a site, settings of each, how far lists are lent and
-    how many rounds of the end-to-end check.
+    """How much is measured: families kept at a site, settings of each while screening and on long
+    prompts, how far lists are lent, rounds of the end-to-end check, prompts to weigh heads on.
     """
 
     families: int
     settings: int
+    finest: int
     lookback: int
     rounds: int
     weigh: tuple[str, ...]
 
 
 PRESETS = {
-    "fast": Preset(2, 4, 0, 3, ("multi_key",)),
-    "balanced": Preset(3, 5, 2, 5, ("multi_key", "text")),
-    "careful": Preset(5, 8, 4, 5, ("multi_key", "variables", "text")),
+    "fast": Preset(2, 4, 5, 0, 4, ("multi_key",)),
+    "balanced": Preset(3, 5, 7, 2, 5, ("multi_key", "text")),
+    "careful": Preset(5, 6, 8, 4, 5, ("multi_key", "variables", "text")),
 }
 
 
@@ -129,10 +138,13 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
     return {path: run.journal[key] for path, key in keys.items()}
 
 
-def kept(record: Mapping[str, Any], costs: CostTable, tokens: int, most: int) -> list[Family]:
+def kept(
+    record: Mapping[str, Any], costs: CostTable, tokens: int, most: int, finest: int
+) -> list[Family]:
     """The families of a site that are worth measuring on long prompts, the best first.
 
-    At each tolerated error in turn the family that would cost the layer least is kept.
+    At each tolerated error in turn the family that would cost the layer least is kept. Its dial
+    gets values in between, up to `finest` settings.
     """
     found = record["families"]
     rank: dict[str, list[float]] = {}
@@ -157,21 +169,21 @@ def kept(record: Mapping[str, Any], costs: CostTable, tokens: int, most: int) ->
         if not rest or len(chosen) == most:
             break
         chosen.append(min(rest, key=lambda n: (rank[n][i], n)))
-    return [_family(name, found[name]) for name in chosen]
+    return [finer(_family(n, found[n]), found[n]["error"], finest) for n in chosen]
 
 
 def lent(record: Mapping[str, Any], family: Family) -> list[tuple[int, list[int]]]:
     """Settings of a family whose lists are offered to later sites, with the heads that are good at
     them: the sparsest setting at which half of the heads stay below the lendable error.
     """
-    error = np.array(record["families"][family.name]["error"])
-    size = record["families"][family.name]["size"]
-    if size[0][1] < 16:
+    found = record["families"][family.name]
+    if found["size"][0][1] < REUSE_UNIT:
         return []
-    for at, row in enumerate(error):
-        good = [h for h, e in enumerate(row.tolist()) if e <= LENDABLE]
+    names = [stored(m) for m in family.settings]
+    for setting, row in zip(found["settings"], found["error"], strict=True):
+        good = [h for h, e in enumerate(row) if e <= LENDABLE]
         if 2 * len(good) >= len(row):
-            return [(at, good)]
+            return [(names.index(setting), good)]
     return []
 
 
@@ -222,9 +234,7 @@ def _measure(
             found = {f.name: bench.family(f, True) for f in kept_by[path]}
             return {
                 "families": {k: v for k, v in found.items() if v is not None},
-                "loans": _loans(
-                    run, bench, path, [p for p in order[max(0, at - back) : at]], lists
-                ),
+                "loans": _loans(run, bench, path, order[max(0, at - back) : at], lists),
             }
 
         run.tell(stage)
@@ -239,7 +249,8 @@ def _measure(
 
 def _offers(
     call: AttentionCall, bench: Bench, record: Mapping[str, Any], families: Sequence[Family]
-):  # type: ignore[no-untyped-def]
+) -> Iterator[tuple[Family, int, list[int], BlockIndex]]:
+    """Lists of this site that later ones may read."""
     for family in families[:1]:
         for at, good in lent(record, family):
             index = bench.lent.get(family.settings[at])
@@ -274,7 +285,9 @@ def _loans(
 
 
 def weighed(run: Run, prompts: Sequence[Sample]) -> dict[str, list[float]]:
-    """Weight of every head: the worst over the prompts. Sites that time did not allow get the median."""
+    """Weight of every head, the worst over the prompts. Sites that time did not allow get the
+    median.
+    """
     every = max(1, -(-sum(run.heads[s.path] for s in run.sites) // PROBES))
     found: dict[str, list[float]] = {}
     for site in run.sites:
@@ -302,7 +315,7 @@ def weighed(run: Run, prompts: Sequence[Sample]) -> dict[str, list[float]]:
 def _family(name: str, record: Mapping[str, Any]) -> Family:
     """A family as the journal holds it."""
     settings = []
-    for stored in record["settings"]:
-        fields = dict(stored)
+    for row in record["settings"]:
+        fields = dict(row)
         settings.append(load(fields.pop("kind")).model_validate(fields))
     return Family(name, tuple(settings), record["field"])

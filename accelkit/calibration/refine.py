@@ -1,4 +1,4 @@
-"""Search and check in turns: a plan is predicted, run on held-out prompts, and ε follows what was seen.
+"""Search and check in turns: a plan is predicted, run on held-out prompts, and ε follows.
 
 κ, the ratio of measured to predicted error, comes from earlier rounds; it says how errors of single
 heads compose in the whole model. The fastest plan that held on every prompt wins; if none held, or
@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from accelkit.calibration import quality
@@ -21,6 +22,7 @@ from accelkit.calibration.data import Inputs
 from accelkit.calibration.fit import clock
 from accelkit.calibration.measure import Run
 from accelkit.calibration.search import DENSE, Choice, Solution, search
+from accelkit.calibration.tasks import Sample
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
@@ -36,7 +38,7 @@ WIDEN = 8.0
 
 @dataclass
 class Round:
-    """One search and its check. `rows` are the prompts that were run; a failing plan stops early."""
+    """One search and its check. `rows` are the prompts that were run; a failure stops early."""
 
     epsilon: float
     solution: Solution
@@ -62,11 +64,12 @@ def refined(
     tokens, allowed = inputs.longest, budget.max_rel_error
     checker = _Checker(run, inputs)
     rounds: list[Round] = []
+    fronts: dict[str, Any] = {}
     low, high, epsilon = 0.0, float("inf"), allowed
     for turn in range(run.preset.rounds):
         if turn and run.late(0.9, f"round {turn + 1} of the end-to-end check"):
             break
-        solution = search(tables, epsilon)
+        solution = search(tables, epsilon, fronts)
         if all(c.dense for c in solution.choices):
             if low or epsilon > 100 * allowed:
                 break
@@ -116,24 +119,23 @@ class _Checker:
     """Runs plans on the prompts to check on; the dense side of each is run once."""
 
     def __init__(self, run: Run, inputs: Inputs) -> None:
-        self.run, self.samples = run, inputs.check
+        self.run, self.samples, self.more = run, inputs.check, inputs.more
         self.order = list(range(len(inputs.check)))
-        self.references: dict[int, quality.Reference] = {}
+        self.references: dict[str, quality.Reference] = {}
 
     def check(self, now: Round, allowed: float) -> None:
         """Run the prompts, the most revealing of earlier rounds first, until one fails."""
         digest = _digest(now.plan)
+        tried = 0
         for n in list(self.order):
-            self.run.tell("checking a plan")
-            row = self.run.journal.unit(f"check/{digest}/{n}", lambda n=n: self._row(now.plan, n))
-            now.rows.append({**row, "prompt": n})
-            if not quality.holds(quality.by_task([row]), allowed) and not self._averaged(n):
+            rows = self._rows(now.plan, f"check/{digest}/{n}", n)
+            now.rows += [{**row, "prompt": n} for row in rows]
+            tried += 1
+            if not quality.holds(quality.by_task(rows), allowed) and not self._averaged(n):
                 break
-        now.held = len(now.rows) == len(self.samples) and quality.holds(
-            quality.by_task(now.rows), allowed
-        )
+        now.held = tried == len(self.samples) and quality.holds(quality.by_task(now.rows), allowed)
         worst = sorted(now.rows, key=lambda r: -r["error"])
-        first = [r["prompt"] for r in worst]
+        first = list(dict.fromkeys(r["prompt"] for r in worst))
         self.order = first + [n for n in self.order if n not in first]
 
     def _averaged(self, n: int) -> bool:
@@ -141,10 +143,32 @@ class _Checker:
         mine = self.samples[n]
         return sum((s.task, len(s.ids)) == (mine.task, len(mine.ids)) for s in self.samples) > 1
 
-    def _row(self, plan: Plan, n: int) -> dict[str, Any]:
-        if n not in self.references:
-            self.references[n] = quality.reference(self.run.model, self.samples[n])
-        return quality.check(self.run.model, plan, self.references[n])
+    def _rows(self, plan: Plan, key: str, n: int) -> list[dict[str, Any]]:
+        """One prompt, and further ones of its task when a single lost answer leaves it open whether
+        more than one in a hundred are lost.
+        """
+        sample = self.samples[n]
+        rows = [self._row(plan, key, str(n), lambda: sample)]
+        while self.more is not None and self._open(rows):
+            at, task, tokens = len(rows), sample.task, len(sample.ids)
+            further = partial(self.more, task, tokens, at)
+            rows.append(self._row(plan, f"{key}+{at}", f"{task}@{tokens}+{at}", further))
+        return rows
+
+    @staticmethod
+    def _open(rows: Sequence[dict[str, Any]]) -> bool:
+        lost = sum(r["dense_right"] - r["right"] for r in rows)
+        asked = sum(r["asked"] for r in rows)
+        return lost == 1 and lost > quality.MOST_DROP * asked
+
+    def _row(self, plan: Plan, key: str, name: str, make: Callable[[], Sample]) -> dict[str, Any]:
+        def work() -> dict[str, Any]:
+            if name not in self.references:
+                self.references[name] = quality.reference(self.run.model, make())
+            return quality.check(self.run.model, plan, self.references[name])
+
+        self.run.tell("checking a plan")
+        return self.run.journal.unit(key, work)
 
     def speed(self, plan: Plan) -> dict[str, float]:
         """Milliseconds of a whole prefill, dense and patched, on the longest prompt."""

@@ -1,14 +1,15 @@
 """Chooses: least Σ ms with Σ weight · error ≤ ε.
 
-Prices first (Lagrange): at a price of an error each layer chooses by itself, from all sets of at most
-two families, the policy of every head; a layer pays the estimator of each family once. Lists may be
-lent: a dynamic programme over layers cuts them into segments, each served by its first layer, the
-anchor. The price is found by bisection; what it leaves of ε is spent greedily, head by head.
+A front holds the pairs (error, ms) that no other choice beats in both. Heads merge into the front
+of a set of families, whose estimators the layer pays once; the sets of a layer unite; layers merge
+into the model's front, on which the answer is the cheapest point within ε. Lists may be lent: a
+dynamic programme cuts the layers into single sites and into segments, each served by its first
+site, the anchor, whose own heads must then run what they lend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -17,7 +18,8 @@ import numpy as np
 DENSE = -1
 MOST_FAMILIES = 2
 """Families besides dense that a layer may use."""
-_STEPS = 60
+POINTS = 300
+"""Points that a front keeps; they lie closer together where errors are small."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a site runs: for each head an option's place, or DENSE; or, with `loan`, the lists of that
-    loan for the heads in `borrowed`, and `heads` for the others.
+    """What a site runs: for each head an option's place, or DENSE; or, with `loan`, the lists of
+    that loan for the heads in `borrowed`, and `heads` for the others.
     """
 
     heads: tuple[int, ...]
@@ -88,30 +90,24 @@ class Solution:
     error: float
 
 
-def search(tables: Sequence[Table], budget: float) -> Solution:
-    """The cheapest choice whose Σ weight · error is at most `budget`.
+def search(tables: Sequence[Table], budget: float, memo: dict | None = None) -> Solution:
+    """The cheapest choice with Σ weight · error ≤ `budget`, up to the grain of the fronts.
 
-    Sites are in running order. Exact on the convex hull; off it, greedy filling leaves a gap that is
-    small against one head's share.
+    Sites are in running order. `memo` keeps the fronts of single layers for other budgets.
     """
-    choices = [Choice((DENSE,) * t.heads) for t in tables]
-    free = _at_price(tables, 0.0)
-    if _error(tables, free) <= budget:
-        return _solution(tables, free)
-    low, high = 1e-9, 1.0
-    while _error(tables, _at_price(tables, high)) > budget and high < 1e18:
-        high *= 100.0
-    over = free
-    for _ in range(_STEPS):
-        price = (low * high) ** 0.5
-        found = _at_price(tables, price)
-        if _error(tables, found) <= budget:
-            choices, high = found, price
-        else:
-            over, low = found, price
-    best = _fill(tables, choices, over, budget)
-    dense = [Choice((DENSE,) * t.heads) for t in tables]
-    return min((_solution(tables, c) for c in (best, dense)), key=lambda s: s.ms)
+    memo = {} if memo is None else memo
+    if "layers" not in memo:
+        memo["layers"] = [_layer(t) for t in tables]
+        memo["segments"] = _segments(tables, memo["layers"])
+    whole = [_Front(np.zeros(1), np.zeros(1), lambda _: ())]
+    for end in range(1, len(tables) + 1):
+        ways = [_merge(whole[end - 1], memo["layers"][end - 1], budget)]
+        for begin, segment in memo["segments"].get(end, ()):
+            ways.append(_merge(whole[begin], segment, budget))
+        whole.append(_unite(ways, budget))
+    choices = whole[-1].made(int(whole[-1].ms.argmin()))
+    ms = sum(cost(t, c) for t, c in zip(tables, choices, strict=True))
+    return Solution(choices, ms, sum(loss(t, c) for t, c in zip(tables, choices, strict=True)))
 
 
 def cost(table: Table, choice: Choice) -> float:
@@ -142,165 +138,151 @@ def loss(table: Table, choice: Choice) -> float:
     return total
 
 
-# -- at a price -----------------------------------------------------------------------------------
+# -- fronts ---------------------------------------------------------------------------------------
 
 
-def _at_price(tables: Sequence[Table], price: float) -> list[Choice]:
-    """Every site's best choice when an error of one costs `price` ms; segments by dynamic programme."""
-    alone = [_layer(t, price) for t in tables]
-    value = [_priced(t, c, price) for t, c in zip(tables, alone, strict=True)]
-    n = len(tables)
-    best = [0.0] * (n + 1)
-    back: list[tuple[int, dict[int, Choice]]] = [(0, {})] * (n + 1)
-    segments = _segments(tables, price, alone, value)
-    for end in range(1, n + 1):
-        best[end], back[end] = best[end - 1] + value[end - 1], (end - 1, {end - 1: alone[end - 1]})
-        for begin, total, taken in segments.get(end, ()):
-            if best[begin] + total < best[end] - 1e-12:
-                best[end], back[end] = best[begin] + total, (begin, taken)
-    choices: dict[int, Choice] = {}
-    end = n
-    while end:
-        begin, taken = back[end]
-        choices |= taken
-        end = begin
-    return [choices[i] for i in range(n)]
+@dataclass(frozen=True)
+class _Front:
+    """Points by ascending error and descending ms; `made(i)` tells the choices behind point i."""
+
+    error: np.ndarray
+    ms: np.ndarray
+    made: Callable[[int], tuple]
 
 
-def _layer(table: Table, price: float, forced: Mapping[int, int] | None = None) -> Choice:
-    """The best choice of one site: each set of families in turn, each head the best of the set.
+def _pruned(error: np.ndarray, ms: np.ndarray, budget: float | None) -> np.ndarray:
+    """Places of the points that no other beats, thinned to the grain of a front.
 
-    `forced` heads must run the option given.
+    Grains are even up to `budget`; without one they are even on a logarithmic scale.
+    """
+    places = np.arange(len(error))
+    if budget is not None:
+        places = places[error <= budget]
+    if not len(places):
+        return places
+    places = places[np.lexsort((ms[places], error[places]))]
+    least = np.minimum.accumulate(ms[places])
+    better = np.concatenate([[True], least[1:] < least[:-1]])
+    places = places[better]
+    if len(places) <= POINTS:
+        return places
+    e = error[places]
+    top = max(budget if budget is not None else e[-1], 1e-30)
+    at = e / top if budget is not None else 1 + np.log10(np.maximum(e / top, 1e-5)) / 5
+    grain = np.floor(at * (POINTS - 1))
+    # The last point of a grain is its cheapest.
+    last = np.concatenate([grain[1:] != grain[:-1], [True]])
+    last[0] = True
+    return places[last]
+
+
+def _merge(a: _Front, b: _Front, budget: float | None = None) -> _Front:
+    """Every point of one with every point of the other."""
+    error = (a.error[:, None] + b.error).ravel()
+    ms = (a.ms[:, None] + b.ms).ravel()
+    keep = _pruned(error, ms, budget)
+    width = len(b.error)
+
+    def made(i: int) -> tuple:
+        return a.made(int(keep[i] // width)) + b.made(int(keep[i] % width))
+
+    return _Front(error[keep], ms[keep], made)
+
+
+def _unite(fronts: Sequence[_Front], budget: float | None = None) -> _Front:
+    """The points of several fronts."""
+    if len(fronts) == 1:
+        return fronts[0]
+    error, ms = np.concatenate([f.error for f in fronts]), np.concatenate([f.ms for f in fronts])
+    keep = _pruned(error, ms, budget)
+    ends = np.cumsum([len(f.error) for f in fronts])
+
+    def made(i: int) -> tuple:
+        which = int(np.searchsorted(ends, keep[i], side="right"))
+        return fronts[which].made(int(keep[i] - ends[which] + len(fronts[which].error)))
+
+    return _Front(error[keep], ms[keep], made)
+
+
+def _layer(
+    table: Table, forced: Mapping[int, int] | None = None, loan: int | None = None
+) -> _Front:
+    """The front of one site. `forced` heads must run the option given; with `loan` every head may
+    read that loan's lists, and some head does.
     """
     forced = forced or {}
-    best, least = None, np.inf
-    if not forced:
-        best, least = Choice((DENSE,) * table.heads), table.dense_ms
-    if not table.options:
-        return best or Choice((DENSE,) * table.heads)
-    names = sorted({o.family for o in table.options})
     needed = {table.options[o].family for o in forced.values()}
-    priced = np.stack([o.ms + price * table.weight * o.error for o in table.options])
-    rest = np.full((1, table.heads), table.ride_ms)
-    for count in range(1, MOST_FAMILIES + 1):
+    names = sorted({o.family for o in table.options})
+    most = MOST_FAMILIES - (loan is not None)
+    ways = []
+    if not forced and loan is None:
+        still = (Choice((DENSE,) * table.heads),)
+        ways.append(_Front(np.zeros(1), np.array([table.dense_ms]), lambda _: still))
+    for count in range(0 if loan is not None else 1, most + 1):
         for some in combinations(names, count):
-            if not needed <= set(some):
-                continue
-            at = [i for i, o in enumerate(table.options) if o.family in some]
-            columns = np.concatenate([priced[at], rest])
-            pick = columns.argmin(0)
-            total = columns.min(0)
-            for h, o in forced.items():
-                pick[h], total[h] = at.index(o), priced[o][h]
-            heads = tuple(at[p] if p < len(at) else DENSE for p in pick.tolist())
-            used = {table.options[i].family for i in heads if i != DENSE}
-            whole = float(total.sum()) + sum(table.fixed.get(f, 0.0) for f in used)
-            if used and whole < least:
-                best, least = Choice(heads), whole
-    assert best is not None
-    return best
+            if needed <= set(some):
+                ways.append(_set(table, some, forced, loan))
+    return _unite(ways)
+
+
+def _set(table: Table, some: Sequence[str], forced: Mapping[int, int], loan: int | None) -> _Front:
+    """The front of a site whose heads choose among some families, dense and a loan."""
+    at = [i for i, o in enumerate(table.options) if o.family in some]
+    front = _Front(
+        np.zeros(1), np.array([sum(table.fixed.get(f, 0.0) for f in some)]), lambda _: ()
+    )
+    for h in range(table.heads):
+        mine = [forced[h]] if h in forced else [DENSE, *at]
+        error = [0.0 if o == DENSE else table.weight[h] * table.options[o].error[h] for o in mine]
+        ms = [table.ride_ms if o == DENSE else table.options[o].ms[h] for o in mine]
+        picks = [(o, False) for o in mine]
+        if loan is not None:
+            error.append(table.weight[h] * table.loans[loan].error[h])
+            ms.append(table.loans[loan].ms[h])
+            picks.append((DENSE, True))
+        e, m = np.array(error, float), np.array(ms, float)
+        keep = _pruned(e, m, None)
+        made = _pick([picks[k] for k in keep])
+        front = _merge(front, _Front(e[keep], m[keep], made))
+
+    def choice(i: int) -> tuple[Choice]:
+        picked = front.made(i)
+        heads = tuple(o for o, _ in picked)
+        borrowed = tuple(b for _, b in picked)
+        return (Choice(heads, loan, borrowed) if any(borrowed) else Choice(heads),)
+
+    return _Front(front.error, front.ms, choice)
+
+
+def _pick(picks: Sequence[tuple[int, bool]]) -> Callable[[int], tuple]:
+    return lambda i: (picks[i],)
 
 
 def _segments(
-    tables: Sequence[Table], price: float, alone: Sequence[Choice], value: Sequence[float]
-) -> dict[int, list[tuple[int, float, dict[int, Choice]]]]:
-    """Every worthwhile segment by its end: first site, priced cost, choices.
-
-    Within a segment a site borrows from the anchor when that is cheaper than standing alone.
+    tables: Sequence[Table], layers: Sequence[_Front]
+) -> dict[int, list[tuple[int, _Front]]]:
+    """Fronts of all segments by their end: the anchor with what it lends, then sites that borrow
+    from it or stand alone. The anchor's heads that any of them may read run what is lent.
     """
-    found: dict[int, list[tuple[int, float, dict[int, Choice]]]] = {}
+    found: dict[int, list[tuple[int, _Front]]] = {}
     lent = sorted({(loan.anchor, loan.option) for t in tables for loan in t.loans})
     for anchor, option in lent:
         forced: dict[int, int] = {}
-        taken: dict[int, Choice] = {}
-        saved = 0.0
+        rest: _Front | None = None
         for i in range(anchor + 1, len(tables)):
-            mine = _borrowing(tables[i], price, anchor, option)
-            taken[i] = alone[i]
-            if mine is not None:
-                choice, total = mine
-                needs = {
-                    tables[i].loans[choice.loan].heads[h]  # type: ignore[index]
-                    for h, b in enumerate(choice.borrowed)
-                    if b
-                }
-                grown = forced | dict.fromkeys(needs, option)
-                first = _layer(tables[anchor], price, grown)
-                extra = _priced(tables[anchor], first, price) - value[anchor]
-                gain = value[i] - total
-                if gain > 0:
-                    taken[i], forced, saved = choice, grown, saved + gain
-                    whole = sum(value[anchor : i + 1]) + extra - saved
-                    found.setdefault(i + 1, []).append((anchor, whole, {**taken, anchor: first}))
+            at = next(
+                (
+                    n
+                    for n, x in enumerate(tables[i].loans)
+                    if (x.anchor, x.option) == (anchor, option)
+                ),
+                None,
+            )
+            if at is None:
+                break
+            forced |= dict.fromkeys(tables[i].loans[at].heads, option)
+            here = _unite([_layer(tables[i], loan=at), layers[i]])
+            rest = here if rest is None else _merge(rest, here)
+            first = _layer(tables[anchor], forced)
+            found.setdefault(i + 1, []).append((anchor, _merge(first, rest)))
     return found
-
-
-def _borrowing(table: Table, price: float, anchor: int, option: int) -> tuple[Choice, float] | None:
-    """The best choice of a site that reads the anchor's lists, and its priced cost."""
-    for at, loan in enumerate(table.loans):
-        if (loan.anchor, loan.option) != (anchor, option):
-            continue
-        priced = loan.ms + price * table.weight * loan.error
-        borrowed = priced < table.ride_ms
-        if borrowed.any():
-            choice = Choice((DENSE,) * table.heads, at, tuple(borrowed.tolist()))
-            return choice, float(np.where(borrowed, priced, table.ride_ms).sum())
-    return None
-
-
-def _priced(table: Table, choice: Choice, price: float) -> float:
-    return cost(table, choice) + price * loss(table, choice)
-
-
-# -- what the price leaves ------------------------------------------------------------------------
-
-
-def _fill(
-    tables: Sequence[Table], choices: Sequence[Choice], over: Sequence[Choice], budget: float
-) -> list[Choice]:
-    """Spend what is left of the budget: whole sites as `over` would have them, then single heads.
-
-    Sites that lend or borrow stay as they are.
-    """
-    now = list(choices)
-    bound = _bound(tables, now) | _bound(tables, over)
-    left = budget - _error(tables, now)
-    while True:
-        moves = []
-        for i, table in enumerate(tables):
-            if i in bound:
-                continue
-            here, spent = cost(table, now[i]), loss(table, now[i])
-            for choice in (over[i], *_neighbours(table, now[i])):
-                gain, more = here - cost(table, choice), loss(table, choice) - spent
-                if gain > 1e-9 and more <= left:
-                    moves.append((gain / max(more, 1e-12), gain, i, choice, more))
-        if not moves:
-            return now
-        _, _, i, choice, more = max(moves, key=lambda m: (m[0], m[1], -m[2]))
-        now[i], left = choice, left - more
-
-
-def _neighbours(table: Table, choice: Choice) -> list[Choice]:
-    """Choices that differ in one head and stay within the families already paid for."""
-    used = {table.options[o].family for o in choice.heads if o != DENSE}
-    out = []
-    for h, now in enumerate(choice.heads):
-        for o, option in enumerate(table.options):
-            if o != now and (option.family in used or not used):
-                out.append(Choice((*choice.heads[:h], o, *choice.heads[h + 1 :])))
-    return out
-
-
-def _bound(tables: Sequence[Table], choices: Sequence[Choice]) -> set[int]:
-    borrowing = {i for i, c in enumerate(choices) if c.loan is not None}
-    return borrowing | {tables[i].loans[choices[i].loan].anchor for i in borrowing}  # type: ignore[index]
-
-
-def _error(tables: Sequence[Table], choices: Sequence[Choice]) -> float:
-    return sum(loss(t, c) for t, c in zip(tables, choices, strict=True))
-
-
-def _solution(tables: Sequence[Table], choices: Sequence[Choice]) -> Solution:
-    ms = sum(cost(t, c) for t, c in zip(tables, choices, strict=True))
-    return Solution(tuple(choices), ms, _error(tables, choices))

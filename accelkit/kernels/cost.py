@@ -4,8 +4,9 @@ For one launch over heads h with `pairs_h` computed query-key pairs in tiles of 
 
     ms = launch + row · (heads · query tiles) + pair · Σ_h pairs_h
 
-with coefficients by unit `(bq, bk)`; dense attention and whole `index()` calls are measured at a few
-lengths and interpolated on logarithmic axes. The table knows numbers only; `calibration.fit` fills it.
+with coefficients by unit `(bq, bk)`; dense attention and whole `index()` calls are measured at a
+few lengths and interpolated on logarithmic axes. The table knows numbers only; `calibration.fit`
+fills it.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def interpolate(points: Sequence[Sequence[float]], tokens: int) -> float:
 
 
 def least_squares(features: Sequence[Sequence[float]], ms: Sequence[float]) -> list[float]:
-    """Coefficients ≥ 0 that minimise the relative error; features that would go negative drop out."""
+    """Coefficients ≥ 0 of least relative error; features that would go negative drop out."""
     import numpy as np
 
     x = np.asarray(features, float) / np.asarray(ms, float)[:, None]

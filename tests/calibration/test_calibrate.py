@@ -1,0 +1,224 @@
+"""The whole flow on a tiny model with planted patterns: heads that look at their neighbourhood
+only, and one that looks everywhere. Costs are given, so that timings do not decide.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_cases import byte_tokenizer, probe_methods, tiny_model
+
+from accelkit.calibration import calibrate as flow
+from accelkit.calibration import fit, refine
+from accelkit.errors import InvalidInputError, UnknownMethodError
+from accelkit.kernels.cost import CostTable, Kernel, MethodCost
+from accelkit.patches.patch import patch
+from accelkit.patches.plan import Plan
+
+LENGTH = 1024
+DIFFUSE = 3
+"""The head of every layer that looks everywhere."""
+
+
+@pytest.fixture(autouse=True)
+def _probes():
+    with probe_methods():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _costs(monkeypatch):
+    """A device on which skipping pays and choosing is nearly free."""
+    table = CostTable(
+        "toy", "float32", 4, 2, 16, ((256, 1.0), (1024, 16.0)), ((256, 1.0), (1024, 16.0)),
+        {"64x64": Kernel(0.01, 0.001, 7.0), "128x128": Kernel(0.01, 0.001, 7.0)},
+        {"probe_window": MethodCost(((256, 0.01), (1024, 0.04)))},
+    )  # fmt: skip
+    monkeypatch.setattr(fit, "fit", lambda *a, **k: table)
+    speed = {"dense_ms": 2.0, "ms": 1.0, "tokens": LENGTH}
+    monkeypatch.setattr(refine._Checker, "speed", lambda self, plan: speed)
+
+
+def planted(diffuse: int | slice = DIFFUSE):
+    """Constant queries and keys: rotary positions alone make the logits, highest at distance 0."""
+    model = tiny_model(attention_bias=True)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for part in (attention.q_proj, attention.k_proj):
+            torch.nn.init.zeros_(part.weight)
+            torch.nn.init.zeros_(part.bias)
+            part.bias.data.view(-1, 16)[:, :8] = 8.0
+        attention.q_proj.bias.data.view(-1, 16)[diffuse] = 0.0
+        # Averages over many tokens are small; the model shall need them all the same.
+        attention.v_proj.weight.data *= 20.0
+        attention.o_proj.weight.data[:, DIFFUSE * 16 :] *= 20.0
+    return model
+
+
+def prompts(count: int = 4, length: int = LENGTH) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 256, (length,), generator=g) for _ in range(count)]
+
+
+def run(model, **changes) -> Plan:
+    options = {
+        "budget": 0.05, "lengths": [LENGTH], "methods": ["probe_window"], "preset": "fast",
+        "progress": False,
+    }  # fmt: skip
+    return flow.calibrate(model, prompts(), **{**options, **changes})
+
+
+def test_planted_patterns_are_found() -> None:
+    model = planted()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = run(model)
+    assert len(plan.sites) == 2
+    for layer in plan.sites.values():
+        (rule,) = layer.rules
+        sparse = [not plan.policies[row].dense for row in rule.policies]
+        assert sparse == [True, True, True, False]
+        seen = layer.evidence["prefill"]
+        assert max(seen.error[:DIFFUSE]) < 0.02
+        assert max(seen.density[:DIFFUSE]) < 0.5
+        assert min(seen.recall[:DIFFUSE]) > 0.95
+        assert seen.ms < seen.dense_ms
+    assert plan.measured["measured_error"] <= 0.05
+    assert plan.limits.max_length == LENGTH
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with patch(model, plan) as handle, torch.no_grad():
+        model(prompts(1)[0][None])
+        assert handle.report().sparse_calls == 2
+
+
+def test_a_small_budget_stays_dense() -> None:
+    plan = run(planted(slice(None)), budget=1e-5)
+    assert all(not layer.rules for layer in plan.sites.values())
+    assert plan.measured["note"].startswith("dense")
+    assert not plan.check(planted())
+
+
+def test_the_same_journal_gives_the_same_plan(tmp_path) -> None:
+    model, path = planted(), tmp_path / "journal.jsonl"
+    first = run(model, journal=path)
+    again = run(model, journal=path, resume=True)
+    assert again.to_json() == first.to_json()
+    assert set(again.tables) == set(first.tables)
+
+
+def test_killed_and_resumed(tmp_path) -> None:
+    model, path = planted(), tmp_path / "journal.jsonl"
+    first = run(model, journal=path)
+    lines = path.read_text().splitlines(keepends=True)
+    keep = len(lines) * 6 // 10
+    path.write_text("".join(lines[:keep]) + lines[keep][: len(lines[keep]) // 2])
+    again = run(model, journal=path, resume=True)
+    repeated = path.read_text().splitlines(keepends=True)
+    # What was finished is kept as it was; only the rest was done again.
+    assert repeated[:keep] == lines[:keep]
+    assert len(repeated) == len(lines)
+    a, b = json.loads(first.to_json()), json.loads(again.to_json())
+    for key in ("policies", "sites", "limits", "budget", "fingerprint"):
+        assert a[key] == b[key]
+    assert a["measured"]["rounds"] == b["measured"]["rounds"]
+    assert all(torch.equal(first.tables[k], again.tables[k]) for k in first.tables)
+
+
+def test_interrupted_by_hand(tmp_path, monkeypatch) -> None:
+    model, path = planted(), tmp_path / "journal.jsonl"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(flow.measure.quality, "site_weights", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, journal=path)
+    assert "measure/" in path.read_text()
+    assert run(model, journal=path, resume=True).measured["measured_error"] <= 0.05
+
+
+def test_anothers_journal_is_refused(tmp_path) -> None:
+    path = tmp_path / "journal.jsonl"
+    run(planted(), journal=path)
+    with pytest.raises(InvalidInputError, match="belongs to another"):
+        run(planted(), journal=path, resume=True, seed=1)
+    other = planted()
+    other.lm_head.weight.data += 1.0
+    with pytest.raises(InvalidInputError, match="weights"):
+        run(other, journal=path, resume=True)
+
+
+def test_time_is_up() -> None:
+    plan = run(planted(), time_limit=1e-6)
+    assert plan.calibration["skipped"]
+    assert not plan.check(planted())
+
+
+def test_two_seeds_alike() -> None:
+    assert run(planted()).sites == run(planted()).sites
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budget": 0.0}, "budget"),
+        ({"budget": 1.5}, "budget"),
+        ({"budget": "much"}, "budget"),
+        ({"lengths": [100_000]}, "positions"),
+        ({"lengths": [10]}, "lengths"),
+        ({"lengths": []}, "lengths"),
+        ({"preset": "best"}, "preset"),
+        ({"methods": []}, "methods"),
+        ({"time_limit": 0}, "time_limit"),
+    ],
+)
+def test_bad_arguments(changes: dict, words: str) -> None:
+    with pytest.raises(InvalidInputError, match=words):
+        run(tiny_model(), **changes)
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(UnknownMethodError, match="nonsense"):
+        run(tiny_model(), methods=["nonsense"])
+
+
+def test_no_tokenizer() -> None:
+    with pytest.raises(InvalidInputError, match="tokenizer"):
+        flow.calibrate(tiny_model(), lengths=[LENGTH])
+
+
+def test_a_patched_model_is_refused() -> None:
+    model = planted()
+    plan = run(model)
+    with patch(model, plan), pytest.raises(InvalidInputError, match="patched"):
+        run(model)
+
+
+def test_built_in_prompts() -> None:
+    plan = flow.calibrate(
+        planted(), tokenizer=byte_tokenizer(), lengths=[512, LENGTH], methods=["probe_window"],
+        preset="fast", progress=False,
+    )  # fmt: skip
+    assert plan.calibration["data"].startswith("built-in")
+    assert plan.calibration["lengths"] == [512, LENGTH]
+    assert plan.limits.min_length <= LENGTH
+
+
+def test_dry_run_bounds_the_gain(monkeypatch) -> None:
+    rows = flow.dry_run(tiny_model(), lengths=[512, 1024], repeat=1)
+    assert [r["tokens"] for r in rows] == [512, 1024]
+    for row in rows:
+        assert 0 < row["attention_share"] <= 1
+        assert row["most_speedup"] >= 1
+
+
+def test_refused_methods_are_named(monkeypatch) -> None:
+    table = fit.fit()
+    refused = replace(table, methods={}, refused={"probe_window": "too slow here"})
+    monkeypatch.setattr(fit, "fit", lambda *a, **k: refused)
+    plan = run(planted())
+    assert plan.calibration["refused"] == {"probe_window": "too slow here"}
+    assert all(not layer.rules for layer in plan.sites.values())

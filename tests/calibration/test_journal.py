@@ -1,0 +1,85 @@
+"""The journal: units are done once, a killed run is taken up, another run's journal is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from accelkit.calibration.journal import Journal
+from accelkit.errors import InvalidInputError
+
+HEADER = {"model": "a", "seed": 0}
+
+
+def test_units_are_done_once(tmp_path) -> None:
+    path = tmp_path / "journal.jsonl"
+    done: list[int] = []
+
+    def work() -> dict:
+        done.append(1)
+        return {"x": (0.1, 2), "n": float(1 / 3)}
+
+    book = Journal(path, HEADER, resume=False)
+    first = book.unit("u", work)
+    assert first == {"x": [0.1, 2], "n": 1 / 3}
+    assert book.unit("u", work) == first
+    book.close()
+    again = Journal(path, HEADER, resume=True)
+    assert again.unit("u", work) == first
+    assert done == [1]
+    assert again.seconds("u") == book.seconds("u")
+
+
+def test_every_unit_is_on_disk_when_it_is_done(tmp_path) -> None:
+    path = tmp_path / "journal.jsonl"
+    book = Journal(path, HEADER, resume=False)
+    book.unit("u", lambda: 1)
+    lines = path.read_text().splitlines()
+    assert len(lines) == 2
+    assert json.loads(lines[1])["unit"] == "u"
+
+
+def test_half_a_line_is_dropped(tmp_path) -> None:
+    path = tmp_path / "journal.jsonl"
+    book = Journal(path, HEADER, resume=False)
+    book.unit("a", lambda: 1)
+    book.unit("b", lambda: 2)
+    book.close()
+    text = path.read_text()
+    path.write_text(text[:-7])
+    again = Journal(path, HEADER, resume=True)
+    assert "a" in again
+    assert "b" not in again
+    again.unit("b", lambda: 3)
+    again.close()
+    assert Journal(path, HEADER, resume=True)["b"] == 3
+
+
+def test_another_run_is_refused(tmp_path) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal(path, HEADER, resume=False).close()
+    with pytest.raises(InvalidInputError, match="seed: 0 there, 1 now"):
+        Journal(path, {**HEADER, "seed": 1}, resume=True)
+    Journal(path, {**HEADER, "seed": 1}, resume=False).close()
+
+
+@pytest.mark.parametrize(
+    "text", ["hello\n", '{"a": 1}\n', '{"journal": 1, "model": "a", "seed": 0}\nx\ny\n']
+)
+def test_no_journal(tmp_path, text: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text(text)
+    with pytest.raises(InvalidInputError, match="journal"):
+        Journal(path, HEADER, resume=True)
+
+
+def test_cannot_be_written(tmp_path) -> None:
+    with pytest.raises(InvalidInputError, match="cannot be read or written"):
+        Journal(tmp_path, HEADER, resume=False)
+
+
+def test_in_memory() -> None:
+    book = Journal(None, HEADER, resume=False)
+    assert book.unit("u", lambda: [1]) == [1]
+    assert "u" in book

@@ -1,0 +1,101 @@
+"""The end-to-end check on tiny models: zero for dense, errors by task, weights by noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_cases import byte_tokenizer, probe_methods, tiny_model
+
+from accelkit.calibration import quality, tasks
+from accelkit.calibration.capture import capture
+from accelkit.patches import method
+from accelkit.patches.patch import plan_of
+
+
+@pytest.fixture(autouse=True)
+def _probes():
+    with probe_methods():
+        yield
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return tasks.make("needle", 512, 3, tokenizer=byte_tokenizer())
+
+
+def test_a_plan_that_sees_everything_has_no_error(sample) -> None:
+    model = tiny_model()
+    dense = quality.reference(model, sample)
+    everything = plan_of(model, method.load("probe_window")(blocks=8))
+    row = quality.check(model, everything, dense)
+    assert row["error"] < 1e-5
+    assert abs(row["kl"]) < 1e-6
+    assert row["right"] == row["dense_right"]
+    assert row["asked"] == len(sample.answers)
+
+
+def test_a_narrow_window_has_one(sample) -> None:
+    model = tiny_model()
+    dense = quality.reference(model, sample)
+    narrow = quality.check(model, plan_of(model, method.load("probe_window")(blocks=1)), dense)
+    wide = quality.check(model, plan_of(model, method.load("probe_window")(blocks=6)), dense)
+    assert narrow["error"] > wide["error"] > 0
+    assert not hasattr(model.model.layers[0].self_attn, "accelkit_site")
+
+
+def test_worst_task_decides() -> None:
+    row = {"tokens": 512, "kl": 0.0, "right": 0, "dense_right": 0, "asked": 0}
+    good, bad = {"task": "a", "error": 0.01, **row}, {"task": "b", "error": 0.03, **row}
+    assert quality.holds(quality.by_task([good]), 0.02)
+    assert not quality.holds(quality.by_task([good, bad]), 0.02)
+    # A task's prompts are averaged.
+    assert quality.holds(quality.by_task([good, {**bad, "task": "a"}]), 0.0201)
+
+
+def test_lost_answers_count() -> None:
+    row = {"task": "a", "tokens": 512, "kl": 0.0, "error": 0.0, "asked": 100, "dense_right": 100}
+    assert quality.holds(quality.by_task([{**row, "right": 99}]), 0.02)
+    assert not quality.holds(quality.by_task([{**row, "right": 98}]), 0.02)
+
+
+def test_right_answers_are_those_of_the_logits(sample) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(sample.ids.astype(np.int64))[None]).logits[0]
+    right = tasks.count_right(sample, logits.argmax(-1).numpy())
+    assert quality.score_answers(model, [sample]) == [right]
+
+
+def test_weights_follow_what_a_head_does(sample) -> None:
+    model = tiny_model()
+    site = "model.layers.0.self_attn"
+    attention = model.model.layers[0].self_attn
+    attention.o_proj.weight.data[:, :16] = 0.0  # nobody listens to head 0
+    attention.o_proj.weight.data[:, 16:32] *= 30.0
+    rows = np.arange(100, 200)
+    found = quality.site_weights(model, sample.ids[:256], rows, site, [[0], [1], [2], [3]])
+    assert found[0] < 1e-4
+    assert found[1] > 5 * found[2] > 0
+    again = quality.site_weights(model, sample.ids[:256], rows, site, [[0], [1], [2], [3]])
+    assert again == found
+    grouped = quality.site_weights(model, sample.ids[:256], rows, site, [[0, 1], [2, 3]])
+    assert grouped[0] == pytest.approx(found[1] / 2**0.5, rel=0.05)
+
+
+def test_capture_shows_dense_attention(sample) -> None:
+    model, seen = tiny_model(), []
+
+    def see(call, dense) -> None:
+        k = call.k[:, call.kv_of_head]
+        s = (call.q @ k.mT * call.scale).masked_fill(
+            torch.ones(512, 512).triu(1).bool(), -torch.inf
+        )
+        assert torch.allclose(s.logsumexp(-1), dense.lse, atol=1e-4)
+        seen.append(call.site.path)
+
+    states = capture(model, sample.ids, see)
+    with torch.no_grad():
+        ids = torch.from_numpy(sample.ids.astype(np.int64))[None]
+        assert torch.allclose(states, model.model(ids).last_hidden_state, atol=1e-4)
+    assert seen == ["model.layers.0.self_attn", "model.layers.1.self_attn"]

@@ -1,0 +1,148 @@
+"""Search against brute force on tables small enough to try everything."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from accelkit.calibration.search import DENSE, Choice, Loan, Option, Table, cost, loss, search
+
+
+def random_table(rng: np.random.Generator, heads: int = 2, families: int = 2) -> Table:
+    options = []
+    for f in range(families):
+        error = np.sort(rng.uniform(0.01, 0.4, (2, heads)), 0)[::-1]
+        ms = np.sort(rng.uniform(0.2, 3.0, (2, heads)), 0)
+        options += [Option(f"f{f}", s, error[s], ms[s]) for s in range(2)]
+    fixed = {f"f{f}": float(rng.uniform(0.0, 1.0)) for f in range(families)}
+    weight = rng.uniform(0.1, 1.0, heads)
+    return Table("site", weight, 4.0 * heads, 4.2, tuple(options), fixed)
+
+
+def every_choice(table: Table) -> list[Choice]:
+    rows = range(DENSE, len(table.options))
+    found = [Choice(h) for h in product(rows, repeat=table.heads)]
+    for at, _ in enumerate(table.loans):
+        for some in product((False, True), repeat=table.heads):
+            if any(some):
+                found.append(Choice((DENSE,) * table.heads, at, some))
+    return found
+
+
+def optimum(tables: list[Table], budget: float) -> float:
+    """Least cost by trying everything, lists only borrowed from anchors that run them."""
+    best = np.inf
+    priced = [[(c, cost(t, c), loss(t, c)) for c in every_choice(t)] for t in tables]
+    for combination in product(*priced):
+        if sum(x[2] for x in combination) > budget:
+            continue
+        if lawful(tables, [x[0] for x in combination]):
+            best = min(best, sum(x[1] for x in combination))
+    return best
+
+
+def lawful(tables: list[Table], choices: list[Choice]) -> bool:
+    for table, choice in zip(tables, choices, strict=True):
+        if choice.loan is None:
+            continue
+        loan = table.loans[choice.loan]
+        # What may be lent is run, whichever heads then read it.
+        if any(choices[loan.anchor].heads[h] != loan.option for h in loan.heads):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_close_to_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tables = [random_table(rng) for _ in range(3)]
+    for budget in (0.05, 0.2, 0.6):
+        found = search(tables, budget)
+        assert found.error <= budget
+        best = optimum(tables, budget)
+        whole = sum(t.dense_ms for t in tables)
+        # What the grain of the fronts may miss, as a share of what can be gained at all.
+        assert found.ms - best <= 0.02 * (whole - best) + 1e-9
+        assert found.ms == pytest.approx(sum(map(cost, tables, found.choices)))
+        assert found.error == pytest.approx(sum(map(loss, tables, found.choices)))
+
+
+def test_known_optimum() -> None:
+    """Two heads, one fragile: only the other may be sparse within the budget."""
+    option = Option("a", 0, np.array([0.1, 0.1]), np.array([1.0, 1.0]))
+    table = Table("s", np.array([1.0, 0.1]), 8.0, 4.0, (option,), {"a": 0.5})
+    assert search([table], 0.02).choices[0].heads == (DENSE, 0)
+    assert search([table], 0.2).choices[0].heads == (0, 0)
+    assert search([table], 0.001).choices[0].dense
+
+
+def test_dense_wins_where_the_estimate_is_dear() -> None:
+    option = Option("a", 0, np.zeros(2), np.array([1.0, 1.0]))
+    table = Table("s", np.ones(2), 8.0, 4.0, (option,), {"a": 7.0})
+    assert search([table], 1.0).choices[0].dense
+
+
+def test_an_estimate_is_paid_once() -> None:
+    """Two families would each be best for one head; together their estimates cost too much."""
+    a = Option("a", 0, np.zeros(2), np.array([1.0, 2.0]))
+    b = Option("b", 0, np.zeros(2), np.array([2.0, 1.0]))
+    table = Table("s", np.ones(2), 20.0, 10.0, (a, b), {"a": 3.0, "b": 3.0})
+    found = search([table], 1.0)
+    assert found.ms == pytest.approx(6.0)
+    assert len(set(found.choices[0].heads)) == 1
+
+
+def lending(rng: np.random.Generator, sites: int) -> list[Table]:
+    tables: list[Table] = []
+    for i in range(sites):
+        base = random_table(rng, families=1)
+        loans = tuple(
+            Loan(
+                anchor,
+                option,
+                tuple(rng.integers(0, 2, 2).tolist()),
+                rng.uniform(0.01, 0.3, 2),
+                rng.uniform(0.2, 1.5, 2),
+            )
+            for anchor in range(max(0, i - 2), i)
+            for option in (0, 1)
+        )
+        tables.append(
+            Table(
+                f"s{i}", base.weight, base.dense_ms, base.ride_ms, base.options, {"f0": 2.5}, loans
+            )
+        )
+    return tables
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_anchors_close_to_brute_force(seed: int) -> None:
+    tables = lending(np.random.default_rng(seed), 3)
+    for budget in (0.3, 1.0, 10.0):
+        found = search(tables, budget)
+        assert found.error <= budget
+        assert lawful(tables, list(found.choices))
+        best = optimum(tables, budget)
+        whole = sum(t.dense_ms for t in tables)
+        assert found.ms - best <= 0.1 * (whole - best) + 1e-9
+
+
+def test_anchor_segment_of_known_optimum() -> None:
+    """One dear estimate serves three layers."""
+    option = Option("a", 0, np.full(1, 0.01), np.ones(1))
+
+    def layer(i: int) -> Table:
+        loans = (Loan(0, 0, (0,), np.full(1, 0.01), np.ones(1)),) if i else ()
+        return Table(f"s{i}", np.ones(1), 6.0, 6.0, (option,), {"a": 4.0}, loans)
+
+    found = search([layer(0), layer(1), layer(2)], 1.0)
+    assert [c.loan for c in found.choices] == [None, 0, 0]
+    assert found.choices[0].heads == (0,)
+    assert found.ms == pytest.approx(5.0 + 1.0 + 1.0)
+
+
+def test_nothing_to_choose_from() -> None:
+    table = Table("s", np.ones(2), 8.0, 4.0)
+    assert search([table], 0.5).choices[0].dense
