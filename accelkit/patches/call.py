@@ -81,7 +81,7 @@ class AttentionCall(Inputs):
         if tuple(heads) == self.heads:
             return self
         at = [self.heads.index(h) for h in heads]
-        narrowed = {
+        narrowed: dict[str, Any] = {
             name: value if value is None or value.shape[1] == 1 else value[:, at]
             for name, value in (("q_pos", self.q_pos), ("k_pos", self.k_pos))
         }

@@ -173,7 +173,7 @@ def test_heads_of_a_layer_may_differ(llama, ids):
 
 
 def test_reuse_reads_the_anchors_lists(llama, ids):
-    """Layer 1 reuses layer 0's lists through a head map: with a static pattern that changes nothing."""
+    """Layer 1 reads layer 0's lists through a head map: a static pattern does not notice."""
     base = plan_of(llama, NARROW)
     first, second = base.sites
     policies = (*base.policies, Policy(reuse=Reuse(site=first, heads=(3, 2, 1, 0))))

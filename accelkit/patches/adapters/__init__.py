@@ -57,7 +57,7 @@ def adapter_for(model: Any) -> tuple[Adapter, Any]:
     libraries = {c.__module__.partition(".")[0] for c in type(bare).__mro__}
     if "transformers" in libraries:
         module = import_module("accelkit.patches.adapters.transformers")
-        return module, bare  # type: ignore[return-value]
+        return module, bare
     raise UnsupportedModelError(
         f"{type(model).__name__}: no adapter knows this class; "
         "expected a transformers PreTrainedModel"

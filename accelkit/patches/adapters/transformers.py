@@ -83,9 +83,8 @@ def attention_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, 
             found = {getattr(r, "target_class", r) for r in many if r is not None}
             classes |= {c for c in found if isinstance(c, type)}
     for path, module in model.named_modules():
-        if not isinstance(module, tuple(classes)) or not getattr(module, "is_causal", False):
-            continue
-        if not hasattr(module, "layer_idx"):
+        known = type(module) in classes and hasattr(module, "layer_idx")
+        if not known or not getattr(module, "is_causal", False):
             continue
         yield path, module, "sliding window" if _slides(module) else None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from accelkit import kernels
-from accelkit.kernels.index import ALL, BlockIndex, Partial
+from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.merge import merge
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, Execution, Order
@@ -54,6 +54,13 @@ class Answer:
             and not self.finishers
         )
 
+    @property
+    def index(self) -> BlockIndex:
+        """The one list of a plain answer."""
+        index = self.pieces[0]
+        assert isinstance(index, BlockIndex)
+        return index
+
 
 def answer(
     call: AttentionCall, policy: Policy, state: PatchState | None = None
@@ -73,7 +80,9 @@ def answer(
         if state is None:
             return None
         borrowed = _borrow(call, policy.reuse, state)
-        return borrowed and tuple(
+        if borrowed is None:
+            return None
+        return tuple(
             Answer(seen.take(heads), pieces, execution, order, finishers)
             for heads, pieces in borrowed
         )
@@ -149,7 +158,7 @@ def attend(
     lanes: dict[tuple[int, int], list[Answer]] = {}
     for a in answers:
         if a.plain:
-            lanes.setdefault(a.pieces[0].size, []).append(a)
+            lanes.setdefault(a.index.size, []).append(a)
             continue
         result = compute(a)
         out[:, list(a.call.heads)] = result.out.to(out.dtype)
@@ -238,7 +247,7 @@ def _run(
 def _launch(call: AttentionCall, lane: list[Answer], out: Tensor) -> None:
     """One launch for all answers of a lane, written in place."""
     heads = [h for a in lane for h in a.call.heads]
-    index = BlockIndex.cat([a.pieces[0] for a in lane])  # type: ignore[misc]
+    index = BlockIndex.cat([a.index for a in lane])
     kernels.attend(
         call.q,
         call.k,
@@ -271,7 +280,7 @@ def _joined_skip(lane: list[Answer], device: torch.device) -> float | Tensor | N
 
 def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
     """Dense heads ride along in a launch of blocks when there is one."""
-    sizes = [a.pieces[0].size for a in others if a.plain and a.pieces[0].size[1] >= 16]
+    sizes = [a.index.size for a in others if a.plain and a.index.size[1] >= 16]
     size = max(sizes, default=DENSE_UNIT)
     index = BlockIndex.dense(len(call.heads), -(-call.n_q // size[0]), size, call.q.device)
     return Answer(call, (index,))
@@ -285,7 +294,7 @@ def _borrow(
     if not saved:
         return None
     source = {h: (reuse.heads[h] if reuse.heads is not None else h) for h in call.heads}
-    found = []
+    found: list[tuple[tuple[int, ...], tuple[Piece, ...]]] = []
     for heads, pieces in saved:
         mine = tuple(h for h in call.heads if source[h] in heads)
         if mine:
@@ -320,16 +329,15 @@ def _store(
                 emitted = method.emit(call, None)
                 if emitted is not None:
                     pieces = emitted if isinstance(emitted, tuple) else (emitted,)
-                    saved.append((call.heads, pieces))
+                    saved.append((call.heads, _lists(pieces)))
         return
     for a in answers:
-        if a.order is None and all(isinstance(p, BlockIndex) for p in a.pieces):
-            saved.append((a.call.heads, a.pieces))  # type: ignore[arg-type]
+        if a.order is None and len(lists := _lists(a.pieces)) == len(a.pieces):
+            saved.append((a.call.heads, lists))
 
 
-def is_dense(index: BlockIndex) -> bool:
-    """Whether every row is `ALL` (reads the device)."""
-    return bool((index.count == ALL).all())
+def _lists(pieces: Sequence[Piece]) -> tuple[BlockIndex, ...]:
+    return tuple(p for p in pieces if isinstance(p, BlockIndex))
 
 
 def _first(values):  # type: ignore[no-untyped-def]
