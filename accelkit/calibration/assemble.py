@@ -71,11 +71,12 @@ def site_data(
         for family in families[path]:
             sparse = screen[path]["families"][family.name]
             for at, method in enumerate(family.settings):
-                brief = {screen_tokens: _between(family, at, sparse)}
-                one = _join(family, method, rows, tokens, brief)
+                brief = _between(family, at, sparse)
+                short = {} if brief is None else {screen_tokens: brief}
+                one = _join(family, method, rows, tokens, short)
                 if one is not None:
                     options.append(one)
-        loans, lent = _loans(path, sites, families, rows, found, tokens)
+        loans, lent = _loans(sites, rows, found, tokens)
         weight = np.maximum(np.asarray(weights[path], float), 1e-6)
         fixed = {o.family: _once(o, costs, tokens) for o in options}
         table = Table(
@@ -242,15 +243,17 @@ def _join(
     brief: Mapping[int, np.ndarray],
 ) -> Measured | None:
     """One setting over all prompts; None where a prompt found it hopeless or no long one ran it."""
-    name = stored(method)
-    errors, recalls, shares, ms, size = [], [], {}, [], (128, 128)
+    wanted = stored(method)
+    size = (128, 128)
+    shares: dict[int, list[list[float]]] = {}
+    errors, recalls, ms = [], [], []
     for n, row in rows:
         found = row["families"].get(family.name)
         if found is None:
             continue  # the method leaves this prompt dense
-        if name not in found["settings"]:
+        if wanted not in found["settings"]:
             return None
-        at = found["settings"].index(name)
+        at = found["settings"].index(wanted)
         errors.append(found["error"][at])
         recalls.append(found["recall"][at])
         shares.setdefault(n, []).append(found["density"][at])
@@ -259,12 +262,11 @@ def _join(
             ms.append(found["ms"][at])
     if tokens not in shares:
         return None
-    density = {n: np.mean(d, axis=0) for n, d in shares.items()}
-    density = {**brief, **density}
+    density = {**brief, **{n: np.mean(d, axis=0) for n, d in shares.items()}}
     field, name = family.field, family.name
     if field is not None and per_head(method, field, "name") is None:
         # Heads with other values cannot share a policy: each setting stands alone.
-        field, name = None, f"{name} {family.field}={getattr(method, family.field)}"
+        name, field = f"{name} {field}={getattr(method, field)}", None
     return Measured(
         name, method, field, size, np.max(errors, axis=0), np.min(recalls, axis=0), density,
         float(np.mean(ms)) if ms else None,
@@ -272,47 +274,48 @@ def _join(
 
 
 def _loans(
-    path: str,
     sites: Sequence[str],
-    families: Mapping[str, Sequence[Family]],
     rows: Sequence[tuple[int, Mapping[str, Any]]],
     earlier: Sequence[SiteData],
     tokens: int,
 ) -> tuple[list[Measured], list[tuple[int, int, tuple[int, ...]]]]:
     """Borrowed lists that every prompt measured, with their anchor, its option and the head map."""
-    keys = [(x["anchor"], x["family"], x["at"]) for x in rows[0][1]["loans"]]
-    out, lent = [], []
-    for anchor, name, at in keys:
-        seen = [
-            (n, x)
-            for n, row in rows
-            for x in row["loans"]
-            if (x["anchor"], x["family"], x["at"]) == (anchor, name, at)
-        ]
-        place = list(sites).index(anchor)
-        family = next(f for f in families[anchor] if f.name == name)
-        method = family.settings[at]
-        option = next((i for i, o in enumerate(earlier[place].options) if o.method == method), None)
+    out: list[Measured] = []
+    lent: list[tuple[int, int, tuple[int, ...]]] = []
+    for loan in rows[0][1]["loans"]:
+        anchor = loan["anchor"]
+        seen = [(n, x) for n, row in rows for x in row["loans"] if x["anchor"] == anchor]
         longest = [x for n, x in seen if n == tokens]
+        place = list(sites).index(anchor)
+        options = earlier[place].options
+        option = next(
+            (i for i, o in enumerate(options) if stored(o.method) == loan["setting"]), None
+        )
         if len(seen) < len(rows) or option is None or not longest:
             continue
         out.append(
             Measured(
-                f"reuse of {anchor}", method, None, tuple(seen[0][1]["size"]),
+                f"reuse of {anchor}",
+                options[option].method,
+                None,
+                tuple(loan["size"]),
                 np.max([x["error"] for _, x in seen], axis=0),
                 np.min([x["recall"] for _, x in seen], axis=0),
                 {tokens: np.mean([x["density"] for x in longest], axis=0)},
             )
-        )  # fmt: skip
-        lent.append((place, option, tuple(seen[0][1]["heads"])))
+        )
+        lent.append((place, option, tuple(loan["heads"])))
     return out, lent
 
 
-def _between(family: Family, at: int, screen: Mapping[str, Any]) -> np.ndarray:
+def _between(family: Family, at: int, screen: Mapping[str, Any]) -> np.ndarray | None:
     """Density of a setting on the screening prompt: measured, or between its neighbours'."""
     names = [stored(m) for m in family.settings]
-    places = [names.index(s) for s in screen["settings"]]
-    rows = np.array(screen["density"])
+    known = [i for i, s in enumerate(screen["settings"]) if s in names]
+    places = [names.index(screen["settings"][i]) for i in known]
+    if not known:
+        return None
+    rows = np.array(screen["density"])[known]
     return np.array([np.interp(at, places, rows[:, h]) for h in range(rows.shape[1])])
 
 

@@ -30,6 +30,10 @@ from accelkit.patches.plan import Budget, Fingerprint, Plan
 log = logging.getLogger("accelkit")
 LENGTHS = {"cpu": (4096, 8192), "cuda": (8192, 32768)}
 """Prompt lengths without a wish of the user's, by kind of device."""
+SCREEN_TOKENS = 4096
+"""Length of the prompt on which methods are screened: half of the longest up to here, else a
+quarter of it.
+"""
 
 
 def calibrate(
@@ -87,9 +91,8 @@ def calibrate(
     lengths = _lengths(lengths, bare)
     tried = chosen_methods(methods)
     inputs = prompts.gather(data, tokenizer, lengths, preset, seed)
-    short = max(
-        MIN_LENGTH, min(2048, inputs.longest) if inputs.longest <= 8192 else inputs.longest // 4
-    )
+    # Short enough to be cheap, long enough that methods have something to leave out.
+    short = max(MIN_LENGTH, inputs.longest // 4, min(inputs.longest // 2, SCREEN_TOKENS))
     screen_on = prompts.screening(inputs, tokenizer, short, seed)
 
     settings = {
@@ -156,10 +159,10 @@ def _plan(
     able = [m for m in methods if m.kind in costs.methods]
     screen = measure.screened(run, screen_on, able)
     families = {
-        path: measure.kept(record, costs, tokens, run.preset.families, run.preset.finest)
+        path: measure.kept(record, costs, tokens, run.preset.families)
         for path, record in screen.items()
     }
-    units = measure.measured(run, inputs.measure, screen, families)
+    families, units = measure.measured(run, inputs.measure, screen, families)
     probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
     weights = measure.weighed(run, probes)
     lengths = [len(s.ids) for s in inputs.measure][: len(units)]

@@ -33,7 +33,9 @@ SHARE = 8
 """One query tile in this many is looked at."""
 HOPELESS = 0.5
 """A head whose error is above this is not tried at sparser settings."""
-SMALL_JUMP = 0.35
+USEFUL = (0.002, 0.3)
+"""Errors of a head that a plan may want; below and above, settings are all alike."""
+SMALL_JUMP = 0.3
 """Difference of logarithms of two neighbours' errors between which no value is added."""
 ROUNDS = 8
 """Most settings of a family that are measured at a site."""
@@ -66,8 +68,8 @@ def chosen_methods(methods: Sequence[str | Method | type[Method]] | None) -> lis
     for wish in registry.names() if methods is None else methods:
         cls = registry.load(wish) if isinstance(wish, str) else wish
         made = cls() if isinstance(cls, type) else cls
-        fits = isinstance(made, AttentionMethod) and "prefill" in made.phases
-        if fits and made.answers() & {"index", "execution"}:
+        able = made.answers() & {"index", "execution"}
+        if isinstance(made, AttentionMethod) and "prefill" in made.phases and able:
             found.append(made)
         elif methods is not None:
             raise InvalidInputError(
@@ -102,27 +104,23 @@ def thinned(family: Family, most: int) -> Family:
     return Family(family.name, tuple(family.settings[i] for i in keep), family.field)
 
 
-def finer(family: Family, error: Sequence[Sequence[float]], most: int) -> Family:
-    """The family with values between those of its dial, up to `most` settings in all, where the
-    heads' errors `[setting][head]` jump most from one value to the next.
+def finer(
+    settings: Sequence[AttentionMethod], field: str, error: Sequence[Sequence[float]]
+) -> tuple[int, AttentionMethod] | None:
+    """A setting to insert, with its place, where the errors `[setting][head]` jump most from one
+    value of the dial to the next. None: no jump is worth it.
     """
-    if family.field is None:
-        return family
-    settings = list(family.settings)
-    level = [float(np.log(np.median(row) + 1e-4)) for row in error]
-    while len(settings) < most:
-        gaps = [abs(a - b) for a, b in pairwise(level)]
-        if not gaps or max(gaps) < SMALL_JUMP:
-            break
-        at = int(np.argmax(gaps))
-        low, high = (getattr(settings[i], family.field) for i in (at, at + 1))
+    level = [float(np.log(np.median(np.clip(row, *USEFUL)))) for row in error]
+    gaps = sorted(((abs(a - b), -i) for i, (a, b) in enumerate(pairwise(level))), reverse=True)
+    for gap, place in gaps:
+        at = -place
+        low, high = getattr(settings[at], field), getattr(settings[at + 1], field)
         value = between(low, high)
-        if value in (low, high):
-            level[at + 1] = level[at]  # whole numbers side by side: look elsewhere
-            continue
-        settings.insert(at + 1, settings[at].model_copy(update={family.field: value}))
-        level.insert(at + 1, (level[at] + level[at + 1]) / 2)
-    return Family(family.name, tuple(settings), family.field)
+        if gap < SMALL_JUMP:
+            return None
+        if value not in (low, high):
+            return at + 1, settings[at].model_copy(update={field: value})
+    return None
 
 
 def between(low: float, high: float) -> float:
@@ -167,29 +165,33 @@ class Bench:
             self._tiles[height] = (rows, even[even < n], scored)
         return self._tiles[height]
 
-    def family(self, family: Family, timed: bool) -> dict[str, Any] | None:
-        """Measure the settings of a family, from densest to sparsest; None: nothing to measure
-        (the method leaves this call dense). Lists are `[setting][head]`.
+    def family(self, family: Family, most: int, timed: bool = False) -> dict[str, Any] | None:
+        """Measure the settings of a family, from densest to sparsest, then values between them up
+        to `most` settings. None: the method leaves this call dense. Lists are `[setting][head]`.
         """
-        heads = len(self.call.heads)
-        found: dict[int, dict[str, Any]] = {}
-        for at in range(len(family.settings) - 1, -1, -1):
-            row = self._setting(family.settings[at], timed)
+        settings: list[AttentionMethod] = []
+        rows: list[dict[str, Any]] = []
+        for method in reversed(family.settings):
+            row = self._setting(method, timed)
             if row is None:
                 continue
-            found[at] = row
-            if len(found) == ROUNDS or min(row["error"]) > HOPELESS:
+            settings.insert(0, method)
+            rows.insert(0, row)
+            if len(rows) == ROUNDS or min(row["error"]) > HOPELESS:
                 break
-        if not found:
+        while family.field and len(rows) < min(most, ROUNDS):
+            found = finer(settings, family.field, [r["error"] for r in rows])
+            row = None if found is None else self._setting(found[1], timed)
+            if found is None or row is None:
+                break
+            settings.insert(*found)
+            rows.insert(found[0], row)
+        if not rows:
             return None
-        kept = sorted(found)
-        assert all(len(found[i]["error"]) == heads for i in kept)
         return {
-            "settings": [stored(family.settings[i]) for i in kept],
+            "settings": [stored(m) for m in settings],
             "field": family.field,
-            **{
-                k: [found[i][k] for i in kept] for k in ("error", "recall", "density", "ms", "size")
-            },
+            **{k: [r[k] for r in rows] for k in ("error", "recall", "density", "ms", "size")},
         }
 
     def _setting(self, method: AttentionMethod, timed: bool) -> dict[str, Any] | None:

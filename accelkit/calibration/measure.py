@@ -8,7 +8,7 @@ stored units alone, so a resumed run repeats nothing and decides alike.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,7 +21,6 @@ from accelkit.calibration.candidates import (
     Bench,
     Family,
     calibrated_settings,
-    finer,
     stored,
     thinned,
 )
@@ -122,9 +121,8 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
 
         def work() -> dict[str, Any]:
             wanted = calibrated_settings(methods, site, call, dense)
-            measured = {
-                f.name: bench.family(thinned(f, run.preset.settings), False) for f in wanted
-            }
+            few = [thinned(f, run.preset.settings) for f in wanted]
+            measured = {f.name: bench.family(f, len(f.settings)) for f in few}
             return {
                 "profile": asdict(found),
                 "families": {k: v for k, v in measured.items() if v is not None},
@@ -138,13 +136,10 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
     return {path: run.journal[key] for path, key in keys.items()}
 
 
-def kept(
-    record: Mapping[str, Any], costs: CostTable, tokens: int, most: int, finest: int
-) -> list[Family]:
+def kept(record: Mapping[str, Any], costs: CostTable, tokens: int, most: int) -> list[Family]:
     """The families of a site that are worth measuring on long prompts, the best first.
 
-    At each tolerated error in turn the family that would cost the layer least is kept. Its dial
-    gets values in between, up to `finest` settings.
+    At each tolerated error in turn the family that would cost the layer least is kept.
     """
     found = record["families"]
     rank: dict[str, list[float]] = {}
@@ -169,61 +164,76 @@ def kept(
         if not rest or len(chosen) == most:
             break
         chosen.append(min(rest, key=lambda n: (rank[n][i], n)))
-    return [finer(_family(n, found[n]), found[n]["error"], finest) for n in chosen]
+    return [family_of(n, found[n]) for n in chosen]
 
 
-def lent(record: Mapping[str, Any], family: Family) -> list[tuple[int, list[int]]]:
-    """Settings of a family whose lists are offered to later sites, with the heads that are good at
-    them: the sparsest setting at which half of the heads stay below the lendable error.
+@dataclass(frozen=True)
+class Offer:
+    """Lists of a site that later ones may read: one setting's, and the heads good at it."""
+
+    method: AttentionMethod
+    good: list[int]
+    index: BlockIndex
+
+
+def lendable(record: Mapping[str, Any], name: str) -> tuple[AttentionMethod, list[int]] | None:
+    """The sparsest setting of a family at which half of the heads stay below the lendable error,
+    and those heads.
     """
-    found = record["families"][family.name]
+    found = record["families"][name]
     if found["size"][0][1] < REUSE_UNIT:
-        return []
-    names = [stored(m) for m in family.settings]
-    for setting, row in zip(found["settings"], found["error"], strict=True):
+        return None
+    for method, row in zip(family_of(name, found).settings, found["error"], strict=True):
         good = [h for h, e in enumerate(row) if e <= LENDABLE]
         if 2 * len(good) >= len(row):
-            return [(names.index(setting), good)]
-    return []
+            return method, good
+    return None
 
 
 def measured(
     run: Run,
     samples: Sequence[Sample],
     screen: Mapping[str, Any],
-    kept_by: Mapping[str, list[Family]],
-) -> list[dict[str, Any]]:
-    """Errors of the surviving families on each prompt, and of lists borrowed from earlier sites."""
+    kept_by: Mapping[str, Sequence[Family]],
+) -> tuple[dict[str, list[Family]], list[dict[str, Any]]]:
+    """Errors of the surviving families on each prompt, and of lists borrowed from earlier sites.
+
+    Returns the families by site, with the settings that were found worth adding on the first
+    prompt, and the units by prompt and site.
+    """
     out: list[dict[str, Any]] = []
+    families = {path: list(some) for path, some in kept_by.items()}
     for n, sample in enumerate(samples):
-        if n and run.late(
-            0.6, f"prompt {n + 1} of {len(samples)} ({sample.task}, {len(sample.ids)} tokens)"
-        ):
-            continue
+        what = f"prompt {n + 1} of {len(samples)} ({sample.task}, {len(sample.ids)} tokens)"
+        if n and run.late(0.6, what):
+            break
         keys = {s.path: f"measure/{n}/{s.path}" for s in run.sites}
         if any(k not in run.journal for k in keys.values()):
-            _measure(
-                run, sample, keys, screen, kept_by, f"measuring, prompt {n + 1} of {len(samples)}"
-            )
+            _measure(run, sample, n, keys, screen, families)
         out.append({path: run.journal[key] for path, key in keys.items()})
-    return out
+        if not n:
+            for path, unit in out[0].items():
+                families[path] = [family_of(k, v) for k, v in unit["families"].items()]
+    return families, out
 
 
 def _measure(
     run: Run,
     sample: Sample,
+    n: int,
     keys: Mapping[str, str],
     screen: Mapping[str, Any],
-    kept_by: Mapping[str, list[Family]],
-    stage: str,
+    families: Mapping[str, Sequence[Family]],
 ) -> None:
     rows = data.scored_rows(sample)
     order = [s.path for s in run.sites]
-    # Lists of the last few sites; older ones are dropped as the forward goes on.
-    lists: dict[str, list[tuple[Family, int, list[int], BlockIndex]]] = {}
     waiting = {p for p in order if keys[p] not in run.journal}
     back = run.preset.lookback
+    # Sites that wait, and those whose lists they may want to read.
     needed = {p for i, p in enumerate(order) if set(order[i : i + back + 1]) & waiting}
+    # Settings between those of the dial are chosen on the first prompt and kept.
+    finest = 0 if n else run.preset.finest
+    lists: dict[str, Offer] = {}
 
     def see(call: AttentionCall, dense: Partial) -> None:
         path = call.site.path
@@ -231,56 +241,58 @@ def _measure(
         bench = Bench(call, dense, rows)
 
         def work() -> dict[str, Any]:
-            found = {f.name: bench.family(f, True) for f in kept_by[path]}
+            found = {f.name: bench.family(f, finest, timed=True) for f in families[path]}
             return {
                 "families": {k: v for k, v in found.items() if v is not None},
                 "loans": _loans(run, bench, path, order[max(0, at - back) : at], lists),
             }
 
-        run.tell(stage)
+        run.tell(f"measuring, prompt {n + 1}")
         run.journal.unit(keys[path], work)
-        if back:
-            lists[path] = list(_offers(call, bench, screen[path], kept_by[path]))
-            for old in order[: max(0, at - back)]:
-                lists.pop(old, None)
+        offer = _offer(call, bench, screen[path], families[path]) if back else None
+        if offer is not None:
+            lists[path] = offer
+        for old in order[: max(0, at - back + 1)]:
+            lists.pop(old, None)
 
     capture(run.model, sample.ids, see, lambda path: path in needed)
 
 
-def _offers(
+def _offer(
     call: AttentionCall, bench: Bench, record: Mapping[str, Any], families: Sequence[Family]
-) -> Iterator[tuple[Family, int, list[int], BlockIndex]]:
-    """Lists of this site that later ones may read."""
-    for family in families[:1]:
-        for at, good in lent(record, family):
-            index = bench.lent.get(family.settings[at])
-            if index is None:
-                answers = answer(call, Policy(methods=(family.settings[at],)))
-                if answers is None or not answers[0].plain:
-                    continue
-                index = answers[0].pieces[0]
-            yield family, at, good, index
+) -> Offer | None:
+    """What this site may lend: lists of its best family."""
+    found = lendable(record, families[0].name) if families else None
+    if found is None:
+        return None
+    method, good = found
+    index = bench.lent.get(method)
+    if index is None:
+        answers = answer(call, Policy(methods=(method,)))
+        if answers is None or not answers[0].plain:
+            return None
+        piece = answers[0].pieces[0]
+        index = piece if isinstance(piece, BlockIndex) else None
+    return None if index is None else Offer(method, good, index)
 
 
 def _loans(
-    run: Run, bench: Bench, path: str, earlier: Sequence[str], lists: Mapping[str, list]
+    run: Run, bench: Bench, path: str, earlier: Sequence[str], lists: Mapping[str, Offer]
 ) -> list[dict[str, Any]]:
     """This site with the lists of each earlier one; head maps are those of the first prompt."""
     first = f"measure/0/{path}"
-    maps = {}
+    maps = None
     if first in run.journal:
-        maps = {
-            (x["anchor"], x["family"], x["at"]): x["heads"] for x in run.journal[first]["loans"]
-        }
+        maps = {x["anchor"]: x["heads"] for x in run.journal[first]["loans"]}
     out = []
     for anchor in earlier:
-        for family, at, good, index in lists.get(anchor, ()):
-            key = (anchor, family.name, at)
-            if maps and key not in maps:
-                continue
-            row = bench.borrow(anchor, index, good, maps.get(key))
-            if row is not None:
-                out.append({"anchor": anchor, "family": family.name, "at": at, **row})
+        offer = lists.get(anchor)
+        if offer is None or (maps is not None and anchor not in maps):
+            continue
+        heads = None if maps is None else maps[anchor]
+        row = bench.borrow(anchor, offer.index, offer.good, heads)
+        if row is not None:
+            out.append({"anchor": anchor, "setting": stored(offer.method), **row})
     return out
 
 
@@ -312,7 +324,7 @@ def weighed(run: Run, prompts: Sequence[Sample]) -> dict[str, list[float]]:
     return {s.path: found.get(s.path, [middle] * run.heads[s.path]) for s in run.sites}
 
 
-def _family(name: str, record: Mapping[str, Any]) -> Family:
+def family_of(name: str, record: Mapping[str, Any]) -> Family:
     """A family as the journal holds it."""
     settings = []
     for row in record["settings"]:
