@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -159,7 +160,7 @@ def _plan(
     able = [m for m in methods if m.kind in costs.methods]
     screen = measure.screened(run, screen_on, able)
     families = {
-        path: measure.kept(record, costs, tokens, run.preset.families)
+        path: measure.kept(record, costs, tokens, len(screen_on.ids), run.preset.families)
         for path, record in screen.items()
     }
     families, units = measure.measured(run, inputs.measure, screen, families)
@@ -192,7 +193,7 @@ def dry_run(
     rows = []
     for n in _lengths(lengths, bare):
         ids = np.random.default_rng(0).integers(0, bare.config.get_text_config().vocab_size, n)
-        whole = fit.clock(lambda ids=ids: forward(bare, ids), repeat, bare.device)
+        whole = fit.clock(partial(forward, bare, ids), repeat, bare.device)
         call = fit.random_call(shape, bare.dtype, bare.device, n)
         attention = count * fit.dense_ms(call, lambda run: fit.clock(run, repeat, bare.device))
         share = min(attention / whole, 1.0)

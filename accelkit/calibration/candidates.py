@@ -165,14 +165,14 @@ class Bench:
             self._tiles[height] = (rows, even[even < n], scored)
         return self._tiles[height]
 
-    def family(self, family: Family, most: int, timed: bool = False) -> dict[str, Any] | None:
+    def family(self, family: Family, most: int) -> dict[str, Any] | None:
         """Measure the settings of a family, from densest to sparsest, then values between them up
         to `most` settings. None: the method leaves this call dense. Lists are `[setting][head]`.
         """
         settings: list[AttentionMethod] = []
         rows: list[dict[str, Any]] = []
         for method in reversed(family.settings):
-            row = self._setting(method, timed)
+            row = self._setting(method)
             if row is None:
                 continue
             settings.insert(0, method)
@@ -181,7 +181,7 @@ class Bench:
                 break
         while family.field and len(rows) < min(most, ROUNDS):
             found = finer(settings, family.field, [r["error"] for r in rows])
-            row = None if found is None else self._setting(found[1], timed)
+            row = None if found is None else self._setting(found[1])
             if found is None or row is None:
                 break
             settings.insert(*found)
@@ -194,7 +194,7 @@ class Bench:
             **{k: [r[k] for r in rows] for k in ("error", "recall", "density", "ms", "size")},
         }
 
-    def _setting(self, method: AttentionMethod, timed: bool) -> dict[str, Any] | None:
+    def _setting(self, method: AttentionMethod) -> dict[str, Any] | None:
         answers = answer(self.call, Policy(methods=(method,)))
         if answers is None:
             return None
@@ -202,11 +202,10 @@ class Bench:
         one = answers[0]
         if one.execution != PLAIN:
             # Skipping and low precision save what no index shows: only the clock tells.
-            row["ms"] = float("nan") if not timed else self._clock(one)
-            if not timed:
-                row["ms"] = None
-        if one.plain and one.pieces[0].size[1] >= REUSE_UNIT:
-            self.lent[method] = one.pieces[0]  # type: ignore[assignment]
+            row["ms"] = self._clock(one)
+        piece = one.pieces[0]
+        if one.plain and isinstance(piece, BlockIndex) and piece.size[1] >= REUSE_UNIT:
+            self.lent[method] = piece
         return row
 
     def measure(self, answers: tuple[Answer, ...]) -> dict[str, Any]:

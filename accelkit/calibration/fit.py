@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def fit(
     tell = step or (lambda _: None)
     tell("dense attention")
     dense = tuple((n, dense_ms(calls[n], ms)) for n in lengths)
-    ride = tuple((n, ms(lambda n=n: dense_attention(calls[n]))) for n in lengths)
+    ride = tuple((n, ms(partial(dense_attention, calls[n]))) for n in lengths)
     costs: dict[str, MethodCost] = {}
     refused: dict[str, str] = {}
     sizes = {UNIT: None}
@@ -272,7 +273,7 @@ def _kernel(calls: dict[int, AttentionCall], size: tuple[int, int], until: float
     kernel = Kernel(0.0, 0.0, 0.0, float("inf"))
     # Rounds over all points: a disturbance then spoils one run of several points, not one point.
     for turn in range(ROUNDS):
-        runs = [min(times_ms(lambda a=a: compute(a), 2, 0, device)) for _, _, a in points]
+        runs = [min(times_ms(partial(compute, a), 2, 0, device)) for _, _, a in points]
         spent = [min(pair) for pair in zip(spent, runs, strict=True)]
         kernel = _solve([(held, f, t) for (held, f, _), t in zip(points, spent, strict=True)])
         if turn and (kernel.error < GOOD_FIT or time.monotonic() > until):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,9 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
     return {path: run.journal[key] for path, key in keys.items()}
 
 
-def kept(record: Mapping[str, Any], costs: CostTable, tokens: int, most: int) -> list[Family]:
+def kept(
+    record: Mapping[str, Any], costs: CostTable, tokens: int, screened_on: int, most: int
+) -> list[Family]:
     """The families of a site that are worth measuring on long prompts, the best first.
 
     At each tolerated error in turn the family that would cost the layer least is kept.
@@ -149,10 +152,15 @@ def kept(record: Mapping[str, Any], costs: CostTable, tokens: int, most: int) ->
             continue
         once, each = costs.method_ms(kind, tokens)
         error, share = np.array(f["error"]), np.array(f["density"])
+        grown = costs.dense_ms(tokens) / costs.dense_ms(screened_on) / share.shape[1]
         ms = np.array(
-            [[each + costs.head_ms(tuple(s), tokens, d) for d in row]
-             for s, row in zip(f["size"], share, strict=True)]
-        )  # fmt: skip
+            [
+                [each + costs.head_ms(tuple(size), tokens, d) for d in row]
+                if clocked is None
+                else [each + clocked * grown] * len(row)
+                for size, row, clocked in zip(f["size"], share, f["ms"], strict=True)
+            ]
+        )
         ride = costs.ride_ms(tokens)
         rank[name] = [
             once + float(np.minimum(np.where(error <= t, ms, np.inf).min(0), ride).sum())
@@ -241,7 +249,7 @@ def _measure(
         bench = Bench(call, dense, rows)
 
         def work() -> dict[str, Any]:
-            found = {f.name: bench.family(f, finest, timed=True) for f in families[path]}
+            found = {f.name: bench.family(f, finest) for f in families[path]}
             return {
                 "families": {k: v for k, v in found.items() if v is not None},
                 "loans": _loans(run, bench, path, order[max(0, at - back) : at], lists),
@@ -311,12 +319,8 @@ def weighed(run: Run, prompts: Sequence[Sample]) -> dict[str, list[float]]:
                 continue
             run.tell("weighing heads")
             rows = data.scored_rows(sample)
-            weights = run.journal.unit(
-                key,
-                lambda s=sample, r=rows, p=site.path, g=groups: quality.site_weights(
-                    run.model, s.ids, r, p, g
-                ),
-            )
+            work = partial(quality.site_weights, run.model, sample.ids, rows, site.path, groups)
+            weights = run.journal.unit(key, work)
             spread = [weights[h // every] for h in range(heads)]
             found[site.path] = np.maximum(found.get(site.path, spread), spread).tolist()
     known = [w for ws in found.values() for w in ws]
@@ -326,7 +330,7 @@ def weighed(run: Run, prompts: Sequence[Sample]) -> dict[str, list[float]]:
 
 def family_of(name: str, record: Mapping[str, Any]) -> Family:
     """A family as the journal holds it."""
-    settings = []
+    settings: list[Any] = []
     for row in record["settings"]:
         fields = dict(row)
         settings.append(load(fields.pop("kind")).model_validate(fields))
