@@ -30,6 +30,10 @@ from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 log = logging.getLogger("accelkit")
 MARGIN = 0.9
 """Share of the budget that the next round aims at."""
+FIRST = 2.0
+"""ε of the first round ÷ the budget: errors of single heads partly cancel, and a plan that is over
+the budget is found out on its first prompt.
+"""
 CLOSE = 1.15
 """Rounds end when the largest ε that held and the smallest that failed are this close."""
 WIDEN = 8.0
@@ -65,7 +69,7 @@ def refined(
     checker = _Checker(run, inputs)
     rounds: list[Round] = []
     fronts: dict[str, Any] = {}
-    low, high, epsilon = 0.0, float("inf"), allowed
+    low, high, epsilon = 0.0, float("inf"), FIRST * allowed
     for turn in range(run.preset.rounds):
         if turn and run.late(0.9, f"round {turn + 1} of the end-to-end check"):
             break
