@@ -38,6 +38,7 @@ from accelkit.patches.plan import Limits, Plan
 SETTINGS = 8
 HELD_OUT_SEED = 9_000
 """Far from the seeds that calibration draws and checks with."""
+HOPELESS = 3.0
 
 
 def settings_of(name: str) -> list[Method]:
@@ -71,19 +72,26 @@ def prefill_ms(model: Any, ids: np.ndarray, repeat: int) -> float:
     return statistics.median(times)
 
 
-def measure(model: Any, plan: Plan, dense: list, ids: np.ndarray, repeat: int) -> dict[str, Any]:
-    """Quality of a plan on every held-out prompt, and its prefill beside dense."""
-    rows = [quality.check(model, plan, reference) for reference in dense]
-    tasks = quality.by_task(rows)
-    before = prefill_ms(model, ids, repeat)
+def measure(
+    model: Any, plan: Plan, dense: list, ids: np.ndarray, dense_ms: float, repeat: int
+) -> dict[str, Any]:
+    """Quality of a plan on every held-out prompt, and its prefill.
+
+    A plan whose first prefill takes more than `HOPELESS` times as long as dense is not followed
+    further: its `worst_error` is None and its time that of the one run.
+    """
     with patch(model, plan) as handle:
+        ms = prefill_ms(model, ids, 1)
+        if ms > HOPELESS * dense_ms:
+            return {"ms": ms, "density": None, "worst_error": None, "worst_drop": None, "tasks": {}}
         ms = prefill_ms(model, ids, repeat)
         with handle.measuring():
             forward(model, ids[:1])
         density = handle.report().density
+    rows = [quality.check(model, plan, reference) for reference in dense]
+    tasks = quality.by_task(rows)
     return {
         "ms": ms,
-        "dense_ms": before,
         "density": density,
         "worst_error": max(t["error"] for t in tasks.values()),
         "worst_drop": max(
@@ -93,13 +101,13 @@ def measure(model: Any, plan: Plan, dense: list, ids: np.ndarray, repeat: int) -
     }
 
 
-def verdict(mixtures: list[dict], singles: list[dict]) -> list[dict[str, Any]]:
+def verdict(mixtures: list[dict], singles: list[dict], dense_ms: float) -> list[dict[str, Any]]:
     """For each mixture the fastest single setting whose worst-task error is no larger."""
     table = []
     for mixture in mixtures:
-        equal = [s for s in singles if s["worst_error"] <= mixture["worst_error"]]
+        known = [s for s in singles if s["worst_error"] is not None]
+        equal = [s for s in known if s["worst_error"] <= mixture["worst_error"]]
         best = min(equal, key=lambda s: s["ms"], default=None)
-        dense_ms = statistics.median([s["dense_ms"] for s in (*singles, *mixtures)])
         rival_ms = min(best["ms"], dense_ms) if best else dense_ms
         table.append(
             {
@@ -137,7 +145,9 @@ def main() -> None:
     for _ in range(2):
         dense = [quality.reference(model, p) for p in prompts]
 
-    mixtures, singles = [], []
+    mixtures: list[dict[str, Any]] = []
+    singles: list[dict[str, Any]] = []
+    dense_times = [prefill_ms(model, ids, args.repeat)]
     journal = args.out.with_suffix(".journal.jsonl")
     for n, budget in enumerate(args.budgets):
         begin = time.perf_counter()
@@ -147,7 +157,7 @@ def main() -> None:
             journal=journal, resume=n > 0,
         )  # fmt: skip
         seconds = time.perf_counter() - begin
-        row = measure(model, plan, dense, ids, args.repeat)
+        row = measure(model, plan, dense, ids, dense_times[0], args.repeat)
         used = sorted({p.label() for p in plan.policies})
         mixtures.append({"budget": budget, "seconds": seconds, "policies": used, **row})
         print(f"mixture {budget}: {row['ms']:.1f} ms, error {row['worst_error']:.4f}, "
@@ -156,21 +166,23 @@ def main() -> None:
     for name in args.methods or [n for n in names() if "prefill" in load(n).phases]:
         for method in settings_of(name):
             single = plan_of(model, method).model_copy(update={"limits": limits})
-            row = measure(model, single, dense, ids, args.repeat)
+            row = measure(model, single, dense, ids, dense_times[0], args.repeat)
             field = type(method).dial.field if type(method).dial else ""
             setting = f"{name}({field}={getattr(method, field):.4g})" if field else name
             singles.append({"method": name, "setting": setting, **row})
-            print(f"{setting}: {row['ms']:.1f} ms, error {row['worst_error']:.4f}, "
+            print(f"{setting}: {row['ms']:.1f} ms, error {row['worst_error']}, "
                   f"density {row['density']}", file=sys.stderr, flush=True)  # fmt: skip
-    table = verdict(mixtures, singles)
-    result = {
-        "model": args.model, "tokens": args.length, "batch": args.batch, "dtype": str(dtype),
-        "preset": args.preset, "prompts": len(prompts),
-        "environment": environment(torch.device(device)),
-        "table": table, "mixtures": mixtures, "singles": singles,
-    }  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+        dense_times.append(prefill_ms(model, ids, args.repeat))
+        # Written after every method: a run that is cut short keeps what it has.
+        table = verdict(mixtures, singles, statistics.median(dense_times))
+        result = {
+            "model": args.model, "tokens": args.length, "batch": args.batch, "dtype": str(dtype),
+            "preset": args.preset, "prompts": len(prompts), "dense_ms": dense_times,
+            "environment": environment(torch.device(device)),
+            "table": table, "mixtures": mixtures, "singles": singles,
+        }  # fmt: skip
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
     journal.unlink(missing_ok=True)
     for row in table:
         print(
