@@ -44,6 +44,9 @@ def calibrate(
     methods: Annotated[
         str | None, typer.Option(help="Methods to try, such as flex_prefill,window. Default: all.")
     ] = None,
+    batch: Annotated[
+        int, typer.Option(help="Prompts that will be prefilled together; costs are theirs.")
+    ] = 1,
     seed: Seed = 0,
     time_limit: Annotated[
         str | None, typer.Option(help="Stop measuring after 90s, 15m or 1h.")
@@ -96,6 +99,7 @@ def calibrate(
         lengths=limits,
         methods=chosen,
         preset=preset,
+        batch=batch,
         seed=seed,
         time_limit=stop,
         journal=journal,

@@ -154,7 +154,7 @@ def main() -> None:
         # The journal is shared: later budgets only search and check.
         plan = accelkit.calibrate(
             model, tokenizer=tokenizer, budget=budget, lengths=[args.length], preset=args.preset,
-            journal=journal, resume=n > 0,
+            batch=args.batch, journal=journal, resume=n > 0,
         )  # fmt: skip
         seconds = time.perf_counter() - begin
         row = measure(model, plan, dense, ids, dense_times[0], args.repeat)
@@ -164,11 +164,15 @@ def main() -> None:
               f"density {row['density']}", file=sys.stderr, flush=True)  # fmt: skip
     limits = Limits(min_length=plan.limits.min_length)
     for name in args.methods or [n for n in names() if "prefill" in load(n).phases]:
+        hopeless = 0
         for method in settings_of(name):
+            if hopeless == 2:
+                continue  # its estimate alone takes longer than dense, at every setting
             single = plan_of(model, method).model_copy(update={"limits": limits})
             row = measure(model, single, dense, ids, dense_times[0], args.repeat)
             field = type(method).dial.field if type(method).dial else ""
             setting = f"{name}({field}={getattr(method, field):.4g})" if field else name
+            hopeless += row["worst_error"] is None
             singles.append({"method": name, "setting": setting, **row})
             print(f"{setting}: {row['ms']:.1f} ms, error {row['worst_error']}, "
                   f"density {row['density']}", file=sys.stderr, flush=True)  # fmt: skip

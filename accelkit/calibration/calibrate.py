@@ -46,6 +46,7 @@ def calibrate(
     lengths: Sequence[int] | None = None,
     methods: Sequence[str | Method | type[Method]] | None = None,
     preset: str = "balanced",
+    batch: int = 1,
     seed: int = 0,
     time_limit: float | None = None,
     journal: str | os.PathLike[str] | None = None,
@@ -62,6 +63,7 @@ def calibrate(
         lengths: prompt lengths in tokens; costs are those of the longest.
         methods: names, classes or instances to try; None: all.
         preset: "fast", "balanced" or "careful".
+        batch: prompts that will be prefilled together; costs are those of such a batch.
         time_limit: seconds, after which the best plan that was checked is returned.
         journal, resume: file of finished units, and whether to take up an older one.
 
@@ -89,6 +91,8 @@ def calibrate(
         raise InvalidInputError(
             "the model is patched; call its handle's remove() before calibrating"
         )
+    if batch < 1:
+        raise InvalidInputError(f"batch is {batch}; expected at least one prompt")
     lengths = _lengths(lengths, bare)
     tried = chosen_methods(methods)
     inputs = prompts.gather(data, tokenizer, lengths, preset, seed)
@@ -105,12 +109,23 @@ def calibrate(
         "prompts": _digest([s.ids.tobytes() for s in (*inputs.measure, *inputs.check, screen_on)]),
         "methods": [f"{m.kind} {m.model_dump_json()}" for m in tried],
         "preset": preset,
+        "batch": batch,
         "seed": seed,
     }
     book = Journal(journal, settings, resume)
     with _Bar(progress) as bar:
+        bar.expect(_units(len(places), inputs, PRESETS[preset]))
         run = Run(
-            bare, bare.device, places, heads, book, PRESETS[preset], bar.tell, time_limit, begun
+            bare,
+            bare.device,
+            places,
+            heads,
+            book,
+            PRESETS[preset],
+            bar.tell,
+            batch,
+            time_limit,
+            begun,
         )
         try:
             was = bare.training
@@ -126,6 +141,7 @@ def calibrate(
         "lengths": sorted({len(s.ids) for s in inputs.measure}),
         "seed": seed,
         "preset": preset,
+        "batch": batch,
         "methods": [m.kind for m in tried],
         "skipped": run.skipped,
         "seconds": {
@@ -154,7 +170,9 @@ def _plan(
 ) -> Plan:
     """Measure, then search and check in turns."""
     component = fingerprint.components["text"]
-    shape = fit.Shape(component.q_heads, component.kv_heads, component.head_dim, len(run.sites))
+    shape = fit.Shape(
+        component.q_heads, component.kv_heads, component.head_dim, len(run.sites), run.batch
+    )
     tokens = inputs.longest
     costs = measure.fitted(run, shape, run.model.dtype, tokens, methods)
     able = [m for m in methods if m.kind in costs.methods]
@@ -249,6 +267,12 @@ def _lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
     return found
 
 
+def _units(places: int, inputs: prompts.Inputs, preset: measure.Preset) -> int:
+    """The most units of work: the fit, each site by stage and prompt, and every check."""
+    by_site = places * (1 + len(inputs.measure) + len(preset.weigh))
+    return 1 + by_site + preset.rounds * len(inputs.check) + 1
+
+
 def _weights_digest(model: Any) -> str:
     """A digest of a few numbers of every weight: enough to tell fine-tuned models apart."""
     parts = []
@@ -272,7 +296,9 @@ def _version() -> str:
 
 
 class _Bar:
-    """Progress on stderr: the stage and the time so far; silent where nobody watches."""
+    """Progress on stderr with the stage and the time that is left at most; silent where nobody
+    watches.
+    """
 
     def __init__(self, wanted: bool) -> None:
         self.wanted = wanted and sys.stderr.isatty() and os.environ.get("ACCELKIT_PROGRESS") != "0"
@@ -282,6 +308,10 @@ class _Bar:
 
         self.bar = tqdm(disable=not self.wanted, file=sys.stderr, unit="unit")
         return self
+
+    def expect(self, units: int) -> None:
+        """The most units that this run can have."""
+        self.bar.reset(total=units)
 
     def tell(self, stage: str) -> None:
         """Another unit of `stage` begins."""

@@ -57,12 +57,15 @@ PATIENCE_MS = 1000.0
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of a layer, and how many layers there are to share lists that follow from geometry."""
+    """Heads of a layer, how many layers there are to share lists that follow from geometry, and
+    prompts in a batch.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     layers: int = 1
+    batch: int = 1
 
 
 def fit(
@@ -132,9 +135,10 @@ def random_call(
     g = torch.Generator(device=device).manual_seed(0)
 
     def draw(heads: int) -> Tensor:
-        x = torch.randn(1, heads, tokens, shape.head_dim, generator=g, device=device)
+        size = (shape.batch, heads, tokens, shape.head_dim)
+        x = torch.randn(size, generator=g, device=device)
         coarse = torch.randn(
-            1, heads, ceil_div(tokens, 64), shape.head_dim, generator=g, device=device
+            shape.batch, heads, ceil_div(tokens, 64), shape.head_dim, generator=g, device=device
         )
         x += coarse.repeat_interleave(64, 2)[:, :, :tokens]
         x[:, :, :4] *= 2

@@ -78,6 +78,7 @@ class Run:
     journal: Journal
     preset: Preset
     tell: Callable[[str], None]
+    batch: int = 1
     deadline: float | None = None
     begun: float = field(default_factory=time.monotonic)
     skipped: list[str] = field(default_factory=list)

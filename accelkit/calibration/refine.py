@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from accelkit.calibration import quality
 from accelkit.calibration.assemble import SiteData, assemble, crossover
 from accelkit.calibration.capture import forward
@@ -178,9 +180,10 @@ class _Checker:
         """Milliseconds of a whole prefill, dense and patched, on the longest prompt."""
         sample = max(self.samples, key=lambda s: len(s.ids))
         model, device = self.run.model, self.run.device
+        ids = np.repeat(sample.ids[None], self.run.batch, 0)
 
         def once() -> float:
-            return clock(lambda: forward(model, sample.ids), 1, device)
+            return clock(lambda: forward(model, ids), 1, device)
 
         def work() -> dict[str, float]:
             dense, sparse = [], []
