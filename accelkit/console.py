@@ -96,11 +96,13 @@ def emit(document: Any, as_json: bool, *renderables: Any) -> None:
     from rich.console import Console
 
     # Off a terminal rich assumes 80 columns and would cut tables short.
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+    console = Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 120)
     for part in renderables:
-        console.print(part, markup=False, highlight=False) if isinstance(
-            part, str
-        ) else console.print(part)
+        if isinstance(part, str):
+            # Paths stay whole: they are there to be copied.
+            console.print(part, markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(part)
 
 
 def table(title: str, rows: Sequence[dict[str, Any]]) -> Any:

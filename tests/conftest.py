@@ -9,6 +9,8 @@ import os
 import pytest
 import torch
 
+os.environ["COLUMNS"] = "120"  # what commands print does not depend on the terminal
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
