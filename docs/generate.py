@@ -36,6 +36,15 @@ FORCED = (
     "Time to first token with one method forced on every head (`benchmarks/prefill_8b.py`). The "
     "weights are random: this shows what the machinery reaches at that density, not quality."
 )
+MIXTURE = (
+    "For each budget the fastest single setting whose worst-task error is no larger than the "
+    "mixture's; dense where no single setting was both that good and faster "
+    "(`benchmarks/mixture.py`). A ratio of 1 with error 0 means that calibration chose dense."
+)
+CALIBRATION = (
+    "One calibration of random weights, whose attention is spread: what it finds there is small, "
+    "what it costs is not affected (`benchmarks/prefill_8b.py --calibrate`)."
+)
 MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
 
 
@@ -183,7 +192,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
     """Table rows of a result, whichever script wrote it."""
     if "calibration" in data:
-        return [data["calibration"]]
+        return [calibration_row(data["calibration"])]
+    if "singles" in data:
+        return [mixture_row(row) for row in data["table"]]
     rows = data.get("rows") or data.get("forced") or data["results"]
     if "median_ms" in rows[0]:
         return [speed_row(row) for row in rows]
@@ -220,6 +231,32 @@ def forced_row(m: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def calibration_row(m: dict[str, Any]) -> dict[str, Any]:
+    """A calibration of `benchmarks/prefill_8b.py --calibrate`."""
+    return {
+        "tokens": m["tokens"],
+        "seconds": m["seconds"],
+        "in dense prefills": m["dense_prefills"],
+        "peak GiB": m["peak_gb"],
+        "error measured": m["measured"]["measured_error"],
+        "prefill, × dense": m["measured"].get("prefill_speedup"),
+    }
+
+
+def mixture_row(m: dict[str, Any]) -> dict[str, Any]:
+    """A budget of `benchmarks/mixture.py`."""
+    return {
+        "budget": m["budget"],
+        "worst error": m["worst_error"],
+        "answers lost": m["worst_drop"],
+        "mixture, ms": m["mixture_ms"],
+        "dense, ms": m["dense_ms"],
+        "best single": m["best_single"],
+        "its ms": m["best_single_ms"],
+        "× best single": m["ratio"],
+    }
+
+
 def kernel_row(m: dict[str, Any]) -> dict[str, Any]:
     """A case of `benchmarks/kernels.py`."""
     return {
@@ -244,20 +281,27 @@ def machine(data: dict[str, Any]) -> str:
     return ", ".join(filter(None, [where, *versions]))
 
 
+def title(data: dict[str, Any]) -> str | None:
+    """What a result is about."""
+    if "singles" in data:
+        return f"{data['model']}, {data['tokens']} tokens, {data['batch']} at once, {data['dtype']}"
+    return data.get("title") or data.get("model")
+
+
 def benchmarks() -> str:
     """Every shipped result with the machine it was measured on."""
     parts = []
     for path, data in results():
         parts.append(
-            f"**{data.get('title') or data.get('model') or path.stem}**: {machine(data)} "
-            f"(`benchmarks/results/{path.name}`)"
+            f"**{title(data) or path.stem}**: {machine(data)} (`benchmarks/results/{path.name}`)"
         )
         rows = rows_of(data)
         parts.append(table(rows))
         if "whole call, ms" in rows[0]:
             parts.append(KERNELS)
-        if "forced" in data:
-            parts.append(FORCED)
+        for key, text in (("forced", FORCED), ("singles", MIXTURE), ("calibration", CALIBRATION)):
+            if key in data:
+                parts.append(text)
         if data.get("note"):
             parts.append(data["note"])
     return "\n\n".join(parts) or "No measurement is shipped yet."

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accelkit import kernels
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.patches.adapters import adapter_for, watch
 from accelkit.patches.call import AttentionCall
-from accelkit.patches.sites.attention import DENSE_UNIT
+from accelkit.patches.sites.attention import DENSE_UNIT, run
 
 See = Callable[[AttentionCall, Partial], None]
 
@@ -52,15 +51,4 @@ def dense_attention(call: AttentionCall) -> Partial:
     """All heads of a call over every visible key."""
     tiles = call.tiles(DENSE_UNIT)[0]
     index = BlockIndex.dense(len(call.heads), tiles, DENSE_UNIT, call.q.device)
-    return kernels.attend(
-        call.q,
-        call.k,
-        call.v,
-        index,
-        scale=call.scale,
-        causal=call.causal,
-        q_start=call.q_start,
-        heads=call.heads,
-        kv_of_head=call.kv_of_head,
-        key_mask=call.key_mask,
-    )
+    return run(call, index)

@@ -113,7 +113,7 @@ def compute(
     parts = tuple(
         piece
         if isinstance(piece, Partial)
-        else _run(call, piece, answered.execution, rows, backend)
+        else run(call, piece, skip=answered.execution.skip, rows=rows, backend=backend)
         for piece in answered.pieces
     )
     joined = parts[0] if len(parts) == 1 else merge(parts)
@@ -218,13 +218,16 @@ def _in_token_order(part: Partial, order: Order, call: AttentionCall) -> Partial
     return Partial(out[:, :, :n], lse[:, :, :n])
 
 
-def _run(
+def run(
     call: AttentionCall,
     index: BlockIndex,
-    execution: Execution,
-    rows: Tensor | Sequence[int] | None,
-    backend: str | None,
+    *,
+    skip: float | Tensor | None = None,
+    rows: Tensor | Sequence[int] | None = None,
+    backend: str | None = None,
+    out: Tensor | None = None,
 ) -> Partial:
+    """Attention of the call's heads over the keys of `index`; options as in `kernels.attend`."""
     return kernels.attend(
         call.q,
         call.k,
@@ -239,29 +242,18 @@ def _run(
         q_pos=call.q_pos,
         k_pos=call.k_pos,
         rows=rows,
-        skip=execution.skip,
+        skip=skip,
+        out=out,
         backend=backend,
     )
 
 
 def _launch(call: AttentionCall, lane: list[Answer], out: Tensor) -> None:
     """One launch for all answers of a lane, written in place."""
-    heads = [h for a in lane for h in a.call.heads]
+    heads = tuple(h for a in lane for h in a.call.heads)
+    joined = replace(call, heads=heads, kv_of_head=torch.cat([a.call.kv_of_head for a in lane]))
     index = BlockIndex.cat([a.index for a in lane])
-    kernels.attend(
-        call.q,
-        call.k,
-        call.v,
-        index,
-        scale=call.scale,
-        causal=call.causal,
-        q_start=call.q_start,
-        heads=heads,
-        kv_of_head=torch.cat([a.call.kv_of_head for a in lane]),
-        key_mask=call.key_mask,
-        skip=_joined_skip(lane, call.q.device),
-        out=out,
-    )
+    run(joined, index, skip=_joined_skip(lane, call.q.device), out=out)
 
 
 def _joined_skip(lane: list[Answer], device: torch.device) -> float | Tensor | None:
