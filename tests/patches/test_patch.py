@@ -144,6 +144,17 @@ def test_gradients_run_dense_and_warn(llama, ids):
     assert llama.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
 
+def test_cached_lists_do_not_outlive_their_padding(llama, ids):
+    mask = torch.ones_like(ids)
+    mask[1, :57] = 0
+    with accelkit.patch(llama, NARROW):
+        cold = llama(ids, attention_mask=mask).logits
+    with accelkit.patch(llama, NARROW):
+        llama(ids)
+        warm = llama(ids, attention_mask=mask).logits
+    assert torch.equal(warm, cold)
+
+
 def test_heads_of_a_layer_may_differ(llama, ids):
     """Mixed lanes equal the groups run one by one: head 0 narrow, 1 dense, 2 wide, 3 narrow."""
     base = plan_of(llama, NARROW)
