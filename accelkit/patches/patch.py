@@ -111,8 +111,9 @@ class PatchHandle:
         state, path = self.state, call.site.path
         if not self.enabled:
             return self._dense(path, "disabled")
-        if call.site.order == 0:
+        if call.site.order <= state.last_order:
             state.begin_generation() if call.q_start == 0 else state.begin_forward()
+        state.last_order = call.site.order
         groups = self.plan.groups(path, call.n_k, call.clock)
         if not groups:
             short = call.n_k < self.plan.limits.min_length

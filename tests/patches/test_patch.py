@@ -200,6 +200,31 @@ def test_reuse_reads_the_anchors_lists(llama, ids):
     assert torch.equal(direct, reused)
 
 
+def test_reused_lists_end_with_their_forward(ids):
+    """Also where the first layer slides and never reaches the plan."""
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    model = tiny("gemma3_text", num_hidden_layers=3, layer_types=kinds)
+    base = plan_of(model, NARROW)
+    first, second = base.sites
+    rule = Rule(phase="prefill", policies=(1, 1, 1, 1))
+    again = base.sites[second].model_copy(update={"rules": (rule,)})
+    policies = (*base.policies, Policy(reuse=Reuse(site=first)))
+    plan = base.model_copy(update={"policies": policies, "sites": {**base.sites, second: again}})
+    with accelkit.patch(model, base):
+        direct = model(ids[:, :200]).logits
+    with accelkit.patch(model, plan):
+        model(ids)
+        assert torch.equal(model(ids[:, :200]).logits, direct)
+
+
+@pytest.mark.parametrize("before", ["sdpa", "eager", "flash_attention_2"])
+def test_names_lead_back_to_the_previous_implementation(before):
+    from accelkit.patches.adapters.transformers import _ours, _theirs
+
+    assert "flash" not in _ours(before)
+    assert _theirs(_ours(before)) == before
+
+
 def test_compile_fullgraph(llama, ids):
     with accelkit.patch(llama, NARROW) as handle:
         eager = llama(ids, use_cache=True).logits

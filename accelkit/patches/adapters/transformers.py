@@ -63,7 +63,6 @@ class _Door:
     module: weakref.ref[nn.Module]
     site: Site
     runner: Runner
-    first: bool
     previous: Callable[..., Any]
 
 
@@ -151,45 +150,45 @@ def connect(model: PreTrainedModel, runner: Runner, undo: ExitStack) -> None:
             f"{type(model).__name__} does not read its attention function from transformers' "
             "AttentionInterface; use a newer modelling class of this model"
         )
-    parents = {
-        id(part.config): part for part in model.modules() if isinstance(part, PreTrainedModel)
-    }
     # The configs of text parts, with what they used before.
     configs = {id(module.config): module.config for _, module, _ in modules}
     for config in configs.values():
         before = config._attn_implementation or "eager"
         _register(before)
         undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
-        config._attn_implementation_internal = NAME + before
-    # A root config that wraps the text config builds the masks of some classes.
-    root = parents.get(id(model.config))
-    if root is not None and id(model.config) not in configs:
-        before = model.config._attn_implementation
-        undo.callback(setattr, model.config, "_attn_implementation_internal", before)
+        config._attn_implementation_internal = _ours(before)
     for order, (path, module, reason) in enumerate(modules):
         if hasattr(module, ATTRIBUTE):
             raise RuntimeError(f"{path} is connected already")
         number = next(_NUMBERS)
         site = Site(path, order)
         previous = _implementation(module)
-        _DOORS[number] = _Door(weakref.ref(module), site, runner, order == 0, previous)
+        _DOORS[number] = _Door(weakref.ref(module), site, runner, previous)
         undo.callback(_DOORS.pop, number, None)
         if reason is None:
             setattr(module, ATTRIBUTE, number)
             undo.callback(delattr, module, ATTRIBUTE)
 
 
+def _ours(before: str) -> str:
+    """Our name over a previous implementation; transformers refuses names that hold "flash"."""
+    return NAME + before.replace("flash", "fl-ash")
+
+
+def _theirs(name: str) -> str:
+    """The previous implementation under one of our names."""
+    return name.removeprefix(NAME).replace("fl-ash", "flash")
+
+
 def _implementation(module: nn.Module) -> Callable[..., Any]:
     """What the module called before: a registered function or the eager one of its own file."""
-    before = module.config._attn_implementation.removeprefix(NAME)
+    before = _theirs(module.config._attn_implementation)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(before, eager)
 
 
 def _register(before: str) -> None:
-    name = NAME + before
-    if "flash" in name:
-        name = NAME + before.replace("flash", "fl")
+    name = _ours(before)
     if name not in ALL_ATTENTION_FUNCTIONS._global_mapping:
         AttentionInterface.register(name, _forward)
         previous = ALL_MASK_ATTENTION_FUNCTIONS[before]
@@ -277,7 +276,7 @@ def _full_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | Non
     if not first_prefill and (mask is None or mask.ndim == 4):
         return mask
     config = module.config
-    previous = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation.removeprefix(NAME)]
+    previous = ALL_MASK_ATTENTION_FUNCTIONS[_theirs(config._attn_implementation)]
     return previous(
         batch_size=query.shape[0],
         q_length=query.shape[2],
