@@ -37,10 +37,6 @@ class AttentionProfile:
     entropy: list[float]
     similarity: dict[str, list[float]]
 
-    def hopeless(self, least_recall: float = 0.8) -> bool:
-        """No choice of seven blocks in ten reaches this recall in any head."""
-        return max(self.recall[-1]) < least_recall
-
 
 def profile(
     call: AttentionCall, dense: Partial, tiles: Tensor, earlier: Mapping[str, Tensor]
