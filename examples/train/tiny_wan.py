@@ -21,6 +21,8 @@ import math
 import random
 import time
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,12 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanAttentionBlock,
+    WanCausalConv3d,
+    WanResample,
+    WanResidualBlock,
+)
 from tiny_wan_scores import pixels
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -50,8 +57,7 @@ TOKENS = 32 * 13 * 16 * 16  # video tokens in a batch
 GRIDS: dict[tuple[int, int, int], tuple[float, float]] = {
     (13, 32, 32): (0.20, 0.50),
     (9, 24, 24): (0.50, 0.20),
-    (5, 16, 16): (0.20, 0.10),
-    (9, 24, 40): (0.05, 0.05),
+    (5, 16, 16): (0.25, 0.15),
     (13, 48, 48): (0.05, 0.15),
 }
 
@@ -100,7 +106,7 @@ def make_text_encoder(words: int) -> UMT5EncoderModel:
 
 
 def make_vae() -> AutoencoderKLWan:
-    return AutoencoderKLWan(
+    vae = AutoencoderKLWan(
         base_dim=16,
         decoder_base_dim=24,
         z_dim=CHANNELS,
@@ -111,7 +117,43 @@ def make_vae() -> AutoencoderKLWan:
         latents_std=[1.0] * CHANNELS,
         scale_factor_temporal=2,
         scale_factor_spatial=2,
+        is_residual=True,
     )
+    last = {WanResidualBlock: "conv2", WanAttentionBlock: "proj", WanResample: "resample.1"}
+    for module in vae.modules():  # only the shortcuts, which average and repeat, are left
+        if type(module) in last:
+            layer = module.get_submodule(last[type(module)])
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    for part in (vae.encoder, vae.decoder):
+        _pass_colours(part)
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        nn.init.dirac_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    nn.init.constant_(vae.quant_conv.bias[CHANNELS:], -6.0)  # almost no noise
+    return vae
+
+
+def _pass_colours(part: nn.Module) -> None:
+    """Let the first three channels pass the encoder or the decoder almost unchanged.
+
+    Training begins with that and not with the long search for it. The channels between carry a
+    constant plus a code that is orthogonal to it, for which normalisation and SiLU are nearly
+    linear.
+    """
+    enter, leave, width = part.conv_in, part.conv_out, part.conv_in.out_channels
+    constant, gain = 1.5, 2.5
+    code = torch.linalg.qr(torch.cat((torch.ones(width, 1), torch.randn(width, 3)), 1))[0][:, 1:]
+    with torch.no_grad():
+        enter.weight *= 0.03
+        enter.weight[:, :3] = 0
+        enter.weight[:, :3, -1, 1, 1] = code
+        enter.bias.fill_(constant)
+        part.norm_out.gamma.fill_(gain)
+        leave.weight[:3] = 0
+        leave.weight[:3, :, -1, 1, 1] = code.T * constant / gain
+        leave.weight -= leave.weight.mean(1, keepdim=True)  # the constant ends here
+        nn.init.zeros_(leave.bias)
 
 
 def make_transformer() -> WanTransformer3DModel:
@@ -139,7 +181,23 @@ def make_scheduler() -> UniPCMultistepScheduler:
 # -- autoencoder --------------------------------------------------------------------------------
 
 
-def _resample_whole(self: WanResample, x: Tensor, *_: Any) -> Tensor:
+def _convolve_whole(self: WanCausalConv3d, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """`WanCausalConv3d.forward` as one convolution of images whose channels are those of the
+    last three frames: GPUs have fast kernels for those, not for few channels in three dimensions.
+    """
+    n, frames = x.shape[0], x.shape[2]
+    images = x.movedim(2, 1)  # (n, frames, channels, rows, columns)
+    reach, stride = self.kernel_size[0], self.stride[0]
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, self._padding[4], 0))
+    frames = (images.shape[1] - reach) // stride + 1
+    steps = [images[:, i : i + stride * (frames - 1) + 1 : stride] for i in range(reach)]
+    images = torch.cat(steps, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    weight = self.weight.transpose(1, 2).flatten(1, 2)
+    images = F.conv2d(images, weight, self.bias, padding=(self._padding[2], self._padding[0]))
+    return images.unflatten(0, (n, frames)).movedim(1, 2)
+
+
+def _resample_whole(self: WanResample, x: Tensor, *_: Any, **__: Any) -> Tensor:
     """`WanResample.forward` on a whole clip at once, where diffusers goes chunk by chunk with a
     cache: the first frame stays alone in time, the others are halved or doubled."""
     if self.mode == "upsample3d":
@@ -160,23 +218,27 @@ class WholeClips:
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae
 
-    def _run(self, part: nn.Module, x: Tensor) -> Tensor:
-        resamplers = [m for m in part.modules() if isinstance(m, WanResample)]
-        for module in resamplers:
-            module.forward = types.MethodType(_resample_whole, module)
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        forwards = {WanResample: _resample_whole, WanCausalConv3d: _convolve_whole}
+        modules = [m for m in self.vae.modules() if type(m) in forwards]
+        for module in modules:
+            module.forward = types.MethodType(forwards[type(module)], module)
         try:
-            return part(x)
+            yield
         finally:
-            for module in resamplers:
+            for module in modules:
                 del module.forward
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents of (n, 3, frames, height, width)."""
-        mean, log_variance = self.vae.quant_conv(self._run(self.vae.encoder, video)).chunk(2, 1)
+        with self._whole():
+            mean, log_variance = self.vae.quant_conv(self.vae.encoder(video)).chunk(2, 1)
         return mean, log_variance.float().clamp(-20, 10)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._run(self.vae.decoder, self.vae.post_quant_conv(latents))
+        with self._whole():
+            return self.vae.decoder(self.vae.post_quant_conv(latents), first_chunk=True)
 
 
 class Clips:
@@ -207,13 +269,14 @@ def train_vae(
     standard deviation. Returns its `run_record`."""
     whole = WholeClips(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0, betas=(0.9, 0.99))
-    grids = [(5, 16, 16), (9, 32, 32), (5, 24, 40)]
-    begun, step = time.time(), 0
+    grids = [(5, 16, 16), (9, 24, 24), (5, 24, 40), (9, 32, 32), (5, 48, 48)]
+    step, begun = 0, time.time()
+    logged = begun
     while (done := (time.time() - begun) / seconds) < 1 and not (smoke and step >= 3):
-        grid = grids[step % len(grids)]
-        video = clips.video(clips.scenes(2 if smoke else 16), grid)
+        grid = grids[0 if smoke else step % len(grids)]
+        video = clips.video(clips.scenes(2 if smoke else 60_000 // math.prod(grid)), grid)
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * done))
+            group["lr"] = 8e-4 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * done))
         with torch.autocast(device, torch.bfloat16):
             mean, log_variance = whole.encode(video)
             noise = torch.randn(mean.shape, device=device)
@@ -226,13 +289,15 @@ def train_vae(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        if step % 250 == 0 or smoke:
+        if time.time() - logged > 5 or smoke:
+            logged = time.time()
             decibels = -10 * math.log10(error.item() / 4)
             print(f"vae {time.time() - begun:4.0f} s step {step}: {decibels:.1f} dB", flush=True)
     with torch.no_grad():
         mean = whole.encode(clips.video(clips.scenes(2 if smoke else 64), (9, 32, 32)))[0]
     std, mean = torch.std_mean(mean.float(), (0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    print(f"latents' standard deviation: {[round(v, 2) for v in std.tolist()]}", flush=True)
     return run_record("autoencoder", step, begun, device)
 
 
@@ -263,9 +328,12 @@ def train_denoiser(
     vae: AutoencoderKLWan,
     tokenizer: PreTrainedTokenizerFast,
     clips: Clips,
+    end: float,
+    check: Callable[[Denoiser], None],
     args: argparse.Namespace,
 ) -> tuple[Denoiser, dict[str, Any]]:
-    """Flow matching for args.seconds; returns the weights' moving average and its `run_record`."""
+    """Flow matching until the clock shows `end`; returns the weights' moving average and the
+    `run_record`. After each quarter of the time, `check` gets the average so far."""
     device, smoke = args.device, args.smoke
     whole, average = WholeClips(vae), copy.deepcopy(model)
     mean, std = (
@@ -281,20 +349,16 @@ def train_denoiser(
         betas=(0.9, 0.98),
         fused=device == "cuda",
     )
-    losses: dict[tuple[int, int, int], list[Tensor]] = {g: [] for g in GRIDS}
-    step, begun = 0, time.time()
-    logged = begun
-    while (done := (time.time() - begun) / args.seconds) < 1 and not (smoke and step >= 3):
-        grid = (3, 8, 8) if smoke else pick_grid(clips.rng, done)
+    losses: dict[tuple[int, int, int], list[Tensor]] = {}
+
+    def backward(grid: tuple[int, int, int]) -> None:
+        """Gradients of one batch, whose loss goes to `losses`."""
         n = 2 if smoke else min(128, TOKENS // (grid[0] * grid[1] * grid[2] // 4))
         scenes = clips.scenes(n)
         prompts = ["" if clips.rng.random() < NO_PROMPT else s.prompt for s in scenes]
         text = tokenizer(
             prompts, padding="max_length", max_length=WORDS_LENGTH, return_tensors="pt"
         ).to(device)
-        rate = args.rate * min(1, (step + 1) / 150) * (0.5 + 0.5 * math.cos(math.pi * done))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         with torch.autocast(device, torch.bfloat16):
             with torch.no_grad():
                 latents = whole.encode(clips.video(scenes, grid))[0].float()
@@ -306,24 +370,39 @@ def train_denoiser(
             velocity = model(noisy, sigma, text.input_ids, text.attention_mask)
         loss = F.mse_loss(velocity.float(), noise - latents)
         loss.backward()
+        losses.setdefault(grid, []).append(loss.detach())
+
+    step, checks, begun = 0, 0, time.time()
+    if not smoke:  # compile, before the schedule's clock starts
+        for grid in GRIDS:
+            backward(grid)
+            torch.cuda.synchronize()
+            print(f"dit {time.time() - begun:4.0f} s: grid {grid} is compiled", flush=True)
+        optimizer.zero_grad(set_to_none=True)
+        losses.clear()
+    logged = begun = time.time()
+    while (done := (time.time() - begun) / max(end - begun, 1.0)) < 1 and not (smoke and step >= 3):
+        rate = args.rate * min(1, (step + 1) / 150) * (0.5 + 0.5 * math.cos(math.pi * done))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        backward((3, 8, 8) if smoke else pick_grid(clips.rng, done))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             keep = min(0.998, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
-        losses.setdefault(grid, []).append(loss.detach())
         step += 1
-        if step == 20 and device == "cuda":  # compiled: the clock starts
-            torch.cuda.synchronize()
-            print(f"compiled in {time.time() - begun:.0f} s", flush=True)
-            begun = logged = time.time()
+        if 4 * done >= checks + 1 or (smoke and step == 2):
+            checks += 1
+            check(average)
         if time.time() - logged > 10 or smoke:
-            values = {g: torch.stack(v).mean().item() for g, v in losses.items() if v}
-            logged, losses = time.time(), {g: [] for g in GRIDS}
+            values = {g: torch.stack(v).mean().item() for g, v in losses.items()}
+            logged = time.time()
+            losses.clear()
             means = "  ".join(f"{'x'.join(map(str, g))} {v:.3f}" for g, v in values.items())
             print(f"dit {logged - begun:4.0f} s step {step}: {means}", flush=True)
-            if not math.isfinite(loss.item()):
+            if not all(map(math.isfinite, values.values())):
                 raise SystemExit("the loss is not finite")
     return average, run_record("transformer and text encoder", step, begun, device)
 
@@ -344,8 +423,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="pipeline directory to write")
     parser.add_argument("--report", type=Path, help="directory for scores and pictures")
-    parser.add_argument("--seconds", type=float, default=300.0, help="for the transformer")
-    parser.add_argument("--vae-seconds", type=float, default=45.0, help="for the autoencoder")
+    parser.add_argument("--seconds", type=float, default=300.0, help="until training ends")
+    parser.add_argument(
+        "--vae-seconds", type=float, default=45.0, help="of these for the autoencoder"
+    )
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--resume", type=Path, help="start from the pipeline in this directory")
     parser.add_argument("--prompts", type=int, default=100, help="held-out prompts a measure")
@@ -353,9 +434,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few small steps on the CPU")
     args = parser.parse_args()
     args.device = device = "cpu" if args.smoke else "cuda"
+    end = time.time() + args.seconds
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
     tokenizer = make_tokenizer()
     vae, transformer = make_vae(), make_transformer()
     text_encoder = make_text_encoder(len(tokenizer))
@@ -373,12 +454,22 @@ def main() -> None:
     if args.vae_seconds > 0:
         runs.append(train_vae(vae, clips, args.vae_seconds, device, args.smoke))
     vae.requires_grad_(False)
-    if args.seconds > 0:
-        model, run = train_denoiser(model, vae, tokenizer, clips, args)
-        runs.append(run)
+    main_grid = (3, 8, 8) if args.smoke else (13, 32, 32)
+    if args.smoke:
+        args.prompts = 4
+
+    def check(average: Denoiser) -> None:
+        save(vae, average, runs, args.out)
+        pipe = tiny_wan_scores.load(args.out, device)
+        for things in (1, 2):
+            scores, _ = tiny_wan_scores.measure(pipe, main_grid, things, min(args.prompts, 25), 7)
+            print(f"  of {scores['n']} prompts for {things}: {scores['right']}", flush=True)
+
+    model, run = train_denoiser(model, vae, tokenizer, clips, end, check, args)
+    runs.append(run)
     save(vae, model, runs, args.out)
     if args.smoke:
-        grids, args.prompts = [((3, 8, 8), 1)], 4
+        grids = [(main_grid, 1)]
     else:
         grids = [(g, things) for g in GRIDS for things in (1, 2)]
     tiny_wan_scores.evaluate(args.out, args.report or args.out, args.prompts, device, grids)
