@@ -57,8 +57,8 @@ PATIENCE_MS = 1000.0
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of a layer, how many layers there are to share lists that follow from geometry, and
-    prompts in a batch.
+    """Heads of a layer, how many layers there are to share lists that follow from geometry,
+    prompts in a batch, and whether later tokens are hidden from earlier ones.
     """
 
     heads: int
@@ -66,6 +66,7 @@ class Shape:
     head_dim: int
     layers: int = 1
     batch: int = 1
+    causal: bool = True
 
 
 def fit(
@@ -112,7 +113,7 @@ def fit(
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return CostTable(
         about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
-        dense, ride, fitted, costs, refused,
+        dense, ride, fitted, costs, refused, shape.causal,
     )  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def clock(run: Callable[[], Any], times: int, device: torch.device) -> float:
 def random_call(
     shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int
 ) -> AttentionCall:
-    """A causal prefill on random data with some structure: a sink, and neighbours alike."""
+    """A call on random data with some structure: a sink, and neighbours alike."""
     g = torch.Generator(device=device).manual_seed(0)
 
     def draw(heads: int) -> Tensor:
@@ -144,10 +145,11 @@ def random_call(
         x[:, :, :4] *= 2
         return x.to(dtype)
 
-    base = plain_inputs(draw(shape.heads), draw(shape.kv_heads), draw(shape.kv_heads), causal=True)
+    q, k, v = draw(shape.heads), draw(shape.kv_heads), draw(shape.kv_heads)
+    base = plain_inputs(q, k, v, causal=shape.causal)
     return AttentionCall(
-        base.q, base.k, base.v, base.scale, True, 0, None, base.heads, base.kv_of_head,
-        site=Site("fit", 0), clock=Clock("prefill"),
+        q, k, v, base.scale, shape.causal, 0, None, base.heads, base.kv_of_head,
+        site=Site("fit", 0), clock=Clock("prefill" if shape.causal else "denoise"),
     )  # fmt: skip
 
 
@@ -168,7 +170,7 @@ def dense_ms(call: AttentionCall, ms: Callable[..., float]) -> float:
 
     def run() -> Tensor:
         return scaled_dot_product_attention(
-            call.q, call.k, call.v, is_causal=True, enable_gqa=group
+            call.q, call.k, call.v, is_causal=call.causal, enable_gqa=group
         )
 
     if call.q.device.type != "cuda":
@@ -269,7 +271,8 @@ def _kernel(calls: dict[int, AttentionCall], size: tuple[int, int], until: float
             if (size[1] == 1 and density > SINGLE_KEYS) or (density == 1.0 and n == longest):
                 continue
             index = random_index(call, size, density)
-            pairs = float(kernels.select.density(index, call).sum()) * visible_pairs(n) / 1e6
+            share = float(kernels.select.density(index, call).sum())
+            pairs = share * visible_pairs(n, call.causal) / 1e6
             features = [1.0, len(call.heads) * call.tiles(size)[0], pairs]
             points.append((density in CHECKED, features, Answer(call, (index,))))
     device = calls[longest].q.device
@@ -308,5 +311,7 @@ def random_index(call: AttentionCall, size: tuple[int, int], density: float) -> 
     visible = keys * bk < (rows + 1) * bq
     # The tile's own keys, or a part of them where tiles are tall.
     own = visible & ((keys + 1) * bk > rows * bq + max(0, bq - 128))
+    if not call.causal:
+        visible = torch.ones_like(visible)
     chosen = torch.rand(heads, nq, nk, generator=g, device=device) < density
     return BlockIndex.from_mask((chosen & visible | own | (visible & (keys == 0)))[None], size)
