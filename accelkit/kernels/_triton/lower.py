@@ -33,14 +33,14 @@ class Work:
     capacity: int
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity"])
+@triton.jit(do_not_specialize=["n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity", "step"])
 def _lower(
     START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, MASKED, CLEAN,
     s_ib, s_ih, s_ir, s_kfb, s_kfh, s_kfn, s_klb, s_klh, s_kln, s_qlb, s_qlh, s_qln, s_qhb, s_qhh,
     s_qhn,
-    n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity,
+    n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity, step,
     BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr, IN_ORDER:
-    tl.constexpr,
+    tl.constexpr, APART: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -60,10 +60,11 @@ def _lower(
         low = tl.load(Q_LOW + b * s_qlb + h * s_qlh + tile * s_qln).to(tl.int64)
         high = tl.load(Q_HIGH + b * s_qhb + h * s_qhh + tile * s_qhn).to(tl.int64)
     n_masked, n_clean = 0, 0
-    # The first round counts, the second writes: the clean part begins where the masked part ends.
+    # The first round counts, the second writes: the clean part begins where the masked part ends,
+    # or the masked part stands apart behind `capacity` places for the clean one.
     for round in tl.static_range(2):
-        put_masked = 0
-        put_clean = n_masked if round == 1 else 0
+        put_masked = capacity if APART and round == 1 else 0
+        put_clean = n_masked if round == 1 and not APART else 0
         for j in range(0, n, CHUNK):
             lane = j + tl.arange(0, CHUNK)
             block = tl.load(BLOCKS + start + lane, mask=lane < listed, other=0)
@@ -87,7 +88,7 @@ def _lower(
             masked = (seen & (clean == 0)).to(tl.int32)
             clean = clean.to(tl.int32)
             if round == 1:
-                base = LISTS + pid * capacity
+                base = LISTS + pid * step
                 tl.store(base + put_masked + tl.cumsum(masked, 0) - 1, block, mask=masked > 0)
                 tl.store(base + put_clean + tl.cumsum(clean, 0) - 1, block, mask=clean > 0)
             put_masked += tl.sum(masked, 0)
@@ -121,10 +122,21 @@ def lower(launch: Launch, *, in_order: bool = False) -> Work:
 
 
 def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
-    index, device = launch.index, launch.q.device
-    tiles = launch.tiles
+    lists, masked, clean = lists_of(launch, plain=plain, in_order=in_order)
+    order = longest_first(masked + clean)
+    return Work(lists, masked, clean, order, launch.tiles, launch.key_blocks)
+
+
+def lists_of(
+    launch: Launch, *, plain: bool = True, in_order: bool = False, apart: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists and the two counts of each row. With `apart` a row has `key_blocks` places for clean
+    blocks and then so many for masked ones.
+    """
+    index, device, tiles = launch.index, launch.q.device, launch.tiles
     rows, capacity = launch.batch * launch.heads * tiles.numel(), launch.key_blocks
-    lists = torch.empty(rows * capacity, dtype=torch.int32, device=device)
+    step = capacity + apart
+    lists = torch.empty(rows * step, dtype=torch.int32, device=device)
     counts = torch.empty((2, rows), dtype=torch.int32, device=device)
     bounds = (index.start,) * 4 if plain else (*launch.key_bounds(), *launch.row_bounds())
     tables = [table(None if plain else t, index.start) for t in bounds]
@@ -137,15 +149,14 @@ def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
     _lower[(rows,)](
         start, count, index.blocks if index.blocks.numel() else tiles, tiles,
         *(t[0] for t in tables), lists, counts[0], counts[1],
-        *steps, *(step for t in tables for step in t[1:]),
+        *steps, *(s for t in tables for s in t[1:]),
         launch.heads, tiles.numel(), launch.key_blocks, launch.n_q, launch.n_k, launch.q_start,
-        capacity,
+        capacity, step,
         BQ=index.size[0], BK=index.size[1], CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order,
-        CHUNK=chunk,
+        APART=apart > 0, CHUNK=chunk,
         num_warps=4 if chunk > 256 else 1,
     )  # fmt: skip
-    order = longest_first(counts[0] + counts[1])
-    return Work(lists, counts[0], counts[1], order, tiles, capacity)
+    return lists, counts[0], counts[1]
 
 
 def longest_first(length: Tensor) -> Tensor:
