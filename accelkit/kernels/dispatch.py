@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelkit.errors import AccelkitWarning, InvalidInputError, KernelUnavailableError
+from accelkit.errors import (
+    AccelkitWarning,
+    InvalidInputError,
+    KernelUnavailableError,
+    UnsupportedConfigurationError,
+)
 from accelkit.kernels import block_sparse, cpu, speeds
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.launch import Launch
@@ -89,6 +94,12 @@ def attend(
         UnsupportedConfigurationError: no backend runs this combination.
         KernelUnavailableError: the backend that was asked for cannot serve the call.
     """
+    if torch.compiler.is_compiling():
+        return _traced(
+            q, k, v, index, out, lse, scale=scale, causal=causal, q_start=q_start, heads=heads,
+            kv_of_head=kv_of_head, key_mask=key_mask, q_pos=q_pos, k_pos=k_pos, rows=rows,
+            skip=skip, backend=backend,
+        )  # fmt: skip
     with torch.no_grad():
         launch = prepare(
             q,
@@ -114,6 +125,34 @@ def attend(
         if not isinstance(launch.bias, Tensor) and launch.bias and choice.backend != "reference":
             _shift(launch)
     return Partial(launch.out, launch.lse)
+
+
+def _traced(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: BlockIndex,
+    out: Tensor | None,
+    lse: Tensor | None,
+    **options: Any,
+) -> Partial:
+    """`attend` inside a graph that is being compiled: an operator, copied to where it belongs."""
+    from accelkit.kernels import ops
+
+    found = Partial(*ops.call(q, k, v, index, **options))
+    if out is None:
+        return found
+    rows, heads = options["rows"], options["heads"]
+    if rows is not None:
+        raise UnsupportedConfigurationError(
+            "attend: rows together with out is not compiled; leave out to attend"
+        )
+    at = slice(None) if heads is None else heads
+    out[:, at] = found.out
+    if lse is None:
+        lse = found.lse.new_full(out.shape[:3], float("-inf"))
+    lse[:, at] = found.lse
+    return Partial(out, lse)
 
 
 def explain(
