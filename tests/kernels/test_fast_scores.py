@@ -91,10 +91,13 @@ def test_strided(name, stride, size, monkeypatch):
 
 
 def test_strided_fits():
-    assert fast_strided.strided_fits(8, (128, 128))
-    assert fast_strided.strided_fits(16, (64, 64))
-    assert not fast_strided.strided_fits(8, (96, 128))
-    assert not fast_strided.strided_fits(8, (128, 96))
+    call = small("grouped")
+    assert fast_strided.strided_fits(call, 8, (128, 128))
+    assert fast_strided.strided_fits(call, 16, (64, 64))
+    assert not fast_strided.strided_fits(call, 8, (96, 128))
+    assert not fast_strided.strided_fits(call, 8, (128, 96))
+    narrow = replace(call, q=call.q[..., :6].half(), k=call.k[..., :6].half())
+    assert not fast_strided.strided_fits(narrow, 8, (128, 128))
 
 
 @pytest.mark.parametrize("name", ["chunk", "some heads", "left padding", "right padding"])
