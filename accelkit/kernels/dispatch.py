@@ -183,7 +183,7 @@ def choose(launch: Launch, backend: str | None = None) -> Choice:
         return _best(launch)
     if wish == "torch" and (refusal := cpu.refusal(launch)):
         return Choice("reference", f"{source}: torch; {refusal}")
-    if wish in _KERNELS and (refusal := _KERNELS[wish](launch)):
+    if wish in KERNELS and (refusal := KERNELS[wish](launch)):
         raise KernelUnavailableError(
             f"attend: backend {wish!r} ({source}) cannot serve this call: {refusal}"
         )
@@ -197,7 +197,7 @@ def _best(launch: Launch) -> Choice:
         return (
             Choice("reference", refusal) if refusal else Choice("torch", "tensors are on the CPU")
         )
-    refusals = {name: refused(launch) for name, refused in _KERNELS.items()}
+    refusals = {name: refused(launch) for name, refused in KERNELS.items()}
     able = [name for name, refusal in refusals.items() if refusal is None]
     if not able:
         _tell(f"attention runs the torch reference, which is slow: {refusals['triton']}")
@@ -241,7 +241,7 @@ def fa4_refusal(launch: Launch) -> str | None:
     return fa4.refusal(launch)
 
 
-_KERNELS: dict[str, Callable[[Launch], str | None]] = {
+KERNELS: dict[str, Callable[[Launch], str | None]] = {
     "triton": triton_refusal,
     "gluon": gluon_refusal,
     "fa4": fa4_refusal,
@@ -265,7 +265,7 @@ def fast_device(t: Tensor) -> bool:
     """Whether small helper operations on this tensor should run as Triton kernels."""
     return (
         t.is_cuda
-        and os.environ.get("ACCELKIT_KERNEL", "auto") in ("auto", "", *_KERNELS)
+        and os.environ.get("ACCELKIT_KERNEL", "auto") in ("auto", "", *KERNELS)
         and not triton_missing(t.device)
     )
 

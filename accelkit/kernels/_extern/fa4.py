@@ -18,9 +18,6 @@ from torch import Tensor
 from accelkit.kernels.index import ceil_div
 from accelkit.kernels.launch import Launch
 
-_KEEP_BYTES = 16 * 2**20
-"""Lists larger than this are made anew in every call."""
-
 
 @lru_cache(maxsize=1)
 def missing() -> str | None:
@@ -136,7 +133,7 @@ def _causal() -> Any:
 
 def _lists(launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts `[B|1, H, nq]` and ids `[B|1, H, nq, n]` of the masked and of the clean blocks."""
-    from accelkit.kernels._triton.lower import lists_of
+    from accelkit.kernels._triton import lower
 
     index, heads = launch.index, launch.head_ids or ()
     key = ("fa4", launch.n_q, launch.n_k, launch.causal, heads)
@@ -149,11 +146,11 @@ def _lists(launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (batch, count, rows), (bq, bk) = index.count.shape, index.size
         one = replace(launch, index=index, q=launch.q[:batch])
         apart = ceil_div(bq, bk) + 2 if launch.causal else 1  # blocks that a diagonal can touch
-        lists, masked, clean = lists_of(one, apart=apart)
+        lists, masked, clean = lower.lists_of(one, apart=apart)
         ids = lists.view(batch, count, rows, launch.key_blocks + apart)
         masked, clean = (t.view(batch, count, rows) for t in (masked, clean))
         most = launch.key_blocks
         found = masked, ids[..., most : most + min(apart, most)], clean, ids[..., :most]
-        if lists.numel() * 4 <= _KEEP_BYTES:
+        if lists.numel() * 4 <= lower.KEEP_BYTES:
             launch.index.lowered[key] = found
     return found

@@ -16,7 +16,8 @@ from torch import Tensor
 from accelkit.kernels._triton.tile import table
 from accelkit.kernels.launch import END, FAR, Launch
 
-_KEEP_BYTES = 16 * 2**20
+KEEP_BYTES = 16 * 2**20
+"""Lists larger than this are made anew in every call."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def lower(launch: Launch, *, in_order: bool = False) -> Work:
     work = cache.get(key)
     if work is None:
         work = _lower_now(launch, plain, in_order)
-        if work.lists.numel() * 4 <= _KEEP_BYTES:
+        if work.lists.numel() * 4 <= KEEP_BYTES:
             cache[key] = work
     return work
 
