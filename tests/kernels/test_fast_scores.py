@@ -166,9 +166,9 @@ def test_compact(n):
     assert torch.equal(found.to_mask(n), mask)
 
 
-@pytest.mark.parametrize("name", ["grouped", "chunk", "some heads"])
 @pytest.mark.parametrize(
-    ("tile", "share", "own"), [(32, 0.3, True), (24, 9, False), (64, 0.5, True)]
+    ("name", "tile", "share", "own"),
+    [("chunk", 32, 0.3, True), ("some heads", 24, 9, False), ("grouped", 64, 0.5, True)],
 )
 def test_tile_top_k(name, tile, share, own, monkeypatch):
     call = small(name)
