@@ -24,7 +24,8 @@ Points = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Kernel:
-    """Coefficients of one unit: ms a launch, a row of a head, and a million pairs.
+    """Coefficients of one unit on the backend that serves it: ms a launch, a row of a head, and a
+    million pairs.
 
     `error` is the mean relative error on points that the fit did not see.
     """
@@ -33,16 +34,19 @@ class Kernel:
     row: float
     pair: float
     error: float = 0.0
+    backend: str = ""
 
 
 @dataclass(frozen=True)
 class MethodCost:
     """A whole `index()` with order and merging, for all heads of a layer; `share` of it is paid
-    however few heads take part.
+    however few heads take part. `error` is how far inner points lie from the line between their
+    neighbours.
     """
 
     points: Points
     share: float = 1.0
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ class CostTable:
             fields[name] = _points(fields[name])
         fields["kernels"] = {k: Kernel(**v) for k, v in fields["kernels"].items()}
         fields["methods"] = {
-            k: MethodCost(_points(v["points"]), v["share"]) for k, v in fields["methods"].items()
+            k: MethodCost(**{**v, "points": _points(v["points"])})
+            for k, v in fields["methods"].items()
         }
         return CostTable(**fields)
 
