@@ -36,13 +36,13 @@ def _rounds(n_items):
 
 
 @gluon.jit
-def _turn(ITEMS, round):
+def _place(round):
     """The item of a round. Odd rounds run backwards: who had the longest row gets the shortest."""
     pid, width = gl.program_id(0), gl.num_programs(0)
     place = pid
     if round % 2 == 1:
         place = width - 1 - pid
-    return ITEMS + (round * width + place) * FIELDS
+    return round * width + place
 
 
 @gluon.jit
@@ -52,11 +52,14 @@ def _produce(
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
+    PER_ROW: gl.constexpr = BQ // BM
     HALF: gl.constexpr = BM // 2
     stage, phase = 0, 1
     for round in range(_rounds(n_items)):
-        item = _turn(ITEMS, round)
-        row, q_row, b = gl.load(item), gl.load(item + 1), gl.load(item + 2)
+        place = _place(round)
+        item = ITEMS + (place // PER_ROW).to(gl.int64) * FIELDS
+        row, b = gl.load(item), gl.load(item + 2)
+        q_row = gl.load(item + 1) + (place % PER_ROW) * BM
         hq, hk = gl.load(item + 3), gl.load(item + 4)
         n = gl.maximum(gl.load(item + 6) + gl.load(item + 7), 1) * R
         at = LISTS + row.to(gl.int64) * capacity
@@ -101,6 +104,7 @@ def _consume(
     PINGPONG: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
+    PER_ROW: gl.constexpr = BQ // BM
     HALF: gl.constexpr = BM // 2
     dtype: gl.constexpr = v.dtype
     sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -111,8 +115,10 @@ def _consume(
     stage, phase = 0, 0
     turn = 1 - WHO
     for round in range(_rounds(n_items)):
-        item = _turn(ITEMS, round)
-        row, q_row, b = gl.load(item), gl.load(item + 1), gl.load(item + 2)
+        place = _place(round)
+        item = ITEMS + (place // PER_ROW).to(gl.int64) * FIELDS
+        row, b = gl.load(item), gl.load(item + 2)
+        q_row = gl.load(item + 1) + (place % PER_ROW) * BM
         ho, masked, clean = gl.load(item + 5), gl.load(item + 6), gl.load(item + 7)
         at = LISTS + row.to(gl.int64) * capacity
         n = gl.maximum(masked + clean, 1) * R
@@ -288,28 +294,18 @@ def descriptor(t: torch.Tensor, rows: int) -> TensorDescriptor:
     )
 
 
-def items_of(launch, work, per_row: int, bm: int):
-    row = work.order.long().repeat_interleave(per_row)
-    part = torch.arange(per_row, device=row.device).repeat(work.order.numel())
-    n_tiles, heads = work.tiles.numel(), launch.heads
-    slot, b = (row // n_tiles) % heads, row // (n_tiles * heads)
-    q_row = work.tiles[row % n_tiles] * launch.index.size[0] + part * bm
-    items = (row, q_row, b, launch.q_heads[slot], launch.kv_heads[slot], launch.out_heads[slot],
-             work.masked[row], work.clean[row])
-    return torch.stack([t.int() for t in items], 1).contiguous()
-
-
-def run(launch, work, items, *, stages: int = 2, pingpong: int = 1, bn: int = 128, grid=132):
+def run(launch, work, *, stages: int = 2, pingpong: int = 1, bn: int = 128, grid=132):
     (bq, bk), bm = launch.index.size, 128
     d, dv = launch.q.shape[3], launch.v.shape[3]
     one = bk == bn
     if launch.causal:
         covered = launch.n_k % bk == 0 or launch.n_k >= launch.q_start + launch.n_q
         one = one and covered and bk % bq == 0 and launch.q_start % bq == 0
-    return _block_sparse[(min(items.shape[0], grid),)](
+    n_items = work.items.shape[0] * (bq // bm)
+    return _block_sparse[(min(n_items, grid),)](
         descriptor(launch.q, bm // 2), descriptor(launch.k, bn), descriptor(launch.v, bn),
-        launch.out, launch.lse, items, work.lists, *launch.out.stride()[:3], *launch.lse.stride(),
-        items.shape[0], launch.n_q, launch.n_k, launch.q_start, work.capacity,
+        launch.out, launch.lse, work.items, work.lists, *launch.out.stride()[:3], *launch.lse.stride(),
+        n_items, launch.n_q, launch.n_k, launch.q_start, work.capacity,
         launch.scale * 1.4426950408889634,
         BQ=bq, BK=bk, BM=bm, BN=bn, D=d, DV=dv, CAUSAL=launch.causal, EXTRA_MASKED=not one,
         STAGES=stages, PINGPONG=pingpong, num_warps=4,

@@ -14,34 +14,45 @@ import triton.language as tl
 from torch import Tensor
 
 from accelkit.kernels._triton.tile import table
+from accelkit.kernels.index import ceil_div
 from accelkit.kernels.launch import END, FAR, Launch
 
 _KEEP_BYTES = 16 * 2**20
+_CACHE_BYTES = 32 * 2**20
+_SECTIONS = 16
+_BINS = 256
 
 
 @dataclass(frozen=True)
 class Work:
-    """Row r = (b, slot, t) has `masked[r]` then `clean[r]` block ids at `lists[r · capacity]`;
-    `order` runs longest first.
+    """Row r = (b, slot, t) has `masked[r]` then `clean[r]` block ids at `lists[r · capacity]`.
+
+    `order` are the rows as they should run; `items` (int32 `[rows, 8]`) say of each, in that order:
+    row, first query, batch, query head, KV head, output head, masked blocks, clean blocks.
     """
 
     lists: Tensor
     masked: Tensor
     clean: Tensor
     order: Tensor
+    items: Tensor
     tiles: Tensor
     capacity: int
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity"])
+_SIZES = ["n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity", "n_kv", "section"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _lower(
-    START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, MASKED, CLEAN,
+    START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, MASKED, CLEAN, KV_HEADS,
+    BIN, RANK, FILL,
     s_ib, s_ih, s_ir, s_kfb, s_kfh, s_kfn, s_klb, s_klh, s_kln, s_qlb, s_qlh, s_qln, s_qhb, s_qhh,
     s_qhn,
-    n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity,
+    n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity, n_kv, section,
     BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr, IN_ORDER:
     tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     h, b = (pid // n_tiles) % n_heads, pid // (n_tiles * n_heads)
@@ -96,6 +107,38 @@ def _lower(
             n_masked, n_clean = put_masked, put_clean
     tl.store(MASKED + pid, n_masked)
     tl.store(CLEAN + pid, n_clean)
+    # Exponent and four leading bits of the length: exact up to 32, then in steps of a sixteenth.
+    steps = (n_masked + n_clean).to(tl.float32).to(tl.int32, bitcast=True) >> 19
+    size = tl.minimum(tl.maximum(steps - 2031, 0), BINS - 1)
+    bin = (b * n_kv + tl.load(KV_HEADS + h)) // section * BINS + BINS - 1 - size
+    tl.store(BIN + pid, bin)
+    tl.store(RANK + pid, tl.atomic_add(FILL + bin, 1))
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_tiles"])
+def _place(
+    MASKED, CLEAN, TILES, Q_HEADS, KV_HEADS, OUT_HEADS, BIN, RANK, FILL, ORDER, ITEMS,
+    n_rows, n_heads, n_tiles,
+    BQ: tl.constexpr, ALL_BINS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = row < n_rows
+    bin = tl.load(BIN + row, mask=real, other=0)
+    every = tl.arange(0, ALL_BINS)
+    before = tl.where(every[None, :] < bin[:, None], tl.load(FILL + every)[None, :], 0)
+    place = tl.sum(before, 1) + tl.load(RANK + row, mask=real, other=0)
+    slot = (row // n_tiles) % n_heads
+    first = tl.load(TILES + row % n_tiles, mask=real, other=0) * BQ
+    tl.store(ORDER + place, row, mask=real)
+    item = ITEMS + place.to(tl.int64) * 8
+    tl.store(item, row, mask=real)
+    tl.store(item + 1, first.to(tl.int32), mask=real)
+    tl.store(item + 2, row // (n_tiles * n_heads), mask=real)
+    tl.store(item + 3, tl.load(Q_HEADS + slot, mask=real), mask=real)
+    tl.store(item + 4, tl.load(KV_HEADS + slot, mask=real), mask=real)
+    tl.store(item + 5, tl.load(OUT_HEADS + slot, mask=real), mask=real)
+    tl.store(item + 6, tl.load(MASKED + row, mask=real), mask=real)
+    tl.store(item + 7, tl.load(CLEAN + row, mask=real), mask=real)
 
 
 def lower(launch: Launch, *, in_order: bool = False) -> Work:
@@ -125,7 +168,12 @@ def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
     tiles = launch.tiles
     rows, capacity = launch.batch * launch.heads * tiles.numel(), launch.key_blocks
     lists = torch.empty(rows * capacity, dtype=torch.int32, device=device)
-    counts = torch.empty((2, rows), dtype=torch.int32, device=device)
+    counts = torch.empty((5, rows), dtype=torch.int32, device=device)
+    masked, clean, bins, rank, order = counts
+    items = torch.empty((rows, 8), dtype=torch.int32, device=device)
+    section, sections = _sections(launch)
+    bins_in_all = triton.next_power_of_2(sections) * _BINS
+    fill = torch.zeros(bins_in_all, dtype=torch.int32, device=device)
     bounds = (index.start,) * 4 if plain else (*launch.key_bounds(), *launch.row_bounds())
     tables = [table(None if plain else t, index.start) for t in bounds]
     start, count = index.start, index.count
@@ -136,16 +184,30 @@ def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
     assert END == 2147483646 and FAR == END + 1  # as written in the kernel
     _lower[(rows,)](
         start, count, index.blocks if index.blocks.numel() else tiles, tiles,
-        *(t[0] for t in tables), lists, counts[0], counts[1],
+        *(t[0] for t in tables), lists, masked, clean, launch.kv_heads, bins, rank, fill,
         *steps, *(step for t in tables for step in t[1:]),
         launch.heads, tiles.numel(), launch.key_blocks, launch.n_q, launch.n_k, launch.q_start,
-        capacity,
+        capacity, launch.k.shape[1], section,
         BQ=index.size[0], BK=index.size[1], CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order,
-        CHUNK=chunk,
+        CHUNK=chunk, BINS=_BINS,
         num_warps=4 if chunk > 256 else 1,
     )  # fmt: skip
-    order = longest_first(counts[0] + counts[1])
-    return Work(lists, counts[0], counts[1], order, tiles, capacity)
+    _place[(triton.cdiv(rows, 16),)](
+        masked, clean, tiles, launch.q_heads, launch.kv_heads, launch.out_heads, bins, rank, fill,
+        order, items, rows, launch.heads, tiles.numel(),
+        BQ=index.size[0], ALL_BINS=bins_in_all, ROWS=16,
+    )  # fmt: skip
+    return Work(lists, masked, clean, order, items, tiles, capacity)
+
+
+def _sections(launch: Launch) -> tuple[int, int]:
+    """KV heads of a section, and sections: rows that run at one time should read keys and values
+    that stay in the second-level cache.
+    """
+    heads = launch.batch * launch.k.shape[1]
+    kept = launch.n_k * (launch.k.shape[3] + launch.v.shape[3]) * launch.k.element_size()
+    section = max(1, _CACHE_BYTES // max(kept, 1), ceil_div(heads, _SECTIONS))
+    return section, ceil_div(heads, section)
 
 
 def longest_first(length: Tensor) -> Tensor:
