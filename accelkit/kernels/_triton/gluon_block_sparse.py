@@ -37,8 +37,6 @@ def refusal(launch: Launch) -> str | None:
         return f"units of {bq} × {bk} tokens do not divide into tiles of {BM} × 64"
     if max(q.shape[3], v.shape[3]) > 128:
         return f"head size {max(q.shape[3], v.shape[3])} is above 128"
-    if launch.skip is not None:
-        return "it has no skip threshold"
     if launch.q_pos is not None or launch.k_pos is not None:
         return "it takes no positions and no key mask"
     if isinstance(launch.bias, Tensor):
@@ -63,29 +61,67 @@ def missing() -> str | None:
 
 
 def block_sparse(launch: Launch) -> None:
-    """Write `launch.out` and `launch.lse`."""
+    """Write `launch.out` and `launch.lse`. With `skip` each half of 64 rows of a tile votes alone."""
     with torch.cuda.device_of(launch.q):
-        run(launch, lower(launch))
+        if launch.skip is None:
+            run(launch, lower(launch))
+        else:
+            run_skipping(launch, lower(launch, in_order=True))
 
 
 def run(launch: Launch, work: Work, stages: int | None = None, mode: str = "lag") -> None:
     """Start the kernel over lowered work."""
     from accelkit.kernels._triton import gluon_kernel
 
-    (bq, bk), q, k, v = launch.index.size, launch.q, launch.k, launch.v
-    d, dv = q.shape[3], v.shape[3]
-    bd, bdv = (max(64, next_power_of_two(n)) for n in (d, dv))
-    bn = 128 if bk % 128 == 0 else 64
+    bn, common, constants = _arguments(launch, work)
     if stages is None:
-        stages = 2 if max(bd, bdv) * bn == 128 * 128 else 3
-    n_items = work.items.shape[0] * (bq // BM)
-    gluon_kernel.block_sparse[(min(n_items, _processors(q.device)),)](
+        stages = 2 if max(constants["BD"], constants["BDV"]) * bn == 128 * 128 else 3
+    gluon_kernel.block_sparse[_grid(launch, work)](
+        *common, *_sizes(launch, work), **constants,
+        EXTRA_MASKED=not one_masked_block(launch, bn), STAGES=stages, MODE=mode, num_warps=4,
+    )  # fmt: skip
+
+
+def run_skipping(launch: Launch, work: Work, stages: int = 2, v_stages: int = 2) -> None:
+    """Start the kernel that skips over work lowered in list order."""
+    from accelkit.kernels._triton import gluon_skip
+
+    _, common, constants = _arguments(launch, work)
+    gluon_skip.skipping[_grid(launch, work)](
+        *common, launch.skip, *_sizes(launch, work), **constants, STAGES=stages,
+        V_STAGES=v_stages, num_warps=4,
+    )  # fmt: skip
+
+
+def _grid(launch: Launch, work: Work) -> tuple[int]:
+    return (min(_items(launch, work), _processors(launch.q.device)),)
+
+
+def _items(launch: Launch, work: Work) -> int:
+    return work.items.shape[0] * (launch.index.size[0] // BM)
+
+
+def _arguments(launch: Launch, work: Work) -> tuple[int, tuple, dict]:
+    """Key rows of a tile; the tensors and the constants that both kernels take."""
+    (bq, bk), q, k, v = launch.index.size, launch.q, launch.k, launch.v
+    bd, bdv = (max(64, next_power_of_two(t.shape[3])) for t in (q, v))
+    bn = 128 if bk % 128 == 0 else 64
+    tensors = (
         _descriptor(q, BM // 2, bd), _descriptor(k, bn, bd), _descriptor(v, bn, bdv),
         launch.out, launch.lse, work.items, work.lists, launch.q_heads, launch.kv_heads,
-        launch.out_heads, *launch.out.stride()[:3], *launch.lse.stride(),
-        n_items, launch.n_q, launch.n_k, launch.q_start, work.capacity, launch.scale * LOG2E,
-        BQ=bq, BK=bk, BM=BM, BN=bn, D=d, DV=dv, BD=bd, BDV=bdv, CAUSAL=launch.causal,
-        EXTRA_MASKED=not one_masked_block(launch, bn), STAGES=stages, MODE=mode, num_warps=4,
+        launch.out_heads,
+    )  # fmt: skip
+    constants = {
+        "BQ": bq, "BK": bk, "BM": BM, "BN": bn, "DV": v.shape[3], "BD": bd, "BDV": bdv,
+        "CAUSAL": launch.causal,
+    }  # fmt: skip
+    return bn, tensors, constants
+
+
+def _sizes(launch: Launch, work: Work) -> tuple:
+    return (
+        *launch.out.stride()[:3], *launch.lse.stride(), _items(launch, work), launch.n_q,
+        launch.n_k, launch.q_start, work.capacity, launch.scale * LOG2E,
     )  # fmt: skip
 
 

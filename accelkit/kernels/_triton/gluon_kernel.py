@@ -157,8 +157,8 @@ def _consume(
     WHO: gl.constexpr, OUT, LSE, ITEMS, LISTS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln,
     n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
     v_empty, turns,
-    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-    DV: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr,
+    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
+    BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr,
     EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
@@ -274,8 +274,8 @@ def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
 def block_sparse(
     q_desc, k_desc, v_desc, OUT, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on,
     s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
-    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-    DV: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr,
+    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
+    BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr,
     EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     q = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, BM // 2, BD], q_desc.layout)
@@ -290,13 +290,13 @@ def block_sparse(
             (_consume, (
                 0, OUT, LSE, ITEMS, LISTS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items,
                 n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, turns, BQ, BK, BM, BN, D, DV, BD, BDV, CAUSAL, EXTRA_MASKED,
+                v_full, v_empty, turns, BQ, BK, BM, BN, DV, BD, BDV, CAUSAL, EXTRA_MASKED,
                 STAGES, MODE,
             )),
             (_consume, (
                 1, OUT, LSE, ITEMS, LISTS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items,
                 n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, turns, BQ, BK, BM, BN, D, DV, BD, BDV, CAUSAL, EXTRA_MASKED,
+                v_full, v_empty, turns, BQ, BK, BM, BN, DV, BD, BDV, CAUSAL, EXTRA_MASKED,
                 STAGES, MODE,
             )),
             (_produce, (
