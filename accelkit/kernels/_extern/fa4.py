@@ -151,6 +151,6 @@ def _lists(launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         masked, clean = (t.view(batch, count, rows) for t in (masked, clean))
         most = launch.key_blocks
         found = masked, ids[..., most : most + min(apart, most)], clean, ids[..., :most]
-        if lists.numel() * 4 <= lower.KEEP_BYTES:
+        if lists.numel() * 4 <= lower._KEEP_BYTES:
             launch.index.lowered[key] = found
     return found

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from accelkit.kernels._triton.lower import Work, lower
+from accelkit.kernels._triton.lower import FIELDS, Work, lower
 from accelkit.kernels._triton.tile import (
     LOG2E,
     Tile,
@@ -24,6 +24,7 @@ from accelkit.kernels._triton.tile import (
     finish,
     hide,
     next_power_of_two,
+    one_masked_block,
     power_of_two_part,
     precision,
     query_tile,
@@ -76,13 +77,12 @@ def _key0(LISTS, at, tile, BK: tl.constexpr, BN: tl.constexpr):
     return tl.load(LISTS + at + tile // R) * BK + (tile % R) * BN
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n_q", "n_k", "q_start", "capacity"])
+@triton.jit(do_not_specialize=["n_q", "n_k", "q_start", "capacity"])
 def _block_sparse(
-    Q, K, V, OUT, LSE, LISTS, MASKED, CLEAN, ORDER, TILES, Q_HEADS, KV_HEADS, OUT_HEADS, Q_POS,
-    K_POS, BIAS, SKIP,
+    Q, K, V, OUT, LSE, LISTS, ITEMS, Q_HEADS, KV_HEADS, OUT_HEADS, Q_POS, K_POS, BIAS, SKIP,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on, s_lb, s_lh, s_ln,
     s_qpb, s_qph, s_qpn, s_kpb, s_kph, s_kpn, s_bb, s_bh, s_bn,
-    n_heads, n_tiles, n_q, n_k, q_start, capacity, factor,
+    n_q, n_k, q_start, capacity, factor,
     BQ: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PER_ROW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DTYPE: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_Q_POS: tl.constexpr, HAS_K_POS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -90,22 +90,23 @@ def _block_sparse(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    row = tl.load(ORDER + pid // PER_ROW)
-    slot, b = (row // n_tiles) % n_heads, row // (n_tiles * n_heads)
-    tile = tl.load(TILES + row % n_tiles).to(tl.int32)
+    item = ITEMS + (pid // PER_ROW).to(tl.int64) * FIELDS
+    row, first, b, slot = (
+        tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    )  # fmt: skip
     hq, hk, ho = tl.load(Q_HEADS + slot), tl.load(KV_HEADS + slot), tl.load(OUT_HEADS + slot)
     b64, h64 = b.to(tl.int64), slot.to(tl.int64)
-    m0 = tile * BQ + (pid % PER_ROW) * BM
+    m0 = first + (pid % PER_ROW) * BM
     rows = m0 + tl.arange(0, BM)
-    keep = (rows < n_q) & (rows < tile * BQ + BQ)
+    keep = (rows < n_q) & (rows < first + BQ)
     limit = row_limits(
         Q_POS, b64 * s_qpb + h64 * s_qph, s_qpn, rows, n_q, q_start, CAUSAL, HAS_Q_POS
     )
     kp_at, bias_at = b64 * s_kpb + h64 * s_kph, b64 * s_bb + h64 * s_bh
     at = row.to(tl.int64) * capacity
     R: tl.constexpr = BK // BN
-    n_masked = tl.load(MASKED + row) * R
-    n = n_masked + tl.load(CLEAN + row) * R
+    n_masked = tl.load(item + 4) * R
+    n = n_masked + tl.load(item + 5) * R
     cols = tl.arange(0, BN)
 
     q = _rows_at(Q, b, hq, m0, n_q, s_qb, s_qh, s_qn, BM, D, BD, TMA)
@@ -276,26 +277,19 @@ def run(launch: Launch, work: Work, tile: Tile) -> None:
         table(launch.k_pos, dummy),
         table(bias, dummy),
     )
-    plain = launch.q_pos is None and launch.k_pos is None
-    # Aligned causal square units have one masked block at most: its loop need not exist.
-    one = plain and bk == tile.bn
-    if launch.causal:
-        covered = launch.n_k % bk == 0 or launch.n_k >= launch.q_start + launch.n_q
-        one = one and covered and bk % bq == 0 and launch.q_start % bq == 0
-    _block_sparse[(work.order.numel() * tile.per_row,)](
-        *tensors, launch.out, launch.lse, work.lists, work.masked, work.clean, work.order,
-        work.tiles,
-        launch.q_heads, launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0], bias_table[0],
+    _block_sparse[(work.items.shape[0] * tile.per_row,)](
+        *tensors, launch.out, launch.lse, work.lists, work.items, launch.q_heads,
+        launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0], bias_table[0],
         launch.skip if launch.skip is not None else dummy,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *launch.out.stride()[:3],
         *launch.lse.stride(),
         *q_pos[1:], *k_pos[1:], *bias_table[1:],
-        launch.heads, work.tiles.numel(), launch.n_q, launch.n_k, launch.q_start, work.capacity,
+        launch.n_q, launch.n_k, launch.q_start, work.capacity,
         launch.scale * LOG2E,
         BQ=bq, BK=bk, BM=tile.bm, BN=tile.bn, PER_ROW=tile.per_row, D=d, DV=dv, BD=bd, BDV=bdv,
         DTYPE=getattr(tl, str(v.dtype).removeprefix("torch.")), CAUSAL=launch.causal,
         HAS_Q_POS=launch.q_pos is not None, HAS_K_POS=launch.k_pos is not None, HAS_BIAS=bias is not
         None,
-        EXTRA_MASKED=not one, HAS_SKIP=launch.skip is not None, TMA=tma, PREC=precision(q.dtype),
+        EXTRA_MASKED=not one_masked_block(launch, tile.bn), HAS_SKIP=launch.skip is not None, TMA=tma, PREC=precision(q.dtype),
         STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

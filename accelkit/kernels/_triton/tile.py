@@ -122,6 +122,16 @@ def query_tile(bq: int, most: int) -> tuple[int, int] | None:
     return None
 
 
+def one_masked_block(launch: Launch, bn: int) -> bool:
+    """Whether no row has more than one partly visible tile: aligned causal square units."""
+    bq, bk = launch.index.size
+    one = launch.q_pos is None and launch.k_pos is None and bk == bn
+    if launch.causal:
+        covered = launch.n_k % bk == 0 or launch.n_k >= launch.q_start + launch.n_q
+        one = one and covered and bk % bq == 0 and launch.q_start % bq == 0
+    return one
+
+
 def common_refusal(launch: Launch) -> str | None:
     """What no Triton attention kernel takes."""
     if launch.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
