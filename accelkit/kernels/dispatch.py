@@ -227,8 +227,6 @@ def gluon_refusal(launch: Launch) -> str | None:
     """Why the warp-specialised kernel cannot serve a launch, or None."""
     if reason := triton_missing(launch.q.device):
         return reason
-    if find_spec("accelkit.kernels._triton.gluon_block_sparse") is None:
-        return "there is none"
     from accelkit.kernels._triton import gluon_block_sparse
 
     return gluon_block_sparse.refusal(launch)
