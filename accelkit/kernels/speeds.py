@@ -28,15 +28,22 @@ def table() -> dict[Key, float]:
 
 
 def speed(backend: str, launch: Launch) -> float | None:
-    """The measured speed of a backend for launches like this one, at the next measured head size;
-    None where nobody measured.
+    """The measured speed of a backend for launches like this one, at the nearest measured head
+    size; None where nobody measured.
     """
-    capability = "{}.{}".format(*torch.cuda.get_device_capability(launch.q.device))
-    found = {
-        key[2]: value
-        for key, value in table().items()
-        if (key[0], key[1], key[3], key[4])
-        == (backend, capability, launch.index.size, launch.causal)
-    }
-    width = launch.q.shape[3]
+    capability = _capability(launch.q.device)
+    return _nearest(backend, capability, launch.q.shape[3], launch.index.size, launch.causal)
+
+
+@lru_cache(maxsize=16)
+def _capability(device: torch.device) -> str:
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+@lru_cache(maxsize=256)
+def _nearest(
+    backend: str, capability: str, width: int, size: tuple[int, int], causal: bool
+) -> float | None:
+    kind = (backend, capability, size, causal)
+    found = {k[2]: v for k, v in table().items() if (k[0], k[1], k[3], k[4]) == kind}
     return found[min(found, key=lambda n: (abs(n - width), n))] if found else None

@@ -80,6 +80,20 @@ def test_shipped_speeds_are_readable() -> None:
     )
 
 
+def test_the_nearest_head_size_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {
+        ("gluon", "9.0", 64, (64, 64), True): 0.7,
+        ("gluon", "9.0", 128, (64, 64), True): 0.9,
+    }
+    monkeypatch.setattr(speeds, "table", lambda: known)
+    speeds._nearest.cache_clear()
+    assert speeds._nearest("gluon", "9.0", 80, (64, 64), True) == 0.7
+    assert speeds._nearest("gluon", "9.0", 120, (64, 64), True) == 0.9
+    assert speeds._nearest("gluon", "9.0", 64, (64, 64), False) is None
+    assert speeds._nearest("gluon", "8.0", 64, (64, 64), True) is None
+    speeds._nearest.cache_clear()
+
+
 REFUSED = {
     "dtype": ({"dtype": torch.float32}, {}, {}),
     "head sizes": ({"d": 136}, {}, {}),
