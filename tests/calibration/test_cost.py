@@ -74,6 +74,13 @@ def test_fit_on_this_device(causal: bool) -> None:
     assert table.dense_ms(1024) > table.dense_ms(512) > 0
     assert table.head_ms((128, 128), 1024, 1.0) >= table.head_ms((128, 128), 1024, 0.1)
     assert set(table.kernels) == {"128x128"}
+    assert table.kernels["128x128"].backend == "torch"
+
+
+def test_an_inner_length_tells_how_well_lines_fit() -> None:
+    assert fit._between(((1000, 1.0), (2000, 4.0), (4000, 16.0))) == pytest.approx(0.0)
+    assert fit._between(((1000, 1.0), (2000, 5.0), (4000, 16.0))) == pytest.approx(0.2)
+    assert fit._between(((1000, 1.0), (4000, 16.0))) == 0.0
 
 
 def test_random_lists_are_visible_and_hold_the_diagonal() -> None:
