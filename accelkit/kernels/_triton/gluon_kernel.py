@@ -222,7 +222,7 @@ def _consume(
                 acc = acc * gl.convert_layout(alpha, o_row)[:, None]
                 p16 = gl.convert_layout(p.to(dtype), pl)
                 stage, phase, turn = k_stage, k_phase, turn ^ 1
-        for j in range(first_clean, n):
+        for _j in range(first_clean, n):
             k_stage, k_phase = _next(stage, phase, STAGES)
             s, acc = _products(
                 own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
@@ -278,6 +278,9 @@ def block_sparse(
     BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr,
     EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
+    """The kernel. Descriptors have boxes `[1, 1, rows, head size]`, ITEMS and LISTS are lowered
+    work, strides count elements, `factor` is the scale in base 2.
+    """
     q = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, BM // 2, BD], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, BD], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BN, BDV], v_desc.layout)
