@@ -45,7 +45,7 @@ def compile_only(found: list[Any]) -> None:
     triton.runtime.driver.set_active(Hopper())
     launch = JITFunction.run
 
-    def run(self, *args, grid, warmup, **options):  # noqa: ANN001
+    def run(self, *args, grid, warmup, **options):
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
         found.append(kernel)
         return kernel

@@ -24,8 +24,7 @@ TOGETHER = {"triton d64 64x128": 3, "triton d64 64x64": 3, "triton d128 64x64": 
 def reports() -> list[dict]:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", Path(__file__).with_name("compile_shipped.py")],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         check=False,
