@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import permutation, random_index, tensors
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from accelkit.kernels._triton import gluon_block_sparse
 from accelkit.kernels.dispatch import attend
@@ -168,6 +170,37 @@ def test_empty_rows_are_zero(backend: str) -> None:
     serve(backend, q, k, v, index, out=out, lse=lse)
     assert out.isfinite().all() and not out[:, :, 128:256].any()
     assert (lse[:, :, 128:256] == -math.inf).all()
+
+
+def structured(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Inputs that models make and random ones are not."""
+    q, k, v = tensors(1, 8, 2, 2048, 2048, 128, dtype, device="cuda")
+    if kind == "sinks":  # the first keys take logits of 30 and more from every row
+        q[..., 0], k[:, :, :4, 0] = 20.0, 18.0
+    elif kind == "one-hot":  # a row sees little but the key at its own place
+        k = torch.nn.functional.normalize(k.float(), dim=-1).to(dtype) * 20
+        q = k.repeat_interleave(4, 1) * 2
+    elif kind == "repeated":
+        k[:, :, 1:], v[:, :, ::2] = k[:, :, :1].clone(), v[:, :, :1].clone()
+    elif kind == "large":
+        q, v = q * 30, v * 1000
+    return q, k, v
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["sinks", "one-hot", "repeated", "large"])
+@pytest.mark.parametrize("backend", ["triton", "gluon"])
+def test_error_is_that_of_dense_attention(backend: str, kind: str, dtype: torch.dtype) -> None:
+    q, k, v = structured(kind, dtype)
+    index = BlockIndex.dense(8, 16, (128, 128), q.device)
+    out = torch.full_like(q, math.nan)
+    serve(backend, q, k, v, index, out=out)
+    wide = [t.double() for t in (q, k, v)]
+    want = attend(*wide, index, backend="reference").out
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        dense = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    ours, theirs = (float((t.double() - want).norm() / want.norm()) for t in (out, dense))
+    assert ours <= 2 * theirs, f"{ours:.2e} against {theirs:.2e} of cuDNN"
 
 
 @pytest.mark.parametrize("skip", [None, 0.01])
