@@ -24,13 +24,14 @@ from accelkit.kernels._triton.tile import (
     finish,
     hide,
     next_power_of_two,
-    one_masked_block,
+    one_masked,
     power_of_two_part,
     precision,
     query_tile,
     row_limits,
     table,
 )
+from accelkit.kernels._triton.tuned import shared_memory, tuned
 from accelkit.kernels.launch import Launch
 
 
@@ -196,24 +197,17 @@ def _block_sparse(
     finish(OUT, LSE, out_at, lse_at, s_on, s_ln, rows, keep, m, total, acc, DV, BDV)
 
 
-# (padded head size, bm, bn) → warps, stages; measured on sm_90 where a reading exists, else what
-# fits its shared memory.
-_CONFIG = {
-    (64, 64, 128): (4, 2),
-    (64, 64, 64): (4, 3),
-    (128, 128, 128): (8, 3),
-    (128, 128, 64): (8, 3),
-    (128, 64, 128): (4, 3),
-    (128, 64, 64): (4, 3),
-    (256, 128, 64): (8, 2),
-    (256, 64, 64): (4, 2),
-}
-
-
-def choose_tile(size: tuple[int, int], width: int, dtype: torch.dtype, skip: bool) -> Tile | None:
-    """Tile for units `size` at padded head size `width`, or None where the unit does not fit a
-    tile.
+def choose_tile(
+    size: tuple[int, int],
+    width: int,
+    dtype: torch.dtype,
+    skip: bool,
+    device: torch.device | None = None,
+) -> Tile | None:
+    """Tile for units `size` at padded head size `width` on a device (CUDA's present one by
+    default), or None where the unit does not fit a tile.
     """
+    device = device or torch.device("cuda")
     wide = dtype == torch.float32
     most_m = 64 if wide or width == 64 else 128
     most_n = 128 if width <= 128 else 64
@@ -221,38 +215,35 @@ def choose_tile(size: tuple[int, int], width: int, dtype: torch.dtype, skip: boo
         most_n = 64 if width <= 64 else 32
     if skip:  # whole units as far as they fit, so that the rule means the same as in the reference
         most_m, most_n = (128, 128) if width <= 128 and not wide else (most_m, most_n)
+    elif shared_memory(device) < 160_000 and width > 64:
+        most_m, most_n = min(most_m, 64), min(most_n, 64)
     rows = query_tile(size[0], most_m)
     bn = power_of_two_part(size[1], most_n)
     if rows is None or bn < 16:
         return None
-    warps, stages = _CONFIG.get(
-        (width, rows[0], bn), (8 if rows[0] * max(bn, width) > 8192 else 4, 2)
-    )
-    if skip:
-        warps, stages = (8 if rows[0] == 128 else 4), 2
+    known = None if skip or wide else tuned("triton", device, width, (rows[0], bn))
+    warps, stages = known or (8 if rows[0] * max(bn, width) > 8192 else 4, 2)
     return Tile(rows[0], bn, rows[1], warps, stages)
 
 
 def refusal(launch: Launch) -> str | None:
     """Why this kernel cannot serve a launch, or None."""
     reason = common_refusal(launch)
-    if (
-        reason is None
-        and choose_tile(launch.index.size, _width(launch), launch.q.dtype, launch.skip is not None)
-        is None
-    ):
+    if reason is None and _tile(launch) is None:
         reason = f"units of {launch.index.size} tokens do not divide into tiles of 16 or more"
     return reason
 
 
-def _width(launch: Launch) -> int:
-    return max(16, next_power_of_two(max(launch.q.shape[3], launch.v.shape[3])))
+def _tile(launch: Launch) -> Tile | None:
+    q, width = launch.q, max(16, next_power_of_two(max(launch.q.shape[3], launch.v.shape[3])))
+    return choose_tile(launch.index.size, width, q.dtype, launch.skip is not None, q.device)
 
 
 def block_sparse(launch: Launch) -> None:
     """Write `launch.out` and `launch.lse`."""
     skip = launch.skip is not None
-    tile = choose_tile(launch.index.size, _width(launch), launch.q.dtype, skip)
+    tile = _tile(launch)
+    assert tile is not None  # refused before
     with torch.cuda.device_of(launch.q):
         run(launch, lower(launch, in_order=skip), tile)
 
@@ -290,6 +281,7 @@ def run(launch: Launch, work: Work, tile: Tile) -> None:
         DTYPE=getattr(tl, str(v.dtype).removeprefix("torch.")), CAUSAL=launch.causal,
         HAS_Q_POS=launch.q_pos is not None, HAS_K_POS=launch.k_pos is not None, HAS_BIAS=bias is not
         None,
-        EXTRA_MASKED=not one_masked_block(launch, tile.bn), HAS_SKIP=launch.skip is not None, TMA=tma, PREC=precision(q.dtype),
-        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        EXTRA_MASKED=not one_masked(launch, tile.bn), HAS_SKIP=launch.skip is not None, TMA=tma,
+        PREC=precision(q.dtype), STAGES=tile.stages, num_warps=tile.warps,
+        num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

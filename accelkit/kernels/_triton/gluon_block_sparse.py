@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from accelkit.kernels._triton.tile import (
     common_refusal,
     describable,
     next_power_of_two,
-    one_masked_block,
+    one_masked,
 )
+from accelkit.kernels._triton.tuned import tuned
 from accelkit.kernels.launch import Launch
 
 BM = 128
@@ -61,7 +63,7 @@ def missing() -> str | None:
 
 
 def block_sparse(launch: Launch) -> None:
-    """Write `launch.out` and `launch.lse`. With `skip` each half of 64 rows of a tile votes alone."""
+    """Write `launch.out` and `launch.lse`. With `skip` each half of 64 query rows votes alone."""
     with torch.cuda.device_of(launch.q):
         if launch.skip is None:
             run(launch, lower(launch))
@@ -75,22 +77,31 @@ def run(launch: Launch, work: Work, stages: int | None = None, mode: str = "lag"
 
     bn, common, constants = _arguments(launch, work)
     if stages is None:
-        stages = 2 if max(constants["BD"], constants["BDV"]) * bn == 128 * 128 else 3
+        stages, mode = _tuned("gluon", launch, constants)
     gluon_kernel.block_sparse[_grid(launch, work)](
-        *common, *_sizes(launch, work), **constants,
-        EXTRA_MASKED=not one_masked_block(launch, bn), STAGES=stages, MODE=mode, num_warps=4,
+        *common, *_sizes(launch, work), **constants, EXTRA_MASKED=not one_masked(launch, bn),
+        STAGES=stages, MODE=mode, num_warps=4,
     )  # fmt: skip
 
 
-def run_skipping(launch: Launch, work: Work, stages: int = 2, v_stages: int = 2) -> None:
+def run_skipping(
+    launch: Launch, work: Work, stages: int | None = None, v_stages: int | None = None
+) -> None:
     """Start the kernel that skips over work lowered in list order."""
     from accelkit.kernels._triton import gluon_skip
 
     _, common, constants = _arguments(launch, work)
+    if stages is None or v_stages is None:
+        stages, v_stages = _tuned("gluon_skip", launch, constants)
     gluon_skip.skipping[_grid(launch, work)](
         *common, launch.skip, *_sizes(launch, work), **constants, STAGES=stages,
         V_STAGES=v_stages, num_warps=4,
     )  # fmt: skip
+
+
+def _tuned(kernel: str, launch: Launch, constants: dict[str, Any]) -> Any:
+    width = max(constants["BD"], constants["BDV"])
+    return tuned(kernel, launch.q.device, width, (BM, constants["BN"]))
 
 
 def _grid(launch: Launch, work: Work) -> tuple[int]:
@@ -101,7 +112,7 @@ def _items(launch: Launch, work: Work) -> int:
     return work.items.shape[0] * (launch.index.size[0] // BM)
 
 
-def _arguments(launch: Launch, work: Work) -> tuple[int, tuple, dict]:
+def _arguments(launch: Launch, work: Work) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
     """Key rows of a tile; the tensors and the constants that both kernels take."""
     (bq, bk), q, k, v = launch.index.size, launch.q, launch.k, launch.v
     bd, bdv = (max(64, next_power_of_two(t.shape[3])) for t in (q, v))
@@ -118,7 +129,7 @@ def _arguments(launch: Launch, work: Work) -> tuple[int, tuple, dict]:
     return bn, tensors, constants
 
 
-def _sizes(launch: Launch, work: Work) -> tuple:
+def _sizes(launch: Launch, work: Work) -> tuple[Any, ...]:
     return (
         *launch.out.stride()[:3], *launch.lse.stride(), _items(launch, work), launch.n_q,
         launch.n_k, launch.q_start, work.capacity, launch.scale * LOG2E,

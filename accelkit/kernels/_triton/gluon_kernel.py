@@ -75,19 +75,29 @@ def _produce(
     R: gl.constexpr = BK // BN
     ROWS: gl.constexpr = BM // 2
     stage, phase = 0, 1
-    for round in range(_rounds(n_items)):
-        row, q_row, b, slot, masked, clean = _item(ITEMS, round, True, BM, BQ // BM)
-        hq, hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
-        at = LISTS + row.to(gl.int64) * capacity
+    rounds = _rounds(n_items)
+    row, q_row, b, slot, masked, clean = _item(ITEMS, 0, True, BM, BQ // BM)
+    block = gl.load(LISTS + row.to(gl.int64) * capacity, mask=masked + clean > 0, other=0)
+    hq, hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
+    for round in range(rounds):
+        # What the next row needs is asked for a row early.
+        next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
+            ITEMS, round + 1, round + 1 < rounds, BM, BQ // BM
+        )
         half = round % 2
         mbarrier.wait(q_empty.index(half), ((round // 2) & 1) ^ 1)
         mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes * 2)
         _load(q_desc, [b, hq, q_row, 0], q_full.index(half), q.index(half * 2))
         _load(q_desc, [b, hq, q_row + ROWS, 0], q_full.index(half), q.index(half * 2 + 1))
-        # An empty row reads one tile and hides all of it.
-        for j in range(gl.maximum(masked + clean, 1) * R):
-            block = gl.load(at + j // R, mask=masked + clean > 0, other=0)
+        next_hq, next_hk = gl.load(Q_HEADS + next_slot), gl.load(KV_HEADS + next_slot)
+        next_first = gl.load(
+            LISTS + next_row.to(gl.int64) * capacity, mask=next_masked + next_clean > 0, other=0
+        )
+        at = LISTS + row.to(gl.int64) * capacity
+        n = gl.maximum(masked + clean, 1) * R  # an empty row reads one tile and hides all of it
+        for j in range(n):
             k0 = block * BK + (j % R) * BN
+            block = gl.load(at + (j + 1) // R, mask=j + 1 < n, other=0)
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
@@ -95,6 +105,8 @@ def _produce(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             _load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
             stage, phase = _next(stage, phase, STAGES)
+        row, q_row, b, hq, hk, block = next_row, next_q_row, next_b, next_hq, next_hk, next_first
+        masked, clean = next_masked, next_clean
 
 
 @gluon.jit
@@ -222,7 +234,7 @@ def _consume(
                 acc = acc * gl.convert_layout(alpha, o_row)[:, None]
                 p16 = gl.convert_layout(p.to(dtype), pl)
                 stage, phase, turn = k_stage, k_phase, turn ^ 1
-        for j in range(first_clean, n):
+        for _j in range(first_clean, n):
             k_stage, k_phase = _next(stage, phase, STAGES)
             s, acc = _products(
                 own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
@@ -278,6 +290,9 @@ def block_sparse(
     BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr,
     EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
+    """The kernel. Descriptors have boxes `[1, 1, rows, head size]`, ITEMS and LISTS are lowered
+    work, strides count elements, `factor` is the scale in base 2.
+    """
     q = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, BM // 2, BD], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, BD], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BN, BDV], v_desc.layout)
@@ -305,5 +320,5 @@ def block_sparse(
             )),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )  # fmt: skip

@@ -1,10 +1,10 @@
 """Block-sparse attention for Hopper that drops tiles whose scores stay far below the running
 maximum.
 
-As `gluon_kernel`, with a second producer warp for V. Each consumer warpgroup votes on a tile for its
-own 64 rows as soon as the scores are there; V is only loaded for tiles that somebody keeps. The
-product with V of a kept tile follows the scores of the next tile, so that its load is under way
-meanwhile. Tiles are visited in list order.
+As `gluon_kernel`, with a second producer warp for V. Each consumer warpgroup votes on a tile for
+its own 64 rows as soon as the scores are there; V is only loaded for tiles that somebody keeps.
+The product with V of a kept tile follows the scores of the next tile, so that its load is under
+way meanwhile. Tiles are visited in list order.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def _produce_keys(
             block = gl.load(at + j // R, mask=masked + clean > 0, other=0)
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            _load(k_desc, [b, hk, block * BK + (j % R) * BN, 0], k_full.index(stage), k.index(stage))
+            k0 = block * BK + (j % R) * BN
+            _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
             stage, phase = _next(stage, phase, STAGES)
 
 
@@ -75,7 +76,7 @@ def _produce_values(
     stage, phase = 0, 1
     vote, vote_phase = 0, 0
     for round in range(_rounds(n_items)):
-        row, q_row, b, slot, masked, clean = _item(ITEMS, round, True, BM, BQ // BM)
+        row, _, b, slot, masked, clean = _item(ITEMS, round, True, BM, BQ // BM)
         hk = gl.load(KV_HEADS + slot)
         at = LISTS + row.to(gl.int64) * capacity
         for j in range(gl.maximum(masked + clean, 1) * R):
@@ -87,10 +88,8 @@ def _produce_values(
             if wanted > 0:
                 mbarrier.wait(v_empty.index(stage), phase)
                 mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                _load(
-                    v_desc, [b, hk, block * BK + (j % R) * BN, 0], v_full.index(stage),
-                    v.index(stage),
-                )  # fmt: skip
+                k0 = block * BK + (j % R) * BN
+                _load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
                 stage, phase = _next(stage, phase, STAGES)
 
 
@@ -210,6 +209,9 @@ def skipping(
     BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
     V_STAGES: gl.constexpr,
 ):  # fmt: skip
+    """The kernel, with the arguments of `gluon_kernel.block_sparse` and SKIP, the natural-log
+    threshold of each slot.
+    """
     q = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, BM // 2, BD], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, BD], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [V_STAGES, 1, 1, BN, BDV], v_desc.layout)

@@ -185,9 +185,7 @@ def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
     masked, clean, bins, rank, order = table_
     items = torch.empty((rows, FIELDS.value), dtype=torch.int32, device=device)
     section, sections = _sections(launch)
-    filled = torch.zeros(
-        triton.next_power_of_2(sections) * _BINS, dtype=torch.int32, device=device
-    )
+    filled = torch.zeros(triton.next_power_of_2(sections) * _BINS, dtype=torch.int32, device=device)
     lists = _fill_lists(
         launch, tiles, table_[:2], plain, in_order, 0, (bins, rank, filled, section)
     )

@@ -122,16 +122,6 @@ def query_tile(bq: int, most: int) -> tuple[int, int] | None:
     return None
 
 
-def one_masked_block(launch: Launch, bn: int) -> bool:
-    """Whether no row has more than one partly visible tile: aligned causal square units."""
-    bq, bk = launch.index.size
-    one = launch.q_pos is None and launch.k_pos is None and bk == bn
-    if launch.causal:
-        covered = launch.n_k % bk == 0 or launch.n_k >= launch.q_start + launch.n_q
-        one = one and covered and bk % bq == 0 and launch.q_start % bq == 0
-    return one
-
-
 def common_refusal(launch: Launch) -> str | None:
     """What no Triton attention kernel takes."""
     if launch.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -145,6 +135,18 @@ def common_refusal(launch: Launch) -> str | None:
     if query_tile(launch.index.size[0], 128) is None:
         return f"query units of {launch.index.size[0]} rows have no divisor of 16 rows or more"
     return None
+
+
+def one_masked(launch: Launch, bn: int) -> bool:
+    """Whether rows have one partly visible block at most, as aligned square units have: the loop
+    over further ones need not exist.
+    """
+    (bq, bk), end = launch.index.size, launch.q_start + launch.n_q
+    one = launch.q_pos is None and launch.k_pos is None and bk == bn
+    if launch.causal:
+        covered = launch.n_k % bk == 0 or launch.n_k >= end
+        one = one and covered and bk % bq == 0 and launch.q_start % bq == 0
+    return one
 
 
 def precision(dtype: torch.dtype) -> str:
