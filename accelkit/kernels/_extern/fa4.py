@@ -7,6 +7,7 @@ are made on the device and kept with the index.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -91,9 +92,7 @@ def _span(launch: Launch) -> tuple[int, int]:
 
 def block_sparse(launch: Launch) -> None:
     """Write `launch.out` and `launch.lse`."""
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-    from flash_attn.cute.interface import _flash_attn_fwd
-
+    forward, lists = _package()
     first, end = _span(launch)
     group = launch.q.shape[1] // launch.k.shape[1]
     mine, theirs = slice(first, end), slice(first // group, end // group)
@@ -102,18 +101,29 @@ def block_sparse(launch: Launch) -> None:
         out, lse = out[:, mine], lse[:, mine]
     masked, masked_blocks, clean, clean_blocks = _lists(launch)
     with torch.cuda.device_of(launch.q):
-        _flash_attn_fwd(
+        forward(
             launch.q[:, mine].detach().transpose(1, 2),
             launch.k[:, theirs].detach().transpose(1, 2),
             launch.v[:, theirs].detach().transpose(1, 2),
             softmax_scale=launch.scale,
             mask_mod=_causal() if launch.causal else None,
-            block_sparse_tensors=BlockSparseTensorsTorch(
+            block_sparse_tensors=lists(
                 masked, masked_blocks, clean, clean_blocks, block_size=launch.index.size
             ),
             out=out.transpose(1, 2),
             lse=lse,
         )
+
+
+@lru_cache(maxsize=1)
+def _package() -> tuple[Any, Any]:
+    """The forward function, and the type that holds its lists."""
+    # What it says about itself whenever it compiles a kernel.
+    warnings.filterwarnings("ignore", "Argument aux_data .* cannot be converted")
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    return _flash_attn_fwd, BlockSparseTensorsTorch
 
 
 @lru_cache(maxsize=1)
