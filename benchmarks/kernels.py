@@ -196,17 +196,21 @@ def able(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, causal: bool) -> li
     return [name for name, refused in dispatch.KERNELS.items() if refused(launch) is None]
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, causal: bool, backend: str) -> float:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, causal: bool, backends: list[str]
+) -> dict[str, float]:
     """Relative error of a few query tiles against fp32, or a refusal to go on."""
     tiles, bq = sorted({1, index.rows // 2, index.rows - 1}), index.size[0]
-    wide = [t[:1].float() for t in (q, k, v)]
-    want = attend(*wide, index, causal=causal, rows=tiles, backend="reference").out
-    got = attend(q, k, v, index, causal=causal, backend=backend).out[:1]
     at = torch.cat([torch.arange(t * bq, min(q.shape[2], (t + 1) * bq)) for t in tiles])
-    error = float((got[:, :, at].float() - want[:, :, at]).norm() / want[:, :, at].norm())
-    if not error < 1e-2:
-        raise SystemExit(f"{backend} is wrong: relative error {error}")
-    return error
+    one = [t[:1] for t in (q, k, v)]
+    want = attend(*one, index, causal=causal, rows=tiles, backend="reference").out[:, :, at].float()
+    errors = {}
+    for backend in backends:
+        got = attend(*one, index, causal=causal, backend=backend).out[:, :, at]
+        errors[backend] = float((got.float() - want).norm() / want.norm())
+        if not errors[backend] < 1e-2:
+            raise SystemExit(f"{backend} is wrong: relative error {errors[backend]}")
+    return errors
 
 
 def rates(
@@ -233,7 +237,7 @@ def rates(
             computed[:, ::4] = every
         share = float(computed.sum()) / float(every.sum() * shape.heads)
         names = able(q, k, v, index, shape.causal)
-        errors = {name: check(q, k, v, index, shape.causal, name) for name in names}
+        errors = check(q, k, v, index, shape.causal, names)
         work: dict[str, Callable[[], object]] = {"cudnn": dense_paths(shape, q, k, v)["cudnn"]}
         for name in names:
             work[name] = partial(attend, q, k, v, index, causal=shape.causal, backend=name)
@@ -308,7 +312,7 @@ def gathering(budget_ms: float) -> Iterator[dict[str, Any]]:
     best = noise.topk(1024, -1)
     mask = torch.zeros_like(noise, dtype=torch.bool).scatter_(-1, best.indices, best.values >= 0)
     index = BlockIndex.from_mask(mask, (tall, 1))
-    check(q, k, v, index, True, "triton")
+    check(q, k, v, index, True, ["triton"])
     work = {
         "cudnn": dense_paths(shape, q, k, v)["cudnn"],
         "gather": lambda: attend(q, k, v, index),
@@ -363,8 +367,9 @@ def estimating(budget_ms: float) -> Iterator[dict[str, Any]]:
         scoring = milliseconds({"estimate": alone[name]}, budget_ms)["estimate"]
         yield _part(f"{name}, 128K", ms, dense, target) | {"estimate_ms": scoring}
     index = chosen(mean(high))
-    for name in able(q, k, v, index, True):
-        check(q, k, v, index, True, name)
+    names = able(q, k, v, index, True)
+    check(q, k, v, index, True, names)
+    for name in names:
         run = {name: lambda b=name: attend(q, k, v, chosen(mean(high)), backend=b)}
         target = "6 ×" if name in OURS else "7 ×"
         yield _part(f"whole call at density 0.1, 128K, {name}", milliseconds(run, budget_ms), dense,

@@ -72,6 +72,8 @@ def _options(launch: Launch) -> str | None:
             return f"it has no {name}"
     if isinstance(launch.bias, Tensor):
         return "it has no bias for each key"
+    if launch.scale <= 0:
+        return f"the scale {launch.scale} is not positive"
     if launch.causal and launch.q_start != launch.n_k - launch.n_q:
         return "the last query is not at the last key"
     if not launch.head_ids:
