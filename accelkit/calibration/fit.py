@@ -321,12 +321,17 @@ def _kernel(calls: dict[int, AttentionCall], size: tuple[int, int], until: float
     kernel = Kernel(0.0, 0.0, 0.0, float("inf"))
     # Rounds over all points: a disturbance then spoils one run of several points, not one point.
     for turn in range(ROUNDS):
-        runs = [_least(partial(compute, a), device, warmup=not turn) for _, _, a in points]
+        runs = [_least(partial(_anew, a), device, warmup=not turn) for _, _, a in points]
         spent = [min(pair) for pair in zip(spent, runs, strict=True)]
         kernel = _solve([(out, f, t) for (out, f, _), t in zip(points, spent, strict=True)])
         if turn and (kernel.error < GOOD_FIT or time.monotonic() > until):
             break
     return replace(kernel, backend=backend)
+
+
+def _anew(one: Answer) -> None:
+    """Compute an answer without what kernels kept with its lists: a layer has its own."""
+    compute(replace(one, pieces=tuple(replace(p) for p in one.pieces)))
 
 
 def _least(run: Callable[[], Any], device: torch.device, warmup: bool) -> float:
