@@ -40,27 +40,38 @@ def _strided(
     l = tl.zeros([BM], tl.float32)
     line = bh.to(tl.int64) * (n_tiles * BM) + lane
     PARTS: tl.constexpr = BD // DK
-    for j in range(0, tl.cdiv(end, BN)):
-        acc = tl.zeros([BM, BN], tl.float32)
-        for piece in tl.range(0, S * PARTS, num_stages=STAGES):
-            s, d0 = piece // PARTS, (piece % PARTS) * DK
-            q = Q.load([b, hq, S - 1 - s, c0, d0]).reshape(BM, DK)
-            k = K.load([b, hk, s, j * BN, d0]).reshape(BN, DK)
-            acc = tl.dot(q, k.T, acc, out_dtype=tl.float32, input_precision=PREC)
-        key = j * BN + tl.arange(0, BN)
-        seen = (cell * S < n_q)[:, None] & (key < n_cells)[None, :]
-        if CAUSAL:
-            seen = seen & ((key * S)[None, :] <= limit[:, None])
-        x = tl.where(seen, acc * factor, -float("inf"))
-        top = tl.maximum(m, tl.max(x, 1))
-        safe = tl.where(top > -float("inf"), top, 0.0)
-        p = tl.exp2(x - safe[:, None])
-        l = l * tl.exp2(m - safe) + tl.sum(p, 1)
-        m = top
-        sums = tl.sum(tl.reshape(p, [BM, BN // C, C]), 2)
-        block = j * (BN // C) + tl.arange(0, BN // C)
-        tl.store(PART + line[:, None] * width + block[None, :], sums)
-        tl.store(TOP + line * (width // (BN // C)) + j, safe)
+    # Key tiles that every cell row sees wholly come first and need no masks.
+    clean = tl.minimum(n_cells, (c0 * S + S - 1 + q_start) // S + 1 if CAUSAL else n_cells) // BN
+    clean = tl.where((c0 + BM) * S <= n_q, clean, 0)
+    for part in tl.static_range(2):
+        first_tile = 0 if part == 0 else clean
+        last_tile = clean if part == 0 else tl.cdiv(end, BN)
+        for j in range(first_tile, last_tile):
+            acc = tl.zeros([BM, BN], tl.float32)
+            for piece in tl.range(0, S * PARTS, num_stages=STAGES):
+                s, d0 = piece // PARTS, (piece % PARTS) * DK
+                q = Q.load([b, hq, S - 1 - s, c0, d0]).reshape(BM, DK)
+                k = K.load([b, hk, s, j * BN, d0]).reshape(BN, DK)
+                acc = tl.dot(q, k.T, acc, out_dtype=tl.float32, input_precision=PREC)
+            if part == 0:
+                top = tl.maximum(m, tl.max(acc, 1) * factor)
+                safe = top
+                p = tl.exp2(acc * factor - top[:, None])
+            else:
+                key = j * BN + tl.arange(0, BN)
+                seen = (cell * S < n_q)[:, None] & (key < n_cells)[None, :]
+                if CAUSAL:
+                    seen = seen & ((key * S)[None, :] <= limit[:, None])
+                x = tl.where(seen, acc * factor, -float("inf"))
+                top = tl.maximum(m, tl.max(x, 1))
+                safe = tl.where(top > -float("inf"), top, 0.0)
+                p = tl.exp2(x - safe[:, None])
+            l = l * tl.exp2(m - safe) + tl.sum(p, 1)
+            m = top
+            sums = tl.sum(tl.reshape(p, [BM, BN // C, C]), 2)
+            block = j * (BN // C) + tl.arange(0, BN // C)
+            tl.store(PART + line[:, None] * width + block[None, :], sums)
+            tl.store(TOP + line * (width // (BN // C)) + j, safe)
     norm = tl.where(l > 0.0, m + tl.log2(tl.where(l > 0.0, l, 1.0)), float("inf"))
     tl.store(NORM + line, norm)
 

@@ -65,10 +65,11 @@ def _mass(
                 l = l * tl.exp2(m - top) + tl.sum(tl.exp2(s - top[:, None]), 1)
                 m = top
             norm = tl.where(real, m + tl.log2(tl.where(l > 0.0, l, 1.0)), float("inf"))
+        # Keys × rows, so that what is summed over the rows stays within a warp.
         for j in tl.range(0, before, BN, num_stages=STAGES):
             k = K.load([b, hk, j, 0]).reshape(BN, BD)
-            s = tl.dot(q, k.T, out_dtype=tl.float32, input_precision=PREC)
-            p = tl.sum(tl.exp2(s * factor - norm[:, None]), 0)
+            s = tl.dot(k, q.T, out_dtype=tl.float32, input_precision=PREC)
+            p = tl.sum(tl.exp2(s * factor - norm[None, :]), 1)
             key = j + cols
             if ROUNDS > 1:
                 p += tl.load(line + key, mask=(key < before) & (turn > 0), other=0.0)
@@ -165,7 +166,7 @@ def tile_top_k(
             call.q, keys, mass if lse is None else lse, table, q_heads, kv_heads, mass,
             *call.q.stride(), n_q, n_k, call.q_start, t0, n, len(groups), len(call.heads),
             call.scale * LOG2E, TILE=tile, TP=padded, PER=per, ROUNDS=rounds, BN=bn, D=d, BD=bd,
-            HAS_LSE=lse is not None, PREC=precision(call.q.dtype), STAGES=3, num_warps=8,
+            HAS_LSE=lse is not None, PREC=precision(call.q.dtype), STAGES=2, num_warps=8,
         )  # fmt: skip
         _best[grid](
             mass, takes, start, lists, n_q, n_k, call.q_start, t0, n, nt,
