@@ -71,6 +71,7 @@ def _produce(
     q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items, capacity, q, k, v, q_full,
     q_empty, k_full, k_empty, v_full, v_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     ROWS: gl.constexpr = BM // 2
@@ -84,23 +85,24 @@ def _produce(
         next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
             ITEMS, round + 1, round + 1 < rounds, BM, BQ // BM
         )
-        half = round % 2
-        mbarrier.wait(q_empty.index(half), ((round // 2) & 1) ^ 1)
-        mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes * 2)
-        _load(q_desc, [b, hq, q_row, 0], q_full.index(half), q.index(half * 2))
-        _load(q_desc, [b, hq, q_row + ROWS, 0], q_full.index(half), q.index(half * 2 + 1))
+        half = round % Q_STAGES
         next_hq, next_hk = gl.load(Q_HEADS + next_slot), gl.load(KV_HEADS + next_slot)
         next_first = gl.load(
             LISTS + next_row.to(gl.int64) * capacity, mask=next_masked + next_clean > 0, other=0
         )
         at = LISTS + row.to(gl.int64) * capacity
-        n = gl.maximum(masked + clean, 1) * R  # an empty row reads one tile and hides all of it
+        n = gl.maximum((masked + clean) * R, 1)  # an empty row reads one tile and hides all of it
         for j in range(n):
             k0 = block * BK + (j % R) * BN
             block = gl.load(at + (j + 1) // R, mask=j + 1 < n, other=0)
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
+            if j == 0:
+                mbarrier.wait(q_empty.index(half), ((round // Q_STAGES) & 1) ^ 1)
+                mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes * 2)
+                _load(q_desc, [b, hq, q_row, 0], q_full.index(half), q.index(half * 2))
+                _load(q_desc, [b, hq, q_row + ROWS, 0], q_full.index(half), q.index(half * 2 + 1))
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             _load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
@@ -110,10 +112,18 @@ def _produce(
 
 
 @gluon.jit
-def _hide(s, k0, limit, n_k, BN: gl.constexpr, layout: gl.constexpr):
+def _hide(s, k0, limit, BN: gl.constexpr, layout: gl.constexpr):
     col = k0 + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-    seen = (col < n_k)[None, :] & (col[None, :] <= limit[:, None])
-    return gl.where(seen, s, -float("inf"))
+    return gl.where(col[None, :] <= limit[:, None], s, -float("inf"))
+
+
+@gluon.jit
+def _limits(rows, count, n_k, q_start, CAUSAL: gl.constexpr):
+    """Last key that each row may see; −1 in an empty row."""
+    limit = rows * 0 + n_k - 1
+    if CAUSAL:
+        limit = gl.minimum(limit, rows + q_start)
+    return gl.where(count > 0, limit, -1)
 
 
 @gluon.jit
@@ -171,7 +181,7 @@ def _consume(
     v_empty, turns,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
     BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr,
-    EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
+    EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     PER_ROW: gl.constexpr = BQ // BM
@@ -202,18 +212,16 @@ def _consume(
             ITEMS, round + 1, more, BM, PER_ROW
         )
         ho = gl.load(OUT_HEADS + slot)
-        half = round % 2
+        half = round % Q_STAGES
         at = LISTS + row.to(gl.int64) * capacity
-        n = gl.maximum(masked + clean, 1) * R
+        n = gl.maximum((masked + clean) * R, 1)
         rows = q_row + WHO * ROWS + gl.arange(0, ROWS, layout=s_row)
-        limit = rows * 0 + n_k
-        if CAUSAL:
-            limit = rows + q_start
-        limit = gl.where(masked + clean > 0, limit, -1)
+        limit = _limits(rows, masked + clean, n_k, q_start, CAUSAL)
         m = gl.full([ROWS], -1e30, gl.float32, s_row)  # finite: an empty row meets no inf − inf
         total = gl.zeros([ROWS], gl.float32, s_row)
         acc = gl.zeros([ROWS, BDV], gl.float32, ol)
-        s = _hide(s, block * BK, limit, n_k, BN, sl)
+        if (masked > 0) | (clean == 0):
+            s = _hide(s, block * BK, limit, BN, sl)
         p, m, alpha, total = _softmax(s, m, total, factor)
         p16 = gl.convert_layout(p.to(dtype), pl)
         own = _flat(q.index(half * 2 + WHO), ROWS, BD)
@@ -228,7 +236,7 @@ def _consume(
                     k_empty.index(k_stage), k_phase, True, v_full.index(stage),
                     v_empty.index(stage), phase, mine, other, turn, MODE, BN, BD, BDV,
                 )  # fmt: skip
-                s = _hide(s, k0, limit, n_k, BN, sl)
+                s = _hide(s, k0, limit, BN, sl)
                 p, m, alpha, total = _softmax(s, m, total, factor)
                 acc = _finished(acc, v_empty.index(stage), MODE)
                 acc = acc * gl.convert_layout(alpha, o_row)[:, None]
@@ -250,14 +258,15 @@ def _consume(
         block = gl.load(
             LISTS + next_row.to(gl.int64) * capacity, mask=next_masked + next_clean > 0, other=0
         )
-        mbarrier.wait(q_full.index(1 - half), ((round + 1) // 2) & 1, pred=more)
+        mbarrier.arrive(q_empty.index(half))
+        next_half = (round + 1) % Q_STAGES
+        mbarrier.wait(q_full.index(next_half), ((round + 1) // Q_STAGES) & 1, pred=more)
         k_stage, k_phase = _next(stage, phase, STAGES)
         s, acc = _products(
-            _flat(q.index((1 - half) * 2 + WHO), ROWS, BD), k.index(k_stage), v.index(stage), p16,
+            _flat(q.index(next_half * 2 + WHO), ROWS, BD), k.index(k_stage), v.index(stage), p16,
             acc, zero, k_full.index(k_stage), k_empty.index(k_stage), k_phase, more,
             v_full.index(stage), v_empty.index(stage), phase, mine, other, turn, MODE, BN, BD, BDV,
         )  # fmt: skip
-        mbarrier.arrive(q_empty.index(half))
         acc = _finished(acc, v_empty.index(stage), MODE)
         stage, phase, turn = k_stage, k_phase, turn ^ 1
         alive = total > 0.0
@@ -288,15 +297,15 @@ def block_sparse(
     s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
     BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr,
-    EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
+    EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """The kernel. Descriptors have boxes `[1, 1, rows, head size]`, ITEMS and LISTS are lowered
     work, strides count elements, `factor` is the scale in base 2.
     """
-    q = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, BM // 2, BD], q_desc.layout)
+    q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, BD], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BN, BDV], v_desc.layout)
-    q_full, q_empty, turns = _barriers(2, 1), _barriers(2, 2), _barriers(2, 1)
+    q_full, q_empty, turns = _barriers(Q_STAGES, 1), _barriers(Q_STAGES, 2), _barriers(2, 1)
     k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
     v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
     fence_async_shared()
@@ -306,17 +315,18 @@ def block_sparse(
                 0, OUT, LSE, ITEMS, LISTS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items,
                 n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
                 v_full, v_empty, turns, BQ, BK, BM, BN, DV, BD, BDV, CAUSAL, EXTRA_MASKED,
-                STAGES, MODE,
+                STAGES, Q_STAGES, MODE,
             )),
             (_consume, (
                 1, OUT, LSE, ITEMS, LISTS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items,
                 n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
                 v_full, v_empty, turns, BQ, BK, BM, BN, DV, BD, BDV, CAUSAL, EXTRA_MASKED,
-                STAGES, MODE,
+                STAGES, Q_STAGES, MODE,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items, capacity, q, k, v,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty, BQ, BK, BM, BN, STAGES,
+                Q_STAGES,
             )),
         ],
         [4, 1],
