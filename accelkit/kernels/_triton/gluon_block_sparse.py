@@ -122,7 +122,7 @@ def _arguments(launch: Launch, work: Work) -> tuple[int, tuple[Any, ...], dict[s
     tensors = (
         _descriptor(q, BM // 2, bd), _descriptor(k, bn, bd), _descriptor(v, bn, bdv),
         launch.out, launch.lse, work.items, work.lists, launch.q_heads, launch.kv_heads,
-        launch.out_heads,
+        launch.out_heads, torch.zeros(1, dtype=torch.int32, device=q.device),
     )  # fmt: skip
     constants = {
         "BQ": bq, "BK": bk, "BM": BM, "BN": bn, "DV": v.shape[3], "BD": bd, "BDV": bdv,

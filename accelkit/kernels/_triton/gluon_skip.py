@@ -19,6 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from accelkit.kernels._triton.gluon_kernel import (
+    TICKETS,
+    _announce,
+    _announced,
     _barriers,
     _flat,
     _hide,
@@ -26,21 +29,23 @@ from accelkit.kernels._triton.gluon_kernel import (
     _limits,
     _load,
     _next,
-    _rounds,
 )
 
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items, capacity, q, k, q_full, q_empty,
-    k_full, k_empty,
+    q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k, q_full,
+    q_empty, k_full, k_empty, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     ROWS: gl.constexpr = BM // 2
     stage, phase = 0, 1
-    for round in range(_rounds(n_items)):
-        row, q_row, b, slot, masked, clean = _item(ITEMS, round, True, BM, BQ // BM)
+    place, round = gl.program_id(0), 0
+    while place < n_items:
+        next_place = gl.num_programs(0) + gl.atomic_add(COUNTER, 1, sem="relaxed")
+        _announce(tickets, ticket_full, ticket_empty, round, next_place)
+        row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, BQ // BM)
         hq, hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
         at = LISTS + row.to(gl.int64) * capacity
         mbarrier.wait(q_empty, (round & 1) ^ 1)
@@ -54,6 +59,7 @@ def _produce(
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
             stage, phase = _next(stage, phase, STAGES)
+        place, round = next_place, round + 1
 
 
 @gluon.jit
@@ -75,7 +81,7 @@ def _times_v(p, v_tile, v_full, phase, acc, BN: gl.constexpr, BDV: gl.constexpr)
 def _consume(
     WHO: gl.constexpr, v_desc, OUT, LSE, ITEMS, LISTS, KV_HEADS, OUT_HEADS, SKIP, s_ob, s_oh, s_on,
     s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty,
-    k_full, k_empty, v_full, ballots,
+    k_full, k_empty, v_full, ballots, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
     BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -91,8 +97,9 @@ def _consume(
     own = _flat(q.index(WHO), ROWS, BD)
     stage, phase = 0, 0
     turn = 0  # V tiles asked for so far: they use two places in turns
-    for round in range(_rounds(n_items)):
-        row, q_row, b, slot, masked, clean = _item(ITEMS, round, True, BM, BQ // BM)
+    place, round = gl.program_id(0), 0
+    while place < n_items:
+        row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, BQ // BM)
         hk, ho = gl.load(KV_HEADS + slot), gl.load(OUT_HEADS + slot)
         least = gl.load(SKIP + slot) * 1.4426950408889634
         at = LISTS + row.to(gl.int64) * capacity
@@ -123,9 +130,9 @@ def _consume(
             peak = gl.max(s, 1) * factor
             votes = (rows < n_q) & (peak > -float("inf")) & ((peak - m >= least) | (m <= -1e30))
             if _any(votes, ballots.index(WHO)) > 0:
-                place = WHO * 2 + turn % 2
-                mbarrier.expect(v_full.index(place), v_desc.block_type.nbytes)
-                _load(v_desc, [b, hk, k0, 0], v_full.index(place), v.index(place))
+                now = WHO * 2 + turn % 2
+                mbarrier.expect(v_full.index(now), v_desc.block_type.nbytes)
+                _load(v_desc, [b, hk, k0, 0], v_full.index(now), v.index(now))
                 if kept > 0:
                     before = WHO * 2 + (turn + 1) % 2
                     acc = _times_v(
@@ -161,12 +168,13 @@ def _consume(
         d = gl.arange(0, BDV, layout=gl.SliceLayout(0, ol))
         to = OUT + b64 * s_ob + h64 * s_oh + o_rows.to(gl.int64)[:, None] * s_on + d[None, :]
         gl.store(to, acc.to(dtype), mask=(o_rows < n_q)[:, None] & (d < DV)[None, :])
+        place, round = _announced(tickets, ticket_full, ticket_empty, round), round + 1
 
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
 def skipping(
-    q_desc, k_desc, v_desc, OUT, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, SKIP, s_ob, s_oh,
-    s_on, s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
+    q_desc, k_desc, v_desc, OUT, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER,
+    SKIP, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
     BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -179,24 +187,29 @@ def skipping(
     ballots = gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full, q_empty = _barriers(1, 1).index(0), _barriers(1, 2).index(0)
     k_full, k_empty, v_full = _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(4, 1)
+    tickets = gl.allocate_shared_memory(
+        gl.int32, [TICKETS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    ticket_full, ticket_empty = _barriers(TICKETS, 1), _barriers(TICKETS, 2)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (
                 0, v_desc, OUT, LSE, ITEMS, LISTS, KV_HEADS, OUT_HEADS, SKIP, s_ob, s_oh, s_on,
                 s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full,
-                q_empty, k_full, k_empty, v_full, ballots, BQ, BK, BM, BN, DV, BD, BDV, CAUSAL,
-                STAGES,
+                q_empty, k_full, k_empty, v_full, ballots, tickets, ticket_full, ticket_empty, BQ,
+                BK, BM, BN, DV, BD, BDV, CAUSAL, STAGES,
             )),
             (_consume, (
                 1, v_desc, OUT, LSE, ITEMS, LISTS, KV_HEADS, OUT_HEADS, SKIP, s_ob, s_oh, s_on,
                 s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full,
-                q_empty, k_full, k_empty, v_full, ballots, BQ, BK, BM, BN, DV, BD, BDV, CAUSAL,
-                STAGES,
+                q_empty, k_full, k_empty, v_full, ballots, tickets, ticket_full, ticket_empty, BQ,
+                BK, BM, BN, DV, BD, BDV, CAUSAL, STAGES,
             )),
             (_produce, (
-                q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items, capacity, q, k, q_full,
-                q_empty, k_full, k_empty, BQ, BK, BM, BN, STAGES,
+                q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k,
+                q_full, q_empty, k_full, k_empty, tickets, ticket_full, ticket_empty, BQ, BK, BM,
+                BN, STAGES,
             )),
         ],
         [4, 1],
