@@ -34,7 +34,7 @@ TABLE = Path(table.__file__).with_name("tuned.json")
 Run = Callable[[], object]
 
 
-def candidates(kernel: str, launch: Launch) -> dict[str, tuple[list[Any], Run]]:
+def candidates(kernel: str, launch: Launch) -> dict[str, tuple[Any, Run]]:
     """By tile and configuration: the table's entry and a run."""
     (bq, bk), found = launch.index.size, {}
     if kernel == "triton":
@@ -48,16 +48,15 @@ def candidates(kernel: str, launch: Launch) -> dict[str, tuple[list[Any], Run]]:
                 )
     elif kernel == "gluon" and bq == 128:
         work = lower(launch)
-        for stages in (2, 3, 4):
+        for stages, q_stages in ((2, 2), (3, 1), (3, 2), (4, 2), (6, 2)):
             for mode in ("lag", "turns"):
-                run = partial(gluon_block_sparse.run, launch, work, stages, mode)
-                found[f"{stages} {mode}"] = ([stages, mode], run)
+                run = partial(gluon_block_sparse.run, launch, work, stages, mode, q_stages)
+                found[f"{stages} {q_stages} {mode}"] = ([stages, q_stages, mode], run)
     elif kernel == "gluon_skip" and bq == 128:
         work = lower(launch, in_order=True)
         for stages in (2, 3, 4):
-            for v_stages in (2, 3, 4):
-                run = partial(gluon_block_sparse.run_skipping, launch, work, stages, v_stages)
-                found[f"{stages} {v_stages}"] = ([stages, v_stages], run)
+            run = partial(gluon_block_sparse.run_skipping, launch, work, stages)
+            found[str(stages)] = (stages, run)
     return found
 
 
@@ -69,12 +68,12 @@ def compiles(run: Run) -> bool:
     return True
 
 
-def best(kernel: str, width: int, unit: tuple[int, int]) -> list[Any] | None:
+def best(kernel: str, width: int, unit: tuple[int, int]) -> Any:
     """The table's entry for a kernel, head size and unit."""
     shape = Shape("", 1, 16, 4, 16384, width, True)
     q, k, v = random_call(shape, "cuda", torch.bfloat16)
     losses: dict[str, float] = {}
-    entries: dict[str, list[Any]] = {}
+    entries: dict[str, Any] = {}
     for density in DENSITIES:
         index = BlockIndex.from_mask(random_mask(shape, unit, density, "cuda"), unit)
         skip = 1e-4 if kernel == "gluon_skip" else None
@@ -97,7 +96,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
-    found: dict[str, dict[str, dict[str, list[Any]]]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for kernel, widths in (
         ("triton", (64, 128, 256)),
         ("gluon", (64, 128)),

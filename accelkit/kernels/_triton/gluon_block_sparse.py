@@ -71,31 +71,33 @@ def block_sparse(launch: Launch) -> None:
             run_skipping(launch, lower(launch, in_order=True))
 
 
-def run(launch: Launch, work: Work, stages: int | None = None, mode: str = "lag") -> None:
+def run(
+    launch: Launch,
+    work: Work,
+    stages: int | None = None,
+    mode: str = "lag",
+    q_stages: int = 2,
+) -> None:
     """Start the kernel over lowered work."""
     from accelkit.kernels._triton import gluon_kernel
 
     bn, common, constants = _arguments(launch, work)
     if stages is None:
-        stages, mode = _tuned("gluon", launch, constants)
+        stages, q_stages, mode = _tuned("gluon", launch, constants)
     gluon_kernel.block_sparse[_grid(launch, work)](
         *common, *_sizes(launch, work), **constants, EXTRA_MASKED=not one_masked(launch, bn),
-        STAGES=stages, MODE=mode, num_warps=4,
+        STAGES=stages, Q_STAGES=q_stages, MODE=mode, num_warps=4,
     )  # fmt: skip
 
 
-def run_skipping(
-    launch: Launch, work: Work, stages: int | None = None, v_stages: int | None = None
-) -> None:
+def run_skipping(launch: Launch, work: Work, stages: int | None = None) -> None:
     """Start the kernel that skips over work lowered in list order."""
     from accelkit.kernels._triton import gluon_skip
 
     _, common, constants = _arguments(launch, work)
-    if stages is None or v_stages is None:
-        stages, v_stages = _tuned("gluon_skip", launch, constants)
     gluon_skip.skipping[_grid(launch, work)](
-        *common, launch.skip, *_sizes(launch, work), **constants, STAGES=stages,
-        V_STAGES=v_stages, num_warps=4,
+        *common, launch.skip, *_sizes(launch, work), **constants,
+        STAGES=stages or _tuned("gluon_skip", launch, constants), num_warps=4,
     )  # fmt: skip
 
 
@@ -120,7 +122,7 @@ def _arguments(launch: Launch, work: Work) -> tuple[int, tuple[Any, ...], dict[s
     tensors = (
         _descriptor(q, BM // 2, bd), _descriptor(k, bn, bd), _descriptor(v, bn, bdv),
         launch.out, launch.lse, work.items, work.lists, launch.q_heads, launch.kv_heads,
-        launch.out_heads,
+        launch.out_heads, torch.zeros(1, dtype=torch.int32, device=q.device),
     )  # fmt: skip
     constants = {
         "BQ": bq, "BK": bk, "BM": BM, "BN": bn, "DV": v.shape[3], "BD": bd, "BDV": bdv,

@@ -20,36 +20,42 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from accelkit.kernels._triton.lower import FIELDS
 
+TICKETS = gl.constexpr(4)
+"""Items that the producer may have announced and the consumers not taken."""
+
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def _rounds(n_items):
-    """How many items this program serves."""
-    pid, width = gl.program_id(0), gl.num_programs(0)
-    full = n_items // width
-    place = pid
-    if full % 2 == 1:
-        place = width - 1 - pid
-    return full + (place < n_items - full * width).to(gl.int32)
-
-
-@gluon.jit
-def _item(ITEMS, round, there, BM: gl.constexpr, PER_ROW: gl.constexpr):
-    """Row, first query, batch, slot, masked and clean blocks of a round's item.
-
-    Odd rounds run backwards: who had the longest row gets the shortest.
-    """
-    pid, width = gl.program_id(0), gl.num_programs(0)
-    place = pid
-    if round % 2 == 1:
-        place = width - 1 - pid
-    place += round * width
+def _item(ITEMS, place, n_items, BM: gl.constexpr, PER_ROW: gl.constexpr):
+    """Row, first query, batch, slot, masked and clean blocks of an item; zeros behind the last."""
+    there = place < n_items
     item = ITEMS + (place // PER_ROW).to(gl.int64) * FIELDS
     row, first = gl.load(item, there, 0), gl.load(item + 1, there, 0)
     b, slot = gl.load(item + 2, there, 0), gl.load(item + 3, there, 0)
     masked, clean = gl.load(item + 4, there, 0), gl.load(item + 5, there, 0)
     return row, first + (place % PER_ROW) * BM, b, slot, masked, clean
+
+
+@gluon.jit
+def _announce(tickets, full, empty, number, place):
+    """Tell the consumers, for the number-th time, which item comes next."""
+    at = number % TICKETS
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(empty.index(at), ((number // TICKETS) & 1) ^ 1)
+    tickets.index(at).store(gl.full([1], 0, gl.int32, one) + place)
+    mbarrier.arrive(full.index(at))
+
+
+@gluon.jit
+def _announced(tickets, full, empty, number):
+    """The item that the producer's number-th announcement names."""
+    at = number % TICKETS
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(full.index(at), (number // TICKETS) & 1)
+    place = gl.max(tickets.index(at).load(one), 0)
+    mbarrier.arrive(empty.index(at))
+    return place
 
 
 @gluon.jit
@@ -68,52 +74,72 @@ def _flat(tile, ROWS: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items, capacity, q, k, v, q_full,
-    q_empty, k_full, k_empty, v_full, v_empty,
+    q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k, v,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     ROWS: gl.constexpr = BM // 2
-    stage, phase = 0, 1
-    rounds = _rounds(n_items)
-    row, q_row, b, slot, masked, clean = _item(ITEMS, 0, True, BM, BQ // BM)
+    PER_ROW: gl.constexpr = BQ // BM
+    width = gl.num_programs(0)
+    place, round = gl.program_id(0), 0
+    # What a row needs is asked for a row early, its place in the work list two rows early.
+    next_place = place + width
+    _announce(tickets, ticket_full, ticket_empty, 0, next_place)
+    row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
     block = gl.load(LISTS + row.to(gl.int64) * capacity, mask=masked + clean > 0, other=0)
     hq, hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
-    for round in range(rounds):
-        # What the next row needs is asked for a row early.
+    stage, phase = 0, 1
+    while place < n_items:
         next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
-            ITEMS, round + 1, round + 1 < rounds, BM, BQ // BM
+            ITEMS, next_place, n_items, BM, PER_ROW
         )
-        half = round % 2
-        mbarrier.wait(q_empty.index(half), ((round // 2) & 1) ^ 1)
-        mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes * 2)
-        _load(q_desc, [b, hq, q_row, 0], q_full.index(half), q.index(half * 2))
-        _load(q_desc, [b, hq, q_row + ROWS, 0], q_full.index(half), q.index(half * 2 + 1))
-        next_hq, next_hk = gl.load(Q_HEADS + next_slot), gl.load(KV_HEADS + next_slot)
-        next_first = gl.load(
-            LISTS + next_row.to(gl.int64) * capacity, mask=next_masked + next_clean > 0, other=0
-        )
+        next_hq, next_hk, next_block, later_place = hq, hk, block, next_place
+        half = round % Q_STAGES
         at = LISTS + row.to(gl.int64) * capacity
-        n = gl.maximum(masked + clean, 1) * R  # an empty row reads one tile and hides all of it
+        n = gl.maximum((masked + clean) * R, 1)  # an empty row reads one tile and hides all of it
         for j in range(n):
             k0 = block * BK + (j % R) * BN
             block = gl.load(at + (j + 1) // R, mask=j + 1 < n, other=0)
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
+            if j == 0:
+                mbarrier.wait(q_empty.index(half), ((round // Q_STAGES) & 1) ^ 1)
+                mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes * 2)
+                _load(q_desc, [b, hq, q_row, 0], q_full.index(half), q.index(half * 2))
+                _load(q_desc, [b, hq, q_row + ROWS, 0], q_full.index(half), q.index(half * 2 + 1))
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             _load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
             stage, phase = _next(stage, phase, STAGES)
-        row, q_row, b, hq, hk, block = next_row, next_q_row, next_b, next_hq, next_hk, next_first
+            if j == 0:
+                next_hq, next_hk = gl.load(Q_HEADS + next_slot), gl.load(KV_HEADS + next_slot)
+                next_block = gl.load(
+                    LISTS + next_row.to(gl.int64) * capacity, mask=next_masked + next_clean > 0,
+                    other=0,
+                )  # fmt: skip
+                later_place = 2 * width + gl.atomic_add(COUNTER, 1, sem="relaxed")
+                _announce(tickets, ticket_full, ticket_empty, round + 1, later_place)
+        place, next_place, round = next_place, later_place, round + 1
+        row, q_row, b, hq, hk, block = next_row, next_q_row, next_b, next_hq, next_hk, next_block
         masked, clean = next_masked, next_clean
 
 
 @gluon.jit
-def _hide(s, k0, limit, n_k, BN: gl.constexpr, layout: gl.constexpr):
+def _hide(s, k0, limit, BN: gl.constexpr, layout: gl.constexpr):
     col = k0 + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-    seen = (col < n_k)[None, :] & (col[None, :] <= limit[:, None])
-    return gl.where(seen, s, -float("inf"))
+    return gl.where(col[None, :] <= limit[:, None], s, -float("inf"))
+
+
+@gluon.jit
+def _limits(rows, count, n_k, q_start, CAUSAL: gl.constexpr):
+    """Last key that each row may see; −1 in an empty row."""
+    limit = rows * 0 + n_k - 1
+    if CAUSAL:
+        limit = gl.minimum(limit, rows + q_start)
+    return gl.where(count > 0, limit, -1)
 
 
 @gluon.jit
@@ -168,10 +194,10 @@ def _finished(acc, v_empty, MODE: gl.constexpr):
 def _consume(
     WHO: gl.constexpr, OUT, LSE, ITEMS, LISTS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln,
     n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, turns,
+    v_empty, turns, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
     BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr,
-    EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
+    EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     PER_ROW: gl.constexpr = BQ // BM
@@ -185,8 +211,8 @@ def _consume(
     mine, other = turns.index(WHO), turns.index(1 - WHO)
     zero = gl.zeros([ROWS, BN], gl.float32, sl)
     stage, phase, turn = 0, 0, 1 - WHO
-    rounds = _rounds(n_items)
-    row, q_row, b, slot, masked, clean = _item(ITEMS, 0, True, BM, PER_ROW)
+    place, round = gl.program_id(0), 0
+    row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
     block = gl.load(LISTS + row.to(gl.int64) * capacity, mask=masked + clean > 0, other=0)
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
@@ -196,24 +222,23 @@ def _consume(
     )  # fmt: skip
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(0))
-    for round in range(rounds):
-        more = round + 1 < rounds
+    while place < n_items:
+        place = _announced(tickets, ticket_full, ticket_empty, round)
+        more = place < n_items
         next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
-            ITEMS, round + 1, more, BM, PER_ROW
+            ITEMS, place, n_items, BM, PER_ROW
         )
         ho = gl.load(OUT_HEADS + slot)
-        half = round % 2
+        half = round % Q_STAGES
         at = LISTS + row.to(gl.int64) * capacity
-        n = gl.maximum(masked + clean, 1) * R
+        n = gl.maximum((masked + clean) * R, 1)
         rows = q_row + WHO * ROWS + gl.arange(0, ROWS, layout=s_row)
-        limit = rows * 0 + n_k
-        if CAUSAL:
-            limit = rows + q_start
-        limit = gl.where(masked + clean > 0, limit, -1)
+        limit = _limits(rows, masked + clean, n_k, q_start, CAUSAL)
         m = gl.full([ROWS], -1e30, gl.float32, s_row)  # finite: an empty row meets no inf − inf
         total = gl.zeros([ROWS], gl.float32, s_row)
         acc = gl.zeros([ROWS, BDV], gl.float32, ol)
-        s = _hide(s, block * BK, limit, n_k, BN, sl)
+        if (masked > 0) | (clean == 0):
+            s = _hide(s, block * BK, limit, BN, sl)
         p, m, alpha, total = _softmax(s, m, total, factor)
         p16 = gl.convert_layout(p.to(dtype), pl)
         own = _flat(q.index(half * 2 + WHO), ROWS, BD)
@@ -228,7 +253,7 @@ def _consume(
                     k_empty.index(k_stage), k_phase, True, v_full.index(stage),
                     v_empty.index(stage), phase, mine, other, turn, MODE, BN, BD, BDV,
                 )  # fmt: skip
-                s = _hide(s, k0, limit, n_k, BN, sl)
+                s = _hide(s, k0, limit, BN, sl)
                 p, m, alpha, total = _softmax(s, m, total, factor)
                 acc = _finished(acc, v_empty.index(stage), MODE)
                 acc = acc * gl.convert_layout(alpha, o_row)[:, None]
@@ -250,14 +275,15 @@ def _consume(
         block = gl.load(
             LISTS + next_row.to(gl.int64) * capacity, mask=next_masked + next_clean > 0, other=0
         )
-        mbarrier.wait(q_full.index(1 - half), ((round + 1) // 2) & 1, pred=more)
+        mbarrier.arrive(q_empty.index(half))
+        next_half = (round + 1) % Q_STAGES
+        mbarrier.wait(q_full.index(next_half), ((round + 1) // Q_STAGES) & 1, pred=more)
         k_stage, k_phase = _next(stage, phase, STAGES)
         s, acc = _products(
-            _flat(q.index((1 - half) * 2 + WHO), ROWS, BD), k.index(k_stage), v.index(stage), p16,
+            _flat(q.index(next_half * 2 + WHO), ROWS, BD), k.index(k_stage), v.index(stage), p16,
             acc, zero, k_full.index(k_stage), k_empty.index(k_stage), k_phase, more,
             v_full.index(stage), v_empty.index(stage), phase, mine, other, turn, MODE, BN, BD, BDV,
         )  # fmt: skip
-        mbarrier.arrive(q_empty.index(half))
         acc = _finished(acc, v_empty.index(stage), MODE)
         stage, phase, turn = k_stage, k_phase, turn ^ 1
         alive = total > 0.0
@@ -268,10 +294,10 @@ def _consume(
         acc = acc * gl.convert_layout(1.0 / safe, o_row)[:, None]
         o_rows = q_row + WHO * ROWS + gl.arange(0, ROWS, layout=o_row)
         d = gl.arange(0, BDV, layout=gl.SliceLayout(0, ol))
-        place = OUT + b64 * s_ob + h64 * s_oh + o_rows.to(gl.int64)[:, None] * s_on + d[None, :]
-        gl.store(place, acc.to(dtype), mask=(o_rows < n_q)[:, None] & (d < DV)[None, :])
+        to = OUT + b64 * s_ob + h64 * s_oh + o_rows.to(gl.int64)[:, None] * s_on + d[None, :]
+        gl.store(to, acc.to(dtype), mask=(o_rows < n_q)[:, None] & (d < DV)[None, :])
         row, q_row, b, slot = next_row, next_q_row, next_b, next_slot
-        masked, clean = next_masked, next_clean
+        masked, clean, round = next_masked, next_clean, round + 1
 
 
 @gluon.jit
@@ -284,39 +310,44 @@ def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
 def block_sparse(
-    q_desc, k_desc, v_desc, OUT, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on,
-    s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
+    q_desc, k_desc, v_desc, OUT, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER, s_ob,
+    s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
     BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr,
-    EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
+    EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """The kernel. Descriptors have boxes `[1, 1, rows, head size]`, ITEMS and LISTS are lowered
-    work, strides count elements, `factor` is the scale in base 2.
+    work, COUNTER is a zero, strides count elements, `factor` is the scale in base 2.
     """
-    q = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, BM // 2, BD], q_desc.layout)
+    q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, BD], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BN, BDV], v_desc.layout)
-    q_full, q_empty, turns = _barriers(2, 1), _barriers(2, 2), _barriers(2, 1)
+    q_full, q_empty, turns = _barriers(Q_STAGES, 1), _barriers(Q_STAGES, 2), _barriers(2, 1)
     k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
     v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    tickets = gl.allocate_shared_memory(
+        gl.int32, [TICKETS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    ticket_full, ticket_empty = _barriers(TICKETS, 1), _barriers(TICKETS, 2)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (
                 0, OUT, LSE, ITEMS, LISTS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items,
                 n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, turns, BQ, BK, BM, BN, DV, BD, BDV, CAUSAL, EXTRA_MASKED,
-                STAGES, MODE,
+                v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, DV, BD,
+                BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
             )),
             (_consume, (
                 1, OUT, LSE, ITEMS, LISTS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items,
                 n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, turns, BQ, BK, BM, BN, DV, BD, BDV, CAUSAL, EXTRA_MASKED,
-                STAGES, MODE,
+                v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, DV, BD,
+                BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items, capacity, q, k, v,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, BQ, BK, BM, BN, STAGES,
+                q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items,
+                capacity, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets,
+                ticket_full, ticket_empty, BQ, BK, BM, BN, STAGES, Q_STAGES,
             )),
         ],
         [4, 1],
