@@ -48,6 +48,9 @@ def attend(
     skip: float | Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    qk: str = "native",
+    pv: str = "native",
+    smooth_k: bool = False,
     backend: str | None = None,
 ) -> Partial:
     """Attention of some query heads over the keys that `index` lists. Inference only; nothing is
@@ -78,6 +81,9 @@ def attend(
             `out[:, heads[j]]` and
             `lse[:, heads[j]]`. Without them `[B, len(heads), …]` is allocated, in the order of
             `heads`.
+        qk, pv: precision of the two products, "native", "int8" (qk only) or "fp8" (pv only beside
+            an 8-bit qk); operands are quantised inside (`kernels.quantize`). smooth_k: round keys
+            after taking their mean from them.
         backend: "triton", "torch", "reference", or None: what the device does best. The environment
             variable
             `ACCELKIT_KERNEL` replaces None. A wish is served or refused, never bent.
@@ -108,6 +114,9 @@ def attend(
             skip=skip,
             out=out,
             lse=lse,
+            qk=qk,
+            pv=pv,
+            smooth_k=smooth_k,
         )
         choice = choose(launch, backend)
         if launch.q.numel() and launch.heads and (launch.rows is None or launch.rows.numel()):
@@ -169,7 +178,9 @@ def triton_refusal(launch: Launch) -> str | None:
     """Why the Triton kernels cannot serve a launch, or None."""
     reason = triton_missing(launch.q.device)
     if reason is None:
-        if launch.index.size[1] == 1:
+        if launch.qk != "native":
+            from accelkit.kernels._triton import eight_bit as kernel
+        elif launch.index.size[1] == 1:
             from accelkit.kernels._triton import gather as kernel
         else:
             from accelkit.kernels._triton import block_sparse as kernel
@@ -204,6 +215,10 @@ def _run(launch: Launch, backend: str) -> None:
         block_sparse.reference(launch)
     elif backend == "torch":
         cpu.attend_listed(launch)
+    elif launch.qk != "native":
+        from accelkit.kernels._triton.eight_bit import eight_bit
+
+        eight_bit(launch)
     elif launch.index.size[1] == 1:
         from accelkit.kernels._triton.gather import gather
 
