@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,28 +49,32 @@ def index_of(shape: Shape, density: float) -> BlockIndex:
     return BlockIndex.dense(shape.heads, rows, UNIT, torch.device("cuda"))
 
 
+def jobs_of(shape: Shape, qkv: list[Tensor], index: BlockIndex, precisions) -> dict[str, Callable]:
+    """Everything that is timed for one index."""
+    q, k, v = qkv
+    causal = shape.causal
+    launch = prepare(q, k, v, index, causal=causal)
+    work, tile = lower(launch), block_sparse.choose_tile(UNIT, shape.head_size, q.dtype, False)
+    jobs: dict[str, Callable[[], object]] = {
+        "cudnn dense": lambda: cudnn(q, k, v, causal),
+        "native kernel": lambda: block_sparse.run(launch, work, tile),
+        "native call": lambda: attend(q, k, v, fresh(index), causal=causal),
+    }
+    for qk, pv in precisions:
+        options = {"causal": causal, "qk": qk, "pv": pv, "smooth_k": True}
+        low = prepare(q, k, v, index, **options)
+        ops, name = eight_bit.operands(low), f"{qk}/{pv}"
+        jobs[f"{name} quantise"] = partial(eight_bit.operands, low)
+        jobs[f"{name} kernel"] = partial(eight_bit.start, low, ops, work)
+        jobs[f"{name} call"] = lambda o=options: attend(q, k, v, fresh(index), **o)
+    return jobs
+
+
 def speed(shape: Shape, densities, precisions, rounds: int) -> list[dict]:
     """Milliseconds of every precision at every density, in turns with the 16-bit kernels."""
-    q, k, v = random_call(shape, "cuda", torch.bfloat16)
-    results = []
+    qkv, results = random_call(shape, "cuda", torch.bfloat16), []
     for density in densities:
-        index = index_of(shape, density)
-        launch = prepare(q, k, v, index, causal=shape.causal)
-        work, tile = lower(launch), block_sparse.choose_tile(UNIT, shape.head_size, q.dtype, False)
-        jobs: dict[str, Callable[[], object]] = {
-            "cudnn dense": lambda: cudnn(q, k, v, shape.causal),
-            "native kernel": lambda: block_sparse.run(launch, work, tile),
-            "native call": lambda: attend(q, k, v, fresh(index), causal=shape.causal),
-        }
-        for qk, pv in precisions:
-            options = {"causal": shape.causal, "qk": qk, "pv": pv, "smooth_k": True}
-            low = prepare(q, k, v, index, **options)
-            ops = eight_bit.operands(low)
-            name = f"{qk}/{pv}"
-            jobs[f"{name} quantise"] = lambda low=low: eight_bit.operands(low)
-            jobs[f"{name} kernel"] = lambda low=low, ops=ops: eight_bit.start(low, ops, work)
-            jobs[f"{name} call"] = lambda o=options: attend(q, k, v, fresh(index), **o)
-        times = milliseconds(jobs, rounds)
+        times = milliseconds(jobs_of(shape, qkv, index_of(shape, density), precisions), rounds)
         results.append({"shape": shape.name, "density": density, "ms": times})
         print(f"{shape.name} ρ={density}: cuDNN {times['cudnn dense']:.2f}, ", end="")
         print(f"native {times['native call']:.2f}", end="")

@@ -161,6 +161,10 @@ def choose(launch: Launch, backend: str | None = None) -> Choice:
         refusal = triton_refusal(launch)
         if refusal is None:
             return Choice("triton", f"tensors are on {launch.q.device}")
+        if launch.qk != "native":
+            raise KernelUnavailableError(
+                f"attend: no kernel runs qk={launch.qk!r}, pv={launch.pv!r} here: {refusal}"
+            )
         _tell(f"attention runs the torch reference, which is slow: {refusal}")
         return Choice("reference", refusal)
     if wish == "triton":

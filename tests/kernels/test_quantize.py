@@ -113,7 +113,7 @@ def test_triton_against_torch(qk, pv, smooth) -> None:
         if one is not None:
             torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
     for name, got_t, want_t in zip("qkv", dequantize(got), dequantize(want), strict=True):
-        # The interpreter's cast to fp8 may differ by a step from torch's.
-        exact = name == "v" and pv == "native" or name != "v" and qk == "int8"
-        limit = 1e-5 if exact else 0.15
-        torch.testing.assert_close(got_t, want_t, atol=1e-5 if exact else 1e-2, rtol=limit)
+        # The interpreter's cast to fp8 loses a carry into the exponent, in one of forty values.
+        exact = pv == "native" if name == "v" else qk == "int8"
+        wrong = ((got_t - want_t).abs() > 1e-5).float().mean()
+        assert wrong <= (0.0 if exact else 0.04), f"{name}: {wrong:.3f} of the values differ"

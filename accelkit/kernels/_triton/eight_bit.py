@@ -228,9 +228,10 @@ def eight_bit(launch: Launch) -> None:
 
 
 def operands(launch: Launch) -> Operands:
-    """The launch's inputs in 8 bits."""
+    """The launch's inputs in 8 bits; a native V as the copy engine can read it."""
+    v = launch.v if launch.pv != "native" or describable(launch.v) else launch.v.contiguous()
     return quantize(
-        launch.q, launch.k, launch.v, qk=launch.qk, pv=launch.pv, smooth_k=launch.smooth_k,
+        launch.q, launch.k, v, qk=launch.qk, pv=launch.pv, smooth_k=launch.smooth_k,
         block=block_of(launch.index.size[1]), scale=launch.scale, q_heads=launch.q_heads,
         kv_heads=launch.kv_heads,
     )  # fmt: skip
@@ -259,15 +260,16 @@ def _warps_of_trades(launch: Launch) -> str | None:
     return None if find_spec("triton.experimental.gluon") else "this triton has no gluon"
 
 
+def describe(t: torch.Tensor, box: tuple[int, int]) -> TensorDescriptor:
+    """What the copy engine needs to know to read tiles `box` of the last two dimensions."""
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box])
+
+
 def run(launch: Launch, ops: Operands, work: Work, tile: Tile) -> None:
     """Start the kernel over lowered work with a given tile."""
     (bq, bk), d, pv8 = launch.index.size, launch.q.shape[3], ops.v_scale is not None
-    v = ops.v if describable(ops.v) else ops.v.contiguous()
     boxes = ((tile.bm, d), (tile.bn, d), (d, tile.bn) if pv8 else (tile.bn, d))
-    tensors = (
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box])
-        for t, box in zip((ops.q, ops.k, v), boxes, strict=True)
-    )
+    tensors = (describe(t, box) for t, box in zip((ops.q, ops.k, ops.v), boxes, strict=True))
     bias = launch.bias if isinstance(launch.bias, torch.Tensor) else None
     dummy, some = work.order, ops.q_scale
     q_pos, k_pos, bias_table = (

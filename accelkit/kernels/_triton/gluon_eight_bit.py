@@ -384,20 +384,25 @@ _FORMS = {
 }
 
 
-def _describe(t: torch.Tensor, box: tuple[int, int]) -> TensorDescriptor:
+def describe(t: torch.Tensor, box: tuple[int, int]) -> TensorDescriptor:
+    """What the copy engine needs to know to read tiles `box` of the last two dimensions."""
     layout = gl.NVMMASharedLayout.get_default_for([1, 1, *box], _FORMS[t.dtype])
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box], layout)
 
 
-def run(launch: Launch, ops: Operands, work: Work, stages: int = 0, fence: bool = True) -> None:
+def stages(pv8: bool) -> int:
+    """Tiles of K and of V that shared memory holds at a time."""
+    return 4 if pv8 else 3
+
+
+def run(launch: Launch, ops: Operands, work: Work, fence: bool = True) -> None:
     """Start the kernel over lowered work."""
     (bq, bk), d, pv8 = launch.index.size, launch.q.shape[3], ops.v_scale is not None
-    stages = stages or (4 if pv8 else 3)
     bn, some, n_items = ops.block, ops.q_scale, work.order.numel() * (bq // 128)
     processors = torch.cuda.get_device_properties(launch.q.device).multi_processor_count
     _eight_bit[(min(n_items, processors),)](
-        _describe(ops.q, (64, d)), _describe(ops.k, (bn, d)),
-        _describe(ops.v, (d, bn) if pv8 else (bn, d)),
+        describe(ops.q, (64, d)), describe(ops.k, (bn, d)),
+        describe(ops.v, (d, bn) if pv8 else (bn, d)),
         launch.out, launch.lse, ops.q_scale, ops.k_scale,
         *(some if t is None else t for t in (ops.v_scale, ops.v_mean, ops.shift)),
         work.order, work.tiles, work.masked, work.clean, work.lists, launch.kv_heads,
@@ -405,6 +410,6 @@ def run(launch: Launch, ops: Operands, work: Work, stages: int = 0, fence: bool 
         ops.k.shape[1], work.tiles.numel(), launch.n_q, launch.n_k, ops.k_scale.shape[2],
         launch.q_start, work.capacity, launch.scale * LOG2E,
         BQ=bq, BK=bk, BN=bn, D=d, PV8=pv8, CAUSAL=launch.causal,
-        EXTRA_MASKED=not one_masked(launch, bn), SMOOTH=ops.shift is not None, STAGES=stages, FENCE=fence,
+        EXTRA_MASKED=not one_masked(launch, bn), SMOOTH=ops.shift is not None, STAGES=stages(pv8), FENCE=fence,
         num_warps=4,
     )  # fmt: skip
