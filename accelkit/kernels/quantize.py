@@ -119,7 +119,7 @@ def reference(
     v = v.float()
     v_mean = v.mean(2)
     v_scale = ((v.abs().amax(2) + v_mean.abs()) / TOP["fp8"]).clamp(min=_LEAST)
-    v8 = ((v - v_mean[:, :, None]) / v_scale[:, :, None]).to(DTYPE["fp8"]).view(torch.uint8)
+    v8 = ((v - v_mean[:, :, None]) * (1.0 / v_scale)[:, :, None]).to(DTYPE["fp8"]).view(torch.uint8)
     v8 = grouped(pad(v8, (0, 0, 0, -n % block)).mT).contiguous().view(DTYPE["fp8"])
     return Operands(q8, q_scale, k8.contiguous(), k_scale, shift, v8, v_scale, v_mean, block)
 
@@ -164,5 +164,5 @@ def block_of(bk: int) -> int:
 def _rounded(x: Tensor, form: str, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """8-bit values and the scale that they share over `dims` (kept)."""
     scale = (x.abs().amax(dims, keepdim=True) / TOP[form]).clamp(min=_LEAST)
-    x = x / scale
+    x = x * (1.0 / scale)
     return (x.round() if form == "int8" else x).to(DTYPE[form]), scale

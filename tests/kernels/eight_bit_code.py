@@ -68,7 +68,7 @@ def case(form: str, qk: str, pv: str, d: int, causal: bool) -> Any:
     fixed = {
         "BQ": 128, "BK": 128, "BM": bm, "BN": bn, "PER_ROW": tile.per_row, "D": d, "PV8": pv8,
         "DTYPE": tl.bfloat16, "CAUSAL": causal, "HAS_Q_POS": False, "HAS_K_POS": False,
-        "FENCE": True, "HAS_BIAS": False, "EXTRA_MASKED": False, "SMOOTH": True, "s_ln": 1,
+        "MODE": 1, "HAS_BIAS": False, "EXTRA_MASKED": False, "SMOOTH": True, "s_ln": 1,
         "STAGES": gluon_eight_bit.stages(pv8) if gluon else tile.stages,
     }  # fmt: skip
     if gluon:

@@ -190,9 +190,9 @@ def _consume(
     WHO: gl.constexpr, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ORDER, TILES, MASKED,
     CLEAN, LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv,
     n_tiles, n_q, n_k, n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
-    v_full, v_empty,
+    v_full, v_empty, turns,
     BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr,
-    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr, FENCE: gl.constexpr,
+    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     INT: gl.constexpr = k.dtype == gl.int8
@@ -203,7 +203,7 @@ def _consume(
     pl: gl.constexpr = gl.DotOperandLayout(0, ol, 4 if PV8 else 2)
     s_row: gl.constexpr = gl.SliceLayout(1, sl)
     o_row: gl.constexpr = gl.SliceLayout(1, ol)
-    stage, phase = 0, 0
+    stage, phase, turn = 0, 0, 1 - WHO
     zero = gl.zeros([_ROWS, BN], s_type, sl)
     none = gl.zeros([_ROWS, D], gl.float32, ol)
     for round in range(_rounds(n_items)):
@@ -273,14 +273,25 @@ def _consume(
                 stage, phase = _next(stage, phase, STAGES)
                 c = by_row * gl.load(scales + k0 // BN)
                 k0 = _key0(LISTS, at, gl.minimum(j + 1, n - 1), BK, BN)
-                mbarrier.wait(k_full.index(stage), phase)
-                s = _scores(mine, k, stage, zero, BN, D)
-                mbarrier.wait(v_full.index(v_stage), v_phase)
-                s = warpgroup_mma_wait(0, deps=[s])
-                mbarrier.arrive(k_empty.index(stage))
                 before = gl.convert_layout(alpha, o_row)
                 base = none if PV8 else acc * before[:, None]
-                pv = _product(packed, v, v_stage, base, BN, D, pl)
+                mbarrier.wait(k_full.index(stage), phase)
+                if MODE == 0:
+                    s = _scores(mine, k, stage, zero, BN, D)
+                    mbarrier.wait(v_full.index(v_stage), v_phase)
+                    s = warpgroup_mma_wait(0, deps=[s])
+                    mbarrier.arrive(k_empty.index(stage))
+                    pv = _product(packed, v, v_stage, base, BN, D, pl)
+                else:
+                    mbarrier.wait(v_full.index(v_stage), v_phase)
+                    if MODE == 2:
+                        mbarrier.wait(turns.index(WHO), turn)
+                        turn ^= 1
+                    s = _scores(mine, k, stage, zero, BN, D)
+                    pv = _product(packed, v, v_stage, base, BN, D, pl)
+                    if MODE == 2:
+                        mbarrier.arrive(turns.index(1 - WHO))
+                    s = warpgroup_mma_wait(1, deps=[s])
                 s = s.to(gl.float32)
                 m_new = gl.maximum(m, gl.max(s, 1) * c)
                 p = gl.exp2(s * c[:, None] - (m_new - FULL)[:, None])
@@ -288,9 +299,10 @@ def _consume(
                 total = total * alpha + gl.sum(p, 1)
                 m = m_new
                 following = _pack(p, BN, v.dtype)
-                if FENCE:
-                    total = _in_order(total)
+                total = _in_order(total)
                 pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
+                if MODE > 0:
+                    mbarrier.arrive(k_empty.index(stage))
                 mbarrier.arrive(v_empty.index(v_stage))
                 acc = _added(acc, before, pv, PV8)
                 packed = following
@@ -328,13 +340,14 @@ def _eight_bit(
     MASKED, CLEAN, LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads,
     n_kv, n_tiles, n_q, n_k, n_kb, q_start, capacity, factor,
     BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr,
-    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr, FENCE: gl.constexpr,
+    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     v_box: gl.constexpr = [STAGES, 1, 1, D, BN] if PV8 else [STAGES, 1, 1, BN, D]
     q = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, _ROWS, D], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, v_box, v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -343,6 +356,7 @@ def _eight_bit(
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=2)
+        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
@@ -355,15 +369,15 @@ def _eight_bit(
                 0, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ORDER, TILES, MASKED, CLEAN,
                 LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads,
                 n_kv, n_tiles, n_q, n_k, n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH,
-                STAGES, FENCE,
+                k_full, k_empty, v_full, v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH,
+                STAGES, MODE,
             )),
             (_consume, (
                 1, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ORDER, TILES, MASKED, CLEAN,
                 LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads,
                 n_kv, n_tiles, n_q, n_k, n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH,
-                STAGES, FENCE,
+                k_full, k_empty, v_full, v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH,
+                STAGES, MODE,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, ORDER, TILES, MASKED, CLEAN, LISTS, KV_HEADS, n_items,
@@ -395,7 +409,7 @@ def stages(pv8: bool) -> int:
     return 4 if pv8 else 3
 
 
-def run(launch: Launch, ops: Operands, work: Work, fence: bool = True) -> None:
+def run(launch: Launch, ops: Operands, work: Work, mode: int = 1) -> None:
     """Start the kernel over lowered work."""
     (bq, bk), d, pv8 = launch.index.size, launch.q.shape[3], ops.v_scale is not None
     bn, some, n_items = ops.block, ops.q_scale, work.order.numel() * (bq // 128)
@@ -410,6 +424,6 @@ def run(launch: Launch, ops: Operands, work: Work, fence: bool = True) -> None:
         ops.k.shape[1], work.tiles.numel(), launch.n_q, launch.n_k, ops.k_scale.shape[2],
         launch.q_start, work.capacity, launch.scale * LOG2E,
         BQ=bq, BK=bk, BN=bn, D=d, PV8=pv8, CAUSAL=launch.causal,
-        EXTRA_MASKED=not one_masked(launch, bn), SMOOTH=ops.shift is not None, STAGES=stages(pv8), FENCE=fence,
+        EXTRA_MASKED=not one_masked(launch, bn), SMOOTH=ops.shift is not None, STAGES=stages(pv8), MODE=mode,
         num_warps=4,
     )  # fmt: skip
