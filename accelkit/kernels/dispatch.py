@@ -53,6 +53,9 @@ def attend(
     skip: float | Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    qk: str = "native",
+    pv: str = "native",
+    smooth_k: bool = False,
     backend: str | None = None,
 ) -> Partial:
     """Attention of some query heads over the keys that `index` lists. Inference only; nothing is
@@ -83,6 +86,9 @@ def attend(
             `out[:, heads[j]]` and
             `lse[:, heads[j]]`. Without them `[B, len(heads), …]` is allocated, in the order of
             `heads`.
+        qk, pv: precision of the two products, "native", "int8" (qk only) or "fp8" (pv only beside
+            an 8-bit qk); operands are quantised inside (`kernels.quantize`). smooth_k: round keys
+            after taking their mean from them.
         backend: one of `BACKENDS`, or None: what the device does best. The environment variable
             `ACCELKIT_KERNEL` replaces None. A wish is served or refused, never bent.
 
@@ -98,7 +104,7 @@ def attend(
         return _traced(
             q, k, v, index, out, lse, scale=scale, causal=causal, q_start=q_start, heads=heads,
             kv_of_head=kv_of_head, key_mask=key_mask, q_pos=q_pos, k_pos=k_pos, rows=rows,
-            skip=skip, backend=backend,
+            skip=skip, qk=qk, pv=pv, smooth_k=smooth_k, backend=backend,
         )  # fmt: skip
     with torch.no_grad():
         launch = prepare(
@@ -118,6 +124,9 @@ def attend(
             skip=skip,
             out=out,
             lse=lse,
+            qk=qk,
+            pv=pv,
+            smooth_k=smooth_k,
         )
         choice = choose(launch, backend)
         if launch.q.numel() and launch.heads and (launch.rows is None or launch.rows.numel()):
@@ -199,6 +208,10 @@ def _best(launch: Launch) -> Choice:
         )
     refusals = {name: refused(launch) for name, refused in KERNELS.items()}
     able = [name for name, refusal in refusals.items() if refusal is None]
+    if not able and launch.qk != "native":
+        raise KernelUnavailableError(
+            f"attend: no kernel runs qk={launch.qk!r}, pv={launch.pv!r} here: {refusals['triton']}"
+        )
     if not able:
         _tell(f"attention runs the torch reference, which is slow: {refusals['triton']}")
         return Choice("reference", str(refusals["triton"]))
@@ -215,7 +228,9 @@ def triton_refusal(launch: Launch) -> str | None:
     """Why the Triton kernels cannot serve a launch, or None."""
     reason = triton_missing(launch.q.device)
     if reason is None:
-        if launch.index.size[1] == 1:
+        if launch.qk != "native":
+            from accelkit.kernels._triton import eight_bit as kernel
+        elif launch.index.size[1] == 1:
             from accelkit.kernels._triton import gather as kernel
         else:
             from accelkit.kernels._triton import block_sparse as kernel
@@ -273,6 +288,10 @@ def _run(launch: Launch, backend: str) -> None:
         block_sparse.reference(launch)
     elif backend == "torch":
         cpu.attend_listed(launch)
+    elif launch.qk != "native":
+        from accelkit.kernels._triton.eight_bit import eight_bit
+
+        eight_bit(launch)
     elif launch.index.size[1] == 1:
         from accelkit.kernels._triton.gather import gather
 

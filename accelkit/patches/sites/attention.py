@@ -55,6 +55,12 @@ class Answer:
         )
 
     @property
+    def lane(self) -> object:
+        """What answers of one launch have in common; thresholds may differ by head."""
+        arithmetic = replace(self.execution, skip=None)
+        return self.index.size, arithmetic, self.execution.skip is None
+
+    @property
     def index(self) -> BlockIndex:
         """The one list of a plain answer."""
         index = self.pieces[0]
@@ -113,7 +119,7 @@ def compute(
     parts = tuple(
         piece
         if isinstance(piece, Partial)
-        else run(call, piece, skip=answered.execution.skip, rows=rows, backend=backend)
+        else run(call, piece, answered.execution, rows=rows, backend=backend)
         for piece in answered.pieces
     )
     joined = parts[0] if len(parts) == 1 else merge(parts)
@@ -155,10 +161,10 @@ def attend(
     if dense:
         answers.append(_dense_answer(call.take(sorted(dense)), answers))
     state.saw(call, answers)
-    lanes: dict[tuple[int, int], list[Answer]] = {}
+    lanes: dict[object, list[Answer]] = {}
     for a in answers:
         if a.plain:
-            lanes.setdefault(a.index.size, []).append(a)
+            lanes.setdefault(a.lane, []).append(a)
             continue
         result = compute(a)
         out[:, list(a.call.heads)] = result.out.to(out.dtype)
@@ -221,13 +227,15 @@ def _in_token_order(part: Partial, order: Order, call: AttentionCall) -> Partial
 def run(
     call: AttentionCall,
     index: BlockIndex,
+    execution: Execution = PLAIN,
     *,
-    skip: float | Tensor | None = None,
     rows: Tensor | Sequence[int] | None = None,
     backend: str | None = None,
     out: Tensor | None = None,
 ) -> Partial:
-    """Attention of the call's heads over the keys of `index`; options as in `kernels.attend`."""
+    """Attention of the call's heads over the keys of `index`, with the given arithmetic; options as
+    in `kernels.attend`.
+    """
     return kernels.attend(
         call.q,
         call.k,
@@ -243,7 +251,10 @@ def run(
         q_pos=call.q_pos,
         k_pos=call.k_pos,
         rows=rows,
-        skip=skip,
+        skip=execution.skip,
+        qk=execution.qk,
+        pv=execution.pv,
+        smooth_k=execution.smooth_k,
         out=out,
         backend=backend,
     )
@@ -254,21 +265,16 @@ def _launch(call: AttentionCall, lane: list[Answer], out: Tensor) -> None:
     heads = tuple(h for a in lane for h in a.call.heads)
     joined = replace(call, heads=heads, kv_of_head=torch.cat([a.call.kv_of_head for a in lane]))
     index = BlockIndex.cat([a.index for a in lane])
-    run(joined, index, skip=_joined_skip(lane, call.q.device), out=out)
-
-
-def _joined_skip(lane: list[Answer], device: torch.device) -> float | Tensor | None:
-    skips = [a.execution.skip for a in lane]
-    if all(s is None for s in skips):
-        return None
-    # λ = 0 has ln λ = −∞: nothing is ever skipped.
-    columns = [
-        torch.as_tensor(0.0 if s is None else s, dtype=torch.float32, device=device)
-        .reshape(-1)
-        .expand(len(a.call.heads))
-        for s, a in zip(skips, lane, strict=True)
-    ]
-    return torch.cat(columns)
+    execution = lane[0].execution
+    if execution.skip is not None:
+        columns = [
+            torch.as_tensor(a.execution.skip, dtype=torch.float32, device=call.q.device)
+            .reshape(-1)
+            .expand(len(a.call.heads))
+            for a in lane
+        ]
+        execution = replace(execution, skip=torch.cat(columns))
+    run(joined, index, execution, out=out)
 
 
 def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
