@@ -183,7 +183,8 @@ def _plan(
     }
     families, units = measure.measured(run, inputs.measure, screen, families)
     probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
-    weights = measure.weighed(run, probes)
+    heads = {s.path: run.heads[s.path] for s in run.sites}
+    weights = measure.weighed(run, heads, [measure.probe_of(run.model, p) for p in probes])
     lengths = [len(s.ids) for s in inputs.measure][: len(units)]
     found = assemble.site_data(
         [s.path for s in run.sites], families, screen, list(zip(lengths, units, strict=True)),
