@@ -113,9 +113,12 @@ class PatchHandle:
         state, path = self.state, call.site.path
         if not self.enabled:
             return self._dense(path, "disabled")
-        if call.site.order <= state.last_order:
-            state.begin_generation() if call.q_start == 0 else state.begin_forward()
-        state.last_order = call.site.order
+        place = (call.site.order, call.ordinal)
+        if place <= state.last_place:
+            # An empty cache begins a language model's generation; diffusion says so by `begin`.
+            first = call.clock.phase != "denoise" and call.q_start == 0
+            state.begin_generation() if first else state.begin_forward()
+        state.last_place = place
         groups = self.plan.groups(path, call.n_k, call.clock)
         if not groups:
             short = call.n_k < self.plan.limits.min_length
@@ -143,6 +146,10 @@ class PatchHandle:
         self.state.count(site, reason)
         if reason not in _EXPECTED or reason in self.phases:
             self._warn(f"attention runs dense: {reason}")
+
+    def begin(self) -> None:
+        """The adapter saw a generation begin."""
+        self.state.begin_generation()
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:

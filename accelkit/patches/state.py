@@ -56,7 +56,10 @@ class PatchState:
         self.static: dict[Hashable, Any] = {}
         self.counts: dict[str, SiteCount] = {}
         self.measure_density = False
-        self.last_order = -1  # running order of the last call: a forward begins where it falls
+        self.last_place = (
+            -1,
+            -1,
+        )  # order and ordinal of the last call: a forward begins where it falls
 
     def begin_generation(self) -> None:
         """Forget everything that belongs to the generation before."""

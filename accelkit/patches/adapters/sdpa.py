@@ -1,0 +1,300 @@
+"""One router over `scaled_dot_product_attention`, for libraries that end there whatever they do
+before.
+
+Hooks on the attention modules open and close a site; without an open one the call goes on as it
+would have. Everything that depends on the plan happens inside one custom op, which is opaque to
+`torch.compile`: hooks, router and op are the same objects for all sites, and what differs between
+sites reaches the op as tensors of equal shape, so repeated blocks share one graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accelkit.errors import ParallelNotSupportedError
+from accelkit.patches.adapters import Runner
+from accelkit.patches.adapters.clock import DenoiseClock
+from accelkit.patches.adapters.geometry import Family, geometry
+from accelkit.patches.call import AttentionCall, Geometry, Site
+
+ATTRIBUTE = "accelkit_site"
+
+
+class _Here(threading.local):
+    """What is open in this thread: the site's number, and the root's layout and timestep."""
+
+    site: Tensor | None = None
+    layout: Tensor | None = None
+    timestep: Tensor | None = None
+    calls = 0
+
+
+@dataclass
+class Connection:
+    """One connected pipeline or denoiser and what its running forward has in common."""
+
+    runner: Runner
+    clock: DenoiseClock
+    component: str = ""
+    last: tuple[int, int] = (-1, -1)
+    layout: tuple[int, ...] = ()
+    real: dict[int, tuple[Tensor, int | None]] = field(default_factory=dict)
+
+    def arrive(
+        self, site: Site, ordinal: int, layout: Tensor | None, timestep: Tensor | None
+    ) -> None:
+        """A call of `site`; a forward begins where the running order falls or another denoiser
+        takes over.
+        """
+        place = (site.order, ordinal)
+        if place <= self.last or site.component != self.component:
+            self.clock.forward(timestep)
+            self.layout = () if layout is None else tuple(layout.tolist())
+            self.real.clear()
+        self.component, self.last = site.component, place
+
+    def real_keys(self, mask: Tensor) -> int | None:
+        """How many keys a padding mask `[B, N]` leaves, if they come first in every sequence."""
+        found = self.real.get(mask.data_ptr())
+        if found is None:
+            n = int(mask[0].sum())
+            first = torch.arange(mask.shape[1], device=mask.device) < n
+            found = (mask, n if bool((mask == first).all()) else None)
+            self.real[mask.data_ptr()] = found
+        return found[1]
+
+
+@dataclass(frozen=True)
+class Door:
+    """One connected attention module; `reason` says why it stays dense."""
+
+    site: Site
+    heads: int
+    family: Family
+    to: Connection
+    reason: str | None = None
+
+
+_HERE = _Here()
+_DOORS: dict[int, Door] = {}
+_NUMBERS = itertools.count(1)
+_ORIGINAL: Callable[..., Tensor] = nn.functional.scaled_dot_product_attention
+_USERS = 0
+
+
+def connect(module: nn.Module, door: Door, undo: ExitStack) -> None:
+    """Open `door` around every forward of `module`."""
+    number = next(_NUMBERS)
+    _DOORS[number] = door
+    undo.callback(_DOORS.pop, number, None)
+    # An attribute and no buffer: it stays on the CPU wherever the module's weights go.
+    setattr(module, ATTRIBUTE, torch.tensor(number))
+    undo.callback(delattr, module, ATTRIBUTE)
+    undo.callback(module.register_forward_pre_hook(_open).remove)
+    undo.callback(module.register_forward_hook(_close).remove)
+
+
+def route(undo: ExitStack) -> None:
+    """Let the router stand in for the function while anyone needs it."""
+    global _ORIGINAL, _USERS
+    if _USERS == 0:
+        _ORIGINAL = nn.functional.scaled_dot_product_attention
+        nn.functional.scaled_dot_product_attention = _router
+    _USERS += 1
+    undo.callback(_unroute)
+    leave()
+
+
+def _unroute() -> None:
+    global _USERS
+    _USERS -= 1
+    # Whoever replaced the function after us keeps it; the router then only passes calls on.
+    if _USERS == 0 and nn.functional.scaled_dot_product_attention is _router:
+        nn.functional.scaled_dot_product_attention = _ORIGINAL
+
+
+def enter(layout: Tensor | None, timestep: Tensor | None) -> None:
+    """A root's forward begins; a site left open by an exception is closed."""
+    _HERE.site, _HERE.layout, _HERE.timestep = None, layout, timestep
+
+
+def leave() -> None:
+    """A root's forward ends; every one finds the same state, so a traced forward is traced once."""
+    _HERE.site, _HERE.layout, _HERE.timestep = None, None, None
+
+
+def _open(module: nn.Module, args: Any) -> None:
+    _HERE.site, _HERE.calls = getattr(module, ATTRIBUTE), 0
+
+
+def _close(module: nn.Module, args: Any, output: Any) -> None:
+    if _HERE.calls == 0 and not torch.compiler.is_compiling():
+        door = _DOORS[int(getattr(module, ATTRIBUTE))]
+        door.to.runner.skipped(door.site.path, "attention does not pass through SDPA")
+    _HERE.site = None
+
+
+def _router(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    site = _HERE.site
+    if site is not None:
+        ordinal = _HERE.calls
+        _HERE.calls = ordinal + 1
+        reason = _dense_reason(query, key, value, dropout_p, is_causal)
+        if reason is None:
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            out = torch.ops.accelkit.sdpa(
+                query, key, value, attn_mask, scale, site, _HERE.layout, _HERE.timestep, ordinal
+            )
+            return out.transpose(1, 2)
+        if not torch.compiler.is_compiling():
+            door = _DOORS[int(site)]
+            door.to.runner.skipped(door.site.path, reason)
+    return _ORIGINAL(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+
+
+def _dense_reason(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, is_causal: bool
+) -> str | None:
+    """Why a call cannot be served, as far as arguments tell."""
+    if dropout:
+        return "dropout"
+    if is_causal:
+        return "causal attention"
+    wanted = query.requires_grad or key.requires_grad or value.requires_grad
+    if torch.is_grad_enabled() and wanted:
+        return "gradients are enabled"
+    return None
+
+
+@torch.library.custom_op("accelkit::sdpa", mutates_args=())
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    site: Tensor,
+    layout: Tensor | None,
+    timestep: Tensor | None,
+    ordinal: int,
+) -> Tensor:
+    """One attention call of an open site: `[B, Nq, Hq, Dv]` from q `[B, Hq, Nq, D]` and k, v
+    `[B, Hkv, Nk, D]`, dense as before where the plan says nothing.
+    """
+    door = _DOORS[int(site)]
+    door.to.arrive(door.site, ordinal, layout, timestep)
+    out = _served(door, query, key, value, mask, scale, ordinal)
+    if out is None:
+        out = _ORIGINAL(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        ).transpose(1, 2)
+    return out.contiguous()
+
+
+@_sdpa.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    site: Tensor,
+    layout: Tensor | None,
+    timestep: Tensor | None,
+    ordinal: int,
+) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+def _served(
+    door: Door,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    ordinal: int,
+) -> Tensor | None:
+    """The runner's answer; None: dense, counted with its reason."""
+    runner, path = door.to.runner, door.site.path
+    heads, n_q = query.shape[1], query.shape[2]
+    if heads != door.heads:
+        raise ParallelNotSupportedError(
+            f"{path}: {heads} query heads here, {door.heads} in the model; context and tensor "
+            "parallel execution are not supported, run the denoiser on one device"
+        )
+    reason = door.reason
+    if mask is not None and not _pads(mask, query, key):
+        reason = reason or "attention mask other than padding"
+    if reason is not None:
+        runner.skipped(path, reason)
+        return None
+    real = key_mask = None
+    if mask is not None:
+        key_mask = mask.reshape(mask.shape[0], -1).expand(query.shape[0], -1)
+        real = door.to.real_keys(key_mask)
+    if real is not None:
+        # Padding at the end: neither these keys nor the queries beside them mean anything.
+        query, key, value = query[:, :, :real], key[:, :, :real], value[:, :, :real]
+        key_mask = None
+    where = geometry(door.family, door.to.layout, key.shape[2]) if door.to.layout else Geometry()
+    call = AttentionCall(
+        q=query,
+        k=key,
+        v=value,
+        scale=scale,
+        causal=False,
+        q_start=0,
+        key_mask=key_mask,
+        heads=tuple(range(heads)),
+        kv_of_head=torch.arange(heads, device=query.device) // (heads // key.shape[1]),
+        site=door.site,
+        clock=door.to.clock.now(),
+        geometry=where,
+        ordinal=ordinal,
+    )
+    out = runner.run(call)
+    if out is not None and real is not None and real < n_q:
+        out = nn.functional.pad(out, (0, 0, 0, 0, 0, n_q - real))
+    return out
+
+
+def _pads(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether a mask only hides keys, the same for every head and query of a sequence."""
+    return (
+        mask.dtype == torch.bool
+        and mask.shape[-1] == key.shape[2]
+        and (mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
+        and query.shape[2] == key.shape[2]
+    )
