@@ -24,7 +24,7 @@ from accelkit.kernels.index import BlockIndex, Partial, ceil_div
 from accelkit.kernels.scores import block_mass
 from accelkit.kernels.select import density
 from accelkit.patches import method as registry
-from accelkit.patches.call import AttentionCall, Site
+from accelkit.patches.call import AttentionCall, Phase, Site
 from accelkit.patches.method import AttentionMethod, Method
 from accelkit.patches.plan import Policy, Reuse
 from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute
@@ -57,11 +57,13 @@ class Family:
         return [getattr(m, self.field) for m in self.settings] if self.field else []
 
 
-def chosen_methods(methods: Sequence[str | Method | type[Method]] | None) -> list[AttentionMethod]:
-    """The methods to try: names, classes or instances; None is every prefill method at hand.
+def chosen_methods(
+    methods: Sequence[str | Method | type[Method]] | None, phase: Phase = "prefill"
+) -> list[AttentionMethod]:
+    """The methods to try: names, classes or instances; None is every one at hand for the phase.
 
     Raises:
-        InvalidInputError: one of them is no attention method for prefill.
+        InvalidInputError: one of them is no attention method for the phase.
         UnknownMethodError: no method of that name.
     """
     found = []
@@ -69,11 +71,11 @@ def chosen_methods(methods: Sequence[str | Method | type[Method]] | None) -> lis
         cls = registry.load(wish) if isinstance(wish, str) else wish
         made = cls() if isinstance(cls, type) else cls
         able = made.answers() & {"index", "execution"}
-        if isinstance(made, AttentionMethod) and "prefill" in made.phases and able:
+        if isinstance(made, AttentionMethod) and phase in made.phases and able:
             found.append(made)
         elif methods is not None:
             raise InvalidInputError(
-                f"method {made.kind!r} does not select keys in prefill; calibration cannot try it"
+                f"method {made.kind!r} does not select keys in {phase}; calibration cannot try it"
             )
     if not found:
         raise InvalidInputError("methods is empty; name at least one, or None for all")

@@ -102,11 +102,14 @@ def in_turns(
     checker: Checker,
     allowed: float,
     first: float = FIRST,
+    spent: Callable[[Sequence[Round]], bool] = lambda rounds: False,
 ) -> Outcome:
-    """Propose and check until ε is found; the first one is `first` · `allowed`."""
+    """Propose and check until ε is found; the first one is `first` · `allowed`. `spent` ends it."""
     rounds: list[Round] = []
     low, high, epsilon = 0.0, float("inf"), first * allowed
     for turn in range(run.preset.rounds):
+        if spent(rounds):
+            break
         if turn and run.late(0.9, f"round {turn + 1} of the end-to-end check"):
             break
         proposal = propose(epsilon)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -31,11 +32,13 @@ def enable(model: Any, config: str, undo: ExitStack, **fields: Any) -> None:
     library = import_module(type(model).__module__.partition(".")[0])
     before = {m: (*map(m.__dict__.get, ("forward", "_diffusers_hook")),) for m in model.modules()}
     had = "_cache_config" in vars(model)
+    wanted = getattr(library, config)(**fields)
     try:
-        model.enable_cache(getattr(library, config)(**fields))
+        model.enable_cache(wanted)
     except ValueError as error:
-        # A block class that the library's hooks do not know.
-        model._cache_config = None
+        # A block class that the library's hooks do not know: take back those that are set.
+        model._cache_config = wanted
+        model.disable_cache()
         _restore(model, before, had)
         raise UnsupportedModelError(f"{name}: {config} cannot be used here ({error})") from error
 
@@ -45,6 +48,25 @@ def enable(model: Any, config: str, undo: ExitStack, **fields: Any) -> None:
         _restore(model, before, had)
 
     undo.callback(off)
+
+
+@contextmanager
+def magnitudes(model: Any, steps: int) -> Iterator[Callable[[], list[float]]]:
+    """While open, ‖r_t‖ ÷ ‖r_{t−1}‖ of the stack's residual is noted at every step of a run; asked
+    before the run has ended, the function gives those of the first guidance branch.
+    """
+    with ExitStack() as undo:
+        # One step more than there are, so that the library neither prints nor forgets them.
+        enable(model, "MagCacheConfig", undo, calibrate=True, num_inference_steps=steps + 1)
+        hooks = (getattr(m, "_diffusers_hook", None) for m in model.modules())
+        named = (h.hooks.get("mag_cache_leader_block_hook") for h in hooks if h is not None)
+        leader = next(h for h in named if h is not None)
+
+        def noted() -> list[float]:
+            states = list(leader.state_manager._state_cache.values())
+            return list(states[0].calibration_ratios) if states else []
+
+        yield noted
 
 
 def _restore(model: Any, before: dict[Any, tuple[Any, Any]], had: bool) -> None:

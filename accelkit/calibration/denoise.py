@@ -1,0 +1,360 @@
+"""Calibration of a diffusers pipeline on one page: look, measure, choose, check, choose again.
+
+Every site is planned apart in every bucket of the denoising steps, and a step cache beside them,
+so it is the budget that says how many early steps stay dense.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from accelkit.calibration import (
+    denoise_caches,
+    denoise_measure,
+    fit,
+    measure,
+    refine,
+    session,
+    video,
+)
+from accelkit.calibration.assemble import assemble, site_data
+from accelkit.calibration.candidates import chosen_methods
+from accelkit.calibration.denoise_caches import Cached
+from accelkit.calibration.denoise_check import Checker
+from accelkit.calibration.denoise_measure import Look, Measurements, bucket_of, buckets, site_of
+from accelkit.calibration.denoise_weights import Small
+from accelkit.calibration.journal import Journal
+from accelkit.calibration.measure import Preset, Run
+from accelkit.calibration.search import DENSE, Choice, Solution, Table, search
+from accelkit.calibration.video import Settings
+from accelkit.errors import InvalidInputError, NothingPatchedError
+from accelkit.kernels.cost import CostTable
+from accelkit.patches.adapters import facts, sites
+from accelkit.patches.method import Method
+from accelkit.patches.patch import handle_of
+from accelkit.patches.plan import Budget, Fingerprint, LayerPlan, Limits, Plan, Schedule
+
+log = logging.getLogger("accelkit")
+BUDGET = 0.1
+PRESETS = {
+    "fast": (Preset(2, 3, 4, 0, 3, ()), 1, 1),
+    "balanced": (Preset(3, 4, 6, 0, 4, ()), 2, 2),
+    "careful": (Preset(5, 5, 8, 0, 5, ()), 3, 4),
+}
+"""How much is measured; and how many prompts to measure on and to check on."""
+FIRST = 0.7
+"""First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
+
+
+def calibrate(
+    pipe: Any,
+    data: Any = None,
+    *,
+    budget: float | Budget | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    steps: int | None = None,
+    methods: Sequence[str | Method | type[Method]] | None = None,
+    preset: str = "balanced",
+    seed: int = 0,
+    time_limit: float | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Plan:
+    """The fastest plan for `pipe` whose final latents stay within `budget` of the dense ones, equal
+    seed and worst prompt. `accelkit.calibrate` calls this for a pipeline; see there.
+    """
+    begun = time.monotonic()
+    budget = session.as_budget(BUDGET if budget is None else budget)
+    if preset not in PRESETS:
+        raise InvalidInputError(
+            f"preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}"
+        )
+    if not hasattr(pipe, "scheduler"):
+        raise InvalidInputError(
+            f"{type(pipe).__name__} is no pipeline; calibration runs whole denoisings, so it needs "
+            "the pipeline around the denoiser"
+        )
+    if steps is not None and steps < 2:
+        raise InvalidInputError(f"steps is {steps}; expected at least 2")
+    caches, rest = denoise_caches.chosen_caches(methods)
+    tried = chosen_methods(rest, "denoise") if rest != [] else []
+    if not tried and not caches:
+        raise InvalidInputError("methods is empty; name at least one, or None for all")
+    fingerprint, heads = facts(pipe)
+    if handle_of(pipe) is not None:
+        raise InvalidInputError(
+            "the pipeline is patched; call its handle's remove() before calibrating"
+        )
+    places = sites(pipe)
+    if not places:
+        raise NothingPatchedError(f"{type(pipe).__name__}: no attention that could run sparse")
+    chosen, measure_on, check_on = PRESETS[preset]
+    shots = video.gather(data, seed, measure_on, check_on)
+    settings = Settings(height, width, num_frames, steps)
+    settings.arguments(pipe)
+    roots = {name: getattr(pipe, name) for name in fingerprint.components}
+    belongs = {
+        "accelkit": session.version(),
+        "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
+        "weights": session.weights_digest(roots.values()),
+        "device": str(pipe._execution_device),
+        "dtype": str(next(iter(roots.values())).dtype),
+        "scheduler": type(pipe.scheduler).__name__,
+        "prompts": session.digest([_plain(s) for s in (*shots.measure, *shots.check)]),
+        "methods": [f"{m.kind} {m.model_dump_json()}" for m in (*tried, *caches)],
+        "settings": vars(settings),
+        "preset": preset,
+        "seed": seed,
+    }
+    book = Journal(journal, belongs, resume)
+    with session.Bar(progress) as bar:
+        bar.expect(_units(len(places), len(shots.measure), chosen, len(caches), len(shots.check)))
+        device = torch.device(pipe._execution_device)
+        run = Run(
+            pipe, device, places, heads, book, chosen, bar.tell, 1,
+            session.checked_limit(time_limit), begun,
+        )  # fmt: skip
+        training = [root.training for root in roots.values()]
+        try:
+            for root in roots.values():
+                root.eval()
+            plan = _plan(run, settings, shots, roots, tried, caches, fingerprint, budget)
+        finally:
+            for root, was in zip(roots.values(), training, strict=True):
+                root.train(was)
+            book.close()
+    stages = {
+        "looking": "look", "fit": "fit", "measuring": "run/", "weighing": "weight/", "influence": "influence/", "step caches": "cache/",
+        "checking": "check/",
+    }  # fmt: skip
+    about = {
+        "data": shots.about,
+        "prompts": [s.name for s in shots.measure],
+        "checked_on": [s.name for s in shots.check],
+        **{k: v for k, v in vars(settings).items() if v is not None},
+        "seed": seed,
+        "preset": preset,
+        "methods": [m.kind for m in (*tried, *caches)],
+        "skipped": run.skipped,
+        "seconds": {stage: round(book.seconds(prefix), 1) for stage, prefix in stages.items()},
+    }
+    made = session.producer("diffusers")
+    update = {"calibration": about | plan.calibration, "producer": made}
+    return plan.model_copy(update=update).with_tables(plan.tables)
+
+
+def _plan(
+    run: Run,
+    settings: Settings,
+    shots: video.Shots,
+    roots: Mapping[str, Any],
+    methods: Sequence[Any],
+    caches: Sequence[Any],
+    fingerprint: Fingerprint,
+    budget: Budget,
+) -> Plan:
+    """Measure, then search and check in turns."""
+    first, allowed = shots.measure[0], budget.max_rel_error
+    seen = denoise_measure.look(run, settings, first)
+    glanced = run.journal.unit(
+        "look/whole", lambda: denoise_measure.glance(run.model, settings, first)
+    )
+    tokens = max(glanced["tokens"].values())
+    size = next(iter(fingerprint.components.values()))
+    layers = len(glanced["tokens"])
+    shape = fit.Shape(
+        size.q_heads, size.kv_heads, size.head_dim, layers, glanced["batch"], causal=False,
+        geometry=denoise_measure.geometry_of(glanced),
+    )  # fmt: skip
+    dtype = next(iter(roots.values())).dtype
+    costs = measure.fitted(run, shape, dtype, tokens, methods)
+    able = [m for m in methods if m.kind in costs.methods]
+    found = denoise_measure.measured(run, seen, settings, shots.measure, able, costs, tokens)
+    small = Small(run, seen, first, roots)
+    heads = {p: run.heads[site_of(p)] for p in seen.places}
+    influence = [small.influence(b) for b in range(len(small.shares))]
+    weights = {
+        p: [w * influence[bucket_of(p)] for w in ws]
+        for p, ws in measure.weighed(run, heads, [small.probe]).items()
+    }
+    kappa = small.composition(weights)
+    cached, refused = denoise_caches.options(run, small, caches, allowed)
+    planner = Planner(
+        seen, found, weights, costs, tokens, cached, kappa, fingerprint, budget,
+        Limits(
+            min_length=tokens // 4,
+            max_length=tokens,
+            grid=tuple(glanced["grid"]) if glanced["grid"] else None,
+            steps=seen.total,
+        ),
+    )  # fmt: skip
+    checker = Checker(run, settings, shots.check, planner.ratio)
+    outcome = refine.in_turns(run, planner.propose, checker, allowed, FIRST, checker.spent)
+    plan = planner.finished(outcome)
+    about = {
+        "refused": {**costs.refused, **refused},
+        "fit_error": round(costs.error(), 4),
+        "tokens": tokens,
+        "steps": seen.total,
+        "buckets": [list(b) for b in small.shares],
+        "influence": [float(f"{i:.4g}") for i in influence],
+        "weighed_on": vars(seen.settings),
+    }
+    return plan.model_copy(update={"calibration": about}).with_tables(plan.tables)
+
+
+@dataclass
+class Planner:
+    """Searches attention and step cache together for the fastest denoising within some error."""
+
+    seen: Look
+    found: Measurements
+    weights: Mapping[str, Sequence[float]]
+    costs: CostTable
+    tokens: int
+    caches: Sequence[Cached]
+    kappa: float
+    fingerprint: Fingerprint
+    budget: Budget
+    limits: Limits
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shares = buckets(self.seen.total)
+        data = site_data(
+            self.seen.places, self.found.families, self.found.screen,
+            [(self.tokens, unit) for unit in self.found.units], self.tokens, self.weights,
+            self.costs, self.seen.calls,
+        )  # fmt: skip
+        self.data = [
+            replace(d, site=site_of(d.site), steps=shares[bucket_of(d.site)]) for d in data
+        ]
+        self.tables = [[_left(d.table, c) for d in self.data] for c in self.caches]
+        self.fronts: list[dict[str, Any]] = [{} for _ in self.caches]
+        self.dense_ms = sum(d.table.dense_ms for d in self.data)
+        whole = 1e3 * self.found.step_seconds * self.seen.total
+        # What is not attention, for each step; never less than nothing.
+        self.rest_ms = max(whole - self.dense_ms, 0.0) / self.seen.total
+        self.steps = [
+            sum(low <= s / self.seen.total < high for s in range(self.seen.total))
+            for low, high in shares
+        ]
+
+    def propose(self, epsilon: float) -> refine.Proposal:
+        """The fastest denoising whose predicted error, the step cache's included, is ε."""
+        ways = []
+        for n, cache in enumerate(self.caches):
+            if n and cache.error > min(epsilon, refine.MARGIN * self.budget.max_rel_error):
+                continue
+            room = (epsilon - cache.error) / self.kappa
+            solution = search(self.tables[n], room, self.fronts[n])
+            ways.append((solution.ms + self._rest(cache), n, solution))
+        ms, n, solution = min(ways, key=lambda w: w[:2])
+        plan = self._assembled(self.caches[n], solution)
+        self.ratios[refine.plan_digest(plan)] = ms / (self.dense_ms + self._rest(self.caches[0]))
+        error = self.kappa * solution.error + self.caches[n].error
+        dense = n == 0 and all(c.dense for c in solution.choices)
+        return refine.Proposal(plan, (n, solution), ms, error, dense)
+
+    def ratio(self, plan: Plan) -> float:
+        """Predicted time of a plan's denoising ÷ that of the dense one."""
+        return self.ratios[refine.plan_digest(plan)]
+
+    def _rest(self, cache: Cached) -> float:
+        """Milliseconds besides attention."""
+        return self.rest_ms * sum(n * cache.share(b) for b, n in enumerate(self.steps) if n)
+
+    def _assembled(self, cache: Cached, solution: Solution) -> Plan:
+        plan = assemble(
+            self.data, solution, self.fingerprint, self.budget, self.tokens, self.limits, "denoise"
+        )
+        layers = {
+            site: layer.model_copy(
+                update={"schedule": Schedule(refresh_every=self.found.refresh.get(site, 1))}
+            )
+            for site, layer in plan.sites.items()
+        }
+        if cache.method is not None:
+            for root in self.fingerprint.components:
+                layers[root] = LayerPlan(block=cache.method)
+        return plan.model_copy(update={"sites": layers}).with_tables(plan.tables)
+
+    def finished(self, outcome: refine.Outcome) -> Plan:
+        """The plan with what was measured; a dense one if none held."""
+        measured = refine.outcome_numbers(outcome, self.dense_ms)
+        best, speed = outcome.best, outcome.speed
+        if best is None:
+            log.warning("the plan is dense: %s", outcome.why)
+            still = tuple(Choice((DENSE,) * d.table.heads) for d in self.data)
+            plan = self._assembled(self.caches[0], Solution(still, self.dense_ms, 0.0))
+            return plan.model_copy(update={"measured": measured})
+        n, solution = best.proposal.choice
+        cache = self.caches[n].method
+        keep = ("error", "latent_psnr", "psnr", "ssim")
+        measured |= {
+            "ms": solution.ms,
+            "attention_speedup": self.dense_ms / max(solution.ms, 1e-9),
+            "attention_share": min(
+                1.0, self.dense_ms / (1e3 * self.found.step_seconds * self.seen.total)
+            ),
+            "step_cache": None if cache is None else cache.kind,
+            "step_cache_error": self.caches[n].error,
+            "per_task": {
+                f"{r['task']} (seed {r['seed']})": {k: r[k] for k in keep if r.get(k) is not None}
+                for r in best.rows
+            },
+            "predicted_speedup": 1 / self.ratio(best.plan),
+            "denoise_tokens": self.tokens,
+            "denoise_steps": self.seen.total,
+            "denoise_ms": speed["ms"],
+            "denoise_dense_ms": speed["dense_ms"],
+            "denoise_speedup": speed["dense_ms"] / speed["ms"],
+        }
+        return best.plan.model_copy(update={"measured": _short(measured)}).with_tables(
+            best.plan.tables
+        )
+
+
+def _left(table: Table, cache: Cached) -> Table:
+    """A table with the calls that a step cache leaves."""
+    share = cache.left[table.site]
+    return replace(
+        table,
+        dense_ms=share * table.dense_ms,
+        ride_ms=share * table.ride_ms,
+        options=tuple(replace(o, ms=share * o.ms) for o in table.options),
+        fixed={k: share * v for k, v in table.fixed.items()},
+    )
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _short(v) for k, v in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _plain(shot: video.Shot) -> bytes:
+    """What tells a shot from another, tensors among its arguments included."""
+    parts = [
+        f"{k}={v.tolist() if isinstance(v, torch.Tensor) else v}"
+        for k, v in sorted(shot.arguments.items())
+    ]
+    return "\n".join([*parts, str(shot.seed)]).encode()
+
+
+def _units(places: int, prompts: int, preset: Preset, caches: int, check: int) -> int:
+    """The most units of work: looking, the fit, each place by stage, caches, and every check."""
+    bucket = len(denoise_measure.EDGES) - 1
+    by_place = places * bucket * (2 + prompts)
+    runs = bucket + 1 + caches * denoise_caches.RUNS
+    return 3 + by_place + runs + (preset.rounds + 1) * check
