@@ -27,7 +27,7 @@ from accelkit.errors import (
 )
 from accelkit.patches.adapters import Runner, sdpa
 from accelkit.patches.adapters.clock import DenoiseClock
-from accelkit.patches.adapters.geometry import FAMILIES, Family, layout_of
+from accelkit.patches.adapters.geometry import FAMILIES, Family, Patch, Root, patch_of
 from accelkit.patches.call import Kind, Site
 from accelkit.patches.plan import Component, Fingerprint
 
@@ -49,6 +49,7 @@ class _Place:
     kind: Kind
     component: str
     family: Family
+    patch: Patch
     reason: str | None
 
 
@@ -104,7 +105,9 @@ def attention_modules(model: DiffusionPipeline | ModelMixin) -> Iterator[_Place]
             reason = None
             if isinstance(module.processor, nn.Module):
                 reason = "trained attention processor"
-            yield _Place(f"{component}.{path}", module, kind, component, family, reason)
+            yield _Place(
+                f"{component}.{path}", module, kind, component, family, patch_of(root), reason
+            )
 
 
 def sites(model: DiffusionPipeline | ModelMixin) -> tuple[Site, ...]:
@@ -166,22 +169,14 @@ def connect(model: DiffusionPipeline | ModelMixin, runner: Runner, undo: ExitSta
     pipe = model if isinstance(model, DiffusionPipeline) else None
     link = sdpa.Connection(runner, DenoiseClock(pipe, runner.begin, undo))
     sdpa.route(undo)
-    for root in denoisers(model).values():
-        undo.callback(root.register_forward_pre_hook(_enter, with_kwargs=True).remove)
-        undo.callback(root.register_forward_hook(_leave).remove)
+    roots = {name: Root() for name in denoisers(model)}
+    for name, root in denoisers(model).items():
+        sdpa.follow(root, roots[name], undo)
         link.clock.follow(root, undo)
     for order, place in places:
         site = Site(place.path, order, place.kind, place.component)
-        door = sdpa.Door(site, place.module.heads, place.family, link, place.reason)
-        sdpa.connect(place.module, door, undo)
-
-
-def _enter(root: nn.Module, args: Any, kwargs: Any) -> None:
-    sdpa.enter(layout_of(root, args, kwargs), kwargs.get("timestep"))
-
-
-def _leave(root: nn.Module, args: Any, output: Any) -> None:
-    sdpa.leave()
+        door = sdpa.Door(site, place.module.heads, place.family, place.patch, link, place.reason)
+        sdpa.connect(place.module, door, roots[place.component], undo)
 
 
 def _refuse(place: _Place) -> None:

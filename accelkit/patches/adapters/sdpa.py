@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,18 +22,20 @@ from torch import Tensor, nn
 from accelkit.errors import ParallelNotSupportedError
 from accelkit.patches.adapters import Runner
 from accelkit.patches.adapters.clock import DenoiseClock
-from accelkit.patches.adapters.geometry import Family, geometry
-from accelkit.patches.call import AttentionCall, Geometry, Site
+from accelkit.patches.adapters.geometry import Family, Layout, Root, geometry
+from accelkit.patches.call import AttentionCall, Site
 
 ATTRIBUTE = "accelkit_site"
+ROOT = "accelkit_root"
 
 
 class _Here(threading.local):
-    """What is open in this thread: the site's number, and the root's layout and timestep."""
+    """What is open in this thread: the number of a site, what its denoiser was given, and how many
+    calls there were.
+    """
 
     site: Tensor | None = None
-    layout: Tensor | None = None
-    timestep: Tensor | None = None
+    root: Root | None = None
     calls = 0
 
 
@@ -45,21 +47,21 @@ class Connection:
     clock: DenoiseClock
     component: str = ""
     last: tuple[int, int] = (-1, -1)
-    layout: tuple[int, ...] = ()
+    layout: Layout = (0, 0, 0, 0)
     real: dict[int, tuple[Tensor, int | None]] = field(default_factory=dict)
 
     def arrive(
-        self, site: Site, ordinal: int, layout: Tensor | None, timestep: Tensor | None
+        self, door: Door, ordinal: int, tensors: Sequence[Tensor], told: Sequence[int]
     ) -> None:
-        """A call of `site`; a forward begins where the running order falls or another denoiser
+        """A call at `door`; a forward begins where the running order falls or another denoiser
         takes over.
         """
-        place = (site.order, ordinal)
-        if place <= self.last or site.component != self.component:
-            self.clock.forward(timestep)
-            self.layout = () if layout is None else tuple(layout.tolist())
+        place = (door.site.order, ordinal)
+        if place <= self.last or door.site.component != self.component:
+            self.clock.forward(tensors[1])
+            self.layout = door.family.layout(tensors, told, door.patch)
             self.real.clear()
-        self.component, self.last = site.component, place
+        self.component, self.last = door.site.component, place
 
     def real_keys(self, mask: Tensor) -> int | None:
         """How many keys a padding mask `[B, N]` leaves, if they come first in every sequence."""
@@ -79,6 +81,7 @@ class Door:
     site: Site
     heads: int
     family: Family
+    patch: tuple[int, int, int]
     to: Connection
     reason: str | None = None
 
@@ -90,7 +93,7 @@ _ORIGINAL: Callable[..., Tensor] = nn.functional.scaled_dot_product_attention
 _USERS = 0
 
 
-def connect(module: nn.Module, door: Door, undo: ExitStack) -> None:
+def connect(module: nn.Module, door: Door, root: Root, undo: ExitStack) -> None:
     """Open `door` around every forward of `module`."""
     number = next(_NUMBERS)
     _DOORS[number] = door
@@ -98,6 +101,8 @@ def connect(module: nn.Module, door: Door, undo: ExitStack) -> None:
     # An attribute and no buffer: it stays on the CPU wherever the module's weights go.
     setattr(module, ATTRIBUTE, torch.tensor(number))
     undo.callback(delattr, module, ATTRIBUTE)
+    setattr(module, ROOT, root)
+    undo.callback(delattr, module, ROOT)
     undo.callback(module.register_forward_pre_hook(_open).remove)
     undo.callback(module.register_forward_hook(_close).remove)
 
@@ -110,7 +115,6 @@ def route(undo: ExitStack) -> None:
         nn.functional.scaled_dot_product_attention = _router
     _USERS += 1
     undo.callback(_unroute)
-    leave()
 
 
 def _unroute() -> None:
@@ -121,18 +125,25 @@ def _unroute() -> None:
         nn.functional.scaled_dot_product_attention = _ORIGINAL
 
 
-def enter(layout: Tensor | None, timestep: Tensor | None) -> None:
-    """A root's forward begins; a site left open by an exception is closed."""
-    _HERE.site, _HERE.layout, _HERE.timestep = None, layout, timestep
+def follow(root: nn.Module, door_root: Root, undo: ExitStack) -> None:
+    """Keep what every forward of a denoiser is given."""
+    setattr(root, ROOT, door_root)
+    undo.callback(delattr, root, ROOT)
+    undo.callback(root.register_forward_pre_hook(_enter, with_kwargs=True).remove)
+    undo.callback(root.register_forward_hook(_leave).remove)
 
 
-def leave() -> None:
-    """A root's forward ends; every one finds the same state, so a traced forward is traced once."""
-    _HERE.site, _HERE.layout, _HERE.timestep = None, None, None
+def _enter(root: nn.Module, args: Any, kwargs: Any) -> None:
+    _HERE.site = None  # an exception may have left it open
+    getattr(root, ROOT).receive(args, kwargs)
+
+
+def _leave(root: nn.Module, args: Any, output: Any) -> None:
+    getattr(root, ROOT).forget()
 
 
 def _open(module: nn.Module, args: Any) -> None:
-    _HERE.site, _HERE.calls = getattr(module, ATTRIBUTE), 0
+    _HERE.site, _HERE.root, _HERE.calls = getattr(module, ATTRIBUTE), getattr(module, ROOT), 0
 
 
 def _close(module: nn.Module, args: Any, output: Any) -> None:
@@ -152,15 +163,15 @@ def _router(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    site = _HERE.site
-    if site is not None:
+    site, root = _HERE.site, _HERE.root
+    if site is not None and root is not None and root.tensors:
         ordinal = _HERE.calls
         _HERE.calls = ordinal + 1
         reason = _dense_reason(query, key, value, dropout_p, is_causal)
         if reason is None:
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             out = torch.ops.accelkit.sdpa(
-                query, key, value, attn_mask, scale, site, _HERE.layout, _HERE.timestep, ordinal
+                query, key, value, attn_mask, scale, site, root.tensors, root.told, ordinal
             )
             return out.transpose(1, 2)
         if not torch.compiler.is_compiling():
@@ -200,15 +211,15 @@ def _sdpa(
     mask: Tensor | None,
     scale: float,
     site: Tensor,
-    layout: Tensor | None,
-    timestep: Tensor | None,
+    tensors: Sequence[Tensor],
+    told: Sequence[int],
     ordinal: int,
 ) -> Tensor:
     """One attention call of an open site: `[B, Nq, Hq, Dv]` from q `[B, Hq, Nq, D]` and k, v
     `[B, Hkv, Nk, D]`, dense as before where the plan says nothing.
     """
     door = _DOORS[int(site)]
-    door.to.arrive(door.site, ordinal, layout, timestep)
+    door.to.arrive(door, ordinal, tensors, told)
     out = _served(door, query, key, value, mask, scale, ordinal)
     if out is None:
         out = _ORIGINAL(
@@ -230,8 +241,8 @@ def _(
     mask: Tensor | None,
     scale: float,
     site: Tensor,
-    layout: Tensor | None,
-    timestep: Tensor | None,
+    tensors: Sequence[Tensor],
+    told: Sequence[int],
     ordinal: int,
 ) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
@@ -268,7 +279,7 @@ def _served(
         # Padding at the end: neither these keys nor the queries beside them mean anything.
         query, key, value = query[:, :, :real], key[:, :, :real], value[:, :, :real]
         key_mask = None
-    where = geometry(door.family, door.to.layout, key.shape[2]) if door.to.layout else Geometry()
+    where = geometry(door.family, door.to.layout, key.shape[2])
     call = AttentionCall(
         q=query,
         k=key,
