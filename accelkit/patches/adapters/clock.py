@@ -36,9 +36,16 @@ class DenoiseClock:
 
     def now(self) -> Clock:
         """The clock of the forward that is running."""
-        nth = max(self._forwards - 1, 0)
-        branch = self._context or ("cond", "uncond")[nth if nth < 2 else 1]
-        return Clock("denoise", self.step, self.total, branch)
+        branch = self._context or ("cond" if self._forwards <= 1 else "uncond")
+        return Clock("denoise", self._step(), self.total, branch)
+
+    def _step(self) -> int:
+        """The scheduler's own index, where it has one; else what was counted."""
+        for name in ("step_index", "begin_index"):
+            index = getattr(self._scheduler, name, None)
+            if index is not None:
+                return int(index)
+        return self.step
 
     def forward(self, timestep: Tensor | None) -> None:
         """A denoiser's forward begins."""

@@ -28,6 +28,7 @@ from accelkit.errors import (
 from accelkit.patches.adapters import Runner, sdpa
 from accelkit.patches.adapters.clock import DenoiseClock
 from accelkit.patches.adapters.geometry import FAMILIES, Family, Patch, Root, patch_of
+from accelkit.patches.adapters.processors import keep_padding
 from accelkit.patches.call import Kind, Site
 from accelkit.patches.plan import Component, Fingerprint
 
@@ -174,6 +175,8 @@ def connect(model: DiffusionPipeline | ModelMixin, runner: Runner, undo: ExitSta
         sdpa.follow(root, roots[name], undo)
         link.clock.follow(root, undo)
     for order, place in places:
+        if place.family.square and place.reason is None:
+            keep_padding(place.module, undo)
         site = Site(place.path, order, place.kind, place.component)
         door = sdpa.Door(site, place.module.heads, place.family, place.patch, link, place.reason)
         sdpa.connect(place.module, door, roots[place.component], undo)

@@ -51,12 +51,14 @@ Layout = tuple[int, int, int, int]
 @dataclass(frozen=True)
 class Family:
     """Token layout of one transformer class. `layout` computes it from a forward's tensors, the
-    numbers it was told and the patch size; modules named `cross` are cross-attention.
+    numbers it was told and the patch size; modules named `cross` are cross-attention. A `square`
+    family's processors spread the padding mask over all pairs of tokens.
     """
 
     layout: Callable[[Sequence[Tensor], Sequence[int], Patch], Layout]
     text: Literal["first", "last"] | None = None
     cross: str | None = "attn2"
+    square: bool = False
 
 
 def patch_of(root: nn.Module) -> Patch:
@@ -103,7 +105,7 @@ def _by_ids(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Lay
 FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": Family(_video),
     "HunyuanVideoTransformer3DModel": Family(_video, "last"),
-    "HunyuanVideo15Transformer3DModel": Family(_video, "last"),
+    "HunyuanVideo15Transformer3DModel": Family(_video, "last", square=True),
     "CogVideoXTransformer3DModel": Family(_frames_first, "first"),
     "LTXVideoTransformer3DModel": Family(_told),
     "MochiTransformer3DModel": Family(_video, "last"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +48,7 @@ class Connection:
     component: str = ""
     last: tuple[int, int] = (-1, -1)
     layout: Layout = (0, 0, 0, 0)
-    real: dict[int, tuple[Tensor, int | None]] = field(default_factory=dict)
+    real: dict[Hashable, tuple[Tensor, int | None]] = field(default_factory=dict)
 
     def arrive(
         self, door: Door, ordinal: int, tensors: Sequence[Tensor], told: Sequence[int]
@@ -63,15 +63,17 @@ class Connection:
             self.real.clear()
         self.component, self.last = door.site.component, place
 
-    def real_keys(self, mask: Tensor) -> int | None:
-        """How many keys a padding mask `[B, N]` leaves, if they come first in every sequence."""
-        found = self.real.get(mask.data_ptr())
-        if found is None:
+    def real_keys(self, mask: Tensor, square: bool) -> int | None:
+        """How many keys a padding mask `[B, N]` leaves, if they come first in every sequence.
+
+        It is read once a forward: `square` families make the same mask anew for every site.
+        """
+        key = mask.shape if square else mask.data_ptr()
+        if key not in self.real:
             n = int(mask[0].sum())
             first = torch.arange(mask.shape[1], device=mask.device) < n
-            found = (mask, n if bool((mask == first).all()) else None)
-            self.real[mask.data_ptr()] = found
-        return found[1]
+            self.real[key] = (mask, n if bool((mask == first).all()) else None)
+        return self.real[key][1]
 
 
 @dataclass(frozen=True)
@@ -220,17 +222,33 @@ def _sdpa(
     """
     door = _DOORS[int(site)]
     door.to.arrive(door, ordinal, tensors, told)
-    out = _served(door, query, key, value, mask, scale, ordinal)
+    heads, n_q = query.shape[1], query.shape[2]
+    if heads != door.heads:
+        raise ParallelNotSupportedError(
+            f"{door.site.path}: {heads} query heads here, {door.heads} in the model; context and "
+            "tensor parallel execution are not supported, run the denoiser on one device"
+        )
+    if mask is not None and not _pads(mask, query, key):
+        door.to.runner.skipped(door.site.path, "attention mask other than padding")
+        return _dense(query, key, value, mask, scale)
+    key_mask, real = None, n_q
+    cut = query, key, value
+    if mask is not None:
+        key_mask = mask.reshape(mask.shape[0], -1).expand(query.shape[0], -1)
+        first = door.to.real_keys(key_mask, door.family.square)
+        if first is not None:
+            # Padding at the end: neither these keys nor the queries beside them mean anything.
+            key_mask, real = None, first
+            cut = query[:, :, :real], key[:, :, :real], value[:, :, :real]
+    if door.reason is None:
+        out = door.to.runner.run(_call(door, *cut, key_mask, scale, ordinal))
+    else:
+        out = door.to.runner.skipped(door.site.path, door.reason)
+    if out is None and not door.family.square:
+        return _dense(query, key, value, mask, scale)
     if out is None:
-        out = _ORIGINAL(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        ).transpose(1, 2)
-    return out.contiguous()
+        out = _dense(*cut, mask if key_mask is not None else None, scale)
+    return nn.functional.pad(out, (0, 0, 0, 0, 0, n_q - real)) if real < n_q else out.contiguous()
 
 
 @_sdpa.register_fake
@@ -248,39 +266,17 @@ def _(
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
-def _served(
+def _call(
     door: Door,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    key_mask: Tensor | None,
     scale: float,
     ordinal: int,
-) -> Tensor | None:
-    """The runner's answer; None: dense, counted with its reason."""
-    runner, path = door.to.runner, door.site.path
-    heads, n_q = query.shape[1], query.shape[2]
-    if heads != door.heads:
-        raise ParallelNotSupportedError(
-            f"{path}: {heads} query heads here, {door.heads} in the model; context and tensor "
-            "parallel execution are not supported, run the denoiser on one device"
-        )
-    reason = door.reason
-    if mask is not None and not _pads(mask, query, key):
-        reason = reason or "attention mask other than padding"
-    if reason is not None:
-        runner.skipped(path, reason)
-        return None
-    real = key_mask = None
-    if mask is not None:
-        key_mask = mask.reshape(mask.shape[0], -1).expand(query.shape[0], -1)
-        real = door.to.real_keys(key_mask)
-    if real is not None:
-        # Padding at the end: neither these keys nor the queries beside them mean anything.
-        query, key, value = query[:, :, :real], key[:, :, :real], value[:, :, :real]
-        key_mask = None
-    where = geometry(door.family, door.to.layout, key.shape[2])
-    call = AttentionCall(
+) -> AttentionCall:
+    heads = query.shape[1]
+    return AttentionCall(
         q=query,
         k=key,
         v=value,
@@ -292,13 +288,16 @@ def _served(
         kv_of_head=torch.arange(heads, device=query.device) // (heads // key.shape[1]),
         site=door.site,
         clock=door.to.clock.now(),
-        geometry=where,
+        geometry=geometry(door.family, door.to.layout, key.shape[2]),
         ordinal=ordinal,
     )
-    out = runner.run(call)
-    if out is not None and real is not None and real < n_q:
-        out = nn.functional.pad(out, (0, 0, 0, 0, 0, n_q - real))
-    return out
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """What ran before, `[B, Nq, Hq, Dv]`."""
+    gqa = query.shape[1] != key.shape[1]
+    out = _ORIGINAL(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2).contiguous()
 
 
 def _pads(mask: Tensor, query: Tensor, key: Tensor) -> bool:
