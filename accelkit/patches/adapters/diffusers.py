@@ -47,6 +47,7 @@ class _Place:
 
     path: str
     module: nn.Module
+    heads: int
     kind: Kind
     component: str
     family: Family
@@ -107,7 +108,14 @@ def attention_modules(model: DiffusionPipeline | ModelMixin) -> Iterator[_Place]
             if isinstance(module.processor, nn.Module):
                 reason = "trained attention processor"
             yield _Place(
-                f"{component}.{path}", module, kind, component, family, patch_of(root), reason
+                f"{component}.{path}",
+                module,
+                int(module.heads),
+                kind,
+                component,
+                family,
+                patch_of(root),
+                reason,
             )
 
 
@@ -144,7 +152,7 @@ def facts(model: DiffusionPipeline | ModelMixin) -> tuple[Fingerprint, dict[str,
             for name, root in roots.items()
         },
     )
-    return fingerprint, {p.path: p.module.heads for p in places}
+    return fingerprint, {p.path: p.heads for p in places}
 
 
 def _plain_config(root: nn.Module) -> dict[str, Any]:
@@ -178,7 +186,7 @@ def connect(model: DiffusionPipeline | ModelMixin, runner: Runner, undo: ExitSta
         if place.family.square and place.reason is None:
             keep_padding(place.module, undo)
         site = Site(place.path, order, place.kind, place.component)
-        door = sdpa.Door(site, place.module.heads, place.family, place.patch, link, place.reason)
+        door = sdpa.Door(site, place.heads, place.family, place.patch, link, place.reason)
         sdpa.connect(place.module, door, roots[place.component], undo)
 
 

@@ -63,30 +63,30 @@ class Family:
 
 def patch_of(root: nn.Module) -> Patch:
     """Frames, rows and columns of latents that become one token."""
-    size = root.config.patch_size  # type: ignore[union-attr]
+    size = root.config.patch_size
     if isinstance(size, int):
         return (getattr(root.config, "patch_size_t", None) or 1, size, size)
     return tuple(size)
 
 
-def _grid(frames: int, rows: int, columns: int, patch: Patch) -> Layout:
-    f, r, c = frames // patch[0], rows // patch[1], columns // patch[2]
+def _grid(latents: Sequence[int], patch: Patch) -> Layout:
+    f, r, c = (n // p for n, p in zip(latents, patch, strict=True))
     return f * r * c, f, r, c
 
 
 def _video(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Layout:
     """Latents `[B, C, F, H, W]`."""
-    return _grid(*tensors[0].shape[2:], patch)
+    return _grid(tensors[0].shape[2:], patch)
 
 
 def _frames_first(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Layout:
     """Latents `[B, F, C, H, W]`."""
-    return _grid(tensors[0].shape[1], *tensors[0].shape[3:], patch)
+    return _grid((tensors[0].shape[1], *tensors[0].shape[3:]), patch)
 
 
 def _image(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Layout:
     """Latents `[B, C, H, W]`."""
-    return _grid(1, *tensors[0].shape[2:], patch)
+    return _grid((1, *tensors[0].shape[2:]), patch)
 
 
 def _told(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Layout:

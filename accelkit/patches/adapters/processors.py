@@ -26,9 +26,9 @@ SPREAD = "self_attn_mask"
 def keep_padding(module: nn.Module, undo: ExitStack) -> None:
     """Let the processor of an attention module pass its padding mask on."""
     before = module.processor
-    after = object.__new__(_derived(type(before)))
+    after: Any = object.__new__(_derived(type(before)))
     vars(after).update(vars(before))
-    module.processor = after  # type: ignore[assignment]
+    module.processor = after
     undo.callback(setattr, module, "processor", before)
 
 
@@ -47,7 +47,7 @@ class _Drop(ast.NodeTransformer):
 
 @cache
 def _derived(cls: type) -> type:
-    function = cls.__call__  # type: ignore[operator]
+    function = cls.__call__
     try:
         lines, first = inspect.getsourcelines(function)
     except OSError as error:
