@@ -186,7 +186,7 @@ def connect(model: DiffusionPipeline | ModelMixin, runner: Runner, undo: ExitSta
         if place.family.square and place.reason is None:
             keep_padding(place.module, undo)
         site = Site(place.path, order, place.kind, place.component)
-        door = sdpa.Door(site, place.heads, place.family, place.patch, link, place.reason)
+        door = sdpa.Door(site, place.heads, place.family, place.patch, link, _missed, place.reason)
         sdpa.connect(place.module, door, roots[place.component], undo)
 
 
@@ -194,14 +194,9 @@ def _refuse(place: _Place) -> None:
     """Raise for an attention module whose calls would pass the router by."""
     if hasattr(place.module, sdpa.ATTRIBUTE):
         raise AlreadyPatchedError(f"{place.path} runs under another handle; remove that one first")
-    backend = getattr(place.module.processor, "_attention_backend", None)
-    if backend is None:
-        backend = _AttentionBackendRegistry.get_active_backend()[0]
-    name = str(getattr(backend, "value", backend))
-    if name not in THROUGH_SDPA:
+    if (reason := _missed(place.module)) is not None:
         raise InvalidInputError(
-            f"{place.path}: the attention backend {name!r} does not pass through "
-            "scaled_dot_product_attention; call set_attention_backend('native') first"
+            f"{place.path}: {reason}; call set_attention_backend('native') on the denoiser first"
         )
     parallel = getattr(place.module.processor, "_parallel_config", None)
     context = getattr(parallel, "context_parallel_config", None)
@@ -210,3 +205,14 @@ def _refuse(place: _Place) -> None:
             f"{place.path}: ring attention passes keys around piece by piece and cannot run "
             "sparse; use one device"
         )
+
+
+def _missed(module: nn.Module) -> str | None:
+    """Why a forward of an attention module passes the router by. None: it does not."""
+    backend = getattr(module.processor, "_attention_backend", None)
+    if backend is None:
+        backend = _AttentionBackendRegistry.get_active_backend()[0]
+    name = str(getattr(backend, "value", backend))
+    if name in THROUGH_SDPA:
+        return None
+    return f"the attention backend {name!r} does not pass through scaled_dot_product_attention"

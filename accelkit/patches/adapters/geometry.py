@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from accelkit.errors import InvalidInputError
 from accelkit.patches.call import Geometry, Span
 
 Patch = tuple[int, int, int]
@@ -30,9 +31,17 @@ class Root:
     told: tuple[int, ...] = ()
 
     def receive(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take what is needed from a forward's arguments."""
+        """Take what is needed from a forward's arguments.
+
+        Raises:
+            InvalidInputError: the timestep did not come as a keyword, as all pipelines pass it.
+        """
+        if "timestep" not in kwargs:
+            raise InvalidInputError(
+                "a patched denoiser needs its timestep as a keyword: forward(…, timestep=…)"
+            )
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        timestep = kwargs["timestep"]
         ids = kwargs.get("img_ids")
         self.tensors = (hidden, timestep) if ids is None else (hidden, timestep, ids)
         self.told = ()

@@ -27,6 +27,8 @@ from accelkit.patches.call import AttentionCall, Site
 
 ATTRIBUTE = "accelkit_site"
 ROOT = "accelkit_root"
+WIDEST = 256
+"""Channels of the widest head that a kernel takes."""
 
 
 class _Here(threading.local):
@@ -78,13 +80,16 @@ class Connection:
 
 @dataclass(frozen=True)
 class Door:
-    """One connected attention module; `reason` says why it stays dense."""
+    """One connected attention module; `reason` says why it stays dense, `missed` why a forward of
+    it came and went without a call (None: for a reason that is none of ours).
+    """
 
     site: Site
     heads: int
     family: Family
     patch: tuple[int, int, int]
     to: Connection
+    missed: Callable[[nn.Module], str | None]
     reason: str | None = None
 
 
@@ -151,7 +156,8 @@ def _open(module: nn.Module, args: Any) -> None:
 def _close(module: nn.Module, args: Any, output: Any) -> None:
     if _HERE.calls == 0 and not torch.compiler.is_compiling():
         door = _DOORS[int(getattr(module, ATTRIBUTE))]
-        door.to.runner.skipped(door.site.path, "attention does not pass through SDPA")
+        if (reason := door.missed(module)) is not None:
+            door.to.runner.skipped(door.site.path, reason)
     _HERE.site = None
 
 
@@ -195,6 +201,8 @@ def _dense_reason(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, is_causal: bool
 ) -> str | None:
     """Why a call cannot be served, as far as arguments tell."""
+    if query.shape[-1] > WIDEST:
+        return f"heads of more than {WIDEST} channels"
     if dropout:
         return "dropout"
     if is_causal:
