@@ -114,7 +114,7 @@ def wan(two: bool = False) -> DiffusionPipeline:
         scheduler=flow(shift=3.0),
         transformer=wan_denoiser(),
         transformer_2=wan_denoiser() if two else None,
-        boundary_ratio=0.875 if two else None,
+        boundary_ratio=0.7 if two else None,
     )
 
 
