@@ -123,9 +123,7 @@ class PatchHandle:
         if not groups:
             short = call.n_k < self.plan.limits.min_length
             return self._dense(path, "shorter than the minimum length" if short else "no policy")
-        limit = self.plan.limits.max_length
-        if limit is not None and call.n_k > limit:
-            self._warn(f"{call.n_k} tokens: the plan was calibrated up to {limit}")
+        self._compare(call)
         call = self._bound(call)
         out = call.q.new_empty(call.q.shape[0], call.n_q, call.q.shape[1], call.v.shape[3])
         if not attend(call, groups, state, out.transpose(1, 2)):
@@ -151,10 +149,36 @@ class PatchHandle:
         """The adapter saw a generation begin."""
         self.state.begin_generation()
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, DenseFallbackWarning, stacklevel=3)
+    def _compare(self, call: AttentionCall) -> None:
+        """Warn, once a kind, where a call lies outside what the plan was measured on."""
+        limits, grid, clock = self.plan.limits, call.geometry.grid, call.clock
+        if limits.max_length is not None and call.n_k > limits.max_length:
+            self._warn(f"{call.n_k} tokens: the plan was calibrated up to {limits.max_length}")
+        if limits.grid is not None and grid not in (None, limits.grid):
+            self._warn(
+                f"tokens lie {grid} (frames, rows, columns), the plan was calibrated at "
+                f"{limits.grid}; its lists are made for this grid, its quality was not measured "
+                "here",
+                PlanTransferWarning,
+                "grid",
+            )
+        if clock.phase == "denoise" and 1 < clock.total < (limits.steps or 0):
+            self._warn(
+                f"{clock.total} steps, the plan was calibrated with {limits.steps}; its rules go "
+                "by the share of the steps done",
+                PlanTransferWarning,
+                "steps",
+            )
+
+    def _warn(
+        self,
+        message: str,
+        category: type[Warning] = DenseFallbackWarning,
+        kind: str | None = None,
+    ) -> None:
+        if (kind or message) not in self._warned:
+            self._warned.add(kind or message)
+            warnings.warn(message, category, stacklevel=3)
 
     def rewire(self, model: Any) -> None:
         """Apply the plan's structural changes to the blocks of the bare `model`."""

@@ -20,32 +20,45 @@ class DenoiseClock:
     A scheduler that is swapped in later is found at the next forward. A bare denoiser goes by its
     `timestep`: a new value is the next step, one against the direction begins a generation. The
     branch is the name given to `cache_context`; without one, the forwards of a step are counted.
+    A pipeline whose scheduler was never set up goes by the timestep as well.
     """
 
     def __init__(self, pipe: Any, begin: Callable[[], None], undo: ExitStack) -> None:
-        self.pipe, self._begin, self._undo = pipe, begin, undo
+        self.pipe, self._begin = pipe, begin
+        self._wrapped = ExitStack()  # schedulers come later, too
+        undo.callback(self._wrapped.close)
         self.step, self.total = 0, 1
         self._context: str | None = None
         self._forwards = 0
         self._scheduler: Any = None
+        self._heard = False
         self._first: float | None = None
         self._last: float | None = None
         self._direction = 0.0
         if pipe is not None:
-            self._listen(pipe.scheduler)
+            self._listen(getattr(pipe, "scheduler", None))
 
     def now(self) -> Clock:
         """The clock of the forward that is running."""
-        nth = max(self._forwards - 1, 0)
-        branch = self._context or ("cond", "uncond")[nth if nth < 2 else 1]
-        return Clock("denoise", self.step, self.total, branch)
+        branch = self._context or ("cond" if self._forwards <= 1 else "uncond")
+        return Clock("denoise", self._step(), self.total, branch)
 
-    def forward(self, timestep: Tensor | None) -> None:
+    def _step(self) -> int:
+        """The scheduler's own index, where it has one; else what was counted."""
+        for name in ("step_index", "begin_index") if self._heard else ():
+            index = getattr(self._scheduler, name, None)
+            if index is not None:
+                return int(index)
+        return self.step
+
+    def forward(self, timestep: Tensor) -> None:
         """A denoiser's forward begins."""
-        if self.pipe is not None and self.pipe.scheduler is not self._scheduler:
-            self._listen(self.pipe.scheduler)
-            self._start(len(self._scheduler.timesteps))
-        if self._scheduler is None and timestep is not None:
+        scheduler = getattr(self.pipe, "scheduler", None)
+        if scheduler is not self._scheduler:
+            self._listen(scheduler)
+            self._heard = True
+            self._start(len(scheduler.timesteps))
+        if not self._heard:
             self._read(float(timestep.max()))
         self._forwards += 1
 
@@ -85,6 +98,7 @@ class DenoiseClock:
         def set_timesteps(this: Any, *args: Any, **kwargs: Any) -> Any:
             result = type(this).set_timesteps(this, *args, **kwargs)
             if this is self._scheduler:
+                self._heard = True
                 self._start(len(this.timesteps))
             return result
 
@@ -97,7 +111,7 @@ class DenoiseClock:
 
         for wrapped in (set_timesteps, step):
             setattr(scheduler, wrapped.__name__, MethodType(wrapped, scheduler))
-            self._undo.callback(delattr, scheduler, wrapped.__name__)
+            self._wrapped.callback(delattr, scheduler, wrapped.__name__)
 
     def _read(self, value: float) -> None:
         """Step by timestep; the total is what the share of the way done so far amounts to."""

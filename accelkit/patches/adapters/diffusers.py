@@ -27,7 +27,8 @@ from accelkit.errors import (
 )
 from accelkit.patches.adapters import Runner, sdpa
 from accelkit.patches.adapters.clock import DenoiseClock
-from accelkit.patches.adapters.geometry import FAMILIES, Family, layout_of
+from accelkit.patches.adapters.geometry import FAMILIES, Family, Patch, Root, patch_of
+from accelkit.patches.adapters.processors import keep_padding
 from accelkit.patches.call import Kind, Site
 from accelkit.patches.plan import Component, Fingerprint
 
@@ -46,9 +47,11 @@ class _Place:
 
     path: str
     module: nn.Module
+    heads: int
     kind: Kind
     component: str
     family: Family
+    patch: Patch
     reason: str | None
 
 
@@ -104,7 +107,16 @@ def attention_modules(model: DiffusionPipeline | ModelMixin) -> Iterator[_Place]
             reason = None
             if isinstance(module.processor, nn.Module):
                 reason = "trained attention processor"
-            yield _Place(f"{component}.{path}", module, kind, component, family, reason)
+            yield _Place(
+                f"{component}.{path}",
+                module,
+                int(module.heads),
+                kind,
+                component,
+                family,
+                patch_of(root),
+                reason,
+            )
 
 
 def sites(model: DiffusionPipeline | ModelMixin) -> tuple[Site, ...]:
@@ -140,7 +152,7 @@ def facts(model: DiffusionPipeline | ModelMixin) -> tuple[Fingerprint, dict[str,
             for name, root in roots.items()
         },
     )
-    return fingerprint, {p.path: p.module.heads for p in places}
+    return fingerprint, {p.path: p.heads for p in places}
 
 
 def _plain_config(root: nn.Module) -> dict[str, Any]:
@@ -166,36 +178,25 @@ def connect(model: DiffusionPipeline | ModelMixin, runner: Runner, undo: ExitSta
     pipe = model if isinstance(model, DiffusionPipeline) else None
     link = sdpa.Connection(runner, DenoiseClock(pipe, runner.begin, undo))
     sdpa.route(undo)
-    for root in denoisers(model).values():
-        undo.callback(root.register_forward_pre_hook(_enter, with_kwargs=True).remove)
-        undo.callback(root.register_forward_hook(_leave).remove)
+    roots = {name: Root() for name in denoisers(model)}
+    for name, root in denoisers(model).items():
+        sdpa.follow(root, roots[name], undo)
         link.clock.follow(root, undo)
     for order, place in places:
+        if place.family.square and place.reason is None:
+            keep_padding(place.module, undo)
         site = Site(place.path, order, place.kind, place.component)
-        door = sdpa.Door(site, place.module.heads, place.family, link, place.reason)
-        sdpa.connect(place.module, door, undo)
-
-
-def _enter(root: nn.Module, args: Any, kwargs: Any) -> None:
-    sdpa.enter(layout_of(root, args, kwargs), kwargs.get("timestep"))
-
-
-def _leave(root: nn.Module, args: Any, output: Any) -> None:
-    sdpa.leave()
+        door = sdpa.Door(site, place.heads, place.family, place.patch, link, _missed, place.reason)
+        sdpa.connect(place.module, door, roots[place.component], undo)
 
 
 def _refuse(place: _Place) -> None:
     """Raise for an attention module whose calls would pass the router by."""
     if hasattr(place.module, sdpa.ATTRIBUTE):
         raise AlreadyPatchedError(f"{place.path} runs under another handle; remove that one first")
-    backend = getattr(place.module.processor, "_attention_backend", None)
-    if backend is None:
-        backend = _AttentionBackendRegistry.get_active_backend()[0]
-    name = str(getattr(backend, "value", backend))
-    if name not in THROUGH_SDPA:
+    if (reason := _missed(place.module)) is not None:
         raise InvalidInputError(
-            f"{place.path}: the attention backend {name!r} does not pass through "
-            "scaled_dot_product_attention; call set_attention_backend('native') first"
+            f"{place.path}: {reason}; call set_attention_backend('native') on the denoiser first"
         )
     parallel = getattr(place.module.processor, "_parallel_config", None)
     context = getattr(parallel, "context_parallel_config", None)
@@ -204,3 +205,14 @@ def _refuse(place: _Place) -> None:
             f"{place.path}: ring attention passes keys around piece by piece and cannot run "
             "sparse; use one device"
         )
+
+
+def _missed(module: nn.Module) -> str | None:
+    """Why a forward of an attention module passes the router by. None: it does not."""
+    backend = getattr(module.processor, "_attention_backend", None)
+    if backend is None:
+        backend = _AttentionBackendRegistry.get_active_backend()[0]
+    name = str(getattr(backend, "value", backend))
+    if name in THROUGH_SDPA:
+        return None
+    return f"the attention backend {name!r} does not pass through scaled_dot_product_attention"

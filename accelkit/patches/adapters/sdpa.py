@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,18 +22,22 @@ from torch import Tensor, nn
 from accelkit.errors import ParallelNotSupportedError
 from accelkit.patches.adapters import Runner
 from accelkit.patches.adapters.clock import DenoiseClock
-from accelkit.patches.adapters.geometry import Family, geometry
-from accelkit.patches.call import AttentionCall, Geometry, Site
+from accelkit.patches.adapters.geometry import Family, Layout, Root, geometry
+from accelkit.patches.call import AttentionCall, Site
 
 ATTRIBUTE = "accelkit_site"
+ROOT = "accelkit_root"
+WIDEST = 256
+"""Channels of the widest head that a kernel takes."""
 
 
 class _Here(threading.local):
-    """What is open in this thread: the site's number, and the root's layout and timestep."""
+    """What is open in this thread: the number of a site, what its denoiser was given, and how many
+    calls there were.
+    """
 
     site: Tensor | None = None
-    layout: Tensor | None = None
-    timestep: Tensor | None = None
+    root: Root | None = None
     calls = 0
 
 
@@ -45,41 +49,47 @@ class Connection:
     clock: DenoiseClock
     component: str = ""
     last: tuple[int, int] = (-1, -1)
-    layout: tuple[int, ...] = ()
-    real: dict[int, tuple[Tensor, int | None]] = field(default_factory=dict)
+    layout: Layout = (0, 0, 0, 0)
+    real: dict[Hashable, tuple[Tensor, int | None]] = field(default_factory=dict)
 
     def arrive(
-        self, site: Site, ordinal: int, layout: Tensor | None, timestep: Tensor | None
+        self, door: Door, ordinal: int, tensors: Sequence[Tensor], told: Sequence[int]
     ) -> None:
-        """A call of `site`; a forward begins where the running order falls or another denoiser
+        """A call at `door`; a forward begins where the running order falls or another denoiser
         takes over.
         """
-        place = (site.order, ordinal)
-        if place <= self.last or site.component != self.component:
-            self.clock.forward(timestep)
-            self.layout = () if layout is None else tuple(layout.tolist())
+        place = (door.site.order, ordinal)
+        if place <= self.last or door.site.component != self.component:
+            self.clock.forward(tensors[1])
+            self.layout = door.family.layout(tensors, told, door.patch)
             self.real.clear()
-        self.component, self.last = site.component, place
+        self.component, self.last = door.site.component, place
 
-    def real_keys(self, mask: Tensor) -> int | None:
-        """How many keys a padding mask `[B, N]` leaves, if they come first in every sequence."""
-        found = self.real.get(mask.data_ptr())
-        if found is None:
+    def real_keys(self, mask: Tensor, square: bool) -> int | None:
+        """How many keys a padding mask `[B, N]` leaves, if they come first in every sequence.
+
+        It is read once a forward: `square` families make the same mask anew for every site.
+        """
+        key = mask.shape if square else mask.data_ptr()
+        if key not in self.real:
             n = int(mask[0].sum())
             first = torch.arange(mask.shape[1], device=mask.device) < n
-            found = (mask, n if bool((mask == first).all()) else None)
-            self.real[mask.data_ptr()] = found
-        return found[1]
+            self.real[key] = (mask, n if bool((mask == first).all()) else None)
+        return self.real[key][1]
 
 
 @dataclass(frozen=True)
 class Door:
-    """One connected attention module; `reason` says why it stays dense."""
+    """One connected attention module; `reason` says why it stays dense, `missed` why a forward of
+    it came and went without a call (None: for a reason that is none of ours).
+    """
 
     site: Site
     heads: int
     family: Family
+    patch: tuple[int, int, int]
     to: Connection
+    missed: Callable[[nn.Module], str | None]
     reason: str | None = None
 
 
@@ -90,7 +100,7 @@ _ORIGINAL: Callable[..., Tensor] = nn.functional.scaled_dot_product_attention
 _USERS = 0
 
 
-def connect(module: nn.Module, door: Door, undo: ExitStack) -> None:
+def connect(module: nn.Module, door: Door, root: Root, undo: ExitStack) -> None:
     """Open `door` around every forward of `module`."""
     number = next(_NUMBERS)
     _DOORS[number] = door
@@ -98,6 +108,8 @@ def connect(module: nn.Module, door: Door, undo: ExitStack) -> None:
     # An attribute and no buffer: it stays on the CPU wherever the module's weights go.
     setattr(module, ATTRIBUTE, torch.tensor(number))
     undo.callback(delattr, module, ATTRIBUTE)
+    setattr(module, ROOT, root)
+    undo.callback(delattr, module, ROOT)
     undo.callback(module.register_forward_pre_hook(_open).remove)
     undo.callback(module.register_forward_hook(_close).remove)
 
@@ -110,7 +122,6 @@ def route(undo: ExitStack) -> None:
         nn.functional.scaled_dot_product_attention = _router
     _USERS += 1
     undo.callback(_unroute)
-    leave()
 
 
 def _unroute() -> None:
@@ -121,24 +132,32 @@ def _unroute() -> None:
         nn.functional.scaled_dot_product_attention = _ORIGINAL
 
 
-def enter(layout: Tensor | None, timestep: Tensor | None) -> None:
-    """A root's forward begins; a site left open by an exception is closed."""
-    _HERE.site, _HERE.layout, _HERE.timestep = None, layout, timestep
+def follow(root: nn.Module, door_root: Root, undo: ExitStack) -> None:
+    """Keep what every forward of a denoiser is given."""
+    setattr(root, ROOT, door_root)
+    undo.callback(delattr, root, ROOT)
+    undo.callback(root.register_forward_pre_hook(_enter, with_kwargs=True).remove)
+    undo.callback(root.register_forward_hook(_leave).remove)
 
 
-def leave() -> None:
-    """A root's forward ends; every one finds the same state, so a traced forward is traced once."""
-    _HERE.site, _HERE.layout, _HERE.timestep = None, None, None
+def _enter(root: nn.Module, args: Any, kwargs: Any) -> None:
+    _HERE.site = None  # an exception may have left it open
+    getattr(root, ROOT).receive(args, kwargs)
+
+
+def _leave(root: nn.Module, args: Any, output: Any) -> None:
+    getattr(root, ROOT).forget()
 
 
 def _open(module: nn.Module, args: Any) -> None:
-    _HERE.site, _HERE.calls = getattr(module, ATTRIBUTE), 0
+    _HERE.site, _HERE.root, _HERE.calls = getattr(module, ATTRIBUTE), getattr(module, ROOT), 0
 
 
 def _close(module: nn.Module, args: Any, output: Any) -> None:
     if _HERE.calls == 0 and not torch.compiler.is_compiling():
         door = _DOORS[int(getattr(module, ATTRIBUTE))]
-        door.to.runner.skipped(door.site.path, "attention does not pass through SDPA")
+        if (reason := door.missed(module)) is not None:
+            door.to.runner.skipped(door.site.path, reason)
     _HERE.site = None
 
 
@@ -152,15 +171,15 @@ def _router(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    site = _HERE.site
-    if site is not None:
+    site, root = _HERE.site, _HERE.root
+    if site is not None and root is not None and root.tensors:
         ordinal = _HERE.calls
         _HERE.calls = ordinal + 1
         reason = _dense_reason(query, key, value, dropout_p, is_causal)
         if reason is None:
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             out = torch.ops.accelkit.sdpa(
-                query, key, value, attn_mask, scale, site, _HERE.layout, _HERE.timestep, ordinal
+                query, key, value, attn_mask, scale, site, root.tensors, root.told, ordinal
             )
             return out.transpose(1, 2)
         if not torch.compiler.is_compiling():
@@ -182,6 +201,8 @@ def _dense_reason(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, is_causal: bool
 ) -> str | None:
     """Why a call cannot be served, as far as arguments tell."""
+    if query.shape[-1] > WIDEST:
+        return f"heads of more than {WIDEST} channels"
     if dropout:
         return "dropout"
     if is_causal:
@@ -200,26 +221,42 @@ def _sdpa(
     mask: Tensor | None,
     scale: float,
     site: Tensor,
-    layout: Tensor | None,
-    timestep: Tensor | None,
+    tensors: Sequence[Tensor],
+    told: Sequence[int],
     ordinal: int,
 ) -> Tensor:
     """One attention call of an open site: `[B, Nq, Hq, Dv]` from q `[B, Hq, Nq, D]` and k, v
     `[B, Hkv, Nk, D]`, dense as before where the plan says nothing.
     """
     door = _DOORS[int(site)]
-    door.to.arrive(door.site, ordinal, layout, timestep)
-    out = _served(door, query, key, value, mask, scale, ordinal)
+    door.to.arrive(door, ordinal, tensors, told)
+    heads, n_q = query.shape[1], query.shape[2]
+    if heads != door.heads:
+        raise ParallelNotSupportedError(
+            f"{door.site.path}: {heads} query heads here, {door.heads} in the model; context and "
+            "tensor parallel execution are not supported, run the denoiser on one device"
+        )
+    if mask is not None and not _pads(mask, query, key):
+        door.to.runner.skipped(door.site.path, "attention mask other than padding")
+        return _dense(query, key, value, mask, scale)
+    key_mask, real = None, n_q
+    cut = query, key, value
+    if mask is not None:
+        key_mask = mask.reshape(mask.shape[0], -1).expand(query.shape[0], -1)
+        first = door.to.real_keys(key_mask, door.family.square)
+        if first is not None:
+            # Padding at the end: neither these keys nor the queries beside them mean anything.
+            key_mask, real = None, first
+            cut = query[:, :, :real], key[:, :, :real], value[:, :, :real]
+    if door.reason is None:
+        out = door.to.runner.run(_call(door, *cut, key_mask, scale, ordinal))
+    else:
+        out = door.to.runner.skipped(door.site.path, door.reason)
+    if out is None and not door.family.square:
+        return _dense(query, key, value, mask, scale)
     if out is None:
-        out = _ORIGINAL(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        ).transpose(1, 2)
-    return out.contiguous()
+        out = _dense(*cut, mask if key_mask is not None else None, scale)
+    return nn.functional.pad(out, (0, 0, 0, 0, 0, n_q - real)) if real < n_q else out.contiguous()
 
 
 @_sdpa.register_fake
@@ -230,46 +267,24 @@ def _(
     mask: Tensor | None,
     scale: float,
     site: Tensor,
-    layout: Tensor | None,
-    timestep: Tensor | None,
+    tensors: Sequence[Tensor],
+    told: Sequence[int],
     ordinal: int,
 ) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
-def _served(
+def _call(
     door: Door,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    key_mask: Tensor | None,
     scale: float,
     ordinal: int,
-) -> Tensor | None:
-    """The runner's answer; None: dense, counted with its reason."""
-    runner, path = door.to.runner, door.site.path
-    heads, n_q = query.shape[1], query.shape[2]
-    if heads != door.heads:
-        raise ParallelNotSupportedError(
-            f"{path}: {heads} query heads here, {door.heads} in the model; context and tensor "
-            "parallel execution are not supported, run the denoiser on one device"
-        )
-    reason = door.reason
-    if mask is not None and not _pads(mask, query, key):
-        reason = reason or "attention mask other than padding"
-    if reason is not None:
-        runner.skipped(path, reason)
-        return None
-    real = key_mask = None
-    if mask is not None:
-        key_mask = mask.reshape(mask.shape[0], -1).expand(query.shape[0], -1)
-        real = door.to.real_keys(key_mask)
-    if real is not None:
-        # Padding at the end: neither these keys nor the queries beside them mean anything.
-        query, key, value = query[:, :, :real], key[:, :, :real], value[:, :, :real]
-        key_mask = None
-    where = geometry(door.family, door.to.layout, key.shape[2]) if door.to.layout else Geometry()
-    call = AttentionCall(
+) -> AttentionCall:
+    heads = query.shape[1]
+    return AttentionCall(
         q=query,
         k=key,
         v=value,
@@ -281,13 +296,16 @@ def _served(
         kv_of_head=torch.arange(heads, device=query.device) // (heads // key.shape[1]),
         site=door.site,
         clock=door.to.clock.now(),
-        geometry=where,
+        geometry=geometry(door.family, door.to.layout, key.shape[2]),
         ordinal=ordinal,
     )
-    out = runner.run(call)
-    if out is not None and real is not None and real < n_q:
-        out = nn.functional.pad(out, (0, 0, 0, 0, 0, n_q - real))
-    return out
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """What ran before, `[B, Nq, Hq, Dv]`."""
+    gqa = query.shape[1] != key.shape[1]
+    out = _ORIGINAL(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2).contiguous()
 
 
 def _pads(mask: Tensor, query: Tensor, key: Tensor) -> bool:
