@@ -68,14 +68,17 @@ def site_data(
     weights: Mapping[str, Sequence[float]],
     costs: CostTable,
     calls: Mapping[str, int] | None = None,
+    refresh: Mapping[str, int] | None = None,
 ) -> list[SiteData]:
     """Tables in running order. `units` are the measured prompts with their lengths in tokens;
-    `calls`, how often a place is called, multiplies its milliseconds.
+    `calls`, how often a place is called, multiplies its milliseconds; `refresh`, for how many calls
+    its lists are kept, divides those of choosing.
     """
     tokens = max(n for n, _ in units)
     found: list[SiteData] = []
     for path in places:
         times = 1 if calls is None else calls[path]
+        anew = 1.0 if refresh is None else 1 / refresh[path]
         rows = [(n, u[path]) for n, u in units if path in u]
         options = []
         for family in families.get(path, ()):
@@ -88,19 +91,19 @@ def site_data(
                     options.append(one)
         loans, lent = _loans(places, rows, found, tokens)
         weight = np.maximum(np.asarray(weights[path], float), 1e-6)
-        fixed = {o.family: times * _once(o, costs, tokens) for o in options}
+        fixed = {o.family: times * _once(o, costs, tokens, anew) for o in options}
         table = Table(
             path,
             weight,
             times * costs.dense_ms(tokens),
             times * costs.ride_ms(tokens),
             tuple(
-                Option(o.family, i, o.error, times * head_ms(o, costs, tokens))
+                Option(o.family, i, o.error, times * head_ms(o, costs, tokens, anew))
                 for i, o in enumerate(options)
             ),
             fixed,
             tuple(
-                Loan(anchor, option, heads, m.error, head_ms(m, costs, tokens, borrowed=True))
+                Loan(anchor, option, heads, m.error, head_ms(m, costs, tokens, 0.0))
                 for (anchor, option, heads), m in zip(lent, loans, strict=True)
             ),
         )
@@ -108,12 +111,12 @@ def site_data(
     return found
 
 
-def head_ms(one: Measured, costs: CostTable, tokens: int, borrowed: bool = False) -> np.ndarray:
-    """Milliseconds that each head adds at a length."""
+def head_ms(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> np.ndarray:
+    """Milliseconds that each head adds at a length; lists are made in the share `anew` of calls."""
     heads = len(one.error)
     if one.ms is not None:
         return np.full(heads, one.ms / heads)
-    each = 0.0 if borrowed else costs.method_ms(one.method.kind, tokens)[1]
+    each = anew * costs.method_ms(one.method.kind, tokens)[1] if anew else 0.0
     share = density_at(one, tokens)
     return np.array([each + costs.head_ms(one.size, tokens, float(d)) for d in share])
 
@@ -148,7 +151,7 @@ def _ms_at(data: SiteData, choice: Choice, costs: CostTable, tokens: int) -> flo
     ms, paid = 0.0, {}
     for h, at in enumerate(choice.heads):
         if choice.borrowed and choice.borrowed[h]:
-            ms += float(head_ms(data.loans[choice.loan], costs, tokens, True)[h])  # type: ignore[index]
+            ms += float(head_ms(data.loans[choice.loan], costs, tokens, 0.0)[h])  # type: ignore[index]
         elif at == DENSE:
             ms += costs.ride_ms(tokens)
         else:
@@ -361,8 +364,8 @@ def _between(family: Family, at: int, screen: Mapping[str, Any]) -> np.ndarray |
     return np.array([np.interp(at, places, rows[:, h]) for h in range(rows.shape[1])])
 
 
-def _once(one: Measured, costs: CostTable, tokens: int) -> float:
-    return costs.method_ms(one.method.kind, tokens)[0] + costs.launch_ms(one.size)
+def _once(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> float:
+    return anew * costs.method_ms(one.method.kind, tokens)[0] + costs.launch_ms(one.size)
 
 
 def _rounded(values: Sequence[float]) -> tuple[float, ...]:

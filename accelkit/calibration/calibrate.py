@@ -220,12 +220,26 @@ def _plan(
 
 
 def dry_run(
-    model: Any, *, lengths: Sequence[int] | None = None, tokenizer: Any = None, repeat: int = 2
+    model: Any,
+    *,
+    lengths: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    repeat: int = 2,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    steps: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Attention's share of prefill at each length on this device, and how much faster prefill
-    would be if attention cost nothing. Writes nothing; random tokens stand for a prompt.
+    """Attention's share of prefill at each length on this device (of a step, for a pipeline), and
+    how much faster it would be if attention cost nothing. Writes nothing; random tokens stand for a
+    prompt.
     """
-    _, bare = adapter_for(model)
+    adapter, bare = adapter_for(model)
+    if "denoise" in adapter.PHASES:
+        from accelkit.calibration import video, video_bench
+
+        size = video.Settings(height, width, num_frames, steps)
+        return video_bench.bound(bare, size, video.gather(None, 0, 1, 1).measure[0])
     fingerprint, _ = facts(model)
     component = fingerprint.components["text"]
     count = len(sites(model))

@@ -134,9 +134,14 @@ def calibrate(
                 root.train(was)
             book.close()
     stages = {
-        "looking": "look", "fit": "fit", "measuring": "run/", "weighing": "weight/", "influence": "influence/", "step caches": "cache/",
+        "looking": "look",
+        "fit": "fit",
+        "measuring": "run/",
+        "weighing": "weight/",
+        "influence": "influence/",
+        "step caches": "cache/",
         "checking": "check/",
-    }  # fmt: skip
+    }
     about = {
         "data": shots.about,
         "prompts": [s.name for s in shots.measure],
@@ -235,6 +240,7 @@ class Planner:
             self.seen.places, self.found.families, self.found.screen,
             [(self.tokens, unit) for unit in self.found.units], self.tokens, self.weights,
             self.costs, self.seen.calls,
+            {p: self.found.refresh.get(site_of(p), 1) for p in self.seen.places},
         )  # fmt: skip
         self.data = [
             replace(d, site=site_of(d.site), steps=shares[bucket_of(d.site)]) for d in data

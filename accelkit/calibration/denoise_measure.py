@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +30,7 @@ from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall, Geometry, Span
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.plan import Policy
-from accelkit.patches.sites.attention import Answer, answer
+from accelkit.patches.sites.attention import Answer, answer, in_kernel_order
 
 EDGES = (0.0, 0.1, 0.25, 0.5, 1.0)
 """Where buckets begin and end; what early steps decide, later ones cannot mend."""
@@ -325,10 +325,11 @@ def _aged(
     fresh = answer(bench.call, Policy(methods=(method,)))
     if fresh is None:
         return {"good_for": 1}
-    kept_lists = tuple(
-        Answer(f.call, a.pieces, f.execution, f.order, f.finishers)
-        for a, f in zip(answers, fresh, strict=True)
+    aged = tuple(
+        replace(a, call=c if a.order is None else in_kernel_order(c, a.order))
+        for a in answers
+        for c in [bench.call.take(a.call.heads)]
     )
-    now, then = bench.measure(fresh)["recall"], bench.measure(kept_lists)["recall"]
+    now, then = bench.measure(fresh)["recall"], bench.measure(aged)["recall"]
     share = min(b / max(a, 1e-6) for a, b in zip(now, then, strict=True))
     return {"good_for": gap if share >= STATIC else 1, "share": round(share, 4), "gap": gap}
