@@ -13,6 +13,7 @@ from accelkit.kernels.scores_blocks import (
     pool_queries,
     pooled,
     rows_by_block_mean,
+    sampled_max,
     self_similarity,
     strided,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "pooled_probe",
     "probe",
     "rows_by_block_mean",
+    "sampled_max",
     "self_similarity",
     "strided",
     "stripes",

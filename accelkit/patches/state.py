@@ -79,7 +79,7 @@ class PatchState:
             return None
         if call.key_mask is not None:
             return None
-        shape = (call.n_q, call.n_k, call.q_start, call.q.shape[0], call.q.device)
+        shape = (call.n_q, call.n_k, call.q_start, call.q.shape[0], call.q.device, call.geometry)
         return (group.policy_id, len(call.heads), shape)
 
     def count(self, site: str, reason: str | None = None) -> None:
@@ -97,6 +97,12 @@ class PatchState:
             return
         from accelkit.kernels.select import density
 
-        found = [density(a.pieces if len(a.pieces) > 1 else a.pieces[0], a.call) for a in answers]
+        # A piece that a method computed itself has no list to count: searching is dense.
+        found = [
+            density(a.pieces, a.call)
+            if all(isinstance(p, BlockIndex) for p in a.pieces)
+            else torch.ones(len(a.call.heads))
+            for a in answers
+        ]
         entry = self.counts.setdefault(call.site.path, SiteCount())
         entry.densities.append(torch.cat([f.reshape(-1).cpu() for f in found]))

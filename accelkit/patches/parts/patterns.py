@@ -16,6 +16,8 @@ from accelkit.errors import InvalidInputError
 from accelkit.kernels.index import BlockIndex, Inputs
 from accelkit.kernels.positions import bounds, key_places, row_places
 from accelkit.kernels.select import compact, force, visible
+from accelkit.patches.call import AttentionCall
+from accelkit.patches.parts import keep
 
 
 def share(index: BlockIndex, heads: int) -> BlockIndex:
@@ -30,6 +32,15 @@ def _index(mask: Tensor, call: Inputs, unit: tuple[int, int]) -> BlockIndex:
     mask = force(mask, call, unit, sink=0, local=0)
     index = compact(mask, unit)
     return share(index, len(call.heads)) if index.heads == 1 else index
+
+
+def listed(mask: Tensor, call: AttentionCall, unit: tuple[int, int]) -> BlockIndex:
+    """A mask bool `[nq, nk]` (or `[B|1, H|1, nq, nk]`) as lists, with text rows and columns dense
+    and no visible row left empty.
+    """
+    mask = mask.to(call.q.device)
+    mask = mask if mask.ndim == 4 else mask[None, None]
+    return _index(keep.text(mask, call, unit), call, unit)
 
 
 def window(
@@ -60,7 +71,7 @@ def window(
     if last_rows:
         tile = torch.arange(mask.shape[-2], device=mask.device)
         mask = mask | ((tile + 1) * unit[0] > call.n_q - last_rows)[:, None]
-    return _index(mask, call, unit)
+    return _index(keep.text(mask, call, unit), call, unit)
 
 
 def a_shape(
