@@ -20,6 +20,7 @@ from accelkit.kernels.scores_blocks import (
 from accelkit.kernels.scores_keys import (
     Probe,
     anchor_max,
+    masked_rows,
     pooled_probe,
     probe,
     stripes,
@@ -31,6 +32,7 @@ __all__ = [
     "Probe",
     "anchor_max",
     "block_mass",
+    "masked_rows",
     "pool",
     "pool_keys",
     "pool_queries",

@@ -19,6 +19,7 @@ from accelkit.kernels.select_stats import staircase
 from accelkit.patches.call import AttentionCall
 
 Grid = tuple[int, int, int]
+Axes = tuple[Tensor, Tensor, Tensor]
 WHOLE: Grid = (1, 1, 1)
 
 
@@ -48,14 +49,15 @@ def visual(call: AttentionCall) -> Visual | None:
     """The visual tokens of a self-attention over a known grid, or None: no grid, a causal call,
     a chunk or cross-attention.
 
-    The tokens are those of the span whose length is the grid's, or all tokens without spans.
+    The tokens are those of the span whose length is the grid's, or all tokens without spans. The
+    answer speaks of token order, also for a call that is laid out in another one.
     """
     grid = call.geometry.grid
     if grid is None or call.causal or call.q_start or call.n_q != call.n_k:
         return None
     spans = [(s.start, s.stop) for s in call.geometry.spans if s.kind != "text"]
-    if not call.geometry.spans:
-        spans = [(0, call.n_k)]
+    if not call.geometry.spans and (call.n_k == prod(grid) or call.k_pos is not None):
+        spans = [(0, prod(grid))]
     for start, stop in spans:
         if stop - start == prod(grid):
             return Visual(start, grid, call.n_k)
@@ -140,7 +142,7 @@ def sliding(length: int, cell: int, window: int) -> Tensor:
     return reach if window < count else torch.ones_like(reach)
 
 
-def tile_mask(axes: tuple[Tensor, Tensor, Tensor], tile: Grid, dilation: Grid = WHOLE) -> Tensor:
+def tile_mask(axes: Axes, tile: Grid, dilation: Grid = WHOLE) -> Tensor:
     """Tiles of which some token reads some token of another tile, bool `[tiles, tiles]`, from what
     the positions of each axis read (`[L, L]`); a token reads another if all axes do.
     """
@@ -154,7 +156,7 @@ def tile_mask(axes: tuple[Tensor, Tensor, Tensor], tile: Grid, dilation: Grid = 
     return mask.flatten(3).flatten(0, 2)
 
 
-def visited(axes: tuple[Tensor, Tensor, Tensor], tile: Grid, dilation: Grid = WHOLE) -> float:
+def visited(axes: Axes, tile: Grid, dilation: Grid = WHOLE) -> float:
     """Key tiles that a query tile visits ÷ all tiles, on average: 1 ÷ this bounds the gain."""
     return prod(
         float(tile_mask((reads, *(torch.ones(1, 1),) * 2), (cell, 1, 1), (step, 1, 1)).float().mean())
@@ -213,3 +215,21 @@ def _segments(where: Visual, block: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         tokens = (high - low).clamp(min=0) * (begin // s + step == frame)
         out.append((frame, low - frame * s, tokens))
     return out
+
+
+def blocks_of(where: Visual, first: int, last: int, block: int) -> Tensor:
+    """Blocks that hold some of the visual tokens `[first, last)`, bool `[nk]`."""
+    begin = torch.arange(ceil_div(where.tokens, block)) * block
+    return (begin < where.start + last) & (begin + block > where.start + first) & (last > first)
+
+
+def spread(start: int, stop: int, count: int, device: torch.device) -> Tensor:
+    """`count` places evenly over `[start, stop)`, or all of them; int64."""
+    count = min(count, stop - start)
+    return start + (torch.arange(count, device=device) * 2 + 1) * (stop - start) // (2 * count)
+
+
+def laid_over(cells: int, tiles: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The cells of a coarse map in which the middles of query tiles and key blocks fall."""
+    q, k = ((torch.arange(n, device=device) * 2 + 1) * cells // (2 * n) for n in tiles)
+    return q, k
