@@ -96,6 +96,15 @@ class AttentionCall(Inputs):
             self._shared[key] = compute()
         return self._shared[key]
 
+    def remember(self, key: Any, compute: Callable[[], T]) -> T:
+        """`compute()`, remembered for this site, these heads and this length to the end of the
+        generation.
+        """
+        key = (key, self.heads, self.n_q, self.n_k)
+        if key not in self.memory:
+            self.memory[key] = compute()
+        return self.memory[key]
+
     def per_head(self, value: float | str) -> float | Tensor:
         """A `PerHead` field: the number itself, or the values of this call's heads (fp32 `[H]`)
         from the tables.

@@ -117,6 +117,12 @@ class PatchState:
             return
         from accelkit.kernels.select import density
 
-        found = [density(a.pieces if len(a.pieces) > 1 else a.pieces[0], a.call) for a in answers]
+        # A piece that a method computed itself has no list to count: searching is dense.
+        found = [
+            density(a.pieces, a.call)
+            if all(isinstance(p, BlockIndex) for p in a.pieces)
+            else torch.ones(len(a.call.heads))
+            for a in answers
+        ]
         entry = self.counts.setdefault(call.site.path, SiteCount())
         entry.densities.append(torch.cat([f.reshape(-1).cpu() for f in found]))

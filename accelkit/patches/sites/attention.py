@@ -6,7 +6,7 @@ two), and `attend` runs all head groups of a call, joining those that can share 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from accelkit import kernels
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.merge import merge
+from accelkit.kernels.permute import put_rows, take_rows
+from accelkit.kernels.prepare import device_ids
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, Execution, Order
 from accelkit.patches.plan import HeadGroup, Policy, Reuse
@@ -40,24 +42,31 @@ class Answer:
     execution: Execution = PLAIN
     order: Order | None = None
     finishers: tuple[AttentionMethod, ...] = ()
+    n_q: int = 0
+    """Query rows in token order."""
 
     @property
-    def plain(self) -> bool:
-        """One list in token order and nothing afterwards: may share a launch with others of its
-        kind.
+    def lane(self) -> Hashable | None:
+        """Answers of equal lane share a launch: one list each, of one unit, in one order that all
+        heads have in common, with one arithmetic and nothing afterwards. None: runs alone.
         """
-        return (
-            len(self.pieces) == 1
-            and isinstance(self.pieces[0], BlockIndex)
-            and self.pieces[0].level is None
-            and isinstance(self.pieces[0].bias, float)
-            and self.order is None
-            and not self.finishers
+        index, order = self.pieces[0], self.order
+        alone = (
+            len(self.pieces) > 1
+            or not isinstance(index, BlockIndex)
+            or index.level is not None
+            or not isinstance(index.bias, float)
+            or bool(self.finishers)
+            or (order is not None and not _common(order))
         )
+        if alone:
+            return None
+        tables = None if order is None else (id(order.q_table), id(order.k_table))
+        return (self.index.size, tables, replace(self.execution, skip=None))
 
     @property
     def index(self) -> BlockIndex:
-        """The one list of a plain answer."""
+        """The one list of an answer that has a lane."""
         index = self.pieces[0]
         assert isinstance(index, BlockIndex)
         return index
@@ -86,7 +95,7 @@ def answer(
         found = []
         for b in borrowed:
             own = order and _order_of(order, [call.heads.index(h) for h in b.heads])
-            a = Answer(call, b.pieces, execution, b.order or own, finishers)
+            a = Answer(call, b.pieces, execution, b.order or own, finishers, call.n_q)
             found.append(_again(a, call.take(b.heads)))
         return tuple(found)
     pieces = _first(m.index(seen) for m in policy.methods if "index" in m.answers())
@@ -98,7 +107,7 @@ def answer(
         pieces = BlockIndex.dense(len(call.heads), rows, DENSE_UNIT, call.q.device)
     if not isinstance(pieces, tuple):
         pieces = (pieces,)
-    return (Answer(seen, pieces, execution, order, finishers),)
+    return (Answer(seen, pieces, execution, order, finishers, call.n_q),)
 
 
 def compute(
@@ -121,7 +130,11 @@ def compute(
     )
     joined = parts[0] if len(parts) == 1 else merge(parts)
     if answered.order is not None and answered.order.q_table is not None:
-        joined = _in_token_order(joined, answered.order, call)
+        alone = parts[0] is joined
+        if answered.finishers and not alone:
+            parts = tuple(_in_token_order(p, answered.order, answered.n_q) for p in parts)
+        joined = _in_token_order(joined, answered.order, answered.n_q)
+        parts = (joined,) if alone else parts
     out = joined.out
     for method in answered.finishers:
         out = method.finish(call, out, joined.lse, parts)
@@ -151,15 +164,15 @@ def attend(
     if dense:
         answers.append(_dense_answer(call.take(sorted(dense)), answers))
     state.saw(call, answers)
-    lanes: dict[tuple[int, int], list[Answer]] = {}
+    lanes: dict[Hashable, list[Answer]] = {}
     for a in answers:
-        if a.plain:
-            lanes.setdefault(a.index.size, []).append(a)
+        if a.lane is not None:
+            lanes.setdefault(a.lane, []).append(a)
             continue
         result = compute(a)
-        out[:, list(a.call.heads)] = result.out.to(out.dtype)
+        out[:, device_ids(a.call.heads, out.device)] = result.out.to(out.dtype)
     for lane in lanes.values():
-        _launch(call, lane, out)
+        _launch(lane, out)
     return True
 
 
@@ -198,54 +211,88 @@ def _again(a: Answer, call: AttentionCall) -> Answer:
 
 
 def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
-    """The call with its rows laid out by `order`; positions travel along in `q_pos` and `k_pos`.
+    """The call with its rows laid out by `order`.
 
-    Keys are gathered once per query head of the call, since heads may differ in their order.
+    An order that all heads have in common is gathered once for all of them, whatever group asks;
+    otherwise rows are gathered for each query head of the call. Causal calls carry original
+    positions along in `q_pos` and `k_pos`; others only say which places are holes or padding.
     """
     changed: dict[str, object] = {}
+    common = _common(order)
+    row = None if common else order.row
     if order.k_table is not None:
-        ids = _ids(order.k_table, order.row)  # [B|1, H, n]
-        changed["k"] = _rows_at(call.k[:, call.kv_of_head], ids)
-        changed["v"] = _rows_at(call.v[:, call.kv_of_head], ids)
-        changed["kv_of_head"] = torch.arange(len(call.heads), device=call.q.device)
-        changed["k_pos"] = ids
+        if common:
+            changed["k"] = _gathered(call, "k", order.k_table)
+            changed["v"] = _gathered(call, "v", order.k_table)
+        else:
+            changed["k"] = take_rows(call.k, order.k_table, row, call.kv_of_head)
+            changed["v"] = take_rows(call.v, order.k_table, row, call.kv_of_head)
+            changed["kv_of_head"] = torch.arange(len(call.heads), device=call.q.device)
+        if call.causal or call.key_mask is not None or not order.whole:
+            ids = _ids(order.k_table, order.row)  # [B|1, H, n]
+            place = _places(ids, call, 0)
+            if call.key_mask is not None:
+                real = call.key_mask[:, None].expand(-1, ids.shape[1], -1)
+                ids = ids.expand(real.shape[0], -1, -1)
+                place = torch.where(real.gather(2, ids.clamp(min=0).long()), place, -1)
+            changed["k_pos"] = place
         changed["key_mask"] = None
-        if call.key_mask is not None:
-            real = call.key_mask[:, None].expand(-1, ids.shape[1], -1)
-            ids = ids.expand(real.shape[0], -1, -1)
-            real = real.gather(2, ids.clamp(min=0).long())
-            changed["k_pos"] = torch.where(real, ids, -1)
     if order.q_table is not None:
-        ids = _ids(order.q_table, order.row)
-        heads = list(call.heads)
-        q = call.q.new_zeros(call.q.shape[0], call.q.shape[1], ids.shape[2], call.q.shape[3])
-        q[:, heads] = _rows_at(call.q[:, heads], ids)
-        changed["q"] = q
-        changed["q_pos"] = torch.where(ids < 0, -1, ids + call.q_start)
+        if common:
+            changed["q"] = _gathered(call, "q", order.q_table)
+        else:
+            q = take_rows(call.q, order.q_table, row, call.heads)
+            if q.shape[1] < call.q.shape[1]:  # heads keep their ids
+                whole = q.new_empty(q.shape[0], call.q.shape[1], *q.shape[2:])
+                whole[:, device_ids(call.heads, q.device)] = q
+                q = whole
+            changed["q"] = q
+        if call.causal or not order.whole:
+            changed["q_pos"] = _places(_ids(order.q_table, order.row), call, call.q_start)
     return replace(call, **changed, _shared={})  # type: ignore[arg-type]
 
 
+def _laid_out(call: AttentionCall, order: Order | None) -> AttentionCall:
+    return call if order is None else in_kernel_order(call, order)
+
+
+def _common(order: Order) -> bool:
+    """Whether all heads have one order."""
+    return all(t is None or t.shape[0] == 1 for t in (order.q_table, order.k_table))
+
+
+def _gathered(call: AttentionCall, name: str, table: Tensor) -> Tensor:
+    """All heads of q, k or v in a common order, once for all groups of the call."""
+    key = ("in order", name, id(table))
+    if key not in call._shared:
+        # The table is kept beside the rows, so that its id is not given to another one.
+        call._shared[key] = (take_rows(getattr(call, name), table), table)
+    return call._shared[key][0]
+
+
 def _ids(table: Tensor, row: Tensor) -> Tensor:
+    if table.shape[0] == 1:
+        return table[None]
     ids = table[row.long()]
     return ids if ids.ndim == 3 else ids[None]
 
 
-def _rows_at(x: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` `[B|1, H, n]` of `x` `[B, H, N, D]`."""
-    at = ids.clamp(min=0).long().expand(x.shape[0], -1, -1)
-    return x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[3]))
+def _places(ids: Tensor, call: AttentionCall, start: int) -> Tensor:
+    """Positions of permuted tokens; without causality only their order in the kernel counts."""
+    if call.causal:
+        return torch.where(ids < 0, -1, ids + start)
+    place = torch.arange(ids.shape[2], device=ids.device, dtype=torch.int32)
+    return torch.where(ids < 0, -1, place)
 
 
-def _in_token_order(part: Partial, order: Order, call: AttentionCall) -> Partial:
+def _in_token_order(part: Partial, order: Order, n: int) -> Partial:
     assert order.q_table is not None
-    ids = _ids(order.q_table, order.row).expand(part.out.shape[0], -1, -1).long()
-    n = int(part.out.shape[2]) if ids.shape[2] == part.out.shape[2] else call.n_q
-    spare = torch.where(ids < 0, n, ids)
-    out = part.out.new_zeros(*part.out.shape[:2], n + 1, part.out.shape[3])
-    out.scatter_(2, spare[..., None].expand_as(part.out), part.out)
-    lse = part.lse.new_full((*part.lse.shape[:2], n + 1), float("-inf"))
-    lse.scatter_(2, spare, part.lse)
-    return Partial(out[:, :, :n], lse[:, :, :n])
+    table, row = order.q_table, None if _common(order) else order.row
+    out = part.out.new_zeros(*part.out.shape[:2], n, part.out.shape[3])
+    put_rows(out, part.out, table, row)
+    lse = part.lse.new_full((*part.lse.shape[:2], n, 1), float("-inf"))
+    put_rows(lse, part.lse[..., None], table, row)
+    return Partial(out, lse[..., 0])
 
 
 def run(
@@ -258,6 +305,10 @@ def run(
     out: Tensor | None = None,
 ) -> Partial:
     """Attention of the call's heads over the keys of `index`; options as in `kernels.attend`."""
+    q_pos, k_pos = call.q_pos, call.k_pos
+    if k_pos is not None and not call.causal and call.q.is_cuda:
+        # Holes as keys of weight zero keep the kernel in its main loop; rows of holes go nowhere.
+        index, q_pos, k_pos = _weightless(index, k_pos), None, None
     return kernels.attend(
         call.q,
         call.k,
@@ -269,8 +320,8 @@ def run(
         heads=call.heads,
         kv_of_head=call.kv_of_head,
         key_mask=call.key_mask,
-        q_pos=call.q_pos,
-        k_pos=call.k_pos,
+        q_pos=q_pos,
+        k_pos=k_pos,
         rows=rows,
         skip=skip,
         out=out,
@@ -278,12 +329,30 @@ def run(
     )
 
 
-def _launch(call: AttentionCall, lane: list[Answer], out: Tensor) -> None:
+def _weightless(index: BlockIndex, place: Tensor) -> BlockIndex:
+    """The same lists with a bias of −inf on holes; kept with the index, which static methods keep."""
+    key = ("holes", id(place))
+    if key not in index.lowered:
+        bias = torch.where(place < 0, -torch.inf, 0.0) + index.bias
+        index.lowered[key] = (replace(index, bias=bias), place)
+    return index.lowered[key][0]
+
+
+def _launch(lane: list[Answer], out: Tensor) -> None:
     """One launch for all answers of a lane, written in place."""
-    heads = tuple(h for a in lane for h in a.call.heads)
-    joined = replace(call, heads=heads, kv_of_head=torch.cat([a.call.kv_of_head for a in lane]))
+    first, heads = lane[0], tuple(h for a in lane for h in a.call.heads)
+    kv = first.call.kv_of_head if len(lane) == 1 else torch.cat([a.call.kv_of_head for a in lane])
+    joined = replace(first.call, heads=heads, kv_of_head=kv)
     index = BlockIndex.cat([a.index for a in lane])
-    run(joined, index, skip=_joined_skip(lane, call.q.device), out=out)
+    skip = _joined_skip(lane, out.device)
+    order = first.order
+    if order is None or order.q_table is None:
+        run(joined, index, skip=skip, out=out)
+        return
+    part = run(joined, index, skip=skip)
+    if not order.whole:
+        out[:, device_ids(heads, out.device)] = 0  # tokens that the order leaves out
+    put_rows(out, part.out, order.q_table, None, heads)
 
 
 def _joined_skip(lane: list[Answer], device: torch.device) -> float | Tensor | None:
@@ -302,7 +371,8 @@ def _joined_skip(lane: list[Answer], device: torch.device) -> float | Tensor | N
 
 def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
     """Dense heads ride along in a launch of blocks when there is one."""
-    sizes = [a.index.size for a in others if a.plain and a.index.size[1] >= 16]
+    beside = [a for a in others if a.lane is not None and a.order is None]
+    sizes = [a.index.size for a in beside if a.index.size[1] >= 16]
     size = max(sizes, default=DENSE_UNIT)
     index = BlockIndex.dense(len(call.heads), -(-call.n_q // size[0]), size, call.q.device)
     return Answer(call, (index,))
