@@ -14,7 +14,7 @@ from typing import Any
 
 from accelkit.calibration import video
 from accelkit.calibration.candidates import between, stored
-from accelkit.calibration.denoise_measure import bucket_of, place_of
+from accelkit.calibration.denoise_look import bucket_of, place_of
 from accelkit.calibration.denoise_weights import Small
 from accelkit.calibration.measure import Run
 from accelkit.calibration.quality import relative

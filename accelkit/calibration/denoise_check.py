@@ -5,6 +5,7 @@ patched. The worst prompt counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -44,7 +45,7 @@ class Checker:
         for n in self.order:
             self.run.tell("checking a plan")
             key = f"check/{digest}/{n}"
-            row = self.run.journal.unit(key, lambda n=n: self._row(now.plan, n, allowed))
+            row = self.run.journal.unit(key, partial(self._row, now.plan, n, allowed))
             now.rows.append({**row, "prompt": n})
             if row["error"] > allowed:
                 break

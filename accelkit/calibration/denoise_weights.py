@@ -15,7 +15,7 @@ from torch import Tensor
 
 from accelkit.calibration import video
 from accelkit.calibration.capture import See, dense_attention
-from accelkit.calibration.denoise_measure import Look, bucket_of, buckets, site_of
+from accelkit.calibration.denoise_look import Look, bucket_of, buckets, site_of
 from accelkit.calibration.measure import Run
 from accelkit.calibration.quality import NOISE, Show, noise_like, relative
 from accelkit.calibration.video import Shot

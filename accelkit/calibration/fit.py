@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from accelkit import kernels
 from accelkit.calibration.bench import times_ms
+from accelkit.calibration.candidates import calibrated_settings, prime
 from accelkit.calibration.capture import dense_attention
 from accelkit.kernels.cost import (
     CostTable,
@@ -198,21 +199,29 @@ def _method(
     shape: Shape,
 ) -> tuple[MethodCost, list[tuple[int, int]]] | str:
     """Cost of a method's estimate, order and merging, and its units; or why it is refused."""
-    middle = _middle(method)
+    setting = _middle(method)
     points: list[tuple[int, float]] = []
     sizes: list[tuple[int, int]] = []
     longest = lengths[-1]
     for n in lengths:
         call, whole = calls[n], interpolate(dense, n)
         try:
+            call, middle = _prepared(call, method, setting)
             answers = answer(fresh(call), Policy(methods=(middle,)))
             if answers is None:
                 continue
+            if middle.renewed(call.clock.total):
+                prime(answers)
+                answers = answer(fresh(call), Policy(methods=(middle,)))
+                assert answers is not None
             one = answers[0]
             sizes = [p.size for p in one.pieces if isinstance(p, BlockIndex)]
             if not sizes:
                 return "it computes its pieces by itself, which the cost table cannot predict"
-            spent = ms(lambda call=call: answer(fresh(call), Policy(methods=(middle,))), 2)
+            policy = Policy(methods=(middle,))
+            spent = ms(partial(_ask, call, policy), 2)
+            if method.static and not call.causal:
+                spent = 0.0  # made once for all layers, steps and runs of a size
             least = spent * longest / n
             if least > MOST * interpolate(dense, longest):
                 return (
@@ -226,12 +235,32 @@ def _method(
         points.append((n, spent / shape.layers if method.static else spent))
     if not points:
         return f"it leaves prompts of {longest} tokens dense"
-    return MethodCost(tuple(points), _share(middle, calls[longest], points[-1][1], ms)), sizes
+    return MethodCost(tuple(points), _share(middle, call, points[-1][1], ms)), sizes
+
+
+def _ask(call: AttentionCall, policy: Policy) -> object:
+    return answer(fresh(call), policy)
+
+
+def _prepared(
+    call: AttentionCall, method: AttentionMethod, middle: AttentionMethod
+) -> tuple[AttentionCall, AttentionMethod]:
+    """The call with the side tensors that the method's calibrator makes of it, and a setting that
+    reads them; both as they are for a method without any.
+    """
+    if type(method).calibrator is AttentionMethod.calibrator or call.causal:
+        return call, middle
+    dense = dense_attention(call)
+    families, tables = calibrated_settings([method], call.site, call, dense)
+    if not tables:
+        return call, middle
+    settings = families[len(families) // 2].settings
+    return replace(call, tables={**call.tables, **tables}), settings[len(settings) // 2]
 
 
 def _around(one: Answer, ms: Callable[..., float]) -> float:
     """What order and merging add to the kernels of the pieces."""
-    if one.plain or (one.order is None and len(one.pieces) == 1):
+    if one.order is None and len(one.pieces) == 1 and not one.finishers:
         return 0.0
     whole = ms(lambda: compute(one), 2)
     alone = sum(

@@ -122,7 +122,7 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
         found, heavy[site.path] = profile(call, dense, tiles, heavy)
 
         def work() -> dict[str, Any]:
-            wanted = calibrated_settings(methods, site, call, dense)
+            wanted, _ = calibrated_settings(methods, site, call, dense)
             few = [thinned(f, run.preset.settings) for f in wanted]
             measured = {f.name: bench.family(f, len(f.settings)) for f in few}
             return {
@@ -278,7 +278,7 @@ def _offer(
     index = bench.lent.get(method)
     if index is None:
         answers = answer(call, Policy(methods=(method,)))
-        if answers is None or not answers[0].plain:
+        if answers is None or answers[0].lane is None or answers[0].order is not None:
             return None
         piece = answers[0].pieces[0]
         index = piece if isinstance(piece, BlockIndex) else None

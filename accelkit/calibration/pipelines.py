@@ -118,7 +118,7 @@ def describe_pipeline(name: str) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     components: dict[str, Any] = {}
     for part in ("transformer", "transformer_2"):
-        library, kind = index.get(part) or (None, None)
+        library, kind = index.get(part) or ("", "")
         if library != "diffusers":
             continue
         cls = getattr(diffusers, kind)

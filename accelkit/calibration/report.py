@@ -208,7 +208,8 @@ def write_html(plan: Plan, path: Path, title: str | None = None) -> Path:
     page = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    phases = sorted({r.phase for s in plan.sites.values() for r in s.rules}) or [phase_of(plan)]
+    phases: list[str] = sorted({r.phase for s in plan.sites.values() for r in s.rules})
+    phases = phases or [phase_of(plan)]
     pictures = [
         (f"{phase}, from {n} tokens", Markup(_svg(figure(plan, phase, n))))
         for phase in phases

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from accelkit.calibration import denoise_measure, fit, frames, video
+from accelkit.calibration import denoise_look, fit, frames, video
 from accelkit.calibration.candidates import stored
 from accelkit.calibration.video import Settings, Shot, Take
 from accelkit.errors import GateFailedError, InvalidInputError, NothingPatchedError
@@ -221,7 +221,7 @@ def attention(pipe: Any, settings: Settings, shot: Shot) -> dict[str, Any]:
     """Tokens of a call, and milliseconds that the best dense path takes for all attention of one
     forward of the denoiser, on random data.
     """
-    seen = denoise_measure.glance(pipe, settings, shot)
+    seen = denoise_look.glance(pipe, settings, shot)
     fingerprint, _ = facts(pipe)
     size = next(iter(fingerprint.components.values()))
     root = getattr(pipe, next(iter(fingerprint.components)))

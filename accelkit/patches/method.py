@@ -182,6 +182,10 @@ class AttentionMethod(Method):
         """What happens to the output `[B, H, Nq, D]` afterwards."""
         return out
 
+    def renewed(self, steps: int) -> float:
+        """Share of `steps` denoising steps that run dense to renew what the others live on."""
+        return 0.0
+
     def emit(self, call: AttentionCall, lse: Tensor | None) -> Pieces | None:
         """An index to store for other layers or steps, not to run: a dense anchor."""
         return None
