@@ -7,8 +7,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_MODULES = ("index", "dispatch", "block_sparse", "gather", "merge", "scores", "select", "cost",
-            "permute", "pyramid")
+_MODULES = (
+    "index",
+    "dispatch",
+    "block_sparse",
+    "gather",
+    "merge",
+    "scores",
+    "select",
+    "cost",
+    "permute",
+    "pyramid",
+)
 
 if TYPE_CHECKING:
     from accelkit.kernels import (  # noqa: F401

@@ -111,16 +111,17 @@ class PatchHandle:
         state, path = self.state, call.site.path
         if not self.enabled:
             return self._dense(path, "disabled")
-        if call.site.order <= state.last_order:
-            state.begin_generation() if call.q_start == 0 else state.begin_forward()
-        state.last_order = call.site.order
+        place = (call.site.order, call.ordinal)
+        if place <= state.last_place:
+            # An empty cache begins a language model's generation; diffusion says so by `begin`.
+            first = call.clock.phase != "denoise" and call.q_start == 0
+            state.begin_generation() if first else state.begin_forward()
+        state.last_place = place
         groups = self.plan.groups(path, call.n_k, call.clock)
         if not groups:
             short = call.n_k < self.plan.limits.min_length
             return self._dense(path, "shorter than the minimum length" if short else "no policy")
-        limit = self.plan.limits.max_length
-        if limit is not None and call.n_k > limit:
-            self._warn(f"{call.n_k} tokens: the plan was calibrated up to {limit}")
+        self._compare(call)
         call = self._bound(call)
         out = call.q.new_empty(call.q.shape[0], call.n_q, call.q.shape[1], call.v.shape[3])
         if not attend(call, groups, state, out.transpose(1, 2)):
@@ -142,10 +143,40 @@ class PatchHandle:
         if reason not in _EXPECTED or reason in self.phases:
             self._warn(f"attention runs dense: {reason}")
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, DenseFallbackWarning, stacklevel=3)
+    def begin(self) -> None:
+        """The adapter saw a generation begin."""
+        self.state.begin_generation()
+
+    def _compare(self, call: AttentionCall) -> None:
+        """Warn, once a kind, where a call lies outside what the plan was measured on."""
+        limits, grid, clock = self.plan.limits, call.geometry.grid, call.clock
+        if limits.max_length is not None and call.n_k > limits.max_length:
+            self._warn(f"{call.n_k} tokens: the plan was calibrated up to {limits.max_length}")
+        if limits.grid is not None and grid not in (None, limits.grid):
+            self._warn(
+                f"tokens lie {grid} (frames, rows, columns), the plan was calibrated at "
+                f"{limits.grid}; its lists are made for this grid, its quality was not measured "
+                "here",
+                PlanTransferWarning,
+                "grid",
+            )
+        if clock.phase == "denoise" and 1 < clock.total < (limits.steps or 0):
+            self._warn(
+                f"{clock.total} steps, the plan was calibrated with {limits.steps}; its rules go "
+                "by the share of the steps done",
+                PlanTransferWarning,
+                "steps",
+            )
+
+    def _warn(
+        self,
+        message: str,
+        category: type[Warning] = DenseFallbackWarning,
+        kind: str | None = None,
+    ) -> None:
+        if (kind or message) not in self._warned:
+            self._warned.add(kind or message)
+            warnings.warn(message, category, stacklevel=3)
 
     def reset(self) -> None:
         """Forget the current generation."""

@@ -281,11 +281,20 @@ class Plan(_Part):
 
     def anchors(self) -> frozenset[str]:
         """Sites whose index another site reads."""
-        used = {
-            row for layer in self.sites.values() for rule in layer.rules for row in rule.policies
-        }
-        reuses = (self.policies[row].reuse for row in used)
-        return frozenset(r.site for r in reuses if r is not None and r.site is not None)
+        reuses = (r for layer in self.sites.values() for r in self._reuses(layer))
+        return frozenset(r.site for r in reuses if r.site is not None)
+
+    def own_anchors(self) -> frozenset[str]:
+        """Sites that read the index of an earlier step of theirs."""
+        return frozenset(
+            path
+            for path, layer in self.sites.items()
+            if any(r.site is None for r in self._reuses(layer))
+        )
+
+    def _reuses(self, layer: LayerPlan) -> list[Reuse]:
+        rows = {row for rule in layer.rules for row in rule.policies}
+        return [r for row in rows if (r := self.policies[row].reuse) is not None]
 
     def check(self, model: Any) -> list[Problem]:
         """Every problem of running this plan on `model`, each with its mend; empty when it fits."""

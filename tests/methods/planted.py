@@ -98,8 +98,8 @@ def video_call(
 
 
 def video(text_first: bool = True, seed: int = 0) -> AttentionCall:
-    """Four kinds of heads of a video transformer, as logits that fall with the distance on each axis
-    of the grid (waves, as rotary positions make them), and text that all rows read a little.
+    """Four kinds of heads of a video transformer, as logits that fall with the distance on each
+    axis of the grid (waves, as rotary positions make them), and text that all rows read a little.
 
     Head 0 looks around in its own frame, 1 at its place in all frames, 2 around in space and
     time, 3 along its row.

@@ -1,8 +1,9 @@
-"""What every method for diffusion keeps to, found by listing the folder: a new file is tested unnamed.
+"""What every method for diffusion keeps to, found by listing the folder: a new file is tested
+unnamed.
 
 Calls have no causality, tokens on a grid and text before or behind them. Methods that search or
-measure in their first step are asked in the step after; what calibration would find, it finds on the
-call itself.
+measure in their first step are asked in the step after; what calibration would find, it finds on
+the call itself.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from accelkit.kernels import BlockIndex, select
 from accelkit.patches.call import AttentionCall, Geometry, Site
 from accelkit.patches.method import AttentionMethod, load, names
-from accelkit.patches.plan import HeadGroup, Plan, Policy
+from accelkit.patches.plan import HeadGroup, LayerPlan, Plan, Policy
 from accelkit.patches.sites import attention
 from accelkit.patches.state import PatchState
 
@@ -45,7 +46,9 @@ def lse(text_first: bool) -> torch.Tensor:
 
 
 @cache
-def ready(name: str, text_first: bool = True, full: bool = False) -> tuple[AttentionMethod, AttentionCall]:  # fmt: skip
+def ready(
+    name: str, text_first: bool = True, full: bool = False
+) -> tuple[AttentionMethod, AttentionCall]:
     """A method as calibration would set it up, and a call in its second step."""
     call, cls = video(text_first), load(name)
     method = cls.model_validate({**cls().model_dump(), **SMALL.get(name, {})})
@@ -53,7 +56,9 @@ def ready(name: str, text_first: bool = True, full: bool = False) -> tuple[Atten
     calibrator.see(call, planted.dense(call), lse(text_first))
     if calibrator.tables():
         call = replace(call, tables=calibrator.tables())
-        named = [f for f in cls.model_fields if isinstance(getattr(calibrator.settings()[0], f), str)]
+        named = [
+            f for f in cls.model_fields if isinstance(getattr(calibrator.settings()[0], f), str)
+        ]
         tables = {f: getattr(calibrator.settings()[0], f) for f in named}
         method = method.model_copy(update=tables)
     if full:
@@ -159,8 +164,9 @@ def test_groups_are_as_good_as_one(name: str):
     if getattr(method, "adaptive", False):  # shares a budget among the heads of a group
         return
     policy = Policy(methods=(method,))
-    groups = [HeadGroup(h, p, i) for i, (h, p) in enumerate((((0, 2), policy), ((3,), policy), ((1,), Policy())))]
-    state = PatchState(Plan.model_construct(policies=(), sites={}))
+    shares = (((0, 2), policy), ((3,), policy), ((1,), Policy()))
+    groups = [HeadGroup(heads, p, i) for i, (heads, p) in enumerate(shares)]
+    state = PatchState(Plan.model_construct(policies=(), sites={call.site.path: LayerPlan()}))
     memory: dict = {}
     for step in (10, 11):
         now = replace(call, clock=replace(call.clock, step=step), memory=memory, _shared={})

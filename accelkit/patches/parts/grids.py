@@ -159,7 +159,9 @@ def tile_mask(axes: Axes, tile: Grid, dilation: Grid = WHOLE) -> Tensor:
 def visited(axes: Axes, tile: Grid, dilation: Grid = WHOLE) -> float:
     """Key tiles that a query tile visits ÷ all tiles, on average: 1 ÷ this bounds the gain."""
     return prod(
-        float(tile_mask((reads, *(torch.ones(1, 1),) * 2), (cell, 1, 1), (step, 1, 1)).float().mean())
+        float(
+            tile_mask((reads, *(torch.ones(1, 1),) * 2), (cell, 1, 1), (step, 1, 1)).float().mean()
+        )
         for reads, cell, step in zip(axes, tile, dilation, strict=True)
     )
 

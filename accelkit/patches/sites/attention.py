@@ -6,9 +6,9 @@ two), and `attend` runs all head groups of a call, joining those that can share 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from accelkit.kernels.prepare import device_ids
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, Execution, Order
 from accelkit.patches.plan import HeadGroup, Policy, Reuse
+from accelkit.patches.state import Saved
 
 if TYPE_CHECKING:
     from accelkit.patches.state import PatchState
@@ -82,8 +83,8 @@ def answer(
         return None
     order = _first(m.order(call) for m in policy.methods if "order" in m.answers())
     seen = call if order is None else in_kernel_order(call, order)
-    found = (m.execution(seen) for m in policy.methods if "execution" in m.answers())
-    execution = _first(found) or PLAIN
+    executions = (m.execution(seen) for m in policy.methods if "execution" in m.answers())
+    execution = _first(executions) or PLAIN
     finishers = tuple(m for m in policy.methods if "finish" in m.answers())
     if policy.reuse is not None:
         if state is None:
@@ -91,10 +92,12 @@ def answer(
         borrowed = _borrow(call, policy.reuse, state)
         if borrowed is None:
             return None
-        return tuple(
-            Answer(seen.take(heads), pieces, execution, order, finishers, call.n_q)
-            for heads, pieces in borrowed
-        )
+        found = []
+        for b in borrowed:
+            own = order and _order_of(order, [call.heads.index(h) for h in b.heads])
+            a = Answer(call, b.pieces, execution, b.order or own, finishers, call.n_q)
+            found.append(_again(a, call.take(b.heads)))
+        return tuple(found)
     pieces = _first(m.index(seen) for m in policy.methods if "index" in m.answers())
     if pieces is None:
         # An execution alone (softmax skip, precision) runs over every visible block.
@@ -150,14 +153,7 @@ def attend(
     dense: list[int] = []
     for group in groups:
         narrowed = call.take(group.heads)
-        key = state.static_key(narrowed, group)
-        found = state.static.get(key) if key is not None else None
-        if found is None:
-            found = answer(narrowed, group.policy, state)
-            if key is not None and found is not None:
-                state.static[key] = tuple(replace(a, call=None) for a in found)  # type: ignore[arg-type]
-        else:
-            found = tuple(replace(a, call=_laid_out(narrowed, a.order)) for a in found)
+        found = _asked(narrowed, group, state)
         if found is None:
             dense.extend(group.heads)
         else:
@@ -178,6 +174,40 @@ def attend(
     for lane in lanes.values():
         _launch(lane, out)
     return True
+
+
+@dataclass
+class _Kept:
+    """Answers by their heads, without their call, and how many calls used them."""
+
+    answers: list[tuple[tuple[int, ...], Answer]]
+    used: int = 1
+
+
+def _asked(call: AttentionCall, group: HeadGroup, state: PatchState) -> tuple[Answer, ...] | None:
+    """The answers of a group: kept ones where they follow from geometry alone, or as long as the
+    schedule lets a site keep them over computed steps; asked for otherwise.
+    """
+    shelf: MutableMapping[Any, Any] = state.static
+    key, uses = state.static_key(call, group), 0
+    if key is None:
+        shelf, key = call.memory, ("answers", group.policy_id, call.heads, state.shape_of(call))
+        every = state.plan.sites[call.site.path].schedule.refresh_every
+        uses = 1 if group.policy.reuse else every  # what is reused is kept by its anchor
+    kept: _Kept | None = shelf.get(key)
+    if kept is not None and kept.used != uses:
+        kept.used += 1
+        return tuple(_again(a, call.take(heads)) for heads, a in kept.answers)
+    found = answer(call, group.policy, state)
+    if found is None or uses == 1 or any(isinstance(p, Partial) for a in found for p in a.pieces):
+        return found
+    shelf[key] = _Kept([(a.call.heads, replace(a, call=None)) for a in found])  # type: ignore[arg-type]
+    return found
+
+
+def _again(a: Answer, call: AttentionCall) -> Answer:
+    """An answer for the heads of `call`, made from another call's tensors."""
+    return replace(a, call=call if a.order is None else in_kernel_order(call, a.order))
 
 
 def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
@@ -220,10 +250,6 @@ def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
         if call.causal or not order.whole:
             changed["q_pos"] = _places(_ids(order.q_table, order.row), call, call.q_start)
     return replace(call, **changed, _shared={})  # type: ignore[arg-type]
-
-
-def _laid_out(call: AttentionCall, order: Order | None) -> AttentionCall:
-    return call if order is None else in_kernel_order(call, order)
 
 
 def _common(order: Order) -> bool:
@@ -300,7 +326,7 @@ def run(
 
 
 def _weightless(index: BlockIndex, place: Tensor) -> BlockIndex:
-    """The same lists with a bias of −inf on holes; kept with the index, which static methods keep."""
+    """The same lists with a bias of −inf on holes; kept with the index, as methods keep that."""
     key = ("holes", id(place))
     if key not in index.lowered:
         bias = torch.where(place < 0, -torch.inf, 0.0) + index.bias
@@ -348,23 +374,27 @@ def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
     return Answer(call, (index,))
 
 
-def _borrow(
-    call: AttentionCall, reuse: Reuse, state: PatchState
-) -> list[tuple[tuple[int, ...], tuple[Piece, ...]]] | None:
-    """The anchor's lists for this call's heads, by anchor group. None: the anchor ran dense."""
-    saved = state.indices.get((reuse.site or call.site.path, call.ordinal))
-    if not saved:
-        return None
+def _borrow(call: AttentionCall, reuse: Reuse, state: PatchState) -> list[Saved] | None:
+    """The anchor's lists for this call's heads, newest first. None: the anchor ran dense."""
+    if reuse.site is None:
+        saved = call.memory.get("saved")
+    else:
+        saved = state.indices.get((reuse.site, call.ordinal))
     source = {h: (reuse.heads[h] if reuse.heads is not None else h) for h in call.heads}
-    found: list[tuple[tuple[int, ...], tuple[Piece, ...]]] = []
-    for heads, pieces in saved:
-        mine = tuple(h for h in call.heads if source[h] in heads)
+    found: list[Saved] = []
+    for s in reversed(saved or []):
+        mine = tuple(h for h in call.heads if source.get(h) in s.heads)
         if mine:
-            at = [heads.index(source[h]) for h in mine]
-            found.append((mine, tuple(_moved(p, call.q.device).take(at) for p in pieces)))
-    if sum(len(heads) for heads, _ in found) != len(call.heads):
-        return None
-    return found
+            at = [s.heads.index(source.pop(h)) for h in mine]
+            pieces = tuple(_moved(p, call.q.device).take(at) for p in s.pieces)
+            order = s.order and _order_of(s.order, at)
+            found.append(Saved(mine, pieces, order))
+    return None if source else found
+
+
+def _order_of(order: Order, at: Sequence[int]) -> Order:
+    """The order of some of its heads."""
+    return replace(order, row=order.row[..., list(at)])
 
 
 def _moved(index: BlockIndex, device: torch.device) -> BlockIndex:
@@ -381,21 +411,35 @@ def _moved(index: BlockIndex, device: torch.device) -> BlockIndex:
 def _store(
     call: AttentionCall, policy: Policy, answers: tuple[Answer, ...] | None, state: PatchState
 ) -> None:
-    """Keep the lists of an anchor site for the layers that read them in this forward."""
-    if call.site.path not in state.anchors:
+    """Keep the lists of an anchor for the layers that read them in this forward, and those of a
+    site that reads its own for the steps to come.
+    """
+    shelves: list[list[Saved]] = []
+    if call.site.path in state.anchors:
+        shelves.append(state.indices.setdefault((call.site.path, call.ordinal), []))
+    if call.site.path in state.own_anchors and policy.reuse is None:
+        own = call.memory.setdefault("saved", [])
+        own[:] = [s for s in own if not set(s.heads) <= set(call.heads)]
+        shelves.append(own)
+    if not shelves:
         return
-    saved = state.indices.setdefault((call.site.path, call.ordinal), [])
+    for saved in _saved(call, policy, answers):
+        for shelf in shelves:
+            shelf.append(saved)
+
+
+def _saved(
+    call: AttentionCall, policy: Policy, answers: tuple[Answer, ...] | None
+) -> Iterator[Saved]:
     if answers is None:
         for method in policy.methods:
-            if "emit" in method.answers():
-                emitted = method.emit(call, None)
-                if emitted is not None:
-                    pieces = emitted if isinstance(emitted, tuple) else (emitted,)
-                    saved.append((call.heads, _lists(pieces)))
+            if "emit" in method.answers() and (emitted := method.emit(call, None)) is not None:
+                pieces = emitted if isinstance(emitted, tuple) else (emitted,)
+                yield Saved(call.heads, _lists(pieces))
         return
     for a in answers:
-        if a.order is None and len(lists := _lists(a.pieces)) == len(a.pieces):
-            saved.append((a.call.heads, lists))
+        if len(lists := _lists(a.pieces)) == len(a.pieces):
+            yield Saved(a.call.heads, lists, a.order)
 
 
 def _lists(pieces: Sequence[Piece]) -> tuple[BlockIndex, ...]:
