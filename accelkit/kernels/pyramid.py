@@ -1,8 +1,8 @@
 """Key pyramids: instead of dropping a block, read the means of 2, 4 or 8 of its keys in a row.
 
-A mean key stands for h keys, so its logit gets `+ log h` (exactly right for equal keys). Every entry
-of a list is one whole tile of `unit` keys, of `unit · 2**level` tokens; all levels lie one behind
-the other in one long K and V, and the attention kernels see nothing but keys with a bias
+A mean key stands for h keys, so its logit gets `+ log h` (exactly right for equal keys). Every
+entry of a list is one whole tile of `unit` keys, of `unit · 2**level` tokens; all levels lie one
+behind the other in one long K and V, and the attention kernels see nothing but keys with a bias
 (Pyramid Sparse Attention, 2512.04025).
 """
 

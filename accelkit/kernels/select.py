@@ -26,9 +26,24 @@ from accelkit.kernels.select_lines import compact, compact_levels, lines, vertic
 from accelkit.kernels.select_stats import density, pair_counts, recall
 
 __all__ = [
-    "compact", "compact_levels", "density", "force", "global_prefix", "global_top_p", "levels", "lines", "pair_counts", "probabilities",
-    "ratio_of_max", "recall", "threshold", "top_k", "top_p", "vertical_slash", "visible",
-]  # fmt: skip
+    "compact",
+    "compact_levels",
+    "density",
+    "force",
+    "global_prefix",
+    "global_top_p",
+    "levels",
+    "lines",
+    "pair_counts",
+    "probabilities",
+    "ratio_of_max",
+    "recall",
+    "threshold",
+    "top_k",
+    "top_p",
+    "vertical_slash",
+    "visible",
+]
 
 
 def visible(call: Inputs, size: tuple[int, int]) -> Tensor:

@@ -25,7 +25,8 @@ def compact(mask: Tensor, size: tuple[int, int]) -> BlockIndex:
 
 
 def compact_levels(levels: Tensor, tokens: int, size: tuple[int, int], unit: int) -> BlockIndex:
-    """Lists with levels from a level for each block: int8 `[B|1, H, nq, nk]`, 0 … 3, −1 is left out.
+    """Lists with levels from a level for each block: int8 `[B|1, H, nq, nk]`, 0 … 3, −1 is left
+    out.
 
     `size` is the block `(bq, bk)` of the levels and `unit`, a divisor of bk, the keys of an entry.
     An entry that spans several blocks is taken where none of them asks for a finer level;

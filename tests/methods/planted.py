@@ -98,8 +98,8 @@ def video_call(
 
 
 def video(text_first: bool = True, seed: int = 0) -> AttentionCall:
-    """Four kinds of heads of a video transformer, as logits that fall with the distance on each axis
-    of the grid (waves, as rotary positions make them), and text that all rows read a little.
+    """Four kinds of heads of a video transformer, as logits that fall with the distance on each
+    axis of the grid (waves, as rotary positions make them), and text that all rows read a little.
 
     Head 0 looks around in its own frame, 1 at its place in all frames, 2 around in space and
     time, 3 along its row.
@@ -108,7 +108,7 @@ def video(text_first: bool = True, seed: int = 0) -> AttentionCall:
     n, root = math.prod(GRID) + TEXT, WIDTH**0.5
     q, k = (0.05 * root * torch.randn(1, 4, n, WIDTH, generator=g) for _ in range(2))
     places = torch.cartesian_prod(*(torch.arange(x) for x in GRID))
-    wave = torch.logspace(-0.9, 0.3, 9)
+    wave = torch.logspace(-1.3, 0.2, 9)
     nats = torch.tensor([(9.0, 9, 9), (0, 12, 12), (7, 9, 9), (7, 14, 2)])
     visual = slice(TEXT, n) if text_first else slice(0, n - TEXT)
     for axis in range(3):

@@ -51,7 +51,7 @@ class Chosen(AttentionMethod):
 @pytest.fixture(autouse=True)
 def asked():
     ASKED.clear()
-    yield ASKED
+    return ASKED
 
 
 def at_first_site(pipe, run: Callable[[], object]) -> list[AttentionCall]:
@@ -234,8 +234,7 @@ def test_steps_of_a_rule_are_shares():
             accelkit.patch(pipe, plan) as handle,
             pytest.warns(PlanTransferWarning, match=f"{steps} steps") as told,
         ):
-            latents(pipe, "wan", steps=steps)
-            latents(pipe, "wan", steps=steps)
+            _ = [latents(pipe, "wan", steps=steps) for _ in range(2)]
         assert handle.report().sparse_calls == handle.report().dense["no policy"] == 2 * 2 * steps
         assert len([w for w in told if w.category is PlanTransferWarning]) == 1
 
@@ -246,6 +245,5 @@ def test_another_grid_is_told_once():
     with accelkit.patch(pipe, plan):
         latents(pipe, "wan", steps=1)  # nothing to tell: warnings are errors in these tests
         with pytest.warns(PlanTransferWarning, match=r"\(3, 4, 8\)") as told:
-            latents(pipe, "wan", steps=1, height=64)
-            latents(pipe, "wan", steps=1, width=64)
+            _ = [latents(pipe, "wan", steps=1, **{side: 64}) for side in ("height", "width")]
     assert len([w for w in told if w.category is PlanTransferWarning]) == 1

@@ -138,15 +138,16 @@ def follow(root: nn.Module, door_root: Root, undo: ExitStack) -> None:
     setattr(root, ROOT, door_root)
     undo.callback(delattr, root, ROOT)
     undo.callback(root.register_forward_pre_hook(_enter, with_kwargs=True).remove)
-    undo.callback(root.register_forward_hook(_leave).remove)
+    # Even after an exception, so that no later call of another model finds a site open.
+    undo.callback(root.register_forward_hook(_leave, always_call=True).remove)
 
 
 def _enter(root: nn.Module, args: Any, kwargs: Any) -> None:
-    _HERE.site = None  # an exception may have left it open
     getattr(root, ROOT).receive(args, kwargs)
 
 
 def _leave(root: nn.Module, args: Any, output: Any) -> None:
+    _HERE.site = None
     getattr(root, ROOT).forget()
 
 
@@ -243,7 +244,7 @@ def _sdpa(
     key_mask, real = None, n_q
     cut = query, key, value
     if mask is not None:
-        key_mask = mask.reshape(mask.shape[0], -1).expand(query.shape[0], -1)
+        key_mask = mask[:, 0, 0].expand(query.shape[0], -1)
         first = door.to.real_keys(key_mask, door.family.square)
         if first is not None:
             # Padding at the end: neither these keys nor the queries beside them mean anything.
@@ -313,7 +314,7 @@ def _pads(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     """Whether a mask only hides keys, the same for every head and query of a sequence."""
     return (
         mask.dtype == torch.bool
-        and mask.shape[-1] == key.shape[2]
-        and (mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
+        and mask.ndim == 4
+        and mask.shape[1:] == (1, 1, key.shape[2])
         and query.shape[2] == key.shape[2]
     )

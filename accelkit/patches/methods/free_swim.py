@@ -5,8 +5,8 @@ size away; at the borders the box is moved inwards, so that every token reads a 
 
     |y' − y| ≤ base_rows / 2,  |x' − x| ≤ base_columns / 2     (in tokens, box moved inwards)
 
-This is the window alone. The paper guides it by a dense twin whose cross-attention replaces its own;
-without the twin, pictures far above the training size repeat objects.
+This is the window alone. The paper guides it by a dense twin whose cross-attention replaces its
+own; without the twin, pictures far above the training size repeat objects.
 """
 
 from __future__ import annotations

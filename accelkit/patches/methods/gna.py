@@ -1,8 +1,8 @@
 """GNA: generalised neighbourhood attention, windows in tokens with stride and dilation.
 
-Hassani et al., 2025, arXiv 2504.16922 (`SHI-Labs/NATTEN`). A token reads a window around it on every
-axis. Neighbours of a `stride` share the window of their leader; if the stride is a tile and the
-window a whole number of tiles, no tile is computed in part and the gain is the sparsity.
+Hassani et al., 2025, arXiv 2504.16922 (`SHI-Labs/NATTEN`). A token reads a window around it on
+every axis. Neighbours of a `stride` share the window of their leader; if the stride is a tile and
+the window a whole number of tiles, no tile is computed in part and the gain is the sparsity.
 
     leader = min((i // s) · s + s // 2, L − 1)            on each axis, i in its dilation group
     start  = max(leader − w // 2, 0), moved inwards where the window would end behind L

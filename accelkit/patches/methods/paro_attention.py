@@ -8,8 +8,8 @@ the best of six orders, and a map of blocks that hardly depends on the prompt is
     blocks  = the best `density` of the head's mean map in that order
 
 The plan keeps the order and a coarse map of mass (at most 64 × 64 for each head and step bucket, in
-the ordered axes), not masks: it is laid over whatever grid comes. All buckets but the last share the
-first half of the steps. Text is dense.
+the ordered axes), not masks: it is laid over whatever grid comes. All buckets but the last share
+the first half of the steps. Text is dense.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class PAROAttention(AttentionMethod):
     """Axis order and static blocks for each head.
 
     `axes` names a side tensor `[H]` with 0 … 5 (FHW, FWH, HWF, HFW, WHF, WFH), or is one number for
-    all heads; `blocks` names a side tensor `[H, buckets, n, n]` of mass. Without it a call is dense.
+    all heads; `blocks` names a side tensor `[H, buckets, n, n]` of mass. Without it a call is
+    dense.
     """
 
     phases: ClassVar[tuple[Phase, ...]] = ("denoise",)

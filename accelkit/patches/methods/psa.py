@@ -1,16 +1,16 @@
 """PSA: less important blocks are not dropped but read as means of 2, 4 or 8 keys.
 
-Pyramid Sparse Attention, 2025, arXiv 2512.04025 (`ziplab/Pyramid-Sparse-Attention`). Sampled rows and
-keys rank the blocks of a row; ranks decide the level at which a block is read, and a mean of h keys
-counts for h of them.
+Pyramid Sparse Attention, 2025, arXiv 2512.04025 (`ziplab/Pyramid-Sparse-Attention`). Sampled rows
+and keys rank the blocks of a row; ranks decide the level at which a block is read, and a mean of h
+keys counts for h of them.
 
     A[i, c] = max over sampled rows r of tile i  exp(max over sampled keys of c of s − max of row r)
     ranks up to ends[0]: keys themselves · up to ends[1]: means of 2 · 4 · 8 · the rest is left out
     logits of means get + log h
 
-Tokens lie along a space-filling curve, so that the keys of a mean are neighbours. `by_energy` counts
-the running sum of A instead of ranks; then at least 6 % of the blocks are read whole. Entries are
-whole tiles of keys: see `kernels.pyramid`.
+Tokens lie along a space-filling curve, so that the keys of a mean are neighbours. `by_energy`
+counts the running sum of A instead of ranks; then at least 6 % of the blocks are read whole.
+Entries are whole tiles of keys: see `kernels.pyramid`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Re-ttention: a narrow window, mended by what the last dense step says it leaves out.
 
-Chen et al., NeurIPS 2025, arXiv 2505.22918. At 97 % sparsity the softmax has too small a denominator
-and whole keys are missing. Both hardly change from step to step, so a dense step now and then
-measures them, row by row:
+Chen et al., NeurIPS 2025, arXiv 2505.22918. At 97 % sparsity the softmax has too small a
+denominator and whole keys are missing. Both hardly change from step to step, so a dense step now
+and then measures them, row by row:
 
     dense step    ρ = exp(LSE_window − LSE)          R = out − ρ · out_window
     sparse step   out = ρ · out_window + R           then  ρ ← min(ρ + drift, 1)

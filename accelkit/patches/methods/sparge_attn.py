@@ -10,7 +10,8 @@ kernel, tiles whose logits stay far below the running maximum are dropped.
     skip a tile if max over rows(m_tile − m_running) · log₂e + `skip_log2` ≤ 0     (None: never)
 
 On video the tokens may lie along a space-filling curve (`hilbert`), where block means are more
-honest; text is dense there. The untuned call of the release has `skip_log2` 50, which hardly ever skips; tuned heads have less.
+honest; text is dense there. The untuned call of the release has `skip_log2` 50, which hardly ever
+skips; tuned heads have less.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """VMoBA: chunks in time, space and both by turns of the layers, routed by their mean key.
 
-Wu et al., ICLR 2026, arXiv 2506.23858 (`KwaiVGI/VMoBA`), used without its training. Layer l cuts the
-video into chunks of frames (l mod 3 = 0), of columns through all frames (1) or of boxes (2), and
-queries read the chunks whose mean key they like best; heads spend their budget where it pays.
+Wu et al., ICLR 2026, arXiv 2506.23858 (`KwaiVGI/VMoBA`), used without its training. Layer l cuts
+the video into chunks of frames (l mod 3 = 0), of columns through all frames (1) or of boxes (2),
+and queries read the chunks whose mean key they like best; heads spend their budget where it pays.
 
     g[i, c] = mean(q_i) · mean(k_c),  scaled to 0 … 1 over a head
     own chunks always;  then the greatest g of all (i, c) of the head until they and the own ones

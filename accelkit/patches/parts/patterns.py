@@ -47,8 +47,9 @@ def listed(mask: Tensor, call: AttentionCall, unit: tuple[int, int]) -> BlockInd
 def boxes(
     call: AttentionCall, where: Visual, axes: Axes, tile: Grid, dilation: Grid, block: int
 ) -> BlockIndex:
-    """Lists for tokens laid out by `orders.tiled`: a tile reads the tiles in which any of its tokens
-    reads a token, as `axes` say for each axis (bool `[L, L]`). Text reads and is read by all.
+    """Lists for tokens laid out by `orders.tiled`: a tile reads the tiles in which any of its
+    tokens reads a token, as `axes` say for each axis (bool `[L, L]`). Text reads and is read by
+    all.
     """
     tiles = grids.tile_mask(axes, tile, dilation)
     lead, count = ceil_div(where.start, block), tiles.shape[0]

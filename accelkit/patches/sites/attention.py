@@ -252,10 +252,6 @@ def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
     return replace(call, **changed, _shared={})  # type: ignore[arg-type]
 
 
-def _laid_out(call: AttentionCall, order: Order | None) -> AttentionCall:
-    return call if order is None else in_kernel_order(call, order)
-
-
 def _common(order: Order) -> bool:
     """Whether all heads have one order."""
     return all(t is None or t.shape[0] == 1 for t in (order.q_table, order.k_table))
@@ -330,7 +326,7 @@ def run(
 
 
 def _weightless(index: BlockIndex, place: Tensor) -> BlockIndex:
-    """The same lists with a bias of −inf on holes; kept with the index, which static methods keep."""
+    """The same lists with a bias of −inf on holes; kept with the index, as methods keep that."""
     key = ("holes", id(place))
     if key not in index.lowered:
         bias = torch.where(place < 0, -torch.inf, 0.0) + index.bias
