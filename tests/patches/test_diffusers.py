@@ -13,7 +13,8 @@ from accelkit.errors import DenseFallbackWarning
 from accelkit.patches.adapters import facts, sites, watch
 from accelkit.patches.call import AttentionCall, Clock, Span
 from accelkit.patches.method import load
-from accelkit.patches.patch import plan_of
+from accelkit.patches.patch import from_pretrained, handle_of, plan_of, save_pretrained
+from accelkit.patches.plan import Policy
 from tests.patches.conftest import attributes
 from tests.tiny_pipes import PIPES, latents, tiny_pipe
 
@@ -179,3 +180,18 @@ def test_gradients_stay_whole():
             model(latent, **arguments).sample.sum().backward()
         assert handle.report().dense == {"gradients are enabled": 2}
     assert latent.grad.abs().sum() > 0
+
+
+def test_a_pipeline_is_saved_with_its_plan_and_opens_patched(tmp_path):
+    pipe = tiny_pipe("pixart")
+    method = load("window")(sink_tokens=16, window_tokens=17, block=16)
+    plan = plan_of(pipe, NARROW).model_copy(update={"policies": (Policy(methods=(method,)),)})
+    with accelkit.patch(pipe, plan):
+        sparse = latents(pipe, "pixart")
+        save_pretrained(pipe, tmp_path)
+    again = from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(again, "pixart"), sparse)
+    assert handle_of(again).report().sparse_calls == 4
+    accelkit.unpatch(again)
+    assert handle_of(again) is None

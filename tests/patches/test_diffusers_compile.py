@@ -100,3 +100,16 @@ def test_compiled_denoisers_are_refused(wan):
         ):
             accelkit.patch(wan, NARROW)
     accelkit.patch(model, NARROW).remove()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_op_keeps_its_contract(padded):
+    model = tiny_pipe("hunyuan").transformer
+    mask = (torch.arange(204) < 196).view(1, 1, 1, -1) if padded else None
+    with torch.no_grad(), accelkit.patch(model, NARROW):
+        q, k, v = (torch.randn(1, 204, 2, 16).transpose(1, 2) for _ in range(3))
+        site = model.transformer_blocks[0].attn.accelkit_site
+        seen = [torch.randn(1, 4, 3, 16, 16), torch.tensor([900.0])]
+        torch.library.opcheck(
+            torch.ops.accelkit.sdpa.default, (q, k, v, mask, 0.25, site, seen, [], 0)
+        )

@@ -139,7 +139,7 @@ def facts(model: DiffusionPipeline | ModelMixin) -> tuple[Fingerprint, dict[str,
         library="diffusers",
         class_name=type(first).__name__,
         model_type=type(first).__name__,
-        base_id=getattr(model, "name_or_path", None) or None,
+        base_id=str(getattr(model, "name_or_path", "")) or None,
         config_hash=f"sha256:{digest}",
         config=config,
         components={

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Connection:
     component: str = ""
     last: tuple[int, int] = (-1, -1)
     layout: Layout = (0, 0, 0, 0)
+    layouts: dict[Hashable, tuple[Sequence[Tensor], Layout]] = field(default_factory=dict)
     real: dict[Hashable, tuple[Tensor, int | None]] = field(default_factory=dict)
 
     def arrive(
@@ -61,9 +63,20 @@ class Connection:
         place = (door.site.order, ordinal)
         if place <= self.last or door.site.component != self.component:
             self.clock.forward(tensors[1])
-            self.layout = door.family.layout(tensors, told, door.patch)
+            self.layout = self._layout(door, tensors, told)
             self.real.clear()
         self.component, self.last = door.site.component, place
+
+    def _layout(self, door: Door, tensors: Sequence[Tensor], told: Sequence[int]) -> Layout:
+        """The layout of a forward; ids are read from the device once for each tensor of them."""
+        ids = tensors[2:]
+        key = (door.family, tensors[0].shape, *told, *(t.data_ptr() for t in ids))
+        if key not in self.layouts:
+            if len(self.layouts) == 16:
+                self.layouts.clear()
+            # The tensors are kept so that no other one comes to lie where they lie.
+            self.layouts[key] = (ids, door.family.layout(tensors, told, door.patch))
+        return self.layouts[key][1]
 
     def real_keys(self, mask: Tensor, square: bool) -> int | None:
         """How many keys a padding mask `[B, N]` leaves, if they come first in every sequence.
@@ -295,12 +308,17 @@ def _call(
         q_start=0,
         key_mask=key_mask,
         heads=tuple(range(heads)),
-        kv_of_head=torch.arange(heads, device=query.device) // (heads // key.shape[1]),
+        kv_of_head=_kv_of_head(heads, key.shape[1], query.device),
         site=door.site,
         clock=door.to.clock.now(),
         geometry=geometry(door.family, door.to.layout, key.shape[2]),
         ordinal=ordinal,
     )
+
+
+@cache
+def _kv_of_head(heads: int, kv_heads: int, device: torch.device) -> Tensor:
+    return torch.arange(heads, device=device) // (heads // kv_heads)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
