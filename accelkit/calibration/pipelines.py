@@ -34,10 +34,9 @@ def is_pipeline(name: str) -> bool:
         return (Path(name) / INDEX).is_file()
     from huggingface_hub import file_exists, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(name, INDEX), str):
-        return True
     try:
-        return file_exists(name, INDEX)
+        cached = isinstance(try_to_load_from_cache(name, INDEX), str)
+        return cached or file_exists(name, INDEX)
     except Exception:  # offline, a private repository, no such name: opening it will say more
         return False
 
