@@ -125,6 +125,8 @@ def self_similarity(
     2502.18137), computed as `‖Σ x̂‖² / n²`. `center` removes the mean token first, as SpargeAttn
     does for keys. `mask` names the tokens that count; a block without any gives 1.
     """
+    if x.ndim == 4 and dispatch.fast_device(x) and (mask is None or mask.shape[1] == 1):
+        return _fast_self_similarity(x, block, mask, center)
     n = x.shape[-2]
     short = -n % block
     x = x.float()
@@ -140,6 +142,20 @@ def self_similarity(
     count = pad(mask, (0, short)).unflatten(-1, (-1, block)).sum(-1)
     square = torch.matmul(weight, cells).square().sum((-1, -2))
     return torch.where(count > 0, square / count.clamp(min=1).square(), 1.0)
+
+
+def _fast_self_similarity(x: Tensor, block: int, mask: Tensor | None, center: bool) -> Tensor:
+    from accelkit.kernels._triton import scores as fast
+
+    centre = None
+    if center and mask is None:
+        centre = x.mean(2, dtype=torch.float32)
+    elif center:
+        assert mask is not None
+        number = mask.sum(-1, keepdim=True).clamp(min=1)
+        centre = torch.matmul((mask / number).to(x.dtype)[:, :, None], x)[:, :, 0].float()
+    places = None if mask is None else torch.where(mask, 0, -1).int()
+    return fast.self_similarity(x, block, tuple(range(x.shape[1])), places, centre)
 
 
 def rows_by_block_mean(call: Inputs, size: tuple[int, int]) -> Tensor:
@@ -256,6 +272,11 @@ def block_mass(
     then it is computed on the way. `rows` are the query tiles to look at, all by default.
     Calibration reads recall from this. Padding rows do not vote.
     """
+    if rows is None and lse is not None and dispatch.fast_device(call.q):
+        from accelkit.kernels._triton import scores as fast
+
+        if fast.mass_fits(call, size):
+            return fast.block_mass(call, lse, size)
     nq, nk = call.tiles(size)
     tiles = list(range(nq)) if rows is None else [int(r) for r in rows]
     places, limit, votes = key_places(call), row_limits(call), voting_rows(call)

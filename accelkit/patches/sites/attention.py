@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -230,7 +231,10 @@ def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
             changed["kv_of_head"] = torch.arange(len(call.heads), device=call.q.device)
         if call.causal or call.key_mask is not None or not order.whole:
             ids = _ids(order.k_table, order.row)  # [B|1, H, n]
-            place = _places(ids, call, 0)
+            if call.causal:
+                place = ids
+            else:
+                place = _common_places(order.k_table) if common else _places(ids)
             if call.key_mask is not None:
                 real = call.key_mask[:, None].expand(-1, ids.shape[1], -1)
                 ids = ids.expand(real.shape[0], -1, -1)
@@ -248,7 +252,9 @@ def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
                 q = whole
             changed["q"] = q
         if call.causal or not order.whole:
-            changed["q_pos"] = _places(_ids(order.q_table, order.row), call, call.q_start)
+            ids = _ids(order.q_table, order.row)
+            at = torch.where(ids < 0, -1, ids + call.q_start)
+            changed["q_pos"] = at if call.causal else _places(ids)
     return replace(call, **changed, _shared={})  # type: ignore[arg-type]
 
 
@@ -273,12 +279,16 @@ def _ids(table: Tensor, row: Tensor) -> Tensor:
     return ids if ids.ndim == 3 else ids[None]
 
 
-def _places(ids: Tensor, call: AttentionCall, start: int) -> Tensor:
-    """Positions of permuted tokens; without causality only their order in the kernel counts."""
-    if call.causal:
-        return torch.where(ids < 0, -1, ids + start)
-    place = torch.arange(ids.shape[2], device=ids.device, dtype=torch.int32)
+def _places(ids: Tensor) -> Tensor:
+    """Places in the kernel, −1 for holes: without causality, positions say nothing else."""
+    place = torch.arange(ids.shape[-1], device=ids.device, dtype=torch.int32)
     return torch.where(ids < 0, -1, place)
+
+
+@lru_cache(maxsize=64)
+def _common_places(table: Tensor) -> Tensor:
+    """`_places` of an order that all heads have in common, the same tensor in every call."""
+    return _places(table[None])
 
 
 def _in_token_order(part: Partial, order: Order, n: int) -> Partial:
