@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from accelkit.errors import InvalidInputError
-from accelkit.patches.call import Geometry, Span
+from accelkit.patches.call import Geometry, Kind, Span
 
 Patch = tuple[int, int, int]
 
@@ -41,9 +41,8 @@ class Root:
                 "a patched denoiser needs its timestep as a keyword: forward(…, timestep=…)"
             )
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        timestep = kwargs["timestep"]
         ids = kwargs.get("img_ids")
-        self.tensors = (hidden, timestep) if ids is None else (hidden, timestep, ids)
+        self.tensors = (hidden, kwargs["timestep"], *(() if ids is None else (ids,)))
         self.told = ()
         if kwargs.get("num_frames") is not None:
             self.told = (kwargs["num_frames"], kwargs["height"], kwargs["width"])
@@ -60,13 +59,14 @@ Layout = tuple[int, int, int, int]
 @dataclass(frozen=True)
 class Family:
     """Token layout of one transformer class. `layout` computes it from a forward's tensors, the
-    numbers it was told and the patch size; modules named `cross` are cross-attention. A `square`
-    family's processors spread the padding mask over all pairs of tokens.
+    numbers it was told and the patch size; `text` is where text lies in joint attention, `second`
+    what modules named `attn2` are. A `square` family's processors spread the padding mask over all
+    pairs of tokens.
     """
 
     layout: Callable[[Sequence[Tensor], Sequence[int], Patch], Layout]
     text: Literal["first", "last"] | None = None
-    cross: str | None = "attn2"
+    second: Kind = "cross"
     square: bool = False
 
 
@@ -120,7 +120,7 @@ FAMILIES: dict[str, Family] = {
     "MochiTransformer3DModel": Family(_video, "last"),
     "CosmosTransformer3DModel": Family(_video),
     "FluxTransformer2DModel": Family(_by_ids, "first"),
-    "SD3Transformer2DModel": Family(_image, "last", cross=None),
+    "SD3Transformer2DModel": Family(_image, "last", second="self"),
     "PixArtTransformer2DModel": Family(_image),
 }
 

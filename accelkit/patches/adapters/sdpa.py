@@ -145,9 +145,9 @@ def _unroute() -> None:
         nn.functional.scaled_dot_product_attention = _ORIGINAL
 
 
-def follow(root: nn.Module, door_root: Root, undo: ExitStack) -> None:
+def follow(root: nn.Module, given: Root, undo: ExitStack) -> None:
     """Keep what every forward of a denoiser is given."""
-    setattr(root, ROOT, door_root)
+    setattr(root, ROOT, given)
     undo.callback(delattr, root, ROOT)
     undo.callback(root.register_forward_pre_hook(_enter, with_kwargs=True).remove)
     # Even after an exception, so that no later call of another model finds a site open.
@@ -262,10 +262,11 @@ def _sdpa(
             # Padding at the end: neither these keys nor the queries beside them mean anything.
             key_mask, real = None, first
             cut = query[:, :, :real], key[:, :, :real], value[:, :, :real]
-    if door.reason is None:
-        out = door.to.runner.run(_call(door, *cut, key_mask, scale, ordinal))
+    out = None
+    if door.reason is not None:
+        door.to.runner.skipped(door.site.path, door.reason)
     else:
-        out = door.to.runner.skipped(door.site.path, door.reason)
+        out = door.to.runner.run(_call(door, *cut, key_mask, scale, ordinal))
     if out is None and not door.family.square:
         return _dense(query, key, value, mask, scale)
     if out is None:
