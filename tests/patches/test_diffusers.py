@@ -11,7 +11,7 @@ from torch.nn import functional
 import accelkit
 from accelkit.errors import DenseFallbackWarning
 from accelkit.patches.adapters import facts, sites, watch
-from accelkit.patches.call import AttentionCall, Clock, Span
+from accelkit.patches.call import AttentionCall, Clock, Geometry, Span
 from accelkit.patches.method import load
 from accelkit.patches.patch import from_pretrained, handle_of, plan_of, save_pretrained
 from accelkit.patches.plan import Policy
@@ -144,6 +144,28 @@ def test_several_resolutions_with_one_plan():
             again = latents(pipe, "wan", height=height, width=width, num_frames=frames, steps=1)
             assert torch.equal(again, latent)
         assert handle.report().dense == {}
+
+
+def test_coordinates_instead_of_sizes_leave_the_grid_open():
+    model = tiny_pipe("ltx").transformer
+    seen: list[AttentionCall] = []
+    with torch.no_grad(), watch(model, seen.append):
+        model(
+            torch.randn(1, 96, 8),
+            encoder_hidden_states=torch.randn(1, 5, 16),
+            timestep=torch.tensor([900.0]),
+            encoder_attention_mask=torch.ones(1, 5),
+            video_coords=torch.rand(1, 3, 96),
+        )
+    assert seen[0].geometry == Geometry((Span("video", 0, 96),), None)
+
+
+def test_one_frame_is_an_image():
+    pipe = tiny_pipe("wan")
+    seen: list[AttentionCall] = []
+    with watch(pipe, seen.append):
+        latents(pipe, "wan", num_frames=1, steps=1)
+    assert seen[0].geometry == Geometry((Span("image", 0, 64),), (1, 8, 8))
 
 
 def test_batch_of_prompts_and_padding_of_different_length():

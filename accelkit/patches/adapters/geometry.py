@@ -99,8 +99,10 @@ def _image(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Layo
 
 
 def _told(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Layout:
-    """Packed latents `[B, N, C]` with `num_frames`, `height` and `width` beside them."""
-    frames, rows, columns = told
+    """Packed latents `[B, N, C]` with `num_frames`, `height` and `width` beside them, if the
+    pipeline gives no coordinates instead.
+    """
+    frames, rows, columns = told or (0, 0, 0)
     return tensors[0].shape[1], frames, rows, columns
 
 
@@ -131,7 +133,7 @@ def geometry(family: Family, layout: Layout, tokens: int) -> Geometry:
     text = tokens - visual
     if text < 0:
         return Geometry()
-    kind = "video" if grid[0] > 1 else "image"
+    kind = "image" if grid[0] == 1 else "video"
     first = text if family.text == "first" else 0
     spans = [Span(kind, first, first + visual)]
     if text and family.text == "first":
