@@ -176,7 +176,8 @@ def _asked(call: AttentionCall, group: HeadGroup, state: PatchState) -> tuple[An
     schedule lets a site keep them over computed steps; asked for otherwise.
     """
     shelf: MutableMapping[Any, Any]
-    key, uses = state.static_key(call, group), 0
+    key: Any = state.static_key(call, group)
+    uses = 0
     if key is not None:
         shelf = state.static_shelf(call)
     else:
