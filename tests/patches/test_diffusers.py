@@ -47,6 +47,12 @@ EXPECTED = {
     "mochi": ("jj", [VIDEO, ("text", 192, 193)], (3, 8, 8), ("cond_uncond",)),
     "cosmos": ("ss", [VIDEO], (3, 8, 8), ("cond", "uncond")),
     "flux": ("jjj", [("text", 0, 12), ("image", 12, 140)], (1, 16, 8), ("cond",)),
+    "qwen_image": (
+        "jj",
+        [("text", 0, 6), ("image", 6, 102)],
+        (1, 12, 8),
+        ("cond", "uncond"),
+    ),
     "sd3": ("jsj", [("image", 0, 64), ("text", 64, 88)], (1, 8, 8), ("cond",)),
     "pixart": ("ss", [("image", 0, 64)], (1, 8, 8), ("cond",)),
 }
@@ -168,17 +174,20 @@ def test_one_frame_is_an_image():
     assert seen[0].geometry == Geometry((Span("image", 0, 64),), (1, 8, 8))
 
 
-def test_batch_of_prompts_and_padding_of_different_length():
-    """Text of unequal length is padding in the middle of a batch: a key mask, not a cut."""
-    pipe = tiny_pipe("hunyuan")
+@pytest.mark.parametrize(("family", "image"), [("hunyuan", 192), ("qwen_image", 96)])
+def test_batch_of_prompts_and_padding_of_different_length(family, image):
+    """Text of unequal length cannot be cut: a key mask at the end or in the middle."""
+    pipe = tiny_pipe(family)
     prompts = ["a red ball moves left", "ball"]
-    dense = latents(pipe, "hunyuan", prompts)
+    options = {"negative_prompt": ["the ring"] * 2} if family == "qwen_image" else {}
+    dense = latents(pipe, family, prompts, **options)
     seen: list[AttentionCall] = []
     with watch(pipe, seen.append):
-        latents(pipe, "hunyuan", prompts)
-    assert seen[0].key_mask.sum(-1).tolist() == [192 + 6, 192 + 2]
+        latents(pipe, family, prompts, **options)
+    assert seen[0].key_mask.sum(-1).tolist() == [image + 6, image + 2]
     with accelkit.patch(pipe, WIDE) as handle:
-        torch.testing.assert_close(latents(pipe, "hunyuan", prompts), dense, atol=2e-4, rtol=1e-3)
+        wide = latents(pipe, family, prompts, **options)
+        torch.testing.assert_close(wide, dense, atol=2e-4, rtol=1e-3)
         assert handle.report().dense == {}
 
 

@@ -46,6 +46,9 @@ class Root:
         self.told = ()
         if kwargs.get("num_frames") is not None:
             self.told = (kwargs["num_frames"], kwargs["height"], kwargs["width"])
+        shapes = kwargs.get("img_shapes")
+        if shapes is not None and len(shapes[0]) == 1:
+            self.told = tuple(shapes[0][0])
 
     def forget(self) -> None:
         """The forward is over; the next one finds what this one found."""
@@ -106,6 +109,11 @@ def _told(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Layou
     return tensors[0].shape[1], frames, rows, columns
 
 
+def _told_image(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Layout:
+    """Packed latents `[B, N, C]` of one image of a told shape, or of several."""
+    return _told(tensors, told or (1, 0, 0), patch)
+
+
 def _by_ids(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Layout:
     """Packed latents `[B, N, C]` with a position `(frame, row, column)` for each token."""
     ids = tensors[2].reshape(-1, tensors[2].shape[-1])[:, :3]
@@ -122,6 +130,7 @@ FAMILIES: dict[str, Family] = {
     "MochiTransformer3DModel": Family(_video, "last"),
     "CosmosTransformer3DModel": Family(_video),
     "FluxTransformer2DModel": Family(_by_ids, "first"),
+    "QwenImageTransformer2DModel": Family(_told_image, "first"),
     "SD3Transformer2DModel": Family(_image, "last", second="self"),
     "PixArtTransformer2DModel": Family(_image),
 }
