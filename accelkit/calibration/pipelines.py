@@ -58,7 +58,7 @@ def open_pipeline(name: str, *, dtype: str = "auto", device: str = "auto") -> An
         if "transformers" in sys.modules:
             sys.modules["transformers"].utils.logging.disable_progress_bar()
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=kind)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=kind)
     except (AttributeError, TypeError, ImportError) as error:
         raise UnsupportedModelError(
             f"{name}: diffusers {diffusers.__version__} cannot open this pipeline "
