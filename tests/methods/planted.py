@@ -269,7 +269,7 @@ def covered(piece: BlockIndex, call: AttentionCall, b: int) -> Tensor:
 
 def probabilities(call: AttentionCall, rows: slice = slice(None)) -> Tensor:
     """Dense attention of some rows, fp32 `[B, H, rows, Nk]`; rows that see nothing are zero."""
-    q, k = call.q[:, list(call.heads), rows].float(), call.k[:, call.kv_of_head].float()
+    q, k = call.q[:, list(call.heads)][:, :, rows].float(), call.k[:, call.kv_of_head].float()
     s = (q @ k.transpose(-1, -2)) * call.scale
     s = s.masked_fill(~visible_pairs(call)[:, :, rows], -math.inf)
     return s.softmax(-1).nan_to_num(0.0)
