@@ -198,7 +198,8 @@ def frame_bands(
             some, rows_, keys_ = w >= 0, rows[:, None], keys[None]
             upper = staircase(shift + w + 1, rows_, keys_)
             pairs += torch.where(some, upper - staircase(shift - w, rows_, keys_), 0)
-    whole = sum(s[2] for s in q)[:, None] * sum(s[2] for s in k)
+    rows, keys = (torch.stack([s[2] for s in side]).sum(0) for side in (q, k))
+    whole = rows[:, None] * keys
     return pairs > least * whole
 
 

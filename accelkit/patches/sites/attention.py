@@ -66,6 +66,11 @@ class Answer:
         return (self.index.size, tables, replace(self.execution, skip=None))
 
     @property
+    def plain(self) -> bool:
+        """One list in token order and nothing afterwards."""
+        return self.lane is not None and self.order is None
+
+    @property
     def index(self) -> BlockIndex:
         """The one list of an answer that has a lane."""
         index = self.pieces[0]
@@ -377,8 +382,7 @@ def _joined_skip(lane: list[Answer], device: torch.device) -> float | Tensor | N
 
 def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
     """Dense heads ride along in a launch of blocks when there is one."""
-    beside = [a for a in others if a.lane is not None and a.order is None]
-    sizes = [a.index.size for a in beside if a.index.size[1] >= 16]
+    sizes = [a.index.size for a in others if a.plain and a.index.size[1] >= 16]
     size = max(sizes, default=DENSE_UNIT)
     index = BlockIndex.dense(len(call.heads), -(-call.n_q // size[0]), size, call.q.device)
     return Answer(call, (index,))
