@@ -15,12 +15,14 @@ import planted
 import pytest
 import torch
 
+import accelkit
 from accelkit.kernels import BlockIndex, select
 from accelkit.patches.call import AttentionCall, Geometry, Site
 from accelkit.patches.method import AttentionMethod, load, names
 from accelkit.patches.plan import HeadGroup, LayerPlan, Plan, Policy
 from accelkit.patches.sites import attention
 from accelkit.patches.state import PatchState
+from tests import tiny_pipes
 
 DENOISERS = [n for n in names() if "denoise" in load(n).phases and "index" in load(n).answers()]
 SMALL = {
@@ -186,3 +188,33 @@ def test_groups_are_as_good_as_one(name: str):
     expected = attention.compute(answer).out
     expected[:, 1] = dense(True, FEW)[:, 1]
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    torch.manual_seed(0)
+    return tiny_pipes.wan_denoiser().eval()
+
+
+def denoise(model: torch.nn.Module) -> torch.Tensor:
+    """Two steps over 6 × 14 × 14 tokens."""
+    g = torch.Generator().manual_seed(1)
+    x, text = torch.randn(1, 16, 6, 28, 28, generator=g), torch.randn(1, 4, 16, generator=g)
+    for t in (900, 600):
+        step = {"timestep": torch.tensor([t]), "encoder_hidden_states": text}
+        x = x - 0.3 * model(hidden_states=x, **step, return_dict=False)[0]
+    return x
+
+
+@pytest.mark.parametrize("name", [n for n in DENOISERS if n != "paro_attention"])
+@torch.inference_mode()
+def test_runs_in_a_tiny_wan_and_leaves_it(name: str, denoiser: torch.nn.Module):
+    """Without its tables PAROAttention has nothing to run."""
+    method = load(name).model_validate({**load(name)().model_dump(), **SMALL.get(name, {})})
+    plain = denoise(denoiser)
+    with accelkit.patch(denoiser, method) as handle:
+        found = denoise(denoiser)
+        assert handle.report().sparse_calls == 4
+    assert found.isfinite().all()
+    assert not torch.equal(found, plain)
+    assert torch.equal(denoise(denoiser), plain)
