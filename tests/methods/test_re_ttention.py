@@ -6,7 +6,9 @@ import planted
 import torch
 
 from accelkit.patches.methods.re_ttention import ReTtention
+from accelkit.patches.plan import HeadGroup, LayerPlan, Plan, Policy, Schedule
 from accelkit.patches.sites import attention
+from accelkit.patches.state import PatchState
 
 
 def small():
@@ -72,3 +74,20 @@ def test_two_branches_and_two_prompts_keep_apart():
     assert METHOD._kept(at(call, 1)) is not None
     assert METHOD._kept(at(call, 0)) is not None
     assert METHOD._kept(replace(at(call, 1), heads=(0, 1))) is None
+
+
+def test_a_schedule_does_not_keep_what_a_step_measured():
+    """Where other lists would last three steps, ρ and R still belong to their own pieces."""
+    call, policy = small(), Policy(methods=(METHOD,))
+    schedule = Schedule(refresh_every=3)
+    sites = {call.site.path: LayerPlan(schedule=schedule)}
+    state = PatchState(Plan.model_construct(policies=(policy,), sites=sites))
+    for step in range(3):
+        out = torch.empty_like(call.q)
+        groups = [HeadGroup(call.heads, policy, 0)]
+        assert attention.attend(at(call, step), groups, state, out)
+        expected = planted.dense(call)
+        if step < 2:
+            torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+        else:  # one drift later
+            assert (out - expected).norm() / expected.norm() < 0.1

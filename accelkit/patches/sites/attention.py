@@ -205,10 +205,15 @@ def _asked(call: AttentionCall, group: HeadGroup, state: PatchState) -> tuple[An
         kept.used += 1
         return tuple(_again(a, call.take(heads)) for heads, a in kept.answers)
     found = answer(call, group.policy, state)
-    if found is None or uses == 1 or any(isinstance(p, Partial) for a in found for p in a.pieces):
+    if found is None or uses == 1 or not all(map(_keepable, found)):
         return found
     shelf[key] = _Kept([(a.call.heads, replace(a, call=None)) for a in found])  # type: ignore[arg-type]
     return found
+
+
+def _keepable(a: Answer) -> bool:
+    """Whether other steps may run it: computed pieces and what a method finishes belong to one."""
+    return not a.finishers and all(isinstance(p, BlockIndex) for p in a.pieces)
 
 
 def _again(a: Answer, call: AttentionCall) -> Answer:
