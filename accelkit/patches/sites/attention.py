@@ -63,7 +63,8 @@ class Answer:
         if alone:
             return None
         tables = None if order is None else (id(order.q_table), id(order.k_table))
-        return (self.index.size, tables, replace(self.execution, skip=None))
+        arithmetic = replace(self.execution, skip=None)  # thresholds may differ by head
+        return self.index.size, tables, arithmetic, self.execution.skip is None
 
     @property
     def plain(self) -> bool:
@@ -131,7 +132,7 @@ def compute(
     parts = tuple(
         piece
         if isinstance(piece, Partial)
-        else run(call, piece, skip=answered.execution.skip, rows=rows, backend=backend)
+        else run(call, piece, answered.execution, rows=rows, backend=backend)
         for piece in answered.pieces
     )
     joined = parts[0] if len(parts) == 1 else merge(parts)
@@ -314,13 +315,15 @@ def _in_token_order(part: Partial, order: Order, n: int) -> Partial:
 def run(
     call: AttentionCall,
     index: BlockIndex,
+    execution: Execution = PLAIN,
     *,
-    skip: float | Tensor | None = None,
     rows: Tensor | Sequence[int] | None = None,
     backend: str | None = None,
     out: Tensor | None = None,
 ) -> Partial:
-    """Attention of the call's heads over the keys of `index`; options as in `kernels.attend`."""
+    """Attention of the call's heads over the keys of `index`, with the given arithmetic; options as
+    in `kernels.attend`.
+    """
     q_pos, k_pos = call.q_pos, call.k_pos
     if k_pos is not None and not call.causal and call.q.is_cuda:
         # Holes as keys of weight zero keep the kernel in its main loop; rows of holes go nowhere.
@@ -339,7 +342,10 @@ def run(
         q_pos=q_pos,
         k_pos=k_pos,
         rows=rows,
-        skip=skip,
+        skip=execution.skip,
+        qk=execution.qk,
+        pv=execution.pv,
+        smooth_k=execution.smooth_k,
         out=out,
         backend=backend,
     )
@@ -360,29 +366,23 @@ def _launch(lane: list[Answer], out: Tensor) -> None:
     kv = first.call.kv_of_head if len(lane) == 1 else torch.cat([a.call.kv_of_head for a in lane])
     joined = replace(first.call, heads=heads, kv_of_head=kv)
     index = BlockIndex.cat([a.index for a in lane])
-    skip = _joined_skip(lane, out.device)
+    execution = first.execution
+    if execution.skip is not None:
+        columns = [
+            torch.as_tensor(a.execution.skip, dtype=torch.float32, device=out.device)
+            .reshape(-1)
+            .expand(len(a.call.heads))
+            for a in lane
+        ]
+        execution = replace(execution, skip=torch.cat(columns))
     order = first.order
     if order is None or order.q_table is None:
-        run(joined, index, skip=skip, out=out)
+        run(joined, index, execution, out=out)
         return
-    part = run(joined, index, skip=skip)
+    part = run(joined, index, execution)
     if not order.whole:
         out[:, device_ids(heads, out.device)] = 0  # tokens that the order leaves out
     put_rows(out, part.out, order.q_table, None, heads)
-
-
-def _joined_skip(lane: list[Answer], device: torch.device) -> float | Tensor | None:
-    skips = [a.execution.skip for a in lane]
-    if all(s is None for s in skips):
-        return None
-    # λ = 0 has ln λ = −∞: nothing is ever skipped.
-    columns = [
-        torch.as_tensor(0.0 if s is None else s, dtype=torch.float32, device=device)
-        .reshape(-1)
-        .expand(len(a.call.heads))
-        for s, a in zip(skips, lane, strict=True)
-    ]
-    return torch.cat(columns)
 
 
 def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
