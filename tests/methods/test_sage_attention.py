@@ -1,7 +1,10 @@
 """SageAttention answers with the arithmetic, and goes with any index."""
 
+from dataclasses import replace
+
 import planted
 import pytest
+import torch
 from pydantic import ValidationError
 
 from accelkit.kernels.index import ALL
@@ -36,3 +39,17 @@ def test_two_arithmetics_are_refused():
 def test_precisions_have_names():
     with pytest.raises(ValidationError, match="qk"):
         SageAttention(qk="int3")
+
+
+def test_eight_bits_are_near():
+    """Alone and over GNA's lists; a mean that all keys share does no harm."""
+    call = planted.video(grid=(4, 8, 8))
+    call = replace(
+        call, k=call.k + 6.0 * torch.randn(64, generator=torch.Generator().manual_seed(0))
+    )
+    for others in ((), (GNA(window=(1.0, 0.5, 0.5), block=64),)):
+        (exact,) = attention.answer(call, Policy(methods=others)) or (None,)
+        expected = planted.dense(call) if exact is None else attention.compute(exact).out
+        (answer,) = attention.answer(call, Policy(methods=(*others, SageAttention())))
+        out = attention.compute(answer).out
+        assert 0 < (out - expected).norm() / expected.norm() < 0.05
