@@ -353,11 +353,11 @@ def run(
 
 def _weightless(index: BlockIndex, place: Tensor) -> BlockIndex:
     """The same lists with a bias of −inf on holes; kept with the index, as methods keep that."""
-    key = ("holes", id(place))
-    if key not in index.lowered:
+    kept = index.lowered.get("holes")
+    if kept is None or kept[0] is not place:
         bias = torch.where(place < 0, -torch.inf, 0.0) + index.bias
-        index.lowered[key] = (replace(index, bias=bias), place)
-    return index.lowered[key][0]
+        kept = index.lowered["holes"] = (place, replace(index, bias=bias))
+    return kept[1]
 
 
 def _launch(lane: list[Answer], out: Tensor) -> None:
