@@ -57,6 +57,9 @@ SETTINGS: dict[str, list[dict]] = {
     "flash_prefill": [{"alpha": 0.1}],
     "xattention": [{"coverage": 0.7}],
     "window": [{"window_tokens": 3500}],
+    "sage_attention": [{}],
+    "gna+sage_attention": [{"window": (1.0, 0.5, 0.4)}],
+    "re_ttention+sage_attention": [{"window": 0.2}],
 }
 
 
@@ -133,6 +136,7 @@ def expected(a: attention.Answer, head: int, rows: torch.Tensor) -> torch.Tensor
             count = int(index.count[0, head, row // bq])
             on = torch.zeros(-(-k.shape[2] // bk), dtype=torch.bool, device=k.device)
             on[index.blocks[start : start + count].long()] = True
+            on |= count < 0  # a dense row
             s[i] = s[i].masked_fill(~on.repeat_interleave(bk)[: k.shape[2]], -math.inf)
         logits.append(s)
         values.append(v[0, int(a.call.kv_of_head[head])].float())
@@ -156,13 +160,14 @@ def error(a: attention.Answer, out: torch.Tensor, dense: torch.Tensor) -> float:
 
 
 def measure(call: AttentionCall, name: str, fields: dict, dense: torch.Tensor) -> dict:
+    name, *others = name.split("+")
     method = load(name)(**fields)
     if name == "paro_attention":
         calibrator = method.calibrator(call.site)
         calibrator.see(call, dense, dense_lse(call))
         call = replace(call, tables=calibrator.tables())
         method = method.model_copy(update={"axes": "paro_axes", "blocks": "paro_blocks"})
-    policy, memory = Policy(methods=(method,)), {}
+    policy, memory = Policy(methods=(method, *(load(o)() for o in others))), {}
     groups = [HeadGroup(call.heads, policy, 0)]
     state = PatchState(Plan.model_construct(policies=(policy,), sites={"a": LayerPlan()}))
     out = torch.empty_like(call.v)
@@ -174,7 +179,7 @@ def measure(call: AttentionCall, name: str, fields: dict, dense: torch.Tensor) -
     now = lambda: at_step(call, 11, memory)  # noqa: E731
     assert attention.attend(now(), groups, state, out)
     (a,) = attention.answer(now(), policy)
-    row = {"method": name, **fields, "error": error(a, out, dense)}
+    row = {"method": "+".join((name, *others)), **fields, "error": error(a, out, dense)}
     row["density"] = float(select.density(a.pieces, a.call).mean())
     row["recall_of_output"] = 1 - float(
         (out.float() - dense.float()).abs().sum() / dense.float().abs().sum()
@@ -184,7 +189,9 @@ def measure(call: AttentionCall, name: str, fields: dict, dense: torch.Tensor) -
     if a.order is not None:
         row["order_ms"] = time_ms(lambda: attention.in_kernel_order(now(), a.order))
     row["answer_ms"] = time_ms(lambda: attention.answer(now(), policy))
-    row["kernel_ms"] = sum(time_ms(lambda p=piece: attention.run(a.call, p)) for piece in a.pieces)
+    row["kernel_ms"] = sum(
+        time_ms(lambda p=piece: attention.run(a.call, p, a.execution)) for piece in a.pieces
+    )
     row["search_ms"] = search_ms
     return row
 
@@ -217,7 +224,7 @@ def main() -> None:
                 row |= {"shape": shape, "dense_ms": dense_ms, "gain": dense_ms / row["call_ms"]}
                 rows.append(row)
                 print(
-                    f"  {name[:16]:16s} d {row['density']:.3f} call {row['call_ms']:6.2f} "
+                    f"  {name[:18]:18s} d {row['density']:.3f} call {row['call_ms']:6.2f} "
                     f"answer {row['answer_ms']:6.2f} order {row['order_ms']:5.2f} kernel "
                     f"{row['kernel_ms']:6.2f} gain {row['gain']:4.2f} err {row['error']:.4f} "
                     f"agree {row['recall_of_output']:.3f} "

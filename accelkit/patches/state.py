@@ -65,7 +65,7 @@ class PatchState:
         self.plan = plan
         self.anchors = plan.anchors()
         self.own_anchors = plan.own_anchors()
-        self.memory: dict[tuple[str, int, str], dict[str, Any]] = {}
+        self.memory: dict[tuple[str, int, str], dict[Any, Any]] = {}
         self.indices: dict[tuple[str, int], list[Saved]] = {}
         self.static: dict[Hashable, Any] = {}
         self.answers: dict[Hashable, dict[Hashable, Any]] = {}

@@ -63,7 +63,13 @@ class Answer:
         if alone:
             return None
         tables = None if order is None else (id(order.q_table), id(order.k_table))
-        return (self.index.size, tables, replace(self.execution, skip=None))
+        arithmetic = replace(self.execution, skip=None)  # thresholds may differ by head
+        return self.index.size, tables, arithmetic, self.execution.skip is None
+
+    @property
+    def plain(self) -> bool:
+        """One list in token order and nothing afterwards."""
+        return self.lane is not None and self.order is None
 
     @property
     def index(self) -> BlockIndex:
@@ -126,7 +132,7 @@ def compute(
     parts = tuple(
         piece
         if isinstance(piece, Partial)
-        else run(call, piece, skip=answered.execution.skip, rows=rows, backend=backend)
+        else run(call, piece, answered.execution, rows=rows, backend=backend)
         for piece in answered.pieces
     )
     joined = parts[0] if len(parts) == 1 else merge(parts)
@@ -203,10 +209,15 @@ def _asked(call: AttentionCall, group: HeadGroup, state: PatchState) -> tuple[An
         kept.used += 1
         return tuple(_again(a, call.take(heads)) for heads, a in kept.answers)
     found = answer(call, group.policy, state)
-    if found is None or uses == 1 or any(isinstance(p, Partial) for a in found for p in a.pieces):
+    if found is None or uses == 1 or not all(map(_keepable, found)):
         return found
     shelf[key] = _Kept([(a.call.heads, replace(a, call=None)) for a in found])  # type: ignore[arg-type]
     return found
+
+
+def _keepable(a: Answer) -> bool:
+    """Whether other steps may run it: computed pieces and what a method finishes belong to one."""
+    return not a.finishers and all(isinstance(p, BlockIndex) for p in a.pieces)
 
 
 def _again(a: Answer, call: AttentionCall) -> Answer:
@@ -307,13 +318,15 @@ def _in_token_order(part: Partial, order: Order, n: int) -> Partial:
 def run(
     call: AttentionCall,
     index: BlockIndex,
+    execution: Execution = PLAIN,
     *,
-    skip: float | Tensor | None = None,
     rows: Tensor | Sequence[int] | None = None,
     backend: str | None = None,
     out: Tensor | None = None,
 ) -> Partial:
-    """Attention of the call's heads over the keys of `index`; options as in `kernels.attend`."""
+    """Attention of the call's heads over the keys of `index`, with the given arithmetic; options as
+    in `kernels.attend`.
+    """
     q_pos, k_pos = call.q_pos, call.k_pos
     if k_pos is not None and not call.causal and call.q.is_cuda:
         # Holes as keys of weight zero keep the kernel in its main loop; rows of holes go nowhere.
@@ -332,7 +345,10 @@ def run(
         q_pos=q_pos,
         k_pos=k_pos,
         rows=rows,
-        skip=skip,
+        skip=execution.skip,
+        qk=execution.qk,
+        pv=execution.pv,
+        smooth_k=execution.smooth_k,
         out=out,
         backend=backend,
     )
@@ -340,11 +356,11 @@ def run(
 
 def _weightless(index: BlockIndex, place: Tensor) -> BlockIndex:
     """The same lists with a bias of −inf on holes; kept with the index, as methods keep that."""
-    key = ("holes", id(place))
-    if key not in index.lowered:
+    kept = index.lowered.get("holes")
+    if kept is None or kept[0] is not place:
         bias = torch.where(place < 0, -torch.inf, 0.0) + index.bias
-        index.lowered[key] = (replace(index, bias=bias), place)
-    return index.lowered[key][0]
+        kept = index.lowered["holes"] = (place, replace(index, bias=bias))
+    return kept[1]
 
 
 def _launch(lane: list[Answer], out: Tensor) -> None:
@@ -353,35 +369,28 @@ def _launch(lane: list[Answer], out: Tensor) -> None:
     kv = first.call.kv_of_head if len(lane) == 1 else torch.cat([a.call.kv_of_head for a in lane])
     joined = replace(first.call, heads=heads, kv_of_head=kv)
     index = BlockIndex.cat([a.index for a in lane])
-    skip = _joined_skip(lane, out.device)
+    execution = first.execution
+    if execution.skip is not None:
+        columns = [
+            torch.as_tensor(a.execution.skip, dtype=torch.float32, device=out.device)
+            .reshape(-1)
+            .expand(len(a.call.heads))
+            for a in lane
+        ]
+        execution = replace(execution, skip=torch.cat(columns))
     order = first.order
     if order is None or order.q_table is None:
-        run(joined, index, skip=skip, out=out)
+        run(joined, index, execution, out=out)
         return
-    part = run(joined, index, skip=skip)
+    part = run(joined, index, execution)
     if not order.whole:
         out[:, device_ids(heads, out.device)] = 0  # tokens that the order leaves out
     put_rows(out, part.out, order.q_table, None, heads)
 
 
-def _joined_skip(lane: list[Answer], device: torch.device) -> float | Tensor | None:
-    skips = [a.execution.skip for a in lane]
-    if all(s is None for s in skips):
-        return None
-    # λ = 0 has ln λ = −∞: nothing is ever skipped.
-    columns = [
-        torch.as_tensor(0.0 if s is None else s, dtype=torch.float32, device=device)
-        .reshape(-1)
-        .expand(len(a.call.heads))
-        for s, a in zip(skips, lane, strict=True)
-    ]
-    return torch.cat(columns)
-
-
 def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
     """Dense heads ride along in a launch of blocks when there is one."""
-    beside = [a for a in others if a.lane is not None and a.order is None]
-    sizes = [a.index.size for a in beside if a.index.size[1] >= 16]
+    sizes = [a.index.size for a in others if a.plain and a.index.size[1] >= 16]
     size = max(sizes, default=DENSE_UNIT)
     index = BlockIndex.dense(len(call.heads), -(-call.n_q // size[0]), size, call.q.device)
     return Answer(call, (index,))
