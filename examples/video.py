@@ -37,10 +37,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/video"))
     args = parser.parse_args()
 
-    cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype)
-    pipe = pipe.to("cuda" if cuda else "cpu")
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
+    pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype).to(device)
     size = {"height": args.height, "width": args.width, "num_frames": args.frames}
     chosen = {"budget": args.budget, "methods": args.methods, "preset": args.preset}
 

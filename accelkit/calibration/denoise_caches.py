@@ -18,14 +18,13 @@ from accelkit.calibration.denoise_look import bucket_of, place_of
 from accelkit.calibration.denoise_weights import Small
 from accelkit.calibration.measure import Run
 from accelkit.calibration.quality import relative
-from accelkit.errors import AccelkitError
+from accelkit.errors import AccelkitError, UnsupportedModelError
 from accelkit.patches import method as registry
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import BlockMethod, Method, load
-from accelkit.patches.parts import step_cache
 
-RUNS = 4
+RUNS = 3
 """Most settings of a technique that are run."""
 AIM = 0.5
 """Share of the budget that bisection aims at: attention wants some of it as well."""
@@ -118,14 +117,14 @@ def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:
         calls: dict[str, int] = Counter()
 
         def count(call: AttentionCall) -> None:
-            calls[place_of(call.site.path, small.bucket(call.clock.step))] += 1
+            calls[place_of(call.site.path, small.bucket(call.clock.step, small.seen.total))] += 1
 
         with watch(run.model, count), ExitStack() as undo:
             for root in small.roots.values():
                 cache.rewire(root, undo)
             take = video.run(run.model, small.seen.settings, small.shot)
         left = {p: calls.get(p, 0) / n for p, n in small.seen.calls.items()}
-        return {"error": relative(take.latents, small.latents), "left": left}
+        return {"error": relative(take.latents, small.whole[0]), "left": left}
 
     run.tell(f"step cache {cache.kind}")
     settings = {k: v for k, v in stored(cache).items() if k not in ("kind", "ratios")}
@@ -135,21 +134,18 @@ def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:
 
 
 def _fitted(run: Run, small: Small, cache: BlockMethod) -> BlockMethod:
-    """The cache with the numbers of this model that it needs."""
+    """The cache with the numbers of this model that it needs.
+
+    Raises:
+        UnsupportedModelError: they cannot be measured on it.
+    """
     if "ratios" not in type(cache).model_fields:
         return cache
-
-    def work() -> list[float]:
-        noted: list[float] = []
-        root = next(iter(small.roots.values()))
-        with step_cache.magnitudes(root, small.seen.total) as ratios:
-
-            def each(done: int, latents: Any) -> None:
-                noted[:] = ratios()
-
-            video.run(run.model, small.seen.settings, small.shot, each=each)
-        return [round(r, 5) for r in noted]
-
     run.tell("sizes of residuals")
-    ratios = run.journal.unit("cache/ratios", work)
+    ratios = run.journal.unit("cache/ratios", lambda: small.whole[1])
+    if not ratios:
+        raise UnsupportedModelError(
+            f"{', '.join(small.roots)}: the sizes of residuals cannot be measured; that needs one "
+            "denoiser whose blocks the library knows"
+        )
     return cache.model_copy(update={"ratios": tuple(ratios)})

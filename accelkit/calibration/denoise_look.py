@@ -56,6 +56,11 @@ def _within(low: float, high: float, total: int) -> list[int]:
     return [s for s in range(total) if low <= s / total < high]
 
 
+def scaled(step: int, of: int, total: int) -> int:
+    """The step of `total` that stands where `step` of `of` stands."""
+    return min(int((step + 0.5) * total / of), total - 1)
+
+
 def place_of(site: str, bucket: int) -> str:
     return f"{site}@{bucket}"
 
@@ -120,13 +125,14 @@ def glance(pipe: Any, settings: Settings, shot: Shot) -> dict[str, Any]:
     """Tokens of each site, grid, spans and batch in a run's first forward; the run ends there."""
     tokens: dict[str, int] = {}
     seen: list[Geometry] = []
-    last, batch = -1, 1
+    last, batch = (-1, -1), 1
 
     def visit(call: AttentionCall) -> None:
         nonlocal last, batch
-        if call.site.order <= last:
+        place = (call.site.order, call.ordinal)
+        if place <= last:
             raise Enough
-        last, batch = call.site.order, call.q.shape[0]
+        last, batch = place, call.q.shape[0]
         tokens[call.site.path] = call.n_k
         if not seen or call.n_k == max(tokens.values()):
             seen[:] = [call.geometry]

@@ -21,11 +21,12 @@ from accelkit.calibration.candidates import (
     Bench,
     Family,
     calibrated_settings,
+    for_call,
     prime,
     thinned,
 )
 from accelkit.calibration.capture import dense_attention
-from accelkit.calibration.denoise_look import Look, bucket_of, site_of
+from accelkit.calibration.denoise_look import Look, bucket_of, scaled, site_of
 from accelkit.calibration.measure import Run, family_of, kept
 from accelkit.calibration.profile import UNIT, profile
 from accelkit.calibration.video import Enough, Settings, Shot
@@ -35,12 +36,14 @@ from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.plan import Policy
-from accelkit.patches.sites.attention import Answer, answer, in_kernel_order
+from accelkit.patches.sites.attention import Answer, answer
 
 STATIC = 0.95
 """Lists that still hold this share of the mass that fresh ones hold may be kept for some steps."""
 GAP = 3
 """Steps between the two looks at a place."""
+SCREENED = 40
+"""Most places at which every method is tried."""
 MOST_PRIMED = 2
 """Settings of a method that lives over several steps: each holds memory between the looks."""
 NO_ROWS = np.zeros(0, dtype=np.int64)
@@ -69,8 +72,8 @@ def measured(
     costs: CostTable,
     tokens: int,
 ) -> Measurements:
-    """Dense runs of the prompts; the first one also screens. Runs have at most half of the steps
-    and end behind the last one that is looked at.
+    """Dense runs of the prompts; the first one also screens. Runs have half or a quarter of the
+    steps and end behind the last one that is looked at.
     """
     screen: dict[str, Any] = {}
     families: dict[str, list[Family]] = {}
@@ -83,7 +86,8 @@ def measured(
             _measure(run, seen, settings, shot, n, methods, costs, tokens)
         units.append({p: run.journal[k] for p, k in keys.items() if k in run.journal})
         if not n:
-            screen = {p: run.journal[f"screen/{p}"] for p in units[0]}
+            by = screened_by(seen.places)
+            screen = {p: run.journal[f"screen/{by[p]}"] for p in units[0]}
             for place, unit in units[0].items():
                 families[place] = [family_of(k, v) for k, v in unit["families"].items()]
     refresh: dict[str, int] = {}
@@ -104,14 +108,18 @@ def _measure(
     costs: CostTable,
     tokens: int,
 ) -> None:
-    total = min(seen.total, max(8, seen.total // 2))
+    # The first prompt in half of the steps, further ones in a quarter: early and late are the same
+    # shares of them.
+    total = min(seen.total, max(8, seen.total // (4 if n else 2)))
     branch = seen.branches[n % len(seen.branches)]
     finest = 0 if n else run.preset.finest
-    late = {p: _scaled(s[3 * len(s) // 4], seen.total, total) for p, s in seen.steps.items()}
-    early = {p: max(_scaled(s[0], seen.total, total), late[p] - GAP) for p, s in seen.steps.items()}
+    late = {p: scaled(s[len(s) // 2], seen.total, total) for p, s in seen.steps.items()}
+    early = {p: max(scaled(s[0], seen.total, total), late[p] - GAP) for p, s in seen.steps.items()}
+    stands_for = screened_by(seen.places)
     last, step = max(late.values()), 0
     heavy: dict[int, dict[str, Tensor]] = {}
     begun: dict[str, _Begun] = {}
+    shelf: dict[Any, Any] = {}
     by_step: dict[tuple[str, int], list[str]] = {}
     for places in (early, late):
         for p, s in places.items():
@@ -130,12 +138,16 @@ def _measure(
             earlier = run.journal[f"measure/0/{place}"]
             families = [family_of(k, v) for k, v in earlier["families"].items()]
             tables = _unpacked(earlier["tables"])
-        else:
-            suffix = f"_{bucket_of(place)}"
-            wanted, tables = calibrated_settings(methods, call.site, call, dense, suffix)
-            bench = Bench(replace(call, tables=tables, memory={}), dense, NO_ROWS)
+            return _begin(families, replace(call, tables=tables, memory={}))
+        key, suffix = f"screen/{stands_for[place]}", f"_{bucket_of(place)}"
+        tables = {}
+        if stands_for[place] == place:
 
             def work() -> dict[str, Any]:
+                wanted, mine = calibrated_settings(methods, call.site, call, dense, suffix)
+                tables.update(mine)
+                there = replace(call, tables=mine, memory={})
+                bench = Bench(there, dense, NO_ROWS, shelf=shelf)
                 alike = heavy.setdefault(bucket_of(place), {})
                 found, mask = profile(call, dense, bench.tiles(UNIT[0])[0], alike)
                 alike[call.site.path] = mask
@@ -147,13 +159,18 @@ def _measure(
                 }
 
             run.tell(f"screening {len(methods)} methods")
-            record = run.journal.unit(f"screen/{place}", work)
-            families = kept(record, costs, tokens, tokens, run.preset.families)
+            run.journal.unit(key, work)
+        families = kept(run.journal[key], costs, tokens, tokens, run.preset.families)
+        kinds = {f.settings[0].kind for f in families}
+        some = [m for m in methods if m.kind in kinds]
+        if not tables:
+            _, tables = calibrated_settings(some, call.site, call, dense, suffix)
         return _begin(families, replace(call, tables=tables, memory={}))
 
     def second(place: str, call: AttentionCall, dense: Partial, then: _Begun) -> None:
-        fresh = Bench(replace(call, tables=then.tables, memory={}), dense, NO_ROWS)
-        later = Bench(replace(fresh.call, memory=then.memory), dense, NO_ROWS, primed=True)
+        there = replace(call, tables=then.tables, memory={})
+        fresh = Bench(there, dense, NO_ROWS, shelf=shelf)
+        later = Bench(replace(there, memory=then.memory), dense, NO_ROWS, primed=True)
 
         def work() -> dict[str, Any]:
             rows = {
@@ -171,7 +188,8 @@ def _measure(
         run.journal.unit(f"measure/{n}/{place}", work)
 
     def visit(call: AttentionCall) -> Tensor | None:
-        if call.clock.branch != branch or (call.site.path, step) not in by_step:
+        here = call.clock.branch == branch and call.ordinal == 0
+        if not here or (call.site.path, step) not in by_step:
             return None
         dense = dense_attention(call)
         see(call, dense)
@@ -196,8 +214,16 @@ def _measure(
         run.journal.put("measure/step", float(np.median(free)) if free else float(min(spent)), 0.0)
 
 
-def _scaled(step: int, of: int, total: int) -> int:
-    return min(int((step + 0.5) * total / of), total - 1)
+def screened_by(places: Sequence[str]) -> dict[str, str]:
+    """The place whose screening counts for each: its own where places are few, else that of the
+    nearest earlier site of the same bucket among some evenly spread.
+    """
+    every = -(-len(places) // SCREENED)
+    found: dict[str, str] = {}
+    for bucket in {bucket_of(p) for p in places}:
+        mine = [p for p in places if bucket_of(p) == bucket]
+        found |= {p: mine[i // every * every] for i, p in enumerate(mine)}
+    return found
 
 
 @dataclass(frozen=True)
@@ -235,11 +261,7 @@ def _aged(bench: Bench, then: _Begun, gap: int) -> dict[str, Any]:
     fresh = answer(bench.call, Policy(methods=(then.best,))) if then.best else None
     if fresh is None or not then.lists or gap < 1:
         return {"good_for": 1}
-    aged = tuple(
-        replace(a, call=c if a.order is None else in_kernel_order(c, a.order))
-        for a in then.lists
-        for c in [bench.call.take(a.call.heads)]
-    )
+    aged = tuple(for_call(a, bench.call) for a in then.lists)
     now, before = bench.measure(fresh)["recall"], bench.measure(aged)["recall"]
     share = min(b / max(a, 1e-6) for a, b in zip(now, before, strict=True))
     return {"good_for": gap if share >= STATIC else 1, "share": round(share, 4), "gap": gap}

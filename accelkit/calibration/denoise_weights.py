@@ -7,6 +7,8 @@ during a bucket carries into the final latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,16 +17,23 @@ from torch import Tensor
 
 from accelkit.calibration import video
 from accelkit.calibration.capture import See, dense_attention
-from accelkit.calibration.denoise_look import Look, bucket_of, buckets, site_of
+from accelkit.calibration.denoise_look import Look, bucket_of, buckets, scaled, site_of
 from accelkit.calibration.measure import Run
 from accelkit.calibration.quality import NOISE, Show, noise_like, relative
 from accelkit.calibration.video import Shot
+from accelkit.errors import AccelkitError
+from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
+from accelkit.patches.parts import step_cache
+
+FEW = 12
+"""Steps of the disturbed runs, or a quarter of all."""
 
 
 class Small:
-    """The small geometry: a dense reference, kept calls of the denoisers, and disturbed runs.
+    """The small geometry in few steps: a dense reference, kept calls of the denoisers, disturbed
+    runs; and in all steps, what step caches are compared with.
 
     Nothing runs before it is asked for, so that a resumed calibration repeats only what it needs.
     """
@@ -32,17 +41,43 @@ class Small:
     def __init__(self, run: Run, seen: Look, shot: Shot, roots: Mapping[str, Any]) -> None:
         self.run, self.seen, self.shot, self.roots = run, seen, shot, dict(roots)
         self.shares = buckets(seen.total)
+        self.total = min(seen.total, max(FEW, seen.total // 4))
+        self.settings = replace(seen.settings, num_inference_steps=self.total)
 
-    def bucket(self, step: int) -> int:
-        at = min(step, self.seen.total - 1) / self.seen.total
+    def bucket(self, step: int, total: int) -> int:
+        """Of a step among some total."""
+        at = min(step, total - 1) / total
         return next(b for b, (low, high) in enumerate(self.shares) if low <= at < high)
+
+    @cached_property
+    def whole(self) -> tuple[Tensor, list[float]]:
+        """Final latents in all steps, and the sizes of the residuals that MagCache lives on (empty
+        where they cannot be had).
+        """
+        noted: list[float] = []
+        with ExitStack() as undo:
+            ratios: Callable[[], list[float]] = list
+            if len(self.roots) == 1:
+                try:
+                    recorder = step_cache.magnitudes(*self.roots.values(), self.seen.total)
+                    ratios = undo.enter_context(recorder)
+                except AccelkitError:
+                    pass  # a class without step caches; asking for one will say so
+
+            def each(done: int, latents: Tensor) -> None:
+                noted[:] = ratios()
+
+            take = video.run(self.run.model, self.seen.settings, self.shot, each=each)
+        return take.latents, [round(r, 5) for r in noted]
 
     @cached_property
     def _reference(self) -> tuple[Tensor, dict[tuple[str, int], tuple[Any, Any]]]:
         kept_calls: dict[tuple[str, int], tuple[Any, Any]] = {}
         step = 0
         middle = {
-            (site_of(p).partition(".")[0], bucket_of(p)): s[len(s) // 2]
+            (site_of(p).partition(".")[0], bucket_of(p)): scaled(
+                s[len(s) // 2], self.seen.total, self.total
+            )
             for p, s in self.seen.steps.items()
         }
 
@@ -52,7 +87,7 @@ class Small:
 
         def keeper(name: str) -> Callable[..., None]:
             def keep(root: Any, args: Any, kwargs: Any) -> None:
-                key = (name, self.bucket(step))
+                key = (name, self.bucket(step, self.total))
                 if step == middle.get(key) and key not in kept_calls:
                     kept_calls[key] = (_first(args), _first(kwargs))
 
@@ -63,7 +98,7 @@ class Small:
             for name, root in self.roots.items()
         ]
         try:
-            take = video.run(self.run.model, self.seen.settings, self.shot, each=each)
+            take = video.run(self.run.model, self.settings, self.shot, each=each)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -71,7 +106,7 @@ class Small:
 
     @property
     def latents(self) -> Tensor:
-        """Final latents of the dense run."""
+        """Final latents of the dense run in few steps."""
         return self._reference[0]
 
     def probe(self, place: str) -> Show:
@@ -86,8 +121,14 @@ class Small:
                 if call.site.path != site_of(place):
                     return None
                 dense = dense_attention(call)
-                see(call, dense)
-                return dense.out
+                if call.q.shape[0] == copies:
+                    see(call, dense)
+                    return dense.out
+                # Some denoisers (Mochi) take a batch one by one: this is entry `ordinal` of it.
+                whole = Partial(*(t.expand(copies, *t.shape[1:]).clone() for t in
+                                  (dense.out, dense.lse)))  # fmt: skip
+                see(call, whole)
+                return whole.out[call.ordinal, None]
 
             with watch(self.run.model, visit):
                 out = self.roots[component](*_copied(args, copies), **_copied(kwargs, copies))
@@ -108,7 +149,7 @@ class Small:
         def disturb(root: Any, args: Any, out: Any) -> Any:
             nonlocal forward
             forward += 1
-            if self.bucket(step) != bucket:
+            if self.bucket(step, self.total) != bucket:
                 return None
             clean = out[0] if isinstance(out, tuple) else out.sample
             noisy = clean + (NOISE * noise_like(clean, forward)).to(clean.dtype)
@@ -120,7 +161,7 @@ class Small:
         def work() -> float:
             hooks = [root.register_forward_hook(disturb) for root in self.roots.values()]
             try:
-                take = video.run(self.run.model, self.seen.settings, self.shot, each=each)
+                take = video.run(self.run.model, self.settings, self.shot, each=each)
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -140,7 +181,7 @@ class Small:
 
         def work() -> float:
             with watch(self.run.model, disturb):
-                take = video.run(self.run.model, self.seen.settings, self.shot)
+                take = video.run(self.run.model, self.settings, self.shot)
             total = NOISE * sum(map(sum, weights.values()))
             return relative(take.latents, self.latents) / max(total, 1e-12)
 

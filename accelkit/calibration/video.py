@@ -191,21 +191,20 @@ def run(
     `Enough`.
     """
     decode = decode and getattr(pipe, "vae", None) is not None
-    device = torch.device(pipe._execution_device)
     latents: list[Tensor] = []
-    ends: list[float] = []
-    begin = 0.0
+    clock = _Clock(torch.device(pipe._execution_device))
 
-    def see(value: Tensor) -> None:
+    def see(value: Tensor, again: bool) -> None:
         latents[:] = [value]
-        ends.append(time.perf_counter() - begin)
+        if again:
+            return
+        clock.mark()
         if each is not None:
-            each(len(ends) - 1, value)
+            each(len(clock.marks) - 2, value)
 
     whole, frames = True, None
     with listening(pipe, see), _quiet(pipe):
-        synchronise(device)
-        begin = time.perf_counter()
+        clock.mark()
         try:
             out = pipe(
                 **settings.arguments(pipe),
@@ -219,9 +218,33 @@ def run(
         except Enough:
             whole = False
             pipe.maybe_free_model_hooks()
-        synchronise(device)
-        seconds = time.perf_counter() - begin
+        clock.mark()
+    *ends, seconds = clock.seconds()
     return Take(latents[0].float().clone(), frames, seconds, ends, whole)
+
+
+class _Clock:
+    """Marks in the device's own time, so that nobody has to wait for it on the way."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[Any] = []
+        synchronise(device)
+
+    def mark(self) -> None:
+        if self.device.type == "cuda":
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record(torch.cuda.current_stream(self.device))
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """From the first mark to each of the others."""
+        synchronise(self.device)
+        first, *rest = self.marks
+        if self.device.type == "cuda":
+            return [first.elapsed_time(m) / 1e3 for m in rest]
+        return [m - first for m in rest]
 
 
 def begin(pipe: Any, settings: Settings, shot: Shot) -> None:
@@ -239,15 +262,22 @@ def begin(pipe: Any, settings: Settings, shot: Shot) -> None:
 
 
 @contextmanager
-def listening(pipe: Any, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """While open, `see` gets the latents that each of the scheduler's steps gives."""
+def listening(pipe: Any, see: Callable[[Tensor, bool], None]) -> Iterator[None]:
+    """While open, `see` gets the latents that each of the scheduler's steps gives, and whether it
+    was another look at the same timestep.
+    """
     scheduler, own = pipe.scheduler, "step" in vars(pipe.scheduler)
     step = scheduler.step
+
+    last: list[Any] = [None]
 
     @wraps(step)
     def listened(*args: Any, **kwargs: Any) -> Any:
         found = step(*args, **kwargs)
-        see(found[0] if isinstance(found, tuple) else found.prev_sample)
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        again = timestep is not None and timestep is last[0]
+        last[0] = timestep
+        see(found[0] if isinstance(found, tuple) else found.prev_sample, again)
         return found
 
     scheduler.step = listened

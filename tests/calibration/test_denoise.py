@@ -12,7 +12,7 @@ import torch
 from tiny_cases import probe_methods
 
 import accelkit
-from accelkit.calibration import denoise_check, denoise_weights, fit
+from accelkit.calibration import denoise_check, denoise_measure, denoise_weights, fit
 from accelkit.calibration.denoise_look import buckets
 from accelkit.errors import InvalidInputError, PlanTransferWarning
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
@@ -231,3 +231,33 @@ def test_a_patched_pipeline_is_refused() -> None:
     plan = run(pipe)
     with accelkit.patch(pipe, plan), pytest.raises(InvalidInputError, match="patched"):
         run(pipe)
+
+
+def test_rows_in_another_order_are_judged_there(monkeypatch) -> None:
+    """Of an ordered method only some tiles are computed, in its own order; with all of them the
+    errors are those of the whole call.
+    """
+    from accelkit.calibration import candidates
+    from accelkit.calibration.capture import dense_attention
+    from accelkit.patches.call import Geometry, Span
+    from accelkit.patches.method import load
+    from accelkit.patches.plan import Policy
+    from accelkit.patches.sites.attention import answer, compute
+
+    geometry = Geometry((Span("video", 0, TOKENS),), (4, 16, 16))
+    shape = fit.Shape(2, 2, 32, causal=False, geometry=geometry)
+    call = fit.random_call(shape, torch.float32, torch.device("cpu"), TOKENS)
+    dense = dense_attention(call)
+    method = load("sparse_vdit")(mode="multi_diagonal", density=0.3)
+    answers = answer(call, Policy(methods=(method,)))
+    assert answers[0].order is not None
+    whole = compute(answers[0])
+    gap = (whole.out - dense.out).abs().sum((0, 2, 3)) / dense.out.abs().sum((0, 2, 3))
+    recall = (whole.lse - dense.lse).exp().mean((0, 2))
+    monkeypatch.setattr(candidates, "SHARE", 1)
+    found = candidates.Bench(call, dense, denoise_measure.NO_ROWS).measure(answers)
+    assert found["error"] == pytest.approx(gap.tolist(), rel=1e-4)
+    assert found["recall"] == pytest.approx(recall.tolist(), rel=1e-4)
+    monkeypatch.setattr(candidates, "SHARE", 4)
+    some = candidates.Bench(call, dense, denoise_measure.NO_ROWS).measure(answers)
+    assert some["error"] == pytest.approx(gap.tolist(), rel=0.2)
