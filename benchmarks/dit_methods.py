@@ -123,8 +123,7 @@ def expected(a: attention.Answer, head: int, rows: torch.Tensor) -> torch.Tensor
         bias = torch.zeros(1, 1, k.shape[2], device=k.device)
         if piece.level is not None:
             k, v, index = pyramid.lower(k, v, piece)
-        if isinstance(index.bias, torch.Tensor):
-            bias = index.bias
+        bias = bias[..., : k.shape[2]] + index.bias
         if a.call.k_pos is not None:
             bias = bias.masked_fill(a.call.k_pos < 0, -math.inf)
         keys = k[0, int(a.call.kv_of_head[head])].float()

@@ -103,13 +103,12 @@ def attend(
     """
     with torch.no_grad():
         if index.level is not None:
-            if causal or k_pos is not None:
+            if causal or k_pos is not None or key_mask is not None:
                 raise UnsupportedConfigurationError(
                     "attend: mean keys have no position; index.level needs a call without "
-                    "causality and k_pos"
+                    "causality, k_pos and key_mask"
                 )
-            k, v, index = pyramid.lower(k, v, index, key_mask)
-            key_mask = None
+            k, v, index = pyramid.lower(k, v, index)
         launch = prepare(
             q,
             k,

@@ -323,7 +323,7 @@ def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int =
     q = take_heads(_sampled(call.q, size[0], every, seed), call.heads)  # [B, H, nq, r, D]
     k = _sampled(call.k, size[1], every, seed + 1)  # [B, Hkv, nk, c, D]
     rows, keys = q.shape[3], k.shape[3]
-    if dispatch.fast_device(q) and keys >= 16 and keys & (keys - 1) == 0:
+    if dispatch.fast_device(q) and keys & (keys - 1) == 0 and keys <= 128:
         return _fast_sampled_max(call, q, k)
     q, k = q.float() * call.scale, k[:, call.kv_of_head].flatten(2, 3).float().transpose(-1, -2)
     out = torch.empty((batch, len(call.heads), nq, nk), dtype=torch.float32, device=q.device)

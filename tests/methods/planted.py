@@ -263,7 +263,7 @@ def covered(piece: BlockIndex, call: AttentionCall, b: int) -> Tensor:
         for i in range(nq):
             start, count = int(piece.start[b, h, i]), int(piece.count[b, h, i])
             for e in range(start, start + count):
-                span = piece.size[1] << int(piece.level[e])
+                span = piece.size[1] << piece.level
                 first = int(piece.blocks[e]) * span
                 out[h, i, first : first + span] += 1
     return out

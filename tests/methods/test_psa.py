@@ -1,13 +1,16 @@
 """PSA: levels by rank, means that count for several keys."""
 
+import math
 from dataclasses import replace
 
+import hand
 import planted
 import pytest
 import torch
 
 from accelkit.kernels import attend, pyramid, select
 from accelkit.kernels.index import BlockIndex
+from accelkit.kernels.merge import merge
 from accelkit.patches.methods.psa import PSA
 from accelkit.patches.sites import attention
 
@@ -25,16 +28,21 @@ def test_entries_are_whole_tiles():
     block is never read more coarsely than asked for.
     """
     levels = torch.tensor([[0, 1, 2, 2, 2, 1, 3, -1, 3, 3, -1, 3]]).to(torch.int8)[None, None]
-    index = select.compact_levels(levels, 12 * 16, (16, 16), 8)
-    entries = [
-        (int(index.level[i]), int(index.blocks[i])) for i in range(int(index.count[0, 0, 0]))
+    pieces = select.compact_levels(levels, 12 * 16, (16, 16), 8)
+    assert [p.level for p in pieces] == [None, 1, 2, 3]
+    assert [hand.rows(p)[0] for p in pieces] == [
+        [0, 1],  # block 0 itself
+        [1, 4, 5],  # blocks 1, 4 (beside a finer one) and 5
+        [1, 3],  # blocks 2 and 3; 6 and 7, whose four blocks hold finer ones
+        [2],  # blocks 8 … 11
     ]
-    assert entries == [
-        (0, 0), (0, 1),  # block 0 itself
-        (1, 1), (1, 4), (1, 5),  # blocks 1, 4 (beside a finer one) and 5
-        (2, 1), (2, 3),  # blocks 2 and 3; 6 and 7, whose four blocks hold finer ones
-        (3, 2),  # blocks 8 … 11
-    ]  # fmt: skip
+
+
+def test_the_ragged_end_is_read_itself():
+    """Four blocks and a few keys: level 3 is whole, the end comes key by key."""
+    levels = torch.full((1, 1, 1, 5), 3, dtype=torch.int8)
+    pieces = select.compact_levels(levels, 4 * 16 + 5, (16, 16), 8)
+    assert [hand.rows(p)[0] for p in pieces] == [[8], [], [], [0]]
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -45,31 +53,27 @@ def test_means_of_equal_keys_are_exact(backend: str):
     q = torch.randn(1, 4, n, 16, generator=g)
     k, v = (torch.randn(1, 2, 24, 16, generator=g).repeat_interleave(8, 2)[:, :, :n] for _ in "kv")
     levels = torch.randint(0, 4, (1, 4, 12, 12), generator=g).to(torch.int8)
-    index = select.compact_levels(levels, n, (16, 16), 8)
-    out = attend(q, k, v, index, causal=False, backend=backend)
+    pieces = select.compact_levels(levels, n, (16, 16), 8)
+    out = merge([attend(q, k, v, p, causal=False, backend=backend) for p in pieces])
     dense = attend(q, k, v, BlockIndex.dense(4, 12, (16, 16), q.device), causal=False)
     torch.testing.assert_close(out.out, dense.out, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(out.lse, dense.lse, atol=1e-5, rtol=1e-5)
 
 
 def test_backends_agree():
-    """On keys that differ, with padding: the pyramid is one launch of keys with a bias."""
+    """On keys that differ; a level is a launch over its means, each for several keys."""
     q, k, v = planted.noise(150, width=16)
     levels = torch.randint(-1, 4, (1, 4, 10, 10), generator=torch.Generator().manual_seed(1))
     levels[..., 0] = 0
-    index = select.compact_levels(levels.to(torch.int8), 150, (16, 16), 8)
-    mask = torch.ones(1, 150, dtype=torch.bool)
-    mask[:, 140:] = False
-    some = [
-        attend(q, k, v, index, causal=False, key_mask=mask, backend=b)
-        for b in ("reference", "torch")
-    ]
-    torch.testing.assert_close(some[0].out, some[1].out, atol=1e-5, rtol=1e-4)
-    keys, _, lowered = pyramid.lower(k, v, index, mask)
-    counts = lowered.bias.exp()
-    assert keys.shape[2] == counts.shape[2] == 192 + 96 + 48 + 24
-    assert counts[0, 0, 192:288].sum() == pytest.approx(140)
-    torch.testing.assert_close(keys[:, :, 192], k[:, :, :2].mean(2))
+    for piece in select.compact_levels(levels.to(torch.int8), 150, (16, 16), 8):
+        slow, fast = (
+            attend(q, k, v, piece, causal=False, backend=b) for b in ("reference", "torch")
+        )
+        torch.testing.assert_close(slow.out, fast.out, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(slow.lse, fast.lse, atol=1e-5, rtol=1e-5)
+    keys, _, lowered = pyramid.lower(k, v, piece)
+    assert keys.shape[2] == 150 // 8 and lowered.bias == pytest.approx(math.log(8))
+    torch.testing.assert_close(keys[:, :, 2], k[:, :, 16:24].mean(2))
 
 
 def test_ends_must_rise():
@@ -81,7 +85,8 @@ def test_runs_are_equal():
     """The sampled places are drawn with a seed."""
     call = planted.video()
     first, second = (PSA().index(replace(call, _shared={})) for _ in range(2))
-    assert torch.equal(first.blocks, second.blocks) and torch.equal(first.level, second.level)
+    assert all(torch.equal(a.count, b.count) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a.blocks, b.blocks) for a, b in zip(first, second, strict=True))
 
 
 def test_means_are_better_than_nothing():

@@ -343,8 +343,8 @@ def block_mass(call: Inputs, lse: Tensor, size: tuple[int, int]) -> Tensor:
 @triton.jit(do_not_specialize=["n_heads", "n_rows", "nk"])
 def _peaks(
     Q, K, KV_HEADS, OUT, s_qb, s_qh, s_kb, s_kh, n_heads, n_rows, nk, factor,
-    BM: tl.constexpr, PER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr,
-    STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // n_heads).to(tl.int64), bh % n_heads
@@ -354,27 +354,30 @@ def _peaks(
     q = tl.load(Q + b * s_qb + h * s_qh + q_at, mask=inside, other=0.0)
     k0 = K + b * s_kb + tl.load(KV_HEADS + h).to(tl.int64) * s_kh
     out = OUT + bh.to(tl.int64) * nk * n_rows
-    col = tl.arange(0, PER)
-    for j in tl.range(0, nk, num_stages=STAGES):
-        k_at = (j * PER + col).to(tl.int64)[None, :] * D + d[:, None]
-        k = tl.load(k0 + k_at, mask=(d < D)[:, None], other=0.0)
-        s = tl.dot(q, k, out_dtype=tl.float32, input_precision=PREC)
-        # Block by block along a row of the map would scatter the stores: keep them side by side.
-        peak = (tl.max(s, 1) * factor).to(OUT.dtype.element_ty)
-        tl.store(out + j * n_rows + row, peak, mask=row < n_rows)
+    col, each = tl.arange(0, BN), tl.arange(0, BN // PER)
+    for j in tl.range(0, nk, BN // PER, num_stages=STAGES):
+        key = j * PER + col
+        k_at = key.to(tl.int64)[:, None] * D + d[None, :]
+        real = (key < nk * PER)[:, None] & (d < D)[None, :]
+        k = tl.load(k0 + k_at, mask=real, other=0.0)
+        s = tl.dot(q, k.T, out_dtype=tl.float32, input_precision=PREC)
+        peak = tl.max(s.reshape(BM, BN // PER, PER), 2) * factor
+        # Rows side by side: along a row of the map the stores would scatter.
+        at = (j + each)[None, :] * n_rows + row[:, None]
+        fits = (row < n_rows)[:, None] & (j + each < nk)[None, :]
+        tl.store(out + at, peak.to(OUT.dtype.element_ty), mask=fits)
 
 
 def peaks(q: Tensor, k: Tensor, kv_of_head: Tensor, scale: float, per_block: int) -> Tensor:
     """Greatest logit of each row with each block of `per_block` keys, fp16 `[B, H, nk, R]` from
-    contiguous q `[B, H, R, D]` and k `[B, Hkv, nk · per_block, D]`. `per_block` is a power of two
-    of 16 or more.
+    contiguous q `[B, H, R, D]` and k `[B, Hkv, nk · per_block, D]`. `per_block` is a power of two.
     """
     batch, heads, rows, d = q.shape
-    nk = k.shape[2] // per_block
+    nk, wide = k.shape[2] // per_block, q.dtype == torch.float32
     out = torch.empty((batch, heads, nk, rows), dtype=torch.float16, device=q.device)
     _peaks[(ceil_div(rows, 128), batch * heads)](
         q, k, kv_of_head.int(), out, *q.stride()[:2], *k.stride()[:2], heads, rows, nk, scale,
-        BM=128, PER=per_block, D=d, BD=padded_width(d), PREC=precision(q.dtype),
-        STAGES=2 if q.dtype == torch.float32 else 4, num_warps=4,
+        BM=128, BN=max(per_block, 64 if wide else 128), PER=per_block, D=d, BD=padded_width(d),
+        PREC=precision(q.dtype), STAGES=2 if wide else 3, num_warps=8,
     )  # fmt: skip
     return out

@@ -63,7 +63,7 @@ class PSA(AttentionMethod):
             return None
         return parts.orders.hilbert(call, where)
 
-    def index(self, call: AttentionCall) -> BlockIndex | None:
+    def index(self, call: AttentionCall) -> tuple[BlockIndex, ...] | None:
         size = (self.block, self.block)
         if parts.grids.visual(call) is None or call.key_mask is not None:
             return None
