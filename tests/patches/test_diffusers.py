@@ -136,6 +136,16 @@ def test_facts_and_one_plan_for_pipeline_and_denoiser(family):
             torch.testing.assert_close(latents(pipe, family), sparse)
 
 
+def test_a_class_derived_from_a_known_one():
+    pipe = tiny_pipe("wan")
+    paths = [s.path for s in sites(pipe)]
+    pipe.transformer.__class__ = type("MyWan", (type(pipe.transformer),), {})
+    assert [s.path for s in sites(pipe)] == paths
+    with accelkit.patch(pipe, NARROW) as handle:
+        latents(pipe, "wan", steps=1)
+        assert handle.report().sparse_calls == 4
+
+
 def test_several_resolutions_with_one_plan():
     pipe = tiny_pipe("wan")
     sizes = [(128, 128, 9), (64, 128, 9), (128, 64, 9), (128, 128, 5)]

@@ -27,7 +27,14 @@ from accelkit.errors import (
 )
 from accelkit.patches.adapters import Runner, sdpa
 from accelkit.patches.adapters.clock import DenoiseClock
-from accelkit.patches.adapters.geometry import FAMILIES, Family, Patch, Root, patch_of
+from accelkit.patches.adapters.geometry import (
+    FAMILIES,
+    Family,
+    Patch,
+    Root,
+    family_of,
+    patch_of,
+)
 from accelkit.patches.adapters.processors import keep_padding
 from accelkit.patches.call import Kind, Site
 from accelkit.patches.plan import Component, Fingerprint
@@ -79,7 +86,7 @@ def denoisers(model: DiffusionPipeline | ModelMixin) -> dict[str, nn.Module]:
             raise InvalidInputError(
                 f"{name} is compiled; give the pipeline to accelkit first and compile afterwards"
             )
-        if type(root).__name__ not in FAMILIES:
+        if family_of(root) is None:
             raise UnsupportedModelError(
                 f"{name}: the token layout of {type(root).__name__} is not known; "
                 f"known are: {', '.join(FAMILIES)}"
@@ -96,7 +103,8 @@ def denoisers(model: DiffusionPipeline | ModelMixin) -> dict[str, nn.Module]:
 def attention_modules(model: DiffusionPipeline | ModelMixin) -> Iterator[_Place]:
     """Every attention module of the denoisers' blocks, in running order."""
     for component, root in denoisers(model).items():
-        family = FAMILIES[type(root).__name__]
+        family = family_of(root)
+        assert family is not None
         for path, module in root.named_modules():
             attends = hasattr(module, "processor") and hasattr(module, "heads")
             if not attends or path.partition(".")[0] not in BLOCKS:

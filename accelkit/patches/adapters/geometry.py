@@ -73,6 +73,11 @@ class Family:
     square: bool = False
 
 
+def family_of(root: nn.Module) -> Family | None:
+    """The family of a denoiser, by its class or the nearest base class that is known."""
+    return next((FAMILIES[c.__name__] for c in type(root).__mro__ if c.__name__ in FAMILIES), None)
+
+
 def patch_of(root: nn.Module) -> Patch:
     """Frames, rows and columns of latents that become one token."""
     size = root.config.patch_size
