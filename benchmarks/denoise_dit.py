@@ -138,11 +138,18 @@ def timed(
 
 
 def density(pipe: Any, plan: Plan, size: Settings, shot: Shot) -> float:
-    """Computed ÷ visible pairs of the sparse calls."""
+    """Computed ÷ visible pairs of the sparse calls, on a short run."""
     with accelkit.patch(pipe, plan) as handle, handle.measuring():
         video.run(pipe, size, shot)
     found = [s.density for s in handle.report().sites.values() if s.density is not None]
     return statistics.fmean(found)
+
+
+def policy_of(text: str) -> Policy:
+    """`name:field=value,…`; values are JSON."""
+    name, _, rest = text.partition(":")
+    pairs = [pair.split("=") for pair in rest.split(",") if pair]
+    return Policy(methods=(load(name)(**{k: json.loads(v) for k, v in pairs}),))
 
 
 def main() -> None:
@@ -152,9 +159,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dense-steps", type=float, nargs="+", default=[0.2])
     parser.add_argument(
-        "--method", default="sparse_videogen", help="with density (or sparsity) as its dial"
-    )
-    parser.add_argument("--set", nargs="*", default=["density=0.2"], help="fields of the method")
+        "--plans", nargs="+", default=["sparse_videogen:density=0.15"],
+        help="methods with fields, such as ada_spa:sparsity=0.8",
+    )  # fmt: skip
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--overhead", action="store_true", help="an all-dense plan as well")
@@ -167,11 +174,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe, size, shot = built(args.model, args.layers, device)
     size = Settings(size.height, size.width, size.num_frames, args.steps)
-    fields = {k: json.loads(v) for k, v in (pair.split("=") for pair in args.set)}
-    policy = Policy(methods=(load(args.method)(**fields),))
+    policies = {name: policy_of(name) for name in args.plans}
     found: dict[str, Any] = {
         "model": args.model, "layers": len(sites(pipe)), "steps": args.steps,
-        "method": args.method, "fields": fields, "compiled": not args.eager,
+        "compiled": not args.eager,
         "environment": environment(torch.device(device)), "rows": [],
     }  # fmt: skip
 
@@ -196,18 +202,18 @@ def main() -> None:
         flush=True,
     )
     save()
-    for w in args.dense_steps:
+    for name, w in ((n, w) for n in policies for w in args.dense_steps):
         if late():
             break
-        plan = forced(pipe, policy, w)
+        plan = forced(pipe, policies[name], w)
         mine = run(lambda plan=plan: accelkit.patch(pipe, plan))
-        kept = density(pipe, plan, Settings(size.height, size.width, size.num_frames, 2), shot)
+        kept = density(pipe, plan, Settings(size.height, size.width, size.num_frames, 4), shot)
         bound = 1 / (1 - share + share * (w + (1 - w) * kept / EFFICIENCY))
         speedup = dense["seconds"] / mine["seconds"]
-        row = {"dense_steps": w, "density": kept, **mine, "speedup": speedup, "bound": bound}
-        found["rows"].append({**row, "of_bound": speedup / bound})
+        row = {"plan": name, "dense_steps": w, "density": kept, **mine, "speedup": speedup}
+        found["rows"].append({**row, "bound": bound, "of_bound": speedup / bound})
         print(
-            f"  {args.method} {fields}: density {kept:.3f}, dense steps {w:.0%}: "
+            f"  {name}: density {kept:.3f}, dense steps {w:.0%}: "
             f"{mine['seconds']:.3f} s, {speedup:.2f} × (bound {bound:.2f}, {speedup / bound:.0%})",
             flush=True,
         )
@@ -222,7 +228,7 @@ def main() -> None:
         cache = MagCache(ratios=(1.0,) * args.steps, threshold=1.0)
         args.eager = True
         eager = run(nullcontext)
-        plan = forced(pipe, policy, args.dense_steps[0], cache)
+        plan = forced(pipe, next(iter(policies.values())), args.dense_steps[0], cache)
         both = run(lambda: accelkit.patch(pipe, plan))
         speedup = eager["seconds"] / both["seconds"]
         found["with_cache"] = {"dense_eager": eager, **both, "speedup": speedup}
