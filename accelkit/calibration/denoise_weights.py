@@ -58,9 +58,9 @@ class Small:
         with ExitStack() as undo:
             ratios: Callable[[], list[float]] = list
             if len(self.roots) == 1:
+                root = next(iter(self.roots.values()))
                 try:
-                    recorder = step_cache.magnitudes(*self.roots.values(), self.seen.total)
-                    ratios = undo.enter_context(recorder)
+                    ratios = undo.enter_context(step_cache.magnitudes(root, self.seen.total))
                 except AccelkitError:
                     pass  # a class without step caches; asking for one will say so
 
