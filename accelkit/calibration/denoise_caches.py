@@ -76,10 +76,13 @@ def options(
             found += _bisected(run, small, _fitted(run, small, cache), allowed)
         except AccelkitError as error:
             refused[cache.kind] = str(error)
-    # Only what no other beats in both error and work.
+    # Only what no other beats in both error and work; and none at all, which comes first.
     work = {id(c): sum(n * c.left[p] for p, n in small.seen.calls.items()) for c in found}
     best = [
-        c for c in found if not any(o.error <= c.error and work[id(o)] < work[id(c)] for o in found)
+        c
+        for c in found
+        if c.method is None
+        or not any(o.error <= c.error and work[id(o)] < work[id(c)] for o in found)
     ]
     return best, refused
 

@@ -7,7 +7,7 @@ during a bucket carries into the final latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -59,10 +59,8 @@ class Small:
             ratios: Callable[[], list[float]] = list
             if len(self.roots) == 1:
                 root = next(iter(self.roots.values()))
-                try:
+                with suppress(AccelkitError):  # a class without; asking for one will say so
                     ratios = undo.enter_context(step_cache.magnitudes(root, self.seen.total))
-                except AccelkitError:
-                    pass  # a class without step caches; asking for one will say so
 
             def each(done: int, latents: Tensor) -> None:
                 noted[:] = ratios()
