@@ -27,8 +27,8 @@ class BlockIndex:
     `start` is int64 and `count` int32, both `[B|1, H, nq]` for the call's heads; `blocks` is one
     flat int32 list, so padded and ragged rows are the same type and joining head groups is `cat`
     and an offset. `size` is `(bq, bk)` in tokens and independent of any kernel's tile; `bk == 1`
-    means single keys. `level` (int8 `[n]`) says that an entry stands for keys pooled over
-    `2**level` tokens; `bias` is added to the logits of the whole piece (float) or of each key
+    means single keys. `level` says that the entries are blocks of means of `2**level` keys each
+    (`kernels.pyramid`); `bias` is added to the logits of the whole piece (float) or of each key
     (`[B|1, H|1, Nk]`), for merged or sampled keys that stand for several.
     """
 
@@ -36,7 +36,7 @@ class BlockIndex:
     count: Tensor
     blocks: Tensor
     size: tuple[int, int]
-    level: Tensor | None = None
+    level: int | None = None
     bias: Tensor | float = 0.0
     lowered: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What kernels derived from this index, kept with it because reuse layers and steps ask again.

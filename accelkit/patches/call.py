@@ -71,7 +71,7 @@ class AttentionCall(Inputs):
     site: Site = Site("", 0)
     clock: Clock = Clock("prefill")
     geometry: Geometry = Geometry()
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: dict[Any, Any] = field(default_factory=dict)
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     ordinal: int = 0
     _shared: dict[Any, Any] = field(default_factory=dict)
@@ -96,6 +96,15 @@ class AttentionCall(Inputs):
             self._shared[key] = compute()
         return self._shared[key]
 
+    def remember(self, key: Any, compute: Callable[[], T]) -> T:
+        """`compute()`, remembered for this site, these heads and this length to the end of the
+        generation.
+        """
+        key = (key, self.heads, self.n_q, self.n_k)
+        if key not in self.memory:
+            self.memory[key] = compute()
+        return self.memory[key]
+
     def per_head(self, value: float | str) -> float | Tensor:
         """A `PerHead` field: the number itself, or the values of this call's heads (fp32 `[H]`)
         from the tables.
@@ -117,7 +126,7 @@ class TokenStream:
     site: Site
     clock: Clock
     geometry: Geometry
-    memory: dict[str, Any]
+    memory: dict[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -128,4 +137,4 @@ class BlockCall:
     part: Literal["block", "ffn"]
     site: Site
     clock: Clock
-    memory: dict[str, Any]
+    memory: dict[Any, Any]
