@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from accelkit import kernels
-from accelkit.kernels.index import BlockIndex, Partial
+from accelkit.kernels.index import BlockIndex, Partial, id_table
 from accelkit.kernels.merge import merge
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, Execution, Order
@@ -161,7 +161,7 @@ def attend(
             lanes.setdefault(a.index.size, []).append(a)
             continue
         result = compute(a)
-        out[:, list(a.call.heads)] = result.out.to(out.dtype)
+        out.index_copy_(1, id_table(a.call.heads, out.device), result.out.to(out.dtype))
     for lane in lanes.values():
         _launch(call, lane, out)
     return True
@@ -250,8 +250,7 @@ def run(
 
 def _launch(call: AttentionCall, lane: list[Answer], out: Tensor) -> None:
     """One launch for all answers of a lane, written in place."""
-    heads = tuple(h for a in lane for h in a.call.heads)
-    joined = replace(call, heads=heads, kv_of_head=torch.cat([a.call.kv_of_head for a in lane]))
+    joined = call.take([h for a in lane for h in a.call.heads])
     index = BlockIndex.cat([a.index for a in lane])
     run(joined, index, skip=_joined_skip(lane, call.q.device), out=out)
 
