@@ -24,7 +24,7 @@ from accelkit.kernels.index import BlockIndex, Partial, ceil_div
 from accelkit.kernels.scores import block_mass
 from accelkit.kernels.select import density
 from accelkit.patches import method as registry
-from accelkit.patches.call import AttentionCall, Site
+from accelkit.patches.call import AttentionCall, Phase, Site
 from accelkit.patches.method import AttentionMethod, Method
 from accelkit.patches.plan import Policy, Reuse
 from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute
@@ -57,11 +57,13 @@ class Family:
         return [getattr(m, self.field) for m in self.settings] if self.field else []
 
 
-def chosen_methods(methods: Sequence[str | Method | type[Method]] | None) -> list[AttentionMethod]:
-    """The methods to try: names, classes or instances; None is every prefill method at hand.
+def chosen_methods(
+    methods: Sequence[str | Method | type[Method]] | None, phase: Phase = "prefill"
+) -> list[AttentionMethod]:
+    """The methods to try: names, classes or instances; None is every one at hand for the phase.
 
     Raises:
-        InvalidInputError: one of them is no attention method for prefill.
+        InvalidInputError: one of them is no attention method for the phase.
         UnknownMethodError: no method of that name.
     """
     found = []
@@ -69,11 +71,11 @@ def chosen_methods(methods: Sequence[str | Method | type[Method]] | None) -> lis
         cls = registry.load(wish) if isinstance(wish, str) else wish
         made = cls() if isinstance(cls, type) else cls
         able = made.answers() & {"index", "execution"}
-        if isinstance(made, AttentionMethod) and "prefill" in made.phases and able:
+        if isinstance(made, AttentionMethod) and phase in made.phases and able:
             found.append(made)
         elif methods is not None:
             raise InvalidInputError(
-                f"method {made.kind!r} does not select keys in prefill; calibration cannot try it"
+                f"method {made.kind!r} does not select keys in {phase}; calibration cannot try it"
             )
     if not found:
         raise InvalidInputError("methods is empty; name at least one, or None for all")
@@ -140,10 +142,16 @@ def between(low: float, high: float) -> float:
 
 
 class Bench:
-    """One site's dense call, on which candidates are measured."""
+    """One site's dense call, on which candidates are measured.
 
-    def __init__(self, call: AttentionCall, dense: Partial, scored: np.ndarray) -> None:
-        self.call, self.dense = call, dense
+    A method that now and then runs dense to renew its memory is measured at a later step; `primed`
+    says that the call's memory is that of an earlier one.
+    """
+
+    def __init__(
+        self, call: AttentionCall, dense: Partial, scored: np.ndarray, primed: bool = False
+    ) -> None:
+        self.call, self.dense, self.primed = call, dense, primed
         self.scored = torch.from_numpy(scored).to(call.q.device)
         self._tiles: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.lent: dict[Method, BlockIndex] = {}
@@ -195,16 +203,22 @@ class Bench:
         }
 
     def _setting(self, method: AttentionMethod) -> dict[str, Any] | None:
+        renewed = method.renewed(self.call.clock.total)
         answers = answer(self.call, Policy(methods=(method,)))
+        if answers is not None and renewed and not self.primed:
+            prime(answers)
+            answers = answer(self.call, Policy(methods=(method,)))
         if answers is None:
             return None
         row = self.measure(answers)
+        row["density"] = [renewed + (1 - renewed) * d for d in row["density"]]
         one = answers[0]
         if one.execution != PLAIN:
             # Skipping and low precision save what no index shows: only the clock tells.
             row["ms"] = self._clock(one)
         piece = one.pieces[0]
-        if one.plain and isinstance(piece, BlockIndex) and piece.size[1] >= REUSE_UNIT:
+        in_order = one.lane is not None and one.order is None
+        if in_order and isinstance(piece, BlockIndex) and piece.size[1] >= REUSE_UNIT:
             self.lent[method] = piece
         return row
 
@@ -271,16 +285,33 @@ class Bench:
         return None if answers is None else {"heads": list(heads), **self.measure(answers)}
 
 
+def prime(answers: Sequence[Answer]) -> None:
+    """Run a method's renewing step, so that its memory holds what later steps live on."""
+    for a in answers:
+        compute(a)
+
+
 def calibrated_settings(
-    methods: Sequence[AttentionMethod], site: Site, call: AttentionCall, dense: Partial
-) -> list[Family]:
-    """What each method's calibrator names after it saw one dense call."""
+    methods: Sequence[AttentionMethod],
+    site: Site,
+    call: AttentionCall,
+    dense: Partial,
+    suffix: str = "",
+) -> tuple[list[Family], dict[str, Tensor]]:
+    """What each method's calibrator names after it saw one dense call, and the side tensors that
+    the settings read, whose names get `suffix`.
+    """
     found: list[Method] = []
+    tables: dict[str, Tensor] = {}
     for m in methods:
         calibrator = m.calibrator(site)
         calibrator.see(call, dense.out, dense.lse)
-        found += calibrator.settings()
-    return families(found)
+        mine = calibrator.tables()
+        tables |= {k + suffix: v for k, v in mine.items()}
+        for setting in calibrator.settings():
+            named = {k: v + suffix for k, v in setting if isinstance(v, str) and v in mine}
+            found.append(setting.model_copy(update=named) if named else setting)
+    return families(found), tables
 
 
 def stored(method: Method) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from accelkit import kernels
 from accelkit.calibration.bench import times_ms
+from accelkit.calibration.candidates import calibrated_settings, prime
 from accelkit.calibration.capture import dense_attention
 from accelkit.kernels.cost import (
     CostTable,
@@ -33,7 +34,7 @@ from accelkit.kernels.cost import (
     visible_pairs,
 )
 from accelkit.kernels.index import BlockIndex, ceil_div, plain_inputs
-from accelkit.patches.call import AttentionCall, Clock, Site
+from accelkit.patches.call import AttentionCall, Clock, Geometry, Site
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.plan import Policy
 from accelkit.patches.sites.attention import Answer, answer, compute
@@ -53,12 +54,13 @@ MOST = 0.8
 UNIT = (128, 128)
 PATIENCE_MS = 1000.0
 """Time that the repeats of one measurement may take together on a CPU."""
+UNKNOWN = Geometry()
 
 
 @dataclass(frozen=True)
 class Shape:
     """Heads of a layer, how many layers there are to share lists that follow from geometry, and
-    prompts in a batch.
+    prompts in a batch; whether tokens see later ones, and what they are (for a denoiser's call).
     """
 
     heads: int
@@ -66,6 +68,8 @@ class Shape:
     head_dim: int
     layers: int = 1
     batch: int = 1
+    causal: bool = True
+    geometry: Geometry = UNKNOWN
 
 
 def fit(
@@ -79,12 +83,13 @@ def fit(
     limit_s: float = 60.0,
     step: Callable[[str], None] | None = None,
 ) -> CostTable:
-    """The cost table for prefills of up to `tokens` tokens.
+    """The cost table for calls of up to `tokens` tokens. A denoiser's calls have one length, for
+    their lists follow from a grid.
 
     `step` is told what is measured next. After `limit_s` seconds nothing is repeated any more.
     """
     until = time.monotonic() + limit_s
-    lengths = sorted({max(512, tokens // 4), tokens})
+    lengths = sorted({max(512, tokens // 4), tokens}) if shape.causal else [tokens]
     calls = {n: random_call(shape, dtype, device, n) for n in lengths}
 
     def ms(run: Callable[[], Any], times: int = repeat) -> float:
@@ -112,7 +117,7 @@ def fit(
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return CostTable(
         about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
-        dense, ride, fitted, costs, refused,
+        dense, ride, fitted, costs, refused, shape.causal,
     )  # fmt: skip
 
 
@@ -131,7 +136,7 @@ def clock(run: Callable[[], Any], times: int, device: torch.device) -> float:
 def random_call(
     shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int
 ) -> AttentionCall:
-    """A causal prefill on random data with some structure: a sink, and neighbours alike."""
+    """A call on random data with some structure: a sink, and neighbours alike."""
     g = torch.Generator(device=device).manual_seed(0)
 
     def draw(heads: int) -> Tensor:
@@ -144,10 +149,12 @@ def random_call(
         x[:, :, :4] *= 2
         return x.to(dtype)
 
-    base = plain_inputs(draw(shape.heads), draw(shape.kv_heads), draw(shape.kv_heads), causal=True)
+    kv_heads = shape.kv_heads
+    base = plain_inputs(draw(shape.heads), draw(kv_heads), draw(kv_heads), causal=shape.causal)
     return AttentionCall(
-        base.q, base.k, base.v, base.scale, True, 0, None, base.heads, base.kv_of_head,
-        site=Site("fit", 0), clock=Clock("prefill"),
+        base.q, base.k, base.v, base.scale, shape.causal, 0, None, base.heads, base.kv_of_head,
+        site=Site("fit", 0), clock=Clock("prefill" if shape.causal else "denoise"),
+        geometry=shape.geometry,
     )  # fmt: skip
 
 
@@ -168,7 +175,7 @@ def dense_ms(call: AttentionCall, ms: Callable[..., float]) -> float:
 
     def run() -> Tensor:
         return scaled_dot_product_attention(
-            call.q, call.k, call.v, is_causal=True, enable_gqa=group
+            call.q, call.k, call.v, is_causal=call.causal, enable_gqa=group
         )
 
     if call.q.device.type != "cuda":
@@ -192,21 +199,29 @@ def _method(
     shape: Shape,
 ) -> tuple[MethodCost, list[tuple[int, int]]] | str:
     """Cost of a method's estimate, order and merging, and its units; or why it is refused."""
-    middle = _middle(method)
+    setting = _middle(method)
     points: list[tuple[int, float]] = []
     sizes: list[tuple[int, int]] = []
     longest = lengths[-1]
     for n in lengths:
         call, whole = calls[n], interpolate(dense, n)
         try:
+            call, middle = _prepared(call, method, setting)
             answers = answer(fresh(call), Policy(methods=(middle,)))
             if answers is None:
                 continue
+            if middle.renewed(call.clock.total):
+                prime(answers)
+                answers = answer(fresh(call), Policy(methods=(middle,)))
+                assert answers is not None
             one = answers[0]
             sizes = [p.size for p in one.pieces if isinstance(p, BlockIndex)]
             if not sizes:
                 return "it computes its pieces by itself, which the cost table cannot predict"
-            spent = ms(lambda call=call: answer(fresh(call), Policy(methods=(middle,))), 2)
+            policy = Policy(methods=(middle,))
+            spent = ms(partial(_ask, call, policy), 2)
+            if method.static and not call.causal:
+                spent = 0.0  # made once for all layers, steps and runs of a size
             least = spent * longest / n
             if least > MOST * interpolate(dense, longest):
                 return (
@@ -220,12 +235,32 @@ def _method(
         points.append((n, spent / shape.layers if method.static else spent))
     if not points:
         return f"it leaves prompts of {longest} tokens dense"
-    return MethodCost(tuple(points), _share(middle, calls[longest], points[-1][1], ms)), sizes
+    return MethodCost(tuple(points), _share(middle, call, points[-1][1], ms)), sizes
+
+
+def _ask(call: AttentionCall, policy: Policy) -> object:
+    return answer(fresh(call), policy)
+
+
+def _prepared(
+    call: AttentionCall, method: AttentionMethod, middle: AttentionMethod
+) -> tuple[AttentionCall, AttentionMethod]:
+    """The call with the side tensors that the method's calibrator makes of it, and a setting that
+    reads them; both as they are for a method without any.
+    """
+    if type(method).calibrator is AttentionMethod.calibrator or call.causal:
+        return call, middle
+    dense = dense_attention(call)
+    families, tables = calibrated_settings([method], call.site, call, dense)
+    if not tables:
+        return call, middle
+    settings = families[len(families) // 2].settings
+    return replace(call, tables={**call.tables, **tables}), settings[len(settings) // 2]
 
 
 def _around(one: Answer, ms: Callable[..., float]) -> float:
     """What order and merging add to the kernels of the pieces."""
-    if one.plain or (one.order is None and len(one.pieces) == 1):
+    if one.order is None and len(one.pieces) == 1 and not one.finishers:
         return 0.0
     whole = ms(lambda: compute(one), 2)
     alone = sum(
@@ -269,7 +304,8 @@ def _kernel(calls: dict[int, AttentionCall], size: tuple[int, int], until: float
             if (size[1] == 1 and density > SINGLE_KEYS) or (density == 1.0 and n == longest):
                 continue
             index = random_index(call, size, density)
-            pairs = float(kernels.select.density(index, call).sum()) * visible_pairs(n) / 1e6
+            seen = visible_pairs(n, call.causal) / 1e6
+            pairs = float(kernels.select.density(index, call).sum()) * seen
             features = [1.0, len(call.heads) * call.tiles(size)[0], pairs]
             points.append((density in CHECKED, features, Answer(call, (index,))))
     device = calls[longest].q.device
@@ -305,8 +341,9 @@ def random_index(call: AttentionCall, size: tuple[int, int], density: float) -> 
     g = torch.Generator(device=device).manual_seed(1)
     rows = torch.arange(nq, device=device)[:, None]
     keys = torch.arange(nk, device=device)[None]
-    visible = keys * bk < (rows + 1) * bq
+    visible = (keys * bk < (rows + 1) * bq) | (not call.causal)
     # The tile's own keys, or a part of them where tiles are tall.
-    own = visible & ((keys + 1) * bk > rows * bq + max(0, bq - 128))
+    edge = keys * bk < (rows + 1) * bq
+    own = visible & edge & ((keys + 1) * bk > rows * bq + max(0, bq - 128))
     chosen = torch.rand(heads, nq, nk, generator=g, device=device) < density
     return BlockIndex.from_mask((chosen & visible | own | (visible & (keys == 0)))[None], size)

@@ -25,7 +25,7 @@ from accelkit.calibration.candidates import (
     stored,
     thinned,
 )
-from accelkit.calibration.capture import capture
+from accelkit.calibration.capture import See, capture
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.profile import UNIT, profile
 from accelkit.calibration.tasks import Sample
@@ -122,7 +122,7 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
         found, heavy[site.path] = profile(call, dense, tiles, heavy)
 
         def work() -> dict[str, Any]:
-            wanted = calibrated_settings(methods, site, call, dense)
+            wanted, _ = calibrated_settings(methods, site, call, dense)
             few = [thinned(f, run.preset.settings) for f in wanted]
             measured = {f.name: bench.family(f, len(f.settings)) for f in few}
             return {
@@ -278,7 +278,7 @@ def _offer(
     index = bench.lent.get(method)
     if index is None:
         answers = answer(call, Policy(methods=(method,)))
-        if answers is None or not answers[0].plain:
+        if answers is None or answers[0].lane is None or answers[0].order is not None:
             return None
         piece = answers[0].pieces[0]
         index = piece if isinstance(piece, BlockIndex) else None
@@ -305,28 +305,48 @@ def _loans(
     return out
 
 
-def weighed(run: Run, prompts: Sequence[Sample]) -> dict[str, list[float]]:
-    """Weight of every head, the worst over the prompts. Sites that time did not allow get the
-    median.
+def weighed(
+    run: Run, heads: Mapping[str, int], probes: Sequence[Callable[[str], quality.Show]]
+) -> dict[str, list[float]]:
+    """Weight of every head of each place, the worst over the probes; `probe(place)` is what runs.
+    Places that time did not allow get the median.
     """
-    every = max(1, -(-sum(run.heads[s.path] for s in run.sites) // PROBES))
+    every = max(1, -(-sum(heads.values()) // PROBES))
     found: dict[str, list[float]] = {}
-    for site in run.sites:
-        heads = run.heads[site.path]
-        groups = [list(range(h, min(h + every, heads))) for h in range(0, heads, every)]
-        for n, sample in enumerate(prompts):
-            key = f"weight/{n}/{site.path}"
+    for place, count in heads.items():
+        groups = [list(range(h, min(h + every, count))) for h in range(0, count, every)]
+        for n, probe in enumerate(probes):
+            key = f"weight/{n}/{place}"
             if key not in run.journal and run.late(0.7, "weights of some sites"):
                 continue
             run.tell("weighing heads")
-            rows = data.scored_rows(sample)
-            work = partial(quality.site_weights, run.model, sample.ids, rows, site.path, groups)
+            work = partial(_weigh, probe, place, groups)
             weights = run.journal.unit(key, work)
-            spread = [weights[h // every] for h in range(heads)]
-            found[site.path] = np.maximum(found.get(site.path, spread), spread).tolist()
+            spread = [weights[h // every] for h in range(count)]
+            found[place] = np.maximum(found.get(place, spread), spread).tolist()
     known = [w for ws in found.values() for w in ws]
     middle = float(np.median(known)) if known else 1.0
-    return {s.path: found.get(s.path, [middle] * run.heads[s.path]) for s in run.sites}
+    return {place: found.get(place, [middle] * count) for place, count in heads.items()}
+
+
+def _weigh(
+    probe: Callable[[str], quality.Show], place: str, groups: Sequence[Sequence[int]]
+) -> list[float]:
+    return quality.site_weights(probe(place), groups)
+
+
+def probe_of(model: Any, sample: Sample) -> Callable[[str], quality.Show]:
+    """A short prompt on which weights are measured: last hidden states at its scored rows."""
+    rows = torch.from_numpy(data.scored_rows(sample))
+
+    def probe(site: str) -> quality.Show:
+        def show(copies: int, see: See) -> torch.Tensor:
+            ids = np.repeat(sample.ids[None], copies, 0)
+            return capture(model, ids, see, lambda path: path == site)[:, rows]
+
+        return show
+
+    return probe
 
 
 def family_of(name: str, record: Mapping[str, Any]) -> Family:

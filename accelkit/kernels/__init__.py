@@ -7,7 +7,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_MODULES = ("index", "dispatch", "block_sparse", "gather", "merge", "scores", "select", "cost")
+_MODULES = (
+    "index",
+    "dispatch",
+    "block_sparse",
+    "gather",
+    "merge",
+    "scores",
+    "select",
+    "cost",
+    "permute",
+    "pyramid",
+)
 
 if TYPE_CHECKING:
     from accelkit.kernels import (  # noqa: F401
@@ -17,6 +28,8 @@ if TYPE_CHECKING:
         gather,
         index,
         merge,
+        permute,
+        pyramid,
         scores,
         select,
     )

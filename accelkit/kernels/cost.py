@@ -63,6 +63,7 @@ class CostTable:
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     methods: Mapping[str, MethodCost] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    causal: bool = True
 
     def dense_ms(self, tokens: int) -> float:
         """A layer whose heads are all dense, as the unpatched model runs it."""
@@ -77,9 +78,10 @@ class CostTable:
         return self._kernel(size).launch
 
     def head_ms(self, size: tuple[int, int], tokens: int, density: float) -> float:
-        """One head of a causal prefill of `tokens` at `density` = computed ÷ visible pairs."""
+        """One head of a call over `tokens` tokens at `density` = computed ÷ visible pairs."""
         k = self._kernel(size)
-        return k.row * ceil_div(tokens, size[0]) + k.pair * density * visible_pairs(tokens) / 1e6
+        pairs = density * visible_pairs(tokens, self.causal) / 1e6
+        return k.row * ceil_div(tokens, size[0]) + k.pair * pairs
 
     def method_ms(self, kind: str, tokens: int) -> tuple[float, float]:
         """Estimator and selector of a method: ms of the layer, and ms more for each head."""
@@ -121,9 +123,9 @@ class CostTable:
         return CostTable(**fields)
 
 
-def visible_pairs(tokens: int) -> float:
-    """Query-key pairs of a causal prefill."""
-    return tokens * (tokens + 1) / 2
+def visible_pairs(tokens: int, causal: bool = True) -> float:
+    """Query-key pairs of a prefill, or of a denoising call, where every token sees every other."""
+    return tokens * (tokens + 1) / 2 if causal else float(tokens) ** 2
 
 
 def name(size: tuple[int, int]) -> str:

@@ -13,8 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelkit.errors import AccelkitWarning, InvalidInputError, KernelUnavailableError
-from accelkit.kernels import block_sparse, cpu
+from accelkit.errors import (
+    AccelkitWarning,
+    InvalidInputError,
+    KernelUnavailableError,
+    UnsupportedConfigurationError,
+)
+from accelkit.kernels import block_sparse, cpu, pyramid
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.launch import Launch
 from accelkit.kernels.prepare import prepare
@@ -91,6 +96,14 @@ def attend(
         KernelUnavailableError: the backend that was asked for cannot serve the call.
     """
     with torch.no_grad():
+        if index.level is not None:
+            if causal or k_pos is not None:
+                raise UnsupportedConfigurationError(
+                    "attend: mean keys have no position; index.level needs a call without "
+                    "causality and k_pos"
+                )
+            k, v, index = pyramid.lower(k, v, index, key_mask)
+            key_mask = None
         launch = prepare(
             q,
             k,

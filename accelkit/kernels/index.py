@@ -22,12 +22,14 @@ def ceil_div(a: int, b: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def id_table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Small ids as int64 `[n]` that stays on the device: building it anew in every call would copy
-    from the host and wait for it.
+def device_ids(
+    values: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int32
+) -> Tensor:
+    """Small id tables live on the device; building them anew would copy from the host in every
+    call, and wait for it.
     """
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.int64, device=device)
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class BlockIndex:
         """The rows of some heads, in the given order (a head map for reuse). Lists are shared,
         not copied.
         """
-        ids = id_table(tuple(heads), self.count.device)
+        ids = device_ids(tuple(heads), self.count.device)
         return replace(self, start=self.start[:, ids], count=self.count[:, ids])
 
     def to_mask(self, nk: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accelkit.kernels.index import Inputs, id_table
+from accelkit.kernels.index import Inputs, device_ids
 
 FAR = 2**31 - 1
 END = FAR - 1
@@ -85,7 +85,7 @@ def in_place(call: Inputs) -> bool:
 def bare_inputs(n_q: int, n_k: int, q_start: int, causal: bool, device: torch.device) -> Inputs:
     """A call of this geometry without contents, for what depends on nothing else."""
     q, k = (torch.empty((1, 1, n, 0), device=device) for n in (n_q, n_k))
-    return Inputs(q, k, k, 1.0, causal, q_start, None, (0,), id_table((0,), device))
+    return Inputs(q, k, k, 1.0, causal, q_start, None, (0,), device_ids((0,), device, torch.int64))
 
 
 @lru_cache(maxsize=16)
@@ -115,7 +115,7 @@ def take_heads(t: Tensor, heads: Sequence[int]) -> Tensor:
     first, n = heads[0], len(heads)
     if list(heads) == list(range(first, first + n)):
         return t[:, first : first + n]
-    return t.index_select(1, id_table(tuple(heads), t.device))
+    return t.index_select(1, device_ids(tuple(heads), t.device))
 
 
 def per_slot(table: Tensor, slots: Sequence[int]) -> Tensor:

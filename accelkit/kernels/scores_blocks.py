@@ -7,12 +7,13 @@ Each returns fp32 `[B, H, nq, nk]` for the call's heads. Blocks that no row of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accelkit.errors import InvalidInputError
+from accelkit.errors import InvalidInputError, UnsupportedConfigurationError
 from accelkit.kernels import dispatch
 from accelkit.kernels.index import Inputs, ceil_div
 from accelkit.kernels.positions import (
@@ -295,3 +296,46 @@ def block_mass(
             p = pad(p, (0, -n % size[1])).unflatten(-1, (-1, size[1])).sum(-1)
             out[:, slots, i, : p.shape[-1]] = p
     return out
+
+
+def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int = 0) -> Tensor:
+    """Greatest `exp(s − row maximum)` among sampled rows and keys of each block, fp32
+    `[B, H, nq, nk]`, at most 1 (PSA, 2512.04025).
+
+    One token in `every` is drawn at random, at the same places in all blocks; equal seeds draw
+    equal places. Ragged ends repeat their last token. Without causality and padding only.
+    """
+    if call.causal or call.key_mask is not None or call.q_pos is not None or call.k_pos is not None:
+        raise UnsupportedConfigurationError(
+            "sampled_max draws the same places in all blocks: it needs a call without causality, "
+            "padding and permuted positions"
+        )
+    (nq, nk), batch = call.tiles(size), call.q.shape[0]
+    q = take_heads(_sampled(call.q, size[0], every, seed), call.heads)  # [B, H, nq, r, D]
+    k = _sampled(call.k, size[1], every, seed + 1)[:, call.kv_of_head]
+    wide = torch.float32 if q.device.type == "cpu" else q.dtype
+    q, k = (q * call.scale).to(wide), k.flatten(2, 3).to(wide).transpose(-1, -2)
+    out = torch.empty((batch, len(call.heads), nq, nk), dtype=torch.float32, device=q.device)
+    rows = q.shape[3]
+    step = max(1, _rows_per_chunk(call, k.shape[-1] * batch * len(call.heads), 1) // rows)
+    for i in range(0, nq, step):
+        part = q[:, :, i : i + step].flatten(2, 3)
+        peak = torch.matmul(part, k).unflatten(-1, (nk, -1)).amax(-1).float()
+        peak = (peak - peak.amax(-1, keepdim=True)).exp_().unflatten(2, (-1, rows))
+        out[:, :, i : i + step] = peak.amax(3)
+    return out
+
+
+def _sampled(x: Tensor, block: int, every: int, seed: int) -> Tensor:
+    """Some tokens of each block, `[B, H, nb, block / every, D]`."""
+    places = _drawn(x.shape[2], block, every, seed, x.device)
+    return x.index_select(2, places.flatten()).unflatten(2, places.shape)
+
+
+@lru_cache(maxsize=64)
+def _drawn(n: int, block: int, every: int, seed: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        chance = torch.Generator().manual_seed(seed)
+        inside = torch.randperm(block, generator=chance)[: max(1, block // every)].sort().values
+        first = torch.arange(0, n, block)[:, None]
+        return (first + inside).clamp(max=n - 1).to(device)

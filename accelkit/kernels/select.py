@@ -7,6 +7,7 @@ selected mask passes through `force`, which adds what must be kept and leaves no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -24,13 +25,28 @@ from accelkit.kernels.positions import (
     row_places,
     visible_blocks,
 )
-from accelkit.kernels.select_lines import compact, lines, vertical_slash
+from accelkit.kernels.select_lines import compact, compact_levels, lines, vertical_slash
 from accelkit.kernels.select_stats import density, pair_counts, recall
 
 __all__ = [
-    "compact", "density", "force", "global_top_p", "lines", "pair_counts", "probabilities",
-    "ratio_of_max", "recall", "threshold", "top_k", "top_p", "vertical_slash", "visible",
-]  # fmt: skip
+    "compact",
+    "compact_levels",
+    "density",
+    "force",
+    "global_prefix",
+    "global_top_p",
+    "levels",
+    "lines",
+    "pair_counts",
+    "probabilities",
+    "ratio_of_max",
+    "recall",
+    "threshold",
+    "top_k",
+    "top_p",
+    "vertical_slash",
+    "visible",
+]
 
 
 def visible(call: Inputs, size: tuple[int, int]) -> Tensor:
@@ -113,20 +129,43 @@ def global_top_p(probs: Tensor, p: float | Tensor) -> Tensor:
     compete, until the sum reaches `p` of the head's total (`p · nq` for rows that sum to one). The
     block that crosses is kept. Bool `[B, H, nq, nk]`.
     """
-    flat = probs.flatten(2)[:, :, None]
-    share = _per_head(p, flat)
-    total = flat.clamp(min=0).sum(-1, keepdim=True, dtype=torch.float32)
+    share = _per_head(p, probs)
+    total = probs.clamp(min=0).sum((-2, -1), keepdim=True, dtype=torch.float32)
+    mask = global_prefix(probs, share * total)
+    return _or_all(probs, share, mask)
+
+
+def global_prefix(scores: Tensor, mass: Tensor) -> Tensor:
+    """The greatest entries of all rows of a head together until their sum reaches `mass`
+    `[B|1, H|1, 1, 1]`, the entry that crosses included. Scores are non-negative, −inf is never
+    taken. Bool `[B, H, nq, nk]`.
+    """
+    flat, mass = scores.flatten(2)[:, :, None], mass.expand(*scores.shape[:2], 1, 1)
     if dispatch.fast_device(flat):
         from accelkit.kernels._triton import select as fast
 
-        return _or_all(flat, share, fast.long_prefix(flat, share * total)).view_as(probs)
+        return fast.long_prefix(flat, mass).view_as(scores)
     order = flat.sort(dim=-1, descending=True, stable=True)
-    mass = order.values.clamp(min=0)
+    value = order.values.clamp(min=0)
     # A million small terms: the running sum is kept in fp64.
-    keep = mass.cumsum(-1, dtype=torch.float64) - mass < share * total
+    keep = value.cumsum(-1, dtype=torch.float64) - value < mass
     keep &= order.values != -float("inf")
-    mask = torch.zeros_like(keep).scatter_(-1, order.indices, keep)
-    return _or_all(flat, share, mask).view_as(probs)
+    return torch.zeros_like(keep).scatter_(-1, order.indices, keep).view_as(scores)
+
+
+def levels(scores: Tensor, ends: Sequence[float], *, by_energy: bool, least: float = 0.0) -> Tensor:
+    """A level for each block from nested selections: the first of `ends` bounds level 0, the next
+    level 1 …; what is beyond the last gets −1. Int8 `[B, H, nq, nk]`.
+
+    Ends are shares of the row's visible blocks by rank, or of its total score; then level 0 has at
+    least the share `least` of the blocks.
+    """
+    chosen = [top_p(scores, e) if by_energy else top_k(scores, float(e)) for e in ends]
+    if least:
+        chosen[0] = chosen[0] | top_k(scores, float(least))
+        chosen = [m | chosen[0] for m in chosen]
+    inside = sum(m.to(torch.int8) for m in chosen)
+    return torch.where(inside > 0, len(chosen) - inside, -1).to(torch.int8)
 
 
 def ratio_of_max(scores: Tensor, alpha: float | Tensor) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from accelkit.errors import UnsupportedConfigurationError
 from accelkit.kernels import dispatch
 from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
 from accelkit.kernels.positions import bounds, key_places, row_limits, row_places, visible_blocks
+from accelkit.kernels.pyramid import LEVELS, entries
 
 
 def compact(mask: Tensor, size: tuple[int, int]) -> BlockIndex:
@@ -18,6 +22,36 @@ def compact(mask: Tensor, size: tuple[int, int]) -> BlockIndex:
 
         return fast.compact(mask, size)
     return BlockIndex.from_mask(mask, size)
+
+
+def compact_levels(levels: Tensor, tokens: int, size: tuple[int, int], unit: int) -> BlockIndex:
+    """Lists with levels from a level for each block: int8 `[B|1, H, nq, nk]`, 0 … 3, −1 is left
+    out.
+
+    `size` is the block `(bq, bk)` of the levels and `unit`, a divisor of bk, the keys of an entry.
+    An entry that spans several blocks is taken where none of them asks for a finer level;
+    elsewhere its blocks move one level down. So no block is read more coarsely than asked for.
+    """
+    (bq, bk), number = size, entries(tokens, unit)
+    wish, masks = levels, []
+    for r in reversed(range(LEVELS)):
+        span = unit << r
+        if span <= bk:
+            mask = (wish == r).repeat_interleave(bk // span, -1)
+        else:
+            group = span // bk
+            cell = pad(wish, (0, -wish.shape[-1] % group), value=-1).unflatten(-1, (-1, group))
+            mask = torch.where(cell < 0, LEVELS, cell).amin(-1) == r
+            cell = torch.where(cell == r, torch.where(mask[..., None], -1, r - 1), cell)
+            wish = cell.flatten(-2)[..., : levels.shape[-1]]
+        masks.append(pad(mask, (0, number[r] - mask.shape[-1])))
+    found = compact(torch.cat(masks[::-1], -1), (bq, unit))
+    first = [sum(number[:r]) for r in range(LEVELS)]
+    level = sum((found.blocks >= f).to(torch.int8) for f in first[1:])
+    start = torch.zeros_like(found.blocks)
+    for r in range(1, LEVELS):
+        start = torch.where(level == r, first[r], start)
+    return replace(found, blocks=found.blocks - start, level=level)
 
 
 def _plain(call: Inputs, name: str) -> None:

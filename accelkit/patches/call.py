@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from accelkit.kernels.index import Inputs, id_table
+from accelkit.kernels.index import Inputs, device_ids
 
 Phase = Literal["prefill", "decode", "denoise"]
 Kind = Literal["self", "joint", "cross"]
@@ -79,7 +79,7 @@ class AttentionCall(Inputs):
         """The same call for some of its query heads; no tensor is copied."""
         if tuple(heads) == self.heads:
             return self
-        at = id_table(tuple(self.heads.index(h) for h in heads), self.q.device)
+        at = device_ids(tuple(self.heads.index(h) for h in heads), self.q.device)
         narrowed: dict[str, Any] = {
             name: value if value is None or value.shape[1] == 1 else value.index_select(1, at)
             for name, value in (("q_pos", self.q_pos), ("k_pos", self.k_pos))
@@ -96,6 +96,15 @@ class AttentionCall(Inputs):
             self._shared[key] = compute()
         return self._shared[key]
 
+    def remember(self, key: Any, compute: Callable[[], T]) -> T:
+        """`compute()`, remembered for this site, these heads and this length to the end of the
+        generation.
+        """
+        key = (key, self.heads, self.n_q, self.n_k)
+        if key not in self.memory:
+            self.memory[key] = compute()
+        return self.memory[key]
+
     def per_head(self, value: float | str) -> float | Tensor:
         """A `PerHead` field: the number itself, or the values of this call's heads (fp32 `[H]`)
         from the tables.
@@ -103,7 +112,7 @@ class AttentionCall(Inputs):
         if not isinstance(value, str):
             return value
         table = self.tables[value]
-        return table.index_select(0, id_table(self.heads, table.device)).to(self.q.device)
+        return table.index_select(0, device_ids(self.heads, table.device)).to(self.q.device)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from accelkit.kernels.index import Inputs
 from accelkit.kernels.select import visible
 from accelkit.patches.call import AttentionCall
+
+
+def text(mask: Tensor, call: Inputs, size: tuple[int, int]) -> Tensor:
+    """`mask` with text rows and columns dense where the call belongs to diffusion, which keeps
+    pictures whole; other calls are left as they are.
+    """
+    if isinstance(call, AttentionCall) and call.clock.phase == "denoise":
+        return spans(mask, call, size)
+    return mask
 
 
 def spans(
