@@ -28,6 +28,7 @@ from accelkit.patches.call import AttentionCall, Phase, Site
 from accelkit.patches.method import AttentionMethod, Method
 from accelkit.patches.plan import Policy, Reuse
 from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute
+from accelkit.patches.state import Saved
 
 SHARE = 8
 """One query tile in this many is looked at."""
@@ -279,7 +280,7 @@ class Bench:
             covered = torch.einsum("hrk,ark->ha", mass, mask[list(good)].to(mass.dtype))
             heads = [good[i] for i in covered.argmax(-1).tolist()]
         everyone = tuple(range(index.heads))
-        state = SimpleNamespace(indices={(anchor, self.call.ordinal): [(everyone, (index,))]})
+        state = SimpleNamespace(indices={(anchor, self.call.ordinal): [Saved(everyone, (index,))]})
         policy = Policy(reuse=Reuse(site=anchor, heads=tuple(heads)))
         answers = answer(self.call, policy, state)  # type: ignore[arg-type]
         return None if answers is None else {"heads": list(heads), **self.measure(answers)}
