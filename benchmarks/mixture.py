@@ -7,7 +7,8 @@ the last hidden state at scored positions); speed is the median prefill of a bat
 estimate and selection included, with dense beside it in the same process.
 
 A setting that is slower than dense, or that spoils a prompt beyond anything a mixture may do, is no
-rival: it is not followed further, and says so (`complete`).
+rival: it is not followed further, and says so (`complete`). Methods that calibration refuses on a
+device, because choosing alone takes longer than dense attention, are left out with that reason.
 
     python benchmarks/mixture.py --length 8192 --out benchmarks/results/mixture-cpu.json
     python benchmarks/mixture.py --length 16384 --batch 8 --out benchmarks/results/mixture-16k.json
@@ -53,7 +54,9 @@ FIRST = ("text", "key_value", "variables")
 
 
 def settings_of(name: str) -> list[Method]:
-    """At least eight global settings of a method: its dial's values and points between them."""
+    """At least eight global settings of a method, from sparsest to densest: its dial's values and
+    points between them.
+    """
     cls = load(name)
     if cls.dial is None:
         return [cls()]
@@ -67,6 +70,8 @@ def settings_of(name: str) -> list[Method]:
         if between in values:
             break
         values.insert(widest + 1, between)
+    if cls.dial.values[0] > cls.dial.values[-1]:
+        values.reverse()
     return [cls(**{cls.dial.field: v}) for v in values]
 
 
@@ -161,11 +166,11 @@ def mixtures(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def singles(bench: Bench, name: str, most_error: float) -> list[dict[str, Any]]:
-    """All settings of a method, from sparsest to densest or the other way round."""
+    """All settings of a method, as long as they are not slower than dense."""
     found: list[dict[str, Any]] = []
     for method in settings_of(name):
         if len(found) > 1 and all(r["worst_error"] is None for r in found[-2:]):
-            break  # its estimate alone takes longer than dense
+            break
         row = bench.measure(plan_of(bench.model, method), most_error)
         field = type(method).dial.field if type(method).dial else ""
         setting = f"{name}({field}={getattr(method, field):.4g})" if field else name
@@ -234,9 +239,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=None)
     parser.add_argument("--tasks", nargs="*", default=TASKS)
     parser.add_argument("--preset", default="balanced")
-    parser.add_argument(
-        "--most-error", type=float, default=0.12, help="beyond it nobody is a rival"
-    )
+    parser.add_argument("--most-error", type=float, default=0.12, help="of rivals")
     parser.add_argument("--journal", type=Path, help="of the calibration; kept if it is named")
     parser.add_argument("--resume", action="store_true", help="take up the named journal")
     parser.add_argument("--join", type=Path, nargs="*", help="results to put together")
@@ -255,8 +258,9 @@ def main() -> None:
             "mixtures": mixtures(bench, args), "singles": [],
         }  # fmt: skip
         save(found, args.out)
-        prefill = [n for n in names() if "prefill" in load(n).phases]
-        for name in prefill if args.methods is None else args.methods:
+        refused = {n for m in found["mixtures"] for n in m["calibration"]["refused"]}
+        able = [n for n in names() if "prefill" in load(n).phases and n not in refused]
+        for name in able if args.methods is None else args.methods:
             found["singles"] += singles(bench, name, args.most_error)
             save(found, args.out)  # a run that is cut short keeps what it has
         if own is None:
