@@ -275,7 +275,8 @@ def machine(data: dict[str, Any]) -> str:
     """Where a result was measured, in a line."""
     facts = data.get("environment") or data
     gpu = facts.get("gpu")
-    threads = f"CPU, {facts['cpu_threads']} threads" if "cpu_threads" in facts else ""
+    threads = f"{facts.get('cpu') or 'CPU'}, {facts.get('cpu_threads')} threads"
+    threads = threads if "cpu_threads" in facts else ""
     where = gpu["name"] if isinstance(gpu, dict) else gpu or threads
     versions = [f"{k} {facts[k]}" for k in ("torch", "triton", "transformers") if facts.get(k)]
     return ", ".join(filter(None, [where, *versions]))
