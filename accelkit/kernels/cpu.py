@@ -36,6 +36,9 @@ _EVEN_KEYS = 64
 filled.
 """
 
+_SQUARE_KEYS = 16
+"""Tiles over their own blocks become triangles if a block has at least so many keys."""
+
 _HIDDEN = -1e30
 """Added to the logits of invisible pairs. Finite, because a fully hidden stretch would give NaN
 with −inf.
@@ -158,31 +161,35 @@ class _Rows:
         if launch.rows is not None:
             q = q[:, :, launch.rows]
         self.q = q.reshape(-1, bq, self.width)
-        k, v = (_wide(t, launch.key_blocks * bk, self.width) for t in (launch.k, launch.v))
+        whole = max(1, bq // bk)  # blocks are filled up to whole squares of a tile
+        blocks = ceil_div(launch.key_blocks, whole) * whole
+        k, v = (_wide(t, blocks * bk, self.width) for t in (launch.k, launch.v))
         self.k, self.v = (t.reshape(-1, bk * self.width) for t in (k, v))
         self.key_bytes = 2 * self.width * k.element_size()
         kv = launch.kv_heads[slots].long()
         self.kv = (torch.arange(launch.batch)[:, None] * launch.k.shape[1] + kv).flatten()
-        self.base = (self.kv * launch.key_blocks).repeat_interleave(self.tiles)
+        self.base = (self.kv * blocks).repeat_interleave(self.tiles)
         self.out = torch.zeros((len(self.q), bq, launch.v.shape[3]), dtype=self.dtype)
         self.lse = torch.full((len(self.q), bq), -math.inf, dtype=self.dtype)
         self.empty = True
 
     def squares(self, own: Tensor) -> None:
-        """Each tile over its own block, as a triangle, where the block is listed (`own`, bool
-        `[R]`).
+        """Tiles over the keys at their own positions, as triangles, where `own` (bool
+        `[B · S, tiles]`) says so.
         """
-        tiles, nk = self.launch.tiles, self.launch.key_blocks
-        first = self.launch.q_start // self.launch.index.size[1]
-        blocks = tiles + first if self.launch.rows is not None else slice(first, first + len(tiles))
-        k, v = (t.view(-1, nk, 1, self.q.shape[1], self.width) for t in (self.k, self.v))
+        bq, tiles = self.q.shape[1], self.launch.tiles
+        first = self.launch.q_start // bq
+        places = tiles + first if self.launch.rows is not None else slice(first, first + len(tiles))
+        heads = self.launch.batch * self.launch.k.shape[1]
+        k, v = (t.view(heads, -1, 1, bq, self.width) for t in (self.k, self.v))
         q, out, lse = (t.unflatten(0, (-1, self.tiles)) for t in (self.q, self.out, self.lse))
         for line, kv in enumerate(self.kv.tolist()):
             some = q[line, : len(tiles), None]
-            piece = _fused(some, k[kv, blocks], v[kv, blocks], self.launch.scale, causal=True)
+            piece = _fused(some, k[kv, places], v[kv, places], self.launch.scale, causal=True)
             out[line, : len(tiles)] = piece[0][:, 0, :, : out.shape[3]]
             lse[line, : len(tiles)] = piece[1][:, 0]
-        self.out[~own], self.lse[~own] = 0.0, -math.inf
+        not_own = pad(~own, (0, self.tiles - len(tiles)), value=True).flatten()
+        self.out[not_own], self.lse[not_own] = 0.0, -math.inf
         self.empty = False
 
     def pieces(self, lists: _Lists, height: int = 1) -> None:
@@ -282,9 +289,12 @@ def _listed(launch: Launch, slots: Tensor) -> None:
     heights = _heights(launch)
     rows = _Rows(launch, slots, max(heights))
     clean, masked = _seen(launch, slots)  # bool [B · S, tiles, nk]
-    if _on_diagonal(launch):
-        rows.squares(pad(masked.any(-1), (0, rows.tiles - tiles)).flatten())
-        masked = torch.zeros_like(masked)
+    own = _own_square(launch)
+    if own is not None:
+        complete = (masked | ~own).all(-1)
+        if complete.any():
+            rows.squares(complete)
+            masked = masked & ~complete[..., None]
     # Tiles that fill up a run agree to everything.
     clean = pad(clean, (0, 0, 0, rows.tiles - tiles), value=True)
     for height in heights:
@@ -332,17 +342,19 @@ def _seen(launch: Launch, slots: Tensor) -> tuple[Tensor, Tensor]:
     return clean.flatten(0, 1), (seen & ~clean).flatten(0, 1)
 
 
-def _on_diagonal(launch: Launch) -> bool:
-    """Whether the only partly visible block of a tile is its own, seen as a triangle."""
-    (bq, bk), plain = launch.index.size, launch.q_pos is None and launch.k_pos is None
-    square = bq == bk and launch.q_start % bq == 0 and launch.n_k >= launch.q_start + launch.n_q
-    return (
-        launch.causal
-        and plain
-        and square
-        and bk >= _EVEN_KEYS
-        and not isinstance(launch.bias, Tensor)
-    )
+def _own_square(launch: Launch) -> Tensor | None:
+    """Blocks at the tile's own positions, bool `[tiles, nk]`, where these are the only ones that
+    its queries may see in part, and as a triangle.
+    """
+    (bq, bk), end = launch.index.size, launch.q_start + launch.n_q
+    plain = launch.causal and launch.q_pos is None and launch.k_pos is None
+    if not plain or isinstance(launch.bias, Tensor) or bk < _SQUARE_KEYS or bq % bk:
+        return None
+    if launch.q_start % bq or launch.n_k < end:
+        return None
+    first = launch.tiles[:, None] + launch.q_start // bq
+    block = torch.arange(launch.key_blocks)
+    return (block * bk // bq == first) & (block * bk < end)
 
 
 def _pick(table: Tensor, batch: Tensor, slot: Tensor, place: Tensor) -> Tensor:
