@@ -97,12 +97,13 @@ def calibrate(
 ) -> None:
     """Measure MODEL and write the fastest [bold]plan[/bold] that keeps within the error budget."""
     console.verbosity(talk)
-    allowed = console.ratio(budget, "--budget") if budget else None
+    allowed = None if budget is None else console.ratio(budget, "--budget")
     stop = console.seconds(time_limit)
     size = console.given(height=height, width=width, num_frames=frames, steps=steps)
     limits = console.sizes(lengths) if lengths else None
     chosen = console.names(methods) or None
     journal = out / "journal.jsonl"
+    from accelkit.patches.plan import Budget
     from accelkit.patches.plan_file import FILE
 
     if not dry_run and not resume and (out / FILE).exists():
@@ -124,7 +125,7 @@ def calibrate(
         loaded,
         data or prompts,
         tokenizer=tokenizer,
-        budget=allowed,
+        budget=None if allowed is None else Budget(max_rel_error=allowed),
         lengths=limits,
         **size,
         methods=chosen,
@@ -270,14 +271,14 @@ def show(
     from accelkit.patches.plan_file import FILE
 
     folder = Path(plan_or_model)
-    from accelkit.calibration.pipelines import INDEX, describe_any
-
-    is_model = any((folder / name).exists() for name in ("config.json", INDEX))
+    is_model = any((folder / name).exists() for name in ("config.json", "model_index.json"))
     if is_model and not (folder / FILE).exists():
         if out or plot:
             raise InvalidInputError(
                 f"{plan_or_model} has no plan to draw; make one with `accelkit calibrate`"
             )
+        from accelkit.calibration.pipelines import describe_any
+
         found = describe_any(plan_or_model)
         console.emit(
             found, as_json, console.table(f"{found['class_name']}: attention sites", found["sites"])

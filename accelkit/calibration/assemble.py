@@ -25,6 +25,7 @@ from accelkit.patches.plan import (
     Policy,
     Reuse,
     Rule,
+    evidence_key,
 )
 
 
@@ -221,11 +222,6 @@ def assemble(
         budget=budget,
     )
     return plan.with_tables(tables)
-
-
-def evidence_key(phase: str, steps: tuple[float, float]) -> str:
-    """Under which name a plan keeps what it saw in a share of the steps: "denoise 0.1-0.25"."""
-    return phase if steps == (0.0, 1.0) else f"{phase} {steps[0]:g}-{steps[1]:g}"
 
 
 def _with_whole(seen: dict[str, Evidence], phase: str) -> dict[str, Evidence]:

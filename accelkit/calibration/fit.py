@@ -37,7 +37,7 @@ from accelkit.kernels.index import BlockIndex, ceil_div, plain_inputs
 from accelkit.patches.call import AttentionCall, Clock, Geometry, Site
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.plan import Policy
-from accelkit.patches.sites.attention import Answer, answer, compute
+from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute
 
 FITTED = (0.04, 0.12, 0.35, 1.0)
 CHECKED = (0.08, 0.2)
@@ -227,8 +227,8 @@ def _method(
                 return (
                     f"choosing takes {spent:.1f} ms at {n} tokens, dense attention {whole:.1f} ms"
                 )
-            if n < longest and call.q.device.type == "cpu" and one.execution.skip is not None:
-                return "skipping tiles inside the kernel saves no time on a CPU"
+            if n < longest and call.q.device.type == "cpu" and one.execution != PLAIN:
+                return "skipping tiles and 8-bit products save no time on a CPU"
             spent += _around(one, ms)
         except Exception as error:  # a method that fails must not end the calibration of the others
             return f"it does not run here: {type(error).__name__}: {error}"

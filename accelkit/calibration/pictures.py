@@ -10,9 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from accelkit.calibration.assemble import evidence_key
 from accelkit.errors import InvalidInputError, MissingExtraError
-from accelkit.patches.plan import Evidence, LayerPlan, Plan
+from accelkit.patches.plan import Evidence, LayerPlan, Plan, evidence_key
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -34,10 +34,9 @@ def is_pipeline(name: str) -> bool:
         return (Path(name) / INDEX).is_file()
     from huggingface_hub import file_exists, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(name, INDEX), str):
-        return True
     try:
-        return file_exists(name, INDEX)
+        cached = isinstance(try_to_load_from_cache(name, INDEX), str)
+        return cached or file_exists(name, INDEX)
     except Exception:  # offline, a private repository, no such name: opening it will say more
         return False
 
@@ -59,7 +58,7 @@ def open_pipeline(name: str, *, dtype: str = "auto", device: str = "auto") -> An
         if "transformers" in sys.modules:
             sys.modules["transformers"].utils.logging.disable_progress_bar()
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=kind)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=kind)
     except (AttributeError, TypeError, ImportError) as error:
         raise UnsupportedModelError(
             f"{name}: diffusers {diffusers.__version__} cannot open this pipeline "

@@ -13,11 +13,12 @@ _MODULES = (
     "block_sparse",
     "gather",
     "merge",
+    "permute",
+    "pyramid",
+    "quantize",
     "scores",
     "select",
     "cost",
-    "permute",
-    "pyramid",
 )
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         merge,
         permute,
         pyramid,
+        quantize,
         scores,
         select,
     )

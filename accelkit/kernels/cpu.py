@@ -51,6 +51,8 @@ def refusal(launch: Launch) -> str | None:
         return f"the bucketed path is for the CPU and the tensors are on {launch.q.device}"
     if launch.skip is not None:
         return "skip visits tiles one after another, which only the reference does on this device"
+    if launch.qk != "native":
+        return "8-bit products gain nothing on a CPU; the reference rounds as they would"
     return None
 
 

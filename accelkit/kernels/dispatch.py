@@ -53,6 +53,9 @@ def attend(
     skip: float | Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    qk: str = "native",
+    pv: str = "native",
+    smooth_k: bool = False,
     backend: str | None = None,
 ) -> Partial:
     """Attention of some query heads over the keys that `index` lists. Inference only; nothing is
@@ -83,6 +86,9 @@ def attend(
             `out[:, heads[j]]` and
             `lse[:, heads[j]]`. Without them `[B, len(heads), …]` is allocated, in the order of
             `heads`.
+        qk, pv: precision of the two products, "native", "int8" (qk only) or "fp8" (pv only beside
+            an 8-bit qk); operands are quantised inside (`kernels.quantize`). smooth_k: round keys
+            after taking their mean from them.
         backend: "triton", "torch", "reference", or None: what the device does best. The environment
             variable
             `ACCELKIT_KERNEL` replaces None. A wish is served or refused, never bent.
@@ -121,6 +127,9 @@ def attend(
             skip=skip,
             out=out,
             lse=lse,
+            qk=qk,
+            pv=pv,
+            smooth_k=smooth_k,
         )
         choice = choose(launch, backend)
         if launch.q.numel() and launch.heads and (launch.rows is None or launch.rows.numel()):
@@ -165,6 +174,10 @@ def choose(launch: Launch, backend: str | None = None) -> Choice:
         refusal = triton_refusal(launch)
         if refusal is None:
             return Choice("triton", f"tensors are on {launch.q.device}")
+        if launch.qk != "native":
+            raise KernelUnavailableError(
+                f"attend: no kernel runs qk={launch.qk!r}, pv={launch.pv!r} here: {refusal}"
+            )
         _tell(f"attention runs the torch reference, which is slow: {refusal}")
         return Choice("reference", refusal)
     if wish == "triton":
@@ -182,7 +195,9 @@ def triton_refusal(launch: Launch) -> str | None:
     """Why the Triton kernels cannot serve a launch, or None."""
     reason = triton_missing(launch.q.device)
     if reason is None:
-        if launch.index.size[1] == 1:
+        if launch.qk != "native":
+            from accelkit.kernels._triton import eight_bit as kernel
+        elif launch.index.size[1] == 1:
             from accelkit.kernels._triton import gather as kernel
         else:
             from accelkit.kernels._triton import block_sparse as kernel
@@ -217,6 +232,10 @@ def _run(launch: Launch, backend: str) -> None:
         block_sparse.reference(launch)
     elif backend == "torch":
         cpu.attend_listed(launch)
+    elif launch.qk != "native":
+        from accelkit.kernels._triton.eight_bit import eight_bit
+
+        eight_bit(launch)
     elif launch.index.size[1] == 1:
         from accelkit.kernels._triton.gather import gather
 

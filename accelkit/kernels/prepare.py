@@ -127,6 +127,24 @@ def _skip(skip: float | Tensor | None, heads: int, bk: int, device: torch.device
     return skip.to(device=device, dtype=torch.float32).reshape(-1).expand(heads).log()
 
 
+def _check_precision(qk: str, pv: str, bk: int, skip: bool) -> None:
+    if qk not in ("native", "int8", "fp8") or pv not in ("native", "int8", "fp8"):
+        raise _fail("qk and pv", f"{qk!r} and {pv!r}", "native, int8 or fp8")
+    if (qk, pv) == ("native", "native"):
+        return
+    reason = None
+    if pv == "int8":
+        reason = "probabilities have no int8 form; pv is 'native' or 'fp8'"
+    elif qk == "native":
+        reason = "fp8 values go with 8-bit scores; qk is 'int8' or 'fp8'"
+    elif skip:
+        reason = "skip runs in the inputs' own precision"
+    elif bk % 16:
+        reason = f"8 bits need units of a multiple of 16 keys, and this index has {bk}"
+    if reason:
+        raise UnsupportedConfigurationError(f"attend: qk={qk!r}, pv={pv!r}: {reason}")
+
+
 def _rows(rows: Sequence[int] | Tensor | None, count: int, device: torch.device) -> Tensor | None:
     if rows is None:
         return None
@@ -190,6 +208,9 @@ def prepare(
     skip: float | Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    qk: str = "native",
+    pv: str = "native",
+    smooth_k: bool = False,
 ) -> Launch:
     """Check `attend`'s arguments and resolve their defaults. Reads no device memory.
 
@@ -226,6 +247,7 @@ def prepare(
             )
         place = torch.arange(n_k, device=device, dtype=torch.int32) if k_pos is None else k_pos
         k_pos = torch.where(key_mask[:, None], place, -1).to(torch.int32)
+    _check_precision(qk, pv, index.size[1], skip is not None)
     given = out is not None
     threshold = _skip(skip, count, index.size[1], device)
     tiles = _rows(rows, index.rows, device)
@@ -249,4 +271,7 @@ def prepare(
         _bias(index, batch, count, n_k),
         out,
         lse,
+        qk=qk,
+        pv=pv,
+        smooth_k=smooth_k,
     )

@@ -127,6 +127,8 @@ def self_similarity(
     2502.18137), computed as `‖Σ x̂‖² / n²`. `center` removes the mean token first, as SpargeAttn
     does for keys. `mask` names the tokens that count; a block without any gives 1.
     """
+    if x.ndim == 4 and dispatch.fast_device(x) and (mask is None or mask.shape[1] == 1):
+        return _fast_self_similarity(x, block, mask, center)
     n = x.shape[-2]
     short = -n % block
     x = x.float()
@@ -142,6 +144,20 @@ def self_similarity(
     count = pad(mask, (0, short)).unflatten(-1, (-1, block)).sum(-1)
     square = torch.matmul(weight, cells).square().sum((-1, -2))
     return torch.where(count > 0, square / count.clamp(min=1).square(), 1.0)
+
+
+def _fast_self_similarity(x: Tensor, block: int, mask: Tensor | None, center: bool) -> Tensor:
+    from accelkit.kernels._triton import scores as fast
+
+    centre = None
+    if center and mask is None:
+        centre = x.mean(2, dtype=torch.float32)
+    elif center:
+        assert mask is not None
+        number = mask.sum(-1, keepdim=True).clamp(min=1)
+        centre = torch.matmul((mask / number).to(x.dtype)[:, :, None], x)[:, :, 0].float()
+    places = None if mask is None else torch.where(mask, 0, -1).int()
+    return fast.self_similarity(x, block, tuple(range(x.shape[1])), places, centre)
 
 
 def rows_by_block_mean(call: Inputs, size: tuple[int, int]) -> Tensor:
@@ -268,6 +284,11 @@ def block_mass(
     then it is computed on the way. `rows` are the query tiles to look at, all by default.
     Calibration reads recall from this. Padding rows do not vote.
     """
+    if rows is None and lse is not None and dispatch.fast_device(call.q):
+        from accelkit.kernels._triton import scores as fast
+
+        if fast.mass_fits(call, size):
+            return fast.block_mass(call, lse, size)
     nq, nk = call.tiles(size)
     tiles = list(range(nq)) if rows is None else [int(r) for r in rows]
     places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
@@ -312,17 +333,34 @@ def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int =
         )
     (nq, nk), batch = call.tiles(size), call.q.shape[0]
     q = take_heads(_sampled(call.q, size[0], every, seed), call.heads)  # [B, H, nq, r, D]
-    k = _sampled(call.k, size[1], every, seed + 1)[:, call.kv_of_head]
-    wide = torch.float32 if q.device.type == "cpu" else q.dtype
-    q, k = (q * call.scale).to(wide), k.flatten(2, 3).to(wide).transpose(-1, -2)
+    k = _sampled(call.k, size[1], every, seed + 1)  # [B, Hkv, nk, c, D]
+    rows, keys = q.shape[3], k.shape[3]
+    if dispatch.fast_device(q) and keys >= 16 and keys & (keys - 1) == 0:
+        return _fast_sampled_max(call, q, k)
+    q, k = q.float() * call.scale, k[:, call.kv_of_head].flatten(2, 3).float().transpose(-1, -2)
     out = torch.empty((batch, len(call.heads), nq, nk), dtype=torch.float32, device=q.device)
-    rows = q.shape[3]
     step = max(1, _rows_per_chunk(call, k.shape[-1] * batch * len(call.heads), 1) // rows)
     for i in range(0, nq, step):
         part = q[:, :, i : i + step].flatten(2, 3)
-        peak = torch.matmul(part, k).unflatten(-1, (nk, -1)).amax(-1).float()
+        peak = torch.matmul(part, k).unflatten(-1, (nk, -1)).amax(-1)
         peak = (peak - peak.amax(-1, keepdim=True)).exp_().unflatten(2, (-1, rows))
         out[:, :, i : i + step] = peak.amax(3)
+    return out
+
+
+def _fast_sampled_max(call: Inputs, q: Tensor, k: Tensor) -> Tensor:
+    from accelkit.kernels._triton import scores as fast
+
+    q, k = q.contiguous(), k.contiguous()
+    (batch, heads, nq, rows), nk = q.shape[:4], k.shape[2]
+    out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=q.device)
+    some = max(1, fast.SCRATCH_BYTES // (2 * batch * nq * rows * nk))
+    for i in range(0, heads, some):
+        part = slice(i, i + some)
+        kv = call.kv_of_head[part]
+        peak = fast.peaks(q[:, part].flatten(2, 3), k.flatten(2, 3), kv, call.scale, k.shape[3])
+        peak = (peak - peak.amax(2, keepdim=True)).unflatten(-1, (nq, rows)).amax(-1)
+        out[:, part] = peak.float().exp_().transpose(-1, -2)
     return out
 
 

@@ -164,7 +164,7 @@ def levels(scores: Tensor, ends: Sequence[float], *, by_energy: bool, least: flo
     if least:
         chosen[0] = chosen[0] | top_k(scores, float(least))
         chosen = [m | chosen[0] for m in chosen]
-    inside = sum(m.to(torch.int8) for m in chosen)
+    inside = torch.stack(chosen).sum(0)
     return torch.where(inside > 0, len(chosen) - inside, -1).to(torch.int8)
 
 

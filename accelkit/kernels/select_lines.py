@@ -47,10 +47,10 @@ def compact_levels(levels: Tensor, tokens: int, size: tuple[int, int], unit: int
         masks.append(pad(mask, (0, number[r] - mask.shape[-1])))
     found = compact(torch.cat(masks[::-1], -1), (bq, unit))
     first = [sum(number[:r]) for r in range(LEVELS)]
-    level = sum((found.blocks >= f).to(torch.int8) for f in first[1:])
-    start = torch.zeros_like(found.blocks)
+    level, start = torch.zeros_like(found.blocks, dtype=torch.int8), torch.zeros_like(found.blocks)
     for r in range(1, LEVELS):
-        start = torch.where(level == r, first[r], start)
+        beyond = found.blocks >= first[r]
+        level, start = level + beyond, torch.where(beyond, first[r], start)
     return replace(found, blocks=found.blocks - start, level=level)
 
 

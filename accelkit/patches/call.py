@@ -70,7 +70,7 @@ class AttentionCall(Inputs):
     site: Site = Site("", 0)
     clock: Clock = Clock("prefill")
     geometry: Geometry = Geometry()
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: dict[Any, Any] = field(default_factory=dict)
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     ordinal: int = 0
     _shared: dict[Any, Any] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class TokenStream:
     site: Site
     clock: Clock
     geometry: Geometry
-    memory: dict[str, Any]
+    memory: dict[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -137,4 +137,4 @@ class BlockCall:
     part: Literal["block", "ffn"]
     site: Site
     clock: Clock
-    memory: dict[str, Any]
+    memory: dict[Any, Any]

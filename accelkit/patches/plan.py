@@ -157,6 +157,11 @@ class Evidence(_Part):
     dense_ms: float
 
 
+def evidence_key(phase: str, steps: tuple[float, float]) -> str:
+    """Name of what was seen of a phase in a share of its steps: "denoise 0.1-0.25"."""
+    return phase if steps == (0.0, 1.0) else f"{phase} {steps[0]:g}-{steps[1]:g}"
+
+
 class LayerPlan(_Part):
     """One site: rules (first match wins, no match is dense) and the methods around attention."""
 

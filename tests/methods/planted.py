@@ -97,7 +97,9 @@ def video_call(
     return replace(call, causal=False, clock=clock, geometry=Geometry(spans, grid))
 
 
-def video(text_first: bool = True, seed: int = 0) -> AttentionCall:
+def video(
+    text_first: bool = True, grid: tuple[int, int, int] = GRID, seed: int = 0
+) -> AttentionCall:
     """Four kinds of heads of a video transformer, as logits that fall with the distance on each
     axis of the grid (waves, as rotary positions make them), and text that all rows read a little.
 
@@ -105,9 +107,9 @@ def video(text_first: bool = True, seed: int = 0) -> AttentionCall:
     time, 3 along its row.
     """
     g = torch.Generator().manual_seed(seed)
-    n, root = math.prod(GRID) + TEXT, WIDTH**0.5
+    n, root = math.prod(grid) + TEXT, WIDTH**0.5
     q, k = (0.05 * root * torch.randn(1, 4, n, WIDTH, generator=g) for _ in range(2))
-    places = torch.cartesian_prod(*(torch.arange(x) for x in GRID))
+    places = torch.cartesian_prod(*(torch.arange(x) for x in grid))
     wave = torch.logspace(-1.3, 0.2, 9)
     nats = torch.tensor([(9.0, 9, 9), (0, 12, 12), (7, 9, 9), (7, 14, 2)])
     visual = slice(TEXT, n) if text_first else slice(0, n - TEXT)
@@ -121,7 +123,7 @@ def video(text_first: bool = True, seed: int = 0) -> AttentionCall:
     text = slice(0, TEXT) if text_first else slice(n - TEXT, n)
     k[:, :, text, 60] = nats.sum(-1)[:, None] * 0.7
     v = torch.randn(1, 4, n, WIDTH, generator=g)
-    return video_call(q, k, v, GRID, text_first)
+    return video_call(q, k, v, grid, text_first)
 
 
 def later(method: AttentionMethod, call: AttentionCall) -> AttentionCall:
@@ -269,7 +271,7 @@ def covered(piece: BlockIndex, call: AttentionCall, b: int) -> Tensor:
 
 def probabilities(call: AttentionCall, rows: slice = slice(None)) -> Tensor:
     """Dense attention of some rows, fp32 `[B, H, rows, Nk]`; rows that see nothing are zero."""
-    q, k = call.q[:, list(call.heads), rows].float(), call.k[:, call.kv_of_head].float()
+    q, k = call.q[:, list(call.heads)][:, :, rows].float(), call.k[:, call.kv_of_head].float()
     s = (q @ k.transpose(-1, -2)) * call.scale
     s = s.masked_fill(~visible_pairs(call)[:, :, rows], -math.inf)
     return s.softmax(-1).nan_to_num(0.0)

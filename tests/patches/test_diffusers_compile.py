@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import accelkit
 from accelkit.errors import InvalidInputError
+from accelkit.patches.adapters import sites
 from accelkit.patches.method import load
 from accelkit.patches.patch import plan_of
 from tests.tiny_pipes import latents, tiny_pipe
@@ -55,12 +56,18 @@ def counted_graphs(pipe, family: str, how: str):
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("how", ["module", "in place", "repeated blocks"])
-@pytest.mark.parametrize("family", ["wan", "flux"])
+WAYS = ["module", "in place", "repeated blocks"]
+
+
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [(f, how) for f in ("wan", "flux") for how in WAYS]
+    + [(f, "repeated blocks") for f in ("hunyuan15", "ltx", "qwen_image")],
+)
 def test_compiled_as_one_graph_and_equal_to_eager(family, how):
     pipe = tiny_pipe(family)
     graphs = 1
-    if family == "flux":
+    if family != "wan":
         with counted_graphs(pipe, family, how) as counter:
             latents(pipe, family, steps=2)
             graphs = counter.frame_count  # as many as without a patch
@@ -71,7 +78,8 @@ def test_compiled_as_one_graph_and_equal_to_eager(family, how):
             again = [latents(pipe, family, p, steps=3) for p in ("a red ball", "the cube falls")]
             assert counter.frame_count == graphs
         assert handle.report().dense == {}
-        assert handle.report().sparse_calls == 2 * 3 * (4 if family == "wan" else 3)
+        forwards = 1 if family in ("flux", "ltx") else 2  # of a step
+        assert handle.report().sparse_calls == 2 * 3 * forwards * len(sites(pipe))
     for compiled, expected in zip(again, eager, strict=True):
         torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-4)
 

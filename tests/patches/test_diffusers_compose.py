@@ -208,6 +208,25 @@ def outside_sdpa():
         transformer_wan.dispatch_attention_fn = original
 
 
+def test_a_function_put_in_place_of_sdpa_stays_in_use(wan, monkeypatch):
+    """Dense calls go to whatever stood there before; what is put there later stays."""
+    torch_sdpa, lengths = functional.scaled_dot_product_attention, []
+
+    def users(query, *args, **kwargs):
+        lengths.append(query.shape[2])
+        return torch_sdpa(query, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", users)
+    plan = plan_of(wan, NARROW).model_copy(update={"sites": {}})
+    with accelkit.patch(wan, plan):
+        latents(wan, "wan", steps=1)
+    assert lengths.count(192) == 2 * 4  # self- and cross-attention, two blocks, two branches
+    assert functional.scaled_dot_product_attention is users
+    with accelkit.patch(wan, plan):
+        functional.scaled_dot_product_attention = torch_sdpa
+    assert functional.scaled_dot_product_attention is torch_sdpa
+
+
 def test_ring_attention_is_refused(wan):
     config = diffusers.ContextParallelConfig(ring_degree=2)
     parallel = type("Config", (), {"context_parallel_config": config})()

@@ -24,6 +24,7 @@ from accelkit.kernels._triton.tile import (
     finish,
     hide,
     next_power_of_two,
+    one_masked,
     power_of_two_part,
     precision,
     query_tile,
@@ -276,12 +277,7 @@ def run(launch: Launch, work: Work, tile: Tile) -> None:
         table(launch.k_pos, dummy),
         table(bias, dummy),
     )
-    plain = launch.q_pos is None and launch.k_pos is None
-    # Aligned causal square units have one masked block at most: its loop need not exist.
-    one = plain and bk == tile.bn
-    if launch.causal:
-        covered = launch.n_k % bk == 0 or launch.n_k >= launch.q_start + launch.n_q
-        one = one and covered and bk % bq == 0 and launch.q_start % bq == 0
+    one = one_masked(launch, tile.bn)
     _block_sparse[(work.order.numel() * tile.per_row,)](
         *tensors, launch.out, launch.lse, work.lists, work.masked, work.clean, work.order,
         work.tiles,

@@ -103,7 +103,7 @@ def attention_modules(model: DiffusionPipeline | ModelMixin) -> Iterator[_Place]
                 continue
             kind: Kind = "self" if family.text is None else "joint"
             if path.endswith(".attn2"):
-                kind = "cross" if family.cross == "attn2" else "self"
+                kind = family.second
             reason = None
             if isinstance(module.processor, nn.Module):
                 reason = "trained attention processor"

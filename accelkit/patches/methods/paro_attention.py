@@ -57,7 +57,9 @@ class PAROAttention(AttentionMethod):
         tables = parts.orders.axes(where, call.q.device)
         if isinstance(self.axes, int):
             return parts.orders.shared(call, tables[self.axes, None])
-        return Order(tables, tables, call.per_head(self.axes).int(), whole=True)
+        axes = call.tables[self.axes]
+        row = call.remember((self, "axes"), lambda: axes.to(call.q.device)[list(call.heads)])
+        return Order(tables, tables, row, whole=True)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         if parts.grids.visual(call) is None or self.blocks is None:

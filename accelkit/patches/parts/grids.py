@@ -7,6 +7,7 @@ bool and follow from the geometry alone, so whoever asks keeps them per geometry
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from math import prod, sqrt
 
@@ -90,6 +91,7 @@ def cells(grid: Grid, cell: Grid, dilation: Grid = WHOLE) -> tuple[Tensor, Tenso
     return number.flatten(), slot.flatten(), count
 
 
+@lru_cache(maxsize=256)
 def fit_tile(grid: Grid, block: int = 128, aspect: float = 2.7) -> Grid:
     """The tile of at most `block` tokens that cuts the grid into the fewest tiles, sides within
     `aspect` of one another where the grid allows; among equals the most cubic one.
@@ -198,7 +200,8 @@ def frame_bands(
             some, rows_, keys_ = w >= 0, rows[:, None], keys[None]
             upper = staircase(shift + w + 1, rows_, keys_)
             pairs += torch.where(some, upper - staircase(shift - w, rows_, keys_), 0)
-    whole = sum(s[2] for s in q)[:, None] * sum(s[2] for s in k)
+    rows, keys = (torch.stack([s[2] for s in side]).sum(0) for side in (q, k))
+    whole = rows[:, None] * keys
     return pairs > least * whole
 
 

@@ -130,8 +130,8 @@ def _tiled(where: Visual, tile: Grid, dilation: Grid, block: int) -> Tensor:
 
 def _hilbert(where: Visual) -> Tensor:
     places: list[tuple[int, int, int]] = []
-    longest, *rest = sorted(range(3), key=lambda axis: -where.grid[axis])
-    _curve((0, 0, 0), *((axis, where.grid[axis]) for axis in (longest, *rest)), places)
+    a, b, c = ((axis, where.grid[axis]) for axis in sorted(range(3), key=lambda x: -where.grid[x]))
+    _curve((0, 0, 0), a, b, c, places)
     f, y, x = torch.tensor(places).T
     return _around(where, ((f * where.grid[1] + y) * where.grid[2] + x)[None])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +62,13 @@ class Answer:
         if alone:
             return None
         tables = None if order is None else (id(order.q_table), id(order.k_table))
-        return (self.index.size, tables, replace(self.execution, skip=None))
+        arithmetic = replace(self.execution, skip=None)  # thresholds may differ by head
+        return self.index.size, tables, arithmetic, self.execution.skip is None
+
+    @property
+    def plain(self) -> bool:
+        """One list in token order and nothing afterwards."""
+        return self.lane is not None and self.order is None
 
     @property
     def index(self) -> BlockIndex:
@@ -124,7 +131,7 @@ def compute(
     parts = tuple(
         piece
         if isinstance(piece, Partial)
-        else run(call, piece, skip=answered.execution.skip, rows=rows, backend=backend)
+        else run(call, piece, answered.execution, rows=rows, backend=backend)
         for piece in answered.pieces
     )
     joined = parts[0] if len(parts) == 1 else merge(parts)
@@ -187,9 +194,12 @@ def _asked(call: AttentionCall, group: HeadGroup, state: PatchState) -> tuple[An
     """The answers of a group: kept ones where they follow from geometry alone, or as long as the
     schedule lets a site keep them over computed steps; asked for otherwise.
     """
-    shelf: MutableMapping[Any, Any] = state.static
-    key, uses = state.static_key(call, group), 0
-    if key is None:
+    shelf: MutableMapping[Any, Any]
+    key: Any = state.static_key(call, group)
+    uses = 0
+    if key is not None:
+        shelf = state.static_shelf(call)
+    else:
         shelf, key = call.memory, ("answers", group.policy_id, call.heads, state.shape_of(call))
         every = state.plan.sites[call.site.path].schedule.refresh_every
         uses = 1 if group.policy.reuse else every  # what is reused is kept by its anchor
@@ -198,10 +208,15 @@ def _asked(call: AttentionCall, group: HeadGroup, state: PatchState) -> tuple[An
         kept.used += 1
         return tuple(_again(a, call.take(heads)) for heads, a in kept.answers)
     found = answer(call, group.policy, state)
-    if found is None or uses == 1 or any(isinstance(p, Partial) for a in found for p in a.pieces):
+    if found is None or uses == 1 or not all(map(_keepable, found)):
         return found
     shelf[key] = _Kept([(a.call.heads, replace(a, call=None)) for a in found])  # type: ignore[arg-type]
     return found
+
+
+def _keepable(a: Answer) -> bool:
+    """Whether other steps may run it: computed pieces and what a method finishes belong to one."""
+    return not a.finishers and all(isinstance(p, BlockIndex) for p in a.pieces)
 
 
 def _again(a: Answer, call: AttentionCall) -> Answer:
@@ -229,7 +244,10 @@ def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
             changed["kv_of_head"] = torch.arange(len(call.heads), device=call.q.device)
         if call.causal or call.key_mask is not None or not order.whole:
             ids = _ids(order.k_table, order.row)  # [B|1, H, n]
-            place = _places(ids, call, 0)
+            if call.causal:
+                place = ids
+            else:
+                place = _common_places(order.k_table) if common else _places(ids)
             if call.key_mask is not None:
                 real = call.key_mask[:, None].expand(-1, ids.shape[1], -1)
                 ids = ids.expand(real.shape[0], -1, -1)
@@ -247,7 +265,9 @@ def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
                 q = whole
             changed["q"] = q
         if call.causal or not order.whole:
-            changed["q_pos"] = _places(_ids(order.q_table, order.row), call, call.q_start)
+            ids = _ids(order.q_table, order.row)
+            at = torch.where(ids < 0, -1, ids + call.q_start)
+            changed["q_pos"] = at if call.causal else _places(ids)
     return replace(call, **changed, _shared={})  # type: ignore[arg-type]
 
 
@@ -272,12 +292,16 @@ def _ids(table: Tensor, row: Tensor) -> Tensor:
     return ids if ids.ndim == 3 else ids[None]
 
 
-def _places(ids: Tensor, call: AttentionCall, start: int) -> Tensor:
-    """Positions of permuted tokens; without causality only their order in the kernel counts."""
-    if call.causal:
-        return torch.where(ids < 0, -1, ids + start)
-    place = torch.arange(ids.shape[2], device=ids.device, dtype=torch.int32)
+def _places(ids: Tensor) -> Tensor:
+    """Places in the kernel, −1 for holes: without causality, positions say nothing else."""
+    place = torch.arange(ids.shape[-1], device=ids.device, dtype=torch.int32)
     return torch.where(ids < 0, -1, place)
+
+
+@lru_cache(maxsize=64)
+def _common_places(table: Tensor) -> Tensor:
+    """`_places` of an order that all heads have in common, the same tensor in every call."""
+    return _places(table[None])
 
 
 def _in_token_order(part: Partial, order: Order, n: int) -> Partial:
@@ -293,13 +317,15 @@ def _in_token_order(part: Partial, order: Order, n: int) -> Partial:
 def run(
     call: AttentionCall,
     index: BlockIndex,
+    execution: Execution = PLAIN,
     *,
-    skip: float | Tensor | None = None,
     rows: Tensor | Sequence[int] | None = None,
     backend: str | None = None,
     out: Tensor | None = None,
 ) -> Partial:
-    """Attention of the call's heads over the keys of `index`; options as in `kernels.attend`."""
+    """Attention of the call's heads over the keys of `index`, with the given arithmetic; options as
+    in `kernels.attend`.
+    """
     q_pos, k_pos = call.q_pos, call.k_pos
     if k_pos is not None and not call.causal and call.q.is_cuda:
         # Holes as keys of weight zero keep the kernel in its main loop; rows of holes go nowhere.
@@ -318,7 +344,10 @@ def run(
         q_pos=q_pos,
         k_pos=k_pos,
         rows=rows,
-        skip=skip,
+        skip=execution.skip,
+        qk=execution.qk,
+        pv=execution.pv,
+        smooth_k=execution.smooth_k,
         out=out,
         backend=backend,
     )
@@ -326,11 +355,11 @@ def run(
 
 def _weightless(index: BlockIndex, place: Tensor) -> BlockIndex:
     """The same lists with a bias of −inf on holes; kept with the index, as methods keep that."""
-    key = ("holes", id(place))
-    if key not in index.lowered:
+    kept = index.lowered.get("holes")
+    if kept is None or kept[0] is not place:
         bias = torch.where(place < 0, -torch.inf, 0.0) + index.bias
-        index.lowered[key] = (replace(index, bias=bias), place)
-    return index.lowered[key][0]
+        kept = index.lowered["holes"] = (place, replace(index, bias=bias))
+    return kept[1]
 
 
 def _launch(lane: list[Answer], out: Tensor) -> None:
@@ -339,35 +368,28 @@ def _launch(lane: list[Answer], out: Tensor) -> None:
     kv = first.call.kv_of_head if len(lane) == 1 else torch.cat([a.call.kv_of_head for a in lane])
     joined = replace(first.call, heads=heads, kv_of_head=kv)
     index = BlockIndex.cat([a.index for a in lane])
-    skip = _joined_skip(lane, out.device)
+    execution = first.execution
+    if execution.skip is not None:
+        columns = [
+            torch.as_tensor(a.execution.skip, dtype=torch.float32, device=out.device)
+            .reshape(-1)
+            .expand(len(a.call.heads))
+            for a in lane
+        ]
+        execution = replace(execution, skip=torch.cat(columns))
     order = first.order
     if order is None or order.q_table is None:
-        run(joined, index, skip=skip, out=out)
+        run(joined, index, execution, out=out)
         return
-    part = run(joined, index, skip=skip)
+    part = run(joined, index, execution)
     if not order.whole:
         out[:, device_ids(heads, out.device)] = 0  # tokens that the order leaves out
     put_rows(out, part.out, order.q_table, None, heads)
 
 
-def _joined_skip(lane: list[Answer], device: torch.device) -> float | Tensor | None:
-    skips = [a.execution.skip for a in lane]
-    if all(s is None for s in skips):
-        return None
-    # λ = 0 has ln λ = −∞: nothing is ever skipped.
-    columns = [
-        torch.as_tensor(0.0 if s is None else s, dtype=torch.float32, device=device)
-        .reshape(-1)
-        .expand(len(a.call.heads))
-        for s, a in zip(skips, lane, strict=True)
-    ]
-    return torch.cat(columns)
-
-
 def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
     """Dense heads ride along in a launch of blocks when there is one."""
-    beside = [a for a in others if a.lane is not None and a.order is None]
-    sizes = [a.index.size for a in beside if a.index.size[1] >= 16]
+    sizes = [a.index.size for a in others if a.plain and a.index.size[1] >= 16]
     size = max(sizes, default=DENSE_UNIT)
     index = BlockIndex.dense(len(call.heads), -(-call.n_q // size[0]), size, call.q.device)
     return Answer(call, (index,))
