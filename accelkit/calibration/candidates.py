@@ -146,13 +146,19 @@ class Bench:
     """One site's dense call, on which candidates are measured.
 
     A method that now and then runs dense to renew its memory is measured at a later step; `primed`
-    says that the call's memory is that of an earlier one.
+    says that the call's memory is that of an earlier one. Clocked milliseconds are those of `batch`
+    such calls.
     """
 
     def __init__(
-        self, call: AttentionCall, dense: Partial, scored: np.ndarray, primed: bool = False
+        self,
+        call: AttentionCall,
+        dense: Partial,
+        scored: np.ndarray,
+        primed: bool = False,
+        batch: int = 1,
     ) -> None:
-        self.call, self.dense, self.primed = call, dense, primed
+        self.call, self.dense, self.primed, self.batch = call, dense, primed, batch
         self.scored = torch.from_numpy(scored).to(call.q.device)
         self._tiles: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.lent: dict[Method, BlockIndex] = {}
@@ -261,7 +267,7 @@ class Bench:
         return (gap / true.abs().sum((0, 2, 3)).clamp(min=1e-30)).nan_to_num(1e3, 1e3)
 
     def _clock(self, one: Answer) -> float:
-        return min(times_ms(lambda: compute(one), 2, 1, self.call.q.device))
+        return self.batch * min(times_ms(lambda: compute(one), 2, 1, self.call.q.device))
 
     # -- lists of earlier layers ------------------------------------------------------------------
 

@@ -222,7 +222,9 @@ def _method(
             spent = ms(partial(_ask, call, policy), 2)
             if method.static and not call.causal:
                 spent = 0.0  # made once for all layers, steps and runs of a size
-            least = spent * longest / n
+            once = spent / shape.layers if method.static else spent
+            # On a GPU the time of short calls is that of launches, which does not grow.
+            least = once * (longest / n if call.q.device.type == "cpu" else 1.0)
             if least > MOST * interpolate(dense, longest):
                 return (
                     f"choosing takes {spent:.1f} ms at {n} tokens, dense attention {whole:.1f} ms"

@@ -117,7 +117,7 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
 
     def see(call: AttentionCall, dense: Partial) -> None:
         site = call.site
-        bench = Bench(call, dense, rows)
+        bench = Bench(call, dense, rows, batch=run.batch)
         tiles = bench.tiles(UNIT[0])[0]
         found, heavy[site.path] = profile(call, dense, tiles, heavy)
 
@@ -247,7 +247,7 @@ def _measure(
     def see(call: AttentionCall, dense: Partial) -> None:
         path = call.site.path
         at = order.index(path)
-        bench = Bench(call, dense, rows)
+        bench = Bench(call, dense, rows, batch=run.batch)
 
         def work() -> dict[str, Any]:
             found = {f.name: bench.family(f, finest) for f in families[path]}
