@@ -312,7 +312,7 @@ def _rounds(rounds: Sequence[Round]) -> list[dict[str, Any]]:
     return [
         {
             "epsilon": _short(r.epsilon),
-            "sum_of_errors": _short(r.proposal.error),
+            "predicted_error": _short(r.proposal.error),
             "measured_error": _short(r.measured),
             "ms": _short(r.proposal.ms),
             "prompts": len(r.rows),
