@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from accelkit import kernels
 from accelkit.calibration.bench import times_ms
-from accelkit.calibration.candidates import calibrated_settings, prime
+from accelkit.calibration.candidates import calibrated_settings, families, prime
 from accelkit.calibration.capture import dense_attention
 from accelkit.kernels.cost import (
     CostTable,
@@ -110,6 +110,8 @@ def fit(
         else:
             costs[method.kind], used = found
             sizes |= dict.fromkeys(used)
+            if shape.causal:
+                sizes |= dict.fromkeys(_other_units(method, calls[lengths[0]]))
     fitted = {}
     for size in sizes:
         tell(f"kernel {name(size)}")
@@ -238,6 +240,20 @@ def _method(
     if not points:
         return f"it leaves prompts of {longest} tokens dense"
     return MethodCost(tuple(points), _share(middle, call, points[-1][1], ms)), sizes
+
+
+def _other_units(method: AttentionMethod, call: AttentionCall) -> list[tuple[int, int]]:
+    """Units of the variants that a method's calibrator names without having seen a call."""
+    found: list[tuple[int, int]] = []
+    for family in families(method.calibrator(call.site).settings()):
+        variant = family.settings[len(family.settings) // 2]
+        dial = {family.field or ""}
+        if variant.model_dump(exclude=dial) == method.model_dump(exclude=dial):
+            continue
+        answers = answer(fresh(call), Policy(methods=(variant,)))
+        pieces = answers[0].pieces if answers else ()
+        found += [p.size for p in pieces if isinstance(p, BlockIndex)]
+    return found
 
 
 def _ask(call: AttentionCall, policy: Policy) -> object:

@@ -62,7 +62,7 @@ class Preset:
 
 PRESETS = {
     "fast": Preset(2, 4, 5, 0, 4, ("multi_key",)),
-    "balanced": Preset(3, 5, 7, 2, 5, ("multi_key", "text")),
+    "balanced": Preset(4, 5, 7, 2, 5, ("multi_key", "text")),
     "careful": Preset(5, 6, 8, 4, 5, ("multi_key", "variables", "text")),
 }
 
