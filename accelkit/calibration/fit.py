@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from accelkit import kernels
 from accelkit.calibration.bench import times_ms
-from accelkit.calibration.candidates import calibrated_settings, prime
+from accelkit.calibration.candidates import calibrated_settings, families, prime
 from accelkit.calibration.capture import dense_attention
 from accelkit.kernels import dispatch
 from accelkit.kernels.cost import (
@@ -118,6 +118,8 @@ def fit(
         else:
             costs[method.kind], used = found
             sizes |= dict.fromkeys(used)
+            if shape.causal:
+                sizes |= dict.fromkeys(_other_units(method, calls[lengths[0]]))
     fitted = {}
     for size in sizes:
         tell(f"kernel {name(size)}")
@@ -248,7 +250,9 @@ def _method(
             spent = ms(partial(_ask, call, policy), 2)
             if method.static and not call.causal:
                 spent = 0.0  # made once for all layers, steps and runs of a size
-            least = spent * longest / n
+            once = spent / shape.layers if method.static else spent
+            # On a GPU the time of short calls is that of launches, which does not grow.
+            least = once * (longest / n if call.q.device.type == "cpu" else 1.0)
             if least > MOST * interpolate(dense, longest):
                 return (
                     f"choosing takes {spent:.1f} ms at {n} tokens, dense attention {whole:.1f} ms"
@@ -272,6 +276,20 @@ def _between(points: Sequence[tuple[int, float]]) -> float:
         for i in range(1, len(points) - 1)
     ]
     return round(max(gaps, default=0.0), 4)
+
+
+def _other_units(method: AttentionMethod, call: AttentionCall) -> list[tuple[int, int]]:
+    """Units of the variants that a method's calibrator names without having seen a call."""
+    found: list[tuple[int, int]] = []
+    for family in families(method.calibrator(call.site).settings()):
+        variant = family.settings[len(family.settings) // 2]
+        dial = {family.field or ""}
+        if variant.model_dump(exclude=dial) == method.model_dump(exclude=dial):
+            continue
+        answers = answer(fresh(call), Policy(methods=(variant,)))
+        pieces = answers[0].pieces if answers else ()
+        found += [p.size for p in pieces if isinstance(p, BlockIndex)]
+    return found
 
 
 def _ask(call: AttentionCall, policy: Policy) -> object:

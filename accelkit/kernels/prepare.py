@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from accelkit.errors import InvalidInputError, UnsupportedConfigurationError
-from accelkit.kernels.index import BlockIndex, ceil_div
+from accelkit.kernels.index import BlockIndex, ceil_div, device_ids
 from accelkit.kernels.launch import Launch
-
-
-@lru_cache(maxsize=256)
-def device_ids(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Small id tables live on the device; building them anew would copy from the host in every
-    call.
-    """
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def _fail(what: str, found: Any, expected: Any) -> InvalidInputError:

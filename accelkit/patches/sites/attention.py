@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from accelkit import kernels
-from accelkit.kernels.index import BlockIndex, Partial
+from accelkit.kernels.index import BlockIndex, Partial, device_ids
 from accelkit.kernels.merge import merge
 from accelkit.kernels.permute import put_rows, take_rows
-from accelkit.kernels.prepare import device_ids
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, Execution, Order
 from accelkit.patches.plan import HeadGroup, Policy, Reuse
