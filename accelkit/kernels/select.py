@@ -8,6 +8,7 @@ selected mask passes through `force`, which adds what must be kept and leaves no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from accelkit.kernels.positions import (
     key_places,
     row_limits,
     row_places,
+    sees_all,
     visible_blocks,
 )
 from accelkit.kernels.select_lines import compact, compact_levels, lines, vertical_slash
@@ -46,6 +48,10 @@ __all__ = [
 ]
 
 
+SORTED = 1 << 22
+"""Entries up to which one sort costs a GPU less than many passes."""
+
+
 def visible(call: Inputs, size: tuple[int, int]) -> Tensor:
     """Key blocks of which some row of the tile sees some key, bool `[B|1, H|1, nq, nk]`."""
     return visible_blocks(call, size)
@@ -53,11 +59,7 @@ def visible(call: Inputs, size: tuple[int, int]) -> Tensor:
 
 def probabilities(scores: Tensor) -> Tensor:
     """Softmax of each row, fp32; invisible blocks stay −inf, rows without a visible block too."""
-    hidden = scores == -float("inf")
-    top = scores.amax(-1, keepdim=True)
-    p = (scores - top.masked_fill(top == -float("inf"), 0.0)).exp_()
-    p /= p.sum(-1, keepdim=True).clamp_(min=1e-30)
-    return p.masked_fill_(hidden, -float("inf"))
+    return scores.softmax(-1).masked_fill_(scores == -float("inf"), -float("inf"))
 
 
 def _per_head(value: float | Tensor, scores: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ def global_prefix(scores: Tensor, mass: Tensor) -> Tensor:
     taken. Bool `[B, H, nq, nk]`.
     """
     flat, mass = scores.flatten(2)[:, :, None], mass.expand(*scores.shape[:2], 1, 1)
-    if dispatch.fast_device(flat):
+    if dispatch.fast_device(flat) and flat.numel() > SORTED:
         from accelkit.kernels._triton import select as fast
 
         return fast.long_prefix(flat, mass).view_as(scores)
@@ -189,6 +191,10 @@ def force(
     empty, the nearest block that it sees is added.
     """
     _, bk = size
+    if sees_all(call) and (sink > 0 or local > 0):
+        return mask | _always(
+            *call.tiles(size), size, call.n_q, call.q_start, sink, local, last, mask.device
+        )
     places = key_places(call)
     first, final = bounds(places, bk)
     low, high = bounds(row_places(call), size[0])
@@ -219,3 +225,25 @@ def force(
     one = candidate & (nearest == best) & (best >= 0)
     # Permuted keys may share a nearest position only by being the same block.
     return keep | (empty & one)
+
+
+@lru_cache(maxsize=64)
+def _always(
+    nq: int,
+    nk: int,
+    size: tuple[int, int],
+    n_q: int,
+    q_start: int,
+    sink: int,
+    local: int,
+    last: int,
+    device: torch.device,
+) -> Tensor:
+    """What `force` keeps where every row sees every key, bool `[nq, nk]`."""
+    (bq, bk), row, key = size, torch.arange(nq)[:, None], torch.arange(nk)
+    low, high = q_start + row * bq, q_start + ((row + 1) * bq).clamp(max=n_q) - 1
+    keep = (key < sink) | (row >= nq - last)
+    if local > 0:
+        keep = keep | ((key >= low // bk - local + 1) & (key <= high // bk + local - 1))
+    with torch.inference_mode(False):
+        return keep.to(device)
