@@ -66,6 +66,11 @@ def bounds(place: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return torch.where(cells >= 0, cells, FAR).amin(-1), cells.amax(-1)
 
 
+def sees_all(call: Inputs) -> bool:
+    """Whether every row sees every key: no causality, padding or holes."""
+    return not call.causal and call.key_mask is None and call.q_pos is None and call.k_pos is None
+
+
 def visible_blocks(call: Inputs, size: tuple[int, int]) -> Tensor:
     """Key blocks of which some row of the query tile sees some key, bool `[B|1, H|1, nq, nk]`. Not
     to be written into: calls of one geometry share it.

@@ -25,6 +25,7 @@ from accelkit.kernels.positions import (
     logits,
     per_slot,
     row_limits,
+    sees_all,
     softmax_,
     take_heads,
     visible_blocks,
@@ -115,6 +116,8 @@ def pooled(call: Inputs, size: tuple[int, int], mode: str = "mean") -> Tensor:
     q = pool_queries(call, size[0], mode)
     k = pool_keys(call, size[1], mode)
     s = torch.matmul(q * call.scale, k.transpose(-1, -2))
+    if sees_all(call):
+        return s
     return s.masked_fill_(~visible_blocks(call, size), -float("inf"))
 
 

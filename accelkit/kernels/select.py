@@ -49,6 +49,10 @@ __all__ = [
 ]
 
 
+SORTED = 1 << 22
+"""Entries up to which one sort costs a GPU less than many passes."""
+
+
 def visible(call: Inputs, size: tuple[int, int]) -> Tensor:
     """Key blocks of which some row of the tile sees some key, bool `[B|1, H|1, nq, nk]`."""
     return visible_blocks(call, size)
@@ -56,11 +60,7 @@ def visible(call: Inputs, size: tuple[int, int]) -> Tensor:
 
 def probabilities(scores: Tensor) -> Tensor:
     """Softmax of each row, fp32; invisible blocks stay −inf, rows without a visible block too."""
-    hidden = scores == -float("inf")
-    top = scores.amax(-1, keepdim=True)
-    p = (scores - top.masked_fill(top == -float("inf"), 0.0)).exp_()
-    p /= p.sum(-1, keepdim=True).clamp_(min=1e-30)
-    return p.masked_fill_(hidden, -float("inf"))
+    return scores.softmax(-1).masked_fill_(scores == -float("inf"), -float("inf"))
 
 
 def _per_head(value: float | Tensor, scores: Tensor) -> float | Tensor:
@@ -141,7 +141,7 @@ def global_prefix(scores: Tensor, mass: Tensor) -> Tensor:
     taken. Bool `[B, H, nq, nk]`.
     """
     flat, mass = scores.flatten(2)[:, :, None], mass.expand(*scores.shape[:2], 1, 1)
-    if dispatch.fast_device(flat):
+    if dispatch.fast_device(flat) and flat.numel() > SORTED:
         from accelkit.kernels._triton import select as fast
 
         return fast.long_prefix(flat, mass).view_as(scores)
@@ -205,8 +205,9 @@ def force(
     else:
         kept = _kept(call, size, sink, local, last)
     keep = (mask | kept) & seen
-    if in_place(call) and local > 0 and call.q_start + call.n_q <= call.n_k:
-        return keep  # every row has its own block
+    own = local > 0 and call.q_start + call.n_q <= call.n_k
+    if in_place(call) and (own or (sink > 0 and not call.causal)):
+        return keep  # every row has a block that it sees
     first, _ = bounds(key_places(call), size[1])
     limit_low, _ = bounds(row_limits(call), size[0])
     limit_low, first = limit_low[..., :, None], first[..., None, :]

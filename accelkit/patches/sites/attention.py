@@ -307,9 +307,12 @@ def _common_places(table: Tensor) -> Tensor:
 def _in_token_order(part: Partial, order: Order, n: int) -> Partial:
     assert order.q_table is not None
     table, row = order.q_table, None if _common(order) else order.row
-    out = part.out.new_zeros(*part.out.shape[:2], n, part.out.shape[3])
+    out = part.out.new_empty(*part.out.shape[:2], n, part.out.shape[3])
+    lse = part.lse.new_empty((*part.lse.shape[:2], n, 1))
+    if not order.whole:  # tokens that the order leaves out
+        out.zero_()
+        lse.fill_(float("-inf"))
     put_rows(out, part.out, table, row)
-    lse = part.lse.new_full((*part.lse.shape[:2], n, 1), float("-inf"))
     put_rows(lse, part.lse[..., None], table, row)
     return Partial(out, lse[..., 0])
 
