@@ -202,7 +202,7 @@ def strided(call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128)) -
     if plain and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import strided as fast
 
-        if fast.strided_fits(stride, size):
+        if fast.strided_fits(call, stride, size):
             found = fast.strided(call, stride, size)
             return found.masked_fill_(~visible_blocks(call, size), -float("inf"))
     places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
