@@ -48,7 +48,7 @@ def candidates(kernel: str, launch: Launch) -> dict[str, tuple[Any, Run]]:
                 )
     elif kernel == "gluon" and bq == 128:
         work = lower(launch)
-        for stages, q_stages in ((2, 2), (3, 1), (3, 2), (4, 2), (6, 2)):
+        for stages, q_stages in ((2, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
             for mode in ("lag", "turns"):
                 run = partial(gluon_block_sparse.run, launch, work, stages, mode, q_stages)
                 found[f"{stages} {q_stages} {mode}"] = ([stages, q_stages, mode], run)
@@ -94,15 +94,15 @@ def best(kernel: str, width: int, unit: tuple[int, int]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--kernels", nargs="+", default=["triton", "gluon", "gluon_skip"])
+    parser.add_argument("--widths", nargs="+", type=int, default=[64, 128, 256])
     args = parser.parse_args()
     torch.manual_seed(0)
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for kernel, widths in (
-        ("triton", (64, 128, 256)),
-        ("gluon", (64, 128)),
-        ("gluon_skip", (64, 128)),
-    ):
-        for width in widths:
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    known = json.loads(TABLE.read_text())
+    found = known.setdefault(capability, {})
+    for kernel in args.kernels:
+        for width in args.widths:
             for unit in UNITS:
                 # Tiles that no unit is cut into: head size 64 takes 64 rows, 256 takes 64 keys.
                 usual = block_sparse.choose_tile(unit, width, torch.bfloat16, False)
@@ -112,8 +112,6 @@ def main() -> None:
                 if entry is not None:
                     tiles = found.setdefault(kernel, {}).setdefault(str(width), {})
                     tiles[f"{unit[0]}x{unit[1]}"] = entry
-    capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    known = json.loads(TABLE.read_text()) | {capability: found}
     print(json.dumps(known, indent=1))
     if args.write:
         TABLE.write_text(json.dumps(known, indent=1) + "\n")

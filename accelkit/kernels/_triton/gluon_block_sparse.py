@@ -33,8 +33,8 @@ def refusal(launch: Launch) -> str | None:
         reason = f"it is for Hopper GPUs and the tensors are on {q.device}"
     if reason is not None:
         return reason
-    if q.dtype == torch.float32:
-        return "it takes fp16 and bf16"
+    if q.dtype == torch.float32 or launch.out.dtype != q.dtype:
+        return f"it takes and gives fp16 or bf16, not {q.dtype} and {launch.out.dtype}"
     if bq % BM or bk % 64:
         return f"units of {bq} × {bk} tokens do not divide into tiles of {BM} × 64"
     if max(q.shape[3], v.shape[3]) > 128:
@@ -45,8 +45,10 @@ def refusal(launch: Launch) -> str | None:
         return "it takes no bias of single keys"
     if launch.scale <= 0:
         return f"the scale {launch.scale} is not positive"
-    if not all(describable(t) for t in (q, launch.k, v)):
-        return "q, k or v is not aligned to 16 bytes"
+    if launch.skip is not None and _padded(q) != _padded(v):
+        return f"it skips at equal head sizes and these are {q.shape[3]} and {v.shape[3]}"
+    if not all(describable(t) for t in (q, launch.k, v, launch.out)):
+        return "q, k, v or out is not aligned to 16 bytes"
     return None
 
 
@@ -106,6 +108,10 @@ def _tuned(kernel: str, launch: Launch, constants: dict[str, Any]) -> Any:
     return tuned(kernel, launch.q.device, width, (BM, constants["BN"]))
 
 
+def _padded(t: Tensor) -> int:
+    return max(64, next_power_of_two(t.shape[3]))
+
+
 def _grid(launch: Launch, work: Work) -> tuple[int]:
     return (min(_items(launch, work), _processors(launch.q.device)),)
 
@@ -117,23 +123,23 @@ def _items(launch: Launch, work: Work) -> int:
 def _arguments(launch: Launch, work: Work) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
     """Key rows of a tile; the tensors and the constants that both kernels take."""
     (bq, bk), q, k, v = launch.index.size, launch.q, launch.k, launch.v
-    bd, bdv = (max(64, next_power_of_two(t.shape[3])) for t in (q, v))
+    bd, bdv = _padded(q), _padded(v)
     bn = 128 if bk % 128 == 0 else 64
     tensors = (
         _descriptor(q, BM // 2, bd), _descriptor(k, bn, bd), _descriptor(v, bn, bdv),
-        launch.out, launch.lse, work.items, work.lists, launch.q_heads, launch.kv_heads,
-        launch.out_heads, torch.zeros(1, dtype=torch.int32, device=q.device),
+        _descriptor(launch.out, BM // 2, bdv), launch.lse, work.items, work.lists,
+        launch.q_heads, launch.kv_heads, launch.out_heads,
+        torch.zeros(1, dtype=torch.int32, device=q.device),
     )  # fmt: skip
     constants = {
-        "BQ": bq, "BK": bk, "BM": BM, "BN": bn, "DV": v.shape[3], "BD": bd, "BDV": bdv,
-        "CAUSAL": launch.causal,
+        "BQ": bq, "BK": bk, "BM": BM, "BN": bn, "BD": bd, "BDV": bdv, "CAUSAL": launch.causal,
     }  # fmt: skip
     return bn, tensors, constants
 
 
 def _sizes(launch: Launch, work: Work) -> tuple[Any, ...]:
     return (
-        *launch.out.stride()[:3], *launch.lse.stride(), _items(launch, work), launch.n_q,
+        *launch.lse.stride(), _items(launch, work), launch.n_q,
         launch.n_k, launch.q_start, work.capacity, launch.scale * LOG2E,
     )  # fmt: skip
 

@@ -24,6 +24,8 @@ TICKETS = gl.constexpr(4)
 """Items that the producer may have announced and the consumers not taken."""
 
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -191,13 +193,49 @@ def _finished(acc, v_empty, MODE: gl.constexpr):
 
 
 @gluon.jit
+def _begin(
+    s, block, limit, masked, clean, factor,
+    BK: gl.constexpr, dtype: gl.constexpr, sl: gl.constexpr, pl: gl.constexpr,
+):  # fmt: skip
+    """Probabilities, maximum and sum of a row's first tile."""
+    ROWS: gl.constexpr = s.shape[0]
+    row: gl.constexpr = gl.SliceLayout(1, sl)
+    if (masked > 0) | (clean == 0):
+        s = _hide(s, block * BK, limit, s.shape[1], sl)
+    m = gl.full([ROWS], -1e30, gl.float32, row)  # finite: an empty row meets no inf − inf
+    p, m, _, total = _softmax(s, m, gl.zeros([ROWS], gl.float32, row), factor)
+    return gl.convert_layout(p.to(dtype), pl), m, total
+
+
+@gluon.jit
+def _finish(
+    o_desc, staged, LSE, s_lb, s_lh, s_ln, b, ho, q_row, rows, n_q, m, total, acc,
+    ROWS: gl.constexpr, BDV: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    """Normalise and store a row; the copy to global memory may still read `staged` afterwards."""
+    ol: gl.constexpr = acc.type.layout
+    alive = total > 0.0
+    safe = gl.where(alive, total, 1.0)
+    lse = gl.where(alive, (m + gl.log2(safe)) * 0.6931471805599453, -float("inf"))
+    at = LSE + b.to(gl.int64) * s_lb + ho.to(gl.int64) * s_lh + rows.to(gl.int64) * s_ln
+    gl.store(at, lse, mask=rows < n_q)
+    acc = acc * gl.convert_layout(1.0 / safe, gl.SliceLayout(1, ol))[:, None]
+    tma.store_wait(0)
+    _sync()
+    _flat(staged, ROWS, BDV).store(acc.to(dtype))
+    fence_async_shared()
+    _sync()
+    _store(o_desc, [b, ho, q_row, 0], staged)
+
+
+@gluon.jit
 def _consume(
-    WHO: gl.constexpr, OUT, LSE, ITEMS, LISTS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln,
-    n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, turns, tickets, ticket_full, ticket_empty,
-    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
-    BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr,
-    EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MODE: gl.constexpr,
+    WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
+    q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    turns, tickets, ticket_full, ticket_empty,
+    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
+    BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     PER_ROW: gl.constexpr = BQ // BM
@@ -206,9 +244,9 @@ def _consume(
     sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     ol: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
     pl: gl.constexpr = gl.DotOperandLayout(0, ol, 2)
-    s_row: gl.constexpr = gl.SliceLayout(1, sl)
     o_row: gl.constexpr = gl.SliceLayout(1, ol)
     mine, other = turns.index(WHO), turns.index(1 - WHO)
+    lane = WHO * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, sl))
     zero = gl.zeros([ROWS, BN], gl.float32, sl)
     stage, phase, turn = 0, 0, 1 - WHO
     place, round = gl.program_id(0), 0
@@ -222,6 +260,8 @@ def _consume(
     )  # fmt: skip
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(0))
+    limit = _limits(q_row + lane, masked + clean, n_k, q_start, CAUSAL)
+    p16, m, total = _begin(s, block, limit, masked, clean, factor, BK, dtype, sl, pl)
     while place < n_items:
         place = _announced(tickets, ticket_full, ticket_empty, round)
         more = place < n_items
@@ -230,23 +270,15 @@ def _consume(
         )
         ho = gl.load(OUT_HEADS + slot)
         half = round % Q_STAGES
-        at = LISTS + row.to(gl.int64) * capacity
         n = gl.maximum((masked + clean) * R, 1)
-        rows = q_row + WHO * ROWS + gl.arange(0, ROWS, layout=s_row)
-        limit = _limits(rows, masked + clean, n_k, q_start, CAUSAL)
-        m = gl.full([ROWS], -1e30, gl.float32, s_row)  # finite: an empty row meets no inf − inf
-        total = gl.zeros([ROWS], gl.float32, s_row)
         acc = gl.zeros([ROWS, BDV], gl.float32, ol)
-        if (masked > 0) | (clean == 0):
-            s = _hide(s, block * BK, limit, BN, sl)
-        p, m, alpha, total = _softmax(s, m, total, factor)
-        p16 = gl.convert_layout(p.to(dtype), pl)
         own = _flat(q.index(half * 2 + WHO), ROWS, BD)
         first_clean = 1
         if EXTRA_MASKED:
             first_clean = gl.maximum(masked * R, 1)
+            limit = _limits(q_row + lane, masked + clean, n_k, q_start, CAUSAL)
             for j in range(1, first_clean):
-                k0 = gl.load(at + j // R) * BK + (j % R) * BN
+                k0 = gl.load(LISTS + row.to(gl.int64) * capacity + j // R) * BK + (j % R) * BN
                 k_stage, k_phase = _next(stage, phase, STAGES)
                 s, acc = _products(
                     own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
@@ -271,10 +303,11 @@ def _consume(
             acc = acc * gl.convert_layout(alpha, o_row)[:, None]
             p16 = gl.convert_layout(p.to(dtype), pl)
             stage, phase, turn = k_stage, k_phase, turn ^ 1
-        # The last product of this row goes with the first scores of the next.
+        # The last product of this row goes with the first tile of the next.
         block = gl.load(
             LISTS + next_row.to(gl.int64) * capacity, mask=next_masked + next_clean > 0, other=0
         )
+        limit = _limits(next_q_row + lane, next_masked + next_clean, n_k, q_start, CAUSAL)
         mbarrier.arrive(q_empty.index(half))
         next_half = (round + 1) % Q_STAGES
         mbarrier.wait(q_full.index(next_half), ((round + 1) // Q_STAGES) & 1, pred=more)
@@ -284,20 +317,19 @@ def _consume(
             acc, zero, k_full.index(k_stage), k_empty.index(k_stage), k_phase, more,
             v_full.index(stage), v_empty.index(stage), phase, mine, other, turn, MODE, BN, BD, BDV,
         )  # fmt: skip
+        next_p16, next_m, next_total = _begin(
+            s, block, limit, next_masked, next_clean, factor, BK, dtype, sl, pl
+        )
         acc = _finished(acc, v_empty.index(stage), MODE)
         stage, phase, turn = k_stage, k_phase, turn ^ 1
-        alive = total > 0.0
-        safe = gl.where(alive, total, 1.0)
-        lse = gl.where(alive, (m + gl.log2(safe)) * 0.6931471805599453, -float("inf"))
-        b64, h64 = b.to(gl.int64), ho.to(gl.int64)
-        gl.store(LSE + b64 * s_lb + h64 * s_lh + rows.to(gl.int64) * s_ln, lse, mask=rows < n_q)
-        acc = acc * gl.convert_layout(1.0 / safe, o_row)[:, None]
-        o_rows = q_row + WHO * ROWS + gl.arange(0, ROWS, layout=o_row)
-        d = gl.arange(0, BDV, layout=gl.SliceLayout(0, ol))
-        to = OUT + b64 * s_ob + h64 * s_oh + o_rows.to(gl.int64)[:, None] * s_on + d[None, :]
-        gl.store(to, acc.to(dtype), mask=(o_rows < n_q)[:, None] & (d < DV)[None, :])
+        _finish(
+            o_desc, o.index(WHO), LSE, s_lb, s_lh, s_ln, b, ho, q_row + WHO * ROWS, q_row + lane,
+            n_q, m, total, acc, ROWS, BDV, dtype,
+        )  # fmt: skip
+        p16, m, total = next_p16, next_m, next_total
         row, q_row, b, slot = next_row, next_q_row, next_b, next_slot
         masked, clean, round = next_masked, next_clean, round + 1
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -310,11 +342,11 @@ def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
 def block_sparse(
-    q_desc, k_desc, v_desc, OUT, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER, s_ob,
-    s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
-    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
-    BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr,
-    EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MODE: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER, s_lb,
+    s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
+    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
+    BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """The kernel. Descriptors have boxes `[1, 1, rows, head size]`, ITEMS and LISTS are lowered
     work, COUNTER is a zero, strides count elements, `factor` is the scale in base 2.
@@ -322,6 +354,7 @@ def block_sparse(
     q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, BD], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BN, BDV], v_desc.layout)
+    o = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, BM // 2, BDV], o_desc.layout)
     q_full, q_empty, turns = _barriers(Q_STAGES, 1), _barriers(Q_STAGES, 2), _barriers(2, 1)
     k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
     v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
@@ -333,16 +366,16 @@ def block_sparse(
     gl.warp_specialize(
         [
             (_consume, (
-                0, OUT, LSE, ITEMS, LISTS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items,
-                n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, DV, BD,
-                BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
+                0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
+                q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
+                CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
             )),
             (_consume, (
-                1, OUT, LSE, ITEMS, LISTS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items,
-                n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, DV, BD,
-                BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
+                1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
+                q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
+                CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items,

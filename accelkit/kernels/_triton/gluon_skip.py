@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -23,6 +24,7 @@ from accelkit.kernels._triton.gluon_kernel import (
     _announce,
     _announced,
     _barriers,
+    _finish,
     _flat,
     _hide,
     _item,
@@ -79,11 +81,11 @@ def _times_v(p, v_tile, v_full, phase, acc, BN: gl.constexpr, BDV: gl.constexpr)
 
 @gluon.jit
 def _consume(
-    WHO: gl.constexpr, v_desc, OUT, LSE, ITEMS, LISTS, KV_HEADS, OUT_HEADS, SKIP, s_ob, s_oh, s_on,
-    s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty,
+    WHO: gl.constexpr, v_desc, o_desc, LSE, ITEMS, LISTS, KV_HEADS, OUT_HEADS, SKIP, s_lb, s_lh,
+    s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty,
     k_full, k_empty, v_full, ballots, tickets, ticket_full, ticket_empty,
-    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
-    BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
+    BDV: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     ROWS: gl.constexpr = BM // 2
@@ -152,31 +154,27 @@ def _consume(
             mbarrier.wait(k_full.index(stage), phase)
             mbarrier.arrive(k_empty.index(stage))
             stage, phase = _next(stage, phase, STAGES)
-        mbarrier.arrive(q_empty)
         if kept > 0:
             before = WHO * 2 + (turn + 1) % 2
             acc = _times_v(
                 p16, v.index(before), v_full.index(before), ((turn - 1) // 2) & 1, acc, BN, BDV
             )
-        alive = total > 0.0
-        divisor = gl.where(alive, total, 1.0)
-        lse = gl.where(alive, (m + gl.log2(divisor)) * 0.6931471805599453, -float("inf"))
-        b64, h64 = b.to(gl.int64), ho.to(gl.int64)
-        gl.store(LSE + b64 * s_lb + h64 * s_lh + rows.to(gl.int64) * s_ln, lse, mask=rows < n_q)
-        acc = acc * gl.convert_layout(1.0 / divisor, o_row)[:, None]
-        o_rows = q_row + WHO * ROWS + gl.arange(0, ROWS, layout=o_row)
-        d = gl.arange(0, BDV, layout=gl.SliceLayout(0, ol))
-        to = OUT + b64 * s_ob + h64 * s_oh + o_rows.to(gl.int64)[:, None] * s_on + d[None, :]
-        gl.store(to, acc.to(dtype), mask=(o_rows < n_q)[:, None] & (d < DV)[None, :])
+        # The output leaves through the place of the queries, which are done with.
+        _finish(
+            o_desc, q.index(WHO), LSE, s_lb, s_lh, s_ln, b, ho, q_row + WHO * ROWS, rows, n_q, m,
+            total, acc, ROWS, BDV, dtype,
+        )  # fmt: skip
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty)
         place, round = _announced(tickets, ticket_full, ticket_empty, round), round + 1
 
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
 def skipping(
-    q_desc, k_desc, v_desc, OUT, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER,
-    SKIP, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
-    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
-    BD: gl.constexpr, BDV: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER,
+    SKIP, s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
+    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
+    BDV: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The kernel, with the arguments of `gluon_kernel.block_sparse` and SKIP, the natural-log
     threshold of each slot.
@@ -195,16 +193,16 @@ def skipping(
     gl.warp_specialize(
         [
             (_consume, (
-                0, v_desc, OUT, LSE, ITEMS, LISTS, KV_HEADS, OUT_HEADS, SKIP, s_ob, s_oh, s_on,
-                s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full,
+                0, v_desc, o_desc, LSE, ITEMS, LISTS, KV_HEADS, OUT_HEADS, SKIP, s_lb, s_lh,
+                s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full,
                 q_empty, k_full, k_empty, v_full, ballots, tickets, ticket_full, ticket_empty, BQ,
-                BK, BM, BN, DV, BD, BDV, CAUSAL, STAGES,
+                BK, BM, BN, BD, BDV, CAUSAL, STAGES,
             )),
             (_consume, (
-                1, v_desc, OUT, LSE, ITEMS, LISTS, KV_HEADS, OUT_HEADS, SKIP, s_ob, s_oh, s_on,
-                s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full,
+                1, v_desc, o_desc, LSE, ITEMS, LISTS, KV_HEADS, OUT_HEADS, SKIP, s_lb, s_lh,
+                s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full,
                 q_empty, k_full, k_empty, v_full, ballots, tickets, ticket_full, ticket_empty, BQ,
-                BK, BM, BN, DV, BD, BDV, CAUSAL, STAGES,
+                BK, BM, BN, BD, BDV, CAUSAL, STAGES,
             )),
             (_produce, (
                 q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k,
