@@ -247,8 +247,8 @@ def prepare(
             )
         place = torch.arange(n_k, device=device, dtype=torch.int32) if k_pos is None else k_pos
         k_pos = torch.where(key_mask[:, None], place, -1).to(torch.int32)
-    known = kv_of_head is None and not isinstance(heads, Tensor)
     _check_precision(qk, pv, index.size[1], skip is not None)
+    known = kv_of_head is None and not isinstance(heads, Tensor)
     given = out is not None
     threshold = _skip(skip, count, index.size[1], device)
     tiles = _rows(rows, index.rows, device)
