@@ -7,7 +7,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_MODULES = ("index", "dispatch", "block_sparse", "gather", "merge", "scores", "select", "cost")
+_MODULES = (
+    "index",
+    "dispatch",
+    "block_sparse",
+    "gather",
+    "merge",
+    "permute",
+    "pyramid",
+    "quantize",
+    "scores",
+    "select",
+    "cost",
+)
 
 if TYPE_CHECKING:
     from accelkit.kernels import (  # noqa: F401
@@ -17,6 +29,9 @@ if TYPE_CHECKING:
         gather,
         index,
         merge,
+        permute,
+        pyramid,
+        quantize,
         scores,
         select,
     )

@@ -9,18 +9,22 @@ For head slot `j` and query row `i` of tile `t`, with the blocks that `index` li
 A row without visible keys gives zeros and −inf. With `skip`, the blocks of a row tile are visited
 in list order and a block is dropped when, for every row that sees some of it, `rowmax(s) − running
 maximum < ln λ`; its mass is missing from the LSE as well, and a row's first visible block always
-counts.
+counts. With `qk` and `pv` in 8 bits the operands are rounded as `quantize` does, and P relative to
+its row maximum.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from accelkit.kernels.index import ALL, BlockIndex
 from accelkit.kernels.launch import Launch
+from accelkit.kernels.quantize import Operands, block_of, dequantize, round_probabilities
+from accelkit.kernels.quantize import reference as quantize
 
 _CHUNK = 512
 """Query rows at a time: bounds the scores that are alive at once."""
@@ -32,7 +36,9 @@ def reference(launch: Launch) -> None:
 
     Slow and plain on purpose. Serves every option of `attend`.
     """
-    index = launch.index
+    index, ops = launch.index, None
+    if launch.qk != "native":
+        launch, ops = _rounded(launch)
     wide = torch.float64 if launch.q.dtype == torch.float64 else torch.float32
     limits, places = launch.row_positions(), launch.key_positions()
     tiles = launch.tiles
@@ -56,8 +62,25 @@ def reference(launch: Launch) -> None:
                 s = s.masked_fill(~seen, -math.inf)
                 lse = s.logsumexp(-1)
                 p = (s - lse.masked_fill(lse == -math.inf, 0.0)[:, None]).exp()
-                launch.out[b, ho, rows] = (p @ v).to(launch.out.dtype)
+                if ops is not None and ops.shift is not None:
+                    lse = lse + ops.shift[b, slot, rows]
+                if ops is None or ops.v_mean is None:
+                    out = p @ v
+                else:
+                    out = round_probabilities(p) @ v + p.sum(-1, keepdim=True) * ops.v_mean[b, hk]
+                launch.out[b, ho, rows] = out.to(launch.out.dtype)
                 launch.lse[b, ho, rows] = lse.float()
+
+
+def _rounded(launch: Launch) -> tuple[Launch, Operands]:
+    """The launch over operands that have been through 8 bits, V without its mean."""
+    ops = quantize(
+        launch.q, launch.k, launch.v, launch.qk, launch.pv, launch.smooth_k,
+        block_of(launch.index.size[1]), launch.scale, launch.q_heads, launch.kv_heads,
+    )  # fmt: skip
+    q, k, v = dequantize(ops)
+    slots = torch.arange(launch.heads, dtype=torch.int32, device=q.device)
+    return replace(launch, q=q, k=k, v=v, q_heads=slots), ops
 
 
 def _of(table: Tensor, b: int, h: int) -> Tensor:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from accelkit.errors import InvalidInputError, UnsupportedConfigurationError
-from accelkit.kernels.index import BlockIndex, ceil_div
+from accelkit.kernels.index import BlockIndex, ceil_div, device_ids
 from accelkit.kernels.launch import Launch
-
-
-@lru_cache(maxsize=256)
-def _ids(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Small id tables live on the device; building them anew would copy from the host in every
-    call.
-    """
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def _fail(what: str, found: Any, expected: Any) -> InvalidInputError:
@@ -40,7 +30,7 @@ def _head_ids(ids: Sequence[int] | Tensor, limit: int, name: str, device: torch.
     bad = [i for i in values if not 0 <= i < limit]
     if bad:
         raise _fail(name, f"{bad[0]} among {len(values)} ids", f"ids in 0 … {limit - 1}")
-    return _ids(values, device)
+    return device_ids(values, device)
 
 
 def _positions(pos: Tensor | None, batch: int, heads: int, n: int, name: str) -> Tensor | None:
@@ -81,8 +71,8 @@ def _check_index(index: BlockIndex, batch: int, heads: int, n_q: int, device: to
         raise _fail("index.size", index.size, "two positive numbers of tokens")
     if index.level is not None:
         raise UnsupportedConfigurationError(
-            "attend: index.level is set, but no kernel reads pooled entries; pool the keys and "
-            "pass one piece per level with a bias of log(size), merged by `merge`"
+            "attend: index.level is set, but kernels read keys and no levels; lower the call with "
+            "`pyramid.lower` first"
         )
     shape = (batch, heads, ceil_div(n_q, bq))
     if index.count.shape[1:] != shape[1:] or index.count.shape[0] not in (1, batch):
@@ -135,6 +125,24 @@ def _skip(skip: float | Tensor | None, heads: int, bk: int, device: torch.device
     if skip.numel() not in (1, heads):
         raise _fail("skip", f"of shape {tuple(skip.shape)}", f"one number or [{heads}]")
     return skip.to(device=device, dtype=torch.float32).reshape(-1).expand(heads).log()
+
+
+def _check_precision(qk: str, pv: str, bk: int, skip: bool) -> None:
+    if qk not in ("native", "int8", "fp8") or pv not in ("native", "int8", "fp8"):
+        raise _fail("qk and pv", f"{qk!r} and {pv!r}", "native, int8 or fp8")
+    if (qk, pv) == ("native", "native"):
+        return
+    reason = None
+    if pv == "int8":
+        reason = "probabilities have no int8 form; pv is 'native' or 'fp8'"
+    elif qk == "native":
+        reason = "fp8 values go with 8-bit scores; qk is 'int8' or 'fp8'"
+    elif skip:
+        reason = "skip runs in the inputs' own precision"
+    elif bk % 16:
+        reason = f"8 bits need units of a multiple of 16 keys, and this index has {bk}"
+    if reason:
+        raise UnsupportedConfigurationError(f"attend: qk={qk!r}, pv={pv!r}: {reason}")
 
 
 def _rows(rows: Sequence[int] | Tensor | None, count: int, device: torch.device) -> Tensor | None:
@@ -200,6 +208,9 @@ def prepare(
     skip: float | Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    qk: str = "native",
+    pv: str = "native",
+    smooth_k: bool = False,
 ) -> Launch:
     """Check `attend`'s arguments and resolve their defaults. Reads no device memory.
 
@@ -236,11 +247,13 @@ def prepare(
             )
         place = torch.arange(n_k, device=device, dtype=torch.int32) if k_pos is None else k_pos
         k_pos = torch.where(key_mask[:, None], place, -1).to(torch.int32)
+    _check_precision(qk, pv, index.size[1], skip is not None)
+    known = kv_of_head is None and not isinstance(heads, Tensor)
     given = out is not None
     threshold = _skip(skip, count, index.size[1], device)
     tiles = _rows(rows, index.rows, device)
     out, lse = _outputs(out, lse, q, v.shape[3], count, part=rows is not None)
-    out_heads = q_heads if given else _ids(tuple(range(count)), device)
+    out_heads = q_heads if given else device_ids(tuple(range(count)), device)
     return Launch(
         q,
         k,
@@ -259,4 +272,8 @@ def prepare(
         _bias(index, batch, count, n_k),
         out,
         lse,
+        tuple(range(all_heads) if heads is None else heads) if known else None,
+        qk=qk,
+        pv=pv,
+        smooth_k=smooth_k,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -308,6 +309,14 @@ def tile_top_k(
     nt = ceil_div(call.n_q, tile)
     before = [min(call.q_start + t * tile, call.n_k) for t in range(nt)]
     take = [min(b, k if isinstance(k, int) else max(least, -int(-k * b // 1))) for b in before]
+    group = {slot: g for g, (_, slots) in enumerate(found) for slot in slots}
+    at = torch.as_tensor([group[slot] for slot in range(len(call.heads))], device=device)
+    if dispatch.fast_device(call.q):
+        from accelkit.kernels._triton import tile_top as fast
+
+        if fast.fits(call, tile, every):
+            index = fast.tile_top_k(call, found, tile, take, lse, own)
+            return replace(index, start=index.start[:, at], count=index.count[:, at])
     width = max(take) + (tile if own else 0)
     lists = torch.zeros((batch, len(found), nt, max(width, 1)), dtype=torch.int32, device=device)
     counts = torch.zeros((batch, len(found), nt), dtype=torch.int32, device=device)
@@ -332,7 +341,25 @@ def tile_top_k(
         counts[:, :, t] = real.sum(-1, dtype=torch.int32)
     width = lists.shape[-1]
     starts = torch.arange(counts.numel(), device=device).view_as(counts) * width
-    group = {slot: g for g, (_, slots) in enumerate(found) for slot in slots}
-    of_slot = [group[slot] for slot in range(len(call.heads))]
-    at = torch.as_tensor(of_slot, device=device)
     return BlockIndex(starts[:, at], counts[:, at], lists.flatten(), (tile, 1))
+
+
+def masked_rows(call: Inputs, rows: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:
+    """Attention of a few query rows over all keys and under each of some masks, fp32
+    `[B, H, R, Dv]`; the exact one comes first.
+
+    `rows` int64 `[R]` are places, `masks` bool `[R, Nk]`. Every row sees a key of every mask.
+    """
+    mha = call.q.shape[1] == call.k.shape[1]
+    k, v = (take_heads(x, call.heads) if mha else x[:, call.kv_of_head] for x in (call.k, call.v))
+    wide = torch.float32 if call.q.device.type == "cpu" else call.q.dtype
+    q = take_heads(call.q, call.heads).index_select(2, rows).to(wide)
+    s = torch.matmul(q * call.scale, k.to(wide).transpose(-1, -2))
+    if call.key_mask is not None:
+        s = s.masked_fill(~call.key_mask[:, None, None], -float("inf"))
+    p = (s - s.amax(-1, keepdim=True)).exp_()
+    out = []
+    for weight in (p, *(p * m for m in masks)):
+        total = weight.sum(-1, keepdim=True, dtype=torch.float32)
+        out.append(torch.matmul(weight, v.to(wide)).float() / total.clamp(min=1e-30))
+    return out

@@ -137,6 +137,18 @@ def common_refusal(launch: Launch) -> str | None:
     return None
 
 
+def one_masked(launch: Launch, bn: int) -> bool:
+    """Whether rows have one partly visible block at most, as aligned square units have: the loop
+    over further ones need not exist.
+    """
+    (bq, bk), end = launch.index.size, launch.q_start + launch.n_q
+    one = launch.q_pos is None and launch.k_pos is None and bk == bn
+    if launch.causal:
+        covered = launch.n_k % bk == 0 or launch.n_k >= end
+        one = one and covered and bk % bq == 0 and launch.q_start % bq == 0
+    return one
+
+
 def precision(dtype: torch.dtype) -> str:
     """fp32 inputs keep fp32 products; half inputs have only one way."""
     return "ieee" if dtype == torch.float32 else "tf32"

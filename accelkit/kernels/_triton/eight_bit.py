@@ -1,0 +1,294 @@
+"""Block-sparse attention forward in 8 bits: int8 or fp8 QK, fp8 or native PV.
+
+The loop of `block_sparse` over the same work lists: probabilities of the previous tile are carried
+as integers while the next scores are computed. Scales cost nothing inside: each query row has its
+own, each tile of keys one, and both fold into the factor of the softmax; V has one per channel,
+applied once at the end. P is scaled by 2⁸ inside the exponent, which fills fp8's range; its product
+with V starts from fresh accumulators in every tile and is added in fp32, because the 8-bit tensor
+cores add with few bits.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from accelkit.kernels._triton.block_sparse import _key0
+from accelkit.kernels._triton.lower import Work, lower
+from accelkit.kernels._triton.tile import (
+    LN2,
+    LOG2E,
+    Tile,
+    add_bias,
+    common_refusal,
+    describable,
+    hide,
+    one_masked,
+    query_tile,
+    row_limits,
+    table,
+)
+from accelkit.kernels.launch import Launch
+from accelkit.kernels.quantize import Operands, block_of, quantize
+
+
+@triton.jit
+def _carry(p, PV8: tl.constexpr, DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Probabilities as integers, columns in the order in which fp8 products read them."""
+    if PV8:
+        # A thread holds columns 2t, 2t + 1 of each 8; the 8-bit product wants 4t … 4t + 3 of each
+        # 16. V is stored in this order, so nothing moves between threads.
+        p = p.reshape(BM, BN // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BM, BN)
+        bits = _pack(_pack(p.to(tl.float8e4nv).to(tl.uint8, bitcast=True), tl.uint16), tl.uint32)
+    else:
+        bits = p.to(DTYPE).to(tl.int16, bitcast=True)
+    return bits
+
+
+@triton.jit
+def _pack(x, wider: tl.constexpr):
+    """Neighbours of the last dimension as one integer of twice the width."""
+    low, high = x.reshape(x.shape[0], x.shape[1] // 2, 2).split()
+    return (high.to(wider) << (wider.primitive_bitwidth // 2)) | low.to(wider)
+
+
+@triton.jit
+def _unpack(x, narrow: tl.constexpr):
+    high = (x >> narrow.primitive_bitwidth).to(narrow)
+    return tl.join(x.to(narrow), high).reshape(x.shape[0], x.shape[1] * 2)
+
+
+@triton.jit
+def _fp8(carried):
+    return _unpack(_unpack(carried, tl.uint16), tl.uint8).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def _add_product(acc, carried, v, PV8: tl.constexpr, DTYPE: tl.constexpr):
+    if PV8:
+        acc += tl.dot(_fp8(carried), v.T, out_dtype=tl.float32)
+    else:
+        acc = tl.dot(carried.to(DTYPE, bitcast=True), v, acc, out_dtype=tl.float32)
+    return acc
+
+
+@triton.jit
+def _values(V, b, h, n0, BN: tl.constexpr, D: tl.constexpr, PV8: tl.constexpr):
+    if PV8:
+        v = V.load([b, h, 0, n0]).reshape(D, BN)
+    else:
+        v = V.load([b, h, n0, 0]).reshape(BN, D)
+    return v
+
+
+@triton.jit(do_not_specialize=["n_tiles", "n_q", "n_k", "n_kb", "q_start", "capacity"])
+def _eight_bit(
+    Q, K, V, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, LISTS, MASKED, CLEAN, ORDER, TILES,
+    KV_HEADS, OUT_HEADS, Q_POS, K_POS, BIAS,
+    s_ob, s_oh, s_on, s_lb, s_lh, s_ln, s_qpb, s_qph, s_qpn, s_kpb, s_kph, s_kpn, s_bb, s_bh, s_bn,
+    n_heads, n_kv, n_tiles, n_q, n_k, n_kb, q_start, capacity, factor,
+    BQ: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PER_ROW: tl.constexpr,
+    D: tl.constexpr, DTYPE: tl.constexpr, PV8: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_Q_POS: tl.constexpr, HAS_K_POS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EXTRA_MASKED: tl.constexpr, SMOOTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    row = tl.load(ORDER + pid // PER_ROW)
+    slot, b = (row // n_tiles) % n_heads, row // (n_tiles * n_heads)
+    tile = tl.load(TILES + row % n_tiles).to(tl.int32)
+    hk, ho = tl.load(KV_HEADS + slot), tl.load(OUT_HEADS + slot)
+    b64, h64 = b.to(tl.int64), slot.to(tl.int64)
+    m0 = tile * BQ + (pid % PER_ROW) * BM
+    rows = m0 + tl.arange(0, BM)
+    keep = (rows < n_q) & (rows < tile * BQ + BQ)
+    limit = row_limits(
+        Q_POS, b64 * s_qpb + h64 * s_qph, s_qpn, rows, n_q, q_start, CAUSAL, HAS_Q_POS
+    )
+    kp_at, bias_at = b64 * s_kpb + h64 * s_kph, b64 * s_bb + h64 * s_bh
+    at = row.to(tl.int64) * capacity
+    R: tl.constexpr = BK // BN
+    n_masked = tl.load(MASKED + row) * R
+    n = n_masked + tl.load(CLEAN + row) * R
+    cols = tl.arange(0, BN)
+    limit = tl.where(n > 0, limit, -1)
+    FULL: tl.constexpr = 8.0 if PV8 else 0.0
+
+    q = Q.load([b, slot, m0, 0]).reshape(BM, D)
+    q_at = (b64 * n_heads + h64) * n_q + rows
+    by_row = tl.load(Q_SCALE + q_at, mask=rows < n_q, other=0.0) * factor
+    scales = K_SCALE + (b64 * n_kv + hk) * n_kb
+    m = tl.full([BM], -1e30, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+
+    lead = tl.maximum(n_masked - 1, 0)
+    if EXTRA_MASKED:
+        for j in tl.range(0, lead, num_stages=1):
+            k0 = _key0(LISTS, at, j, BK, BN)
+            k = K.load([b, hk, k0, 0]).reshape(BN, D)
+            c = by_row * tl.load(scales + k0 // BN)
+            s = tl.dot(q, k.T).to(tl.float32) * c[:, None]
+            s = add_bias(s, k0 + cols, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
+            s = hide(s, k0 + cols, limit, K_POS, kp_at, s_kpn, n_k, HAS_K_POS)
+            m_new = tl.maximum(m, tl.max(s, 1))
+            alpha = tl.exp2(m - m_new)
+            p = tl.exp2(s - (m_new - FULL)[:, None])
+            total = total * alpha + tl.sum(p, 1)
+            m = m_new
+            v = _values(V, b, hk, k0, BN, D, PV8)
+            acc = _add_product(acc * alpha[:, None], _carry(p, PV8, DTYPE, BM, BN), v, PV8, DTYPE)
+    v0 = tl.load(LISTS + at + lead // R, mask=n > 0, other=0) * BK + (lead % R) * BN
+    k = K.load([b, hk, v0, 0]).reshape(BN, D)
+    c = by_row * tl.load(scales + v0 // BN)
+    s = tl.dot(q, k.T).to(tl.float32) * c[:, None]
+    s = add_bias(s, v0 + cols, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
+    s = hide(s, v0 + cols, limit, K_POS, kp_at, s_kpn, n_k, HAS_K_POS)
+    m_new = tl.maximum(m, tl.max(s, 1))
+    alpha = tl.exp2(m - m_new)
+    p = tl.exp2(s - (m_new - FULL)[:, None])
+    total = total * alpha + tl.sum(p, 1)
+    m = m_new
+    carried = _carry(p, PV8, DTYPE, BM, BN)
+    for j in tl.range(lead + 1, n, num_stages=STAGES):
+        k0 = _key0(LISTS, at, j, BK, BN)
+        c = by_row * tl.load(scales + k0 // BN)
+        k = K.load([b, hk, k0, 0]).reshape(BN, D)
+        v = _values(V, b, hk, v0, BN, D, PV8)
+        s = tl.dot(q, k.T).to(tl.float32)
+        acc = _add_product(acc * alpha[:, None], carried, v, PV8, DTYPE)
+        if HAS_BIAS:
+            s = add_bias(s * c[:, None], k0 + cols, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
+            m_new = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - (m_new - FULL)[:, None])
+        else:
+            m_new = tl.maximum(m, tl.max(s, 1) * c)
+            p = tl.exp2(s * c[:, None] - (m_new - FULL)[:, None])
+        alpha = tl.exp2(m - m_new)
+        total = total * alpha + tl.sum(p, 1)
+        m = m_new
+        carried = _carry(p, PV8, DTYPE, BM, BN)
+        v0 = k0
+    v = _values(V, b, hk, v0, BN, D, PV8)
+    acc = _add_product(acc * alpha[:, None], carried, v, PV8, DTYPE)
+
+    d = tl.arange(0, D)
+    alive = total > 0.0
+    acc = acc / tl.where(alive, total, 1.0)[:, None]
+    if PV8:
+        channel = (b64 * n_kv + hk) * D + d
+        acc = acc * tl.load(V_SCALE + channel)[None, :]
+        acc += tl.where(alive[:, None], tl.load(V_MEAN + channel)[None, :], 0.0)
+    lse = (m - FULL + tl.log2(tl.where(alive, total, 1.0))) * LN2
+    if SMOOTH:
+        lse += tl.load(SHIFT + q_at, mask=rows < n_q, other=0.0)
+    out = OUT + b64 * s_ob + ho.to(tl.int64) * s_oh + rows.to(tl.int64)[:, None] * s_on + d[None, :]
+    tl.store(out, acc.to(OUT.dtype.element_ty), mask=keep[:, None])
+    lse_at = LSE + b64 * s_lb + ho.to(tl.int64) * s_lh + rows.to(tl.int64) * s_ln
+    tl.store(lse_at, tl.where(alive, lse, -float("inf")), mask=keep)
+
+
+_TILES = {  # head size → bm, warps, stages; keys of a tile follow from the unit
+    64: (64, 4, 3),
+    128: (128, 8, 3),
+}
+
+
+def choose_tile(size: tuple[int, int], head_size: int) -> Tile | None:
+    """Tile for units `size`, or None where the unit does not fit one."""
+    bm, warps, stages = _TILES[head_size]
+    rows = query_tile(size[0], bm)
+    if rows is None or rows[0] < 64 or block_of(size[1]) < 32:
+        return None
+    return Tile(rows[0], block_of(size[1]), rows[1], warps if rows[0] == bm else 4, stages)
+
+
+def refusal(launch: Launch) -> str | None:
+    """Why this kernel cannot serve a launch, or None."""
+    reason = common_refusal(launch)
+    if reason:
+        return reason
+    d, dv = launch.q.shape[3], launch.v.shape[3]
+    if d != dv or d not in _TILES:
+        return f"8-bit kernels have head sizes 64 and 128, and this call {d} (values {dv})"
+    if launch.q.dtype == torch.float32:
+        return "8-bit kernels take fp16 and bf16"
+    if choose_tile(launch.index.size, d) is None:
+        return f"units of {launch.index.size} tokens do not divide into tiles of 64 × 32 or more"
+    return None
+
+
+def eight_bit(launch: Launch) -> None:
+    """Quantise, then write `launch.out` and `launch.lse`."""
+    with torch.cuda.device_of(launch.q):
+        start(launch, operands(launch), lower(launch))
+
+
+def operands(launch: Launch) -> Operands:
+    """The launch's inputs in 8 bits; a native V as the copy engine can read it."""
+    v = launch.v if launch.pv != "native" or describable(launch.v) else launch.v.contiguous()
+    return quantize(
+        launch.q, launch.k, v, qk=launch.qk, pv=launch.pv, smooth_k=launch.smooth_k,
+        block=block_of(launch.index.size[1]), scale=launch.scale, q_heads=launch.q_heads,
+        kv_heads=launch.kv_heads,
+    )  # fmt: skip
+
+
+def start(launch: Launch, ops: Operands, work: Work) -> None:
+    """Start the kernel that serves the launch best, over operands and lowered work."""
+    if _warps_of_trades(launch) is None:
+        from accelkit.kernels._triton import gluon_eight_bit
+
+        gluon_eight_bit.run(launch, ops, work)
+    else:
+        run(launch, ops, work, choose_tile(launch.index.size, launch.q.shape[3]))
+
+
+def _warps_of_trades(launch: Launch) -> str | None:
+    """Why the warp-specialised form cannot serve a launch, or None."""
+    if not launch.q.is_cuda or torch.cuda.get_device_capability(launch.q.device) != (9, 0):
+        return "it is written for Hopper"
+    if launch.q_pos is not None or launch.k_pos is not None:
+        return "positions are permuted"
+    if isinstance(launch.bias, torch.Tensor):
+        return "keys have a bias"
+    if launch.index.size[0] % 128 or block_of(launch.index.size[1]) < 64:
+        return f"units of {launch.index.size} tokens do not divide into 128 × 64"
+    return None if find_spec("triton.experimental.gluon") else "this triton has no gluon"
+
+
+def describe(t: torch.Tensor, box: tuple[int, int]) -> TensorDescriptor:
+    """What the copy engine needs to know to read tiles `box` of the last two dimensions."""
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box])
+
+
+def run(launch: Launch, ops: Operands, work: Work, tile: Tile) -> None:
+    """Start the kernel over lowered work with a given tile."""
+    (bq, bk), d, pv8 = launch.index.size, launch.q.shape[3], ops.v_scale is not None
+    boxes = ((tile.bm, d), (tile.bn, d), (d, tile.bn) if pv8 else (tile.bn, d))
+    tensors = (describe(t, box) for t, box in zip((ops.q, ops.k, ops.v), boxes, strict=True))
+    bias = launch.bias if isinstance(launch.bias, torch.Tensor) else None
+    dummy, some = work.order, ops.q_scale
+    q_pos, k_pos, bias_table = (
+        table(launch.q_pos, dummy),
+        table(launch.k_pos, dummy),
+        table(bias, dummy),
+    )
+    _eight_bit[(work.order.numel() * tile.per_row,)](
+        *tensors, launch.out, launch.lse, ops.q_scale, ops.k_scale,
+        *(some if t is None else t for t in (ops.v_scale, ops.v_mean, ops.shift)),
+        work.lists, work.masked, work.clean, work.order, work.tiles,
+        launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0], bias_table[0],
+        *launch.out.stride()[:3], *launch.lse.stride(), *q_pos[1:], *k_pos[1:], *bias_table[1:],
+        launch.heads, ops.k.shape[1], work.tiles.numel(), launch.n_q, launch.n_k,
+        ops.k_scale.shape[2], launch.q_start, work.capacity, launch.scale * LOG2E,
+        BQ=bq, BK=bk, BM=tile.bm, BN=tile.bn, PER_ROW=tile.per_row, D=d,
+        DTYPE=getattr(tl, str(launch.v.dtype).removeprefix("torch.")), PV8=pv8,
+        CAUSAL=launch.causal, HAS_Q_POS=launch.q_pos is not None,
+        HAS_K_POS=launch.k_pos is not None, HAS_BIAS=bias is not None,
+        EXTRA_MASKED=not one_masked(launch, tile.bn), SMOOTH=ops.shift is not None,
+        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    )  # fmt: skip

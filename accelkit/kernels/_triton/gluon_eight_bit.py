@@ -1,0 +1,429 @@
+"""Block-sparse attention forward in 8 bits for Hopper, in warps of different trades.
+
+A producer warp reads the lists and copies Q, K and V tiles into shared memory; two consumer
+warpgroups of 64 query rows each multiply them, and the softmax of one runs under the products of
+the other and under its own product PV of the tile before. A program stays on its multiprocessor and
+walks over rows, longest first. Scales, the factor 2⁸ of P and fresh accumulators are those of
+`eight_bit`.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from accelkit.kernels._triton.lower import Work
+from accelkit.kernels._triton.tile import LOG2E, one_masked
+from accelkit.kernels.launch import Launch
+from accelkit.kernels.quantize import Operands
+
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_ROWS = gl.constexpr(64)
+
+
+@gluon.jit
+def _rounds(n_items):
+    """How many items this program serves."""
+    pid, width = gl.program_id(0), gl.num_programs(0)
+    full = n_items // width
+    place = pid
+    if full % 2 == 1:
+        place = width - 1 - pid
+    return full + (place < n_items - full * width).to(gl.int32)
+
+
+@gluon.jit
+def _item(ORDER, TILES, MASKED, CLEAN, round, n_heads, n_tiles, BQ: gl.constexpr):
+    """Row, batch, head slot, first query and blocks of the item of a round. Odd rounds run
+    backwards: who had the longest row gets the shortest.
+    """
+    PER_ROW: gl.constexpr = BQ // (2 * _ROWS)
+    pid, width = gl.program_id(0), gl.num_programs(0)
+    place = pid
+    if round % 2 == 1:
+        place = width - 1 - pid
+    place += round * width
+    row = gl.load(ORDER + place // PER_ROW)
+    slot, b = (row // n_tiles) % n_heads, row // (n_tiles * n_heads)
+    first = gl.load(TILES + row % n_tiles).to(gl.int32) * BQ
+    m0 = first + (place % PER_ROW) * 2 * _ROWS
+    return row, b, slot, m0, gl.load(MASKED + row), gl.load(CLEAN + row)
+
+
+@gluon.jit
+def _key0(LISTS, at, tile, BK: gl.constexpr, BN: gl.constexpr):
+    R: gl.constexpr = BK // BN
+    return gl.load(LISTS + at + tile // R) * BK + (tile % R) * BN
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
+def _produce(
+    q_desc, k_desc, v_desc, ORDER, TILES, MASKED, CLEAN, LISTS, KV_HEADS, n_items, n_heads, n_tiles,
+    capacity, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, PV8: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    R: gl.constexpr = BK // BN
+    stage, phase = 0, 1
+    for round in range(_rounds(n_items)):
+        row, b, slot, m0, masked, clean = _item(
+            ORDER, TILES, MASKED, CLEAN, round, n_heads, n_tiles, BQ
+        )
+        hk = gl.load(KV_HEADS + slot)
+        at = row.to(gl.int64) * capacity
+        side = round % 2
+        mbarrier.wait(q_empty.index(side), ((round // 2) & 1) ^ 1)
+        mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes * 2)
+        _load(q_desc, [b, slot, m0, 0], q_full.index(side), q.index(side * 2))
+        _load(q_desc, [b, slot, m0 + _ROWS, 0], q_full.index(side), q.index(side * 2 + 1))
+        for j in range((masked + clean) * R):
+            k0 = _key0(LISTS, at, j, BK, BN)
+            mbarrier.wait(k_empty.index(stage), phase)
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+            _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
+            mbarrier.wait(v_empty.index(stage), phase)
+            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+            if PV8:
+                _load(v_desc, [b, hk, 0, k0], v_full.index(stage), v.index(stage))
+            else:
+                _load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
+            stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _hide(s, k0, limit, n_k, BN: gl.constexpr, layout: gl.constexpr):
+    col = k0 + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+    seen = (col < n_k)[None, :] & (col[None, :] <= limit[:, None])
+    return gl.where(seen, s, -float("inf"))
+
+
+@gluon.jit
+def _pair(x, wider: gl.constexpr):
+    """Neighbours of the last dimension as one integer of twice the width."""
+    low, high = x.reshape([x.shape[0], x.shape[1] // 2, 2]).split()
+    return (high.to(wider) << (wider.primitive_bitwidth // 2)) | low.to(wider)
+
+
+@gluon.jit
+def _part(x, narrow: gl.constexpr):
+    high = (x >> narrow.primitive_bitwidth).to(narrow)
+    return gl.join(x.to(narrow), high).reshape([x.shape[0], x.shape[1] * 2])
+
+
+@gluon.jit
+def _pack(p, BN: gl.constexpr, DTYPE: gl.constexpr):
+    """Probabilities as integers that a wait can hold; for fp8 in the token order in which V is
+    stored, so that no value changes its thread.
+    """
+    if DTYPE.primitive_bitwidth == 8:
+        p = p.reshape([_ROWS, BN // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([_ROWS, BN])
+        bits = _pair(_pair(p.to(DTYPE).to(gl.uint8, bitcast=True), gl.uint16), gl.uint32)
+    else:
+        bits = p.to(DTYPE).to(gl.int16, bitcast=True)
+    return bits
+
+
+@gluon.jit
+def _unpack(bits, DTYPE: gl.constexpr, layout: gl.constexpr):
+    if DTYPE.primitive_bitwidth == 8:
+        bits = _part(_part(bits, gl.uint16), gl.uint8)
+    return gl.convert_layout(bits.to(DTYPE, bitcast=True), layout)
+
+
+@gluon.jit
+def _scores(mine, k, stage, zero, BN: gl.constexpr, D: gl.constexpr):
+    keys = k.index(stage).reshape([BN, D]).permute((1, 0))
+    return warpgroup_mma(mine, keys, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _product(packed, v, stage, acc, BN: gl.constexpr, D: gl.constexpr, layout: gl.constexpr):
+    """Start P · V: on top of `acc` in 16 bits, from zero in 8."""
+    p = _unpack(packed, v.dtype, layout)
+    if v.dtype.primitive_bitwidth == 8:
+        values = v.index(stage).reshape([D, BN]).permute((1, 0))
+        out = warpgroup_mma(p, values, acc, use_acc=False, is_async=True)
+    else:
+        out = warpgroup_mma(p, v.index(stage).reshape([BN, D]), acc, is_async=True)
+    return out
+
+
+@gluon.jit
+def _added(acc, alpha, pv, PV8: gl.constexpr):
+    """What has been added up so far, after `pv` has arrived."""
+    if PV8:
+        pv = acc * alpha[:, None] + pv
+    return pv
+
+
+@gluon.jit
+def _in_order(x):
+    """`x`, by way of a store that never happens (no row sum is negative). Without it the assembler
+    moves the wait for PV in front of the softmax, which is there to run under it.
+    """
+    return gl.inline_asm_elementwise(
+        "{.reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000;"
+        " @p st.shared.f32 [a], $1; mov.f32 $0, $1;}",
+        "=f,f", [x], gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _consume(
+    WHO: gl.constexpr, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ORDER, TILES, MASKED,
+    CLEAN, LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv,
+    n_tiles, n_q, n_k, n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
+    v_full, v_empty, turns,
+    BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr,
+    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
+):  # fmt: skip
+    R: gl.constexpr = BK // BN
+    INT: gl.constexpr = k.dtype == gl.int8
+    FULL: gl.constexpr = 8.0 if PV8 else 0.0
+    s_type: gl.constexpr = gl.int32 if INT else gl.float32
+    sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
+    ol: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if PV8 else 16])
+    pl: gl.constexpr = gl.DotOperandLayout(0, ol, 4 if PV8 else 2)
+    s_row: gl.constexpr = gl.SliceLayout(1, sl)
+    o_row: gl.constexpr = gl.SliceLayout(1, ol)
+    stage, phase, turn = 0, 0, 1 - WHO
+    zero = gl.zeros([_ROWS, BN], s_type, sl)
+    none = gl.zeros([_ROWS, D], gl.float32, ol)
+    for round in range(_rounds(n_items)):
+        row, b, slot, m0, masked, clean = _item(
+            ORDER, TILES, MASKED, CLEAN, round, n_heads, n_tiles, BQ
+        )
+        b64, h64 = b.to(gl.int64), slot.to(gl.int64)
+        hk, ho = gl.load(KV_HEADS + slot), gl.load(OUT_HEADS + slot)
+        at = row.to(gl.int64) * capacity
+        n = (masked + clean) * R
+        rows = m0 + WHO * _ROWS + gl.arange(0, _ROWS, layout=s_row)
+        limit = rows * 0 + n_k
+        if CAUSAL:
+            limit = rows + q_start
+        q_at = (b64 * n_heads + h64) * n_q + rows
+        by_row = gl.load(Q_SCALE + q_at, mask=rows < n_q, other=0.0) * factor
+        scales = K_SCALE + (b64 * n_kv + hk) * n_kb
+        m = gl.full([_ROWS], -1e30, gl.float32, s_row)
+        total = gl.zeros([_ROWS], gl.float32, s_row)
+        alpha = gl.zeros([_ROWS], gl.float32, s_row)
+        acc = gl.zeros([_ROWS, D], gl.float32, ol)
+        side = round % 2
+        mine = q.index(side * 2 + WHO).reshape([_ROWS, D])
+        mbarrier.wait(q_full.index(side), (round // 2) & 1)
+        if n > 0:
+            lead = 0
+            if EXTRA_MASKED:
+                lead = gl.maximum(masked * R - 1, 0)
+                for j in range(lead):
+                    k0 = _key0(LISTS, at, j, BK, BN)
+                    c = by_row * gl.load(scales + k0 // BN)
+                    mbarrier.wait(k_full.index(stage), phase)
+                    s = _scores(mine, k, stage, zero, BN, D)
+                    s = warpgroup_mma_wait(0, deps=[s])
+                    mbarrier.arrive(k_empty.index(stage))
+                    s = _hide(s.to(gl.float32) * c[:, None], k0, limit, n_k, BN, sl)
+                    m_new = gl.maximum(m, gl.max(s, 1))
+                    alpha = gl.exp2(m - m_new)
+                    p = gl.exp2(s - (m_new - FULL)[:, None])
+                    total = total * alpha + gl.sum(p, 1)
+                    m = m_new
+                    mbarrier.wait(v_full.index(stage), phase)
+                    packed = _pack(p, BN, v.dtype)
+                    before = gl.convert_layout(alpha, o_row)
+                    base = none if PV8 else acc * before[:, None]
+                    pv = _product(packed, v, stage, base, BN, D, pl)
+                    pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
+                    mbarrier.arrive(v_empty.index(stage))
+                    acc = _added(acc, before, pv, PV8)
+                    stage, phase = _next(stage, phase, STAGES)
+            k0 = _key0(LISTS, at, lead, BK, BN)
+            c = by_row * gl.load(scales + k0 // BN)
+            mbarrier.wait(k_full.index(stage), phase)
+            s = _scores(mine, k, stage, zero, BN, D)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(k_empty.index(stage))
+            s = _hide(s.to(gl.float32) * c[:, None], k0, limit, n_k, BN, sl)
+            m_new = gl.maximum(m, gl.max(s, 1))
+            alpha = gl.exp2(m - m_new)
+            p = gl.exp2(s - (m_new - FULL)[:, None])
+            total = total * alpha + gl.sum(p, 1)
+            m = m_new
+            packed = _pack(p, BN, v.dtype)
+            k0 = _key0(LISTS, at, gl.minimum(lead + 1, n - 1), BK, BN)
+            for j in range(lead + 1, n):
+                v_stage, v_phase = stage, phase
+                stage, phase = _next(stage, phase, STAGES)
+                c = by_row * gl.load(scales + k0 // BN)
+                k0 = _key0(LISTS, at, gl.minimum(j + 1, n - 1), BK, BN)
+                before = gl.convert_layout(alpha, o_row)
+                base = none if PV8 else acc * before[:, None]
+                mbarrier.wait(k_full.index(stage), phase)
+                if MODE == 0:
+                    s = _scores(mine, k, stage, zero, BN, D)
+                    mbarrier.wait(v_full.index(v_stage), v_phase)
+                    s = warpgroup_mma_wait(0, deps=[s])
+                    mbarrier.arrive(k_empty.index(stage))
+                    pv = _product(packed, v, v_stage, base, BN, D, pl)
+                else:
+                    mbarrier.wait(v_full.index(v_stage), v_phase)
+                    if MODE == 2:
+                        mbarrier.wait(turns.index(WHO), turn)
+                        turn ^= 1
+                    s = _scores(mine, k, stage, zero, BN, D)
+                    pv = _product(packed, v, v_stage, base, BN, D, pl)
+                    if MODE == 2:
+                        mbarrier.arrive(turns.index(1 - WHO))
+                    s = warpgroup_mma_wait(1, deps=[s])
+                s = s.to(gl.float32)
+                m_new = gl.maximum(m, gl.max(s, 1) * c)
+                p = gl.exp2(s * c[:, None] - (m_new - FULL)[:, None])
+                alpha = gl.exp2(m - m_new)
+                total = total * alpha + gl.sum(p, 1)
+                m = m_new
+                following = _pack(p, BN, v.dtype)
+                total = _in_order(total)
+                pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
+                if MODE > 0:
+                    mbarrier.arrive(k_empty.index(stage))
+                mbarrier.arrive(v_empty.index(v_stage))
+                acc = _added(acc, before, pv, PV8)
+                packed = following
+            mbarrier.wait(v_full.index(stage), phase)
+            before = gl.convert_layout(alpha, o_row)
+            base = none if PV8 else acc * before[:, None]
+            pv = _product(packed, v, stage, base, BN, D, pl)
+            pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
+            mbarrier.arrive(v_empty.index(stage))
+            acc = _added(acc, before, pv, PV8)
+            stage, phase = _next(stage, phase, STAGES)
+        mbarrier.arrive(q_empty.index(side))
+        alive = total > 0.0
+        safe = gl.where(alive, total, 1.0)
+        lse = (m - FULL + gl.log2(safe)) * 0.6931471805599453
+        if SMOOTH:
+            lse += gl.load(SHIFT + q_at, mask=rows < n_q, other=0.0)
+        lse_at = LSE + b64 * s_lb + ho.to(gl.int64) * s_lh + rows.to(gl.int64) * s_ln
+        gl.store(lse_at, gl.where(alive, lse, -float("inf")), mask=rows < n_q)
+        acc = acc * gl.convert_layout(1.0 / safe, o_row)[:, None]
+        o_rows = m0 + WHO * _ROWS + gl.arange(0, _ROWS, layout=o_row)
+        d = gl.arange(0, D, layout=gl.SliceLayout(0, ol))
+        if PV8:
+            channel = (b64 * n_kv + hk) * D + d
+            mean = gl.load(V_MEAN + channel)[None, :]
+            lives = gl.convert_layout(total, o_row)[:, None] > 0.0
+            acc = acc * gl.load(V_SCALE + channel)[None, :] + gl.where(lives, mean, 0.0)
+        place = OUT + b64 * s_ob + ho.to(gl.int64) * s_oh + o_rows.to(gl.int64)[:, None] * s_on
+        gl.store(place + d[None, :], acc.to(OUT.dtype.element_ty), mask=(o_rows < n_q)[:, None])
+
+
+@gluon.jit(do_not_specialize=["n_items", "n_tiles", "n_q", "n_k", "n_kb", "q_start", "capacity"])
+def _eight_bit(
+    q_desc, k_desc, v_desc, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ORDER, TILES,
+    MASKED, CLEAN, LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads,
+    n_kv, n_tiles, n_q, n_k, n_kb, q_start, capacity, factor,
+    BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr,
+    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
+):  # fmt: skip
+    v_box: gl.constexpr = [STAGES, 1, 1, D, BN] if PV8 else [STAGES, 1, 1, BN, D]
+    q = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, _ROWS, D], q_desc.layout)
+    k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
+    v = gl.allocate_shared_memory(v_desc.dtype, v_box, v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+        mbarrier.init(turns.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume, (
+                0, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ORDER, TILES, MASKED, CLEAN,
+                LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads,
+                n_kv, n_tiles, n_q, n_k, n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty,
+                k_full, k_empty, v_full, v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH,
+                STAGES, MODE,
+            )),
+            (_consume, (
+                1, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ORDER, TILES, MASKED, CLEAN,
+                LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads,
+                n_kv, n_tiles, n_q, n_k, n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty,
+                k_full, k_empty, v_full, v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH,
+                STAGES, MODE,
+            )),
+            (_produce, (
+                q_desc, k_desc, v_desc, ORDER, TILES, MASKED, CLEAN, LISTS, KV_HEADS, n_items,
+                n_heads, n_tiles, capacity, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, BQ, BK, BN, PV8, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+_FORMS = {
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.float16: gl.float16,
+    torch.bfloat16: gl.bfloat16,
+}
+
+
+def describe(t: torch.Tensor, box: tuple[int, int]) -> TensorDescriptor:
+    """What the copy engine needs to know to read tiles `box` of the last two dimensions."""
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, *box], _FORMS[t.dtype])
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box], layout)
+
+
+def stages(pv8: bool) -> int:
+    """Tiles of K and of V that shared memory holds at a time."""
+    return 4 if pv8 else 3
+
+
+def run(launch: Launch, ops: Operands, work: Work, mode: int = 1) -> None:
+    """Start the kernel over lowered work."""
+    (bq, bk), d, pv8 = launch.index.size, launch.q.shape[3], ops.v_scale is not None
+    bn, some, n_items = ops.block, ops.q_scale, work.order.numel() * (bq // 128)
+    processors = torch.cuda.get_device_properties(launch.q.device).multi_processor_count
+    _eight_bit[(min(n_items, processors),)](
+        describe(ops.q, (64, d)), describe(ops.k, (bn, d)),
+        describe(ops.v, (d, bn) if pv8 else (bn, d)),
+        launch.out, launch.lse, ops.q_scale, ops.k_scale,
+        *(some if t is None else t for t in (ops.v_scale, ops.v_mean, ops.shift)),
+        work.order, work.tiles, work.masked, work.clean, work.lists, launch.kv_heads,
+        launch.out_heads, *launch.out.stride()[:3], *launch.lse.stride(), n_items, launch.heads,
+        ops.k.shape[1], work.tiles.numel(), launch.n_q, launch.n_k, ops.k_scale.shape[2],
+        launch.q_start, work.capacity, launch.scale * LOG2E,
+        BQ=bq, BK=bk, BN=bn, D=d, PV8=pv8, CAUSAL=launch.causal,
+        EXTRA_MASKED=not one_masked(launch, bn), SMOOTH=ops.shift is not None, STAGES=stages(pv8), MODE=mode,
+        num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,168 @@
+"""8-bit operands of an attention call: int8 or fp8 queries and keys, fp8 values.
+
+SageAttention 1 and 2 (2410.02367, 2411.10958). Each query row has its own scale, each block of keys
+one, each channel of V one; all are fp32 and cost the attention kernel nothing. Softmax does not see
+a vector that is taken from every key, so the mean key goes first (`smooth`): channels with large
+offsets would otherwise eat the bits of all others. `q · mean` is handed on for the LSE. V is
+centred by its channel means, which come back exactly at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from accelkit.errors import InvalidInputError
+
+TOP = {"int8": 127.0, "fp8": 448.0}
+"""Greatest value of a format."""
+
+DTYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+FULL = 256.0
+"""The row maximum of P before it is rounded to fp8, whose greatest value is 448."""
+
+_LEAST = 1e-20  # a block of zeros has a scale all the same
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What an 8-bit kernel reads.
+
+    `q` `[B, H, Nq, D]` of the call's heads and `k` `[B, Hkv, Nk, D]` with `q_scale` fp32
+    `[B, H, Nq]` and `k_scale` fp32 `[B, Hkv, ceil(Nk / block)]`. `shift` fp32 `[B, H, Nq]` is what
+    smoothing took from the logits of a row, None without. `v` is as it came, or e4m3
+    `[B, Hkv, Dv, M]`, M = Nk filled up to whole blocks, each 16 tokens in `grouped` order, with
+    `v_scale` and `v_mean` fp32 `[B, Hkv, Dv]`.
+    """
+
+    q: Tensor
+    q_scale: Tensor
+    k: Tensor
+    k_scale: Tensor
+    shift: Tensor | None
+    v: Tensor
+    v_scale: Tensor | None
+    v_mean: Tensor | None
+    block: int
+
+
+def quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    qk: str,
+    pv: str,
+    smooth_k: bool,
+    block: int,
+    scale: float,
+    q_heads: Tensor,
+    kv_heads: Tensor,
+) -> Operands:
+    """Quantise one attention call.
+
+    Args:
+        q: `[B, Hq, Nq, D]`; k: `[B, Hkv, Nk, D]`; v: `[B, Hkv, Nk, Dv]`, any strides.
+        qk: "int8" or "fp8"; pv: "native" or "fp8"; smooth_k: take the mean key from all keys.
+        block: keys that share a scale, a multiple of 16.
+        scale: factor of the logits, used for `shift` only.
+        q_heads, kv_heads: integer `[H]`, head of q and of k for each head of the call.
+
+    Raises `InvalidInputError` for other formats or blocks.
+    """
+    if qk not in TOP or pv not in ("native", "fp8"):
+        raise InvalidInputError(
+            f"quantize: qk {qk!r} and pv {pv!r}, expected int8 or fp8, and native or fp8"
+        )
+    if block < 16 or block % 16:
+        raise InvalidInputError(f"quantize: block is {block}, expected a multiple of 16 keys")
+    from accelkit.kernels.dispatch import fast_device
+
+    options = (qk, pv, smooth_k, block, scale, q_heads, kv_heads)
+    if fast_device(q):
+        from accelkit.kernels._triton.quantize import quantize as fast
+
+        return fast(q, k, v, *options)
+    return reference(q, k, v, *options)
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qk: str,
+    pv: str,
+    smooth_k: bool,
+    block: int,
+    scale: float,
+    q_heads: Tensor,
+    kv_heads: Tensor,
+) -> Operands:
+    """The same in plain torch."""
+    q, k = q[:, q_heads.long()].float(), k.float()
+    shift = None
+    if smooth_k:
+        mean = k.mean(2, keepdim=True)
+        shift = (q * mean[:, kv_heads.long()]).sum(-1) * scale
+        k = k - mean
+    q8, q_scale = _rounded(q, qk, (-1,))
+    n = k.shape[2]
+    cells = pad(k, (0, 0, 0, -n % block)).unflatten(2, (-1, block))
+    k8, k_scale = _rounded(cells, qk, (-1, -2))
+    k8, q_scale, k_scale = k8.flatten(2, 3)[:, :, :n], q_scale[..., 0], k_scale[..., 0, 0]
+    if pv == "native":
+        return Operands(q8, q_scale, k8.contiguous(), k_scale, shift, v, None, None, block)
+    v = v.float()
+    v_mean = v.mean(2)
+    v_scale = ((v.abs().amax(2) + v_mean.abs()) / TOP["fp8"]).clamp(min=_LEAST)
+    v8 = ((v - v_mean[:, :, None]) * (1.0 / v_scale)[:, :, None]).to(DTYPE["fp8"]).view(torch.uint8)
+    v8 = grouped(pad(v8, (0, 0, 0, -n % block)).mT).contiguous().view(DTYPE["fp8"])
+    return Operands(q8, q_scale, k8.contiguous(), k_scale, shift, v8, v_scale, v_mean, block)
+
+
+def grouped(x: Tensor) -> Tensor:
+    """Tokens of the last dimension, each 16 of them in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7
+    14 15: the columns of P that a thread holds after QK are then those that the 8-bit product PV
+    wants from it. Its own inverse is `ungrouped`.
+    """
+    return x.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)
+
+
+def ungrouped(x: Tensor) -> Tensor:
+    """Tokens in their own order again."""
+    return x.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
+
+
+def dequantize(ops: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """q `[B, H, Nq, D]`, k (smoothed) and v (without its mean) as the kernel sees them, fp32."""
+    n = ops.k.shape[2]
+    by_key = ops.k_scale.repeat_interleave(ops.block, -1)[..., :n]
+    q, k = ops.q.float() * ops.q_scale[..., None], ops.k.float() * by_key[..., None]
+    if ops.v_scale is None:
+        return q, k, ops.v.float()
+    v = ungrouped(ops.v.view(torch.uint8)).contiguous().view(DTYPE["fp8"]).float()
+    return q, k, v.mT[:, :, :n] * ops.v_scale[:, :, None]
+
+
+def round_probabilities(p: Tensor) -> Tensor:
+    """Rows of P `[…, N]` as fp8 holds them: their maximum stands for 2⁸."""
+    unit = p.amax(-1, keepdim=True).clamp(min=_LEAST) / FULL
+    return (p / unit).to(DTYPE["fp8"]).to(p.dtype) * unit
+
+
+def block_of(bk: int) -> int:
+    """Keys that share a scale under units of `bk` keys: the greatest power of two that divides it,
+    at most 128.
+    """
+    return min(bk & -bk, 128)
+
+
+def _rounded(x: Tensor, form: str, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """8-bit values and the scale that they share over `dims` (kept)."""
+    scale = (x.abs().amax(dims, keepdim=True) / TOP[form]).clamp(min=_LEAST)
+    x = x * (1.0 / scale)
+    return (x.round() if form == "int8" else x).to(DTYPE[form]), scale

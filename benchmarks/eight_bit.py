@@ -1,0 +1,174 @@
+"""Attention in 8 bits: speed beside cuDNN and our own 16-bit kernel, error on random and structured
+inputs, on one GPU.
+
+    python benchmarks/eight_bit.py --out results.json
+
+`kernel` is the attention kernel over operands that are 8 bits already, `call` all of `attend`:
+checks, quantisation, lowering of a fresh index, kernel. Errors are relative L1 and cosine against
+fp32 on the same bf16 inputs; bf16 kernels stand beside as what the inputs' own precision costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from kernels import D64, DIT, LLM, Shape, fresh, milliseconds, random_call, random_mask
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
+
+from accelkit.kernels._triton import block_sparse, eight_bit
+from accelkit.kernels._triton.lower import lower
+from accelkit.kernels.dispatch import attend
+from accelkit.kernels.index import BlockIndex
+from accelkit.kernels.prepare import prepare
+
+HUNYUAN = Shape("full 118.8K, 24 heads, d128", 1, 24, 24, 118800, 128, False)
+PRECISIONS = (("fp8", "fp8"), ("int8", "fp8"), ("fp8", "native"), ("int8", "native"))
+UNIT = (128, 128)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return scaled_dot_product_attention(
+            q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+
+def index_of(shape: Shape, density: float) -> BlockIndex:
+    if density < 1.0:
+        return BlockIndex.from_mask(random_mask(shape, UNIT, density, "cuda"), UNIT)
+    rows = -(-shape.tokens // UNIT[0])
+    return BlockIndex.dense(shape.heads, rows, UNIT, torch.device("cuda"))
+
+
+def jobs_of(shape: Shape, qkv: list[Tensor], index: BlockIndex, precisions) -> dict[str, Callable]:
+    """Everything that is timed for one index."""
+    q, k, v = qkv
+    causal = shape.causal
+    launch = prepare(q, k, v, index, causal=causal)
+    work, tile = lower(launch), block_sparse.choose_tile(UNIT, shape.head_size, q.dtype, False)
+    jobs: dict[str, Callable[[], object]] = {
+        "cudnn dense": lambda: cudnn(q, k, v, causal),
+        "native kernel": lambda: block_sparse.run(launch, work, tile),
+        "native call": lambda: attend(q, k, v, fresh(index), causal=causal),
+    }
+    for qk, pv in precisions:
+        options = {"causal": causal, "qk": qk, "pv": pv, "smooth_k": True}
+        low = prepare(q, k, v, index, **options)
+        ops, name = eight_bit.operands(low), f"{qk}/{pv}"
+        jobs[f"{name} quantise"] = partial(eight_bit.operands, low)
+        jobs[f"{name} kernel"] = partial(eight_bit.start, low, ops, work)
+        jobs[f"{name} call"] = lambda o=options: attend(q, k, v, fresh(index), **o)
+    return jobs
+
+
+def speed(shape: Shape, densities, precisions, rounds: int) -> list[dict]:
+    """Milliseconds of every precision at every density, in turns with the 16-bit kernels."""
+    qkv, results = random_call(shape, "cuda", torch.bfloat16), []
+    for density in densities:
+        times = milliseconds(jobs_of(shape, qkv, index_of(shape, density), precisions), rounds)
+        results.append({"shape": shape.name, "density": density, "ms": times})
+        print(f"{shape.name} ρ={density}: cuDNN {times['cudnn dense']:.2f}, ", end="")
+        print(f"native {times['native call']:.2f}", end="")
+        for qk, pv in precisions:
+            call, alone = times[f"{qk}/{pv} call"], times[f"{qk}/{pv} kernel"]
+            gain = times["native call"] / call
+            print(f" | {qk}/{pv} {call:.2f} ({alone:.2f}) {gain:.2f}×", end="")
+        print(flush=True)
+    return results
+
+
+def inputs(kind: str, heads: int, kv_heads: int, n: int, d: int) -> list[Tensor]:
+    """q, k, v `[1, H, N, D]` bf16 with one trait of real attention each."""
+    make = {"device": "cuda", "generator": torch.Generator("cuda").manual_seed(1)}
+    q = torch.randn(1, heads, n, d, **make)
+    k, v = (torch.randn(1, kv_heads, n, d, **make) for _ in range(2))
+    group = heads // kv_heads
+    if kind == "offsets":  # a few channels of K far from zero, V with a mean
+        k[..., :: d // 8] += 15 * torch.randn(1, kv_heads, 1, 8, **make)
+        v += torch.randn(1, kv_heads, 1, d, **make)
+    elif kind == "sinks":  # four keys that every query sees with a logit above 30
+        way = torch.nn.functional.normalize(torch.randn(1, kv_heads, 1, d, **make), dim=-1)
+        q = q + 8 * way.repeat_interleave(group, 1)
+        k[:, :, :4] = way * (35 * d**0.5 / 8)
+    elif kind == "one-hot":  # each query has one key of its own, logits about 35
+        own = torch.randperm(n, **make)
+        q = k.repeat_interleave(group, 1)[:, :, own] * (35 / d**0.5) + 0.3 * q
+    return [t.bfloat16() for t in (q, k, v)]
+
+
+def errors(heads: int, kv_heads: int, n: int, d: int) -> list[dict]:
+    """Relative L1 error and cosine of every kernel against fp32, by kind of input."""
+    results = []
+    index = BlockIndex.dense(heads, n // UNIT[0], UNIT, torch.device("cuda"))
+    for kind in ("random", "offsets", "sinks", "one-hot"):
+        q, k, v = inputs(kind, heads, kv_heads, n, d)
+        for causal in (True, False):
+            wide = [t.float().repeat_interleave(heads // t.shape[1], 1) for t in (q, k, v)]
+            with sdpa_kernel(SDPBackend.MATH):
+                want = scaled_dot_product_attention(*wide, is_causal=causal)
+            runs = {
+                "cudnn": cudnn(q, k, v, causal),
+                "native": attend(q, k, v, index, causal=causal).out,
+            }
+            for qk, pv in PRECISIONS:
+                for smooth in (True, False):
+                    part = attend(q, k, v, index, causal=causal, qk=qk, pv=pv, smooth_k=smooth)
+                    runs[f"{qk}/{pv}{'' if smooth else ' not smoothed'}"] = part.out
+            for name, got in runs.items():
+                got = got.float()
+                results.append(
+                    {
+                        "inputs": kind,
+                        "causal": causal,
+                        "head_size": d,
+                        "kernel": name,
+                        "relative_l1": float((got - want).abs().sum() / want.abs().sum()),
+                        "cosine": float(cosine_similarity(got.flatten(), want.flatten(), 0)),
+                    }
+                )
+        row = [r for r in results if r["inputs"] == kind and r["causal"]]
+        print(kind, d, " ".join(f"{r['kernel']} {r['relative_l1']:.4f}" for r in row), flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--errors-only", action="store_true")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    report = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+        "dtype": "bfloat16",
+        "rounds": args.rounds,
+        "errors": errors(8, 2, 4096, 128) + errors(8, 8, 4096, 64),
+        "speed": [],
+    }
+    plan = [(LLM, (1.0, 0.25, 0.1)), (DIT, (1.0, 0.25, 0.1)), (D64, (1.0, 0.25, 0.1))]
+    for shape, densities in () if args.errors_only else plan:
+        report["speed"] += speed(shape, densities, PRECISIONS, args.rounds)
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=1))
+    if not args.errors_only:
+        report["speed"] += speed(HUNYUAN, (1.0,), PRECISIONS[:2], 1)
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

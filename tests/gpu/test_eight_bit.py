@@ -1,0 +1,104 @@
+"""The 8-bit attention kernels on a GPU against the reference that rounds as they do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import permutation, random_index, tensors
+
+from accelkit.kernels.dispatch import attend, explain
+from accelkit.kernels.index import Partial
+from accelkit.kernels.quantize import dequantize, quantize, reference
+
+pytestmark = pytest.mark.gpu
+
+RAGGED, CHUNKED = (1000, 1000, 0), (300, 1100, 800)
+
+
+@dataclass(frozen=True)
+class Case:
+    size: tuple[int, int] = (128, 128)
+    head_size: int = 128
+    causal: bool = True
+    lengths: tuple[int, int, int] = RAGGED
+    option: str = "plain"
+    precisions: tuple[str, str] = ("int8", "fp8")
+
+    def __str__(self) -> str:
+        tail = "causal" if self.causal else "full"
+        parts = [f"{self.size[0]}x{self.size[1]}-d{self.head_size}-{tail}", *self.precisions]
+        return "-".join([*parts, *map(str, self.lengths), self.option])
+
+
+CASES = [
+    Case(),
+    Case(precisions=("fp8", "fp8"), lengths=CHUNKED),
+    Case(precisions=("int8", "native"), causal=False),
+    Case(precisions=("fp8", "native"), option="rows"),
+    Case(option="heads"),
+    Case(size=(256, 64), causal=False),
+    Case(size=(64, 64), lengths=CHUNKED),
+    Case(option="positions"),
+    Case(option="key_mask", causal=False, head_size=64),
+    Case(head_size=64),
+    Case(head_size=64, causal=False, precisions=("fp8", "fp8")),
+    Case(head_size=64, precisions=("int8", "native"), lengths=CHUNKED),
+    Case(head_size=64, size=(64, 128), causal=False),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_reference(case: Case) -> None:
+    n_q, n_k, q_start = case.lengths
+    q, k, v = tensors(2, 8, 2, n_q, n_k, case.head_size, torch.bfloat16, device="cuda")
+    k, v = (t + 3 * torch.randn(case.head_size, device="cuda", dtype=t.dtype) for t in (k, v))
+    chosen = (5, 0, 3, 6) if case.option == "heads" else tuple(range(8))
+    index = random_index(2, len(chosen), n_q, n_k, case.size, 0.4, (1,), (1,), "cuda")
+    qk, pv = case.precisions
+    args: dict[str, Any] = {"causal": case.causal, "q_start": q_start, "heads": chosen}
+    args |= {"qk": qk, "pv": pv, "smooth_k": True}
+    if case.option == "positions":
+        args["k_pos"] = permutation(1, 8, n_k, 9, "cuda")
+        args["q_pos"] = permutation(2, 1, n_q, 5, "cuda") + q_start
+    if case.option == "key_mask":
+        args["key_mask"] = torch.ones(2, n_k, dtype=torch.bool, device="cuda")
+        args["key_mask"][0, :333] = False
+    if case.option == "rows":
+        args["rows"] = torch.tensor([1, index.rows - 1], device="cuda")
+
+    def run(backend: str | None) -> Partial:
+        shape = (2, n_q, 8, case.head_size)
+        out = torch.full(shape, math.nan, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+        lse = torch.full((2, 8, n_q), math.nan, device="cuda")
+        return attend(q, k, v, index, **args, out=out, lse=lse, backend=backend)
+
+    assert explain(q, k, v, index, **args).backend == "triton"
+    got, again, want = run(None), run(None), run("reference")
+    torch.testing.assert_close(got.out, again.out, atol=0, rtol=0, equal_nan=True)
+    torch.testing.assert_close(got.out.isnan(), want.out.isnan())
+    torch.testing.assert_close(got.lse, want.lse, atol=2e-3, rtol=1e-3, equal_nan=True)
+    seen = want.lse > -math.inf
+    error = (got.out[seen].float() - want.out[seen].float()).norm() / want.out[seen].float().norm()
+    # P is rounded relative to the maximum so far, in the reference to that of the whole row.
+    assert error < (8e-3 if pv == "fp8" else 5e-3)
+    assert not got.out[want.lse == -math.inf].any()
+
+
+@pytest.mark.parametrize("qk", ["int8", "fp8"])
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_operands_equal_those_of_torch(qk, head_size) -> None:
+    q, k, v = tensors(2, 8, 2, 1000, 1100, head_size, torch.bfloat16, device="cuda")
+    ids = torch.tensor([5, 0, 3], dtype=torch.int32, device="cuda")
+    options = (qk, "fp8", True, 128, 0.1, ids, ids // 4)
+    names = ("qk", "pv", "smooth_k", "block", "scale", "q_heads", "kv_heads")
+    got = quantize(q, k + 5, v, **dict(zip(names, options, strict=True)))
+    want = reference(q, k + 5, v, *options)
+    for one, two in zip(dequantize(got), dequantize(want), strict=True):
+        # A mean that was added up in another order may push a value over the edge of its step.
+        off = ((one - two).abs() > 1e-3 * two.abs() + 1e-4).float().mean()
+        assert off < 2e-3
+    torch.testing.assert_close(got.shift, want.shift, atol=1e-3, rtol=1e-3)
