@@ -184,11 +184,9 @@ def _plan(
     found = denoise_measure.measured(run, seen, settings, shots.measure, able, costs, tokens)
     small = Small(run, seen, first, roots)
     heads = {p: run.heads[site_of(p)] for p in seen.places}
-    influence = [small.influence(b) for b in range(len(small.shares))]
-    weights = {
-        p: [w * influence[bucket_of(p)] for w in ws]
-        for p, ws in measure.weighed(run, heads, [small.probe]).items()
-    }
+    sensitive = measure.weighed(run, heads, [small.probe])
+    influence = [small.influence(b, sensitive) for b in range(len(small.shares))]
+    weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
     kappa = small.composition(weights)
     cached, refused = denoise_caches.options(run, small, caches, allowed)
     planner = Planner(

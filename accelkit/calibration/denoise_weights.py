@@ -1,7 +1,7 @@
 """Weights of a pipeline's heads, from runs at a small geometry.
 
-How far noise on a head carries into the denoiser's output, times how far noise on that output
-during a bucket carries into the final latents.
+How far noise on a head carries into the denoiser's output, times how far what all heads do to that
+output during a bucket carries into the final latents.
 """
 
 from __future__ import annotations
@@ -134,57 +134,37 @@ class Small:
 
         return show
 
-    def influence(self, bucket: int) -> float:
-        """Change of the final latents ÷ 0.05 when the denoiser's output has 5 % noise throughout a
-        bucket, the same at every step but not in every branch.
+    def influence(self, bucket: int, heads: Mapping[str, Sequence[float]]) -> float:
+        """How far noise travels from the denoiser's output in a bucket to the final latents: their
+        change when all heads have 5 % noise there, the same at every step but not in every branch,
+        ÷ what the sum of `heads`, the changes of the output by single heads, says.
         """
-        step = forward = 0
-
-        def each(done: int, latents: Tensor) -> None:
-            nonlocal step, forward
-            step, forward = done + 1, 0
-
-        def disturb(root: Any, args: Any, out: Any) -> Any:
-            nonlocal forward
-            forward += 1
-            if self.bucket(step, self.total) != bucket:
-                return None
-            clean = out[0] if isinstance(out, tuple) else out.sample
-            noisy = clean + (NOISE * noise_like(clean, forward)).to(clean.dtype)
-            if isinstance(out, tuple):
-                return (noisy, *out[1:])
-            out.sample = noisy
-            return out
-
-        def work() -> float:
-            hooks = [root.register_forward_hook(disturb) for root in self.roots.values()]
-            try:
-                take = video.run(self.run.model, self.settings, self.shot, each=each)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            return relative(take.latents, self.latents) / NOISE
-
+        mine = {p: ws for p, ws in heads.items() if bucket_of(p) == bucket}
         self.run.tell("influence of early and late steps")
-        return self.run.journal.unit(f"influence/{bucket}", work)
+        change = self.run.journal.unit(f"influence/{bucket}", lambda: self._noisy(bucket))
+        return change / max(NOISE * sum(map(sum, mine.values())), 1e-12)
 
     def composition(self, weights: Mapping[str, Sequence[float]]) -> float:
         """κ: what noise on all heads at all steps does to the final latents ÷ what the sum of the
         weights says.
         """
-
-        def disturb(call: AttentionCall) -> Tensor:
-            dense = dense_attention(call)
-            return dense.out + (NOISE * noise_like(dense.out)).to(dense.out.dtype)
-
-        def work() -> float:
-            with watch(self.run.model, disturb):
-                take = video.run(self.run.model, self.settings, self.shot)
-            total = NOISE * sum(map(sum, weights.values()))
-            return relative(take.latents, self.latents) / max(total, 1e-12)
-
         self.run.tell("composition of errors")
-        return self.run.journal.unit("composition", work)
+        change = self.run.journal.unit("composition", self._noisy)
+        return change / max(NOISE * sum(map(sum, weights.values())), 1e-12)
+
+    def _noisy(self, bucket: int | None = None) -> float:
+        """Relative change of the final latents by 5 % noise on all heads, in a bucket or always."""
+
+        def disturb(call: AttentionCall) -> Tensor | None:
+            if bucket not in (None, self.bucket(call.clock.step, self.total)):
+                return None
+            dense, seed = dense_attention(call), self.seen.branches.index(call.clock.branch)
+            return dense.out + (NOISE * noise_like(dense.out, seed)).to(dense.out.dtype)
+
+        reference = self.latents
+        with watch(self.run.model, disturb):
+            take = video.run(self.run.model, self.settings, self.shot)
+        return relative(take.latents, reference)
 
 
 def _first(value: Any, batch: int | None = None) -> Any:
