@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from accelkit.calibration import assemble, fit, measure
+from accelkit.calibration import assemble, fit, measure, memory
 from accelkit.calibration import data as prompts
 from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.capture import forward
@@ -168,6 +168,7 @@ def calibrate(
         "batch": batch,
         "methods": [m.kind for m in tried],
         "skipped": run.skipped,
+        "dense_prefills": round(1e3 * book.seconds() / plan.calibration["dense_prefill_ms"], 1),
         "seconds": {
             stage: round(book.seconds(prefix), 1)
             for stage, prefix in (
@@ -197,6 +198,8 @@ def _plan(
         component.q_heads, component.kv_heads, component.head_dim, len(run.sites), run.batch
     )
     tokens = inputs.longest
+    dense = run.journal.unit("dense", lambda: _dense_prefill(run, inputs))
+    memory.restart(run.device)
     costs = measure.fitted(run, shape, run.model.dtype, tokens, methods)
     able = [m for m in methods if m.kind in costs.methods]
     screen = measure.screened(run, screen_on, able)
@@ -214,9 +217,22 @@ def _plan(
         len(screen_on.ids), weights, costs,
     )  # fmt: skip
     plan = refined(run, found, inputs, fingerprint, budget, costs)
-    about = {"refused": dict(costs.refused), "fit_error": round(costs.error(), 4)}
+    about = {
+        "refused": dict(costs.refused),
+        "fit_error": round(costs.error(), 4),
+        **dense,
+        "peak_bytes": run.journal.unit("peak", lambda: memory.peak(run.device)),
+    }
     done = plan.model_copy(update={"calibration": {**plan.calibration, **about}})
     return done.with_tables(plan.tables)
+
+
+def _dense_prefill(run: Run, inputs: prompts.Inputs) -> dict[str, Any]:
+    """Milliseconds and peak memory of what the search is compared with: the longest prompts."""
+    ids = np.repeat(inputs.measure[0].ids[None], run.batch, 0)
+    memory.restart(run.device)
+    ms = fit.clock(partial(forward, run.model, ids), 1, run.device)
+    return {"dense_prefill_ms": round(ms, 3), "dense_peak_bytes": memory.peak(run.device)}
 
 
 def dry_run(
@@ -304,4 +320,4 @@ def _lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
 def _units(places: int, inputs: prompts.Inputs, preset: measure.Preset) -> int:
     """The most units of work: the fit, each site by stage and prompt, and every check."""
     by_site = places * (1 + len(inputs.measure) + len(preset.weigh))
-    return 1 + by_site + preset.rounds * len(inputs.check) + 1
+    return 2 + by_site + preset.rounds * len(inputs.check) + 1

@@ -28,6 +28,7 @@ from accelkit.patches.call import AttentionCall, Phase, Site
 from accelkit.patches.method import AttentionMethod, Method
 from accelkit.patches.plan import Policy, Reuse
 from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute, in_kernel_order
+from accelkit.patches.state import Saved
 
 SHARE = 8
 """One query tile in this many is looked at."""
@@ -146,7 +147,7 @@ class Bench:
 
     A method that now and then runs dense to renew its memory is measured at a later step; `primed`
     says that the call's memory is that of an earlier one. `shelf` keeps what follows from geometry
-    alone for other calls of the same shape.
+    alone for other calls of the same shape. Clocked milliseconds are those of `batch` such calls.
     """
 
     def __init__(
@@ -156,8 +157,10 @@ class Bench:
         scored: np.ndarray,
         primed: bool = False,
         shelf: dict[Any, Any] | None = None,
+        batch: int = 1,
     ) -> None:
-        self.call, self.dense, self.primed, self.shelf = call, dense, primed, shelf
+        self.call, self.dense, self.primed = call, dense, primed
+        self.shelf, self.batch = shelf, batch
         self.scored = torch.from_numpy(scored).to(call.q.device)
         self._tiles: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.lent: dict[Method, BlockIndex] = {}
@@ -293,7 +296,7 @@ class Bench:
         return {"error": torch.stack(errors).amax(0).cpu(), "recall": recall.cpu()}
 
     def _clock(self, one: Answer) -> float:
-        return min(times_ms(lambda: compute(one), 2, 1, self.call.q.device))
+        return self.batch * min(times_ms(lambda: compute(one), 2, 1, self.call.q.device))
 
     # -- lists of earlier layers ------------------------------------------------------------------
 
@@ -312,7 +315,7 @@ class Bench:
             covered = torch.einsum("hrk,ark->ha", mass, mask[list(good)].to(mass.dtype))
             heads = [good[i] for i in covered.argmax(-1).tolist()]
         everyone = tuple(range(index.heads))
-        state = SimpleNamespace(indices={(anchor, self.call.ordinal): [(everyone, (index,))]})
+        state = SimpleNamespace(indices={(anchor, self.call.ordinal): [Saved(everyone, (index,))]})
         policy = Policy(reuse=Reuse(site=anchor, heads=tuple(heads)))
         answers = answer(self.call, policy, state)  # type: ignore[arg-type]
         return None if answers is None else {"heads": list(heads), **self.measure(answers)}

@@ -62,7 +62,7 @@ class Preset:
 
 PRESETS = {
     "fast": Preset(2, 4, 5, 0, 4, ("multi_key",)),
-    "balanced": Preset(3, 5, 7, 2, 5, ("multi_key", "text")),
+    "balanced": Preset(4, 5, 7, 2, 5, ("multi_key", "text")),
     "careful": Preset(5, 6, 8, 4, 5, ("multi_key", "variables", "text")),
 }
 
@@ -117,7 +117,7 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
 
     def see(call: AttentionCall, dense: Partial) -> None:
         site = call.site
-        bench = Bench(call, dense, rows)
+        bench = Bench(call, dense, rows, batch=run.batch)
         tiles = bench.tiles(UNIT[0])[0]
         found, heavy[site.path] = profile(call, dense, tiles, heavy)
 
@@ -143,18 +143,20 @@ def kept(
 ) -> list[Family]:
     """The families of a site that are worth measuring on long prompts, the best first.
 
-    At each tolerated error in turn the family that would cost the layer least is kept.
+    One after another, the family that makes the layer cheapest beside those before it, summed over
+    the tolerated errors: each head runs the cheapest setting of any of them, or dense.
     """
     found = record["families"]
-    rank: dict[str, list[float]] = {}
+    once: dict[str, float] = {}
+    ms: dict[str, np.ndarray] = {}  # [tolerance, head]
     for name, f in found.items():
         kind = f["settings"][0]["kind"]
         if kind not in costs.methods:
             continue
-        once, each = costs.method_ms(kind, tokens)
+        once[name], each = costs.method_ms(kind, tokens)
         error, share = np.array(f["error"]), np.array(f["density"])
         grown = costs.dense_ms(tokens) / costs.dense_ms(screened_on) / share.shape[1]
-        ms = np.array(
+        cost = np.array(
             [
                 [each + costs.head_ms(tuple(size), tokens, d) for d in row]
                 if clocked is None
@@ -162,17 +164,14 @@ def kept(
                 for size, row, clocked in zip(f["size"], share, f["ms"], strict=True)
             ]
         )
-        ride = costs.ride_ms(tokens)
-        rank[name] = [
-            once + float(np.minimum(np.where(error <= t, ms, np.inf).min(0), ride).sum())
-            for t in TOLERANCES
-        ]
+        ms[name] = np.array([np.where(error <= t, cost, np.inf).min(0) for t in TOLERANCES])
     chosen: list[str] = []
-    for i in [*range(len(TOLERANCES))] * most:
-        rest = [n for n in rank if n not in chosen]
-        if not rest or len(chosen) == most:
-            break
-        chosen.append(min(rest, key=lambda n: (rank[n][i], n)))
+    best: Any = costs.ride_ms(tokens)
+    while len(chosen) < min(most, len(ms)):
+        rest = [n for n in ms if n not in chosen]
+        total = {n: float(np.minimum(best, ms[n]).sum()) + len(TOLERANCES) * once[n] for n in rest}
+        chosen.append(min(rest, key=lambda n: (total[n], n)))
+        best = np.minimum(best, ms[chosen[-1]])
     return [family_of(n, found[n]) for n in chosen]
 
 
@@ -247,7 +246,7 @@ def _measure(
     def see(call: AttentionCall, dense: Partial) -> None:
         path = call.site.path
         at = order.index(path)
-        bench = Bench(call, dense, rows)
+        bench = Bench(call, dense, rows, batch=run.batch)
 
         def work() -> dict[str, Any]:
             found = {f.name: bench.family(f, finest) for f in families[path]}

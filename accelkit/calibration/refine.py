@@ -32,9 +32,9 @@ from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 log = logging.getLogger("accelkit")
 MARGIN = 0.9
 """Share of the budget that the next round aims at."""
-FIRST = 2.0
-"""ε of the first round ÷ the budget: errors of single heads partly cancel, and a plan that is over
-the budget is found out on its first prompt.
+FIRST = 1.0
+"""ε of the first round ÷ the budget; a plan that is over the budget is found out on its first
+prompt.
 """
 CLOSE = 1.15
 """Rounds end when the largest ε that held and the smallest that failed are this close."""
@@ -44,7 +44,7 @@ WIDEN = 8.0
 
 @dataclass(frozen=True)
 class Proposal:
-    """The cheapest plan within some ε, with its predicted milliseconds and Σ weight · error; equal
+    """The cheapest plan within some ε, with its predicted milliseconds and error; equal
     proposals have equal `choice`.
     """
 
@@ -312,7 +312,7 @@ def _rounds(rounds: Sequence[Round]) -> list[dict[str, Any]]:
     return [
         {
             "epsilon": _short(r.epsilon),
-            "sum_of_errors": _short(r.proposal.error),
+            "predicted_error": _short(r.proposal.error),
             "measured_error": _short(r.measured),
             "ms": _short(r.proposal.ms),
             "prompts": len(r.rows),

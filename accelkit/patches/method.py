@@ -110,6 +110,7 @@ class Method(BaseModel):
         return Calibrator(self)
 
     @classmethod
+    @cache
     def answers(cls) -> frozenset[str]:
         """The questions that this class answers itself."""
         asked = (

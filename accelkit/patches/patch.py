@@ -134,7 +134,9 @@ class PatchHandle:
     def _bound(self, call: AttentionCall) -> AttentionCall:
         key = (call.site.path, call.ordinal, call.clock.branch)
         memory = self.state.memory.setdefault(key, {})
-        return replace(call, memory=memory, tables=self.state.tables_of(call.site.path))
+        return replace(
+            call, memory=memory, tables=self.state.tables_of(call.site.path, call.q.device)
+        )
 
     def _dense(self, site: str, reason: str) -> None:
         self.state.count(site, reason)

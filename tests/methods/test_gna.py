@@ -29,17 +29,45 @@ def test_lists():
 
 
 def test_stride_of_one_touches_a_tile_more():
-    """A window of 16 around each token of a tile of 16 lies over three tiles."""
-    method = GNA(window=(1.0, 1.0, 1 / 6), stride=(1, 1, 1), tile=(1, 1, 16), block=16)
-    assert hand.lists(method, line(96))[2:4] == [[1, 2, 3], [2, 3, 4]]
+    """A window of 16 around each token of a tile of 16 lies over three tiles; in the neighbours
+    less than a quarter of the pairs do, so rounded lists leave them.
+    """
+    fields = {"window": (1.0, 1.0, 1 / 6), "stride": (1, 1, 1), "tile": (1, 1, 16), "block": 16}
+    assert hand.lists(GNA(**fields, whole_tiles=True), line(96))[2:4] == [[1, 2, 3], [2, 3, 4]]
+    assert hand.lists(GNA(**fields), line(96))[2:4] == [[2], [3]]
 
 
 def test_text_has_its_own_blocks():
     """20 text tokens fill two blocks, which read and are read by all."""
+    method = GNA(window=(1.0, 1.0, 0.2), tile=(1, 1, 16), block=16, whole_tiles=True)
+    lists = hand.lists(method, line(96, text=20))
+    assert lists[:2] == [list(range(8))] * 2
+    assert lists[4] == [0, 1, 4]
+
+
+def test_blocks_drift_against_tiles():
+    """Without holes 20 text tokens push tiles of 16 a quarter of a block: what is mostly text is
+    dense, other blocks read the tile that they mostly lie in, and its neighbours by a quarter.
+    """
     method = GNA(window=(1.0, 1.0, 0.2), tile=(1, 1, 16), block=16)
     lists = hand.lists(method, line(96, text=20))
     assert lists[:2] == [list(range(8))] * 2
     assert lists[4] == [0, 1, 4]
+
+
+def test_holes_or_rounding():
+    """Tiles of 12 in blocks of 16: with holes every token reads its window, rounded most do."""
+    q, k, v = planted.noise(4 * 6 * 6)
+    call = planted.video_call(q, k, v, (4, 6, 6))
+    box = torch.ones(144, 144, dtype=torch.bool)
+    at = torch.cartesian_prod(*(torch.arange(n) for n in (4, 6, 6)))
+    fields = {"window": (0.5, 0.5, 0.5), "tile": (2, 2, 3), "block": 16, "stride": (1, 1, 1)}
+    for axis, reads in enumerate(GNA(**fields).axes(Visual(0, (4, 6, 6), 144))):
+        box &= reads[at[:, axis]][:, at[:, axis]]
+    whole = planted.select(GNA(**fields, whole_tiles=True), call).seen[0, 0]
+    assert (whole | ~box).all() and not whole.all()
+    rounded = planted.select(GNA(**fields), call).seen[0, 0]
+    assert (rounded & box).sum() > 0.5 * box.sum() and rounded.sum() < whole.sum()
 
 
 def test_dilation_reads_every_second_token():

@@ -25,9 +25,9 @@ def test_published_canvas():
     """5 × 6 × 10 tiles, window (5, 3, 3): 28 … 30 % of the entries of the released plan say so; it
     reads 45 of 300 tiles.
     """
-    q, k, v = planted.noise(300 * 4, width=16)
-    call = planted.video_call(q, k, v, (5, 12, 20))
-    method = SlidingTile(window=(1.0, 0.5, 0.3), tile=(1, 2, 2), block=16)
+    q, k, v = planted.noise(300 * 16, width=16)
+    call = planted.video_call(q, k, v, (5, 24, 40))
+    method = SlidingTile(window=(1.0, 0.5, 0.3), tile=(1, 4, 4), block=16)
     assert {len(row) for row in hand.lists(method, call)} == {45}
 
 

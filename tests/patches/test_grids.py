@@ -53,17 +53,19 @@ def test_windows_keep_their_size_at_the_borders():
     assert grids.neighbourhood(9, 5)[0].tolist() == [True] * 5 + [False] * 4
 
 
-def test_tile_mask_is_any_pair_of_tokens():
+def test_tile_shares_count_pairs_of_tokens():
     grid, tile = (3, 5, 4), (2, 2, 3)
     axes = tuple(grids.neighbourhood(n, w) for n, w in zip(grid, (2, 3, 2), strict=True))
     number, _, count = grids.cells(grid, tile)
     places = torch.cartesian_prod(*(torch.arange(n) for n in grid))
-    expected = torch.zeros(count, count, dtype=torch.bool)
+    expected = torch.zeros(count, count)
     for i, j in itertools.product(range(len(places)), repeat=2):
         if all(axes[a][places[i, a], places[j, a]] for a in range(3)):
-            expected[number[i], number[j]] = True
-    assert torch.equal(grids.tile_mask(axes, tile), expected)
-    assert grids.visited(axes, tile) == pytest.approx(float(expected.float().mean()))
+            expected[number[i], number[j]] += 1
+    size = number.bincount(minlength=count).float()
+    shares = grids.tile_shares(axes, tile)
+    torch.testing.assert_close(shares, expected / (size[:, None] * size))
+    assert grids.visited(axes, tile) == pytest.approx(float((expected > 0).float().mean()))
 
 
 @pytest.mark.parametrize(("w", "s", "tile"), [(12, 4, 4), (8, 8, 4), (9, 3, 2), (5, 1, 4)])

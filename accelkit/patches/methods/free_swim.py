@@ -41,7 +41,7 @@ class FreeSwim(AttentionMethod):
         if where is None:
             return None
         tile = parts.grids.fit_tile(where.grid, self.block)
-        return parts.orders.tiled(call, where, tile, block=self.block)
+        return parts.orders.chunked(call, where, tile)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         where = self._where(call)
@@ -54,7 +54,7 @@ class FreeSwim(AttentionMethod):
             parts.grids.neighbourhood(columns, self.base[1] // 2 * 2 + 1),
         )
         tile = parts.grids.fit_tile(where.grid, self.block)
-        return parts.patterns.boxes(call, where, axes, tile, (1, 1, 1), self.block)
+        return parts.patterns.boxes(call, where, axes, tile, self.block)
 
     def _where(self, call: AttentionCall) -> Visual | None:
         """Only above the training size is there anything to leave out."""

@@ -9,7 +9,8 @@ the window a whole number of tiles, no tile is computed in part and the gain is 
     token i reads [start, start + w);   a key is read if it lies in the window on every axis
 
 Windows are shares of an axis, so they carry over to other sizes; as in the paper's HunyuanVideo run
-(18 × 24 × 24 of 30 × 48 × 80) they keep 9 %. The tile is the one that fits the grid best.
+(18 × 24 × 24 of 30 × 48 × 80) they keep 9 %. The tile is the one that fits the grid best. Tiles
+follow one another without gaps, so blocks drift against them and are rounded; see `whole_tiles`.
 """
 
 from __future__ import annotations
@@ -50,20 +51,34 @@ class GNA(AttentionMethod):
     stride: tuple[Step, Step, Step] | None = None
     dilation: tuple[Step, Step, Step] = (1, 1, 1)
     tile: tuple[Step, Step, Step] | None = None
+    whole_tiles: bool = False
+    """A block for each tile, with holes: no token misses a key of its window, for about half the
+    speed. Otherwise tiles follow one another and blocks are rounded.
+    """
     block: int = Field(128, ge=16)
 
     def order(self, call: AttentionCall) -> Order | None:
         where = self._where(call)
         if where is None:
             return None
-        return parts.orders.tiled(call, where, self._tile(where), self.dilation, self.block)
+        tile = self._tile(where)
+        if self.whole_tiles:
+            return parts.orders.tiled(call, where, tile, self.dilation, self.block)
+        return parts.orders.chunked(call, where, tile, self.dilation)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         where = self._where(call)
         if where is None:
             return None
-        axes, tile = self.axes(where), self._tile(where)
-        return parts.patterns.boxes(call, where, axes, tile, self.dilation, self.block)
+        return parts.patterns.boxes(
+            call,
+            where,
+            self.axes(where),
+            self._tile(where),
+            self.block,
+            dilation=self.dilation,
+            holes=self.whole_tiles,
+        )
 
     def axes(self, where: Visual) -> Axes:
         """What the positions of each axis read, bool `[L, L]`."""

@@ -65,7 +65,7 @@ class ReTtention(AttentionMethod):
         if kept is not None:
             _, ratio, rest = kept
             self._keep(call, kept[0], (ratio + self.drift).clamp_(max=1.0), rest)
-            return (ratio[..., None] * out).add_(rest).to(out.dtype)
+            return rest.addcmul(out, ratio[..., None].to(out.dtype))
         near = pieces[0]
         ratio = (near.lse - lse.masked_fill(lse == -float("inf"), 0.0)).exp()
         rest = out - (ratio[..., None] * near.out).to(out.dtype)

@@ -45,7 +45,7 @@ class SlidingTile(AttentionMethod):
         where = self._where(call)
         if where is None:
             return None
-        return parts.orders.tiled(call, where, self._tile(where), block=self.block)
+        return parts.orders.chunked(call, where, self._tile(where))
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         where = self._where(call)
@@ -56,7 +56,7 @@ class SlidingTile(AttentionMethod):
             parts.grids.sliding(n, t, round(share * -(-n // t)) | 1 if share < 1 else n)
             for n, t, share in zip(where.grid, tile, self.window, strict=True)
         )
-        return parts.patterns.boxes(call, where, (f, y, x), tile, (1, 1, 1), self.block)
+        return parts.patterns.boxes(call, where, (f, y, x), tile, self.block)
 
     def _where(self, call: AttentionCall) -> Visual | None:
         where = parts.grids.visual(call)

@@ -91,6 +91,18 @@ def cells(grid: Grid, cell: Grid, dilation: Grid = WHOLE) -> tuple[Tensor, Tenso
     return number.flatten(), slot.flatten(), count
 
 
+def tokens_of_cells(where: Visual, cell: Grid, dilation: Grid, block: int) -> Tensor:
+    """How many tokens of each cell lie in each block once cells come one after the other, fp32
+    `[blocks, cells]`; other tokens are not counted.
+    """
+    number, _, count = cells(where.grid, cell, dilation)
+    size = number.bincount(minlength=count)
+    first = where.start + size.cumsum(0) - size
+    begin = torch.arange(ceil_div(where.tokens, block))[:, None] * block
+    low, high = torch.maximum(begin, first), torch.minimum(begin + block, first + size)
+    return (high - low).clamp(min=0).float()
+
+
 @lru_cache(maxsize=256)
 def fit_tile(grid: Grid, block: int = 128, aspect: float = 2.7) -> Grid:
     """The tile of at most `block` tokens that cuts the grid into the fewest tiles, sides within
@@ -144,26 +156,27 @@ def sliding(length: int, cell: int, window: int) -> Tensor:
     return reach if window < count else torch.ones_like(reach)
 
 
-def tile_mask(axes: Axes, tile: Grid, dilation: Grid = WHOLE) -> Tensor:
-    """Tiles of which some token reads some token of another tile, bool `[tiles, tiles]`, from what
-    the positions of each axis read (`[L, L]`); a token reads another if all axes do.
+def tile_shares(axes: Axes, tile: Grid, dilation: Grid = WHOLE) -> Tensor:
+    """Share of the pairs of two tiles in which the first one's token reads the second one's, fp32
+    `[tiles, tiles]`, from what the positions of each axis read (`[L, L]`); a token reads another if
+    all axes do.
     """
     per_axis = []
     for reads, cell, step in zip(axes, tile, dilation, strict=True):
         number, _, count = axis_cells(reads.shape[0], cell, step)
         of = torch.nn.functional.one_hot(number, count).float()
-        per_axis.append((of.T @ reads.float() @ of) > 0)
+        size = of.sum(0).clamp(min=1)
+        per_axis.append((of.T @ reads.float() @ of) / (size[:, None] * size))
     f, y, x = per_axis
-    mask = f[:, None, None, :, None, None] & y[:, None, None, :, None] & x[:, None, None, :]
-    return mask.flatten(3).flatten(0, 2)
+    share = f[:, None, None, :, None, None] * y[:, None, None, :, None] * x[:, None, None, :]
+    return share.flatten(3).flatten(0, 2)
 
 
 def visited(axes: Axes, tile: Grid, dilation: Grid = WHOLE) -> float:
     """Key tiles that a query tile visits ÷ all tiles, on average: 1 ÷ this bounds the gain."""
+    one = torch.ones(1, 1)
     return prod(
-        float(
-            tile_mask((reads, *(torch.ones(1, 1),) * 2), (cell, 1, 1), (step, 1, 1)).float().mean()
-        )
+        float((tile_shares((reads, one, one), (cell, 1, 1), (step, 1, 1)) > 0).float().mean())
         for reads, cell, step in zip(axes, tile, dilation, strict=True)
     )
 

@@ -59,11 +59,11 @@ def transposed(call: AttentionCall, where: Visual) -> Order:
     return shared(call, _on(call.q.device, _transposed, where))
 
 
-def chunked(call: AttentionCall, where: Visual, chunk: Grid) -> Order:
+def chunked(call: AttentionCall, where: Visual, chunk: Grid, dilation: Grid = WHOLE) -> Order:
     """Chunks of neighbouring tokens one after the other, ragged at the borders (VMoBA,
     2506.23858). Other tokens keep their places.
     """
-    return shared(call, _on(call.q.device, _chunked, where, chunk))
+    return shared(call, _on(call.q.device, _chunked, where, chunk, dilation))
 
 
 def hilbert(call: AttentionCall, where: Visual) -> Order:
@@ -112,8 +112,8 @@ def _transposed(where: Visual) -> Tensor:
     return _axes(where)[TOKEN_MAJOR, None]
 
 
-def _chunked(where: Visual, chunk: Grid) -> Tensor:
-    number, slot, _ = grids.cells(where.grid, chunk)
+def _chunked(where: Visual, chunk: Grid, dilation: Grid = WHOLE) -> Tensor:
+    number, slot, _ = grids.cells(where.grid, chunk, dilation)
     return _around(where, (number * prod(chunk) + slot).argsort()[None])
 
 

@@ -18,7 +18,10 @@ from accelkit.kernels.positions import bounds, key_places, row_places
 from accelkit.kernels.select import compact, force, visible
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.parts import grids, keep
-from accelkit.patches.parts.grids import Axes, Grid, Visual
+from accelkit.patches.parts.grids import WHOLE, Axes, Grid, Visual
+
+PARTLY = 0.25
+"""Share of the pairs of a block from which it is worth computing."""
 
 
 def share(index: BlockIndex, heads: int) -> BlockIndex:
@@ -45,17 +48,32 @@ def listed(mask: Tensor, call: AttentionCall, unit: tuple[int, int]) -> BlockInd
 
 
 def boxes(
-    call: AttentionCall, where: Visual, axes: Axes, tile: Grid, dilation: Grid, block: int
+    call: AttentionCall,
+    where: Visual,
+    axes: Axes,
+    tile: Grid,
+    block: int,
+    *,
+    dilation: Grid = WHOLE,
+    holes: bool = False,
 ) -> BlockIndex:
-    """Lists for tokens laid out by `orders.tiled`: a tile reads the tiles in which any of its
-    tokens reads a token, as `axes` say for each axis (bool `[L, L]`). Text reads and is read by
-    all.
+    """Lists of boxes of tokens, as `axes` say for each axis (bool `[L, L]`), by whole tiles; text
+    reads and is read by all.
+
+    With `holes`, for tokens laid out by `orders.tiled`, a tile reads every tile that its boxes
+    touch. Without, for `orders.chunked`, blocks drift against tiles, and a block runs if over a
+    quarter of its pairs are in the boxes.
     """
-    tiles = grids.tile_mask(axes, tile, dilation)
-    lead, count = ceil_div(where.start, block), tiles.shape[0]
-    mask = torch.ones(call.tiles((block, block)), dtype=torch.bool)
-    mask[lead : lead + count, lead : lead + count] = tiles
-    return _index(mask[None, None].to(call.q.device), call, (block, block))
+    share = grids.tile_shares(axes, tile, dilation)
+    if holes:
+        lead, count = ceil_div(where.start, block), share.shape[0]
+        mask = torch.ones(call.tiles((block, block)), dtype=torch.bool)
+        mask[lead : lead + count, lead : lead + count] = share > 0
+        return _index(mask[None, None].to(call.q.device), call, (block, block))
+    held = grids.tokens_of_cells(where, tile, dilation, block)  # [blocks, tiles]
+    tokens = held.sum(-1)
+    mask = held @ share @ held.T > PARTLY * tokens[:, None] * tokens
+    return listed(mask, call, (block, block))
 
 
 def window(

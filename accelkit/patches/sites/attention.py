@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from accelkit import kernels
-from accelkit.kernels.index import BlockIndex, Partial
+from accelkit.kernels.index import BlockIndex, Partial, device_ids
 from accelkit.kernels.merge import merge
 from accelkit.kernels.permute import put_rows, take_rows
-from accelkit.kernels.prepare import device_ids
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, Execution, Order
 from accelkit.patches.plan import HeadGroup, Policy, Reuse
@@ -308,9 +307,12 @@ def _common_places(table: Tensor) -> Tensor:
 def _in_token_order(part: Partial, order: Order, n: int) -> Partial:
     assert order.q_table is not None
     table, row = order.q_table, None if _common(order) else order.row
-    out = part.out.new_zeros(*part.out.shape[:2], n, part.out.shape[3])
+    out = part.out.new_empty(*part.out.shape[:2], n, part.out.shape[3])
+    lse = part.lse.new_empty((*part.lse.shape[:2], n, 1))
+    if not order.whole:  # tokens that the order leaves out
+        out.zero_()
+        lse.fill_(float("-inf"))
     put_rows(out, part.out, table, row)
-    lse = part.lse.new_full((*part.lse.shape[:2], n, 1), float("-inf"))
     put_rows(lse, part.lse[..., None], table, row)
     return Partial(out, lse[..., 0])
 
@@ -340,7 +342,8 @@ def run(
         causal=call.causal,
         q_start=call.q_start,
         heads=call.heads,
-        kv_of_head=call.kv_of_head,
+        # Keys as the model left them serve equal groups; said so, the host knows it too.
+        kv_of_head=None if call.k_pos is None else call.kv_of_head,
         key_mask=call.key_mask,
         q_pos=q_pos,
         k_pos=k_pos,
