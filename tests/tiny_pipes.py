@@ -26,7 +26,12 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
-from transformers.models.qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+from transformers.models.qwen2_5_vl import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+)
 
 WORDS = (
     "a an the red green blue ball cube ring moves falls left right up down over under".split()  # noqa: SIM905
@@ -283,6 +288,36 @@ def flux() -> DiffusionPipeline:
     )  # fmt: skip
 
 
+def qwen_image() -> DiffusionPipeline:
+    text = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 64, "hidden_size": TEXT, "intermediate_size": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2],
+                                "rope_theta": 1e4},
+        },
+        vision_config={
+            "depth": 1, "hidden_size": TEXT, "intermediate_size": 16, "num_heads": 2,
+            "out_hidden_size": TEXT,
+        },
+    )  # fmt: skip
+    pipe = diffusers.QwenImagePipeline(
+        scheduler=flow(),
+        vae=diffusers.AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+            temperal_downsample=[False, True, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(text),
+        tokenizer=tokenizer(),
+        transformer=diffusers.QwenImageTransformer2DModel(
+            patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=DIM,
+            num_attention_heads=HEADS, joint_attention_dim=TEXT, axes_dims_rope=(4, 6, 6),
+        ),
+    )  # fmt: skip
+    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "the {}", 1
+    return pipe
+
+
 def sd3() -> DiffusionPipeline:
     return diffusers.StableDiffusion3Pipeline(
         transformer=diffusers.SD3Transformer2DModel(
@@ -335,6 +370,10 @@ PIPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "mochi": (mochi, {**VIDEO, "num_frames": 13, "max_sequence_length": 12}),
     "cosmos": (cosmos, {**VIDEO, "max_sequence_length": 12}),
     "flux": (flux, {**IMAGE, "height": 256}),
+    "qwen_image": (
+        qwen_image,
+        {**IMAGE, "height": 192, "negative_prompt": "the ring", "true_cfg_scale": 2.0},
+    ),
     "sd3": (sd3, IMAGE),
     "pixart": (pixart, {**IMAGE, "use_resolution_binning": False, "clean_caption": False}),
 }

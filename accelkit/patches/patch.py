@@ -219,7 +219,8 @@ def patch(
 ) -> PatchHandle:
     """Make `model` run `plan`, in place, and return the handle that undoes it.
 
-    A bare method, or several that answer different questions, is a plan with one row for every
+    `model` is a language model of transformers, or a pipeline or denoiser of diffusers. A bare
+    method, or several that answer different questions, is a plan with one row for every
     head. With `strict=False` differences of model class only warn.
 
     Raises:
@@ -311,16 +312,22 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
 
 
 def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Load a model folder that holds a plan and return the model, patched. `kwargs` go to
-    transformers.
+    """Load a model's or pipeline's folder that holds a plan and return it, patched. `kwargs` go to
+    the `from_pretrained` of its library.
 
     Raises:
         PlanError: the folder has no plan.
     """
-    from transformers import AutoModelForCausalLM
-
     plan = Plan.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+    model: Any
+    if (Path(folder) / "model_index.json").exists():
+        from diffusers import DiffusionPipeline
+
+        model = DiffusionPipeline.from_pretrained(folder, **kwargs)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
     patch(model, plan)
     return model
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from accelkit.patches.plan import HeadGroup, Plan
 
 
+GEOMETRIES = 32
+"""Of so many geometries (prompts of different length, chunks, grids) static answers are cached."""
+
+
 @dataclass
 class SiteCount:
     """Calls of one site: how many ran sparse, why the others did not, and densities if they were
@@ -53,8 +57,8 @@ class PatchState:
 
     `memory` belongs to a site and guidance branch for one generation, and lists that are reused
     over its steps lie there; `indices` are the lists of anchor sites for the layers that reuse them
-    in the same forward; `static` caches answers that follow from geometry alone and survives
-    generations.
+    in the same forward; `answers` caches, by geometry, what follows from geometry alone, and
+    survives generations.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -64,12 +68,11 @@ class PatchState:
         self.memory: dict[tuple[str, int, str], dict[Any, Any]] = {}
         self.indices: dict[tuple[str, int], list[Saved]] = {}
         self.static: dict[Hashable, Any] = {}
+        self.answers: dict[Hashable, dict[Hashable, Any]] = {}
         self.counts: dict[str, SiteCount] = {}
         self.measure_density = False
-        self.last_place = (
-            -1,
-            -1,
-        )  # order and ordinal of the last call: a forward begins where it falls
+        # Order and ordinal of the last call: a forward begins where they fall.
+        self.last_place = (-1, -1)
 
     def begin_generation(self) -> None:
         """Forget everything that belongs to the generation before."""
@@ -95,7 +98,14 @@ class PatchState:
         # A field that names a side tensor has other values at other sites and heads.
         told = any(isinstance(v, str) for m in methods for _, v in m)
         heads = (call.site.path, call.heads) if told else len(call.heads)
-        return (group.policy_id, heads, call.q_start, self.shape_of(call))
+        return (group.policy_id, heads, call.q_start)
+
+    def static_shelf(self, call: AttentionCall) -> dict[Hashable, Any]:
+        """The cached answers of a call's geometry; those of the oldest geometry make room."""
+        shape = self.shape_of(call)
+        if shape not in self.answers and len(self.answers) == GEOMETRIES:
+            del self.answers[next(iter(self.answers))]
+        return self.answers.setdefault(shape, {})
 
     @staticmethod
     def shape_of(call: AttentionCall) -> Hashable:

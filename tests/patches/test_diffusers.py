@@ -11,9 +11,10 @@ from torch.nn import functional
 import accelkit
 from accelkit.errors import DenseFallbackWarning
 from accelkit.patches.adapters import facts, sites, watch
-from accelkit.patches.call import AttentionCall, Clock, Span
+from accelkit.patches.call import AttentionCall, Clock, Geometry, Span
 from accelkit.patches.method import load
-from accelkit.patches.patch import plan_of
+from accelkit.patches.patch import from_pretrained, handle_of, plan_of, save_pretrained
+from accelkit.patches.plan import Policy
 from tests.patches.conftest import attributes
 from tests.tiny_pipes import PIPES, latents, tiny_pipe
 
@@ -46,6 +47,12 @@ EXPECTED = {
     "mochi": ("jj", [VIDEO, ("text", 192, 193)], (3, 8, 8), ("cond_uncond",)),
     "cosmos": ("ss", [VIDEO], (3, 8, 8), ("cond", "uncond")),
     "flux": ("jjj", [("text", 0, 12), ("image", 12, 140)], (1, 16, 8), ("cond",)),
+    "qwen_image": (
+        "jj",
+        [("text", 0, 6), ("image", 6, 102)],
+        (1, 12, 8),
+        ("cond", "uncond"),
+    ),
     "sd3": ("jsj", [("image", 0, 64), ("text", 64, 88)], (1, 8, 8), ("cond",)),
     "pixart": ("ss", [("image", 0, 64)], (1, 8, 8), ("cond",)),
 }
@@ -129,6 +136,16 @@ def test_facts_and_one_plan_for_pipeline_and_denoiser(family):
             torch.testing.assert_close(latents(pipe, family), sparse)
 
 
+def test_a_class_derived_from_a_known_one():
+    pipe = tiny_pipe("wan")
+    paths = [s.path for s in sites(pipe)]
+    pipe.transformer.__class__ = type("MyWan", (type(pipe.transformer),), {})
+    assert [s.path for s in sites(pipe)] == paths
+    with accelkit.patch(pipe, NARROW) as handle:
+        latents(pipe, "wan", steps=1)
+        assert handle.report().sparse_calls == 4
+
+
 def test_several_resolutions_with_one_plan():
     pipe = tiny_pipe("wan")
     sizes = [(128, 128, 9), (64, 128, 9), (128, 64, 9), (128, 128, 5)]
@@ -145,17 +162,42 @@ def test_several_resolutions_with_one_plan():
         assert handle.report().dense == {}
 
 
-def test_batch_of_prompts_and_padding_of_different_length():
-    """Text of unequal length is padding in the middle of a batch: a key mask, not a cut."""
-    pipe = tiny_pipe("hunyuan")
-    prompts = ["a red ball moves left", "ball"]
-    dense = latents(pipe, "hunyuan", prompts)
+def test_coordinates_instead_of_sizes_leave_the_grid_open():
+    model = tiny_pipe("ltx").transformer
+    seen: list[AttentionCall] = []
+    with torch.no_grad(), watch(model, seen.append):
+        model(
+            torch.randn(1, 96, 8),
+            encoder_hidden_states=torch.randn(1, 5, 16),
+            timestep=torch.tensor([900.0]),
+            encoder_attention_mask=torch.ones(1, 5),
+            video_coords=torch.rand(1, 3, 96),
+        )
+    assert seen[0].geometry == Geometry((Span("video", 0, 96),), None)
+
+
+def test_one_frame_is_an_image():
+    pipe = tiny_pipe("wan")
     seen: list[AttentionCall] = []
     with watch(pipe, seen.append):
-        latents(pipe, "hunyuan", prompts)
-    assert seen[0].key_mask.sum(-1).tolist() == [192 + 6, 192 + 2]
+        latents(pipe, "wan", num_frames=1, steps=1)
+    assert seen[0].geometry == Geometry((Span("image", 0, 64),), (1, 8, 8))
+
+
+@pytest.mark.parametrize(("family", "image"), [("hunyuan", 192), ("qwen_image", 96)])
+def test_batch_of_prompts_and_padding_of_different_length(family, image):
+    """Text of unequal length cannot be cut: a key mask at the end or in the middle."""
+    pipe = tiny_pipe(family)
+    prompts = ["a red ball moves left", "ball"]
+    options = {"negative_prompt": ["the ring"] * 2} if family == "qwen_image" else {}
+    dense = latents(pipe, family, prompts, **options)
+    seen: list[AttentionCall] = []
+    with watch(pipe, seen.append):
+        latents(pipe, family, prompts, **options)
+    assert seen[0].key_mask.sum(-1).tolist() == [image + 6, image + 2]
     with accelkit.patch(pipe, WIDE) as handle:
-        torch.testing.assert_close(latents(pipe, "hunyuan", prompts), dense, atol=2e-4, rtol=1e-3)
+        wide = latents(pipe, family, prompts, **options)
+        torch.testing.assert_close(wide, dense, atol=2e-4, rtol=1e-3)
         assert handle.report().dense == {}
 
 
@@ -179,3 +221,18 @@ def test_gradients_stay_whole():
             model(latent, **arguments).sample.sum().backward()
         assert handle.report().dense == {"gradients are enabled": 2}
     assert latent.grad.abs().sum() > 0
+
+
+def test_a_pipeline_is_saved_with_its_plan_and_opens_patched(tmp_path):
+    pipe = tiny_pipe("pixart")
+    method = load("window")(sink_tokens=16, window_tokens=17, block=16)
+    plan = plan_of(pipe, NARROW).model_copy(update={"policies": (Policy(methods=(method,)),)})
+    with accelkit.patch(pipe, plan):
+        sparse = latents(pipe, "pixart")
+        save_pretrained(pipe, tmp_path)
+    again = from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(again, "pixart"), sparse)
+    assert handle_of(again).report().sparse_calls == 4
+    accelkit.unpatch(again)
+    assert handle_of(again) is None

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import accelkit
 from accelkit.errors import InvalidInputError
+from accelkit.patches.adapters import sites
 from accelkit.patches.method import load
 from accelkit.patches.patch import plan_of
 from tests.tiny_pipes import latents, tiny_pipe
@@ -55,12 +56,18 @@ def counted_graphs(pipe, family: str, how: str):
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("how", ["module", "in place", "repeated blocks"])
-@pytest.mark.parametrize("family", ["wan", "flux"])
+WAYS = ["module", "in place", "repeated blocks"]
+
+
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [(f, how) for f in ("wan", "flux") for how in WAYS]
+    + [(f, "repeated blocks") for f in ("hunyuan15", "ltx", "qwen_image")],
+)
 def test_compiled_as_one_graph_and_equal_to_eager(family, how):
     pipe = tiny_pipe(family)
     graphs = 1
-    if family == "flux":
+    if family != "wan":
         with counted_graphs(pipe, family, how) as counter:
             latents(pipe, family, steps=2)
             graphs = counter.frame_count  # as many as without a patch
@@ -71,7 +78,8 @@ def test_compiled_as_one_graph_and_equal_to_eager(family, how):
             again = [latents(pipe, family, p, steps=3) for p in ("a red ball", "the cube falls")]
             assert counter.frame_count == graphs
         assert handle.report().dense == {}
-        assert handle.report().sparse_calls == 2 * 3 * (4 if family == "wan" else 3)
+        forwards = 1 if family in ("flux", "ltx") else 2  # of a step
+        assert handle.report().sparse_calls == 2 * 3 * forwards * len(sites(pipe))
     for compiled, expected in zip(again, eager, strict=True):
         torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-4)
 
@@ -100,3 +108,16 @@ def test_compiled_denoisers_are_refused(wan):
         ):
             accelkit.patch(wan, NARROW)
     accelkit.patch(model, NARROW).remove()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_op_keeps_its_contract(padded):
+    model = tiny_pipe("hunyuan").transformer
+    mask = (torch.arange(204) < 196).view(1, 1, 1, -1) if padded else None
+    with torch.no_grad(), accelkit.patch(model, NARROW):
+        q, k, v = (torch.randn(1, 204, 2, 16).transpose(1, 2) for _ in range(3))
+        site = model.transformer_blocks[0].attn.accelkit_site
+        seen = [torch.randn(1, 4, 3, 16, 16), torch.tensor([900.0])]
+        torch.library.opcheck(
+            torch.ops.accelkit.sdpa.default, (q, k, v, mask, 0.25, site, seen, [], 0)
+        )

@@ -27,7 +27,14 @@ from accelkit.errors import (
 )
 from accelkit.patches.adapters import Runner, sdpa
 from accelkit.patches.adapters.clock import DenoiseClock
-from accelkit.patches.adapters.geometry import FAMILIES, Family, Patch, Root, patch_of
+from accelkit.patches.adapters.geometry import (
+    FAMILIES,
+    Family,
+    Patch,
+    Root,
+    family_of,
+    patch_of,
+)
 from accelkit.patches.adapters.processors import keep_padding
 from accelkit.patches.call import Kind, Site
 from accelkit.patches.plan import Component, Fingerprint
@@ -79,7 +86,7 @@ def denoisers(model: DiffusionPipeline | ModelMixin) -> dict[str, nn.Module]:
             raise InvalidInputError(
                 f"{name} is compiled; give the pipeline to accelkit first and compile afterwards"
             )
-        if type(root).__name__ not in FAMILIES:
+        if family_of(root) is None:
             raise UnsupportedModelError(
                 f"{name}: the token layout of {type(root).__name__} is not known; "
                 f"known are: {', '.join(FAMILIES)}"
@@ -96,14 +103,15 @@ def denoisers(model: DiffusionPipeline | ModelMixin) -> dict[str, nn.Module]:
 def attention_modules(model: DiffusionPipeline | ModelMixin) -> Iterator[_Place]:
     """Every attention module of the denoisers' blocks, in running order."""
     for component, root in denoisers(model).items():
-        family = FAMILIES[type(root).__name__]
+        family = family_of(root)
+        assert family is not None
         for path, module in root.named_modules():
             attends = hasattr(module, "processor") and hasattr(module, "heads")
             if not attends or path.partition(".")[0] not in BLOCKS:
                 continue
             kind: Kind = "self" if family.text is None else "joint"
             if path.endswith(".attn2"):
-                kind = "cross" if family.cross == "attn2" else "self"
+                kind = family.second
             reason = None
             if isinstance(module.processor, nn.Module):
                 reason = "trained attention processor"
@@ -139,7 +147,7 @@ def facts(model: DiffusionPipeline | ModelMixin) -> tuple[Fingerprint, dict[str,
         library="diffusers",
         class_name=type(first).__name__,
         model_type=type(first).__name__,
-        base_id=getattr(model, "name_or_path", None) or None,
+        base_id=str(getattr(model, "name_or_path", "")) or None,
         config_hash=f"sha256:{digest}",
         config=config,
         components={

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from accelkit.errors import InvalidInputError
-from accelkit.patches.call import Geometry, Span
+from accelkit.patches.call import Geometry, Kind, Span
 
 Patch = tuple[int, int, int]
 
@@ -41,12 +41,14 @@ class Root:
                 "a patched denoiser needs its timestep as a keyword: forward(…, timestep=…)"
             )
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        timestep = kwargs["timestep"]
         ids = kwargs.get("img_ids")
-        self.tensors = (hidden, timestep) if ids is None else (hidden, timestep, ids)
+        self.tensors = (hidden, kwargs["timestep"], *(() if ids is None else (ids,)))
         self.told = ()
         if kwargs.get("num_frames") is not None:
             self.told = (kwargs["num_frames"], kwargs["height"], kwargs["width"])
+        shapes = kwargs.get("img_shapes")
+        if shapes is not None and len(shapes[0]) == 1:
+            self.told = tuple(shapes[0][0])
 
     def forget(self) -> None:
         """The forward is over; the next one finds what this one found."""
@@ -60,14 +62,20 @@ Layout = tuple[int, int, int, int]
 @dataclass(frozen=True)
 class Family:
     """Token layout of one transformer class. `layout` computes it from a forward's tensors, the
-    numbers it was told and the patch size; modules named `cross` are cross-attention. A `square`
-    family's processors spread the padding mask over all pairs of tokens.
+    numbers it was told and the patch size; `text` is where text lies in joint attention, `second`
+    what modules named `attn2` are. A `square` family's processors spread the padding mask over all
+    pairs of tokens.
     """
 
     layout: Callable[[Sequence[Tensor], Sequence[int], Patch], Layout]
     text: Literal["first", "last"] | None = None
-    cross: str | None = "attn2"
+    second: Kind = "cross"
     square: bool = False
+
+
+def family_of(root: nn.Module) -> Family | None:
+    """The family of a denoiser, by its class or the nearest base class that is known."""
+    return next((FAMILIES[c.__name__] for c in type(root).__mro__ if c.__name__ in FAMILIES), None)
 
 
 def patch_of(root: nn.Module) -> Patch:
@@ -99,9 +107,16 @@ def _image(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Layo
 
 
 def _told(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Layout:
-    """Packed latents `[B, N, C]` with `num_frames`, `height` and `width` beside them."""
-    frames, rows, columns = told
+    """Packed latents `[B, N, C]` with `num_frames`, `height` and `width` beside them, if the
+    pipeline gives no coordinates instead.
+    """
+    frames, rows, columns = told or (0, 0, 0)
     return tensors[0].shape[1], frames, rows, columns
+
+
+def _told_image(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Layout:
+    """Packed latents `[B, N, C]` of one image of a told shape, or of several."""
+    return _told(tensors, told or (1, 0, 0), patch)
 
 
 def _by_ids(tensors: Sequence[Tensor], told: Sequence[int], patch: Patch) -> Layout:
@@ -120,7 +135,8 @@ FAMILIES: dict[str, Family] = {
     "MochiTransformer3DModel": Family(_video, "last"),
     "CosmosTransformer3DModel": Family(_video),
     "FluxTransformer2DModel": Family(_by_ids, "first"),
-    "SD3Transformer2DModel": Family(_image, "last", cross=None),
+    "QwenImageTransformer2DModel": Family(_told_image, "first"),
+    "SD3Transformer2DModel": Family(_image, "last", second="self"),
     "PixArtTransformer2DModel": Family(_image),
 }
 
@@ -131,7 +147,7 @@ def geometry(family: Family, layout: Layout, tokens: int) -> Geometry:
     text = tokens - visual
     if text < 0:
         return Geometry()
-    kind = "video" if grid[0] > 1 else "image"
+    kind = "image" if grid[0] == 1 else "video"
     first = text if family.text == "first" else 0
     spans = [Span(kind, first, first + visual)]
     if text and family.text == "first":

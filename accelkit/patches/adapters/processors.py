@@ -2,7 +2,8 @@
 their padding mask over all pairs of tokens, N² bytes in every block.
 
 Such a processor is derived from its own source without those lines, so that its padding mask
-`[B, N]` reaches attention as it is. It stays an instance of the original class.
+`[B, N]` reaches attention as it is. It stays an instance of the original class. Its dense calls
+leave the padding out instead of masking it, and equal the original's up to rounding.
 """
 
 from __future__ import annotations

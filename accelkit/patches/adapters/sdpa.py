@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class Connection:
     component: str = ""
     last: tuple[int, int] = (-1, -1)
     layout: Layout = (0, 0, 0, 0)
-    real: dict[Hashable, tuple[Tensor, int | None]] = field(default_factory=dict)
+    layouts: dict[Hashable, tuple[Sequence[Tensor], Layout]] = field(default_factory=dict)
+    real: dict[Hashable, int | None] = field(default_factory=dict)
 
     def arrive(
         self, door: Door, ordinal: int, tensors: Sequence[Tensor], told: Sequence[int]
@@ -61,21 +63,32 @@ class Connection:
         place = (door.site.order, ordinal)
         if place <= self.last or door.site.component != self.component:
             self.clock.forward(tensors[1])
-            self.layout = door.family.layout(tensors, told, door.patch)
+            self.layout = self._layout(door, tensors, told)
             self.real.clear()
         self.component, self.last = door.site.component, place
 
-    def real_keys(self, mask: Tensor, square: bool) -> int | None:
+    def _layout(self, door: Door, tensors: Sequence[Tensor], told: Sequence[int]) -> Layout:
+        """The layout of a forward; ids are read from the device once for each tensor of them."""
+        ids = tensors[2:]
+        key = (door.family, tensors[0].shape, *told, *(t.data_ptr() for t in ids))
+        if key not in self.layouts:
+            if len(self.layouts) == 16:
+                self.layouts.clear()
+            # The tensors are kept so that no other one comes to lie where they lie.
+            self.layouts[key] = (ids, door.family.layout(tensors, told, door.patch))
+        return self.layouts[key][1]
+
+    def real_keys(self, mask: Tensor) -> int | None:
         """How many keys a padding mask `[B, N]` leaves, if they come first in every sequence.
 
-        It is read once a forward: `square` families make the same mask anew for every site.
+        It is read once a forward: all sites of the known families have the same padding then, even
+        where each makes its mask anew.
         """
-        key = mask.shape if square else mask.data_ptr()
-        if key not in self.real:
+        if mask.shape not in self.real:
             n = int(mask[0].sum())
             first = torch.arange(mask.shape[1], device=mask.device) < n
-            self.real[key] = (mask, n if bool((mask == first).all()) else None)
-        return self.real[key][1]
+            self.real[mask.shape] = n if bool((mask == first).all()) else None
+        return self.real[mask.shape]
 
 
 @dataclass(frozen=True)
@@ -132,9 +145,9 @@ def _unroute() -> None:
         nn.functional.scaled_dot_product_attention = _ORIGINAL
 
 
-def follow(root: nn.Module, door_root: Root, undo: ExitStack) -> None:
+def follow(root: nn.Module, given: Root, undo: ExitStack) -> None:
     """Keep what every forward of a denoiser is given."""
-    setattr(root, ROOT, door_root)
+    setattr(root, ROOT, given)
     undo.callback(delattr, root, ROOT)
     undo.callback(root.register_forward_pre_hook(_enter, with_kwargs=True).remove)
     # Even after an exception, so that no later call of another model finds a site open.
@@ -244,15 +257,16 @@ def _sdpa(
     cut = query, key, value
     if mask is not None:
         key_mask = mask[:, 0, 0].expand(query.shape[0], -1)
-        first = door.to.real_keys(key_mask, door.family.square)
+        first = door.to.real_keys(key_mask)
         if first is not None:
             # Padding at the end: neither these keys nor the queries beside them mean anything.
             key_mask, real = None, first
             cut = query[:, :, :real], key[:, :, :real], value[:, :, :real]
-    if door.reason is None:
-        out = door.to.runner.run(_call(door, *cut, key_mask, scale, ordinal))
+    out = None
+    if door.reason is not None:
+        door.to.runner.skipped(door.site.path, door.reason)
     else:
-        out = door.to.runner.skipped(door.site.path, door.reason)
+        out = door.to.runner.run(_call(door, *cut, key_mask, scale, ordinal))
     if out is None and not door.family.square:
         return _dense(query, key, value, mask, scale)
     if out is None:
@@ -294,12 +308,17 @@ def _call(
         q_start=0,
         key_mask=key_mask,
         heads=tuple(range(heads)),
-        kv_of_head=torch.arange(heads, device=query.device) // (heads // key.shape[1]),
+        kv_of_head=_kv_of_head(heads, key.shape[1], query.device),
         site=door.site,
         clock=door.to.clock.now(),
         geometry=geometry(door.family, door.to.layout, key.shape[2]),
         ordinal=ordinal,
     )
+
+
+@cache
+def _kv_of_head(heads: int, kv_heads: int, device: torch.device) -> Tensor:
+    return torch.arange(heads, device=device) // (heads // kv_heads)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -196,9 +196,12 @@ def _asked(call: AttentionCall, group: HeadGroup, state: PatchState) -> tuple[An
     """The answers of a group: kept ones where they follow from geometry alone, or as long as the
     schedule lets a site keep them over computed steps; asked for otherwise.
     """
-    shelf: MutableMapping[Any, Any] = state.static
-    key, uses = state.static_key(call, group), 0
-    if key is None:
+    shelf: MutableMapping[Any, Any]
+    key: Any = state.static_key(call, group)
+    uses = 0
+    if key is not None:
+        shelf = state.static_shelf(call)
+    else:
         shelf, key = call.memory, ("answers", group.policy_id, call.heads, state.shape_of(call))
         every = state.plan.sites[call.site.path].schedule.refresh_every
         uses = 1 if group.policy.reuse else every  # what is reused is kept by its anchor
