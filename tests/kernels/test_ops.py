@@ -23,7 +23,7 @@ def test_opcheck() -> None:
     args = (
         q, k, v, index.start, index.count, index.blocks, [16, 16], None, 0.0, None, True, 0,
         None, [3, 1, 0, 2], None, None, torch.ones(2, 100, dtype=torch.bool), None, None, None,
-        None, None,
+        None, "native", "native", False, None,
     )  # fmt: skip
     torch.library.opcheck(ops.attend, args)
 
