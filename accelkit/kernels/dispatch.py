@@ -104,7 +104,7 @@ def attend(
         return _traced(
             q, k, v, index, out, lse, scale=scale, causal=causal, q_start=q_start, heads=heads,
             kv_of_head=kv_of_head, key_mask=key_mask, q_pos=q_pos, k_pos=k_pos, rows=rows,
-            skip=skip, backend=backend,
+            skip=skip, qk=qk, pv=pv, smooth_k=smooth_k, backend=backend,
         )  # fmt: skip
     with torch.no_grad():
         launch = prepare(
@@ -206,6 +206,12 @@ def _best(launch: Launch) -> Choice:
         return (
             Choice("reference", refusal) if refusal else Choice("torch", "tensors are on the CPU")
         )
+    if launch.qk != "native":
+        if refusal := triton_refusal(launch):
+            raise KernelUnavailableError(
+                f"attend: no kernel runs qk={launch.qk!r}, pv={launch.pv!r} here: {refusal}"
+            )
+        return Choice("triton", f"8-bit products on {launch.q.device}")
     refusals = {name: refused(launch) for name, refused in KERNELS.items()}
     able = [name for name, refusal in refusals.items() if refusal is None]
     if not able:
@@ -236,7 +242,7 @@ def triton_refusal(launch: Launch) -> str | None:
 
 def gluon_refusal(launch: Launch) -> str | None:
     """Why the warp-specialised kernel cannot serve a launch, or None."""
-    if reason := triton_missing(launch.q.device):
+    if reason := triton_missing(launch.q.device) or _low_bits(launch):
         return reason
     from accelkit.kernels._triton import gluon_block_sparse
 
@@ -247,7 +253,11 @@ def fa4_refusal(launch: Launch) -> str | None:
     """Why flash-attn-4 cannot serve a launch, or None."""
     from accelkit.kernels._extern import fa4
 
-    return fa4.refusal(launch)
+    return fa4.refusal(launch) or _low_bits(launch)
+
+
+def _low_bits(launch: Launch) -> str | None:
+    return "it has no 8-bit products; backend 'triton' has" if launch.qk != "native" else None
 
 
 KERNELS: dict[str, Callable[[Launch], str | None]] = {

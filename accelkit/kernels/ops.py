@@ -36,6 +36,9 @@ def attend(
     k_pos: Tensor | None,
     rows: Tensor | None,
     skip: Tensor | None,
+    qk: str,
+    pv: str,
+    smooth_k: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """`dispatch.attend` with its index and its unions taken apart, as operators want them."""
@@ -57,6 +60,9 @@ def attend(
         k_pos=k_pos,
         rows=rows,
         skip=skip,
+        qk=qk,
+        pv=pv,
+        smooth_k=smooth_k,
         backend=backend,
     )
     return found.out, found.lse
@@ -86,6 +92,9 @@ def call(
     k_pos: Tensor | None,
     rows: Sequence[int] | Tensor | None,
     skip: float | Tensor | None,
+    qk: str,
+    pv: str,
+    smooth_k: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """The operator with `dispatch.attend`'s arguments."""
@@ -100,5 +109,5 @@ def call(
     return attend(
         q, k, v, index.start, index.count, index.blocks, list(index.size), bias, shift, scale,
         causal, q_start, tables[0], ids[0], tables[1], ids[1], key_mask, q_pos, k_pos, rows, skip,
-        backend,
+        qk, pv, smooth_k, backend,
     )  # fmt: skip

@@ -133,7 +133,9 @@ def _queries(
     q = tl.load(Q + b * s_qb + head * s_qh + at * s_qn + d[None, :], mask=inside, other=0.0)
     q = q.to(tl.float32)
     top = tl.maximum(tl.max(tl.abs(q), 1) / TOP, _LEAST)
-    tl.store(Q8 + (bh * n + at) * D + d[None, :], _eight(q * (1.0 / top)[:, None], INT), mask=inside)
+    tl.store(
+        Q8 + (bh * n + at) * D + d[None, :], _eight(q * (1.0 / top)[:, None], INT), mask=inside
+    )
     tl.store(Q_SCALE + bh * n + rows, top, mask=rows < n)
     if SMOOTH:
         kv = b * kv_heads + tl.load(KV_HEADS + slot)
