@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from accelkit.kernels._triton.gluon_kernel import _item, _next
+from accelkit.kernels._triton.gluon_kernel import _barriers, _item, _next
 from accelkit.kernels._triton.lower import Work
 from accelkit.kernels._triton.tile import LOG2E, one_masked
 from accelkit.kernels.launch import Launch
@@ -171,11 +171,12 @@ def _in_order(x):
 
 @gluon.jit
 def _consume(
-    WHO: gl.constexpr, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv,
-    n_q, n_k, n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
-    v_full, v_empty, turns,
+    WHO: gl.constexpr, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS,
+    KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k, n_kb,
+    q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
     BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr,
-    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
+    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr,
+    MODE: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     INT: gl.constexpr = k.dtype == gl.int8
@@ -319,50 +320,38 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "n_kb", "q_start", "capacity"])
 def _eight_bit(
-    q_desc, k_desc, v_desc, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads,
-    n_kv, n_q, n_k, n_kb, q_start, capacity, factor,
+    q_desc, k_desc, v_desc, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS,
+    KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k, n_kb,
+    q_start, capacity, factor,
     BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr,
-    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
+    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr,
+    MODE: gl.constexpr,
 ):  # fmt: skip
     v_box: gl.constexpr = [STAGES, 1, 1, D, BN] if PV8 else [STAGES, 1, 1, BN, D]
     q = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, _ROWS, D], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, v_box, v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
-        mbarrier.init(turns.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+    q_full, q_empty, turns = _barriers(2, 1), _barriers(2, 2), _barriers(2, 1)
+    k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (
-                0, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads,
-                n_kv, n_q, n_k, n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH,
-                STAGES, MODE,
+                0, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS,
+                OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k,
+                n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES, MODE,
             )),
             (_consume, (
-                1, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads,
-                n_kv, n_q, n_k, n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH,
-                STAGES, MODE,
+                1, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS,
+                OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k,
+                n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES, MODE,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, ITEMS, LISTS, KV_HEADS, n_items,
-                capacity, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, BQ, BK, BN, PV8, STAGES,
+                q_desc, k_desc, v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, q, k, v, q_full,
+                q_empty, k_full, k_empty, v_full, v_empty, BQ, BK, BN, PV8, STAGES,
             )),
         ],
         [4, 1],
@@ -404,6 +393,6 @@ def run(launch: Launch, ops: Operands, work: Work, mode: int = 1) -> None:
         ops.k.shape[1], launch.n_q, launch.n_k, ops.k_scale.shape[2],
         launch.q_start, work.capacity, launch.scale * LOG2E,
         BQ=bq, BK=bk, BN=bn, D=d, PV8=pv8, CAUSAL=launch.causal,
-        EXTRA_MASKED=not one_masked(launch, bn), SMOOTH=ops.shift is not None, STAGES=stages(pv8), MODE=mode,
-        num_warps=4,
+        EXTRA_MASKED=not one_masked(launch, bn), SMOOTH=ops.shift is not None,
+        STAGES=stages(pv8), MODE=mode, num_warps=4,
     )  # fmt: skip
