@@ -238,6 +238,7 @@ def calibration_row(m: dict[str, Any]) -> dict[str, Any]:
         "seconds": m["seconds"],
         "in dense prefills": m["dense_prefills"],
         "peak GiB": m["peak_gb"],
+        "peak, × dense": m.get("peak_over_dense"),
         "error measured": m["measured"]["measured_error"],
         "prefill, × dense": m["measured"].get("prefill_speedup"),
     }
@@ -286,7 +287,8 @@ def machine(data: dict[str, Any]) -> str:
     """Where a result was measured, in a line."""
     facts = data.get("environment") or data
     gpu = facts.get("gpu")
-    threads = f"CPU, {facts['cpu_threads']} threads" if "cpu_threads" in facts else ""
+    threads = f"{facts.get('cpu') or 'CPU'}, {facts.get('cpu_threads')} threads"
+    threads = threads if "cpu_threads" in facts else ""
     where = gpu["name"] if isinstance(gpu, dict) else gpu or threads
     versions = [f"{k} {facts[k]}" for k in ("torch", "triton", "transformers") if facts.get(k)]
     return ", ".join(filter(None, [where, *versions]))

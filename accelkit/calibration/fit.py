@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from accelkit import kernels
 from accelkit.calibration.bench import times_ms
+from accelkit.calibration.candidates import calibrated_settings, families, prime
 from accelkit.calibration.capture import dense_attention
 from accelkit.kernels import dispatch
 from accelkit.kernels.cost import (
@@ -34,7 +35,7 @@ from accelkit.kernels.cost import (
     visible_pairs,
 )
 from accelkit.kernels.index import BlockIndex, ceil_div, plain_inputs
-from accelkit.patches.call import AttentionCall, Clock, Site
+from accelkit.patches.call import AttentionCall, Clock, Geometry, Site
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.plan import Policy
 from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute
@@ -57,12 +58,14 @@ PATIENCE_MS = 1000.0
 """Time that the repeats of one measurement may take together on a CPU."""
 AHEAD = 2_000_000
 """Clock cycles that a GPU waits before a measurement: the host is ahead of it, as in a model."""
+UNKNOWN = Geometry()
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of a layer, how many layers there are to share lists that follow from geometry,
-    prompts in a batch, and whether later tokens are hidden from earlier ones.
+    """Heads of a layer, how many layers there are to share lists that follow from geometry, prompts
+    in a batch, whether later tokens are hidden from earlier ones, and what the tokens of a
+    denoiser's call are.
     """
 
     heads: int
@@ -71,6 +74,7 @@ class Shape:
     layers: int = 1
     batch: int = 1
     causal: bool = True
+    geometry: Geometry = UNKNOWN
 
 
 def fit(
@@ -84,14 +88,16 @@ def fit(
     limit_s: float = 60.0,
     step: Callable[[str], None] | None = None,
 ) -> CostTable:
-    """The cost table for prefills of up to `tokens` tokens.
+    """The cost table for calls of up to `tokens` tokens. A denoiser's calls have one length, for
+    their lists follow from a grid.
 
     `step` is told what is measured next. After `limit_s` seconds nothing is repeated any more.
     """
     until = time.monotonic() + limit_s
     least = max(512, tokens // 4)
     # Between two lengths costs are interpolated; on a GPU a third one tells how well.
-    lengths = sorted({least, tokens, *([max(least, tokens // 2)] if device.type == "cuda" else [])})
+    between = [max(least, tokens // 2)] if device.type == "cuda" else []
+    lengths = sorted({least, tokens, *between}) if shape.causal else [tokens]
     calls = {n: random_call(shape, dtype, device, n) for n in lengths}
 
     def ms(run: Callable[[], Any], times: int = repeat) -> float:
@@ -112,6 +118,8 @@ def fit(
         else:
             costs[method.kind], used = found
             sizes |= dict.fromkeys(used)
+            if shape.causal:
+                sizes |= dict.fromkeys(_other_units(method, calls[lengths[0]]))
     fitted = {}
     for size in sizes:
         tell(f"kernel {name(size)}")
@@ -174,6 +182,7 @@ def random_call(
     return AttentionCall(
         q, k, v, base.scale, shape.causal, 0, None, base.heads, base.kv_of_head,
         site=Site("fit", 0), clock=Clock("prefill" if shape.causal else "denoise"),
+        geometry=shape.geometry,
     )  # fmt: skip
 
 
@@ -218,22 +227,32 @@ def _method(
     shape: Shape,
 ) -> tuple[MethodCost, list[tuple[int, int]]] | str:
     """Cost of a method's estimate, order and merging, and its units; or why it is refused."""
-    middle = _middle(method)
+    setting = _middle(method)
     points: list[tuple[int, float]] = []
     sizes: list[tuple[int, int]] = []
     longest = lengths[-1]
     for n in lengths:
         call, whole = calls[n], interpolate(dense, n)
         try:
+            call, middle = _prepared(call, method, setting)
             answers = answer(fresh(call), Policy(methods=(middle,)))
             if answers is None:
                 continue
+            if middle.renewed(call.clock.total):
+                prime(answers)
+                answers = answer(fresh(call), Policy(methods=(middle,)))
+                assert answers is not None
             one = answers[0]
             sizes = [p.size for p in one.pieces if isinstance(p, BlockIndex)]
             if not sizes:
                 return "it computes its pieces by itself, which the cost table cannot predict"
-            spent = ms(lambda call=call: answer(fresh(call), Policy(methods=(middle,))), 2)
-            least = spent * longest / n
+            policy = Policy(methods=(middle,))
+            spent = ms(partial(_ask, call, policy), 2)
+            if method.static and not call.causal:
+                spent = 0.0  # made once for all layers, steps and runs of a size
+            once = spent / shape.layers if method.static else spent
+            # On a GPU the time of short calls is that of launches, which does not grow.
+            least = once * (longest / n if call.q.device.type == "cpu" else 1.0)
             if least > MOST * interpolate(dense, longest):
                 return (
                     f"choosing takes {spent:.1f} ms at {n} tokens, dense attention {whole:.1f} ms"
@@ -246,7 +265,7 @@ def _method(
         points.append((n, spent / shape.layers if method.static else spent))
     if not points:
         return f"it leaves prompts of {longest} tokens dense"
-    share = _share(middle, calls[longest], points[-1][1], ms)
+    share = _share(middle, call, points[-1][1], ms)
     return MethodCost(tuple(points), share, _between(points)), sizes
 
 
@@ -259,9 +278,43 @@ def _between(points: Sequence[tuple[int, float]]) -> float:
     return round(max(gaps, default=0.0), 4)
 
 
+def _other_units(method: AttentionMethod, call: AttentionCall) -> list[tuple[int, int]]:
+    """Units of the variants that a method's calibrator names without having seen a call."""
+    found: list[tuple[int, int]] = []
+    for family in families(method.calibrator(call.site).settings()):
+        variant = family.settings[len(family.settings) // 2]
+        dial = {family.field or ""}
+        if variant.model_dump(exclude=dial) == method.model_dump(exclude=dial):
+            continue
+        answers = answer(fresh(call), Policy(methods=(variant,)))
+        pieces = answers[0].pieces if answers else ()
+        found += [p.size for p in pieces if isinstance(p, BlockIndex)]
+    return found
+
+
+def _ask(call: AttentionCall, policy: Policy) -> object:
+    return answer(fresh(call), policy)
+
+
+def _prepared(
+    call: AttentionCall, method: AttentionMethod, middle: AttentionMethod
+) -> tuple[AttentionCall, AttentionMethod]:
+    """The call with the side tensors that the method's calibrator makes of it, and a setting that
+    reads them; both as they are for a method without any.
+    """
+    if type(method).calibrator is AttentionMethod.calibrator or call.causal:
+        return call, middle
+    dense = dense_attention(call)
+    families, tables = calibrated_settings([method], call.site, call, dense)
+    if not tables:
+        return call, middle
+    settings = families[len(families) // 2].settings
+    return replace(call, tables={**call.tables, **tables}), settings[len(settings) // 2]
+
+
 def _around(one: Answer, ms: Callable[..., float]) -> float:
     """What order and merging add to the kernels of the pieces."""
-    if one.plain or (one.order is None and len(one.pieces) == 1):
+    if one.order is None and len(one.pieces) == 1 and not one.finishers:
         return 0.0
     whole = ms(lambda: compute(one), 2)
     alone = sum(
@@ -368,10 +421,9 @@ def random_index(call: AttentionCall, size: tuple[int, int], density: float) -> 
     g = torch.Generator(device=device).manual_seed(1)
     rows = torch.arange(nq, device=device)[:, None]
     keys = torch.arange(nk, device=device)[None]
-    visible = keys * bk < (rows + 1) * bq
+    visible = (keys * bk < (rows + 1) * bq) | (not call.causal)
     # The tile's own keys, or a part of them where tiles are tall.
-    own = visible & ((keys + 1) * bk > rows * bq + max(0, bq - 128))
-    if not call.causal:
-        visible = torch.ones_like(visible)
+    edge = keys * bk < (rows + 1) * bq
+    own = visible & edge & ((keys + 1) * bk > rows * bq + max(0, bq - 128))
     chosen = torch.rand(heads, nq, nk, generator=g, device=device) < density
     return BlockIndex.from_mask((chosen & visible | own | (visible & (keys == 0)))[None], size)

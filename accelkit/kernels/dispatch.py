@@ -19,7 +19,7 @@ from accelkit.errors import (
     KernelUnavailableError,
     UnsupportedConfigurationError,
 )
-from accelkit.kernels import block_sparse, cpu, speeds
+from accelkit.kernels import block_sparse, cpu, pyramid, speeds
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.launch import Launch
 from accelkit.kernels.prepare import prepare
@@ -100,6 +100,13 @@ def attend(
         UnsupportedConfigurationError: no backend runs this combination.
         KernelUnavailableError: the backend that was asked for cannot serve the call.
     """
+    if index.level is not None:
+        if causal or k_pos is not None or key_mask is not None:
+            raise UnsupportedConfigurationError(
+                "attend: mean keys have no position; index.level needs a call without "
+                "causality, k_pos and key_mask"
+            )
+        k, v, index = pyramid.lower(k, v, index)
     if torch.compiler.is_compiling():
         return _traced(
             q, k, v, index, out, lse, scale=scale, causal=causal, q_start=q_start, heads=heads,
@@ -214,6 +221,10 @@ def _best(launch: Launch) -> Choice:
         return Choice("triton", f"8-bit products on {launch.q.device}")
     refusals = {name: refused(launch) for name, refused in KERNELS.items()}
     able = [name for name, refusal in refusals.items() if refusal is None]
+    if not able and launch.qk != "native":
+        raise KernelUnavailableError(
+            f"attend: no kernel runs qk={launch.qk!r}, pv={launch.pv!r} here: {refusals['triton']}"
+        )
     if not able:
         _tell(f"attention runs the torch reference, which is slow: {refusals['triton']}")
         return Choice("reference", str(refusals["triton"]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,17 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@lru_cache(maxsize=1024)
+def device_ids(
+    values: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int32
+) -> Tensor:
+    """Small id tables live on the device; building them anew would copy from the host in every
+    call, and wait for it.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
 @dataclass(frozen=True)
 class BlockIndex:
     """Rows of key blocks, in visiting order. Row (b, h, i) is `blocks[start : start + count]`.
@@ -27,8 +39,8 @@ class BlockIndex:
     `start` is int64 and `count` int32, both `[B|1, H, nq]` for the call's heads; `blocks` is one
     flat int32 list, so padded and ragged rows are the same type and joining head groups is `cat`
     and an offset. `size` is `(bq, bk)` in tokens and independent of any kernel's tile; `bk == 1`
-    means single keys. `level` (int8 `[n]`) says that an entry stands for keys pooled over
-    `2**level` tokens; `bias` is added to the logits of the whole piece (float) or of each key
+    means single keys. `level` says that the entries are blocks of means of `2**level` keys each
+    (`kernels.pyramid`); `bias` is added to the logits of the whole piece (float) or of each key
     (`[B|1, H|1, Nk]`), for merged or sampled keys that stand for several.
     """
 
@@ -36,7 +48,7 @@ class BlockIndex:
     count: Tensor
     blocks: Tensor
     size: tuple[int, int]
-    level: Tensor | None = None
+    level: int | None = None
     bias: Tensor | float = 0.0
     lowered: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What kernels derived from this index, kept with it because reuse layers and steps ask again.
@@ -106,7 +118,7 @@ class BlockIndex:
         """The rows of some heads, in the given order (a head map for reuse). Lists are shared,
         not copied.
         """
-        ids = torch.as_tensor(list(heads), dtype=torch.int64, device=self.count.device)
+        ids = device_ids(tuple(heads), self.count.device)
         return replace(self, start=self.start[:, ids], count=self.count[:, ids])
 
     def to_mask(self, nk: int) -> Tensor:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from accelkit.errors import InvalidInputError, UnsupportedConfigurationError
-from accelkit.kernels.index import BlockIndex, ceil_div
+from accelkit.kernels.index import BlockIndex, ceil_div, device_ids
 from accelkit.kernels.launch import Launch
-
-
-@lru_cache(maxsize=256)
-def _ids(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Small id tables live on the device; building them anew would copy from the host in every
-    call.
-    """
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def _fail(what: str, found: Any, expected: Any) -> InvalidInputError:
@@ -40,7 +30,7 @@ def _head_ids(ids: Sequence[int] | Tensor, limit: int, name: str, device: torch.
     bad = [i for i in values if not 0 <= i < limit]
     if bad:
         raise _fail(name, f"{bad[0]} among {len(values)} ids", f"ids in 0 … {limit - 1}")
-    return _ids(values, device)
+    return device_ids(values, device)
 
 
 def _positions(pos: Tensor | None, batch: int, heads: int, n: int, name: str) -> Tensor | None:
@@ -81,8 +71,8 @@ def _check_index(index: BlockIndex, batch: int, heads: int, n_q: int, device: to
         raise _fail("index.size", index.size, "two positive numbers of tokens")
     if index.level is not None:
         raise UnsupportedConfigurationError(
-            "attend: index.level is set, but no kernel reads pooled entries; pool the keys and "
-            "pass one piece per level with a bias of log(size), merged by `merge`"
+            "attend: index.level is set, but kernels read keys and no levels; lower the call with "
+            "`pyramid.lower` first"
         )
     shape = (batch, heads, ceil_div(n_q, bq))
     if index.count.shape[1:] != shape[1:] or index.count.shape[0] not in (1, batch):
@@ -263,7 +253,7 @@ def prepare(
     threshold = _skip(skip, count, index.size[1], device)
     tiles = _rows(rows, index.rows, device)
     out, lse = _outputs(out, lse, q, v.shape[3], count, part=rows is not None)
-    out_heads = q_heads if given else _ids(tuple(range(count)), device)
+    out_heads = q_heads if given else device_ids(tuple(range(count)), device)
     return Launch(
         q,
         k,

@@ -7,14 +7,15 @@ Each returns fp32 `[B, H, nq, nk]` for the call's heads. Blocks that no row of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accelkit.errors import InvalidInputError
+from accelkit.errors import InvalidInputError, UnsupportedConfigurationError
 from accelkit.kernels import dispatch
-from accelkit.kernels.index import Inputs
+from accelkit.kernels.index import Inputs, ceil_div
 from accelkit.kernels.positions import (
     bounds,
     groups,
@@ -24,14 +25,17 @@ from accelkit.kernels.positions import (
     logits,
     per_slot,
     row_limits,
+    sees_all,
     softmax_,
     take_heads,
     visible_blocks,
     voting_rows,
 )
 
-CHUNK_BYTES = 64 * 2**20
-"""Logits held at a time on the CPU; eight times as much on a GPU."""
+CHUNK_BYTES = 512 * 2**20
+"""Logits held at a time on a GPU."""
+CHUNK_TOKENS = 1024
+"""Query tokens at a time on a CPU: logits stay in its caches, and few keys lie beyond the rows."""
 
 
 def pool(x: Tensor, block: int, mode: str = "mean", mask: Tensor | None = None) -> Tensor:
@@ -112,6 +116,8 @@ def pooled(call: Inputs, size: tuple[int, int], mode: str = "mean") -> Tensor:
     q = pool_queries(call, size[0], mode)
     k = pool_keys(call, size[1], mode)
     s = torch.matmul(q * call.scale, k.transpose(-1, -2))
+    if sees_all(call):
+        return s
     return s.masked_fill_(~visible_blocks(call, size), -float("inf"))
 
 
@@ -124,6 +130,8 @@ def self_similarity(
     2502.18137), computed as `‖Σ x̂‖² / n²`. `center` removes the mean token first, as SpargeAttn
     does for keys. `mask` names the tokens that count; a block without any gives 1.
     """
+    if x.ndim == 4 and dispatch.fast_device(x) and (mask is None or mask.shape[1] == 1):
+        return _fast_self_similarity(x, block, mask, center)
     n = x.shape[-2]
     short = -n % block
     x = x.float()
@@ -139,6 +147,20 @@ def self_similarity(
     count = pad(mask, (0, short)).unflatten(-1, (-1, block)).sum(-1)
     square = torch.matmul(weight, cells).square().sum((-1, -2))
     return torch.where(count > 0, square / count.clamp(min=1).square(), 1.0)
+
+
+def _fast_self_similarity(x: Tensor, block: int, mask: Tensor | None, center: bool) -> Tensor:
+    from accelkit.kernels._triton import scores as fast
+
+    centre = None
+    if center and mask is None:
+        centre = x.mean(2, dtype=torch.float32)
+    elif center:
+        assert mask is not None
+        number = mask.sum(-1, keepdim=True).clamp(min=1)
+        centre = torch.matmul((mask / number).to(x.dtype)[:, :, None], x)[:, :, 0].float()
+    places = None if mask is None else torch.where(mask, 0, -1).int()
+    return fast.self_similarity(x, block, tuple(range(x.shape[1])), places, centre)
 
 
 def rows_by_block_mean(call: Inputs, size: tuple[int, int]) -> Tensor:
@@ -162,26 +184,36 @@ def rows_by_block_mean(call: Inputs, size: tuple[int, int]) -> Tensor:
     if votes is not None:
         limit = torch.where(votes, limit, -1)
     out = call.q.new_empty((call.q.shape[0], len(call.heads), nq, nk), dtype=torch.float32)
-    step = _rows_per_chunk(call, nk * call.q.shape[0], size[0])
+    step = _rows_per_chunk(call, nk * call.q.shape[0], size[0], 1)
     for slot, head in enumerate(call.heads):
         mean = keys[:, slot]
         for r in range(0, call.n_q, step):
             rows = slice(r, min(r + step, call.n_q))
-            s = logits(call.q[:, head : head + 1, rows].float(), mean, call.scale)
-            seen = per_slot(first, [slot])[..., None, :] <= per_slot(limit, [slot])[..., rows, None]
-            s = s.masked_fill_(~seen, -float("inf"))
-            s = pad(s[:, 0], (0, 0, 0, -s.shape[2] % size[0]), value=-float("inf"))
-            s = s.unflatten(1, (-1, size[0]))
-            top = s.amax((2, 3), keepdim=True)
+            # Blocks before all rows need no mask, those behind them no score.
+            free, n = 0, nk
+            if plain and call.causal:
+                free = min(nk, (call.q_start + r + 1) // size[1])
+                n = min(nk, ceil_div(call.q_start + rows.stop, size[1]))
+            s = logits(call.q[:, head : head + 1, rows].float(), mean[:, :n], call.scale)
+            near = per_slot(first, [slot])[..., None, free:n]
+            seen = near <= per_slot(limit, [slot])[..., rows, None]
+            s[..., free:].masked_fill_(~seen, -float("inf"))
+            if s.shape[2] % size[0]:
+                s = pad(s, (0, 0, 0, -s.shape[2] % size[0]), value=-float("inf"))
+            s = s[:, 0].unflatten(1, (-1, size[0]))
+            top = s.flatten(2).amax(2)[..., None, None]
             s = s.sub_(top.masked_fill_(top == -float("inf"), 0.0)).exp_().sum(2)
-            out[:, slot, r // size[0] : r // size[0] + s.shape[1]] = s
+            out[:, slot, r // size[0] : r // size[0] + s.shape[1], :n] = s
     return out.masked_fill_(~visible, -float("inf"))
 
 
-def _rows_per_chunk(call: Inputs, width: int, multiple: int) -> int:
-    """Rows of `width` fp32 numbers that fit the scratch budget, a multiple of `multiple`."""
-    budget = CHUNK_BYTES * (8 if call.q.is_cuda else 1)
-    return max(1, budget // (4 * max(1, width) * multiple)) * multiple
+def _rows_per_chunk(call: Inputs, width: int, multiple: int, tokens: int) -> int:
+    """Rows of `width` fp32 numbers and `tokens` query tokens each that are looked at together, a
+    multiple of `multiple`.
+    """
+    if call.q.is_cuda:
+        return max(1, CHUNK_BYTES // (4 * max(1, width) * multiple)) * multiple
+    return max(1, CHUNK_TOKENS // (tokens * multiple)) * multiple
 
 
 def strided(call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128)) -> Tensor:
@@ -224,7 +256,7 @@ def strided(call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128)) -
             k = k * real[:, 0, :, None]
         k = pad(k, (0, 0, 0, -call.n_k % stride)).reshape(batch, nkc, -1)
         at = [call.heads[s] for s in slots]
-        step = _rows_per_chunk(call, nkc * batch * len(slots), per)
+        step = _rows_per_chunk(call, nkc * batch * len(slots), per, stride)
         for c in range(0, nqc, step):
             stop = min(c + step, nqc)
             q = take_heads(call.q[:, :, c * stride : stop * stride], at).to(k.dtype)
@@ -255,6 +287,11 @@ def block_mass(
     then it is computed on the way. `rows` are the query tiles to look at, all by default.
     Calibration reads recall from this. Padding rows do not vote.
     """
+    if rows is None and lse is not None and dispatch.fast_device(call.q):
+        from accelkit.kernels._triton import scores as fast
+
+        if fast.mass_fits(call, size):
+            return fast.block_mass(call, lse, size)
     nq, nk = call.tiles(size)
     tiles = list(range(nq)) if rows is None else [int(r) for r in rows]
     places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
@@ -283,3 +320,63 @@ def block_mass(
             p = pad(p, (0, -n % size[1])).unflatten(-1, (-1, size[1])).sum(-1)
             out[:, slots, i, : p.shape[-1]] = p
     return out
+
+
+def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int = 0) -> Tensor:
+    """Greatest `exp(s − row maximum)` among sampled rows and keys of each block, fp32
+    `[B, H, nq, nk]`, at most 1 (PSA, 2512.04025).
+
+    One token in `every` is drawn at random, at the same places in all blocks; equal seeds draw
+    equal places. Ragged ends repeat their last token. Without causality and padding only.
+    """
+    if call.causal or call.key_mask is not None or call.q_pos is not None or call.k_pos is not None:
+        raise UnsupportedConfigurationError(
+            "sampled_max draws the same places in all blocks: it needs a call without causality, "
+            "padding and permuted positions"
+        )
+    (nq, nk), batch = call.tiles(size), call.q.shape[0]
+    q = take_heads(_sampled(call.q, size[0], every, seed), call.heads)  # [B, H, nq, r, D]
+    k = _sampled(call.k, size[1], every, seed + 1)  # [B, Hkv, nk, c, D]
+    rows, keys = q.shape[3], k.shape[3]
+    if dispatch.fast_device(q) and keys & (keys - 1) == 0 and keys <= 128:
+        return _fast_sampled_max(call, q, k)
+    q, k = q.float() * call.scale, k[:, call.kv_of_head].flatten(2, 3).float().transpose(-1, -2)
+    out = torch.empty((batch, len(call.heads), nq, nk), dtype=torch.float32, device=q.device)
+    step = max(1, _rows_per_chunk(call, k.shape[-1] * batch * len(call.heads), 1) // rows)
+    for i in range(0, nq, step):
+        part = q[:, :, i : i + step].flatten(2, 3)
+        peak = torch.matmul(part, k).unflatten(-1, (nk, -1)).amax(-1)
+        peak = (peak - peak.amax(-1, keepdim=True)).exp_().unflatten(2, (-1, rows))
+        out[:, :, i : i + step] = peak.amax(3)
+    return out
+
+
+def _fast_sampled_max(call: Inputs, q: Tensor, k: Tensor) -> Tensor:
+    from accelkit.kernels._triton import scores as fast
+
+    q, k = q.contiguous(), k.contiguous()
+    (batch, heads, nq, rows), nk = q.shape[:4], k.shape[2]
+    out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=q.device)
+    some = max(1, fast.SCRATCH_BYTES // (2 * batch * nq * rows * nk))
+    for i in range(0, heads, some):
+        part = slice(i, i + some)
+        kv = call.kv_of_head[part]
+        peak = fast.peaks(q[:, part].flatten(2, 3), k.flatten(2, 3), kv, call.scale, k.shape[3])
+        peak = (peak - peak.amax(2, keepdim=True)).unflatten(-1, (nq, rows)).amax(-1)
+        out[:, part] = peak.float().exp_().transpose(-1, -2)
+    return out
+
+
+def _sampled(x: Tensor, block: int, every: int, seed: int) -> Tensor:
+    """Some tokens of each block, `[B, H, nb, block / every, D]`."""
+    places = _drawn(x.shape[2], block, every, seed, x.device)
+    return x.index_select(2, places.flatten()).unflatten(2, places.shape)
+
+
+@lru_cache(maxsize=64)
+def _drawn(n: int, block: int, every: int, seed: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        chance = torch.Generator().manual_seed(seed)
+        inside = torch.randperm(block, generator=chance)[: max(1, block // every)].sort().values
+        first = torch.arange(0, n, block)[:, None]
+        return (first + inside).clamp(max=n - 1).to(device)

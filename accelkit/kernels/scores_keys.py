@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -341,3 +342,24 @@ def tile_top_k(
     width = lists.shape[-1]
     starts = torch.arange(counts.numel(), device=device).view_as(counts) * width
     return BlockIndex(starts[:, at], counts[:, at], lists.flatten(), (tile, 1))
+
+
+def masked_rows(call: Inputs, rows: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:
+    """Attention of a few query rows over all keys and under each of some masks, fp32
+    `[B, H, R, Dv]`; the exact one comes first.
+
+    `rows` int64 `[R]` are places, `masks` bool `[R, Nk]`. Every row sees a key of every mask.
+    """
+    mha = call.q.shape[1] == call.k.shape[1]
+    k, v = (take_heads(x, call.heads) if mha else x[:, call.kv_of_head] for x in (call.k, call.v))
+    wide = torch.float32 if call.q.device.type == "cpu" else call.q.dtype
+    q = take_heads(call.q, call.heads).index_select(2, rows).to(wide)
+    s = torch.matmul(q * call.scale, k.to(wide).transpose(-1, -2))
+    if call.key_mask is not None:
+        s = s.masked_fill(~call.key_mask[:, None, None], -float("inf"))
+    p = (s - s.amax(-1, keepdim=True)).exp_()
+    out = []
+    for weight in (p, *(p * m for m in masks)):
+        total = weight.sum(-1, keepdim=True, dtype=torch.float32)
+        out.append(torch.matmul(weight, v.to(wide)).float() / total.clamp(min=1e-30))
+    return out

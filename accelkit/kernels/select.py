@@ -7,6 +7,9 @@ selected mask passes through `force`, which adds what must be kept and leaves no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -14,19 +17,40 @@ from accelkit.errors import InvalidInputError
 from accelkit.kernels import dispatch
 from accelkit.kernels.index import Inputs
 from accelkit.kernels.positions import (
+    bare_inputs,
     bounds,
+    in_place,
     key_places,
     row_limits,
     row_places,
     visible_blocks,
 )
-from accelkit.kernels.select_lines import compact, lines, vertical_slash
+from accelkit.kernels.select_lines import compact, compact_levels, lines, vertical_slash
 from accelkit.kernels.select_stats import density, pair_counts, recall
 
 __all__ = [
-    "compact", "density", "force", "global_top_p", "lines", "pair_counts", "probabilities",
-    "ratio_of_max", "recall", "threshold", "top_k", "top_p", "vertical_slash", "visible",
-]  # fmt: skip
+    "compact",
+    "compact_levels",
+    "density",
+    "force",
+    "global_prefix",
+    "global_top_p",
+    "levels",
+    "lines",
+    "pair_counts",
+    "probabilities",
+    "ratio_of_max",
+    "recall",
+    "threshold",
+    "top_k",
+    "top_p",
+    "vertical_slash",
+    "visible",
+]
+
+
+SORTED = 1 << 22
+"""Entries up to which one sort costs a GPU less than many passes."""
 
 
 def visible(call: Inputs, size: tuple[int, int]) -> Tensor:
@@ -36,17 +60,14 @@ def visible(call: Inputs, size: tuple[int, int]) -> Tensor:
 
 def probabilities(scores: Tensor) -> Tensor:
     """Softmax of each row, fp32; invisible blocks stay −inf, rows without a visible block too."""
-    hidden = scores == -float("inf")
-    top = scores.amax(-1, keepdim=True)
-    p = (scores - top.masked_fill(top == -float("inf"), 0.0)).exp_()
-    p /= p.sum(-1, keepdim=True).clamp_(min=1e-30)
-    return p.masked_fill_(hidden, -float("inf"))
+    return scores.softmax(-1).masked_fill_(scores == -float("inf"), -float("inf"))
 
 
-def _per_head(value: float | Tensor, scores: Tensor) -> Tensor:
-    """A number or `[H]` as a tensor that broadcasts against `[B, H, nq, nk]`."""
-    value = torch.as_tensor(value, device=scores.device)
-    return value.view(1, -1, 1, 1) if value.dim() else value
+def _per_head(value: float | Tensor, scores: Tensor) -> float | Tensor:
+    """A number as it is, `[H]` so that it broadcasts against `[B, H, nq, nk]`."""
+    if isinstance(value, Tensor):
+        return value.to(scores.device).view(1, -1, 1, 1)
+    return value
 
 
 def top_k(scores: Tensor, k: int | float | Tensor) -> Tensor:
@@ -59,11 +80,10 @@ def top_k(scores: Tensor, k: int | float | Tensor) -> Tensor:
         raise InvalidInputError(f"top_k: fraction {k} is outside 0 … 1; pass an int for a count")
     number = _per_head(k, scores)
     seen = (scores != -float("inf")).sum(-1, keepdim=True)
-    if number.is_floating_point():
+    if (isinstance(number, Tensor) and number.is_floating_point()) or isinstance(number, float):
         # 0.3 · 10 is a little above 3 in fp32; a block more than asked for would be wrong.
         number = torch.ceil(number * seen - 1e-4).clamp_(min=1)
-    number = torch.minimum(number.to(torch.int32), seen.to(torch.int32))
-    return _prefix(scores, number.float(), by_mass=False)
+    return _prefix(scores, seen.clamp(max=number).float(), by_mass=False)
 
 
 def top_p(probs: Tensor, p: float | Tensor) -> Tensor:
@@ -75,8 +95,14 @@ def top_p(probs: Tensor, p: float | Tensor) -> Tensor:
     """
     share = _per_head(p, probs)
     total = probs.clamp(min=0).sum(-1, keepdim=True, dtype=torch.float32)
-    mask = _prefix(probs, share * total, by_mass=True)
-    return torch.where(share >= 1, probs != -float("inf"), mask)
+    return _or_all(probs, share, _prefix(probs, share * total, by_mass=True))
+
+
+def _or_all(probs: Tensor, share: float | Tensor, mask: Tensor) -> Tensor:
+    """`mask`, and every visible block where the share is 1 or more."""
+    if isinstance(share, Tensor):
+        return torch.where(share >= 1, probs != -float("inf"), mask)
+    return probs != -float("inf") if share >= 1 else mask
 
 
 def _prefix(scores: Tensor, target: Tensor, by_mass: bool) -> Tensor:
@@ -103,21 +129,43 @@ def global_top_p(probs: Tensor, p: float | Tensor) -> Tensor:
     compete, until the sum reaches `p` of the head's total (`p · nq` for rows that sum to one). The
     block that crosses is kept. Bool `[B, H, nq, nk]`.
     """
-    flat = probs.flatten(2)[:, :, None]
-    share = _per_head(p, flat)
-    total = flat.clamp(min=0).sum(-1, keepdim=True, dtype=torch.float32)
-    if dispatch.fast_device(flat):
+    share = _per_head(p, probs)
+    total = probs.clamp(min=0).sum((-2, -1), keepdim=True, dtype=torch.float32)
+    mask = global_prefix(probs, share * total)
+    return _or_all(probs, share, mask)
+
+
+def global_prefix(scores: Tensor, mass: Tensor) -> Tensor:
+    """The greatest entries of all rows of a head together until their sum reaches `mass`
+    `[B|1, H|1, 1, 1]`, the entry that crosses included. Scores are non-negative, −inf is never
+    taken. Bool `[B, H, nq, nk]`.
+    """
+    flat, mass = scores.flatten(2)[:, :, None], mass.expand(*scores.shape[:2], 1, 1)
+    if dispatch.fast_device(flat) and flat.numel() > SORTED:
         from accelkit.kernels._triton import select as fast
 
-        mask = fast.long_prefix(flat, share * total)
-        return torch.where(share >= 1, flat != -float("inf"), mask).view_as(probs)
+        return fast.long_prefix(flat, mass).view_as(scores)
     order = flat.sort(dim=-1, descending=True, stable=True)
-    mass = order.values.clamp(min=0)
+    value = order.values.clamp(min=0)
     # A million small terms: the running sum is kept in fp64.
-    keep = mass.cumsum(-1, dtype=torch.float64) - mass < share * total
+    keep = value.cumsum(-1, dtype=torch.float64) - value < mass
     keep &= order.values != -float("inf")
-    mask = torch.zeros_like(keep).scatter_(-1, order.indices, keep)
-    return torch.where(share >= 1, flat != -float("inf"), mask).view_as(probs)
+    return torch.zeros_like(keep).scatter_(-1, order.indices, keep).view_as(scores)
+
+
+def levels(scores: Tensor, ends: Sequence[float], *, by_energy: bool, least: float = 0.0) -> Tensor:
+    """A level for each block from nested selections: the first of `ends` bounds level 0, the next
+    level 1 …; what is beyond the last gets −1. Int8 `[B, H, nq, nk]`.
+
+    Ends are shares of the row's visible blocks by rank, or of its total score; then level 0 has at
+    least the share `least` of the blocks.
+    """
+    chosen = [top_p(scores, e) if by_energy else top_k(scores, float(e)) for e in ends]
+    if least:
+        chosen[0] = chosen[0] | top_k(scores, float(least))
+        chosen = [m | chosen[0] for m in chosen]
+    inside = torch.stack(chosen).sum(0)
+    return torch.where(inside > 0, len(chosen) - inside, -1).to(torch.int8)
 
 
 def ratio_of_max(scores: Tensor, alpha: float | Tensor) -> Tensor:
@@ -149,30 +197,22 @@ def force(
     every row that sees anything has a block it sees: where the tile's first such row would be left
     empty, the nearest block that it sees is added.
     """
-    _, bk = size
-    places = key_places(call)
-    first, final = bounds(places, bk)
-    low, high = bounds(row_places(call), size[0])
-    limit_low, limit_high = bounds(row_limits(call), size[0])
-    seen = first[..., None, :] <= limit_high[..., :, None]
-    low, high, limit_low = low[..., :, None], high[..., :, None], limit_low[..., :, None]
-    first, final = first[..., None, :], final[..., None, :]
-    origin = first.amin(-1, keepdim=True)
-    keep = mask
-    if sink > 0:
-        # In sixty-four bits: FAR stands for a block without a key.
-        keep = keep | (first.long() <= origin.long() + (sink - 1) * bk)
-    if local > 0:
-        reach = (local - 1) * bk
-        begin = low // bk * bk - reach
-        end = high if call.causal else (high.long() // bk + local) * bk - 1
-        keep = keep | ((final >= begin) & (first <= end))
-    if last > 0:
-        tail = torch.arange(seen.shape[-2], device=seen.device) >= seen.shape[-2] - last
-        keep = keep | tail[:, None]
-    keep = keep & seen
+    seen = visible_blocks(call, size)
+    if in_place(call):
+        kept = _kept_in_place(
+            call.n_q, call.n_k, call.q_start, call.causal, call.q.device, size, sink, local, last
+        )
+    else:
+        kept = _kept(call, size, sink, local, last)
+    keep = (mask | kept) & seen
+    own = local > 0 and call.q_start + call.n_q <= call.n_k
+    if in_place(call) and (own or (sink > 0 and not call.causal)):
+        return keep  # every row has a block that it sees
+    first, _ = bounds(key_places(call), size[1])
+    limit_low, _ = bounds(row_limits(call), size[0])
+    limit_low, first = limit_low[..., :, None], first[..., None, :]
     # The first row of the tile that sees anything is the hardest to please.
-    row = torch.maximum(limit_low, origin)
+    row = torch.maximum(limit_low, first.amin(-1, keepdim=True))
     candidate = seen & (first <= row)
     empty = ~(keep & candidate).any(-1, keepdim=True)
     nearest = torch.where(candidate, first, -1)
@@ -180,3 +220,32 @@ def force(
     one = candidate & (nearest == best) & (best >= 0)
     # Permuted keys may share a nearest position only by being the same block.
     return keep | (empty & one)
+
+
+def _kept(call: Inputs, size: tuple[int, int], sink: int, local: int, last: int) -> Tensor:
+    """What `force` adds, bool `[B|1, H|1, nq, nk]`, as far as it is visible or further."""
+    bk, (nq, nk) = size[1], call.tiles(size)
+    first, final = bounds(key_places(call), bk)
+    low, high = bounds(row_places(call), size[0])
+    low, high = low[..., :, None], high[..., :, None]
+    first, final = first[..., None, :], final[..., None, :]
+    keep = torch.zeros((1, 1, nq, nk), dtype=torch.bool, device=call.q.device)
+    if sink > 0:
+        # In sixty-four bits: FAR stands for a block without a key.
+        keep = keep | (first.long() <= first.amin(-1, keepdim=True).long() + (sink - 1) * bk)
+    if local > 0:
+        begin = low // bk * bk - (local - 1) * bk
+        end = high if call.causal else (high.long() // bk + local) * bk - 1
+        keep = keep | ((final >= begin) & (first <= end))
+    if last > 0:
+        keep = keep | (torch.arange(nq, device=keep.device) >= nq - last)[:, None]
+    return keep
+
+
+@lru_cache(maxsize=32)
+def _kept_in_place(
+    n_q: int, n_k: int, q_start: int, causal: bool, device: torch.device, size: tuple[int, int],
+    sink: int, local: int, last: int,
+) -> Tensor:  # fmt: skip
+    with torch.inference_mode(False):
+        return _kept(bare_inputs(n_q, n_k, q_start, causal, device), size, sink, local, last)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from accelkit.errors import UnsupportedConfigurationError
 from accelkit.kernels import dispatch
 from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
 from accelkit.kernels.positions import bounds, key_places, row_limits, row_places, visible_blocks
+from accelkit.kernels.pyramid import LEVELS
 
 
 def compact(mask: Tensor, size: tuple[int, int]) -> BlockIndex:
@@ -18,6 +22,33 @@ def compact(mask: Tensor, size: tuple[int, int]) -> BlockIndex:
 
         return fast.compact(mask, size)
     return BlockIndex.from_mask(mask, size)
+
+
+def compact_levels(
+    levels: Tensor, tokens: int, size: tuple[int, int], unit: int
+) -> tuple[BlockIndex, ...]:
+    """Lists of each level from a level for each block: int8 `[B|1, H, nq, nk]`, 0 … 3, −1 is left
+    out. The pieces are disjoint, one for each level.
+
+    `size` is the block `(bq, bk)` of the levels. An entry is `unit` keys or means, `unit ·
+    2**level` tokens. One that spans several blocks is taken where none of them asks for a finer
+    level; elsewhere, and at the ragged end, its blocks move one level down. So no block is read
+    more coarsely than asked for, and no block less.
+    """
+    (bq, bk), wish, pieces = size, levels, []
+    for level in reversed(range(1, LEVELS)):
+        span = unit << level
+        group = max(1, span // bk)
+        cell = pad(wish, (0, -wish.shape[-1] % group), value=-1).unflatten(-1, (-1, group))
+        mask = torch.where(cell < 0, LEVELS, cell).amin(-1) == level
+        end = torch.arange(1, mask.shape[-1] + 1, device=levels.device) * max(span, bk)
+        mask &= end <= tokens
+        cell = torch.where(cell == level, level - 1, cell)
+        wish = torch.where(mask[..., None], -1, cell).flatten(-2)[..., : levels.shape[-1]]
+        mask = mask.repeat_interleave(max(1, bk // span), -1)
+        pieces.append(replace(compact(mask, (bq, unit)), level=level))
+    mask = (wish == 0).repeat_interleave(bk // unit, -1)[..., : ceil_div(tokens, unit)]
+    return compact(mask, (bq, unit)), *pieces[::-1]
 
 
 def _plain(call: Inputs, name: str) -> None:

@@ -25,7 +25,7 @@ def pair_counts(call: Inputs, size: tuple[int, int]) -> Tensor:
         keys = (call.n_k - block).clamp(max=bk)
         if not call.causal:
             return (rows * keys)[None, None]
-        return _staircase(call.q_start + tile[:, None] + 1 - block, rows, keys)[None, None]
+        return staircase(call.q_start + tile[:, None] + 1 - block, rows, keys)[None, None]
     places, limit = key_places(call), row_limits(call)
     out = []
     for t in range(nq):
@@ -41,7 +41,7 @@ def pair_counts(call: Inputs, size: tuple[int, int]) -> Tensor:
     return torch.stack(out, 2)
 
 
-def _staircase(first: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
+def staircase(first: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
     """`Σ_{i < rows} clamp(first + i, 0, keys)`: row i of a causal tile sees that many keys."""
 
     def below(x: Tensor) -> Tensor:
@@ -90,6 +90,11 @@ def _listed_pairs(piece: BlockIndex, call: Inputs, b: int, whole: Tensor) -> Ten
     source = piece.blocks if piece.blocks.numel() else piece.blocks.new_zeros(1)
     place = torch.where(free[line], 0, start[line] + at).clamp(max=source.numel() - 1)
     block = torch.where(free[line], at, source[place].long())
+    if piece.level is not None:  # an entry is a whole tile of keys, whatever they stand for
+        pairs = (call.n_q - line % nq * bq).clamp(max=bq) * bk
+        return torch.zeros(heads, dtype=torch.float64, device=device).index_add_(
+            0, line // nq, pairs.double()
+        )
     real = (block >= 0) & (block < nk)
     block, head, tile = block.clamp(0, nk - 1), line // nq, line % nq
     if call.q_pos is None and call.k_pos is None and call.key_mask is None:
@@ -97,7 +102,7 @@ def _listed_pairs(piece: BlockIndex, call: Inputs, b: int, whole: Tensor) -> Ten
         keys = (call.n_k - block * bk).clamp(max=bk)
         pairs = rows * keys
         if call.causal:
-            pairs = _staircase(call.q_start + tile * bq + 1 - block * bk, rows, keys)
+            pairs = staircase(call.q_start + tile * bq + 1 - block * bk, rows, keys)
     else:
         counts = pair_counts(call, piece.size)
         counts = counts[b if counts.shape[0] > 1 else 0].expand(heads, -1, -1)

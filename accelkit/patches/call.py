@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor
 
-from accelkit.kernels.index import Inputs
+from accelkit.kernels.index import Inputs, device_ids
 
 Phase = Literal["prefill", "decode", "denoise"]
 Kind = Literal["self", "joint", "cross"]
@@ -71,7 +70,7 @@ class AttentionCall(Inputs):
     site: Site = Site("", 0)
     clock: Clock = Clock("prefill")
     geometry: Geometry = Geometry()
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: dict[Any, Any] = field(default_factory=dict)
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     ordinal: int = 0
     _shared: dict[Any, Any] = field(default_factory=dict)
@@ -80,12 +79,13 @@ class AttentionCall(Inputs):
         """The same call for some of its query heads; no tensor is copied."""
         if tuple(heads) == self.heads:
             return self
-        at = [self.heads.index(h) for h in heads]
+        at = device_ids(tuple(self.heads.index(h) for h in heads), self.q.device)
         narrowed: dict[str, Any] = {
-            name: value if value is None or value.shape[1] == 1 else value[:, at]
+            name: value if value is None or value.shape[1] == 1 else value.index_select(1, at)
             for name, value in (("q_pos", self.q_pos), ("k_pos", self.k_pos))
         }
-        return replace(self, heads=tuple(heads), kv_of_head=self.kv_of_head[at], **narrowed)
+        kv_of_head = self.kv_of_head.index_select(0, at)
+        return replace(self, heads=tuple(heads), kv_of_head=kv_of_head, **narrowed)
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """`compute()`, remembered for this call and these heads: methods and settings share one
@@ -96,6 +96,15 @@ class AttentionCall(Inputs):
             self._shared[key] = compute()
         return self._shared[key]
 
+    def remember(self, key: Any, compute: Callable[[], T]) -> T:
+        """`compute()`, remembered for this site, these heads and this length to the end of the
+        generation.
+        """
+        key = (key, self.heads, self.n_q, self.n_k)
+        if key not in self.memory:
+            self.memory[key] = compute()
+        return self.memory[key]
+
     def per_head(self, value: float | str) -> float | Tensor:
         """A `PerHead` field: the number itself, or the values of this call's heads (fp32 `[H]`)
         from the tables.
@@ -103,7 +112,7 @@ class AttentionCall(Inputs):
         if not isinstance(value, str):
             return value
         table = self.tables[value]
-        return table[torch.as_tensor(self.heads, device=table.device)].to(self.q.device)
+        return table.index_select(0, device_ids(self.heads, table.device)).to(self.q.device)
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class TokenStream:
     site: Site
     clock: Clock
     geometry: Geometry
-    memory: dict[str, Any]
+    memory: dict[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -128,4 +137,4 @@ class BlockCall:
     part: Literal["block", "ffn"]
     site: Site
     clock: Clock
-    memory: dict[str, Any]
+    memory: dict[Any, Any]

@@ -42,13 +42,15 @@ class Order:
     block edges).
 
     `q_table` and `k_table` are int32 `[K, n]`, the few distinct orders; `row` (`[H]` or `[B, H]`)
-    says which of them a head uses. `None` leaves that side as it comes. Masks use original
-    positions.
+    says which of them a head uses. `None` leaves that side as it comes. Causal masks use original
+    positions. `whole` says that every token comes exactly once and there is no hole: then a call
+    that is not causal needs no positions at all, and runs like one in token order.
     """
 
     q_table: Tensor | None
     k_table: Tensor | None
     row: Tensor
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Method(BaseModel):
         return Calibrator(self)
 
     @classmethod
+    @cache
     def answers(cls) -> frozenset[str]:
         """The questions that this class answers itself."""
         asked = (
@@ -134,6 +137,10 @@ class Calibrator:
 
     def __init__(self, method: Method) -> None:
         self.method = method
+
+    def tables(self) -> dict[str, Tensor]:
+        """Side tensors of the site that the settings name, one row for each query head."""
+        return {}
 
     def see(self, call: AttentionCall, out: Tensor, lse: Tensor) -> None:
         """One dense call with its output `[B, H, Nq, D]` and log-sum-exp `[B, H, Nq]`."""
@@ -175,6 +182,10 @@ class AttentionMethod(Method):
     ) -> Tensor:
         """What happens to the output `[B, H, Nq, D]` afterwards."""
         return out
+
+    def renewed(self, steps: int) -> float:
+        """Share of `steps` denoising steps that run dense to renew what the others live on."""
+        return 0.0
 
     def emit(self, call: AttentionCall, lse: Tensor | None) -> Pieces | None:
         """An index to store for other layers or steps, not to run: a dense anchor."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ class PatchHandle:
         self.phases = frozenset(r.phase for s in plan.sites.values() for r in s.rules)
         self.enabled = os.environ.get("ACCELKIT_DISABLE", "0") in ("", "0")
         self._undo = ExitStack()
+        self._rewired = ExitStack()
         self._warned: set[str] = set()
 
     def run(self, call: AttentionCall) -> Tensor | None:
@@ -111,16 +113,17 @@ class PatchHandle:
         state, path = self.state, call.site.path
         if not self.enabled:
             return self._dense(path, "disabled")
-        if call.site.order <= state.last_order:
-            state.begin_generation() if call.q_start == 0 else state.begin_forward()
-        state.last_order = call.site.order
+        place = (call.site.order, call.ordinal)
+        if place <= state.last_place:
+            # An empty cache begins a language model's generation; diffusion says so by `begin`.
+            first = call.clock.phase != "denoise" and call.q_start == 0
+            state.begin_generation() if first else state.begin_forward()
+        state.last_place = place
         groups = self.plan.groups(path, call.n_k, call.clock)
         if not groups:
             short = call.n_k < self.plan.limits.min_length
             return self._dense(path, "shorter than the minimum length" if short else "no policy")
-        limit = self.plan.limits.max_length
-        if limit is not None and call.n_k > limit:
-            self._warn(f"{call.n_k} tokens: the plan was calibrated up to {limit}")
+        self._compare(call)
         call = self._bound(call)
         out = call.q.new_empty(call.q.shape[0], call.n_q, call.q.shape[1], call.v.shape[3])
         if not attend(call, groups, state, out.transpose(1, 2)):
@@ -131,7 +134,9 @@ class PatchHandle:
     def _bound(self, call: AttentionCall) -> AttentionCall:
         key = (call.site.path, call.ordinal, call.clock.branch)
         memory = self.state.memory.setdefault(key, {})
-        return replace(call, memory=memory, tables=self.state.tables_of(call.site.path))
+        return replace(
+            call, memory=memory, tables=self.state.tables_of(call.site.path, call.q.device)
+        )
 
     def _dense(self, site: str, reason: str) -> None:
         self.state.count(site, reason)
@@ -142,10 +147,48 @@ class PatchHandle:
         if reason not in _EXPECTED or reason in self.phases:
             self._warn(f"attention runs dense: {reason}")
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, DenseFallbackWarning, stacklevel=3)
+    def begin(self) -> None:
+        """The adapter saw a generation begin."""
+        self.state.begin_generation()
+
+    def _compare(self, call: AttentionCall) -> None:
+        """Warn, once a kind, where a call lies outside what the plan was measured on."""
+        limits, grid, clock = self.plan.limits, call.geometry.grid, call.clock
+        if limits.max_length is not None and call.n_k > limits.max_length:
+            self._warn(f"{call.n_k} tokens: the plan was calibrated up to {limits.max_length}")
+        if limits.grid is not None and grid not in (None, limits.grid):
+            self._warn(
+                f"tokens lie {grid} (frames, rows, columns), the plan was calibrated at "
+                f"{limits.grid}; its lists are made for this grid, its quality was not measured "
+                "here",
+                PlanTransferWarning,
+                "grid",
+            )
+        if clock.phase == "denoise" and 1 < clock.total < (limits.steps or 0):
+            self._warn(
+                f"{clock.total} steps, the plan was calibrated with {limits.steps}; its rules go "
+                "by the share of the steps done",
+                PlanTransferWarning,
+                "steps",
+            )
+
+    def _warn(
+        self,
+        message: str,
+        category: type[Warning] = DenseFallbackWarning,
+        kind: str | None = None,
+    ) -> None:
+        if (kind or message) not in self._warned:
+            self._warned.add(kind or message)
+            warnings.warn(message, category, stacklevel=3)
+
+    def rewire(self, model: Any) -> None:
+        """Apply the plan's structural changes to the blocks of the bare `model`."""
+        with ExitStack() as undo:
+            for path, layer in self.plan.sites.items():
+                if layer.block is not None:
+                    layer.block.rewire(attrgetter(path)(model), undo)
+            self._rewired = undo.pop_all()
 
     def reset(self) -> None:
         """Forget the current generation."""
@@ -153,6 +196,7 @@ class PatchHandle:
 
     def remove(self) -> None:
         """The model is bit for bit what it was; safe to call twice."""
+        self._rewired.close()
         self._undo.close()
         self.state.begin_generation()
         for model, handle in list(_HANDLES.items()):
@@ -188,7 +232,8 @@ def patch(
 ) -> PatchHandle:
     """Make `model` run `plan`, in place, and return the handle that undoes it.
 
-    A bare method, or several that answer different questions, is a plan with one row for every
+    `model` is a language model of transformers, or a pipeline or denoiser of diffusers. A bare
+    method, or several that answer different questions, is a plan with one row for every
     head. With `strict=False` differences of model class only warn.
 
     Raises:
@@ -214,11 +259,13 @@ def patch(
             "policies; call its handle's remove() or accelkit.unpatch(model) first"
         )
     _refuse_misfits(plan, model, strict)
-    if not any(layer.rules for layer in plan.sites.values()):
+    if not any(layer.rules or layer.block for layer in plan.sites.values()):
         log.info("the plan is dense everywhere")
     handle = PatchHandle(plan)
     with ExitStack() as undo:
         adapter.connect(bare, handle, undo)
+        if handle.enabled:
+            handle.rewire(bare)
         handle._undo = undo.pop_all()
     _HANDLES[bare] = handle
     return handle
@@ -244,10 +291,13 @@ def disabled(model: Any) -> Iterator[None]:
     if handle is None:
         raise InvalidInputError("the model is not patched; nothing to disable")
     before, handle.enabled = handle.enabled, False
+    handle._rewired.close()
     try:
         yield
     finally:
         handle.enabled = before
+        if before:
+            handle.rewire(adapter_for(model)[1])
 
 
 def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
@@ -280,16 +330,22 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
 
 
 def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Load a model folder that holds a plan and return the model, patched. `kwargs` go to
-    transformers.
+    """Load a model's or pipeline's folder that holds a plan and return it, patched. `kwargs` go to
+    the `from_pretrained` of its library.
 
     Raises:
         PlanError: the folder has no plan.
     """
-    from transformers import AutoModelForCausalLM
-
     plan = Plan.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+    model: Any
+    if (Path(folder) / "model_index.json").exists():
+        from diffusers import DiffusionPipeline
+
+        model = DiffusionPipeline.from_pretrained(folder, **kwargs)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
     patch(model, plan)
     return model
 

@@ -16,7 +16,12 @@ from accelkit.kernels.index import BlockIndex
 from accelkit.patches.call import AttentionCall
 
 if TYPE_CHECKING:
+    from accelkit.patches.method import Order
     from accelkit.patches.plan import HeadGroup, Plan
+
+
+GEOMETRIES = 32
+"""Of so many geometries (prompts of different length, chunks, grids) static answers are cached."""
 
 
 @dataclass
@@ -38,25 +43,36 @@ class SiteCount:
         return float(torch.stack([d.float().mean() for d in self.densities]).mean())
 
 
+@dataclass(frozen=True)
+class Saved:
+    """Lists of some heads of an anchor, in the order of tokens that they were made for."""
+
+    heads: tuple[int, ...]
+    pieces: tuple[BlockIndex, ...]
+    order: Order | None = None
+
+
 class PatchState:
     """Memory of one patched model.
 
-    `memory` belongs to a site and guidance branch for one generation; `indices` are the lists of
-    anchor sites for the layers that reuse them in the same forward; `static` caches answers that
-    follow from geometry alone and survives generations.
+    `memory` belongs to a site and guidance branch for one generation, and lists that are reused
+    over its steps lie there; `indices` are the lists of anchor sites for the layers that reuse them
+    in the same forward; `answers` caches, by geometry, what follows from geometry alone, and
+    survives generations.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.anchors = plan.anchors()
-        self.memory: dict[tuple[str, int, str], dict[str, Any]] = {}
-        self.indices: dict[
-            tuple[str, int], list[tuple[tuple[int, ...], tuple[BlockIndex, ...]]]
-        ] = {}
+        self.own_anchors = plan.own_anchors()
+        self.memory: dict[tuple[str, int, str], dict[Any, Any]] = {}
+        self.indices: dict[tuple[str, int], list[Saved]] = {}
         self.static: dict[Hashable, Any] = {}
+        self.answers: dict[Hashable, dict[Hashable, Any]] = {}
         self.counts: dict[str, SiteCount] = {}
         self.measure_density = False
-        self.last_order = -1  # running order of the last call: a forward begins where it falls
+        # Order and ordinal of the last call: a forward begins where they fall.
+        self.last_place = (-1, -1)
 
     def begin_generation(self) -> None:
         """Forget everything that belongs to the generation before."""
@@ -67,10 +83,14 @@ class PatchState:
         """Indices reused across layers never outlive a forward."""
         self.indices.clear()
 
-    def tables_of(self, site: str) -> dict[str, Tensor]:
-        """The plan's side tensors of one site, by their short names."""
-        prefix = f"{site}/"
-        return {k[len(prefix) :]: v for k, v in self.plan.tables.items() if k.startswith(prefix)}
+    def tables_of(self, site: str, device: torch.device) -> dict[str, Tensor]:
+        """The plan's side tensors of one site on a device, by their short names."""
+        key = ("tables", site, device)
+        if key not in self.static:
+            prefix = f"{site}/"
+            mine = {k: v for k, v in self.plan.tables.items() if k.startswith(prefix)}
+            self.static[key] = {k[len(prefix) :]: v.to(device) for k, v in mine.items()}
+        return self.static[key]
 
     def static_key(self, call: AttentionCall, group: HeadGroup) -> Hashable | None:
         """Key of a cached answer, or None when the answer depends on more than geometry."""
@@ -79,8 +99,22 @@ class PatchState:
             return None
         if call.key_mask is not None:
             return None
-        shape = (call.n_q, call.n_k, call.q_start, call.q.shape[0], call.q.device)
-        return (group.policy_id, len(call.heads), shape)
+        # A field that names a side tensor has other values at other sites and heads.
+        told = any(isinstance(v, str) for m in methods for _, v in m)
+        heads = (call.site.path, call.heads) if told else len(call.heads)
+        return (group.policy_id, heads, call.q_start)
+
+    def static_shelf(self, call: AttentionCall) -> dict[Hashable, Any]:
+        """The cached answers of a call's geometry; those of the oldest geometry make room."""
+        shape = self.shape_of(call)
+        if shape not in self.answers and len(self.answers) == GEOMETRIES:
+            del self.answers[next(iter(self.answers))]
+        return self.answers.setdefault(shape, {})
+
+    @staticmethod
+    def shape_of(call: AttentionCall) -> Hashable:
+        """What a list depends on besides the tensors' values."""
+        return (call.n_q, call.n_k, call.q.shape[0], call.q.device, call.geometry)
 
     def count(self, site: str, reason: str | None = None) -> None:
         """One more call of `site`; `reason` says why it ran dense."""
@@ -97,6 +131,12 @@ class PatchState:
             return
         from accelkit.kernels.select import density
 
-        found = [density(a.pieces if len(a.pieces) > 1 else a.pieces[0], a.call) for a in answers]
+        # A piece that a method computed itself has no list to count: searching is dense.
+        found = [
+            density(a.pieces, a.call)
+            if all(isinstance(p, BlockIndex) for p in a.pieces)
+            else torch.ones(len(a.call.heads))
+            for a in answers
+        ]
         entry = self.counts.setdefault(call.site.path, SiteCount())
         entry.densities.append(torch.cat([f.reshape(-1).cpu() for f in found]))

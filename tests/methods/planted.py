@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from accelkit.kernels import BlockIndex
-from accelkit.patches.call import AttentionCall
+from accelkit.patches.call import AttentionCall, Clock, Geometry, Span
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.parts import visiting
 from accelkit.patches.plan import Policy
@@ -75,6 +75,68 @@ def planted(n: int, *, everywhere: bool = True, seed: int = 0) -> AttentionCall:
     return make_call(q, k, v)
 
 
+GRID, TEXT = (8, 16, 20), 45
+"""Of the planted video: long enough for every default to run sparse, and a multiple of no block."""
+
+
+def video_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int, int],
+    text_first: bool = True,
+    step: int = 10,
+) -> AttentionCall:
+    """A denoising call at some step of 50, visual tokens on a grid and the rest text."""
+    n, visual = q.shape[2], math.prod(grid)
+    start = n - visual if text_first else 0
+    text = (0, start) if text_first else (visual, n)
+    spans = (Span("text", *text), Span("video", start, start + visual))
+    call = make_call(q, k, v)
+    clock = Clock("denoise", step, 50)
+    return replace(call, causal=False, clock=clock, geometry=Geometry(spans, grid))
+
+
+def video(
+    text_first: bool = True, grid: tuple[int, int, int] = GRID, seed: int = 0
+) -> AttentionCall:
+    """Four kinds of heads of a video transformer, as logits that fall with the distance on each
+    axis of the grid (waves, as rotary positions make them), and text that all rows read a little.
+
+    Head 0 looks around in its own frame, 1 at its place in all frames, 2 around in space and
+    time, 3 along its row.
+    """
+    g = torch.Generator().manual_seed(seed)
+    n, root = math.prod(grid) + TEXT, WIDTH**0.5
+    q, k = (0.05 * root * torch.randn(1, 4, n, WIDTH, generator=g) for _ in range(2))
+    places = torch.cartesian_prod(*(torch.arange(x) for x in grid))
+    wave = torch.logspace(-1.3, 0.2, 9)
+    nats = torch.tensor([(9.0, 9, 9), (0, 12, 12), (7, 9, 9), (7, 14, 2)])
+    visual = slice(TEXT, n) if text_first else slice(0, n - TEXT)
+    for axis in range(3):
+        angle = places[:, axis, None] * wave
+        both = torch.cat([angle.cos(), angle.sin()], -1)
+        size = (nats[:, axis] * root / len(wave)).sqrt()[:, None, None]
+        at = slice(18 * axis, 18 * axis + 18)
+        q[0, :, visual, at] = k[0, :, visual, at] = both * size
+    q[..., 60], k[..., 60] = root, 0.0
+    text = slice(0, TEXT) if text_first else slice(n - TEXT, n)
+    k[:, :, text, 60] = nats.sum(-1)[:, None] * 0.7
+    v = torch.randn(1, 4, n, WIDTH, generator=g)
+    return video_call(q, k, v, grid, text_first)
+
+
+def later(method: AttentionMethod, call: AttentionCall) -> AttentionCall:
+    """The same call one step after `method` has seen it: methods with a memory search or measure
+    in their first step.
+    """
+    call = replace(call, memory={}, _shared={})
+    found = ask(method, call)
+    if found is not None:
+        attention.compute(found)
+    return replace(call, clock=replace(call.clock, step=call.clock.step + 1), _shared={})
+
+
 @dataclass(frozen=True)
 class Selected:
     """What a method selects, pair by pair, in token order.
@@ -99,9 +161,10 @@ class Selected:
 
 
 def visible_pairs(call: AttentionCall) -> Tensor:
-    """Causal and not padding, bool `[B, 1, Nq, Nk]`."""
+    """Not in the future of a causal call and not padding, bool `[B, 1, Nq, Nk]`."""
     row = torch.arange(call.n_q)[:, None] + call.q_start
     seen = (torch.arange(call.n_k) <= row)[None, None]
+    seen = seen if call.causal else torch.ones_like(seen)
     return seen if call.key_mask is None else seen & call.key_mask[:, None, None]
 
 
@@ -112,7 +175,9 @@ def ask(method: AttentionMethod, call: AttentionCall) -> attention.Answer | None
 
 
 def select(method: AttentionMethod, call: AttentionCall, rows: slice = slice(None)) -> Selected:
-    """Expand a method's lists to pairs of `rows`, without what its softmax skip drops."""
+    """Expand a method's lists to pairs of `rows`, without what its softmax skip drops. Whatever
+    stands behind a mean key counts as read.
+    """
     found = ask(method, call)
     assert found is not None, f"{type(method).__name__} stayed dense"
     ids = torch.arange(call.n_q)[rows]
@@ -122,7 +187,7 @@ def select(method: AttentionMethod, call: AttentionCall, rows: slice = slice(Non
     for piece in pieces:
         skip = found.execution.skip
         kept = piece if skip is None else without_skipped(piece, found.call, skip)
-        pairs += expand(kept, found.call, ids, call.n_k)
+        pairs += expand(kept, found, ids, call.n_k)
     return Selected(pairs, visible_pairs(call)[:, :, rows], pieces, found.call)
 
 
@@ -140,20 +205,41 @@ def without_skipped(piece: BlockIndex, call: AttentionCall, skip: float | Tensor
     return BlockIndex.from_mask(mask, piece.size)
 
 
-def expand(piece: BlockIndex, call: AttentionCall, rows: Tensor, n_k: int) -> Tensor:
+def expand(piece: BlockIndex, found: attention.Answer, rows: Tensor, n_k: int) -> Tensor:
     """How often a piece lists each key for some rows, int32 `[B, H, rows, Nk]`, in token order."""
-    bq, bk = piece.size
+    (bq, bk), call = piece.size, found.call
     nk = -(-call.n_k // bk)
-    counts = torch.stack([listed(piece, call, b, nk)[:, rows // bq] for b in range(len(call.q))])
-    keys = counts.repeat_interleave(bk, -1)[..., : call.n_k]  # in kernel order
-    if call.k_pos is None:
-        return keys
-    place = call.k_pos.expand(*keys.shape[:2], -1).long()
-    spare = torch.where(place < 0, n_k, place)[:, :, None].expand_as(keys)
-    return keys.new_zeros((*keys.shape[:3], n_k + 1)).scatter_add_(-1, spare, keys)[..., :n_k]
+    batch, heads = call.q.shape[0], len(call.heads)
+    place = token_ids(found, "q", batch, heads, rows.max() + 1).argsort(-1)
+    holes = (token_ids(found, "q", batch, heads, rows.max() + 1) < 0).sum(-1)
+    out = torch.zeros(batch, heads, len(rows), n_k + 1, dtype=torch.int32)
+    ids = token_ids(found, "k", batch, heads, call.n_k)
+    ids = torch.where(ids < 0, n_k, ids)
+    for b in range(batch):
+        counts = listed(piece, call, b, nk)
+        for h in range(heads):
+            at = place[b, h][holes[b, h] + rows]  # rows of the kernel
+            keys = counts[h, at // bq]
+            if piece.level is None:
+                keys = keys.repeat_interleave(bk, -1)
+            keys = keys[:, : call.n_k]
+            out[b, h].scatter_add_(-1, ids[b, h].expand_as(keys), keys)
+    return out[..., :n_k]
+
+
+def token_ids(found: attention.Answer, side: str, batch: int, heads: int, n: int) -> Tensor:
+    """Token at each place of the kernel, int64 `[B, H, n]`, −1 for holes."""
+    table = None if found.order is None else getattr(found.order, f"{side}_table")
+    if table is None:
+        return torch.arange(n).expand(batch, heads, -1)
+    row = found.order.row.long() if table.shape[0] > 1 else torch.zeros(heads, dtype=torch.long)
+    return table[row].long().expand(batch, -1, -1)
 
 
 def listed(piece: BlockIndex, call: AttentionCall, b: int, nk: int) -> Tensor:
+    """How often each key block is listed, int32 `[H, nq, nk]`; with levels, each key."""
+    if piece.level is not None:
+        return covered(piece, call, b)
     b = b if piece.count.shape[0] > 1 else 0
     heads, nq = piece.count.shape[1:]
     out = torch.zeros((heads, nq, nk), dtype=torch.int32)
@@ -169,9 +255,23 @@ def listed(piece: BlockIndex, call: AttentionCall, b: int, nk: int) -> Tensor:
     return out
 
 
+def covered(piece: BlockIndex, call: AttentionCall, b: int) -> Tensor:
+    """How often each key is listed, itself or behind a mean, int32 `[H, nq, Nk]`."""
+    heads, nq = piece.count.shape[1:]
+    out = torch.zeros((heads, nq, call.n_k), dtype=torch.int32)
+    for h in range(heads):
+        for i in range(nq):
+            start, count = int(piece.start[b, h, i]), int(piece.count[b, h, i])
+            for e in range(start, start + count):
+                span = piece.size[1] << piece.level
+                first = int(piece.blocks[e]) * span
+                out[h, i, first : first + span] += 1
+    return out
+
+
 def probabilities(call: AttentionCall, rows: slice = slice(None)) -> Tensor:
     """Dense attention of some rows, fp32 `[B, H, rows, Nk]`; rows that see nothing are zero."""
-    q, k = call.q[:, list(call.heads), rows].float(), call.k[:, call.kv_of_head].float()
+    q, k = call.q[:, list(call.heads)][:, :, rows].float(), call.k[:, call.kv_of_head].float()
     s = (q @ k.transpose(-1, -2)) * call.scale
     s = s.masked_fill(~visible_pairs(call)[:, :, rows], -math.inf)
     return s.softmax(-1).nan_to_num(0.0)

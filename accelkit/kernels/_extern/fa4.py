@@ -63,6 +63,8 @@ def _tensors(launch: Launch) -> str | None:
 
 def _options(launch: Launch) -> str | None:
     bq, bk = launch.index.size
+    if launch.qk != "native":
+        return "it multiplies in the inputs' own precision"
     if bq % 64 or bk not in (64, 128):
         return f"units of {bq} × {bk} tokens are not multiples of 64 × (64 or 128)"
     if launch.q_pos is not None or launch.k_pos is not None:

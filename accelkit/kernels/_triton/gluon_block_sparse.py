@@ -35,6 +35,8 @@ def refusal(launch: Launch) -> str | None:
         return reason
     if q.dtype == torch.float32 or launch.out.dtype != q.dtype:
         return f"it takes and gives fp16 or bf16, not {q.dtype} and {launch.out.dtype}"
+    if launch.qk != "native":
+        return "it multiplies in the inputs' own precision"
     if bq % BM or bk % 64:
         return f"units of {bq} × {bk} tokens do not divide into tiles of {BM} × 64"
     if max(q.shape[3], v.shape[3]) > 128:

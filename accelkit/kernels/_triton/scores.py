@@ -227,3 +227,159 @@ def probe(call: Inputs, q: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
             R=r, RP=rp, BN=bn, num_warps=4,
         )  # fmt: skip
     return columns, diagonals
+
+
+@triton.jit(do_not_specialize=["n_heads", "n", "nb"])
+def _alike(
+    X, HEADS, PLACES, CENTRE, OUT, s_xb, s_xh, s_xn, s_xd, s_pb, s_pn, n_heads, n, nb,
+    BLOCK: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    HAS_PLACES: tl.constexpr, HAS_CENTRE: tl.constexpr,
+):  # fmt: skip
+    block, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // n_heads).to(tl.int64), bh % n_heads
+    d = tl.arange(0, BD)
+    x0 = X + b * s_xb + tl.load(HEADS + h).to(tl.int64) * s_xh
+    centre = tl.zeros([BD], tl.float32)
+    if HAS_CENTRE:
+        centre = tl.load(CENTRE + bh.to(tl.int64) * D + d, mask=d < D, other=0.0)
+    total, count = tl.zeros([BD], tl.float32), 0
+    for i in range(0, BLOCK, BM):
+        at = i + tl.arange(0, BM)
+        row = (block * BLOCK + at).to(tl.int64)
+        real = (at < BLOCK) & (row < n)
+        if HAS_PLACES:
+            real = real & (tl.load(PLACES + b * s_pb + row * s_pn, mask=real, other=-1) >= 0)
+        inside = real[:, None] & (d < D)[None, :]
+        x = tl.load(x0 + row[:, None] * s_xn + d[None, :] * s_xd, mask=inside, other=0.0)
+        x = tl.where(inside, x.to(tl.float32) - centre[None, :], 0.0)
+        size = tl.sqrt(tl.sum(x * x, 1))
+        total += tl.sum(x / tl.maximum(size, 1e-12)[:, None], 0)
+        count += tl.sum(real.to(tl.int32), 0)
+    alike = tl.sum(total * total, 0) / (count * count).to(tl.float32)
+    tl.store(OUT + bh.to(tl.int64) * nb + block, tl.where(count > 0, alike, 1.0))
+
+
+def self_similarity(
+    x: Tensor, block: int, heads: tuple[int, ...], places: Tensor | None, centre: Tensor | None
+) -> Tensor:
+    """`kernels.scores.self_similarity` of some heads of x `[B, Hx, N, D]`, fp32 `[B, H, nb]`, in
+    one read. Tokens with a place (`[B|1, 1, N]`) of −1 do not count; `centre` fp32 `[B, H, D]` is
+    taken off first.
+    """
+    ids = head_table(tuple(heads), x.device)
+    (batch, _, n, d), nb = x.shape, ceil_div(x.shape[2], block)
+    out = torch.empty((batch, ids.numel(), nb), dtype=torch.float32, device=x.device)
+    steps = (0, 0)
+    if places is not None:
+        steps = (places.stride(0) if places.shape[0] > 1 else 0, places.stride(2))
+    _alike[(nb, batch * ids.numel())](
+        x, ids, out if places is None else places, out if centre is None else centre.contiguous(),
+        out, *x.stride(), *steps, ids.numel(), n, nb, BLOCK=block,
+        BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
+        HAS_PLACES=places is not None, HAS_CENTRE=centre is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "nk"])
+def _mass(
+    Q, K, HEADS, KV_HEADS, LSE, OUT, s_qb, s_qh, s_qn, s_qd, s_kb, s_kh, s_kn, s_kd,
+    s_lb, s_lh, s_ln, n_heads, n_q, n_k, nq, nk, factor,
+    BQ: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tile, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // n_heads).to(tl.int64), bh % n_heads
+    lane, d, col = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
+    row = tile * BQ + lane
+    real = (lane < BQ) & (row < n_q)
+    q0 = Q + b * s_qb + tl.load(HEADS + h).to(tl.int64) * s_qh
+    q_at = row.to(tl.int64)[:, None] * s_qn + d[None, :] * s_qd
+    q = tl.load(q0 + q_at, mask=real[:, None] & (d < D)[None, :], other=0.0)
+    lse = tl.load(LSE + b * s_lb + h * s_lh + row.to(tl.int64) * s_ln, mask=real, other=0.0)
+    # Rows outside weigh nothing; the mean over the tile is a shift of the exponent.
+    rows = tl.minimum(n_q - tile * BQ, BQ).to(tl.float32)
+    shift = tl.where(real & (lse > -float("inf")), lse * 1.4426950408889634 + tl.log2(rows),
+                     float("inf"))  # fmt: skip
+    k0 = K + b * s_kb + tl.load(KV_HEADS + h).to(tl.int64) * s_kh
+    line = (bh.to(tl.int64) * nq + tile) * nk
+    PER: tl.constexpr = BN // BK
+    for j in tl.range(0, n_k, BN, num_stages=STAGES):
+        key = j + col
+        k_at = key.to(tl.int64)[None, :] * s_kn + d[:, None] * s_kd
+        k = tl.load(k0 + k_at, mask=(d < D)[:, None] & (key < n_k)[None, :], other=0.0)
+        s = tl.dot(q, k, out_dtype=tl.float32, input_precision=PREC) * factor
+        p = tl.where((key < n_k)[None, :], tl.exp2(s - shift[:, None]), 0.0)
+        mass = tl.sum(tl.sum(p, 0).reshape(PER, BK), 1)
+        block = j // BK + tl.arange(0, PER)
+        tl.store(OUT + line + block, mass, mask=block < nk)
+
+
+def mass_fits(call: Inputs, size: tuple[int, int]) -> bool:
+    """Whether `block_mass` serves a call: no causality, padding or positions, powers of two."""
+    plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
+    bq, bk = size
+    return (
+        plain and not call.causal and bq <= 128 and 16 <= bk <= 128
+        and bq & (bq - 1) == 0 and bk & (bk - 1) == 0
+    )  # fmt: skip
+
+
+def block_mass(call: Inputs, lse: Tensor, size: tuple[int, int]) -> Tensor:
+    """`kernels.scores.block_mass` over all tiles, fp32 `[B, H, nq, nk]`: a second pass of attention
+    without V, its softmax already known.
+    """
+    (nq, nk), batch, heads = call.tiles(size), call.q.shape[0], len(call.heads)
+    d, wide = call.q.shape[3], call.q.dtype == torch.float32
+    out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=call.q.device)
+    bm, bn = max(16, size[0]), max(size[1], 64 if wide else 128)
+    _mass[(nq, batch * heads)](
+        call.q, call.k, head_table(call.heads, call.q.device), call.kv_of_head.int(), lse, out,
+        *call.q.stride(), *call.k.stride(), *lse.stride(), heads, call.n_q, call.n_k, nq, nk,
+        call.scale * LOG2E, BQ=size[0], BM=bm, BK=size[1], BN=bn, D=d, BD=padded_width(d),
+        PREC=precision(call.q.dtype), STAGES=2 if wide else 3, num_warps=8 if bm == 128 else 4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["n_heads", "n_rows", "nk"])
+def _peaks(
+    Q, K, KV_HEADS, OUT, s_qb, s_qh, s_kb, s_kh, n_heads, n_rows, nk, factor,
+    BM: tl.constexpr, BN: tl.constexpr, PER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tile, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // n_heads).to(tl.int64), bh % n_heads
+    row, d = tile * BM + tl.arange(0, BM), tl.arange(0, BD)
+    q_at = row.to(tl.int64)[:, None] * D + d[None, :]
+    inside = (row < n_rows)[:, None] & (d < D)[None, :]
+    q = tl.load(Q + b * s_qb + h * s_qh + q_at, mask=inside, other=0.0)
+    k0 = K + b * s_kb + tl.load(KV_HEADS + h).to(tl.int64) * s_kh
+    out = OUT + bh.to(tl.int64) * nk * n_rows
+    col, each = tl.arange(0, BN), tl.arange(0, BN // PER)
+    for j in tl.range(0, nk, BN // PER, num_stages=STAGES):
+        key = j * PER + col
+        k_at = key.to(tl.int64)[:, None] * D + d[None, :]
+        real = (key < nk * PER)[:, None] & (d < D)[None, :]
+        k = tl.load(k0 + k_at, mask=real, other=0.0)
+        s = tl.dot(q, k.T, out_dtype=tl.float32, input_precision=PREC)
+        peak = tl.max(s.reshape(BM, BN // PER, PER), 2) * factor
+        # Rows side by side: along a row of the map the stores would scatter.
+        at = (j + each)[None, :] * n_rows + row[:, None]
+        fits = (row < n_rows)[:, None] & (j + each < nk)[None, :]
+        tl.store(out + at, peak.to(OUT.dtype.element_ty), mask=fits)
+
+
+def peaks(q: Tensor, k: Tensor, kv_of_head: Tensor, scale: float, per_block: int) -> Tensor:
+    """Greatest logit of each row with each block of `per_block` keys, fp16 `[B, H, nk, R]` from
+    contiguous q `[B, H, R, D]` and k `[B, Hkv, nk · per_block, D]`. `per_block` is a power of two.
+    """
+    batch, heads, rows, d = q.shape
+    nk, wide = k.shape[2] // per_block, q.dtype == torch.float32
+    out = torch.empty((batch, heads, nk, rows), dtype=torch.float16, device=q.device)
+    _peaks[(ceil_div(rows, 128), batch * heads)](
+        q, k, kv_of_head.int(), out, *q.stride()[:2], *k.stride()[:2], heads, rows, nk, scale,
+        BM=128, BN=max(per_block, 64 if wide else 128), PER=per_block, D=d, BD=padded_width(d),
+        PREC=precision(q.dtype), STAGES=2 if wide else 3, num_warps=8,
+    )  # fmt: skip
+    return out

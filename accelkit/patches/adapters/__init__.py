@@ -27,6 +27,9 @@ class Runner(Protocol):
     def skipped(self, site: str, reason: str) -> None:
         """The adapter ran `site` dense by itself and says why."""
 
+    def begin(self) -> None:
+        """The adapter saw a generation begin (a scheduler's `set_timesteps`)."""
+
 
 class Adapter(Protocol):
     """What an adapter module offers."""
@@ -58,9 +61,11 @@ def adapter_for(model: Any) -> tuple[Adapter, Any]:
     if "transformers" in libraries:
         module = import_module("accelkit.patches.adapters.transformers")
         return module, bare
+    if "diffusers" in libraries:
+        return import_module("accelkit.patches.adapters.diffusers"), bare
     raise UnsupportedModelError(
-        f"{type(model).__name__}: no adapter knows this class; "
-        "expected a transformers PreTrainedModel"
+        f"{type(model).__name__}: no adapter knows this class; expected a transformers "
+        "PreTrainedModel, a DiffusionPipeline or a diffusion transformer of diffusers"
     )
 
 
@@ -85,6 +90,9 @@ class _Watcher:
         return None if out is None else out.transpose(1, 2).contiguous()
 
     def skipped(self, site: str, reason: str) -> None:
+        pass
+
+    def begin(self) -> None:
         pass
 
 

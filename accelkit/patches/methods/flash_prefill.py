@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from accelkit import kernels
+from accelkit.patches import parts
 from accelkit.patches.method import AttentionMethod, Dial
 
 if TYPE_CHECKING:
     from accelkit.kernels import BlockIndex
-    from accelkit.patches.call import AttentionCall
+    from accelkit.patches.call import AttentionCall, Phase
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -28,6 +29,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class FlashPrefill(AttentionMethod):
     """Rows × block means, kept by ratio of the maximum."""
 
+    phases: ClassVar[tuple[Phase, ...]] = ("prefill", "denoise")
     dial: ClassVar[Dial] = Dial("alpha", (0.5, 0.3, 0.18, 0.12, 0.08, 0.04, 0.02, 0.005))
     full: ClassVar[dict[str, Any]] = {"alpha": 0.0}
 
@@ -53,4 +55,4 @@ class FlashPrefill(AttentionMethod):
             local=self.local_blocks,
             last=self.dense_tiles,
         )
-        return kernels.select.compact(mask, size)
+        return kernels.select.compact(parts.keep.text(mask, call, size), size)

@@ -9,7 +9,9 @@ kernel, tiles whose logits stay far below the running maximum are dropped.
     and all irregular key blocks, and whole rows of irregular query blocks
     skip a tile if max over rows(m_tile − m_running) · log₂e + `skip_log2` ≤ 0     (None: never)
 
-The untuned call of the release has `skip_log2` 50, which hardly ever skips; tuned heads have less.
+On video the tokens may lie along a space-filling curve (`hilbert`), where block means are more
+honest; text is dense there. The untuned call of the release has `skip_log2` 50, which hardly ever
+skips; tuned heads have less.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from pydantic import Field
 
 from accelkit import kernels
 from accelkit.patches import parts
-from accelkit.patches.method import AttentionMethod, Calibrator, Dial, Execution, Method
+from accelkit.patches.method import AttentionMethod, Calibrator, Dial, Execution, Method, Order
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from accelkit.kernels import BlockIndex
-    from accelkit.patches.call import AttentionCall, Site
+    from accelkit.patches.call import AttentionCall, Phase, Site
 
 Share = Annotated[float, Field(ge=0, le=1)]
 GUARDS = (-0.1, 0.6)
@@ -34,6 +38,7 @@ GUARDS = (-0.1, 0.6)
 class SpargeAttn(AttentionMethod):
     """Pooled blocks with a self-similarity guard, top-p, and softmax skip."""
 
+    phases: ClassVar[tuple[Phase, ...]] = ("prefill", "denoise")
     dial: ClassVar[Dial] = Dial("coverage", (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995))
     full: ClassVar[dict[str, Any]] = {"coverage": 1.0}
 
@@ -42,6 +47,11 @@ class SpargeAttn(AttentionMethod):
     skip_log2: Annotated[float, Field(ge=0)] | str | None = None
     query_block: int = Field(128, ge=16)
     key_block: int = Field(64, ge=16)
+    hilbert: bool = False
+
+    def order(self, call: AttentionCall) -> Order | None:
+        where = parts.grids.visual(call) if self.hilbert else None
+        return None if where is None else parts.orders.hilbert(call, where)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         size = (self.query_block, self.key_block)
@@ -59,7 +69,8 @@ class SpargeAttn(AttentionMethod):
         odd_keys = (k_similar <= least)[..., None, :]
         share = kernels.select.probabilities(pooled.masked_fill(odd_keys, -float("inf")))
         mask = kernels.select.top_p(share, call.per_head(self.coverage)) | odd_keys | odd_rows
-        return kernels.select.compact(kernels.select.force(mask, call, size), size)
+        mask = kernels.select.force(parts.keep.text(mask, call, size), call, size)
+        return kernels.select.compact(mask, size)
 
     def execution(self, call: AttentionCall) -> Execution | None:
         if self.skip_log2 is None or call.n_k <= 4 * max(self.query_block, self.key_block):
@@ -71,11 +82,22 @@ class SpargeAttn(AttentionMethod):
 
 
 class _Guards(Calibrator):
-    """Where the strict guard leaves a head nearly dense, the loose one may still do."""
+    """Where the strict guard leaves a head nearly dense, the loose one may still do. In causal calls
+    also with tiles of twice the height, which CPU kernels like better.
+    """
+
+    causal = True
+
+    def see(self, call: AttentionCall, out: Tensor, lse: Tensor) -> None:
+        self.causal = call.causal
 
     def settings(self) -> tuple[Method, ...]:
+        fixed = [{"similarity": guard} for guard in GUARDS]
+        if self.causal:
+            rows = 2 * SpargeAttn.model_fields["query_block"].default
+            fixed.append({"similarity": GUARDS[0], "query_block": rows})
         return tuple(
-            self.method.model_copy(update={"similarity": guard, "coverage": share})
-            for guard in GUARDS
+            self.method.model_copy(update={**fields, "coverage": share})
+            for fields in fixed
             for share in SpargeAttn.dial.values
         )

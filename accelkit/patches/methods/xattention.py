@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from accelkit import kernels
+from accelkit.patches import parts
 from accelkit.patches.method import AttentionMethod, Dial
 
 if TYPE_CHECKING:
     from accelkit.kernels import BlockIndex
-    from accelkit.patches.call import AttentionCall
+    from accelkit.patches.call import AttentionCall, Phase
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -31,6 +32,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class XAttention(AttentionMethod):
     """Blocks by antidiagonal sums and top-p."""
 
+    phases: ClassVar[tuple[Phase, ...]] = ("prefill", "denoise")
     dial: ClassVar[Dial] = Dial("coverage", (0.5, 0.65, 0.75, 0.85, 0.9, 0.95, 0.98))
     full: ClassVar[dict[str, Any]] = {"coverage": 1.0}
 
@@ -46,4 +48,5 @@ class XAttention(AttentionMethod):
             ("strided", stride, size), lambda: kernels.scores.strided(call, stride, size)
         )
         mask = kernels.select.top_p(score, call.per_head(self.coverage))
-        return kernels.select.compact(kernels.select.force(mask, call, size), size)
+        mask = kernels.select.force(parts.keep.text(mask, call, size), call, size)
+        return kernels.select.compact(mask, size)

@@ -6,10 +6,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from accelkit.patches.parts import keep, orders, patterns, ranking, visiting  # noqa: F401
+    from accelkit.patches.parts import (  # noqa: F401
+        bits,
+        chunks,
+        coarse,
+        grids,
+        keep,
+        orders,
+        patterns,
+        ranking,
+        visiting,
+    )
+
+_PARTS = (
+    "bits",
+    "chunks",
+    "coarse",
+    "grids",
+    "keep",
+    "orders",
+    "patterns",
+    "ranking",
+    "visiting",
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("keep", "orders", "patterns", "ranking", "visiting"):
+    if name in _PARTS:
         return import_module(f"accelkit.patches.parts.{name}")
     raise AttributeError(f"module 'accelkit.patches.parts' has no attribute {name!r}")

@@ -4,11 +4,24 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
+from accelkit.kernels.index import Inputs
+from accelkit.kernels.positions import sees_all
 from accelkit.kernels.select import visible
-from accelkit.patches.call import AttentionCall
+from accelkit.patches.call import AttentionCall, Span
+
+
+def text(mask: Tensor, call: Inputs, size: tuple[int, int]) -> Tensor:
+    """`mask` with text rows and columns dense where the call belongs to diffusion, which keeps
+    pictures whole; other calls are left as they are.
+    """
+    if isinstance(call, AttentionCall) and call.clock.phase == "denoise":
+        return spans(mask, call, size)
+    return mask
 
 
 def spans(
@@ -21,15 +34,27 @@ def spans(
     `[B, H, nq, nk]`. Key and query token ids are those of `call.geometry`; chunked rows begin at
     `q_start`.
     """
-    chosen = [s for s in call.geometry.spans if s.kind in kinds and s.stop > s.start]
+    chosen = tuple(s for s in call.geometry.spans if s.kind in kinds and s.stop > s.start)
     if not chosen:
         return mask
-    (nq, nk), (bq, bk) = call.tiles(size), size
-    row = call.q_start + torch.arange(nq, device=mask.device) * bq
-    key = torch.arange(nk, device=mask.device) * bk
-    rows = torch.zeros(nq, dtype=torch.bool, device=mask.device)
-    keys = torch.zeros(nk, dtype=torch.bool, device=mask.device)
+    kept = _touched(chosen, *call.tiles(size), size, call.q_start, mask.device)
+    return mask | (kept if sees_all(call) else kept & visible(call, size))
+
+
+@lru_cache(maxsize=64)
+def _touched(
+    chosen: tuple[Span, ...],
+    nq: int,
+    nk: int,
+    size: tuple[int, int],
+    q_start: int,
+    device: torch.device,
+) -> Tensor:
+    """Blocks in the rows and columns of some spans, bool `[nq, nk]`."""
+    (bq, bk), rows, keys = size, torch.zeros(nq, 1).bool(), torch.zeros(nk).bool()
+    row, key = q_start + torch.arange(nq)[:, None] * bq, torch.arange(nk) * bk
     for span in chosen:
         rows |= (row < span.stop) & (row + bq > span.start)
         keys |= (key < span.stop) & (key + bk > span.start)
-    return mask | ((rows[:, None] | keys) & visible(call, size))
+    with torch.inference_mode(False):
+        return (rows | keys).to(device)

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from accelkit.errors import InvalidInputError
-from accelkit.kernels.index import BlockIndex, Inputs
+from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
 from accelkit.kernels.positions import bounds, key_places, row_places
 from accelkit.kernels.select import compact, force, visible
+from accelkit.patches.call import AttentionCall
+from accelkit.patches.parts import grids, keep
+from accelkit.patches.parts.grids import WHOLE, Axes, Grid, Visual
+
+PARTLY = 0.25
+"""Share of the pairs of a block from which it is worth computing."""
 
 
 def share(index: BlockIndex, heads: int) -> BlockIndex:
@@ -30,6 +36,44 @@ def _index(mask: Tensor, call: Inputs, unit: tuple[int, int]) -> BlockIndex:
     mask = force(mask, call, unit, sink=0, local=0)
     index = compact(mask, unit)
     return share(index, len(call.heads)) if index.heads == 1 else index
+
+
+def listed(mask: Tensor, call: AttentionCall, unit: tuple[int, int]) -> BlockIndex:
+    """A mask bool `[nq, nk]` (or `[B|1, H|1, nq, nk]`) as lists, with text rows and columns dense
+    and no visible row left empty.
+    """
+    mask = mask.to(call.q.device)
+    mask = mask if mask.ndim == 4 else mask[None, None]
+    return _index(keep.text(mask, call, unit), call, unit)
+
+
+def boxes(
+    call: AttentionCall,
+    where: Visual,
+    axes: Axes,
+    tile: Grid,
+    block: int,
+    *,
+    dilation: Grid = WHOLE,
+    holes: bool = False,
+) -> BlockIndex:
+    """Lists of boxes of tokens, as `axes` say for each axis (bool `[L, L]`), by whole tiles; text
+    reads and is read by all.
+
+    With `holes`, for tokens laid out by `orders.tiled`, a tile reads every tile that its boxes
+    touch. Without, for `orders.chunked`, blocks drift against tiles, and a block runs if over a
+    quarter of its pairs are in the boxes.
+    """
+    share = grids.tile_shares(axes, tile, dilation)
+    if holes:
+        lead, count = ceil_div(where.start, block), share.shape[0]
+        mask = torch.ones(call.tiles((block, block)), dtype=torch.bool)
+        mask[lead : lead + count, lead : lead + count] = share > 0
+        return _index(mask[None, None].to(call.q.device), call, (block, block))
+    held = grids.tokens_of_cells(where, tile, dilation, block)  # [blocks, tiles]
+    tokens = held.sum(-1)
+    mask = held @ share @ held.T > PARTLY * tokens[:, None] * tokens
+    return listed(mask, call, (block, block))
 
 
 def window(
@@ -60,7 +104,7 @@ def window(
     if last_rows:
         tile = torch.arange(mask.shape[-2], device=mask.device)
         mask = mask | ((tile + 1) * unit[0] > call.n_q - last_rows)[:, None]
-    return _index(mask, call, unit)
+    return _index(keep.text(mask, call, unit), call, unit)
 
 
 def a_shape(
@@ -108,6 +152,12 @@ def power_of_two(
         mask = mask | some(block - high, block - low)
     mask = force(mask, call, unit, sink=sink_blocks, local=0)
     return _index(mask, call, unit)
+
+
+def nothing(call: Inputs, unit: tuple[int, int] = (128, 128)) -> BlockIndex:
+    """No block at all: the heads give zeros."""
+    mask = torch.zeros(1, 1, *call.tiles(unit), dtype=torch.bool, device=call.q.device)
+    return share(compact(mask, unit), len(call.heads))
 
 
 def dense(call: Inputs, unit: tuple[int, int] = (128, 128)) -> BlockIndex:

@@ -6,19 +6,22 @@ two), and `attend` runs all head groups of a call, joining those that can share 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from accelkit import kernels
-from accelkit.kernels.index import BlockIndex, Partial
+from accelkit.kernels.index import BlockIndex, Partial, device_ids
 from accelkit.kernels.merge import merge
+from accelkit.kernels.permute import put_rows, take_rows
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, Execution, Order
 from accelkit.patches.plan import HeadGroup, Policy, Reuse
+from accelkit.patches.state import Saved
 
 if TYPE_CHECKING:
     from accelkit.patches.state import PatchState
@@ -39,30 +42,37 @@ class Answer:
     execution: Execution = PLAIN
     order: Order | None = None
     finishers: tuple[AttentionMethod, ...] = ()
+    n_q: int = 0
+    """Query rows in token order."""
+
+    @property
+    def lane(self) -> Hashable | None:
+        """Answers of equal lane share a launch: one list each, of one unit, in one order that all
+        heads have in common, with one arithmetic and nothing afterwards. None: runs alone.
+        """
+        index, order = self.pieces[0], self.order
+        alone = (
+            len(self.pieces) > 1
+            or not isinstance(index, BlockIndex)
+            or index.level is not None
+            or not isinstance(index.bias, float)
+            or bool(self.finishers)
+            or (order is not None and not _common(order))
+        )
+        if alone:
+            return None
+        tables = None if order is None else (id(order.q_table), id(order.k_table))
+        arithmetic = replace(self.execution, skip=None)  # thresholds may differ by head
+        return self.index.size, tables, arithmetic, self.execution.skip is None
 
     @property
     def plain(self) -> bool:
-        """One list in token order and nothing afterwards: may share a launch with others of its
-        kind.
-        """
-        return (
-            len(self.pieces) == 1
-            and isinstance(self.pieces[0], BlockIndex)
-            and self.pieces[0].level is None
-            and isinstance(self.pieces[0].bias, float)
-            and self.order is None
-            and not self.finishers
-        )
-
-    @property
-    def lane(self) -> object:
-        """What answers of one launch have in common; thresholds may differ by head."""
-        arithmetic = replace(self.execution, skip=None)
-        return self.index.size, arithmetic, self.execution.skip is None
+        """One list in token order and nothing afterwards."""
+        return self.lane is not None and self.order is None
 
     @property
     def index(self) -> BlockIndex:
-        """The one list of a plain answer."""
+        """The one list of an answer that has a lane."""
         index = self.pieces[0]
         assert isinstance(index, BlockIndex)
         return index
@@ -79,8 +89,8 @@ def answer(
         return None
     order = _first(m.order(call) for m in policy.methods if "order" in m.answers())
     seen = call if order is None else in_kernel_order(call, order)
-    found = (m.execution(seen) for m in policy.methods if "execution" in m.answers())
-    execution = _first(found) or PLAIN
+    executions = (m.execution(seen) for m in policy.methods if "execution" in m.answers())
+    execution = _first(executions) or PLAIN
     finishers = tuple(m for m in policy.methods if "finish" in m.answers())
     if policy.reuse is not None:
         if state is None:
@@ -88,10 +98,12 @@ def answer(
         borrowed = _borrow(call, policy.reuse, state)
         if borrowed is None:
             return None
-        return tuple(
-            Answer(seen.take(heads), pieces, execution, order, finishers)
-            for heads, pieces in borrowed
-        )
+        found = []
+        for b in borrowed:
+            own = order and _order_of(order, [call.heads.index(h) for h in b.heads])
+            a = Answer(call, b.pieces, execution, b.order or own, finishers, call.n_q)
+            found.append(_again(a, call.take(b.heads)))
+        return tuple(found)
     pieces = _first(m.index(seen) for m in policy.methods if "index" in m.answers())
     if pieces is None:
         # An execution alone (softmax skip, precision) runs over every visible block.
@@ -101,7 +113,7 @@ def answer(
         pieces = BlockIndex.dense(len(call.heads), rows, DENSE_UNIT, call.q.device)
     if not isinstance(pieces, tuple):
         pieces = (pieces,)
-    return (Answer(seen, pieces, execution, order, finishers),)
+    return (Answer(seen, pieces, execution, order, finishers, call.n_q),)
 
 
 def compute(
@@ -124,7 +136,11 @@ def compute(
     )
     joined = parts[0] if len(parts) == 1 else merge(parts)
     if answered.order is not None and answered.order.q_table is not None:
-        joined = _in_token_order(joined, answered.order, call)
+        alone = parts[0] is joined
+        if answered.finishers and not alone:
+            parts = tuple(_in_token_order(p, answered.order, answered.n_q) for p in parts)
+        joined = _in_token_order(joined, answered.order, answered.n_q)
+        parts = (joined,) if alone else parts
     out = joined.out
     for method in answered.finishers:
         out = method.finish(call, out, joined.lse, parts)
@@ -143,14 +159,7 @@ def attend(
     dense: list[int] = []
     for group in groups:
         narrowed = call.take(group.heads)
-        key = state.static_key(narrowed, group)
-        found = state.static.get(key) if key is not None else None
-        if found is None:
-            found = answer(narrowed, group.policy, state)
-            if key is not None and found is not None:
-                state.static[key] = tuple(replace(a, call=None) for a in found)  # type: ignore[arg-type]
-        else:
-            found = tuple(replace(a, call=narrowed) for a in found)
+        found = _asked(narrowed, group, state)
         if found is None:
             dense.extend(group.heads)
         else:
@@ -161,67 +170,151 @@ def attend(
     if dense:
         answers.append(_dense_answer(call.take(sorted(dense)), answers))
     state.saw(call, answers)
-    lanes: dict[object, list[Answer]] = {}
+    lanes: dict[Hashable, list[Answer]] = {}
     for a in answers:
-        if a.plain:
+        if a.lane is not None:
             lanes.setdefault(a.lane, []).append(a)
             continue
         result = compute(a)
-        out[:, list(a.call.heads)] = result.out.to(out.dtype)
+        out[:, device_ids(a.call.heads, out.device)] = result.out.to(out.dtype)
     for lane in lanes.values():
-        _launch(call, lane, out)
+        _launch(lane, out)
     return True
 
 
-def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
-    """The call with its rows laid out by `order`; positions travel along in `q_pos` and `k_pos`.
+@dataclass
+class _Kept:
+    """Answers by their heads, without their call, and how many calls used them."""
 
-    Keys are gathered once per query head of the call, since heads may differ in their order.
+    answers: list[tuple[tuple[int, ...], Answer]]
+    used: int = 1
+
+
+def _asked(call: AttentionCall, group: HeadGroup, state: PatchState) -> tuple[Answer, ...] | None:
+    """The answers of a group: kept ones where they follow from geometry alone, or as long as the
+    schedule lets a site keep them over computed steps; asked for otherwise.
+    """
+    shelf: MutableMapping[Any, Any]
+    key: Any = state.static_key(call, group)
+    uses = 0
+    if key is not None:
+        shelf = state.static_shelf(call)
+    else:
+        shelf, key = call.memory, ("answers", group.policy_id, call.heads, state.shape_of(call))
+        every = state.plan.sites[call.site.path].schedule.refresh_every
+        uses = 1 if group.policy.reuse else every  # what is reused is kept by its anchor
+    kept: _Kept | None = shelf.get(key)
+    if kept is not None and kept.used != uses:
+        kept.used += 1
+        return tuple(_again(a, call.take(heads)) for heads, a in kept.answers)
+    found = answer(call, group.policy, state)
+    if found is None or uses == 1 or not all(map(_keepable, found)):
+        return found
+    shelf[key] = _Kept([(a.call.heads, replace(a, call=None)) for a in found])  # type: ignore[arg-type]
+    return found
+
+
+def _keepable(a: Answer) -> bool:
+    """Whether other steps may run it: computed pieces and what a method finishes belong to one."""
+    return not a.finishers and all(isinstance(p, BlockIndex) for p in a.pieces)
+
+
+def _again(a: Answer, call: AttentionCall) -> Answer:
+    """An answer for the heads of `call`, made from another call's tensors."""
+    return replace(a, call=call if a.order is None else in_kernel_order(call, a.order))
+
+
+def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
+    """The call with its rows laid out by `order`.
+
+    An order that all heads have in common is gathered once for all of them, whatever group asks;
+    otherwise rows are gathered for each query head of the call. Causal calls carry original
+    positions along in `q_pos` and `k_pos`; others only say which places are holes or padding.
     """
     changed: dict[str, object] = {}
+    common = _common(order)
+    row = None if common else order.row
     if order.k_table is not None:
-        ids = _ids(order.k_table, order.row)  # [B|1, H, n]
-        changed["k"] = _rows_at(call.k[:, call.kv_of_head], ids)
-        changed["v"] = _rows_at(call.v[:, call.kv_of_head], ids)
-        changed["kv_of_head"] = torch.arange(len(call.heads), device=call.q.device)
-        changed["k_pos"] = ids
+        if common:
+            changed["k"] = _gathered(call, "k", order.k_table)
+            changed["v"] = _gathered(call, "v", order.k_table)
+        else:
+            changed["k"] = take_rows(call.k, order.k_table, row, call.kv_of_head)
+            changed["v"] = take_rows(call.v, order.k_table, row, call.kv_of_head)
+            changed["kv_of_head"] = torch.arange(len(call.heads), device=call.q.device)
+        if call.causal or call.key_mask is not None or not order.whole:
+            ids = _ids(order.k_table, order.row)  # [B|1, H, n]
+            if call.causal:
+                place = ids
+            else:
+                place = _common_places(order.k_table) if common else _places(ids)
+            if call.key_mask is not None:
+                real = call.key_mask[:, None].expand(-1, ids.shape[1], -1)
+                ids = ids.expand(real.shape[0], -1, -1)
+                place = torch.where(real.gather(2, ids.clamp(min=0).long()), place, -1)
+            changed["k_pos"] = place
         changed["key_mask"] = None
-        if call.key_mask is not None:
-            real = call.key_mask[:, None].expand(-1, ids.shape[1], -1)
-            ids = ids.expand(real.shape[0], -1, -1)
-            real = real.gather(2, ids.clamp(min=0).long())
-            changed["k_pos"] = torch.where(real, ids, -1)
     if order.q_table is not None:
-        ids = _ids(order.q_table, order.row)
-        heads = list(call.heads)
-        q = call.q.new_zeros(call.q.shape[0], call.q.shape[1], ids.shape[2], call.q.shape[3])
-        q[:, heads] = _rows_at(call.q[:, heads], ids)
-        changed["q"] = q
-        changed["q_pos"] = torch.where(ids < 0, -1, ids + call.q_start)
+        if common:
+            changed["q"] = _gathered(call, "q", order.q_table)
+        else:
+            q = take_rows(call.q, order.q_table, row, call.heads)
+            if q.shape[1] < call.q.shape[1]:  # heads keep their ids
+                whole = q.new_empty(q.shape[0], call.q.shape[1], *q.shape[2:])
+                whole[:, device_ids(call.heads, q.device)] = q
+                q = whole
+            changed["q"] = q
+        if call.causal or not order.whole:
+            ids = _ids(order.q_table, order.row)
+            at = torch.where(ids < 0, -1, ids + call.q_start)
+            changed["q_pos"] = at if call.causal else _places(ids)
     return replace(call, **changed, _shared={})  # type: ignore[arg-type]
 
 
+def _common(order: Order) -> bool:
+    """Whether all heads have one order."""
+    return all(t is None or t.shape[0] == 1 for t in (order.q_table, order.k_table))
+
+
+def _gathered(call: AttentionCall, name: str, table: Tensor) -> Tensor:
+    """All heads of q, k or v in a common order, once for all groups of the call."""
+    key = ("in order", name, id(table))
+    if key not in call._shared:
+        # The table is kept beside the rows, so that its id is not given to another one.
+        call._shared[key] = (take_rows(getattr(call, name), table), table)
+    return call._shared[key][0]
+
+
 def _ids(table: Tensor, row: Tensor) -> Tensor:
+    if table.shape[0] == 1:
+        return table[None]
     ids = table[row.long()]
     return ids if ids.ndim == 3 else ids[None]
 
 
-def _rows_at(x: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` `[B|1, H, n]` of `x` `[B, H, N, D]`."""
-    at = ids.clamp(min=0).long().expand(x.shape[0], -1, -1)
-    return x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[3]))
+def _places(ids: Tensor) -> Tensor:
+    """Places in the kernel, −1 for holes: without causality, positions say nothing else."""
+    place = torch.arange(ids.shape[-1], device=ids.device, dtype=torch.int32)
+    return torch.where(ids < 0, -1, place)
 
 
-def _in_token_order(part: Partial, order: Order, call: AttentionCall) -> Partial:
+@lru_cache(maxsize=64)
+def _common_places(table: Tensor) -> Tensor:
+    """`_places` of an order that all heads have in common, the same tensor in every call."""
+    return _places(table[None])
+
+
+def _in_token_order(part: Partial, order: Order, n: int) -> Partial:
     assert order.q_table is not None
-    ids = _ids(order.q_table, order.row).expand(part.out.shape[0], -1, -1).long()
-    n = int(part.out.shape[2]) if ids.shape[2] == part.out.shape[2] else call.n_q
-    spare = torch.where(ids < 0, n, ids)
-    out = part.out.new_zeros(*part.out.shape[:2], n + 1, part.out.shape[3])
-    out.scatter_(2, spare[..., None].expand_as(part.out), part.out)
-    lse = part.lse.new_full((*part.lse.shape[:2], n + 1), float("-inf"))
-    lse.scatter_(2, spare, part.lse)
-    return Partial(out[:, :, :n], lse[:, :, :n])
+    table, row = order.q_table, None if _common(order) else order.row
+    out = part.out.new_empty(*part.out.shape[:2], n, part.out.shape[3])
+    lse = part.lse.new_empty((*part.lse.shape[:2], n, 1))
+    if not order.whole:  # tokens that the order leaves out
+        out.zero_()
+        lse.fill_(float("-inf"))
+    put_rows(out, part.out, table, row)
+    put_rows(lse, part.lse[..., None], table, row)
+    return Partial(out, lse[..., 0])
 
 
 def run(
@@ -236,6 +329,10 @@ def run(
     """Attention of the call's heads over the keys of `index`, with the given arithmetic; options as
     in `kernels.attend`.
     """
+    q_pos, k_pos = call.q_pos, call.k_pos
+    if k_pos is not None and not call.causal and call.q.is_cuda:
+        # Holes as keys of weight zero keep the kernel in its main loop; rows of holes go nowhere.
+        index, q_pos, k_pos = _weightless(index, k_pos), None, None
     return kernels.attend(
         call.q,
         call.k,
@@ -248,8 +345,8 @@ def run(
         # Keys as the model left them serve equal groups; said so, the host knows it too.
         kv_of_head=None if call.k_pos is None else call.kv_of_head,
         key_mask=call.key_mask,
-        q_pos=call.q_pos,
-        k_pos=call.k_pos,
+        q_pos=q_pos,
+        k_pos=k_pos,
         rows=rows,
         skip=execution.skip,
         qk=execution.qk,
@@ -260,21 +357,38 @@ def run(
     )
 
 
-def _launch(call: AttentionCall, lane: list[Answer], out: Tensor) -> None:
+def _weightless(index: BlockIndex, place: Tensor) -> BlockIndex:
+    """The same lists with a bias of −inf on holes; kept with the index, as methods keep that."""
+    kept = index.lowered.get("holes")
+    if kept is None or kept[0] is not place:
+        bias = torch.where(place < 0, -torch.inf, 0.0) + index.bias
+        kept = index.lowered["holes"] = (place, replace(index, bias=bias))
+    return kept[1]
+
+
+def _launch(lane: list[Answer], out: Tensor) -> None:
     """One launch for all answers of a lane, written in place."""
-    heads = tuple(h for a in lane for h in a.call.heads)
-    joined = replace(call, heads=heads, kv_of_head=torch.cat([a.call.kv_of_head for a in lane]))
+    first, heads = lane[0], tuple(h for a in lane for h in a.call.heads)
+    kv = first.call.kv_of_head if len(lane) == 1 else torch.cat([a.call.kv_of_head for a in lane])
+    joined = replace(first.call, heads=heads, kv_of_head=kv)
     index = BlockIndex.cat([a.index for a in lane])
-    execution = lane[0].execution
+    execution = first.execution
     if execution.skip is not None:
         columns = [
-            torch.as_tensor(a.execution.skip, dtype=torch.float32, device=call.q.device)
+            torch.as_tensor(a.execution.skip, dtype=torch.float32, device=out.device)
             .reshape(-1)
             .expand(len(a.call.heads))
             for a in lane
         ]
         execution = replace(execution, skip=torch.cat(columns))
-    run(joined, index, execution, out=out)
+    order = first.order
+    if order is None or order.q_table is None:
+        run(joined, index, execution, out=out)
+        return
+    part = run(joined, index, execution)
+    if not order.whole:
+        out[:, device_ids(heads, out.device)] = 0  # tokens that the order leaves out
+    put_rows(out, part.out, order.q_table, None, heads)
 
 
 def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
@@ -285,23 +399,27 @@ def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
     return Answer(call, (index,))
 
 
-def _borrow(
-    call: AttentionCall, reuse: Reuse, state: PatchState
-) -> list[tuple[tuple[int, ...], tuple[Piece, ...]]] | None:
-    """The anchor's lists for this call's heads, by anchor group. None: the anchor ran dense."""
-    saved = state.indices.get((reuse.site or call.site.path, call.ordinal))
-    if not saved:
-        return None
+def _borrow(call: AttentionCall, reuse: Reuse, state: PatchState) -> list[Saved] | None:
+    """The anchor's lists for this call's heads, newest first. None: the anchor ran dense."""
+    if reuse.site is None:
+        saved = call.memory.get("saved")
+    else:
+        saved = state.indices.get((reuse.site, call.ordinal))
     source = {h: (reuse.heads[h] if reuse.heads is not None else h) for h in call.heads}
-    found: list[tuple[tuple[int, ...], tuple[Piece, ...]]] = []
-    for heads, pieces in saved:
-        mine = tuple(h for h in call.heads if source[h] in heads)
+    found: list[Saved] = []
+    for s in reversed(saved or []):
+        mine = tuple(h for h in call.heads if source.get(h) in s.heads)
         if mine:
-            at = [heads.index(source[h]) for h in mine]
-            found.append((mine, tuple(_moved(p, call.q.device).take(at) for p in pieces)))
-    if sum(len(heads) for heads, _ in found) != len(call.heads):
-        return None
-    return found
+            at = [s.heads.index(source.pop(h)) for h in mine]
+            pieces = tuple(_moved(p, call.q.device).take(at) for p in s.pieces)
+            order = s.order and _order_of(s.order, at)
+            found.append(Saved(mine, pieces, order))
+    return None if source else found
+
+
+def _order_of(order: Order, at: Sequence[int]) -> Order:
+    """The order of some of its heads."""
+    return replace(order, row=order.row[..., list(at)])
 
 
 def _moved(index: BlockIndex, device: torch.device) -> BlockIndex:
@@ -318,21 +436,35 @@ def _moved(index: BlockIndex, device: torch.device) -> BlockIndex:
 def _store(
     call: AttentionCall, policy: Policy, answers: tuple[Answer, ...] | None, state: PatchState
 ) -> None:
-    """Keep the lists of an anchor site for the layers that read them in this forward."""
-    if call.site.path not in state.anchors:
+    """Keep the lists of an anchor for the layers that read them in this forward, and those of a
+    site that reads its own for the steps to come.
+    """
+    shelves: list[list[Saved]] = []
+    if call.site.path in state.anchors:
+        shelves.append(state.indices.setdefault((call.site.path, call.ordinal), []))
+    if call.site.path in state.own_anchors and policy.reuse is None:
+        own = call.memory.setdefault("saved", [])
+        own[:] = [s for s in own if not set(s.heads) <= set(call.heads)]
+        shelves.append(own)
+    if not shelves:
         return
-    saved = state.indices.setdefault((call.site.path, call.ordinal), [])
+    for saved in _saved(call, policy, answers):
+        for shelf in shelves:
+            shelf.append(saved)
+
+
+def _saved(
+    call: AttentionCall, policy: Policy, answers: tuple[Answer, ...] | None
+) -> Iterator[Saved]:
     if answers is None:
         for method in policy.methods:
-            if "emit" in method.answers():
-                emitted = method.emit(call, None)
-                if emitted is not None:
-                    pieces = emitted if isinstance(emitted, tuple) else (emitted,)
-                    saved.append((call.heads, _lists(pieces)))
+            if "emit" in method.answers() and (emitted := method.emit(call, None)) is not None:
+                pieces = emitted if isinstance(emitted, tuple) else (emitted,)
+                yield Saved(call.heads, _lists(pieces))
         return
     for a in answers:
-        if a.order is None and len(lists := _lists(a.pieces)) == len(a.pieces):
-            saved.append((a.call.heads, lists))
+        if len(lists := _lists(a.pieces)) == len(a.pieces):
+            yield Saved(a.call.heads, lists, a.order)
 
 
 def _lists(pieces: Sequence[Piece]) -> tuple[BlockIndex, ...]:

@@ -1,0 +1,34 @@
+"""SageAttention: dense attention in eight bits.
+
+Zhang et al., 2024–2025, arXiv 2410.02367, 2411.10958 (`thu-ml/SageAttention`). Keys share a large
+mean that would eat the range of an integer; softmax does not see it, so it goes first. Then q and k
+are rounded to int8 with a scale for each block, p and v to fp8.
+
+    k ← k − mean over tokens of k            out unchanged; LSE gets q · mean(k) · scale back
+    s = (q̂ · k̂ᵀ) · scale_q · scale_k         int8 products
+    out = p̂ · v̂ · scale_v                     fp8 products, scale_v for each channel
+
+It answers with the arithmetic only and goes with any index.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from accelkit.patches.method import AttentionMethod, Execution, Precision
+
+if TYPE_CHECKING:
+    from accelkit.patches.call import AttentionCall, Phase
+
+
+class SageAttention(AttentionMethod):
+    """Int8 q and k without their mean, fp8 p and v."""
+
+    phases: ClassVar[tuple[Phase, ...]] = ("denoise",)
+
+    qk: Precision = "int8"
+    pv: Precision = "fp8"
+    smooth_k: bool = True
+
+    def execution(self, call: AttentionCall) -> Execution | None:
+        return Execution(qk=self.qk, pv=self.pv, smooth_k=self.smooth_k)

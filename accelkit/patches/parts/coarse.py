@@ -1,0 +1,41 @@
+"""Coarse maps: where a head's attention mass lies, in few cells, whatever the grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accelkit.kernels.positions import groups, key_head, logits, take_heads
+from accelkit.patches.call import AttentionCall
+from accelkit.patches.parts import orders
+from accelkit.patches.parts.grids import Visual
+
+
+def maps(
+    call: AttentionCall, lse: Tensor, where: Visual, cells: int, rows: int = 1024, step: int = 64
+) -> Tensor:
+    """Mean attention mass from query cells to key cells in each of the six orders of the axes, fp32
+    `[6, H, n, n]` with n = min(cells, tokens); a row of cells sums to one.
+
+    Cells are equal shares of all tokens in that order. `rows` query rows are drawn (the same in
+    every call); `lse` fp32 `[B, H, N]` is that of dense attention. Averages over the batch.
+    """
+    n, tokens, device = min(cells, call.n_k), call.n_k, call.q.device
+    tables = orders.axes(where, device).long()
+    cell = torch.arange(tokens, device=device) * n // tokens
+    of = torch.nn.functional.one_hot(cell, n).float()
+    chance = torch.Generator().manual_seed(0)
+    drawn = torch.randperm(tokens, generator=chance)[:rows].to(device)
+    total = torch.zeros(6, len(call.heads), n, n, device=device)
+    weight = torch.zeros(6, n, device=device)
+    cell_of = torch.stack([cell[t.argsort()] for t in tables])  # cells of tokens, in each order
+    for part in drawn.split(step):
+        for kv, slots in groups(call):
+            q = take_heads(call.q, [call.heads[s] for s in slots])[:, :, part]
+            p = logits(q, key_head(call, kv), call.scale)
+            p = (p - take_heads(lse, slots)[:, :, part, None]).exp_().mean(0)  # [g, R, N]
+            for i in range(6):
+                to = torch.nn.functional.one_hot(cell_of[i, part], n).float()  # [R, n]
+                total[i, slots] += to.T @ (p[..., tables[i]] @ of)
+        weight += torch.stack([c[part].bincount(minlength=n) for c in cell_of])
+    return total / weight.clamp(min=1)[:, None, :, None]

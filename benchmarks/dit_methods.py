@@ -1,0 +1,241 @@
+"""Every method for diffusion on one attention call of real size, against dense attention.
+
+    python benchmarks/dit_methods.py --output dit_methods.json [--shapes cogvideox wan hunyuan]
+
+Queries and keys are waves over the grid, as rotary positions make them, with noise: four kinds of
+heads (own frame, own place in time, around, own row). Each method runs at a setting near the
+density asked for. For each: milliseconds of the whole call (order, estimate, select, kernel, order
+back), of the answer alone and of the kernel alone, beside cuDNN's dense attention, and the error of
+sampled rows against softmax in fp32 over exactly the keys that the method chose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import traceback
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from accelkit.kernels import pyramid, select
+from accelkit.kernels.index import BlockIndex
+from accelkit.patches.call import AttentionCall, Clock, Geometry, Site, Span
+from accelkit.patches.method import load
+from accelkit.patches.plan import HeadGroup, LayerPlan, Plan, Policy
+from accelkit.patches.sites import attention
+from accelkit.patches.state import PatchState
+
+SHAPES = {
+    "cogvideox": ((13, 30, 45), 226, 48, 64),
+    "wan": ((21, 30, 52), 0, 12, 128),
+    "hunyuan": ((33, 45, 80), 256, 24, 128),
+}
+SETTINGS: dict[str, list[dict]] = {
+    "gna": [{"window": (1.0, 0.5, 0.4)}, {}],
+    "sliding_tile": [{"window": (1.0, 0.5, 0.4)}],
+    "free_swim": [{"base": (13, 24)}],
+    "radial_attention": [{"decay": 0.2}],
+    "sparse_vdit": [{"mode": "diagonal"}, {"mode": "multi_diagonal"}, {"mode": "stripe"}],
+    "sparse_videogen": [{"density": 0.2}],
+    "re_ttention": [{"window": 0.03125}, {"window": 0.2}],
+    "paro_attention": [{"density": 0.2}],
+    "ada_spa": [{}, {"block": 128}],
+    "vmoba": [{"coverage": 0.2}],
+    "psa": [{}, {"every": 8}],
+    "sparge_attn": [
+        {"hilbert": True, "similarity": -0.1, "coverage": 0.9},
+        {"similarity": -0.1, "coverage": 0.9},
+    ],
+    "flash_prefill": [{"alpha": 0.1}],
+    "xattention": [{"coverage": 0.7}],
+    "window": [{"window_tokens": 3500}],
+    "sage_attention": [{}],
+    "gna+sage_attention": [{"window": (1.0, 0.5, 0.4)}],
+    "re_ttention+sage_attention": [{"window": 0.2}],
+}
+
+
+def call_of(shape: str) -> AttentionCall:
+    grid, text, heads, d = SHAPES[shape]
+    g = torch.Generator("cuda").manual_seed(0)
+    n = math.prod(grid) + text
+    root, freqs = d**0.5, d // 8
+    places = torch.cartesian_prod(*(torch.arange(x) for x in grid)).cuda()
+    wave = torch.logspace(-1.6, 0.2, freqs).cuda()
+    nats = torch.tensor([(9.0, 9, 9), (0, 12, 12), (7, 9, 9), (7, 14, 2)]).cuda()
+    nats = nats[torch.arange(heads) % 4]
+    tensors = []
+    for _ in range(2):
+        x = 0.1 * root**0.5 * torch.randn(1, n, heads, d, generator=g, device="cuda")
+        for axis in range(3):
+            angle = places[:, axis, None] * wave
+            both = torch.cat([angle.cos(), angle.sin()], -1)[:, None]
+            at = slice(2 * freqs * axis, 2 * freqs * (axis + 1))
+            size = (nats[:, axis] * root / freqs).sqrt()[:, None]
+            x[0, text:, :, at] += both * size
+        tensors.append(x.bfloat16().transpose(1, 2))
+    v = torch.randn(1, n, heads, d, generator=g, device="cuda", dtype=torch.bfloat16)
+    spans = (Span("text", 0, text), Span("video", text, n))
+    ids = torch.arange(heads, device="cuda")
+    return AttentionCall(
+        *tensors, v.transpose(1, 2), 1 / root, False, 0, None, tuple(range(heads)), ids,
+        clock=Clock("denoise", 10, 50), geometry=Geometry(spans, grid), site=Site("a", 2),
+    )  # fmt: skip
+
+
+def dense_lse(call: AttentionCall) -> torch.Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        call.q, call.k, call.v, scale=call.scale
+    )[1]
+
+
+def time_ms(run, repeats: int = 7) -> float:
+    """Median milliseconds on the device; the host may run ahead, as in a model."""
+    run()
+    torch.cuda.synchronize()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return median(a.elapsed_time(b) for a, b in pairwise(marks))
+
+
+def at_step(call: AttentionCall, step: int, memory: dict) -> AttentionCall:
+    return replace(call, clock=Clock("denoise", step, 50), memory=memory, _shared={})
+
+
+def expected(a: attention.Answer, head: int, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (of the kernel) of one head, in fp32 over the keys of all pieces."""
+    logits, values = [], []
+    for piece in a.pieces:
+        assert isinstance(piece, BlockIndex)
+        k, v, index = a.call.k, a.call.v, piece
+        bias = torch.zeros(1, 1, k.shape[2], device=k.device)
+        if piece.level is not None:
+            k, v, index = pyramid.lower(k, v, piece)
+        bias = bias[..., : k.shape[2]] + index.bias
+        if a.call.k_pos is not None:
+            bias = bias.masked_fill(a.call.k_pos < 0, -math.inf)
+        keys = k[0, int(a.call.kv_of_head[head])].float()
+        s = a.call.q[0, a.call.heads[head], rows].float() @ keys.T * a.call.scale
+        s = s + bias[0, head if bias.shape[1] > 1 else 0]
+        bq, bk = index.size
+        for i, row in enumerate(rows.tolist()):
+            start = int(index.start[0, head, row // bq])
+            count = int(index.count[0, head, row // bq])
+            on = torch.zeros(-(-k.shape[2] // bk), dtype=torch.bool, device=k.device)
+            on[index.blocks[start : start + count].long()] = True
+            on |= count < 0  # a dense row
+            s[i] = s[i].masked_fill(~on.repeat_interleave(bk)[: k.shape[2]], -math.inf)
+        logits.append(s)
+        values.append(v[0, int(a.call.kv_of_head[head])].float())
+    return torch.cat(logits, -1).softmax(-1) @ torch.cat(values)
+
+
+def error(a: attention.Answer, out: torch.Tensor, dense: torch.Tensor) -> float:
+    """Greatest relative error of sampled rows of three heads."""
+    worst = 0.0
+    n = out.shape[2]
+    for head in {0, len(a.call.heads) // 2, len(a.call.heads) - 1}:
+        rows = torch.tensor([0, 300, n // 3, n // 2 + 1, n - 200, n - 1], device="cuda")
+        at = rows
+        if a.order is not None:
+            table = a.order.q_table[a.order.row[..., head].long().flatten()[0]]
+            at = torch.stack([(table == r).nonzero().flatten()[0] for r in rows])
+        want = dense[0, head, rows].float() if a.finishers else expected(a, head, at)
+        got = out[0, head, rows].float()
+        worst = max(worst, float((got - want).norm() / want.norm()))
+    return worst
+
+
+def measure(call: AttentionCall, name: str, fields: dict, dense: torch.Tensor) -> dict:
+    name, *others = name.split("+")
+    method = load(name)(**fields)
+    if name == "paro_attention":
+        calibrator = method.calibrator(call.site)
+        calibrator.see(call, dense, dense_lse(call))
+        call = replace(call, tables=calibrator.tables())
+        method = method.model_copy(update={"axes": "paro_axes", "blocks": "paro_blocks"})
+    policy, memory = Policy(methods=(method, *(load(o)() for o in others))), {}
+    groups = [HeadGroup(call.heads, policy, 0)]
+    state = PatchState(Plan.model_construct(policies=(policy,), sites={"a": LayerPlan()}))
+    out = torch.empty_like(call.v)
+    assert attention.attend(at_step(call, 10, memory), groups, state, out)
+    search_ms = None
+    if memory and name in ("ada_spa", "re_ttention"):
+        search_ms = time_ms(lambda: attention.attend(at_step(call, 10, {}), groups, state, out), 3)
+        out.fill_(float("nan"))
+    now = lambda: at_step(call, 11, memory)  # noqa: E731
+    assert attention.attend(now(), groups, state, out)
+    (a,) = attention.answer(now(), policy)
+    row = {"method": "+".join((name, *others)), **fields, "error": error(a, out, dense)}
+    row["density"] = float(select.density(a.pieces, a.call).mean())
+    row["recall_of_output"] = 1 - float(
+        (out.float() - dense.float()).abs().sum() / dense.float().abs().sum()
+    )
+    row["call_ms"] = time_ms(lambda: attention.attend(now(), groups, state, out))
+    row["order_ms"] = 0.0
+    if a.order is not None:
+        row["order_ms"] = time_ms(lambda: attention.in_kernel_order(now(), a.order))
+    row["answer_ms"] = time_ms(lambda: attention.answer(now(), policy))
+    row["kernel_ms"] = sum(
+        time_ms(lambda p=piece: attention.run(a.call, p, a.execution)) for piece in a.pieces
+    )
+    row["search_ms"] = search_ms
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="+", default=["wan", "cogvideox"], choices=SHAPES)
+    parser.add_argument("--methods", nargs="+", default=list(SETTINGS))
+    args = parser.parse_args()
+    rows = []
+    for shape in args.shapes:
+        call = call_of(shape)
+
+        def cudnn(call: AttentionCall = call) -> torch.Tensor:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale)
+
+        dense_ms, dense = time_ms(cudnn), cudnn()
+        print(f"{shape}: {call.n_k} tokens, {len(call.heads)} heads, dense {dense_ms:.2f} ms")
+        for name in args.methods:
+            for fields in SETTINGS[name]:
+                try:
+                    with torch.inference_mode():
+                        row = measure(call, name, fields, dense)
+                except Exception as reason:
+                    traceback.print_exc(file=sys.stderr)
+                    print(f"  {name} {fields}: {type(reason).__name__}: {str(reason)[:90]}")
+                    continue
+                row |= {"shape": shape, "dense_ms": dense_ms, "gain": dense_ms / row["call_ms"]}
+                rows.append(row)
+                print(
+                    f"  {name[:18]:18s} d {row['density']:.3f} call {row['call_ms']:6.2f} "
+                    f"answer {row['answer_ms']:6.2f} order {row['order_ms']:5.2f} kernel "
+                    f"{row['kernel_ms']:6.2f} gain {row['gain']:4.2f} err {row['error']:.4f} "
+                    f"agree {row['recall_of_output']:.3f} "
+                    + (f"search {row['search_ms']:.1f}" if row["search_ms"] else "")
+                )
+                args.output.write_text(
+                    json.dumps(
+                        {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
+                         "rows": rows}, indent=1,
+                    )
+                )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

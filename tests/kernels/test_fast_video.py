@@ -1,0 +1,120 @@
+"""Triton kernels of diffusion against their torch twins, in the interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from accelkit.kernels import attend, dispatch, permute, scores, scores_blocks, select
+from accelkit.kernels.index import BlockIndex, plain_inputs
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytestmark = [
+        pytest.mark.interpreter,
+        pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="no interpreter"),
+    ]
+
+from accelkit.kernels._triton import permute as fast_permute
+from accelkit.kernels._triton import scores as fast
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def twins(monkeypatch: pytest.MonkeyPatch):
+    """Public functions take the torch way here, also on a GPU."""
+    for module in (dispatch, permute):
+        monkeypatch.setattr(module, "fast_device", lambda t: False)
+    torch.manual_seed(0)
+
+
+def rows(batch: int, heads: int, n: int, d: int) -> torch.Tensor:
+    """Tokens as projections leave them: heads beside one another."""
+    return torch.randn(batch, n, heads, d, device=DEVICE).transpose(1, 2)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_move_and_come_back(shared: bool):
+    x = rows(2, 3, 90, 24)
+    table = torch.stack([torch.randperm(90), torch.randperm(90)])
+    table = torch.cat([table, torch.full((2, 6), -1)], 1)[:, torch.randperm(96)].int().to(DEVICE)
+    row = torch.tensor([0, 0] if shared else [1, 0], device=DEVICE)
+    heads = torch.tensor([2, 0], dtype=torch.int32, device=DEVICE)
+    ids = table[:1][None] if shared else table[row][None]
+    table = table[:1] if shared else table
+    moved = permute.take_rows(x, table, row, heads)
+    assert torch.equal(moved, fast_permute.take_rows(x, ids, heads))
+    for h, slot in ((2, 0), (0, 1)):
+        at = ids[0, 0 if shared else slot].long()
+        assert torch.equal(moved[:, slot, at >= 0], x[:, h, at[at >= 0]])
+        assert not moved[:, slot, at < 0].any()
+    for put in (
+        lambda out: permute.put_rows(out, moved, table, row, heads),
+        lambda out: fast_permute.put_rows(out, moved, ids, heads),
+    ):
+        out = torch.zeros_like(x)
+        put(out)
+        assert torch.equal(out[:, [2, 0]], x[:, [2, 0]])
+        assert not out[:, 1].any()
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_self_similarity(center: bool, masked: bool):
+    x = rows(2, 3, 90, 24)
+    mask = (torch.rand(2, 1, 90) > 0.2).to(DEVICE) if masked else None
+    slow = scores.self_similarity(x, 16, mask, center)
+    torch.testing.assert_close(
+        slow, scores_blocks._fast_self_similarity(x, 16, mask, center), atol=1e-4, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("size", [(16, 16), (64, 64), (32, 16)])
+def test_block_mass(size: tuple[int, int]):
+    """Exact masses of a tile sum to one, whichever way they are found."""
+    call = plain_inputs(rows(1, 4, 150, 24), rows(1, 2, 150, 24), rows(1, 2, 150, 24), causal=False)
+    s = call.q @ call.k.repeat_interleave(2, 1).transpose(-1, -2) * call.scale
+    lse = s.logsumexp(-1)
+    assert fast.mass_fits(call, size)
+    found = fast.block_mass(call, lse, size)
+    torch.testing.assert_close(found.sum(-1), torch.ones_like(found[..., 0]), atol=2e-4, rtol=0)
+    torch.testing.assert_close(found, scores.block_mass(call, lse, size), atol=2e-4, rtol=1e-3)
+
+
+def test_sampled_maxima():
+    call = plain_inputs(rows(1, 4, 270, 24), rows(1, 2, 270, 24), rows(1, 2, 270, 24), causal=False)
+    slow = scores.sampled_max(call, (64, 64), every=4)
+    q = scores_blocks._sampled(call.q, 64, 4, 0)
+    k = scores_blocks._sampled(call.k, 64, 4, 1)
+    found = scores_blocks._fast_sampled_max(call, q, k)
+    torch.testing.assert_close(found, slow, atol=5e-3, rtol=5e-3)
+
+
+def test_a_pyramid():
+    """Lists with levels: Triton gives what the reference gives, text and ragged end included."""
+    q, k, v = rows(1, 4, 270, 32), rows(1, 2, 270, 32), rows(1, 2, 270, 32)
+    levels = torch.randint(-1, 4, (1, 4, 9, 9), generator=torch.Generator().manual_seed(0))
+    levels[..., 0], levels[:, :, 0] = 0, 0
+    for piece in select.compact_levels(levels.to(torch.int8).to(DEVICE), 270, (32, 32), 16):
+        slow = attend(q, k, v, piece, causal=False, backend="reference")
+        found = attend(q, k, v, piece, causal=False, backend="triton")
+        torch.testing.assert_close(found.out, slow.out, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(found.lse, slow.lse, atol=2e-4, rtol=2e-4)
+
+
+def test_holes_as_keys_without_weight():
+    """A bias of −inf on the places of holes hides them in every kernel."""
+    q, k, v = rows(1, 2, 96, 32), rows(1, 2, 96, 32), rows(1, 2, 96, 32)
+    hole = torch.zeros(1, 1, 96, dtype=torch.bool, device=DEVICE)
+    hole[..., 7:16] = hole[..., 32:48] = True
+    index = BlockIndex.dense(2, 6, (16, 16), q.device)
+    bias = torch.where(hole, -torch.inf, 0.0)
+    place = torch.where(hole, -1, torch.arange(96, device=DEVICE)).int()
+    found = attend(q, k, v, replace(index, bias=bias), causal=False, backend="triton")
+    slow = attend(q, k, v, index, causal=False, k_pos=place, backend="reference")
+    torch.testing.assert_close(found.out, slow.out, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(found.lse, slow.lse, atol=2e-4, rtol=2e-4)

@@ -1,0 +1,123 @@
+"""Patched denoisers under `torch.compile`, whole and by repeated blocks: one graph, and eager's
+numbers.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import ClassVar
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import accelkit
+from accelkit.errors import InvalidInputError
+from accelkit.patches.adapters import sites
+from accelkit.patches.method import load
+from accelkit.patches.patch import plan_of
+from tests.tiny_pipes import latents, tiny_pipe
+
+pytestmark = pytest.mark.filterwarnings("error::accelkit.errors.DenseFallbackWarning")
+
+
+class Near(load("window")):  # type: ignore[misc]
+    """A window on both sides, in denoising."""
+
+    phases: ClassVar = ("denoise",)
+
+
+NARROW = Near(sink_tokens=16, window_tokens=17, block=16)
+
+
+@pytest.fixture
+def wan():
+    return tiny_pipe("wan")
+
+
+@contextmanager
+def counted_graphs(pipe, family: str, how: str):
+    """Compile the denoiser with a counter for its backend."""
+    torch._dynamo.reset()
+    counter, model = CompileCounter(), pipe.transformer
+    options = {"backend": counter, "fullgraph": True}
+    if how == "module":
+        pipe.transformer = torch.compile(model, **options)
+    elif how == "in place":
+        model.compile(**options)
+    else:
+        model.compile_repeated_blocks(**options)
+    try:
+        yield counter
+    finally:
+        pipe.transformer = model
+        for module in model.modules():
+            module._compiled_call_impl = None
+        torch._dynamo.reset()
+
+
+WAYS = ["module", "in place", "repeated blocks"]
+
+
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [(f, how) for f in ("wan", "flux") for how in WAYS]
+    + [(f, "repeated blocks") for f in ("hunyuan15", "ltx", "qwen_image")],
+)
+def test_compiled_as_one_graph_and_equal_to_eager(family, how):
+    pipe = tiny_pipe(family)
+    graphs = 1
+    if family != "wan":
+        with counted_graphs(pipe, family, how) as counter:
+            latents(pipe, family, steps=2)
+            graphs = counter.frame_count  # as many as without a patch
+    with accelkit.patch(pipe, NARROW) as handle:
+        eager = [latents(pipe, family, p, steps=3) for p in ("a red ball", "the cube falls")]
+        handle.reset_report()
+        with counted_graphs(pipe, family, how) as counter:
+            again = [latents(pipe, family, p, steps=3) for p in ("a red ball", "the cube falls")]
+            assert counter.frame_count == graphs
+        assert handle.report().dense == {}
+        forwards = 1 if family in ("flux", "ltx") else 2  # of a step
+        assert handle.report().sparse_calls == 2 * 3 * forwards * len(sites(pipe))
+    for compiled, expected in zip(again, eager, strict=True):
+        torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_another_plan_needs_no_new_graph(wan):
+    """What a plan says is no part of the graph, nor is the step."""
+    plan = plan_of(wan, NARROW)
+    rules = {p: x.rules[0].model_copy(update={"steps": (0.5, 1.0)}) for p, x in plan.sites.items()}
+    late = plan.model_copy(
+        update={
+            "sites": {p: x.model_copy(update={"rules": (rules[p],)}) for p, x in plan.sites.items()}
+        }
+    )
+    with accelkit.patch(wan, late) as handle, counted_graphs(wan, "wan", "repeated blocks") as n:
+        latents(wan, "wan", steps=4)
+        assert n.frame_count == 1
+        assert handle.report().sparse_calls == handle.report().dense["no policy"] == 8
+
+
+def test_compiled_denoisers_are_refused(wan):
+    model = wan.transformer
+    for how in ("module", "in place", "repeated blocks"):
+        with (
+            counted_graphs(wan, "wan", how),
+            pytest.raises(InvalidInputError, match="compile afterwards"),
+        ):
+            accelkit.patch(wan, NARROW)
+    accelkit.patch(model, NARROW).remove()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_op_keeps_its_contract(padded):
+    model = tiny_pipe("hunyuan").transformer
+    mask = (torch.arange(204) < 196).view(1, 1, 1, -1) if padded else None
+    with torch.no_grad(), accelkit.patch(model, NARROW):
+        q, k, v = (torch.randn(1, 204, 2, 16).transpose(1, 2) for _ in range(3))
+        site = model.transformer_blocks[0].attn.accelkit_site
+        seen = [torch.randn(1, 4, 3, 16, 16), torch.tensor([900.0])]
+        torch.library.opcheck(
+            torch.ops.accelkit.sdpa.default, (q, k, v, mask, 0.25, site, seen, [], 0)
+        )
