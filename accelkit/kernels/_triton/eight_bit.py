@@ -279,7 +279,8 @@ def run(launch: Launch, ops: Operands, work: Work, tile: Tile) -> None:
     _eight_bit[(work.items.shape[0] * tile.per_row,)](
         *tensors, launch.out, launch.lse, ops.q_scale, ops.k_scale,
         *(some if t is None else t for t in (ops.v_scale, ops.v_mean, ops.shift)),
-        work.lists, work.items, launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0], bias_table[0],
+        work.lists, work.items, launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0],
+        bias_table[0],
         *launch.out.stride()[:3], *launch.lse.stride(), *q_pos[1:], *k_pos[1:], *bias_table[1:],
         launch.heads, ops.k.shape[1], launch.n_q, launch.n_k,
         ops.k_scale.shape[2], launch.q_start, work.capacity, launch.scale * LOG2E,

@@ -202,8 +202,8 @@ def _consume(
         limit = rows * 0 + n_k
         if CAUSAL:
             limit = rows + q_start
-        q_at = (b64 * n_heads + h64) * n_q + rows
-        by_row = gl.load(Q_SCALE + q_at, mask=rows < n_q, other=0.0) * factor
+        q_at = (b64 * n_heads + h64) * n_q
+        by_row = gl.load(Q_SCALE + q_at + rows, mask=rows < n_q, other=0.0) * factor
         scales = K_SCALE + (b64 * n_kv + hk) * n_kb
         m = gl.full([_ROWS], -1e30, gl.float32, s_row)
         total = gl.zeros([_ROWS], gl.float32, s_row)
@@ -303,7 +303,7 @@ def _consume(
         safe = gl.where(alive, total, 1.0)
         lse = (m - FULL + gl.log2(safe)) * 0.6931471805599453
         if SMOOTH:
-            lse += gl.load(SHIFT + q_at, mask=rows < n_q, other=0.0)
+            lse += gl.load(SHIFT + q_at + rows, mask=rows < n_q, other=0.0)
         lse_at = LSE + b64 * s_lb + ho.to(gl.int64) * s_lh + rows.to(gl.int64) * s_ln
         gl.store(lse_at, gl.where(alive, lse, -float("inf")), mask=rows < n_q)
         acc = acc * gl.convert_layout(1.0 / safe, o_row)[:, None]
