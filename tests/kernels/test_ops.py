@@ -36,6 +36,7 @@ def test_opcheck() -> None:
         {"heads": (2, 0, 3, 1), "kv_of_head": (1, 0, 1, 0)},
         {"rows": (0, 3), "backend": "reference"},
         {"skip": 0.01},
+        {"qk": "int8", "pv": "fp8", "smooth_k": True},
     ],
 )
 def test_compiled_call_gives_the_same(options: dict) -> None:
