@@ -142,28 +142,25 @@ class Bench:
         }
 
 
-def mixtures(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Calibrated plans; later budgets share the first one's measurements and only search and
+def mixture(bench: Bench, args: argparse.Namespace, budget: float) -> dict[str, Any]:
+    """A calibrated plan; later budgets share the first one's measurements and only search and
     check.
     """
-    found = []
-    for n, budget in enumerate(args.budgets):
-        begin = time.perf_counter()
-        plan = accelkit.calibrate(
-            bench.model, tokenizer=bench.tokenizer, budget=budget, lengths=[args.length],
-            preset=args.preset, batch=args.batch, journal=args.journal, progress=False,
-            resume=n > 0 or args.resume,
-        )  # fmt: skip
-        seconds = time.perf_counter() - begin
-        used = sorted({p.label() for p in plan.policies})
-        kept = ("dense_prefills", "dense_prefill_ms", "dense_peak_bytes", "peak_bytes", "refused")
-        about = {k: plan.calibration[k] for k in kept}
-        row = {"budget": budget, "seconds": seconds, "policies": used, "calibration": about}
-        row |= {"measured": plan.measured, **bench.measure(plan, float("inf"))}
-        found.append(row)
-        bench.again()
-        tell(f"mixture {budget}", row)
-    return found
+    begin = time.perf_counter()
+    plan = accelkit.calibrate(
+        bench.model, tokenizer=bench.tokenizer, budget=budget, lengths=[args.length],
+        methods=args.among, preset=args.preset, batch=args.batch, journal=args.journal,
+        resume=args.resume or budget != args.budgets[0], progress=False,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begin
+    used = sorted({p.label() for p in plan.policies})
+    kept = ("dense_prefills", "dense_prefill_ms", "dense_peak_bytes", "peak_bytes", "refused")
+    about = {k: plan.calibration[k] for k in kept}
+    row = {"budget": budget, "seconds": seconds, "policies": used, "calibration": about}
+    row |= {"measured": plan.measured, **bench.measure(plan, float("inf"))}
+    bench.again()
+    tell(f"mixture {budget}", row)
+    return row
 
 
 def singles(bench: Bench, name: str, most_error: float) -> list[dict[str, Any]]:
@@ -230,7 +227,7 @@ def save(found: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="examples/models/tiny-llama")
     parser.add_argument("--length", type=int, default=8192)
@@ -238,6 +235,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.01, 0.02, 0.04, 0.08])
     parser.add_argument("--methods", nargs="*", default=None)
+    parser.add_argument("--among", nargs="*", default=None, help="methods that mixtures may use")
     parser.add_argument("--tasks", nargs="*", default=TASKS)
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--most-error", type=float, default=0.12, help="of rivals")
@@ -245,7 +243,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="take up the named journal")
     parser.add_argument("--join", type=Path, nargs="*", help="results to put together")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.join:
         found = joined(args.join)
         save(found, args.out)
@@ -256,14 +254,16 @@ def main() -> None:
             "model": args.model, "tokens": args.length, "batch": args.batch,
             "dtype": str(bench.dtype), "preset": args.preset, "prompts": len(bench.references),
             "environment": environment(bench.model.device), "dense_ms": bench.dense_ms,
-            "mixtures": mixtures(bench, args), "singles": [],
+            "mixtures": [], "singles": [],
         }  # fmt: skip
-        save(found, args.out)
+        for budget in args.budgets:
+            found["mixtures"].append(mixture(bench, args, budget))
+            save(found, args.out)  # a run that is cut short keeps what it has
         refused = {n for m in found["mixtures"] for n in m["calibration"]["refused"]}
         able = [n for n in names() if "prefill" in load(n).phases and n not in refused]
         for name in able if args.methods is None else args.methods:
             found["singles"] += singles(bench, name, args.most_error)
-            save(found, args.out)  # a run that is cut short keeps what it has
+            save(found, args.out)
         if own is None:
             args.journal.unlink(missing_ok=True)
     for row in found["table"]:
