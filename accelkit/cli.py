@@ -199,7 +199,7 @@ def patch(
     from accelkit.calibration import pipelines
 
     if pipelines.is_pipeline(model):
-        from accelkit.calibration import video_bench
+        from accelkit.calibration import opening, video_bench
 
         text = prompt if prompt_file is None else console.read_text(prompt_file).strip()
         size = console.given(height=height, width=width, num_frames=frames, steps=steps)
@@ -214,7 +214,7 @@ def patch(
         )
         files = made.files()
         if save is not None:
-            files["saved"] = str(pipelines.save_model(pipe, None, read, save).parent)
+            files["saved"] = str(opening.save_model(pipe, None, read, save).parent)
         written = [f"{k:9}{v}" for k, v in files.items()]
         console.emit(made.as_dict() | {"files": files}, as_json, video_bench.table(made), *written)
         return
