@@ -10,7 +10,21 @@ from typing import Annotated, Any
 import typer
 
 from accelkit import console
-from accelkit.console import AsJson, Device, Dtype, Lengths, Model, PlanAt, Seed, Talk, Yes
+from accelkit.console import (
+    AsJson,
+    Device,
+    Dtype,
+    Frames,
+    Height,
+    Lengths,
+    Model,
+    PlanAt,
+    Seed,
+    Steps,
+    Talk,
+    Width,
+    Yes,
+)
 from accelkit.errors import InvalidInputError
 
 app = typer.Typer(
@@ -20,7 +34,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Speeds up pretrained language models by calibrated block-sparse attention.",
+    help="Speeds up pretrained language models and diffusion pipelines by calibrated sparse "
+    "attention.",
 )
 
 
@@ -30,7 +45,10 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Folder for plan, journal and report.")] = Path(
         "accelkit-plan"
     ),
-    budget: Annotated[str, typer.Option(help="Error that may be spent: 0.02 or 2%.")] = "2%",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Error that may be spent: 0.02 or 2%. Default: 2%, for pipelines 10%."),
+    ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Prompt lengths such as 8k,32k. Default: by the device.")
     ] = None,
@@ -40,6 +58,16 @@ def calibrate(
             exists=True, dir_okay=False, help="Text or JSON-lines file. Default: built-in tasks."
         ),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="For pipelines: a prompt a line, or JSON lines."
+        ),
+    ] = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    steps: Steps = None,
     preset: Annotated[str, typer.Option(help="careful, balanced or fast.")] = "balanced",
     methods: Annotated[
         str | None, typer.Option(help="Methods to try, such as flex_prefill,window. Default: all.")
@@ -69,7 +97,9 @@ def calibrate(
 ) -> None:
     """Measure MODEL and write the fastest [bold]plan[/bold] that keeps within the error budget."""
     console.verbosity(talk)
-    allowed, stop = console.ratio(budget, "--budget"), console.seconds(time_limit)
+    allowed = None if budget is None else console.ratio(budget, "--budget")
+    stop = console.seconds(time_limit)
+    size = console.given(height=height, width=width, num_frames=frames, steps=steps)
     limits = console.sizes(lengths) if lengths else None
     chosen = console.names(methods) or None
     journal = out / "journal.jsonl"
@@ -80,11 +110,11 @@ def calibrate(
         console.replaces(out / FILE, yes)
     from accelkit.calibration.calibrate import calibrate as measure
     from accelkit.calibration.calibrate import dry_run as bound_of
-    from accelkit.calibration.opening import open_model
+    from accelkit.calibration.pipelines import open_any
 
-    loaded, tokenizer = open_model(model, dtype=dtype, device=device)
+    loaded, tokenizer = open_any(model, dtype=dtype, device=device)
     if dry_run:
-        bound = bound_of(loaded, lengths=limits, tokenizer=tokenizer)
+        bound = bound_of(loaded, lengths=limits, tokenizer=tokenizer, **size)
         console.emit(
             bound,
             as_json,
@@ -93,10 +123,11 @@ def calibrate(
         return
     plan = measure(
         loaded,
-        data,
+        data or prompts,
         tokenizer=tokenizer,
-        budget=Budget(max_rel_error=allowed),
+        budget=None if allowed is None else Budget(max_rel_error=allowed),
         lengths=limits,
+        **size,
         methods=chosen,
         preset=preset,
         batch=batch,
@@ -125,7 +156,9 @@ def calibrate(
 def patch(
     model: Model,
     plan: PlanAt = None,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue or answer.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue, to answer or to show.")
+    ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text.")] = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="A long text with a question about one line of it.")
@@ -137,7 +170,17 @@ def patch(
     compare: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Run the dense model as well.")
     ] = True,
-    repeat: Annotated[int, typer.Option(help="Runs behind each median.")] = 3,
+    repeat: Annotated[
+        int | None, typer.Option(help="Runs behind each median. Default: 3, for pipelines 1.")
+    ] = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write a pipeline's video (.mp4) or picture (.png).")
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames a second of that video.")] = 16.0,
     save: Annotated[
         Path | None,
         typer.Option(
@@ -151,8 +194,28 @@ def patch(
     as_json: AsJson = False,
     talk: Talk = None,
 ) -> None:
-    """Run MODEL with a plan: the answer, its speed, and how far it agrees with the dense model."""
+    """Run MODEL with a plan: its answer or video, its speed, and how far it agrees with dense."""
     console.verbosity(talk)
+    from accelkit.calibration import pipelines
+
+    if pipelines.is_pipeline(model):
+        from accelkit.calibration import video_bench
+
+        shown_prompt = prompt if prompt_file is None else console.read_text(prompt_file).strip()
+        size = console.given(height=height, width=width, num_frames=frames, steps=steps)
+        pipe, read, setting, shot = pipelines.opened(
+            model, plan, shown_prompt, size, seed, dtype=dtype, device=device
+        )
+        if output is not None and output.exists():
+            console.replaces(output, yes)
+        made = video_bench.compare(
+            pipe, read, setting, shot, dense=compare, repeat=repeat or 1, output=output, fps=fps
+        )
+        sides_ = {"patched": made.patched, "dense": made.dense}
+        written = [f"{k:9}{v.file}" for k, v in sides_.items() if v and v.file]
+        written += [f"sheet    {made.sheet}"] if made.sheet else []
+        console.emit(made.as_dict(), as_json, video_bench.table(made), *written)
+        return
     sources = [prompt is not None, prompt_file is not None, demo]
     if sum(sources) > 1 or (not any(sources) and save is None):
         raise InvalidInputError(
@@ -177,7 +240,7 @@ def patch(
             expected=expected,
             max_new_tokens=max_new_tokens,
             dense=compare,
-            repeat=repeat,
+            repeat=3 if repeat is None else repeat,
         )
         document |= result.as_dict()
         shown += [sides.table(result), *([f"note: {result.note}"] if result.note else [])]
@@ -192,7 +255,9 @@ def show(
     plan_or_model: Annotated[
         str, typer.Argument(metavar="PLAN|MODEL", help="A plan, or a model whose sites are listed.")
     ],
-    phase: Annotated[str, typer.Option(help="prefill or decode.")] = "prefill",
+    phase: Annotated[
+        str | None, typer.Option(help="prefill, decode or denoise. Default: the plan's own.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write the heads × layers picture (.png, .svg or .pdf).")
@@ -206,14 +271,15 @@ def show(
     from accelkit.patches.plan_file import FILE
 
     folder = Path(plan_or_model)
-    if (folder / "config.json").exists() and not (folder / FILE).exists():
+    is_model = any((folder / name).exists() for name in ("config.json", "model_index.json"))
+    if is_model and not (folder / FILE).exists():
         if out or plot:
             raise InvalidInputError(
                 f"{plan_or_model} has no plan to draw; make one with `accelkit calibrate`"
             )
-        from accelkit.calibration.opening import describe_model
+        from accelkit.calibration.pipelines import describe_any
 
-        found = describe_model(plan_or_model)
+        found = describe_any(plan_or_model)
         console.emit(
             found, as_json, console.table(f"{found['class_name']}: attention sites", found["sites"])
         )
@@ -255,7 +321,14 @@ def bench(
     model: Model,
     plan: PlanAt = None,
     lengths: Lengths = "8k",
-    repeat: Annotated[int, typer.Option(help="Timed runs of each path.")] = 5,
+    prompt: Annotated[str | None, typer.Option(help="For pipelines: what to show.")] = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    repeat: Annotated[
+        int | None, typer.Option(help="Timed runs of each path. Default: 5, for pipelines 1.")
+    ] = None,
     warmup: Annotated[int, typer.Option(help="Runs before the timed ones.")] = 1,
     batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
     fit: Annotated[
@@ -276,12 +349,30 @@ def bench(
     as_json: AsJson = False,
     talk: Talk = None,
 ) -> None:
-    """Time prefill against the model's own path and against the best dense one present."""
+    """Time prefill or denoising against the model's own path and the best dense one present."""
     console.verbosity(talk)
     limits = console.sizes(lengths)
     from accelkit.calibration import bench as speed
-    from accelkit.calibration import results
+    from accelkit.calibration import pipelines, results
     from accelkit.calibration.opening import open_model, open_plan
+
+    if pipelines.is_pipeline(model):
+        from accelkit.calibration import video_bench
+
+        size = console.given(height=height, width=width, num_frames=frames, steps=steps)
+        pipe, read, setting, shot = pipelines.opened(
+            model, plan, prompt, size, seed, dtype=dtype, device=device
+        )
+        timed = video_bench.bench(
+            *(pipe, read, setting, shot), repeat=repeat or 1, warmup=warmup, progress=console.say
+        )
+        if out:
+            about = results.about(pipe, model, str(plan or model))
+            results.append_jsonl(out, [about | vars(setting) | row for row in timed])
+        console.emit(timed, as_json, console.table("Denoising", timed))
+        if min_speedup is not None:
+            video_bench.gate(timed, min_speedup)
+        return
 
     if fit:
         costs = speed.fit_costs(
@@ -303,7 +394,7 @@ def bench(
         tokenizer,
         lengths=limits,
         batch=batch,
-        repeat=repeat,
+        repeat=5 if repeat is None else repeat,
         warmup=warmup,
         seed=seed,
         progress=console.say,

@@ -23,7 +23,7 @@ from accelkit.errors import AccelkitError, AccelkitWarning, InvalidInputError
 log = logging.getLogger("accelkit")
 # Options that several commands share.
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder of a saved model, or a hub id.")
+    str, typer.Argument(metavar="MODEL", help="Folder of a saved model or pipeline, or a hub id.")
 ]
 PlanAt = Annotated[
     str | None,
@@ -32,6 +32,10 @@ PlanAt = Annotated[
     ),
 ]
 Lengths = Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 8k,32k.")]
+Height = Annotated[int | None, typer.Option(help="Of a pipeline's pictures, in pixels.")]
+Width = Annotated[int | None, typer.Option(help="Of a pipeline's pictures, in pixels.")]
+Frames = Annotated[int | None, typer.Option(help="Of a pipeline's videos.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps of a pipeline.")]
 Seed = Annotated[int, typer.Option(help="Seed of prompts and choices.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
@@ -103,6 +107,11 @@ def emit(document: Any, as_json: bool, *renderables: Any) -> None:
             console.print(part, markup=False, highlight=False, soft_wrap=True)
         else:
             console.print(part)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that somebody set."""
+    return {k: v for k, v in options.items() if v is not None}
 
 
 def table(title: str, rows: Sequence[dict[str, Any]]) -> Any:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 VARIABLES = {
-    "ACCELKIT_KERNEL": "backend of every launch: triton, torch, reference or auto",
+    "ACCELKIT_KERNEL": "backend of every launch: auto, triton, gluon, fa4, torch or reference",
     "ACCELKIT_DISABLE": "1: patched models run dense",
     "ACCELKIT_PROGRESS": "0: no progress bars",
     "HF_HOME": "where models from the hub are kept",
@@ -29,7 +29,7 @@ OPTIONAL = {
     "transformers": "language models: accelkit[llm]",
     "matplotlib": "pictures: accelkit[report]",
     "jinja2": "HTML reports: accelkit[report]",
-    "flash-attn": "dense attention to compare with",
+    "flash-attn-4": "a faster block-sparse kernel on H100 and H200: accelkit[fa4]",
 }
 
 
@@ -114,11 +114,11 @@ def problems(found: dict[str, Any]) -> list[str]:
             "no CUDA GPU is visible: speed-ups can be tried on the CPU but are made for GPUs"
         )
     if found["gpus"] and any(
-        k["backend"] != "triton" for k in found["kernels"] if k["dtype"] != "float32"
+        k["backend"] in ("torch", "reference", "none")
+        for k in found["kernels"]
+        if k["dtype"] != "float32"
     ):
-        told.append(
-            "some launches do not run in Triton kernels; the reasons stand in the table of kernels"
-        )
+        told.append("some launches run slowly in torch; the reasons stand in the table of kernels")
     if not found["optional"]["transformers"]["version"]:
         told.append('language models need transformers: pip install "accelkit[llm]"')
     if os.environ.get("ACCELKIT_DISABLE", "0") not in ("", "0"):
@@ -145,12 +145,11 @@ def render(found: dict[str, Any]) -> Group:
             str(n), *(str(gpu[k]) for k in ("name", "capability", "memory_gib", "multiprocessors"))
         )
     kernels = Table(title="Which kernel would serve", title_justify="left")
-    for column in ("dtype", "head size", "unit", "backend", "why"):
+    for column in ("dtype", "head size", "unit", "causal", "backend", "why"):
         kernels.add_column(column)
     for k in found["kernels"]:
-        kernels.add_row(
-            k["dtype"], str(k["head_dim"]), "×".join(map(str, k["unit"])), k["backend"], k["reason"]
-        )
+        unit, causal = "×".join(map(str, k["unit"])), "yes" if k["causal"] else "no"
+        kernels.add_row(k["dtype"], str(k["head_dim"]), unit, causal, k["backend"], k["reason"])
     probes = Table(title="Probes", title_justify="left", show_header=False)
     for name, answer in found["probes"].items():
         probes.add_row(name, answer)
@@ -177,30 +176,38 @@ def _gpu(number: int) -> dict[str, Any]:
     }
 
 
-def _cases(device: Any) -> list[tuple[str, int, tuple[int, int]]]:
+def _cases(device: Any) -> list[tuple[str, int, tuple[int, int], bool]]:
     dtypes = (
         ("bfloat16", "float16", "float32") if device.type == "cuda" else ("float32", "bfloat16")
     )
     return [
-        (dtype, dim, unit)
+        (dtype, dim, unit, causal)
         for dtype in dtypes
         for dim in (64, 128)
-        for unit in ((128, 128), (128, 1))
+        for unit, causal in (((128, 128), True), ((128, 128), False), ((128, 1), True))
     ]
 
 
-def _kernel(device: Any, dtype: str, head_dim: int, unit: tuple[int, int]) -> dict[str, Any]:
+def _kernel(
+    device: Any, dtype: str, head_dim: int, unit: tuple[int, int], causal: bool
+) -> dict[str, Any]:
     """Which backend a launch of this kind would take; asks, and computes nothing."""
     import torch
 
     from accelkit.kernels import dispatch
     from accelkit.kernels.index import BlockIndex
 
-    entry: dict[str, Any] = {"dtype": dtype, "head_dim": head_dim, "unit": unit}
+    entry: dict[str, Any] = {
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "unit": unit,
+        "causal": causal,
+    }
     try:
         q = torch.zeros(1, 4, 128, head_dim, dtype=getattr(torch, dtype), device=device)
         mask = torch.ones(1, 4, 1, 128 // unit[1], dtype=torch.bool, device=device)
-        choice = dispatch.explain(q, q[:, :2], q[:, :2], BlockIndex.from_mask(mask, unit))
+        index = BlockIndex.from_mask(mask, unit)
+        choice = dispatch.explain(q, q[:, :2], q[:, :2], index, causal=causal)
         return entry | {"backend": choice.backend, "reason": choice.reason}
     except Exception as error:
         return entry | {"backend": "none", "reason": f"{type(error).__name__}: {error}"}

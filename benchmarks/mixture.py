@@ -1,13 +1,21 @@
 """Does the calibrated mixture beat every single method with one global setting?
 
 Every method runs at eight settings or more in all heads of all layers, with the same dense
-fall-back and the same minimum length as the mixtures; mixtures are calibrated at several budgets.
-All of them answer the same held-out prompts, one of each task. Quality is the worst task's budget
-error (relative L1 error of the last hidden state at scored positions); speed is the median prefill
-of a batch of prompts, estimate and selection included, dense beside it in the same process.
+fall-back as the mixtures, which are calibrated at several budgets. All of them answer the same
+held-out prompts, one of each task. Quality is the worst task's budget error (relative L1 error of
+the last hidden state at scored positions); speed is the median prefill of a batch of prompts,
+estimate and selection included, with dense beside it in the same process.
+
+A setting that is slower than dense, or that spoils a prompt beyond anything a mixture may do, is no
+rival: it is not followed further, and says so (`complete`). Methods that calibration refuses on a
+device, because choosing alone takes longer than dense attention, are left out with that reason.
 
     python benchmarks/mixture.py --length 8192 --out benchmarks/results/mixture-cpu.json
     python benchmarks/mixture.py --length 16384 --batch 8 --out benchmarks/results/mixture-16k.json
+
+Parts may be measured in several runs on one kind of machine and put together: `--methods` names
+some of the methods, `--budgets` without a value leaves the mixtures out, and `--join` reads the
+parts. Times are compared by their ratio to the dense prefills of their own run.
 """
 
 from __future__ import annotations
@@ -18,6 +26,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,17 +42,21 @@ from accelkit.calibration.results import environment
 from accelkit.calibration.tasks import TASKS, make
 from accelkit.patches.method import Method, load, names
 from accelkit.patches.patch import patch, plan_of
-from accelkit.patches.plan import Limits, Plan
+from accelkit.patches.plan import Plan
 
 SETTINGS = 8
 HELD_OUT_SEED = 9_000
 """Far from the seeds that calibration draws and checks with."""
-HOPELESS = 1.25
+SLOW = 1.1
 """Settings that take longer than this share of dense are not followed further."""
+FIRST = ("text", "key_value", "variables")
+"""Tasks that sparse attention fails first."""
 
 
 def settings_of(name: str) -> list[Method]:
-    """At least eight global settings of a method: its dial's values and points between them."""
+    """At least eight global settings of a method, from sparsest to densest: its dial's values and
+    points between them.
+    """
     cls = load(name)
     if cls.dial is None:
         return [cls()]
@@ -57,72 +70,163 @@ def settings_of(name: str) -> list[Method]:
         if between in values:
             break
         values.insert(widest + 1, between)
+    if cls.dial.values[0] > cls.dial.values[-1]:
+        values.reverse()
     return [cls(**{cls.dial.field: v}) for v in values]
 
 
-def prefill_ms(model: Any, ids: np.ndarray, repeat: int) -> float:
-    """Median milliseconds of a prefill of `ids` `[B, N]`."""
-    times = []
-    for n in range(repeat + 1):
-        quality.synchronise(model.device)
-        begin = time.perf_counter()
-        forward(model, ids)
-        quality.synchronise(model.device)
-        if n:
+class Bench:
+    """The model, its held-out prompts, and the dense side of everything."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=self.dtype)
+        self.model, self.repeat = model.to(device).eval(), args.repeat
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tasks = sorted(args.tasks, key=lambda t: FIRST.index(t) if t in FIRST else len(FIRST))
+        prompts = [make(t, args.length, HELD_OUT_SEED, None, self.tokenizer) for t in tasks]
+        rows = [prompts[i % len(prompts)].ids for i in range(args.batch)]
+        self.ids = np.stack(rows).astype(np.int64)
+        self.prefill_ms(1)
+        self.references = [quality.reference(self.model, p) for p in prompts]
+        self.dense_ms = [self.prefill_ms(self.repeat)]
+
+    def prefill_ms(self, repeat: int) -> float:
+        """Median milliseconds of a prefill of the batch."""
+        times = []
+        for _ in range(repeat):
+            quality.synchronise(self.model.device)
+            begin = time.perf_counter()
+            forward(self.model, self.ids)
+            quality.synchronise(self.model.device)
             times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times)
+        return statistics.median(times)
+
+    def again(self) -> None:
+        """Another dense reading, so that a drifting clock shows."""
+        self.dense_ms.append(self.prefill_ms(self.repeat))
+
+    def measure(self, plan: Plan, most_error: float) -> dict[str, Any]:
+        """Speed and quality of a plan. `worst_error` of one that is not complete is that of the
+        prompts it ran on, None if it was too slow for any.
+        """
+        rows: list[dict[str, Any]] = []
+        density = None
+        with patch(self.model, plan):
+            if self.model.device.type == "cuda":
+                self.prefill_ms(1)  # compiles
+            ms = self.prefill_ms(1)
+        for reference in self.references:
+            if ms > SLOW * self.dense_ms[0] or (rows and rows[-1]["error"] > most_error):
+                break
+            rows.append(quality.check(self.model, plan, reference))
+        complete = len(rows) == len(self.references)
+        if complete:
+            with patch(self.model, plan) as handle:
+                ms = self.prefill_ms(self.repeat)
+                with handle.measuring():
+                    forward(self.model, self.ids[:1])
+                density = handle.report().density
+        tasks = quality.by_task(rows)
+        drops = [t["dense_accuracy"] - t["accuracy"] for t in tasks.values() if t["asked"]]
+        return {
+            "complete": complete,
+            "ms": ms,
+            "dense_ms": self.dense_ms[-1],
+            "density": density,
+            "worst_error": max((t["error"] for t in tasks.values()), default=None),
+            "worst_drop": max(drops, default=None),
+            "tasks": tasks,
+        }
 
 
-def measure(
-    model: Any, plan: Plan, dense: list, ids: np.ndarray, dense_ms: float, repeat: int
-) -> dict[str, Any]:
-    """Quality of a plan on every held-out prompt, and its prefill.
-
-    A plan whose first prefill takes more than `HOPELESS` times as long as dense is not followed
-    further: its `worst_error` is None and its time that of the one run.
+def mixtures(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Calibrated plans; later budgets share the first one's measurements and only search and
+    check.
     """
-    with patch(model, plan) as handle:
-        ms = prefill_ms(model, ids, 1)
-        if ms > HOPELESS * dense_ms:
-            return {"ms": ms, "density": None, "worst_error": None, "worst_drop": None, "tasks": {}}
-        ms = prefill_ms(model, ids, repeat)
-        with handle.measuring():
-            forward(model, ids[:1])
-        density = handle.report().density
-    rows = [quality.check(model, plan, reference) for reference in dense]
-    tasks = quality.by_task(rows)
-    return {
-        "ms": ms,
-        "density": density,
-        "worst_error": max(t["error"] for t in tasks.values()),
-        "worst_drop": max(
-            t["dense_accuracy"] - t["accuracy"] for t in tasks.values() if t["asked"]
-        ),
-        "tasks": tasks,
-    }
+    found = []
+    for n, budget in enumerate(args.budgets):
+        begin = time.perf_counter()
+        plan = accelkit.calibrate(
+            bench.model, tokenizer=bench.tokenizer, budget=budget, lengths=[args.length],
+            preset=args.preset, batch=args.batch, journal=args.journal, progress=False,
+            resume=n > 0 or args.resume,
+        )  # fmt: skip
+        seconds = time.perf_counter() - begin
+        used = sorted({p.label() for p in plan.policies})
+        kept = ("dense_prefills", "dense_prefill_ms", "dense_peak_bytes", "peak_bytes", "refused")
+        about = {k: plan.calibration[k] for k in kept}
+        row = {"budget": budget, "seconds": seconds, "policies": used, "calibration": about}
+        row |= {"measured": plan.measured, **bench.measure(plan, float("inf"))}
+        found.append(row)
+        bench.again()
+        tell(f"mixture {budget}", row)
+    return found
 
 
-def verdict(mixtures: list[dict], singles: list[dict], dense_ms: float) -> list[dict[str, Any]]:
+def singles(bench: Bench, name: str, most_error: float) -> list[dict[str, Any]]:
+    """All settings of a method, as long as they are not slower than dense."""
+    found: list[dict[str, Any]] = []
+    for method in settings_of(name):
+        if len(found) > 1 and all(r["worst_error"] is None for r in found[-2:]):
+            break
+        row = bench.measure(plan_of(bench.model, method), most_error)
+        field = type(method).dial.field if type(method).dial else ""
+        setting = f"{name}({field}={getattr(method, field):.4g})" if field else name
+        found.append({"method": name, "setting": setting, **row})
+        tell(setting, row)
+    bench.again()
+    return found
+
+
+def tell(what: str, row: dict[str, Any]) -> None:
+    error = "–" if row["worst_error"] is None else f"{row['worst_error']:.4f}"
+    print(f"{what}: {row['ms']:.1f} ms, dense {row['dense_ms']:.1f} ms, error {error}, "
+          f"complete {row['complete']}", file=sys.stderr, flush=True)  # fmt: skip
+
+
+def verdict(found: dict[str, Any]) -> list[dict[str, Any]]:
     """For each mixture the fastest single setting whose worst-task error is no larger."""
-    table = []
-    for mixture in mixtures:
-        known = [s for s in singles if s["worst_error"] is not None]
-        equal = [s for s in known if s["worst_error"] <= mixture["worst_error"]]
-        best = min(equal, key=lambda s: s["ms"], default=None)
-        rival_ms = min(best["ms"], dense_ms) if best else dense_ms
+    table, whole = [], statistics.median(found["dense_ms"])
+    for mixture in found["mixtures"]:
+        rivals = [
+            s
+            for s in found["singles"]
+            if s["complete"] and s["worst_error"] <= mixture["worst_error"]
+        ]
+        share = min((s["ms"] / s["dense_ms"] for s in rivals), default=1.0)
+        best = next((s for s in rivals if s["ms"] / s["dense_ms"] == share), None)
+        mine = mixture["ms"] / mixture["dense_ms"]
         table.append(
             {
                 "budget": mixture["budget"],
                 "worst_error": mixture["worst_error"],
                 "worst_drop": mixture["worst_drop"],
-                "mixture_ms": mixture["ms"],
-                "dense_ms": dense_ms,
-                "best_single": best["setting"] if best and best["ms"] < dense_ms else "dense",
-                "best_single_ms": rival_ms,
-                "ratio": rival_ms / mixture["ms"],
+                "mixture_ms": whole * mine,
+                "dense_ms": whole,
+                "best_single": best["setting"] if best and share < 1 else "dense",
+                "best_single_ms": whole * min(share, 1.0),
+                "ratio": min(share, 1.0) / mine,
             }
         )
     return table
+
+
+def joined(paths: Sequence[Path]) -> dict[str, Any]:
+    """Several parts as one result."""
+    parts = [json.loads(p.read_text()) for p in paths]
+    for key in ("model", "tokens", "batch", "dtype", "environment"):
+        if any(p[key] != parts[0][key] for p in parts):
+            raise SystemExit(f"--join: {key} differs between the parts")
+    lists = ("dense_ms", "mixtures", "singles")
+    return parts[0] | {k: [row for p in parts for row in p[k]] for k in lists}
+
+
+def save(found: dict[str, Any], path: Path) -> None:
+    found["table"] = verdict(found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> None:
@@ -135,62 +239,33 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=None)
     parser.add_argument("--tasks", nargs="*", default=TASKS)
     parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--most-error", type=float, default=0.12, help="of rivals")
+    parser.add_argument("--journal", type=Path, help="of the calibration; kept if it is named")
+    parser.add_argument("--resume", action="store_true", help="take up the named journal")
+    parser.add_argument("--join", type=Path, nargs="*", help="results to put together")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    prompts = [make(task, args.length, HELD_OUT_SEED, None, tokenizer) for task in args.tasks]
-    rows = [prompts[i % len(prompts)].ids for i in range(args.batch)]
-    ids = np.stack(rows).astype(np.int64)
-    for _ in range(2):
-        dense = [quality.reference(model, p) for p in prompts]
-
-    mixtures: list[dict[str, Any]] = []
-    singles: list[dict[str, Any]] = []
-    dense_times = [prefill_ms(model, ids, args.repeat)]
-    journal = args.out.with_suffix(".journal.jsonl")
-    for n, budget in enumerate(args.budgets):
-        begin = time.perf_counter()
-        # The journal is shared: later budgets only search and check.
-        plan = accelkit.calibrate(
-            model, tokenizer=tokenizer, budget=budget, lengths=[args.length], preset=args.preset,
-            batch=args.batch, journal=journal, resume=n > 0,
-        )  # fmt: skip
-        seconds = time.perf_counter() - begin
-        row = measure(model, plan, dense, ids, dense_times[0], args.repeat)
-        used = sorted({p.label() for p in plan.policies})
-        mixtures.append({"budget": budget, "seconds": seconds, "policies": used, **row})
-        print(f"mixture {budget}: {row['ms']:.1f} ms, error {row['worst_error']:.4f}, "
-              f"density {row['density']}", file=sys.stderr, flush=True)  # fmt: skip
-    limits = Limits(min_length=plan.limits.min_length)
-    for name in args.methods or [n for n in names() if "prefill" in load(n).phases]:
-        hopeless = 0
-        for method in settings_of(name):
-            if hopeless == 2:
-                continue  # its estimate alone takes longer than dense, at every setting
-            single = plan_of(model, method).model_copy(update={"limits": limits})
-            row = measure(model, single, dense, ids, dense_times[0], args.repeat)
-            field = type(method).dial.field if type(method).dial else ""
-            setting = f"{name}({field}={getattr(method, field):.4g})" if field else name
-            hopeless += row["worst_error"] is None
-            singles.append({"method": name, "setting": setting, **row})
-            print(f"{setting}: {row['ms']:.1f} ms, error {row['worst_error']}, "
-                  f"density {row['density']}", file=sys.stderr, flush=True)  # fmt: skip
-        dense_times.append(prefill_ms(model, ids, args.repeat))
-        # Written after every method: a run that is cut short keeps what it has.
-        table = verdict(mixtures, singles, statistics.median(dense_times))
-        result = {
-            "model": args.model, "tokens": args.length, "batch": args.batch, "dtype": str(dtype),
-            "preset": args.preset, "prompts": len(prompts), "dense_ms": dense_times,
-            "environment": environment(torch.device(device)),
-            "table": table, "mixtures": mixtures, "singles": singles,
+    if args.join:
+        found = joined(args.join)
+        save(found, args.out)
+    else:
+        own, args.journal = args.journal, args.journal or args.out.with_suffix(".journal.jsonl")
+        bench = Bench(args)
+        found = {
+            "model": args.model, "tokens": args.length, "batch": args.batch,
+            "dtype": str(bench.dtype), "preset": args.preset, "prompts": len(bench.references),
+            "environment": environment(bench.model.device), "dense_ms": bench.dense_ms,
+            "mixtures": mixtures(bench, args), "singles": [],
         }  # fmt: skip
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    journal.unlink(missing_ok=True)
-    for row in table:
+        save(found, args.out)
+        refused = {n for m in found["mixtures"] for n in m["calibration"]["refused"]}
+        able = [n for n in names() if "prefill" in load(n).phases and n not in refused]
+        for name in able if args.methods is None else args.methods:
+            found["singles"] += singles(bench, name, args.most_error)
+            save(found, args.out)  # a run that is cut short keeps what it has
+        if own is None:
+            args.journal.unlink(missing_ok=True)
+    for row in found["table"]:
         print(
             f"budget {row['budget']:<5} error {row['worst_error']:.4f}  mixture "
             f"{row['mixture_ms']:.1f} ms  best single {row['best_single']} "

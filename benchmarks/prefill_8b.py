@@ -122,14 +122,14 @@ def forced(args: argparse.Namespace, model: LlamaForCausalLM) -> list[dict]:
     return rows
 
 
-def calibrated(length: int, model: LlamaForCausalLM) -> dict:
+def calibrated(length: int, model: LlamaForCausalLM, preset: str) -> dict:
     """Seconds and memory of a whole calibration at `length` tokens."""
     prompts = [planted_prompt(length, model.config.vocab_size, "cuda") for _ in range(2)]
     ids = prompts[0]
     dense = statistics.median(first_token_ms(model, ids, 2))
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    plan = accelkit.calibrate(model, prompts, budget=0.02, lengths=[length], preset="fast")
+    plan = accelkit.calibrate(model, prompts, budget=0.02, lengths=[length], preset=preset)
     seconds = time.perf_counter() - start
     return {
         "tokens": length,
@@ -137,6 +137,8 @@ def calibrated(length: int, model: LlamaForCausalLM) -> dict:
         "dense_prefills": 1000 * seconds / dense,
         "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
         "dense_ms": dense,
+        "peak_over_dense": plan.calibration["peak_bytes"] / plan.calibration["dense_peak_bytes"],
+        "seconds_by_stage": plan.calibration["seconds"],
         "measured": plan.measured,
         "policies": [p.label() for p in plan.policies],
     }
@@ -147,6 +149,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[32768, 131072])
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--preset", default="fast")
     parser.add_argument("--calibrate", type=int, default=0, help="tokens; 0: forced plans only")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -157,7 +160,7 @@ def main() -> None:
             "environment": environment(torch.device("cuda")),
         }
         if args.calibrate:
-            result["calibration"] = calibrated(args.calibrate, model)
+            result["calibration"] = calibrated(args.calibrate, model, args.preset)
         else:
             result["forced"] = forced(args, model)
     args.out.write_text(json.dumps(result, indent=2, sort_keys=True, default=str) + "\n")

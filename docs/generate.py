@@ -28,9 +28,9 @@ SCHEMA = ROOT / "accelkit" / "plan.schema.json"
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 KERNELS = (
-    "Attention alone, random data, bfloat16, by `benchmarks/kernels.py`. The whole call adds "
-    "checks and the lowering of a fresh index; choosing what to read comes on top. TFLOP/s count "
-    "computed blocks only. Mixed: a quarter of the heads dense."
+    "Attention alone, random data, bfloat16, by `benchmarks/kernels.py`. The whole call lowers a "
+    "fresh index on the backend that dispatch chooses; choosing what to read comes on top. Rates: "
+    "TFLOP/s of the computed blocks over those of dense cuDNN. Mixed: a quarter of the heads dense."
 )
 FORCED = (
     "Time to first token with one method forced on every head (`benchmarks/prefill_8b.py`). The "
@@ -200,7 +200,7 @@ def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
         return [speed_row(row) for row in rows]
     if "dense_own_ms" in rows[0]:
         return [forced_row(row) for row in rows]
-    return [kernel_row(row) if "tflops" in row else row for row in rows]
+    return [kernel_row(row) if "ratio" in row else row for row in rows]
 
 
 def speed_row(m: dict[str, Any]) -> dict[str, Any]:
@@ -238,6 +238,7 @@ def calibration_row(m: dict[str, Any]) -> dict[str, Any]:
         "seconds": m["seconds"],
         "in dense prefills": m["dense_prefills"],
         "peak GiB": m["peak_gb"],
+        "peak, × dense": m.get("peak_over_dense"),
         "error measured": m["measured"]["measured_error"],
         "prefill, × dense": m["measured"].get("prefill_speedup"),
     }
@@ -258,16 +259,27 @@ def mixture_row(m: dict[str, Any]) -> dict[str, Any]:
 
 
 def kernel_row(m: dict[str, Any]) -> dict[str, Any]:
-    """A case of `benchmarks/kernels.py`."""
+    """A case of `benchmarks/kernels.py`: milliseconds, and rates relative to dense cuDNN."""
+    ms, ratio = m["ms"], m["ratio"]
     return {
-        "shape": m["shape"],
+        "shape": m["name"],
         "unit": "×".join(map(str, m["unit"])),
         "density": number(m["density"]) + (f" ({w})" if isinstance(w := m["wanted"], str) else ""),
-        "cuDNN dense, ms": m["ms"]["dense"],
-        "sparse kernel, ms": m["ms"]["kernel"],
-        "whole call, ms": m["ms"]["call"],
-        "TFLOP/s": m["tflops"]["kernel"],
-        "share of the dense rate": m["tflops"]["kernel"] / m["tflops"]["dense"],
+        "cuDNN dense, ms": ms["cudnn"],
+        "whole call, ms": ms["call"],
+        **{f"{name}, rate": ratio.get(name) for name in ("triton", "gluon", "fa4", "flex")},
+        "× cuDNN": m["times_cudnn"]["call"],
+    }
+
+
+def part_row(m: dict[str, Any]) -> dict[str, Any]:
+    """What `benchmarks/kernels.py` measures beside the dense time of a shape."""
+    return {
+        "what": m["what"],
+        "ms": min(m["ms"].values()),
+        "dense, ms": m["dense_ms"],
+        "share of dense": m["share_of_dense"],
+        "× dense": m["times_dense"],
     }
 
 
@@ -275,7 +287,8 @@ def machine(data: dict[str, Any]) -> str:
     """Where a result was measured, in a line."""
     facts = data.get("environment") or data
     gpu = facts.get("gpu")
-    threads = f"CPU, {facts['cpu_threads']} threads" if "cpu_threads" in facts else ""
+    threads = f"{facts.get('cpu') or 'CPU'}, {facts.get('cpu_threads')} threads"
+    threads = threads if "cpu_threads" in facts else ""
     where = gpu["name"] if isinstance(gpu, dict) else gpu or threads
     versions = [f"{k} {facts[k]}" for k in ("torch", "triton", "transformers") if facts.get(k)]
     return ", ".join(filter(None, [where, *versions]))
@@ -298,7 +311,7 @@ def benchmarks() -> str:
         rows = rows_of(data)
         parts.append(table(rows))
         if "whole call, ms" in rows[0]:
-            parts.append(KERNELS)
+            parts += [KERNELS, table([part_row(row) for row in data["parts"]])]
         for key, text in (("forced", FORCED), ("singles", MIXTURE), ("calibration", CALIBRATION)):
             if key in data:
                 parts.append(text)

@@ -46,6 +46,16 @@ def test_llm(tmp_path):
     assert (tmp_path / "accelkit_plan.json").exists()
 
 
+@pytest.mark.timeout(320)
+def test_video(tmp_path):
+    small = ("--height", "32", "--width", "32", "--frames", "9", "--steps", "4")
+    quick = ("--methods", "first_block_cache", "mag_cache", "--preset", "fast", "--budget", "0.3")
+    out = run("video.py", *small, *quick, "--out", str(tmp_path))
+    for name in ("dense.mp4", "patched.mp4", "sheet.png", "accelkit_plan.json"):
+        assert (tmp_path / name).stat().st_size > 500, name
+    assert "'psnr'" in out
+
+
 def test_one_method():
     out = run("one_method.py", "window", "--tokens", "2048")
     assert "density 0." in out

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from accelkit.calibration.candidates import Family, stored
 from accelkit.calibration.search import DENSE, Choice, Loan, Option, Solution, Table
 from accelkit.kernels.cost import CostTable
+from accelkit.patches.call import Phase
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.plan import (
     Budget,
@@ -24,6 +25,7 @@ from accelkit.patches.plan import (
     Policy,
     Reuse,
     Rule,
+    evidence_key,
 )
 
 
@@ -46,29 +48,41 @@ class Measured:
 
 @dataclass(frozen=True)
 class SiteData:
-    """Everything measured at one site: the search's table, and what stands behind its rows."""
+    """Everything measured at one place: the search's table, and what stands behind its rows.
+
+    A place is a site, or a site during some share of the denoising steps.
+    """
 
     table: Table
     options: tuple[Measured, ...]
     loans: tuple[Measured, ...]
+    site: str
+    steps: tuple[float, float] = (0.0, 1.0)
 
 
 def site_data(
-    sites: Sequence[str],
+    places: Sequence[str],
     families: Mapping[str, Sequence[Family]],
     screen: Mapping[str, Any],
     units: Sequence[tuple[int, Mapping[str, Any]]],
     screen_tokens: int,
     weights: Mapping[str, Sequence[float]],
     costs: CostTable,
+    calls: Mapping[str, int] | None = None,
+    refresh: Mapping[str, int] | None = None,
 ) -> list[SiteData]:
-    """Tables in running order. `units` are the measured prompts with their lengths in tokens."""
+    """Tables in running order. `units` are the measured prompts with their lengths in tokens;
+    `calls`, how often a place is called, multiplies its milliseconds; `refresh`, for how many calls
+    its lists are kept, divides those of choosing.
+    """
     tokens = max(n for n, _ in units)
     found: list[SiteData] = []
-    for path in sites:
-        rows = [(n, u[path]) for n, u in units]
+    for path in places:
+        times = 1 if calls is None else calls[path]
+        anew = 1.0 if refresh is None else 1 / refresh[path]
+        rows = [(n, u[path]) for n, u in units if path in u]
         options = []
-        for family in families[path]:
+        for family in families.get(path, ()):
             sparse = screen[path]["families"][family.name]
             for at, method in enumerate(family.settings):
                 brief = _between(family, at, sparse)
@@ -76,34 +90,34 @@ def site_data(
                 one = _join(family, method, rows, tokens, short)
                 if one is not None:
                     options.append(one)
-        loans, lent = _loans(sites, rows, found, tokens)
+        loans, lent = _loans(places, rows, found, tokens)
         weight = np.maximum(np.asarray(weights[path], float), 1e-6)
-        fixed = {o.family: _once(o, costs, tokens) for o in options}
+        fixed = {o.family: times * _once(o, costs, tokens, anew) for o in options}
         table = Table(
             path,
             weight,
-            costs.dense_ms(tokens),
-            costs.ride_ms(tokens),
+            times * costs.dense_ms(tokens),
+            times * costs.ride_ms(tokens),
             tuple(
-                Option(o.family, i, o.error, head_ms(o, costs, tokens))
+                Option(o.family, i, o.error, times * head_ms(o, costs, tokens, anew))
                 for i, o in enumerate(options)
             ),
             fixed,
             tuple(
-                Loan(anchor, option, heads, m.error, head_ms(m, costs, tokens, borrowed=True))
+                Loan(anchor, option, heads, m.error, head_ms(m, costs, tokens, 0.0))
                 for (anchor, option, heads), m in zip(lent, loans, strict=True)
             ),
         )
-        found.append(SiteData(table, tuple(options), tuple(loans)))
+        found.append(SiteData(table, tuple(options), tuple(loans), path))
     return found
 
 
-def head_ms(one: Measured, costs: CostTable, tokens: int, borrowed: bool = False) -> np.ndarray:
-    """Milliseconds that each head adds at a length."""
+def head_ms(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> np.ndarray:
+    """Milliseconds that each head adds at a length; lists are made in the share `anew` of calls."""
     heads = len(one.error)
     if one.ms is not None:
         return np.full(heads, one.ms / heads)
-    each = 0.0 if borrowed else costs.method_ms(one.method.kind, tokens)[1]
+    each = anew * costs.method_ms(one.method.kind, tokens)[1] if anew else 0.0
     share = density_at(one, tokens)
     return np.array([each + costs.head_ms(one.size, tokens, float(d)) for d in share])
 
@@ -138,7 +152,7 @@ def _ms_at(data: SiteData, choice: Choice, costs: CostTable, tokens: int) -> flo
     ms, paid = 0.0, {}
     for h, at in enumerate(choice.heads):
         if choice.borrowed and choice.borrowed[h]:
-            ms += float(head_ms(data.loans[choice.loan], costs, tokens, True)[h])  # type: ignore[index]
+            ms += float(head_ms(data.loans[choice.loan], costs, tokens, 0.0)[h])  # type: ignore[index]
         elif at == DENSE:
             ms += costs.ride_ms(tokens)
         else:
@@ -154,12 +168,14 @@ def assemble(
     budget: Budget,
     tokens: int,
     limits: Limits,
+    phase: Phase = "prefill",
 ) -> Plan:
     """The plan of a solution, without what the end-to-end check measures."""
     policies: list[Policy] = [Policy()]
-    names: dict[str, str] = {}
+    names: dict[Any, str] = {}
     tables: dict[str, torch.Tensor] = {}
-    sites: dict[str, LayerPlan] = {}
+    rules: dict[str, list[Rule]] = {}
+    evidence: dict[str, dict[str, Evidence]] = {}
 
     def place(policy: Policy) -> int:
         if policy not in policies:
@@ -171,7 +187,7 @@ def assemble(
         for h, at in enumerate(choice.heads):
             if choice.borrowed and choice.borrowed[h]:
                 loan = d.table.loans[choice.loan]  # type: ignore[index]
-                reuse = Reuse(site=data[loan.anchor].table.site, heads=loan.heads)
+                reuse = Reuse(site=data[loan.anchor].site, heads=loan.heads)
                 rows.append(place(Policy(reuse=reuse)))
             elif at == DENSE:
                 rows.append(0)
@@ -179,8 +195,9 @@ def assemble(
                 one = d.options[at]
                 method = one.method
                 if one.field is not None:
-                    name = names.setdefault(one.family, f"p{len(names)}/{one.field}")
-                    key = f"{d.table.site}/{name}"
+                    family = (one.family, d.steps)
+                    name = names.setdefault(family, f"p{len(names)}/{one.field}")
+                    key = f"{d.site}/{name}"
                     densest = max(
                         getattr(o.method, one.field) for o in d.options if o.family == one.family
                     )
@@ -188,10 +205,15 @@ def assemble(
                     values[h] = getattr(one.method, one.field)
                     method = per_head(method, one.field, name) or method
                 rows.append(place(Policy(methods=(method,))))
-        rules = () if choice.dense else (Rule(phase="prefill", policies=tuple(rows)),)
-        sites[d.table.site] = LayerPlan(
-            rules=rules, evidence={"prefill": _evidence(d, choice, tokens)}
-        )
+        mine = rules.setdefault(d.site, [])
+        if not choice.dense:
+            mine.append(Rule(phase=phase, steps=d.steps, policies=tuple(rows)))
+        seen = _evidence(d, choice, tokens)
+        evidence.setdefault(d.site, {})[evidence_key(phase, d.steps)] = seen
+    sites = {
+        site: LayerPlan(rules=tuple(some), evidence=_with_whole(evidence[site], phase))
+        for site, some in rules.items()
+    }
     plan = Plan(
         fingerprint=fingerprint,
         policies=tuple(policies),
@@ -200,6 +222,25 @@ def assemble(
         budget=budget,
     )
     return plan.with_tables(tables)
+
+
+def _with_whole(seen: dict[str, Evidence], phase: str) -> dict[str, Evidence]:
+    """Beside what was seen in shares of the steps, the sum: worst errors, mean densities."""
+    if phase in seen:
+        return seen
+    parts = list(seen.values())
+    dense = sum(e.dense_ms for e in parts)
+    share = [e.dense_ms / dense for e in parts]
+    whole = Evidence(
+        tokens=parts[0].tokens,
+        error=_rounded(np.max([e.error for e in parts], axis=0).tolist()),
+        recall=_rounded(np.min([e.recall for e in parts], axis=0).tolist()),
+        density=_rounded(np.average([e.density for e in parts], axis=0, weights=share).tolist()),
+        weight=_rounded(np.sum([e.weight for e in parts], axis=0).tolist()),
+        ms=round(sum(e.ms for e in parts), 5),
+        dense_ms=round(dense, 5),
+    )
+    return {phase: whole, **seen}
 
 
 def per_head(method: AttentionMethod, field: str, name: str) -> AttentionMethod | None:
@@ -274,7 +315,7 @@ def _join(
 
 
 def _loans(
-    sites: Sequence[str],
+    places: Sequence[str],
     rows: Sequence[tuple[int, Mapping[str, Any]]],
     earlier: Sequence[SiteData],
     tokens: int,
@@ -282,11 +323,11 @@ def _loans(
     """Borrowed lists that every prompt measured, with their anchor, its option and the head map."""
     out: list[Measured] = []
     lent: list[tuple[int, int, tuple[int, ...]]] = []
-    for loan in rows[0][1]["loans"]:
+    for loan in rows[0][1]["loans"] if rows else ():
         anchor = loan["anchor"]
         seen = [(n, x) for n, row in rows for x in row["loans"] if x["anchor"] == anchor]
         longest = [x for n, x in seen if n == tokens]
-        place = list(sites).index(anchor)
+        place = list(places).index(anchor)
         options = earlier[place].options
         option = next(
             (i for i, o in enumerate(options) if stored(o.method) == loan["setting"]), None
@@ -319,8 +360,8 @@ def _between(family: Family, at: int, screen: Mapping[str, Any]) -> np.ndarray |
     return np.array([np.interp(at, places, rows[:, h]) for h in range(rows.shape[1])])
 
 
-def _once(one: Measured, costs: CostTable, tokens: int) -> float:
-    return costs.method_ms(one.method.kind, tokens)[0] + costs.launch_ms(one.size)
+def _once(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> float:
+    return anew * costs.method_ms(one.method.kind, tokens)[0] + costs.launch_ms(one.size)
 
 
 def _rounded(values: Sequence[float]) -> tuple[float, ...]:

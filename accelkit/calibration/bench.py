@@ -279,14 +279,19 @@ def cost_rows(costs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     lengths = [{"tokens": n, "dense_ms": ms} for n, ms in costs["dense"]]
     kernels = [{"unit": unit, **k} for unit, k in costs["kernels"].items()]
     methods = [
-        {"method": m, **{f"ms at {n}": ms for n, ms in c["points"]}, "share": c["share"]}
+        {
+            "method": m,
+            **{f"ms at {n}": ms for n, ms in c["points"]},
+            "share": c["share"],
+            "error": c["error"],
+        }
         for m, c in costs["methods"].items()
     ]
     refused = [{"method": m, "why": why} for m, why in costs["refused"].items()]
     return {
         "Dense attention of a layer": lengths,
         "Kernels: ms a launch, a row, a million pairs; error of the fit": kernels,
-        "Methods: ms to choose the blocks of a layer": methods,
+        "Methods: ms to choose the blocks of a layer; error between two lengths": methods,
         **({"Too slow here": refused} if refused else {}),
     }
 

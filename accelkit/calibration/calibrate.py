@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -13,14 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from accelkit.calibration import assemble, fit, measure
+from accelkit.calibration import assemble, fit, measure, memory
 from accelkit.calibration import data as prompts
 from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.capture import forward
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.measure import PRESETS, PROBE_TOKENS, Run
 from accelkit.calibration.refine import refined
-from accelkit.calibration.results import installed
+from accelkit.calibration.session import (
+    Bar,
+    as_budget,
+    checked_limit,
+    digest,
+    producer,
+    version,
+    weights_digest,
+)
 from accelkit.calibration.tasks import MIN_LENGTH
 from accelkit.errors import InvalidInputError, NothingPatchedError
 from accelkit.patches.adapters import adapter_for, facts, sites
@@ -42,8 +48,12 @@ def calibrate(
     data: Any = None,
     *,
     tokenizer: Any = None,
-    budget: float | Budget = 0.02,
+    budget: float | Budget | None = None,
     lengths: Sequence[int] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    steps: int | None = None,
     methods: Sequence[str | Method | type[Method]] | None = None,
     preset: str = "balanced",
     batch: int = 1,
@@ -56,11 +66,15 @@ def calibrate(
     """The fastest plan for `model` whose budget error stays within `budget` on held-out prompts.
 
     Args:
-        model: a transformers causal language model in evaluation mode. It is left as it was.
-        data: what to run on; see `calibration.data.gather`. None: built-in tasks and text.
-        tokenizer: needed unless `data` holds token ids.
-        budget: relative L1 error of the last hidden state at scored positions, worst task.
-        lengths: prompt lengths in tokens; costs are those of the longest.
+        model: a transformers causal language model in evaluation mode, or a diffusers pipeline.
+            It is left as it was.
+        data: what to run on; see `calibration.data.gather` and `calibration.video.gather`. None:
+            built-in tasks and text, or built-in prompts.
+        tokenizer: of a language model; needed unless `data` holds token ids.
+        budget: of a language model, relative L1 error of the last hidden state at scored positions,
+            worst task (0.02); of a pipeline, of the final latents, worst prompt (0.1).
+        lengths: of a language model, prompt lengths in tokens; costs are those of the longest.
+        height, width, num_frames, steps: of a pipeline, as in its call; None: its own defaults.
         methods: names, classes or instances to try; None: all.
         preset: "fast", "balanced" or "careful".
         batch: prompts that will be prefilled together; costs are those of such a batch.
@@ -73,16 +87,26 @@ def calibrate(
 
     Example:
     >>> plan = accelkit.calibrate(model, tokenizer=tokenizer, budget=0.02, lengths=[8192])
+    >>> plan = accelkit.calibrate(pipe, prompts, budget=0.1, height=480, width=832, num_frames=81)
     """
+    adapter, bare = adapter_for(model)
+    size = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
+    if "denoise" in adapter.PHASES:
+        from accelkit.calibration import denoise
+
+        _unused({"tokenizer": tokenizer, "lengths": lengths}, "a pipeline")
+        return denoise.calibrate(
+            bare, data, budget=budget, methods=methods, preset=preset, seed=seed,
+            time_limit=time_limit, journal=journal, resume=resume, progress=progress, **size,
+        )  # fmt: skip
+    _unused(size, "a language model")
     begun = time.monotonic()
-    budget = _budget(budget)
+    budget = as_budget(0.02 if budget is None else budget)
     if preset not in PRESETS:
         raise InvalidInputError(
             f"preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}"
         )
-    if time_limit is not None and time_limit <= 0:
-        raise InvalidInputError(f"time_limit is {time_limit} s; expected a positive number")
-    _, bare = adapter_for(model)
+    time_limit = checked_limit(time_limit)
     fingerprint, heads = facts(model)
     places = sites(model)
     if not places:
@@ -101,19 +125,19 @@ def calibrate(
     screen_on = prompts.screening(inputs, tokenizer, short, seed)
 
     settings = {
-        "accelkit": _version(),
+        "accelkit": version(),
         "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
-        "weights": _weights_digest(bare),
+        "weights": weights_digest([bare]),
         "device": str(bare.device),
         "dtype": str(bare.dtype),
-        "prompts": _digest([s.ids.tobytes() for s in (*inputs.measure, *inputs.check, screen_on)]),
+        "prompts": digest([s.ids.tobytes() for s in (*inputs.measure, *inputs.check, screen_on)]),
         "methods": [f"{m.kind} {m.model_dump_json()}" for m in tried],
         "preset": preset,
         "batch": batch,
         "seed": seed,
     }
     book = Journal(journal, settings, resume)
-    with _Bar(progress) as bar:
+    with Bar(progress) as bar:
         bar.expect(_units(len(places), inputs, PRESETS[preset]))
         run = Run(
             bare,
@@ -144,6 +168,7 @@ def calibrate(
         "batch": batch,
         "methods": [m.kind for m in tried],
         "skipped": run.skipped,
+        "dense_prefills": round(1e3 * book.seconds() / plan.calibration["dense_prefill_ms"], 1),
         "seconds": {
             stage: round(book.seconds(prefix), 1)
             for stage, prefix in (
@@ -152,9 +177,8 @@ def calibrate(
             )
         },
     }  # fmt: skip
-    packages = ("torch", "triton", "transformers")
-    producer = {"name": "accelkit", "version": _version()} | {p: installed(p) for p in packages}
-    done = plan.model_copy(update={"calibration": about | plan.calibration, "producer": producer})
+    update = {"calibration": about | plan.calibration, "producer": producer("transformers")}
+    done = plan.model_copy(update=update)
     return done.with_tables(plan.tables)
 
 
@@ -174,6 +198,8 @@ def _plan(
         component.q_heads, component.kv_heads, component.head_dim, len(run.sites), run.batch
     )
     tokens = inputs.longest
+    dense = run.journal.unit("dense", lambda: _dense_prefill(run, inputs))
+    memory.restart(run.device)
     costs = measure.fitted(run, shape, run.model.dtype, tokens, methods)
     able = [m for m in methods if m.kind in costs.methods]
     screen = measure.screened(run, screen_on, able)
@@ -183,25 +209,53 @@ def _plan(
     }
     families, units = measure.measured(run, inputs.measure, screen, families)
     probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
-    weights = measure.weighed(run, probes)
+    heads = {s.path: run.heads[s.path] for s in run.sites}
+    weights = measure.weighed(run, heads, [measure.probe_of(run.model, p) for p in probes])
     lengths = [len(s.ids) for s in inputs.measure][: len(units)]
     found = assemble.site_data(
         [s.path for s in run.sites], families, screen, list(zip(lengths, units, strict=True)),
         len(screen_on.ids), weights, costs,
     )  # fmt: skip
     plan = refined(run, found, inputs, fingerprint, budget, costs)
-    about = {"refused": dict(costs.refused), "fit_error": round(costs.error(), 4)}
+    about = {
+        "refused": dict(costs.refused),
+        "fit_error": round(costs.error(), 4),
+        **dense,
+        "peak_bytes": run.journal.unit("peak", lambda: memory.peak(run.device)),
+    }
     done = plan.model_copy(update={"calibration": {**plan.calibration, **about}})
     return done.with_tables(plan.tables)
 
 
+def _dense_prefill(run: Run, inputs: prompts.Inputs) -> dict[str, Any]:
+    """Milliseconds and peak memory of what the search is compared with: the longest prompts."""
+    ids = np.repeat(inputs.measure[0].ids[None], run.batch, 0)
+    memory.restart(run.device)
+    ms = fit.clock(partial(forward, run.model, ids), 1, run.device)
+    return {"dense_prefill_ms": round(ms, 3), "dense_peak_bytes": memory.peak(run.device)}
+
+
 def dry_run(
-    model: Any, *, lengths: Sequence[int] | None = None, tokenizer: Any = None, repeat: int = 2
+    model: Any,
+    *,
+    lengths: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    repeat: int = 2,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    steps: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Attention's share of prefill at each length on this device, and how much faster prefill
-    would be if attention cost nothing. Writes nothing; random tokens stand for a prompt.
+    """Attention's share of prefill at each length on this device (of a step, for a pipeline), and
+    how much faster it would be if attention cost nothing. Writes nothing; random tokens stand for a
+    prompt.
     """
-    _, bare = adapter_for(model)
+    adapter, bare = adapter_for(model)
+    if "denoise" in adapter.PHASES:
+        from accelkit.calibration import video, video_bench
+
+        size = video.Settings(height, width, num_frames, steps)
+        return video_bench.bound(bare, size, video.gather(None, 0, 1, 1).measure[0])
     fingerprint, _ = facts(model)
     component = fingerprint.components["text"]
     count = len(sites(model))
@@ -240,14 +294,10 @@ def _probes(
     return [prompts.Sample(s.task, s.ids[-PROBE_TOKENS:], ()) for s in some]
 
 
-def _budget(budget: float | Budget) -> Budget:
-    if isinstance(budget, Budget):
-        return budget
-    if not isinstance(budget, int | float) or not 0 < budget < 1:
-        raise InvalidInputError(
-            f"budget is {budget!r}; expected a share between 0 and 1, such as 0.02"
-        )
-    return Budget(max_rel_error=float(budget))
+def _unused(options: dict[str, Any], what: str) -> None:
+    given = [k for k, v in options.items() if v is not None]
+    if given:
+        raise InvalidInputError(f"{what} has no use for {' and '.join(given)}; leave it out")
 
 
 def _lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
@@ -270,53 +320,4 @@ def _lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
 def _units(places: int, inputs: prompts.Inputs, preset: measure.Preset) -> int:
     """The most units of work: the fit, each site by stage and prompt, and every check."""
     by_site = places * (1 + len(inputs.measure) + len(preset.weigh))
-    return 1 + by_site + preset.rounds * len(inputs.check) + 1
-
-
-def _weights_digest(model: Any) -> str:
-    """A digest of a few numbers of every weight: enough to tell fine-tuned models apart."""
-    parts = []
-    for name, p in model.named_parameters():
-        few = p.detach().reshape(-1)[:64].float().cpu().numpy()
-        parts += [name.encode(), few.tobytes()]
-    return _digest(parts)
-
-
-def _digest(parts: Sequence[bytes]) -> str:
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(part)
-    return total.hexdigest()[:16]
-
-
-def _version() -> str:
-    from accelkit import __version__
-
-    return __version__
-
-
-class _Bar:
-    """Progress on stderr with the stage and the time that is left at most; silent where nobody
-    watches.
-    """
-
-    def __init__(self, wanted: bool) -> None:
-        self.wanted = wanted and sys.stderr.isatty() and os.environ.get("ACCELKIT_PROGRESS") != "0"
-
-    def __enter__(self) -> _Bar:
-        from tqdm.auto import tqdm
-
-        self.bar = tqdm(disable=not self.wanted, file=sys.stderr, unit="unit")
-        return self
-
-    def expect(self, units: int) -> None:
-        """The most units that this run can have."""
-        self.bar.reset(total=units)
-
-    def tell(self, stage: str) -> None:
-        """Another unit of `stage` begins."""
-        self.bar.set_description(stage, refresh=False)
-        self.bar.update()
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
+    return 2 + by_site + preset.rounds * len(inputs.check) + 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +24,11 @@ from accelkit.kernels.index import BlockIndex, Partial, ceil_div
 from accelkit.kernels.scores import block_mass
 from accelkit.kernels.select import density
 from accelkit.patches import method as registry
-from accelkit.patches.call import AttentionCall, Site
+from accelkit.patches.call import AttentionCall, Phase, Site
 from accelkit.patches.method import AttentionMethod, Method
 from accelkit.patches.plan import Policy, Reuse
-from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute
+from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute, in_kernel_order
+from accelkit.patches.state import Saved
 
 SHARE = 8
 """One query tile in this many is looked at."""
@@ -57,11 +58,13 @@ class Family:
         return [getattr(m, self.field) for m in self.settings] if self.field else []
 
 
-def chosen_methods(methods: Sequence[str | Method | type[Method]] | None) -> list[AttentionMethod]:
-    """The methods to try: names, classes or instances; None is every prefill method at hand.
+def chosen_methods(
+    methods: Sequence[str | Method | type[Method]] | None, phase: Phase = "prefill"
+) -> list[AttentionMethod]:
+    """The methods to try: names, classes or instances; None is every one at hand for the phase.
 
     Raises:
-        InvalidInputError: one of them is no attention method for prefill.
+        InvalidInputError: one of them is no attention method for the phase.
         UnknownMethodError: no method of that name.
     """
     found = []
@@ -69,11 +72,11 @@ def chosen_methods(methods: Sequence[str | Method | type[Method]] | None) -> lis
         cls = registry.load(wish) if isinstance(wish, str) else wish
         made = cls() if isinstance(cls, type) else cls
         able = made.answers() & {"index", "execution"}
-        if isinstance(made, AttentionMethod) and "prefill" in made.phases and able:
+        if isinstance(made, AttentionMethod) and phase in made.phases and able:
             found.append(made)
         elif methods is not None:
             raise InvalidInputError(
-                f"method {made.kind!r} does not select keys in prefill; calibration cannot try it"
+                f"method {made.kind!r} does not select keys in {phase}; calibration cannot try it"
             )
     if not found:
         raise InvalidInputError("methods is empty; name at least one, or None for all")
@@ -140,10 +143,24 @@ def between(low: float, high: float) -> float:
 
 
 class Bench:
-    """One site's dense call, on which candidates are measured."""
+    """One site's dense call, on which candidates are measured.
 
-    def __init__(self, call: AttentionCall, dense: Partial, scored: np.ndarray) -> None:
-        self.call, self.dense = call, dense
+    A method that now and then runs dense to renew its memory is measured at a later step; `primed`
+    says that the call's memory is that of an earlier one. `shelf` keeps what follows from geometry
+    alone for other calls of the same shape. Clocked milliseconds are those of `batch` such calls.
+    """
+
+    def __init__(
+        self,
+        call: AttentionCall,
+        dense: Partial,
+        scored: np.ndarray,
+        primed: bool = False,
+        shelf: dict[Any, Any] | None = None,
+        batch: int = 1,
+    ) -> None:
+        self.call, self.dense, self.primed = call, dense, primed
+        self.shelf, self.batch = shelf, batch
         self.scored = torch.from_numpy(scored).to(call.q.device)
         self._tiles: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.lent: dict[Method, BlockIndex] = {}
@@ -195,23 +212,51 @@ class Bench:
         }
 
     def _setting(self, method: AttentionMethod) -> dict[str, Any] | None:
-        answers = answer(self.call, Policy(methods=(method,)))
+        renewed = method.renewed(self.call.clock.total)
+        answers = self._answers(method)
+        if answers is not None and renewed and not self.primed:
+            prime(answers)
+            answers = answer(self.call, Policy(methods=(method,)))
         if answers is None:
             return None
-        row = self.measure(answers)
+        kept = self.shelf if method.static else None
+        row = self.measure(answers, kept, method)
+        row["density"] = [renewed + (1 - renewed) * d for d in row["density"]]
         one = answers[0]
         if one.execution != PLAIN:
             # Skipping and low precision save what no index shows: only the clock tells.
             row["ms"] = self._clock(one)
         piece = one.pieces[0]
-        if one.plain and isinstance(piece, BlockIndex) and piece.size[1] >= REUSE_UNIT:
+        in_order = one.lane is not None and one.order is None
+        if in_order and isinstance(piece, BlockIndex) and piece.size[1] >= REUSE_UNIT:
             self.lent[method] = piece
         return row
 
-    def measure(self, answers: tuple[Answer, ...]) -> dict[str, Any]:
-        """Error, recall and density per head of what a policy answered."""
+    def _answers(self, method: AttentionMethod) -> tuple[Answer, ...] | None:
+        if self.shelf is None or not method.static:
+            return answer(self.call, Policy(methods=(method,)))
+        if method not in self.shelf:
+            found = answer(self.call, Policy(methods=(method,)))
+            self.shelf[method] = found and tuple(replace(a, call=None) for a in found)  # type: ignore[arg-type]
+        kept = self.shelf[method]
+        return kept and tuple(for_call(a, self.call) for a in kept)
+
+    def measure(
+        self,
+        answers: tuple[Answer, ...],
+        shelf: dict[Any, Any] | None = None,
+        name: Any = None,
+    ) -> dict[str, Any]:
+        """Error, recall and density per head of what a policy answered. Densities of the answers
+        `name` are kept on a shelf.
+        """
         order = [self.call.heads.index(h) for a in answers for h in a.call.heads]
-        parts = [self._one(a) for a in answers]
+        shares = None if shelf is None else shelf.get(("density", name))
+        if shares is None:
+            shares = [_density(a) for a in answers]
+            if shelf is not None:
+                shelf["density", name] = shares
+        parts = [{**self._one(a), "density": d} for a, d in zip(answers, shares, strict=True)]
         back = torch.tensor(order).argsort()
         size = answers[0].pieces[0].size if isinstance(answers[0].pieces[0], BlockIndex) else None
         return {
@@ -226,27 +271,32 @@ class Bench:
     def _one(self, a: Answer) -> dict[str, Tensor]:
         at = [self.call.heads.index(h) for h in a.call.heads]
         heights = {p.size[0] if isinstance(p, BlockIndex) else 0 for p in a.pieces}
-        moved = a.order is not None and a.order.q_table is not None
-        partly = len(heights) == 1 and 0 not in heights and not moved and not a.finishers
-        height = max(heights) if partly else 128
-        rows, even, scored = self.tiles(height)
-        part = compute(a, rows=rows if partly else None)
-        errors = [self._error(part, at, places) for places in (even, scored) if places.numel()]
-        lse, true = part.lse[:, :, even].float(), self.dense.lse[:, at][:, :, even]
-        recall = (lse - true).clamp(max=0.0).exp().nan_to_num(0.0).mean((0, 2))
-        listed = [p for p in a.pieces if isinstance(p, BlockIndex)]
-        share = density(listed, a.call) if listed else torch.ones(len(at))
-        error = torch.stack(errors).amax(0)
-        return {"error": error.cpu(), "recall": recall.cpu(), "density": share.cpu()}
-
-    def _error(self, part: Partial, at: list[int], places: Tensor) -> Tensor:
-        """Relative L1 error of the heads `at`, fp32 `[len(at)]`."""
-        found, true = part.out[:, :, places].float(), self.dense.out[:, at][:, :, places].float()
-        gap = (found - true).abs().sum((0, 2, 3))
-        return (gap / true.abs().sum((0, 2, 3)).clamp(min=1e-30)).nan_to_num(1e3, 1e3)
+        order = a.order if a.order is not None and a.order.q_table is not None else None
+        # Rows that lie in another order are judged there, if all of them are there.
+        there = order is not None and order.whole and not self.scored.numel()
+        partly = len(heights) == 1 and 0 not in heights and not a.finishers
+        partly = partly and (order is None or there)
+        rows, even, scored = self.tiles(max(heights) if partly else 128)
+        part = compute(
+            replace(a, order=None) if there and partly else a, rows=rows if partly else None
+        )
+        true = Partial(self.dense.out[:, at], self.dense.lse[:, at])
+        if there and partly:
+            assert order is not None
+            ids = order.q_table[order.row.long()]  # type: ignore[index]
+            ids = (ids if ids.ndim == 3 else ids[None])[:, :, even]
+            ids = ids.expand(true.out.shape[0], -1, -1).long()
+            out = true.out.gather(2, ids[..., None].expand(*ids.shape, true.out.shape[3]))
+            part = Partial(part.out[:, :, even], part.lse[:, :, even])
+            true = Partial(out, true.lse.gather(2, ids))
+            even = torch.arange(len(even), device=even.device)
+        errors = [_error(part, true, places) for places in (even, scored) if places.numel()]
+        lse, dense = part.lse[:, :, even].float(), true.lse[:, :, even]
+        recall = (lse - dense).clamp(max=0.0).exp().nan_to_num(0.0).mean((0, 2))
+        return {"error": torch.stack(errors).amax(0).cpu(), "recall": recall.cpu()}
 
     def _clock(self, one: Answer) -> float:
-        return min(times_ms(lambda: compute(one), 2, 1, self.call.q.device))
+        return self.batch * min(times_ms(lambda: compute(one), 2, 1, self.call.q.device))
 
     # -- lists of earlier layers ------------------------------------------------------------------
 
@@ -265,22 +315,58 @@ class Bench:
             covered = torch.einsum("hrk,ark->ha", mass, mask[list(good)].to(mass.dtype))
             heads = [good[i] for i in covered.argmax(-1).tolist()]
         everyone = tuple(range(index.heads))
-        state = SimpleNamespace(indices={(anchor, self.call.ordinal): [(everyone, (index,))]})
+        state = SimpleNamespace(indices={(anchor, self.call.ordinal): [Saved(everyone, (index,))]})
         policy = Policy(reuse=Reuse(site=anchor, heads=tuple(heads)))
         answers = answer(self.call, policy, state)  # type: ignore[arg-type]
         return None if answers is None else {"heads": list(heads), **self.measure(answers)}
 
 
+def for_call(a: Answer, call: AttentionCall) -> Answer:
+    """An answer with its lists and order, for another call of the same shape."""
+    call = call if a.call is None else call.take(a.call.heads)
+    return replace(a, call=call if a.order is None else in_kernel_order(call, a.order))
+
+
+def _density(a: Answer) -> Tensor:
+    """Computed ÷ visible pairs of each head; a piece that is computed already counts as all."""
+    listed = [p for p in a.pieces if isinstance(p, BlockIndex)]
+    return density(listed, a.call).cpu() if listed else torch.ones(len(a.call.heads))
+
+
+def _error(part: Partial, dense: Partial, places: Tensor) -> Tensor:
+    """Relative L1 error of each head at some rows, fp32 `[H]`."""
+    found, true = part.out[:, :, places].float(), dense.out[:, :, places].float()
+    gap = (found - true).abs().sum((0, 2, 3))
+    return (gap / true.abs().sum((0, 2, 3)).clamp(min=1e-30)).nan_to_num(1e3, 1e3)
+
+
+def prime(answers: Sequence[Answer]) -> None:
+    """Run a method's renewing step, so that its memory holds what later steps live on."""
+    for a in answers:
+        compute(a)
+
+
 def calibrated_settings(
-    methods: Sequence[AttentionMethod], site: Site, call: AttentionCall, dense: Partial
-) -> list[Family]:
-    """What each method's calibrator names after it saw one dense call."""
+    methods: Sequence[AttentionMethod],
+    site: Site,
+    call: AttentionCall,
+    dense: Partial,
+    suffix: str = "",
+) -> tuple[list[Family], dict[str, Tensor]]:
+    """What each method's calibrator names after it saw one dense call, and the side tensors that
+    the settings read, whose names get `suffix`.
+    """
     found: list[Method] = []
+    tables: dict[str, Tensor] = {}
     for m in methods:
         calibrator = m.calibrator(site)
         calibrator.see(call, dense.out, dense.lse)
-        found += calibrator.settings()
-    return families(found)
+        mine = calibrator.tables()
+        tables |= {k + suffix: v for k, v in mine.items()}
+        for setting in calibrator.settings():
+            named = {k: v + suffix for k, v in setting if isinstance(v, str) and v in mine}
+            found.append(setting.model_copy(update=named) if named else setting)
+    return families(found), tables
 
 
 def stored(method: Method) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from accelkit import kernels
 from accelkit.calibration.bench import times_ms
+from accelkit.calibration.candidates import calibrated_settings, families, prime
 from accelkit.calibration.capture import dense_attention
+from accelkit.kernels import dispatch
 from accelkit.kernels.cost import (
     CostTable,
     Kernel,
@@ -33,19 +35,20 @@ from accelkit.kernels.cost import (
     visible_pairs,
 )
 from accelkit.kernels.index import BlockIndex, ceil_div, plain_inputs
-from accelkit.patches.call import AttentionCall, Clock, Site
+from accelkit.patches.call import AttentionCall, Clock, Geometry, Site
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.plan import Policy
 from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute
 
 FITTED = (0.04, 0.12, 0.35, 1.0)
 CHECKED = (0.08, 0.2)
-"""Densities of random blocks that the fit sees, and those on which it is judged."""
+"""Densities of random blocks that the fit sees, and those on which it is judged. On a GPU the
+lengths on which it is judged are none of those that it sees either."""
 SINGLE_KEYS = 0.15
 """Lists of single keys denser than this are not measured: nobody runs them."""
 MOST_SINGLE_KEYS = 8192
 """Length up to which lists of single keys are measured."""
-GOOD_FIT = 0.15
+GOOD_FIT = 0.1
 ROUNDS = 5
 """Measuring ends when the error on held-out points is below `GOOD_FIT`, or after so many rounds."""
 MOST = 0.8
@@ -53,12 +56,16 @@ MOST = 0.8
 UNIT = (128, 128)
 PATIENCE_MS = 1000.0
 """Time that the repeats of one measurement may take together on a CPU."""
+AHEAD = 2_000_000
+"""Clock cycles that a GPU waits before a measurement: the host is ahead of it, as in a model."""
+UNKNOWN = Geometry()
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of a layer, how many layers there are to share lists that follow from geometry, and
-    prompts in a batch.
+    """Heads of a layer, how many layers there are to share lists that follow from geometry, prompts
+    in a batch, whether later tokens are hidden from earlier ones, and what the tokens of a
+    denoiser's call are.
     """
 
     heads: int
@@ -66,6 +73,8 @@ class Shape:
     head_dim: int
     layers: int = 1
     batch: int = 1
+    causal: bool = True
+    geometry: Geometry = UNKNOWN
 
 
 def fit(
@@ -79,12 +88,16 @@ def fit(
     limit_s: float = 60.0,
     step: Callable[[str], None] | None = None,
 ) -> CostTable:
-    """The cost table for prefills of up to `tokens` tokens.
+    """The cost table for calls of up to `tokens` tokens. A denoiser's calls have one length, for
+    their lists follow from a grid.
 
     `step` is told what is measured next. After `limit_s` seconds nothing is repeated any more.
     """
     until = time.monotonic() + limit_s
-    lengths = sorted({max(512, tokens // 4), tokens})
+    least = max(512, tokens // 4)
+    # Between two lengths costs are interpolated; on a GPU a third one tells how well.
+    between = [max(least, tokens // 2)] if device.type == "cuda" else []
+    lengths = sorted({least, tokens, *between}) if shape.causal else [tokens]
     calls = {n: random_call(shape, dtype, device, n) for n in lengths}
 
     def ms(run: Callable[[], Any], times: int = repeat) -> float:
@@ -105,6 +118,8 @@ def fit(
         else:
             costs[method.kind], used = found
             sizes |= dict.fromkeys(used)
+            if shape.causal:
+                sizes |= dict.fromkeys(_other_units(method, calls[lengths[0]]))
     fitted = {}
     for size in sizes:
         tell(f"kernel {name(size)}")
@@ -112,14 +127,14 @@ def fit(
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return CostTable(
         about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
-        dense, ride, fitted, costs, refused,
+        dense, ride, fitted, costs, refused, shape.causal,
     )  # fmt: skip
 
 
 def clock(run: Callable[[], Any], times: int, device: torch.device) -> float:
     """Milliseconds of `run` after one run to warm up; slow ones are not repeated."""
     if device.type == "cuda":
-        return statistics.median(times_ms(run, times, 1, device))
+        return statistics.median(device_ms(run, times, 1))
     found = list(times_ms(run, 1, 0, device))
     while len(found) < 2 or (len(found) <= times and sum(found) + found[-1] < PATIENCE_MS):
         if sum(found) > 4 * PATIENCE_MS:
@@ -128,10 +143,28 @@ def clock(run: Callable[[], Any], times: int, device: torch.device) -> float:
     return min(found)
 
 
+def device_ms(run: Callable[[], Any], times: int, warmup: int = 0) -> list[float]:
+    """Milliseconds of each run on the current GPU, without the time in which it waits for the
+    host.
+    """
+    for _ in range(warmup):
+        run()
+    found = []
+    for _ in range(times):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(AHEAD)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end))
+    return found
+
+
 def random_call(
     shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int
 ) -> AttentionCall:
-    """A causal prefill on random data with some structure: a sink, and neighbours alike."""
+    """A call on random data with some structure: a sink, and neighbours alike."""
     g = torch.Generator(device=device).manual_seed(0)
 
     def draw(heads: int) -> Tensor:
@@ -144,10 +177,12 @@ def random_call(
         x[:, :, :4] *= 2
         return x.to(dtype)
 
-    base = plain_inputs(draw(shape.heads), draw(shape.kv_heads), draw(shape.kv_heads), causal=True)
+    q, k, v = draw(shape.heads), draw(shape.kv_heads), draw(shape.kv_heads)
+    base = plain_inputs(q, k, v, causal=shape.causal)
     return AttentionCall(
-        base.q, base.k, base.v, base.scale, True, 0, None, base.heads, base.kv_of_head,
-        site=Site("fit", 0), clock=Clock("prefill"),
+        q, k, v, base.scale, shape.causal, 0, None, base.heads, base.kv_of_head,
+        site=Site("fit", 0), clock=Clock("prefill" if shape.causal else "denoise"),
+        geometry=shape.geometry,
     )  # fmt: skip
 
 
@@ -168,7 +203,7 @@ def dense_ms(call: AttentionCall, ms: Callable[..., float]) -> float:
 
     def run() -> Tensor:
         return scaled_dot_product_attention(
-            call.q, call.k, call.v, is_causal=True, enable_gqa=group
+            call.q, call.k, call.v, is_causal=call.causal, enable_gqa=group
         )
 
     if call.q.device.type != "cuda":
@@ -192,22 +227,32 @@ def _method(
     shape: Shape,
 ) -> tuple[MethodCost, list[tuple[int, int]]] | str:
     """Cost of a method's estimate, order and merging, and its units; or why it is refused."""
-    middle = _middle(method)
+    setting = _middle(method)
     points: list[tuple[int, float]] = []
     sizes: list[tuple[int, int]] = []
     longest = lengths[-1]
     for n in lengths:
         call, whole = calls[n], interpolate(dense, n)
         try:
+            call, middle = _prepared(call, method, setting)
             answers = answer(fresh(call), Policy(methods=(middle,)))
             if answers is None:
                 continue
+            if middle.renewed(call.clock.total):
+                prime(answers)
+                answers = answer(fresh(call), Policy(methods=(middle,)))
+                assert answers is not None
             one = answers[0]
             sizes = [p.size for p in one.pieces if isinstance(p, BlockIndex)]
             if not sizes:
                 return "it computes its pieces by itself, which the cost table cannot predict"
-            spent = ms(lambda call=call: answer(fresh(call), Policy(methods=(middle,))), 2)
-            least = spent * longest / n
+            policy = Policy(methods=(middle,))
+            spent = ms(partial(_ask, call, policy), 2)
+            if method.static and not call.causal:
+                spent = 0.0  # made once for all layers, steps and runs of a size
+            once = spent / shape.layers if method.static else spent
+            # On a GPU the time of short calls is that of launches, which does not grow.
+            least = once * (longest / n if call.q.device.type == "cpu" else 1.0)
             if least > MOST * interpolate(dense, longest):
                 return (
                     f"choosing takes {spent:.1f} ms at {n} tokens, dense attention {whole:.1f} ms"
@@ -220,12 +265,56 @@ def _method(
         points.append((n, spent / shape.layers if method.static else spent))
     if not points:
         return f"it leaves prompts of {longest} tokens dense"
-    return MethodCost(tuple(points), _share(middle, calls[longest], points[-1][1], ms)), sizes
+    share = _share(middle, call, points[-1][1], ms)
+    return MethodCost(tuple(points), share, _between(points)), sizes
+
+
+def _between(points: Sequence[tuple[int, float]]) -> float:
+    """How far inner points lie from the line through their neighbours, at worst."""
+    gaps = [
+        abs(interpolate((points[i - 1], points[i + 1]), points[i][0]) / points[i][1] - 1)
+        for i in range(1, len(points) - 1)
+    ]
+    return round(max(gaps, default=0.0), 4)
+
+
+def _other_units(method: AttentionMethod, call: AttentionCall) -> list[tuple[int, int]]:
+    """Units of the variants that a method's calibrator names without having seen a call."""
+    found: list[tuple[int, int]] = []
+    for family in families(method.calibrator(call.site).settings()):
+        variant = family.settings[len(family.settings) // 2]
+        dial = {family.field or ""}
+        if variant.model_dump(exclude=dial) == method.model_dump(exclude=dial):
+            continue
+        answers = answer(fresh(call), Policy(methods=(variant,)))
+        pieces = answers[0].pieces if answers else ()
+        found += [p.size for p in pieces if isinstance(p, BlockIndex)]
+    return found
+
+
+def _ask(call: AttentionCall, policy: Policy) -> object:
+    return answer(fresh(call), policy)
+
+
+def _prepared(
+    call: AttentionCall, method: AttentionMethod, middle: AttentionMethod
+) -> tuple[AttentionCall, AttentionMethod]:
+    """The call with the side tensors that the method's calibrator makes of it, and a setting that
+    reads them; both as they are for a method without any.
+    """
+    if type(method).calibrator is AttentionMethod.calibrator or call.causal:
+        return call, middle
+    dense = dense_attention(call)
+    families, tables = calibrated_settings([method], call.site, call, dense)
+    if not tables:
+        return call, middle
+    settings = families[len(families) // 2].settings
+    return replace(call, tables={**call.tables, **tables}), settings[len(settings) // 2]
 
 
 def _around(one: Answer, ms: Callable[..., float]) -> float:
     """What order and merging add to the kernels of the pieces."""
-    if one.plain or (one.order is None and len(one.pieces) == 1):
+    if one.order is None and len(one.pieces) == 1 and not one.finishers:
         return 0.0
     whole = ms(lambda: compute(one), 2)
     alone = sum(
@@ -258,31 +347,58 @@ def _middle(method: AttentionMethod) -> AttentionMethod:
 
 
 def _kernel(calls: dict[int, AttentionCall], size: tuple[int, int], until: float) -> Kernel:
-    """Coefficients of one unit from random lists, judged on densities that were left out."""
+    """Coefficients of one unit from random lists, judged on lists that were left out."""
     if size[1] == 1 and max(calls) > MOST_SINGLE_KEYS:
         # A mask of single keys grows with the square of the length; shorter prompts tell as much.
         whole = calls[max(calls)]
         calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS // 4, MOST_SINGLE_KEYS)}
-    longest, points = max(calls), []
+    longest = max(calls)
+    device = calls[longest].q.device
+    held = longest
+    if device.type == "cuda":
+        held = longest // 2
+        calls = {**calls, held: shorter(calls[longest], held)}
+    points: list[tuple[bool, list[float], Answer]] = []
     for n, call in calls.items():
-        for density in FITTED + (CHECKED if n == longest else ()):
+        fitted = FITTED if n != held or held == longest else ()
+        for density in (*fitted, *(CHECKED if n == held else ())):
             if (size[1] == 1 and density > SINGLE_KEYS) or (density == 1.0 and n == longest):
                 continue
             index = random_index(call, size, density)
-            pairs = float(kernels.select.density(index, call).sum()) * visible_pairs(n) / 1e6
+            share = float(kernels.select.density(index, call).sum())
+            pairs = share * visible_pairs(n, call.causal) / 1e6
             features = [1.0, len(call.heads) * call.tiles(size)[0], pairs]
             points.append((density in CHECKED, features, Answer(call, (index,))))
-    device = calls[longest].q.device
+    backend = _backend(points[-1][2])
     spent = [float("inf")] * len(points)
     kernel = Kernel(0.0, 0.0, 0.0, float("inf"))
     # Rounds over all points: a disturbance then spoils one run of several points, not one point.
     for turn in range(ROUNDS):
-        runs = [min(times_ms(partial(compute, a), 2, 0, device)) for _, _, a in points]
+        runs = [_least(partial(_anew, a), device, warmup=not turn) for _, _, a in points]
         spent = [min(pair) for pair in zip(spent, runs, strict=True)]
-        kernel = _solve([(held, f, t) for (held, f, _), t in zip(points, spent, strict=True)])
+        kernel = _solve([(out, f, t) for (out, f, _), t in zip(points, spent, strict=True)])
         if turn and (kernel.error < GOOD_FIT or time.monotonic() > until):
             break
-    return kernel
+    return replace(kernel, backend=backend)
+
+
+def _anew(one: Answer) -> None:
+    """Compute an answer without what kernels kept with its lists: a layer has its own."""
+    compute(replace(one, pieces=tuple(replace(p) for p in one.pieces)))
+
+
+def _least(run: Callable[[], Any], device: torch.device, warmup: bool) -> float:
+    """The lesser of two runs."""
+    if device.type == "cuda":
+        return min(device_ms(run, 2, int(warmup)))
+    return min(times_ms(run, 2, 0, device))
+
+
+def _backend(one: Answer) -> str:
+    """Which backend runs an answer's first piece."""
+    call, index = one.call, one.pieces[0]
+    assert isinstance(index, BlockIndex)
+    return dispatch.explain(call.q, call.k, call.v, index, causal=call.causal).backend
 
 
 def _solve(points: Sequence[tuple[bool, list[float], float]]) -> Kernel:
@@ -305,8 +421,9 @@ def random_index(call: AttentionCall, size: tuple[int, int], density: float) -> 
     g = torch.Generator(device=device).manual_seed(1)
     rows = torch.arange(nq, device=device)[:, None]
     keys = torch.arange(nk, device=device)[None]
-    visible = keys * bk < (rows + 1) * bq
+    visible = (keys * bk < (rows + 1) * bq) | (not call.causal)
     # The tile's own keys, or a part of them where tiles are tall.
-    own = visible & ((keys + 1) * bk > rows * bq + max(0, bq - 128))
+    edge = keys * bk < (rows + 1) * bq
+    own = visible & edge & ((keys + 1) * bk > rows * bq + max(0, bq - 128))
     chosen = torch.rand(heads, nq, nk, generator=g, device=device) < density
     return BlockIndex.from_mask((chosen & visible | own | (visible & (keys == 0)))[None], size)

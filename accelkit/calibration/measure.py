@@ -25,7 +25,7 @@ from accelkit.calibration.candidates import (
     stored,
     thinned,
 )
-from accelkit.calibration.capture import capture
+from accelkit.calibration.capture import See, capture
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.profile import UNIT, profile
 from accelkit.calibration.tasks import Sample
@@ -62,7 +62,7 @@ class Preset:
 
 PRESETS = {
     "fast": Preset(2, 4, 5, 0, 4, ("multi_key",)),
-    "balanced": Preset(3, 5, 7, 2, 5, ("multi_key", "text")),
+    "balanced": Preset(4, 5, 7, 2, 5, ("multi_key", "text")),
     "careful": Preset(5, 6, 8, 4, 5, ("multi_key", "variables", "text")),
 }
 
@@ -117,12 +117,12 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
 
     def see(call: AttentionCall, dense: Partial) -> None:
         site = call.site
-        bench = Bench(call, dense, rows)
+        bench = Bench(call, dense, rows, batch=run.batch)
         tiles = bench.tiles(UNIT[0])[0]
         found, heavy[site.path] = profile(call, dense, tiles, heavy)
 
         def work() -> dict[str, Any]:
-            wanted = calibrated_settings(methods, site, call, dense)
+            wanted, _ = calibrated_settings(methods, site, call, dense)
             few = [thinned(f, run.preset.settings) for f in wanted]
             measured = {f.name: bench.family(f, len(f.settings)) for f in few}
             return {
@@ -143,18 +143,20 @@ def kept(
 ) -> list[Family]:
     """The families of a site that are worth measuring on long prompts, the best first.
 
-    At each tolerated error in turn the family that would cost the layer least is kept.
+    One after another, the family that makes the layer cheapest beside those before it, summed over
+    the tolerated errors: each head runs the cheapest setting of any of them, or dense.
     """
     found = record["families"]
-    rank: dict[str, list[float]] = {}
+    once: dict[str, float] = {}
+    ms: dict[str, np.ndarray] = {}  # [tolerance, head]
     for name, f in found.items():
         kind = f["settings"][0]["kind"]
         if kind not in costs.methods:
             continue
-        once, each = costs.method_ms(kind, tokens)
+        once[name], each = costs.method_ms(kind, tokens)
         error, share = np.array(f["error"]), np.array(f["density"])
         grown = costs.dense_ms(tokens) / costs.dense_ms(screened_on) / share.shape[1]
-        ms = np.array(
+        cost = np.array(
             [
                 [each + costs.head_ms(tuple(size), tokens, d) for d in row]
                 if clocked is None
@@ -162,17 +164,14 @@ def kept(
                 for size, row, clocked in zip(f["size"], share, f["ms"], strict=True)
             ]
         )
-        ride = costs.ride_ms(tokens)
-        rank[name] = [
-            once + float(np.minimum(np.where(error <= t, ms, np.inf).min(0), ride).sum())
-            for t in TOLERANCES
-        ]
+        ms[name] = np.array([np.where(error <= t, cost, np.inf).min(0) for t in TOLERANCES])
     chosen: list[str] = []
-    for i in [*range(len(TOLERANCES))] * most:
-        rest = [n for n in rank if n not in chosen]
-        if not rest or len(chosen) == most:
-            break
-        chosen.append(min(rest, key=lambda n: (rank[n][i], n)))
+    best: Any = costs.ride_ms(tokens)
+    while len(chosen) < min(most, len(ms)):
+        rest = [n for n in ms if n not in chosen]
+        total = {n: float(np.minimum(best, ms[n]).sum()) + len(TOLERANCES) * once[n] for n in rest}
+        chosen.append(min(rest, key=lambda n: (total[n], n)))
+        best = np.minimum(best, ms[chosen[-1]])
     return [family_of(n, found[n]) for n in chosen]
 
 
@@ -247,7 +246,7 @@ def _measure(
     def see(call: AttentionCall, dense: Partial) -> None:
         path = call.site.path
         at = order.index(path)
-        bench = Bench(call, dense, rows)
+        bench = Bench(call, dense, rows, batch=run.batch)
 
         def work() -> dict[str, Any]:
             found = {f.name: bench.family(f, finest) for f in families[path]}
@@ -278,7 +277,7 @@ def _offer(
     index = bench.lent.get(method)
     if index is None:
         answers = answer(call, Policy(methods=(method,)))
-        if answers is None or not answers[0].plain:
+        if answers is None or answers[0].lane is None or answers[0].order is not None:
             return None
         piece = answers[0].pieces[0]
         index = piece if isinstance(piece, BlockIndex) else None
@@ -305,28 +304,48 @@ def _loans(
     return out
 
 
-def weighed(run: Run, prompts: Sequence[Sample]) -> dict[str, list[float]]:
-    """Weight of every head, the worst over the prompts. Sites that time did not allow get the
-    median.
+def weighed(
+    run: Run, heads: Mapping[str, int], probes: Sequence[Callable[[str], quality.Show]]
+) -> dict[str, list[float]]:
+    """Weight of every head of each place, the worst over the probes; `probe(place)` is what runs.
+    Places that time did not allow get the median.
     """
-    every = max(1, -(-sum(run.heads[s.path] for s in run.sites) // PROBES))
+    every = max(1, -(-sum(heads.values()) // PROBES))
     found: dict[str, list[float]] = {}
-    for site in run.sites:
-        heads = run.heads[site.path]
-        groups = [list(range(h, min(h + every, heads))) for h in range(0, heads, every)]
-        for n, sample in enumerate(prompts):
-            key = f"weight/{n}/{site.path}"
+    for place, count in heads.items():
+        groups = [list(range(h, min(h + every, count))) for h in range(0, count, every)]
+        for n, probe in enumerate(probes):
+            key = f"weight/{n}/{place}"
             if key not in run.journal and run.late(0.7, "weights of some sites"):
                 continue
             run.tell("weighing heads")
-            rows = data.scored_rows(sample)
-            work = partial(quality.site_weights, run.model, sample.ids, rows, site.path, groups)
+            work = partial(_weigh, probe, place, groups)
             weights = run.journal.unit(key, work)
-            spread = [weights[h // every] for h in range(heads)]
-            found[site.path] = np.maximum(found.get(site.path, spread), spread).tolist()
+            spread = [weights[h // every] for h in range(count)]
+            found[place] = np.maximum(found.get(place, spread), spread).tolist()
     known = [w for ws in found.values() for w in ws]
     middle = float(np.median(known)) if known else 1.0
-    return {s.path: found.get(s.path, [middle] * run.heads[s.path]) for s in run.sites}
+    return {place: found.get(place, [middle] * count) for place, count in heads.items()}
+
+
+def _weigh(
+    probe: Callable[[str], quality.Show], place: str, groups: Sequence[Sequence[int]]
+) -> list[float]:
+    return quality.site_weights(probe(place), groups)
+
+
+def probe_of(model: Any, sample: Sample) -> Callable[[str], quality.Show]:
+    """A short prompt on which weights are measured: last hidden states at its scored rows."""
+    rows = torch.from_numpy(data.scored_rows(sample))
+
+    def probe(site: str) -> quality.Show:
+        def show(copies: int, see: See) -> torch.Tensor:
+            ids = np.repeat(sample.ids[None], copies, 0)
+            return capture(model, ids, see, lambda path: path == site)[:, rows]
+
+        return show
+
+    return probe
 
 
 def family_of(name: str, record: Mapping[str, Any]) -> Family:

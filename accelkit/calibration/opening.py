@@ -40,13 +40,13 @@ def open_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
     except ValueError as error:
         raise UnsupportedModelError(
             f"{name}: transformers has no causal language model for {type(config).__name__} "
-            f"({_first_line(error)}); choose a text generation model"
+            f"({first_line(error)}); choose a text generation model"
         ) from error
     except Exception as error:
         if not _damaged(error):
             raise
         raise InvalidInputError(
-            f"{name}: the weights cannot be read ({_first_line(error)}); "
+            f"{name}: the weights cannot be read ({first_line(error)}); "
             "restore or download them again"
         ) from error
     return model.eval().to(where), open_tokenizer(name)
@@ -55,6 +55,11 @@ def open_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
 def open_config(name: str) -> Any:
     """The model's configuration; the first thing that fails for a wrong name."""
     transformers, path = _transformers(), Path(name)
+    if (path / "model_index.json").exists():
+        raise InvalidInputError(
+            f"{name} is a pipeline; this needs a language model "
+            "(`accelkit calibrate`, `patch`, `bench` and `show` take pipelines)"
+        )
     if path.is_dir() and not (path / "config.json").exists():
         raise InvalidInputError(f"{name}: no config.json in this folder; expected a saved model")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -70,12 +75,12 @@ def open_config(name: str) -> Any:
     except ValueError as error:
         raise UnsupportedModelError(
             f"{name}: transformers {transformers.__version__} does not know this model "
-            f"({_first_line(error)}); a newer transformers may"
+            f"({first_line(error)}); a newer transformers may"
         ) from error
     except OSError as error:
         raise InvalidInputError(
             f"{name}: neither a folder nor a hub model within reach "
-            f"({_first_line(error)}); check the name"
+            f"({first_line(error)}); check the name"
         ) from error
 
 
@@ -141,22 +146,23 @@ def describe_model(name: str) -> dict[str, Any]:
         with torch.device("meta"):
             model = _transformers().AutoModelForCausalLM.from_config(config)
     except ValueError as error:
-        raise UnsupportedModelError(f"{name}: {_first_line(error)}") from error
+        raise UnsupportedModelError(f"{name}: {first_line(error)}") from error
     fingerprint, heads = facts(model)
     open_sites = {site.path for site in sites(model)}
     return {
         "class_name": fingerprint.class_name,
         "model_type": fingerprint.model_type,
         "components": {k: c.model_dump() for k, c in fingerprint.components.items()},
-        "sites": [
-            {
-                "site": path,
-                "query_heads": n,
-                "may_run_sparse": "yes" if path in open_sites else "no",
-            }
-            for path, n in heads.items()
-        ],
+        "sites": site_rows(heads, open_sites),
     }
+
+
+def site_rows(heads: dict[str, int], open_sites: set[str]) -> list[dict[str, Any]]:
+    """A row for each attention module."""
+    return [
+        {"site": path, "query_heads": n, "may_run_sparse": "yes" if path in open_sites else "no"}
+        for path, n in heads.items()
+    ]
 
 
 def has_plan(name: str) -> bool:
@@ -208,6 +214,7 @@ def _damaged(error: Exception) -> bool:
     return isinstance(error, OSError | RuntimeError) or "safetensor" in type(error).__name__.lower()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:160] if lines else type(error).__name__

@@ -4,13 +4,14 @@ alone."""
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from accelkit.errors import InvalidInputError, MissingExtraError
-from accelkit.patches.plan import Evidence, LayerPlan, Plan
+from accelkit.patches.plan import Evidence, LayerPlan, Plan, evidence_key
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,16 +22,19 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 DENSE = "#D9D9D9"
 
 
-def figure(plan: Plan, phase: str = "prefill", tokens: int | None = None) -> Figure:
-    """Heads × layers: policies, densities and errors; milliseconds by layer; quality rounds. What
-    was not measured is left out."""
+def figure(plan: Plan, phase: str | None = None, tokens: int | None = None) -> Figure:
+    """Heads × layers: policies, densities and errors; milliseconds by layer; quality rounds; for
+    denoising the density over steps × layers. What was not measured is left out."""
     matplotlib = _matplotlib()
+    phase = phase or phase_of(plan)
     panels = [lambda axes: _policy_map(axes, plan, phase, tokens)]
     seen = {
         s: plan.sites[s].evidence[phase]
         for s in sorted(plan.sites, key=natural)
         if phase in plan.sites[s].evidence
     }
+    if seen and phase == "denoise":
+        panels.insert(0, lambda axes: _step_map(axes, plan, list(seen)))
     # What was measured belongs to the longest prompts.
     longest = tokens is None or tokens == max(tiers(plan, phase))
     if seen and longest:
@@ -58,13 +62,42 @@ def figure(plan: Plan, phase: str = "prefill", tokens: int | None = None) -> Fig
     return drawing
 
 
-def save_figure(plan: Plan, path: Path, phase: str = "prefill") -> None:
+def save_figure(plan: Plan, path: Path, phase: str | None = None) -> None:
     """Write the picture; the ending of `path` chooses the format."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure(plan, phase).savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"{path}: the picture cannot be written ({error})") from error
+
+
+def _step_map(axes: Axes, plan: Plan, sites: list[str]) -> None:
+    """Mean density of each layer's heads over the denoising steps; a cached step counts as run."""
+    from matplotlib.ticker import PercentFormatter
+
+    shares = step_shares(plan)
+    values = [
+        [_mean_density(plan.sites[s].evidence.get(evidence_key("denoise", b))) for b in shares]
+        for s in sites
+    ]
+    edges = [low for low, _ in shares] + [1.0]
+    image = axes.pcolormesh(
+        edges, [i - 0.5 for i in range(len(sites) + 1)], values, cmap="Blues", vmin=0, vmax=1
+    )
+    axes.invert_yaxis()
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+    _ticks(axes, sites, 1)
+    axes.set_xlim(0, 1)
+    axes.set_xticks(edges, [f"{e:.0%}" for e in edges])
+    axes.set_xlabel("share of the denoising steps", fontsize=8)
+    axes.set_title("Density over steps", loc="left", fontsize=10)
+
+
+def _mean_density(evidence: Evidence | None) -> float:
+    return 1.0 if evidence is None else statistics.fmean(evidence.density)
 
 
 def _policy_map(axes: Axes, plan: Plan, phase: str, tokens: int | None) -> None:
@@ -89,6 +122,8 @@ def _policy_map(axes: Axes, plan: Plan, phase: str, tokens: int | None) -> None:
         fontsize=8,
     )
     _ticks(axes, list(rows), width)
+    if phase == "denoise":
+        axes.set_xlabel("query head, once for each share of the steps", fontsize=8)
     axes.set_title("Method of each head", loc="left", fontsize=10)
 
 
@@ -177,21 +212,39 @@ def _round_lines(axes: Axes, plan: Plan) -> None:
 # -- what the pictures and the report read from a plan ------------------------------------------
 
 
+def phase_of(plan: Plan) -> str:
+    """The phase that a plan is about."""
+    return "denoise" if plan.fingerprint.library == "diffusers" else "prefill"
+
+
+def step_shares(plan: Plan) -> list[tuple[float, float]]:
+    """The shares of the denoising steps that a plan treats apart, in order."""
+    rules = {r.steps for s in plan.sites.values() for r in s.rules}
+    seen = plan.calibration.get("buckets")
+    return [(low, high) for low, high in seen] if seen else sorted(rules) or [(0.0, 1.0)]
+
+
 def head_rows(
-    plan: Plan, phase: str = "prefill", tokens: int | None = None
+    plan: Plan, phase: str | None = None, tokens: int | None = None
 ) -> dict[str, list[int]]:
     """Policy row of every head by site, in layer order, for a call of `tokens` keys (default: the
-    longest rule); −1: dense without a row."""
-    clock = SimpleNamespace(phase=phase, step=0, total=1, branch="cond")
-    rows = {}
+    longest rule); −1: dense without a row. Denoising has its heads once for each share of steps."""
+    phase = phase or phase_of(plan)
+    shares = step_shares(plan) if phase == "denoise" else [(0.0, 1.0)]
+    n = max(tiers(plan, phase)) if tokens is None else tokens
+    rows: dict[str, list[int]] = {}
     for site in sorted(plan.sites, key=natural):
         layer = plan.sites[site]
-        n = max(tiers(plan, phase)) if tokens is None else tokens
-        row = [-1] * _heads(plan, layer)
-        for group in plan.groups(site, n, clock):  # type: ignore[arg-type]
-            for head in group.heads:
-                row[head] = group.policy_id
-        rows[site] = row
+        if layer.block is not None and not layer.rules:
+            continue  # a whole denoiser with a step cache
+        rows[site] = []
+        for low, high in shares:
+            clock = SimpleNamespace(phase=phase, step=(low + high) / 2, total=1, branch="cond")
+            row = [-1] * _heads(plan, layer)
+            for group in plan.groups(site, n, clock):  # type: ignore[arg-type]
+                for head in group.heads:
+                    row[head] = group.policy_id
+            rows[site] += row
     return rows
 
 

@@ -25,7 +25,8 @@ _TOP_SHARE = 0.1
 class AttentionProfile:
     """Numbers of one site on one prompt, all per query head.
 
-    mass: attention in the first block, in the last two before the diagonal, and elsewhere.
+    mass: attention in the first block, in the two blocks up to the diagonal (and behind it, where
+    a token sees later ones), and elsewhere.
     recall: mass in the heaviest blocks at each of `DENSITIES`; no block method can do better.
     entropy: of the masses of a row's blocks, ÷ its largest possible value.
     similarity: by earlier site, how much of this head's mass lies in the heaviest blocks of that
@@ -48,12 +49,13 @@ def profile(
     first = call.q_start + tiles.to(mass.device) * UNIT[0]
     diagonal = (first // UNIT[1])[None, :, None]
     block = torch.arange(mass.shape[-1], device=mass.device)
-    seen = block <= diagonal
+    seen = block <= diagonal + (0 if call.causal else _LOCAL_BLOCKS - 1)
     local = seen & (block > diagonal - _LOCAL_BLOCKS) & (block > 0)
     sink = mass[..., 0].mean(-1)
     near = (mass * local).sum(-1).mean(-1)
     ordered = mass.sort(-1, descending=True).values.cumsum(-1)
-    visible = (diagonal[0, :, 0] + 1).float()
+    count = diagonal[0, :, 0] + 1
+    visible = (count if call.causal else torch.full_like(count, mass.shape[-1])).float()
     recall = []
     for share in DENSITIES:
         last = (visible * share).ceil().long().clamp(min=1) - 1

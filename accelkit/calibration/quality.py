@@ -7,7 +7,7 @@ it the KL divergence of the next-token distribution there, and the share of righ
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accelkit.calibration.capture import capture, forward
+from accelkit.calibration.capture import See, forward
 from accelkit.calibration.data import scored_rows
 from accelkit.calibration.tasks import Sample, count_right
 from accelkit.kernels.index import Partial
@@ -114,9 +114,13 @@ def synchronise(device: torch.device) -> None:
 # -- weights --------------------------------------------------------------------------------------
 
 
-def site_weights(
-    model: Any, ids: np.ndarray, rows: np.ndarray, site: str, groups: Sequence[Sequence[int]]
-) -> list[float]:
+Show = Callable[[int, See], Tensor]
+"""`show(copies, see)`: one forward over that many equal entries of a batch, with `see` at one site;
+returns what to compare, `[copies, …]`.
+"""
+
+
+def site_weights(show: Show, groups: Sequence[Sequence[int]]) -> list[float]:
     """Change of the budget error ÷ 0.05 when the heads of each group get 5 % noise on their output.
 
     All groups share one forward: entry g of the batch has the noise of group g, the last two have
@@ -126,25 +130,29 @@ def site_weights(
     probes = len(groups)
 
     def disturb(call: AttentionCall, dense: Partial) -> None:
-        generator = torch.Generator(device=dense.out.device).manual_seed(0)
-        noise = torch.randn(dense.out.shape[1:], generator=generator, device=dense.out.device)
-        size = dense.out[0].float().abs().sum(-1, keepdim=True)
-        noise *= size / noise.abs().sum(-1, keepdim=True)
+        noise = noise_like(dense.out[0])
         for g, heads in enumerate(groups):
             dense.out[g, list(heads)] += (NOISE * noise[list(heads)]).to(dense.out.dtype)
         dense.out[probes + 1] += (ROUNDING * noise).to(dense.out.dtype)
 
-    hidden = capture(model, np.repeat(ids[None], probes + 2, 0), disturb, lambda path: path == site)
-    hidden = hidden[:, torch.from_numpy(rows).to(hidden.device)]
-    half = hidden.dtype != torch.float32
-    hidden = hidden.float()
-    true = hidden[probes]
-    floor = relative(hidden[probes + 1], true) if half else 0.0
+    found = show(probes + 2, disturb)
+    half = found.dtype != torch.float32
+    found = found.float()
+    true = found[probes]
+    floor = relative(found[probes + 1], true) if half else 0.0
     out = []
     for g, heads in enumerate(groups):
-        change = relative(hidden[g], true)
+        change = relative(found[g], true)
         out.append(max(change**2 - floor**2, 0.0) ** 0.5 / NOISE / len(heads) ** 0.5)
     return out
+
+
+def noise_like(values: Tensor, seed: int = 0) -> Tensor:
+    """Noise fp32 whose rows (of the last dimension) have the L1 size of those of `values`."""
+    generator = torch.Generator(device=values.device).manual_seed(seed)
+    noise = torch.randn(values.shape, generator=generator, device=values.device)
+    noise *= values.float().abs().sum(-1, keepdim=True) / noise.abs().sum(-1, keepdim=True)
+    return noise
 
 
 # -- one prompt -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,9 +32,9 @@ from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 log = logging.getLogger("accelkit")
 MARGIN = 0.9
 """Share of the budget that the next round aims at."""
-FIRST = 2.0
-"""ε of the first round ÷ the budget: errors of single heads partly cancel, and a plan that is over
-the budget is found out on its first prompt.
+FIRST = 1.0
+"""ε of the first round ÷ the budget; a plan that is over the budget is found out on its first
+prompt.
 """
 CLOSE = 1.15
 """Rounds end when the largest ε that held and the smallest that failed are this close."""
@@ -42,53 +42,85 @@ WIDEN = 8.0
 """Most by which one round may widen ε."""
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """The cheapest plan within some ε, with its predicted milliseconds and error; equal
+    proposals have equal `choice`.
+    """
+
+    plan: Plan
+    choice: Any
+    ms: float
+    error: float
+    dense: bool
+
+
 @dataclass
 class Round:
-    """One search and its check. `rows` are the prompts that were run; a failure stops early."""
+    """One proposal and its check. `rows` are the prompts that were run; a failure stops early."""
 
     epsilon: float
-    solution: Solution
-    plan: Plan
+    proposal: Proposal
     rows: list[dict[str, Any]] = field(default_factory=list)
+    measured: float = 0.0
     held: bool = False
 
     @property
-    def measured(self) -> float:
-        return max(t["error"] for t in quality.by_task(self.rows).values())
+    def plan(self) -> Plan:
+        return self.proposal.plan
 
 
-def refined(
+class Checker(Protocol):
+    """Runs plans on held-out inputs."""
+
+    def check(self, now: Round, allowed: float) -> None:
+        """Fill in the round's rows, its measured error, and whether it held."""
+
+    def speed(self, plan: Plan) -> dict[str, float]:
+        """`ms` and `dense_ms` of the whole run."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The fastest plan that held and its speed; without one, why the plan is dense."""
+
+    rounds: tuple[Round, ...]
+    best: Round | None = None
+    speed: dict[str, float] = field(default_factory=dict)
+    why: str = ""
+
+    @property
+    def composition(self) -> float:
+        """κ of the rounds besides the best: what predicted the best one."""
+        rest = [r for r in self.rounds if r is not self.best and r.proposal.error]
+        return statistics.median([r.measured / r.proposal.error for r in rest]) if rest else 1.0
+
+
+def in_turns(
     run: Run,
-    data: Sequence[SiteData],
-    inputs: Inputs,
-    fingerprint: Fingerprint,
-    budget: Budget,
-    costs: CostTable,
-) -> Plan:
-    """The fastest plan that holds within the budget on every prompt to check on."""
-    tables = [d.table for d in data]
-    tokens, allowed = inputs.longest, budget.max_rel_error
-    checker = _Checker(run, inputs)
+    propose: Callable[[float], Proposal],
+    checker: Checker,
+    allowed: float,
+    first: float = FIRST,
+    spent: Callable[[Sequence[Round]], bool] = lambda rounds: False,
+) -> Outcome:
+    """Propose and check until ε is found; the first one is `first` · `allowed`. `spent` ends it."""
     rounds: list[Round] = []
-    fronts: dict[str, Any] = {}
-    low, high, epsilon = 0.0, float("inf"), FIRST * allowed
+    low, high, epsilon = 0.0, float("inf"), first * allowed
     for turn in range(run.preset.rounds):
+        if spent(rounds):
+            break
         if turn and run.late(0.9, f"round {turn + 1} of the end-to-end check"):
             break
-        solution = search(tables, epsilon, fronts)
-        if all(c.dense for c in solution.choices):
-            if low or epsilon > 100 * allowed:
+        proposal = propose(epsilon)
+        if proposal.dense:
+            if low or epsilon > 100 * first * allowed:
                 break
             low, epsilon = epsilon, epsilon * WIDEN
             continue
-        if any(r.solution == solution for r in rounds):
+        if any(r.proposal.choice == proposal.choice for r in rounds):
             break
-        limits = Limits(
-            min_length=max(crossover(data, solution, costs, tokens), inputs.shortest // 2),
-            max_length=tokens,
-        )
-        plan = assemble(data, solution, fingerprint, budget, tokens, limits)
-        now = Round(epsilon, solution, plan)
+        now = Round(epsilon, proposal)
         checker.check(now, allowed)
         rounds.append(now)
         aim = epsilon * MARGIN * allowed / max(now.measured, 1e-9)
@@ -105,11 +137,11 @@ def refined(
                 epsilon = (low * high) ** 0.5
         if low and high / low < CLOSE:
             break
-    held = sorted((r for r in rounds if r.held), key=lambda r: r.solution.ms)
+    held = sorted((r for r in rounds if r.held), key=lambda r: r.proposal.ms)
     for best in held:
         speed = checker.speed(best.plan)
         if speed["dense_ms"] > speed["ms"]:
-            return _finished(best, rounds, tables, speed)
+            return Outcome(tuple(rounds), best, speed)
     why = (
         "no plan was faster than dense attention"
         if held
@@ -117,8 +149,37 @@ def refined(
         if rounds
         else "no method was predicted to be faster than dense attention"
     )
-    log.warning("the plan is dense: %s at %d tokens", why, tokens)
-    return _dense(data, fingerprint, budget, tokens, rounds, why)
+    return Outcome(tuple(rounds), why=why)
+
+
+def refined(
+    run: Run,
+    data: Sequence[SiteData],
+    inputs: Inputs,
+    fingerprint: Fingerprint,
+    budget: Budget,
+    costs: CostTable,
+) -> Plan:
+    """The fastest plan for prefill that holds within the budget on every prompt to check on."""
+    tables = [d.table for d in data]
+    tokens = inputs.longest
+    fronts: dict[str, Any] = {}
+
+    def propose(epsilon: float) -> Proposal:
+        solution = search(tables, epsilon, fronts)
+        limits = Limits(
+            min_length=max(crossover(data, solution, costs, tokens), inputs.shortest // 2),
+            max_length=tokens,
+        )
+        plan = assemble(data, solution, fingerprint, budget, tokens, limits)
+        dense = all(c.dense for c in solution.choices)
+        return Proposal(plan, solution, solution.ms, solution.error, dense)
+
+    found = in_turns(run, propose, _Checker(run, inputs), budget.max_rel_error)
+    if found.best is not None:
+        return _finished(found, sum(t.dense_ms for t in tables))
+    log.warning("the plan is dense: %s at %d tokens", found.why, tokens)
+    return _dense(data, fingerprint, budget, tokens, found)
 
 
 class _Checker:
@@ -131,7 +192,7 @@ class _Checker:
 
     def check(self, now: Round, allowed: float) -> None:
         """Run the prompts, the most revealing of earlier rounds first, until one fails."""
-        digest = _digest(now.plan)
+        digest = plan_digest(now.plan)
         tried = 0
         for n in list(self.order):
             rows = self._rows(now.plan, f"check/{digest}/{n}", n)
@@ -139,7 +200,9 @@ class _Checker:
             tried += 1
             if not quality.holds(quality.by_task(rows), allowed) and not self._averaged(n):
                 break
-        now.held = tried == len(self.samples) and quality.holds(quality.by_task(now.rows), allowed)
+        tasks = quality.by_task(now.rows)
+        now.measured = max(t["error"] for t in tasks.values())
+        now.held = tried == len(self.samples) and quality.holds(tasks, allowed)
         worst = sorted(now.rows, key=lambda r: -r["error"])
         first = list(dict.fromkeys(r["prompt"] for r in worst))
         self.order = first + [n for n in self.order if n not in first]
@@ -195,30 +258,39 @@ class _Checker:
             return {"dense_ms": min(dense), "ms": min(sparse), "tokens": len(sample.ids)}
 
         self.run.tell("timing the plan")
-        return self.run.journal.unit(f"speed/{_digest(plan)}", work)
+        return self.run.journal.unit(f"speed/{plan_digest(plan)}", work)
 
 
-def _finished(
-    best: Round, rounds: Sequence[Round], tables: Sequence[Any], speed: dict[str, float]
-) -> Plan:
-    ratios = [r.measured / r.solution.error for r in rounds if r is not best and r.solution.error]
-    kappa = statistics.median(ratios) if ratios else 1.0
-    dense = sum(t.dense_ms for t in tables)
-    measured = {
-        "predicted_error": _short(kappa * best.solution.error),
-        "measured_error": _short(best.measured),
-        "composition": _short(kappa),
+def _finished(found: Outcome, dense_ms: float) -> Plan:
+    best, speed = found.best, found.speed
+    assert best is not None
+    measured = outcome_numbers(found, dense_ms) | {
         "per_task": _tasks(best.rows),
-        "ms": _short(best.solution.ms),
-        "dense_ms": _short(dense),
-        "attention_speedup": _short(dense / best.solution.ms),
         "prefill_tokens": speed["tokens"],
         "prefill_ms": _short(speed["ms"]),
         "prefill_dense_ms": _short(speed["dense_ms"]),
         "prefill_speedup": _short(speed["dense_ms"] / speed["ms"]),
-        "rounds": _rounds(rounds),
     }
     return best.plan.model_copy(update={"measured": measured}).with_tables(best.plan.tables)
+
+
+def outcome_numbers(found: Outcome, dense_ms: float) -> dict[str, Any]:
+    """What a plan keeps of its rounds: errors, attention's milliseconds; why it is dense."""
+    rounds = _rounds(found.rounds)
+    if found.best is None:
+        ms = {"ms": _short(dense_ms), "dense_ms": _short(dense_ms)}
+        errors = {"predicted_error": 0.0, "measured_error": 0.0}
+        return {**errors, **ms, "note": f"dense: {found.why}", "rounds": rounds}
+    best, kappa = found.best, found.composition
+    return {
+        "predicted_error": _short(kappa * best.proposal.error),
+        "measured_error": _short(best.measured),
+        "composition": _short(kappa),
+        "ms": _short(best.proposal.ms),
+        "dense_ms": _short(dense_ms),
+        "attention_speedup": _short(dense_ms / best.proposal.ms),
+        "rounds": rounds,
+    }
 
 
 def _dense(
@@ -226,32 +298,23 @@ def _dense(
     fingerprint: Fingerprint,
     budget: Budget,
     tokens: int,
-    rounds: Sequence[Round],
-    why: str,
+    found: Outcome,
 ) -> Plan:
     ms = sum(d.table.dense_ms for d in data)
     choices = tuple(Choice((DENSE,) * d.table.heads) for d in data)
     plan = assemble(
         data, Solution(choices, ms, 0.0), fingerprint, budget, tokens, Limits(max_length=tokens)
     )
-    measured = {
-        "predicted_error": 0.0,
-        "measured_error": 0.0,
-        "ms": _short(ms),
-        "dense_ms": _short(ms),
-        "note": f"dense: {why}",
-        "rounds": _rounds(rounds),
-    }
-    return plan.model_copy(update={"measured": measured})
+    return plan.model_copy(update={"measured": outcome_numbers(found, ms)})
 
 
 def _rounds(rounds: Sequence[Round]) -> list[dict[str, Any]]:
     return [
         {
             "epsilon": _short(r.epsilon),
-            "sum_of_errors": _short(r.solution.error),
+            "predicted_error": _short(r.proposal.error),
             "measured_error": _short(r.measured),
-            "ms": _short(r.solution.ms),
+            "ms": _short(r.proposal.ms),
             "prompts": len(r.rows),
             "held": r.held,
         }
@@ -266,7 +329,7 @@ def _tasks(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _digest(plan: Plan) -> str:
+def plan_digest(plan: Plan) -> str:
     """Key of a plan's choices: policies, rules and side tensors."""
     parts = [plan.model_dump_json(include={"policies", "sites", "limits"})]
     parts += [f"{k} {v.tolist()}" for k, v in sorted(plan.tables.items())]

@@ -15,6 +15,7 @@ from accelkit.calibration.pictures import (
     label_of,
     missing,
     natural,
+    phase_of,
     tiers,
 )
 from accelkit.errors import InvalidInputError
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-PREFILL = ("tokens", "ms", "dense_ms", "speedup")
+WHOLE = ("tokens", "ms", "dense_ms", "speedup")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def summary(plan: Plan, phase: str = "prefill") -> dict[str, Any]:
+def summary(plan: Plan, phase: str | None = None) -> dict[str, Any]:
     """What matters about a plan, as plain data: shares of heads by policy, errors, milliseconds and
     densities."""
+    phase = phase or phase_of(plan)
     rows = head_rows(plan, phase)
     counted: dict[str, int] = {}
     for row in (r for site in rows.values() for r in site):
@@ -48,7 +50,7 @@ def summary(plan: Plan, phase: str = "prefill") -> dict[str, Any]:
         "class_name": plan.fingerprint.class_name,
         "model_type": plan.fingerprint.model_type,
         "phase": phase,
-        "sites": len(plan.sites),
+        "sites": len(rows),
         "sparse_sites": sum(
             any(label_of(plan, r) != "dense" for r in site) for site in rows.values()
         ),
@@ -66,7 +68,8 @@ def summary(plan: Plan, phase: str = "prefill") -> dict[str, Any]:
         "budget": plan.budget.max_rel_error if plan.budget else None,
         "predicted_error": measured.get("predicted_error"),
         "measured_error": measured.get("measured_error"),
-        **{f"prefill_{k}": measured.get(f"prefill_{k}") for k in PREFILL},
+        **{f"{phase}_{k}": measured.get(f"{phase}_{k}") for k in WHOLE},
+        "step_cache": next((s.block.kind for s in plan.sites.values() if s.block), None),
         "note": measured.get("note"),
         "per_task": measured.get("per_task", {}),
         "rounds": measured.get("rounds", []),
@@ -75,8 +78,9 @@ def summary(plan: Plan, phase: str = "prefill") -> dict[str, Any]:
     }
 
 
-def tables(plan: Plan, phase: str = "prefill", *, heads: bool = True) -> Group:
+def tables(plan: Plan, phase: str | None = None, *, heads: bool = True) -> Group:
     """The summary as rich tables; `heads=False` leaves the map of heads out."""
+    phase = phase or phase_of(plan)
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -114,9 +118,10 @@ def tables(plan: Plan, phase: str = "prefill", *, heads: bool = True) -> Group:
     return Group(*parts)
 
 
-def headline(plan: Plan, phase: str = "prefill") -> list[tuple[str, str]]:
+def headline(plan: Plan, phase: str | None = None) -> list[tuple[str, str]]:
     """The few lines that begin every report."""
     s = summary(plan, phase)
+    phase = s["phase"]
     low, high = s["min_length"], s["max_length"]
     reach = f"from {low} tokens, dense below" if low else "all"
     lines = [
@@ -138,12 +143,15 @@ def headline(plan: Plan, phase: str = "prefill") -> list[tuple[str, str]]:
                 f"(predicted{f' at {at} tokens' if at else ''})",
             )
         )
-    if is_number(s["prefill_speedup"]):
+    if s["step_cache"]:
+        lines.append(("step cache", str(s["step_cache"])))
+    if is_number(s[f"{phase}_speedup"]):
+        ms, dense_ms = s[f"{phase}_ms"], s[f"{phase}_dense_ms"]
         lines.append(
             (
-                "prefill",
-                f"{s['prefill_ms']:.2f} ms, dense {s['prefill_dense_ms']:.2f} ms: "
-                f"{s['prefill_speedup']:.2f} × faster (measured at {s['prefill_tokens']} tokens)",
+                phase,
+                f"{ms:.2f} ms, dense {dense_ms:.2f} ms: {s[f'{phase}_speedup']:.2f} × faster "
+                f"(measured at {s[f'{phase}_tokens']} tokens)",
             )
         )
     errors = [
@@ -156,7 +164,9 @@ def headline(plan: Plan, phase: str = "prefill") -> list[tuple[str, str]]:
         if is_number(s[key])
     ]
     if errors:
-        lines.append(("error", ", ".join(errors) + " (relative L1, last hidden state, worst task)"))
+        of = "final latents, worst prompt"
+        of = of if phase == "denoise" else "last hidden state, worst task"
+        lines.append(("error", ", ".join(errors) + f" (relative L1, {of})"))
     if s["note"]:
         lines.append(("note", str(s["note"])))
     made = [
@@ -198,7 +208,8 @@ def write_html(plan: Plan, path: Path, title: str | None = None) -> Path:
     page = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    phases = sorted({r.phase for s in plan.sites.values() for r in s.rules}) or ["prefill"]
+    phases: list[str] = sorted({r.phase for s in plan.sites.values() for r in s.rules})
+    phases = phases or [phase_of(plan)]
     pictures = [
         (f"{phase}, from {n} tokens", Markup(_svg(figure(plan, phase, n))))
         for phase in phases
@@ -220,6 +231,7 @@ def write_html(plan: Plan, path: Path, title: str | None = None) -> Path:
         layers=[
             (site, *_evidence_cells(layer.evidence.get(phases[0])))
             for site, layer in sorted(plan.sites.items(), key=lambda x: natural(x[0]))
+            if layer.evidence
         ],
         tasks=_as_table(plan.measured.get("per_task")),
         rounds=_as_table(plan.measured.get("rounds")),

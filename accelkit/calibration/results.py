@@ -50,9 +50,19 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: installed(name) for name in PACKAGES},
         "machine": platform.machine(),
+        "cpu": cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "gpu": gpu,
     }
+
+
+def cpu_name() -> str | None:
+    """What the processor calls itself, where Linux says so."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        return None
 
 
 def installed(package: str) -> str | None:

@@ -1,4 +1,7 @@
-"""Chooses: least Σ ms with Σ weight · error ≤ ε.
+"""Chooses: least Σ ms with √ Σ_sites (Σ_heads weight · error)² ≤ ε.
+
+Errors of the heads of a site point the same way more often than not; those of different sites do
+not, so they add like independent noise.
 
 A front holds the pairs (error, ms) that no other choice beats in both. Heads merge into the front
 of a set of families, whose estimators the layer pays once; the sets of a layer unite; layers merge
@@ -83,7 +86,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Solution:
-    """A choice for every site with its predicted cost and Σ weight · error."""
+    """A choice for every site with its predicted cost and error."""
 
     choices: tuple[Choice, ...]
     ms: float
@@ -91,23 +94,29 @@ class Solution:
 
 
 def search(tables: Sequence[Table], budget: float, memo: dict | None = None) -> Solution:
-    """The cheapest choice with Σ weight · error ≤ `budget`, up to the grain of the fronts.
+    """The cheapest choice with a predicted error of at most `budget`, up to the grain of the
+    fronts.
 
     Sites are in running order. `memo` keeps the fronts of single layers for other budgets.
     """
-    memo = {} if memo is None else memo
+    memo, most = {} if memo is None else memo, budget**2
     if "layers" not in memo:
         memo["layers"] = [_layer(t) for t in tables]
         memo["segments"] = _segments(tables, memo["layers"])
     whole = [_Front(np.zeros(1), np.zeros(1), lambda _: ())]
     for end in range(1, len(tables) + 1):
-        ways = [_merge(whole[end - 1], memo["layers"][end - 1], budget)]
+        ways = [_merge(whole[end - 1], memo["layers"][end - 1], most)]
         for begin, segment in memo["segments"].get(end, ()):
-            ways.append(_merge(whole[begin], segment, budget))
-        whole.append(_unite(ways, budget))
+            ways.append(_merge(whole[begin], segment, most))
+        whole.append(_unite(ways, most))
     choices = whole[-1].made(int(whole[-1].ms.argmin()))
     ms = sum(cost(t, c) for t, c in zip(tables, choices, strict=True))
-    return Solution(choices, ms, sum(loss(t, c) for t, c in zip(tables, choices, strict=True)))
+    return Solution(choices, ms, predicted(tables, choices))
+
+
+def predicted(tables: Sequence[Table], choices: Sequence[Choice]) -> float:
+    """Budget error of a choice for every site."""
+    return sum(loss(t, c) ** 2 for t, c in zip(tables, choices, strict=True)) ** 0.5
 
 
 def cost(table: Table, choice: Choice) -> float:
@@ -128,7 +137,7 @@ def cost(table: Table, choice: Choice) -> float:
 
 
 def loss(table: Table, choice: Choice) -> float:
-    """Σ weight · error of a site."""
+    """Σ weight · error of the heads of a site."""
     total = 0.0
     for h, at in enumerate(choice.heads):
         if choice.borrowed and choice.borrowed[h]:
@@ -168,7 +177,7 @@ def _pruned(error: np.ndarray, ms: np.ndarray, budget: float | None) -> np.ndarr
         return places
     e = error[places]
     top = max(budget if budget is not None else e[-1], 1e-30)
-    at = e / top if budget is not None else 1 + np.log10(np.maximum(e / top, 1e-5)) / 5
+    at = e / top if budget is not None else 1 + np.log10(np.maximum(e / top, 1e-8)) / 8
     grain = np.floor(at * (POINTS - 1))
     # The last point of a grain is its cheapest.
     last = np.concatenate([grain[1:] != grain[:-1], [True]])
@@ -207,8 +216,8 @@ def _unite(fronts: Sequence[_Front], budget: float | None = None) -> _Front:
 def _layer(
     table: Table, forced: Mapping[int, int] | None = None, loan: int | None = None
 ) -> _Front:
-    """The front of one site. `forced` heads must run the option given; with `loan` every head may
-    read that loan's lists, and some head does.
+    """The front of one site, its errors squared. `forced` heads must run the option given; with
+    `loan` every head may read that loan's lists, and some head does.
     """
     forced = forced or {}
     needed = {table.options[o].family for o in forced.values()}
@@ -222,7 +231,8 @@ def _layer(
         for some in combinations(names, count):
             if needed <= set(some):
                 ways.append(_set(table, some, forced, loan))
-    return _unite(ways)
+    front = _unite(ways)
+    return _Front(front.error**2, front.ms, front.made)
 
 
 def _set(table: Table, some: Sequence[str], forced: Mapping[int, int], loan: int | None) -> _Front:

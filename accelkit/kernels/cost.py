@@ -24,7 +24,8 @@ Points = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Kernel:
-    """Coefficients of one unit: ms a launch, a row of a head, and a million pairs.
+    """Coefficients of one unit on the backend that serves it: ms a launch, a row of a head, and a
+    million pairs.
 
     `error` is the mean relative error on points that the fit did not see.
     """
@@ -33,16 +34,19 @@ class Kernel:
     row: float
     pair: float
     error: float = 0.0
+    backend: str = ""
 
 
 @dataclass(frozen=True)
 class MethodCost:
     """A whole `index()` with order and merging, for all heads of a layer; `share` of it is paid
-    however few heads take part.
+    however few heads take part. `error` is how far inner points lie from the line between their
+    neighbours.
     """
 
     points: Points
     share: float = 1.0
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class CostTable:
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     methods: Mapping[str, MethodCost] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    causal: bool = True
 
     def dense_ms(self, tokens: int) -> float:
         """A layer whose heads are all dense, as the unpatched model runs it."""
@@ -77,9 +82,10 @@ class CostTable:
         return self._kernel(size).launch
 
     def head_ms(self, size: tuple[int, int], tokens: int, density: float) -> float:
-        """One head of a causal prefill of `tokens` at `density` = computed ÷ visible pairs."""
+        """One head of a call of `tokens` rows at `density` = computed ÷ visible pairs."""
         k = self._kernel(size)
-        return k.row * ceil_div(tokens, size[0]) + k.pair * density * visible_pairs(tokens) / 1e6
+        pairs = density * visible_pairs(tokens, self.causal)
+        return k.row * ceil_div(tokens, size[0]) + k.pair * pairs / 1e6
 
     def method_ms(self, kind: str, tokens: int) -> tuple[float, float]:
         """Estimator and selector of a method: ms of the layer, and ms more for each head."""
@@ -116,14 +122,15 @@ class CostTable:
             fields[name] = _points(fields[name])
         fields["kernels"] = {k: Kernel(**v) for k, v in fields["kernels"].items()}
         fields["methods"] = {
-            k: MethodCost(_points(v["points"]), v["share"]) for k, v in fields["methods"].items()
+            k: MethodCost(**{**v, "points": _points(v["points"])})
+            for k, v in fields["methods"].items()
         }
         return CostTable(**fields)
 
 
-def visible_pairs(tokens: int) -> float:
-    """Query-key pairs of a causal prefill."""
-    return tokens * (tokens + 1) / 2
+def visible_pairs(tokens: int, causal: bool = True) -> float:
+    """Query-key pairs of one head over `tokens` tokens."""
+    return tokens * (tokens + 1) / 2 if causal else float(tokens) ** 2
 
 
 def name(size: tuple[int, int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -19,12 +19,12 @@ from accelkit.errors import (
     KernelUnavailableError,
     UnsupportedConfigurationError,
 )
-from accelkit.kernels import block_sparse, cpu, pyramid
+from accelkit.kernels import block_sparse, cpu, pyramid, speeds
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.launch import Launch
 from accelkit.kernels.prepare import prepare
 
-BACKENDS = ("triton", "torch", "reference")
+BACKENDS = ("triton", "gluon", "fa4", "torch", "reference")
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ def attend(
         qk, pv: precision of the two products, "native", "int8" (qk only) or "fp8" (pv only beside
             an 8-bit qk); operands are quantised inside (`kernels.quantize`). smooth_k: round keys
             after taking their mean from them.
-        backend: "triton", "torch", "reference", or None: what the device does best. The environment
-            variable
+        backend: one of `BACKENDS`, or None: what the device does best. The environment variable
             `ACCELKIT_KERNEL` replaces None. A wish is served or refused, never bent.
 
     Returns:
@@ -101,14 +100,20 @@ def attend(
         UnsupportedConfigurationError: no backend runs this combination.
         KernelUnavailableError: the backend that was asked for cannot serve the call.
     """
+    if index.level is not None:
+        if causal or k_pos is not None or key_mask is not None:
+            raise UnsupportedConfigurationError(
+                "attend: mean keys have no position; index.level needs a call without "
+                "causality, k_pos and key_mask"
+            )
+        k, v, index = pyramid.lower(k, v, index)
+    if torch.compiler.is_compiling():
+        return _traced(
+            q, k, v, index, out, lse, scale=scale, causal=causal, q_start=q_start, heads=heads,
+            kv_of_head=kv_of_head, key_mask=key_mask, q_pos=q_pos, k_pos=k_pos, rows=rows,
+            skip=skip, qk=qk, pv=pv, smooth_k=smooth_k, backend=backend,
+        )  # fmt: skip
     with torch.no_grad():
-        if index.level is not None:
-            if causal or k_pos is not None or key_mask is not None:
-                raise UnsupportedConfigurationError(
-                    "attend: mean keys have no position; index.level needs a call without "
-                    "causality, k_pos and key_mask"
-                )
-            k, v, index = pyramid.lower(k, v, index)
         launch = prepare(
             q,
             k,
@@ -138,6 +143,34 @@ def attend(
     return Partial(launch.out, launch.lse)
 
 
+def _traced(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: BlockIndex,
+    out: Tensor | None,
+    lse: Tensor | None,
+    **options: Any,
+) -> Partial:
+    """`attend` inside a graph that is being compiled: an operator, copied to where it belongs."""
+    from accelkit.kernels import ops
+
+    found = Partial(*ops.call(q, k, v, index, **options))
+    if out is None:
+        return found
+    rows, heads = options["rows"], options["heads"]
+    if rows is not None:
+        raise UnsupportedConfigurationError(
+            "attend: rows together with out is not compiled; leave out to attend"
+        )
+    at = slice(None) if heads is None else heads
+    out[:, at] = found.out
+    if lse is None:
+        lse = found.lse.new_full(out.shape[:3], float("-inf"))
+    lse[:, at] = found.lse
+    return Partial(out, lse)
+
+
 def explain(
     q: Tensor,
     k: Tensor,
@@ -163,31 +196,41 @@ def choose(launch: Launch, backend: str | None = None) -> Choice:
             f"attend: backend {wish!r} ({source}) is unknown, expected one of {BACKENDS}"
         )
     if wish == "auto":
-        if launch.q.device.type == "cpu":
-            refusal = cpu.refusal(launch)
-            return (
-                Choice("reference", refusal)
-                if refusal
-                else Choice("torch", "tensors are on the CPU")
-            )
-        refusal = triton_refusal(launch)
-        if refusal is None:
-            return Choice("triton", f"tensors are on {launch.q.device}")
-        if launch.qk != "native":
+        return _best(launch)
+    if wish == "torch" and (refusal := cpu.refusal(launch)):
+        return Choice("reference", f"{source}: torch; {refusal}")
+    if wish in KERNELS and (refusal := KERNELS[wish](launch)):
+        raise KernelUnavailableError(
+            f"attend: backend {wish!r} ({source}) cannot serve this call: {refusal}"
+        )
+    return Choice(wish, source)
+
+
+def _best(launch: Launch) -> Choice:
+    """What the device does best."""
+    if launch.q.device.type == "cpu":
+        refusal = cpu.refusal(launch)
+        return (
+            Choice("reference", refusal) if refusal else Choice("torch", "tensors are on the CPU")
+        )
+    if launch.qk != "native":
+        if refusal := triton_refusal(launch):
             raise KernelUnavailableError(
                 f"attend: no kernel runs qk={launch.qk!r}, pv={launch.pv!r} here: {refusal}"
             )
-        _tell(f"attention runs the torch reference, which is slow: {refusal}")
-        return Choice("reference", refusal)
-    if wish == "triton":
-        refusal = triton_refusal(launch)
-        if refusal:
-            raise KernelUnavailableError(
-                f"attend: backend 'triton' ({source}) cannot serve this call: {refusal}"
-            )
-    if wish == "torch" and (refusal := cpu.refusal(launch)):
-        return Choice("reference", f"{source}: torch; {refusal}")
-    return Choice(wish, source)
+        return Choice("triton", f"8-bit products on {launch.q.device}")
+    refusals = {name: refused(launch) for name, refused in KERNELS.items()}
+    able = [name for name, refusal in refusals.items() if refusal is None]
+    if not able:
+        _tell(f"attention runs the torch reference, which is slow: {refusals['triton']}")
+        return Choice("reference", str(refusals["triton"]))
+    known = {name: found for name in able if (found := speeds.speed(name, launch)) is not None}
+    # Without a reading our own portable kernel goes first.
+    best = max(known, key=known.__getitem__, default="triton" if "triton" in able else able[0])
+    about = f"{known[best]:.2f} of dense speed" if known else f"tensors are on {launch.q.device}"
+    notes = [f"{name} {known[name]:.2f}" for name in known if name != best]
+    notes += [f"{name}: {why}" for name, why in refusals.items() if why]
+    return Choice(best, f"{about} ({'; '.join(notes)})" if notes else about)
 
 
 def triton_refusal(launch: Launch) -> str | None:
@@ -202,6 +245,33 @@ def triton_refusal(launch: Launch) -> str | None:
             from accelkit.kernels._triton import block_sparse as kernel
         reason = kernel.refusal(launch)
     return reason
+
+
+def gluon_refusal(launch: Launch) -> str | None:
+    """Why the warp-specialised kernel cannot serve a launch, or None."""
+    if reason := triton_missing(launch.q.device) or _low_bits(launch):
+        return reason
+    from accelkit.kernels._triton import gluon_block_sparse
+
+    return gluon_block_sparse.refusal(launch)
+
+
+def fa4_refusal(launch: Launch) -> str | None:
+    """Why flash-attn-4 cannot serve a launch, or None."""
+    from accelkit.kernels._extern import fa4
+
+    return fa4.refusal(launch) or _low_bits(launch)
+
+
+def _low_bits(launch: Launch) -> str | None:
+    return "it has no 8-bit products; backend 'triton' has" if launch.qk != "native" else None
+
+
+KERNELS: dict[str, Callable[[Launch], str | None]] = {
+    "triton": triton_refusal,
+    "gluon": gluon_refusal,
+    "fa4": fa4_refusal,
+}
 
 
 def triton_missing(device: torch.device) -> str | None:
@@ -221,7 +291,7 @@ def fast_device(t: Tensor) -> bool:
     """Whether small helper operations on this tensor should run as Triton kernels."""
     return (
         t.is_cuda
-        and os.environ.get("ACCELKIT_KERNEL", "auto") in ("auto", "triton", "")
+        and os.environ.get("ACCELKIT_KERNEL", "auto") in ("auto", "", *KERNELS)
         and not triton_missing(t.device)
     )
 
@@ -239,6 +309,14 @@ def _run(launch: Launch, backend: str) -> None:
         from accelkit.kernels._triton.gather import gather
 
         gather(launch)
+    elif backend == "fa4":
+        from accelkit.kernels._extern import fa4
+
+        fa4.block_sparse(launch)
+    elif backend == "gluon":
+        from accelkit.kernels._triton import gluon_block_sparse
+
+        gluon_block_sparse.block_sparse(launch)
     else:
         from accelkit.kernels._triton.block_sparse import block_sparse as kernel
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,17 @@ ALL = -1
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+@lru_cache(maxsize=1024)
+def device_ids(
+    values: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int32
+) -> Tensor:
+    """Small id tables live on the device; building them anew would copy from the host in every
+    call, and wait for it.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ class BlockIndex:
         """The rows of some heads, in the given order (a head map for reuse). Lists are shared,
         not copied.
         """
-        ids = torch.as_tensor(list(heads), dtype=torch.int64, device=self.count.device)
+        ids = device_ids(tuple(heads), self.count.device)
         return replace(self, start=self.start[:, ids], count=self.count[:, ids])
 
     def to_mask(self, nk: int) -> Tensor:

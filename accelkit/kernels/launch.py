@@ -27,8 +27,9 @@ class Launch:
     nobody sees. `q_pos` and `k_pos` are int32 `[B|1, H|1, N]`, or None where position and place
     agree (`q_start + i`, `j`). `rows` (int64) are the query tiles to compute, None = all. `skip` is
     the natural-log threshold, fp32 `[H]`. `bias` is fp32 `[B|1, H|1, Nk]` or a number, which only
-    moves the LSE. `qk` and `pv` are the precisions of the two products; `smooth_k` takes the mean
-    key from the keys before they are rounded.
+    moves the LSE. `head_ids` are the query heads where the host knows them and the KV heads serve
+    equal groups of query heads; None elsewhere. `qk` and `pv` are the precisions of the two
+    products; `smooth_k` takes the mean key from the keys before they are rounded.
     """
 
     q: Tensor
@@ -48,6 +49,7 @@ class Launch:
     bias: Tensor | float
     out: Tensor
     lse: Tensor
+    head_ids: tuple[int, ...] | None = None
     qk: str = "native"
     pv: str = "native"
     smooth_k: bool = False

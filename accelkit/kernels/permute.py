@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from accelkit.kernels.dispatch import fast_device
-from accelkit.kernels.prepare import device_ids
+from accelkit.kernels.index import device_ids
 
 
 def take_rows(

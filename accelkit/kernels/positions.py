@@ -8,12 +8,13 @@ the row's limit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accelkit.kernels.index import Inputs
+from accelkit.kernels.index import Inputs, device_ids
 
 FAR = 2**31 - 1
 END = FAR - 1
@@ -71,9 +72,36 @@ def sees_all(call: Inputs) -> bool:
 
 
 def visible_blocks(call: Inputs, size: tuple[int, int]) -> Tensor:
-    """Key blocks of which some row of the query tile sees some key, bool `[B|1, H|1, nq, nk]`."""
-    if sees_all(call):
-        return torch.ones(1, 1, *call.tiles(size), dtype=torch.bool, device=call.q.device)
+    """Key blocks of which some row of the query tile sees some key, bool `[B|1, H|1, nq, nk]`. Not
+    to be written into: calls of one geometry share it.
+    """
+    if in_place(call):
+        return _visible(call.n_q, call.n_k, call.q_start, call.causal, size, call.q.device)
+    return _visible_blocks(call, size)
+
+
+def in_place(call: Inputs) -> bool:
+    """Whether rows and keys lie in their own order without padding, so that masks of blocks follow
+    from the geometry.
+    """
+    return call.q_pos is None and call.k_pos is None and call.key_mask is None
+
+
+def bare_inputs(n_q: int, n_k: int, q_start: int, causal: bool, device: torch.device) -> Inputs:
+    """A call of this geometry without contents, for what depends on nothing else."""
+    q, k = (torch.empty((1, 1, n, 0), device=device) for n in (n_q, n_k))
+    return Inputs(q, k, k, 1.0, causal, q_start, None, (0,), device_ids((0,), device, torch.int64))
+
+
+@lru_cache(maxsize=16)
+def _visible(
+    n_q: int, n_k: int, q_start: int, causal: bool, size: tuple[int, int], device: torch.device
+) -> Tensor:
+    with torch.inference_mode(False):
+        return _visible_blocks(bare_inputs(n_q, n_k, q_start, causal, device), size)
+
+
+def _visible_blocks(call: Inputs, size: tuple[int, int]) -> Tensor:
     first, _ = bounds(key_places(call), size[1])
     _, limit = bounds(row_limits(call), size[0])
     return first[..., None, :] <= limit[..., :, None]
@@ -92,7 +120,7 @@ def take_heads(t: Tensor, heads: Sequence[int]) -> Tensor:
     first, n = heads[0], len(heads)
     if list(heads) == list(range(first, first + n)):
         return t[:, first : first + n]
-    return t[:, torch.as_tensor(list(heads), device=t.device)]
+    return t.index_select(1, device_ids(tuple(heads), t.device))
 
 
 def per_slot(table: Tensor, slots: Sequence[int]) -> Tensor:

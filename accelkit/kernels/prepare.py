@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from accelkit.errors import InvalidInputError, UnsupportedConfigurationError
-from accelkit.kernels.index import BlockIndex, ceil_div
+from accelkit.kernels.index import BlockIndex, ceil_div, device_ids
 from accelkit.kernels.launch import Launch
-
-
-@lru_cache(maxsize=256)
-def device_ids(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Small id tables live on the device; building them anew would copy from the host in every
-    call.
-    """
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def _fail(what: str, found: Any, expected: Any) -> InvalidInputError:
@@ -258,6 +248,7 @@ def prepare(
         place = torch.arange(n_k, device=device, dtype=torch.int32) if k_pos is None else k_pos
         k_pos = torch.where(key_mask[:, None], place, -1).to(torch.int32)
     _check_precision(qk, pv, index.size[1], skip is not None)
+    known = kv_of_head is None and not isinstance(heads, Tensor)
     given = out is not None
     threshold = _skip(skip, count, index.size[1], device)
     tiles = _rows(rows, index.rows, device)
@@ -281,6 +272,7 @@ def prepare(
         _bias(index, batch, count, n_k),
         out,
         lse,
+        tuple(range(all_heads) if heads is None else heads) if known else None,
         qk=qk,
         pv=pv,
         smooth_k=smooth_k,

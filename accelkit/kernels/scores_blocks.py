@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from accelkit.errors import InvalidInputError, UnsupportedConfigurationError
 from accelkit.kernels import dispatch
-from accelkit.kernels.index import Inputs
+from accelkit.kernels.index import Inputs, ceil_div
 from accelkit.kernels.positions import (
     bounds,
     groups,
@@ -32,8 +32,10 @@ from accelkit.kernels.positions import (
     voting_rows,
 )
 
-CHUNK_BYTES = 64 * 2**20
-"""Logits held at a time on the CPU; eight times as much on a GPU."""
+CHUNK_BYTES = 512 * 2**20
+"""Logits held at a time on a GPU."""
+CHUNK_TOKENS = 1024
+"""Query tokens at a time on a CPU: logits stay in its caches, and few keys lie beyond the rows."""
 
 
 def pool(x: Tensor, block: int, mode: str = "mean", mask: Tensor | None = None) -> Tensor:
@@ -182,26 +184,36 @@ def rows_by_block_mean(call: Inputs, size: tuple[int, int]) -> Tensor:
     if votes is not None:
         limit = torch.where(votes, limit, -1)
     out = call.q.new_empty((call.q.shape[0], len(call.heads), nq, nk), dtype=torch.float32)
-    step = _rows_per_chunk(call, nk * call.q.shape[0], size[0])
+    step = _rows_per_chunk(call, nk * call.q.shape[0], size[0], 1)
     for slot, head in enumerate(call.heads):
         mean = keys[:, slot]
         for r in range(0, call.n_q, step):
             rows = slice(r, min(r + step, call.n_q))
-            s = logits(call.q[:, head : head + 1, rows].float(), mean, call.scale)
-            seen = per_slot(first, [slot])[..., None, :] <= per_slot(limit, [slot])[..., rows, None]
-            s = s.masked_fill_(~seen, -float("inf"))
-            s = pad(s[:, 0], (0, 0, 0, -s.shape[2] % size[0]), value=-float("inf"))
-            s = s.unflatten(1, (-1, size[0]))
-            top = s.amax((2, 3), keepdim=True)
+            # Blocks before all rows need no mask, those behind them no score.
+            free, n = 0, nk
+            if plain and call.causal:
+                free = min(nk, (call.q_start + r + 1) // size[1])
+                n = min(nk, ceil_div(call.q_start + rows.stop, size[1]))
+            s = logits(call.q[:, head : head + 1, rows].float(), mean[:, :n], call.scale)
+            near = per_slot(first, [slot])[..., None, free:n]
+            seen = near <= per_slot(limit, [slot])[..., rows, None]
+            s[..., free:].masked_fill_(~seen, -float("inf"))
+            if s.shape[2] % size[0]:
+                s = pad(s, (0, 0, 0, -s.shape[2] % size[0]), value=-float("inf"))
+            s = s[:, 0].unflatten(1, (-1, size[0]))
+            top = s.flatten(2).amax(2)[..., None, None]
             s = s.sub_(top.masked_fill_(top == -float("inf"), 0.0)).exp_().sum(2)
-            out[:, slot, r // size[0] : r // size[0] + s.shape[1]] = s
+            out[:, slot, r // size[0] : r // size[0] + s.shape[1], :n] = s
     return out.masked_fill_(~visible, -float("inf"))
 
 
-def _rows_per_chunk(call: Inputs, width: int, multiple: int) -> int:
-    """Rows of `width` fp32 numbers that fit the scratch budget, a multiple of `multiple`."""
-    budget = CHUNK_BYTES * (8 if call.q.is_cuda else 1)
-    return max(1, budget // (4 * max(1, width) * multiple)) * multiple
+def _rows_per_chunk(call: Inputs, width: int, multiple: int, tokens: int) -> int:
+    """Rows of `width` fp32 numbers and `tokens` query tokens each that are looked at together, a
+    multiple of `multiple`.
+    """
+    if call.q.is_cuda:
+        return max(1, CHUNK_BYTES // (4 * max(1, width) * multiple)) * multiple
+    return max(1, CHUNK_TOKENS // (tokens * multiple)) * multiple
 
 
 def strided(call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128)) -> Tensor:
@@ -222,7 +234,7 @@ def strided(call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128)) -
     if plain and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import strided as fast
 
-        if fast.strided_fits(stride, size):
+        if fast.strided_fits(call, stride, size):
             found = fast.strided(call, stride, size)
             return found.masked_fill_(~visible_blocks(call, size), -float("inf"))
     places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
@@ -244,7 +256,7 @@ def strided(call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128)) -
             k = k * real[:, 0, :, None]
         k = pad(k, (0, 0, 0, -call.n_k % stride)).reshape(batch, nkc, -1)
         at = [call.heads[s] for s in slots]
-        step = _rows_per_chunk(call, nkc * batch * len(slots), per)
+        step = _rows_per_chunk(call, nkc * batch * len(slots), per, stride)
         for c in range(0, nqc, step):
             stop = min(c + step, nqc)
             q = take_heads(call.q[:, :, c * stride : stop * stride], at).to(k.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -309,6 +309,14 @@ def tile_top_k(
     nt = ceil_div(call.n_q, tile)
     before = [min(call.q_start + t * tile, call.n_k) for t in range(nt)]
     take = [min(b, k if isinstance(k, int) else max(least, -int(-k * b // 1))) for b in before]
+    group = {slot: g for g, (_, slots) in enumerate(found) for slot in slots}
+    at = torch.as_tensor([group[slot] for slot in range(len(call.heads))], device=device)
+    if dispatch.fast_device(call.q):
+        from accelkit.kernels._triton import tile_top as fast
+
+        if fast.fits(call, tile, every):
+            index = fast.tile_top_k(call, found, tile, take, lse, own)
+            return replace(index, start=index.start[:, at], count=index.count[:, at])
     width = max(take) + (tile if own else 0)
     lists = torch.zeros((batch, len(found), nt, max(width, 1)), dtype=torch.int32, device=device)
     counts = torch.zeros((batch, len(found), nt), dtype=torch.int32, device=device)
@@ -333,9 +341,6 @@ def tile_top_k(
         counts[:, :, t] = real.sum(-1, dtype=torch.int32)
     width = lists.shape[-1]
     starts = torch.arange(counts.numel(), device=device).view_as(counts) * width
-    group = {slot: g for g, (_, slots) in enumerate(found) for slot in slots}
-    of_slot = [group[slot] for slot in range(len(call.heads))]
-    at = torch.as_tensor(of_slot, device=device)
     return BlockIndex(starts[:, at], counts[:, at], lists.flatten(), (tile, 1))
 
 

@@ -17,11 +17,12 @@ from accelkit.errors import InvalidInputError
 from accelkit.kernels import dispatch
 from accelkit.kernels.index import Inputs
 from accelkit.kernels.positions import (
+    bare_inputs,
     bounds,
+    in_place,
     key_places,
     row_limits,
     row_places,
-    sees_all,
     visible_blocks,
 )
 from accelkit.kernels.select_lines import compact, compact_levels, lines, vertical_slash
@@ -62,10 +63,11 @@ def probabilities(scores: Tensor) -> Tensor:
     return scores.softmax(-1).masked_fill_(scores == -float("inf"), -float("inf"))
 
 
-def _per_head(value: float | Tensor, scores: Tensor) -> Tensor:
-    """A number or `[H]` as a tensor that broadcasts against `[B, H, nq, nk]`."""
-    value = torch.as_tensor(value, device=scores.device)
-    return value.view(1, -1, 1, 1) if value.dim() else value
+def _per_head(value: float | Tensor, scores: Tensor) -> float | Tensor:
+    """A number as it is, `[H]` so that it broadcasts against `[B, H, nq, nk]`."""
+    if isinstance(value, Tensor):
+        return value.to(scores.device).view(1, -1, 1, 1)
+    return value
 
 
 def top_k(scores: Tensor, k: int | float | Tensor) -> Tensor:
@@ -78,11 +80,10 @@ def top_k(scores: Tensor, k: int | float | Tensor) -> Tensor:
         raise InvalidInputError(f"top_k: fraction {k} is outside 0 … 1; pass an int for a count")
     number = _per_head(k, scores)
     seen = (scores != -float("inf")).sum(-1, keepdim=True)
-    if number.is_floating_point():
+    if (isinstance(number, Tensor) and number.is_floating_point()) or isinstance(number, float):
         # 0.3 · 10 is a little above 3 in fp32; a block more than asked for would be wrong.
         number = torch.ceil(number * seen - 1e-4).clamp_(min=1)
-    number = torch.minimum(number.to(torch.int32), seen.to(torch.int32))
-    return _prefix(scores, number.float(), by_mass=False)
+    return _prefix(scores, seen.clamp(max=number).float(), by_mass=False)
 
 
 def top_p(probs: Tensor, p: float | Tensor) -> Tensor:
@@ -94,8 +95,14 @@ def top_p(probs: Tensor, p: float | Tensor) -> Tensor:
     """
     share = _per_head(p, probs)
     total = probs.clamp(min=0).sum(-1, keepdim=True, dtype=torch.float32)
-    mask = _prefix(probs, share * total, by_mass=True)
-    return torch.where(share >= 1, probs != -float("inf"), mask)
+    return _or_all(probs, share, _prefix(probs, share * total, by_mass=True))
+
+
+def _or_all(probs: Tensor, share: float | Tensor, mask: Tensor) -> Tensor:
+    """`mask`, and every visible block where the share is 1 or more."""
+    if isinstance(share, Tensor):
+        return torch.where(share >= 1, probs != -float("inf"), mask)
+    return probs != -float("inf") if share >= 1 else mask
 
 
 def _prefix(scores: Tensor, target: Tensor, by_mass: bool) -> Tensor:
@@ -125,7 +132,7 @@ def global_top_p(probs: Tensor, p: float | Tensor) -> Tensor:
     share = _per_head(p, probs)
     total = probs.clamp(min=0).sum((-2, -1), keepdim=True, dtype=torch.float32)
     mask = global_prefix(probs, share * total)
-    return torch.where(share >= 1, probs != -float("inf"), mask)
+    return _or_all(probs, share, mask)
 
 
 def global_prefix(scores: Tensor, mass: Tensor) -> Tensor:
@@ -190,34 +197,22 @@ def force(
     every row that sees anything has a block it sees: where the tile's first such row would be left
     empty, the nearest block that it sees is added.
     """
-    _, bk = size
-    if sees_all(call) and (sink > 0 or local > 0):
-        return mask | _always(
-            *call.tiles(size), size, call.n_q, call.q_start, sink, local, last, mask.device
+    seen = visible_blocks(call, size)
+    if in_place(call):
+        kept = _kept_in_place(
+            call.n_q, call.n_k, call.q_start, call.causal, call.q.device, size, sink, local, last
         )
-    places = key_places(call)
-    first, final = bounds(places, bk)
-    low, high = bounds(row_places(call), size[0])
-    limit_low, limit_high = bounds(row_limits(call), size[0])
-    seen = first[..., None, :] <= limit_high[..., :, None]
-    low, high, limit_low = low[..., :, None], high[..., :, None], limit_low[..., :, None]
-    first, final = first[..., None, :], final[..., None, :]
-    origin = first.amin(-1, keepdim=True)
-    keep = mask
-    if sink > 0:
-        # In sixty-four bits: FAR stands for a block without a key.
-        keep = keep | (first.long() <= origin.long() + (sink - 1) * bk)
-    if local > 0:
-        reach = (local - 1) * bk
-        begin = low // bk * bk - reach
-        end = high if call.causal else (high.long() // bk + local) * bk - 1
-        keep = keep | ((final >= begin) & (first <= end))
-    if last > 0:
-        tail = torch.arange(seen.shape[-2], device=seen.device) >= seen.shape[-2] - last
-        keep = keep | tail[:, None]
-    keep = keep & seen
+    else:
+        kept = _kept(call, size, sink, local, last)
+    keep = (mask | kept) & seen
+    own = local > 0 and call.q_start + call.n_q <= call.n_k
+    if in_place(call) and (own or (sink > 0 and not call.causal)):
+        return keep  # every row has a block that it sees
+    first, _ = bounds(key_places(call), size[1])
+    limit_low, _ = bounds(row_limits(call), size[0])
+    limit_low, first = limit_low[..., :, None], first[..., None, :]
     # The first row of the tile that sees anything is the hardest to please.
-    row = torch.maximum(limit_low, origin)
+    row = torch.maximum(limit_low, first.amin(-1, keepdim=True))
     candidate = seen & (first <= row)
     empty = ~(keep & candidate).any(-1, keepdim=True)
     nearest = torch.where(candidate, first, -1)
@@ -227,23 +222,30 @@ def force(
     return keep | (empty & one)
 
 
-@lru_cache(maxsize=64)
-def _always(
-    nq: int,
-    nk: int,
-    size: tuple[int, int],
-    n_q: int,
-    q_start: int,
-    sink: int,
-    local: int,
-    last: int,
-    device: torch.device,
-) -> Tensor:
-    """What `force` keeps where every row sees every key, bool `[nq, nk]`."""
-    (bq, bk), row, key = size, torch.arange(nq)[:, None], torch.arange(nk)
-    low, high = q_start + row * bq, q_start + ((row + 1) * bq).clamp(max=n_q) - 1
-    keep = (key < sink) | (row >= nq - last)
+def _kept(call: Inputs, size: tuple[int, int], sink: int, local: int, last: int) -> Tensor:
+    """What `force` adds, bool `[B|1, H|1, nq, nk]`, as far as it is visible or further."""
+    bk, (nq, nk) = size[1], call.tiles(size)
+    first, final = bounds(key_places(call), bk)
+    low, high = bounds(row_places(call), size[0])
+    low, high = low[..., :, None], high[..., :, None]
+    first, final = first[..., None, :], final[..., None, :]
+    keep = torch.zeros((1, 1, nq, nk), dtype=torch.bool, device=call.q.device)
+    if sink > 0:
+        # In sixty-four bits: FAR stands for a block without a key.
+        keep = keep | (first.long() <= first.amin(-1, keepdim=True).long() + (sink - 1) * bk)
     if local > 0:
-        keep = keep | ((key >= low // bk - local + 1) & (key <= high // bk + local - 1))
+        begin = low // bk * bk - (local - 1) * bk
+        end = high if call.causal else (high.long() // bk + local) * bk - 1
+        keep = keep | ((final >= begin) & (first <= end))
+    if last > 0:
+        keep = keep | (torch.arange(nq, device=keep.device) >= nq - last)[:, None]
+    return keep
+
+
+@lru_cache(maxsize=32)
+def _kept_in_place(
+    n_q: int, n_k: int, q_start: int, causal: bool, device: torch.device, size: tuple[int, int],
+    sink: int, local: int, last: int,
+) -> Tensor:  # fmt: skip
     with torch.inference_mode(False):
-        return keep.to(device)
+        return _kept(bare_inputs(n_q, n_k, q_start, causal, device), size, sink, local, last)

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor
 
-from accelkit.kernels.index import Inputs
+from accelkit.kernels.index import Inputs, device_ids
 
 Phase = Literal["prefill", "decode", "denoise"]
 Kind = Literal["self", "joint", "cross"]
@@ -80,12 +79,13 @@ class AttentionCall(Inputs):
         """The same call for some of its query heads; no tensor is copied."""
         if tuple(heads) == self.heads:
             return self
-        at = [self.heads.index(h) for h in heads]
+        at = device_ids(tuple(self.heads.index(h) for h in heads), self.q.device)
         narrowed: dict[str, Any] = {
-            name: value if value is None or value.shape[1] == 1 else value[:, at]
+            name: value if value is None or value.shape[1] == 1 else value.index_select(1, at)
             for name, value in (("q_pos", self.q_pos), ("k_pos", self.k_pos))
         }
-        return replace(self, heads=tuple(heads), kv_of_head=self.kv_of_head[at], **narrowed)
+        kv_of_head = self.kv_of_head.index_select(0, at)
+        return replace(self, heads=tuple(heads), kv_of_head=kv_of_head, **narrowed)
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """`compute()`, remembered for this call and these heads: methods and settings share one
@@ -112,7 +112,7 @@ class AttentionCall(Inputs):
         if not isinstance(value, str):
             return value
         table = self.tables[value]
-        return table[torch.as_tensor(self.heads, device=table.device)].to(self.q.device)
+        return table.index_select(0, device_ids(self.heads, table.device)).to(self.q.device)
 
 
 @dataclass(frozen=True)

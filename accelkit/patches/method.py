@@ -110,6 +110,7 @@ class Method(BaseModel):
         return Calibrator(self)
 
     @classmethod
+    @cache
     def answers(cls) -> frozenset[str]:
         """The questions that this class answers itself."""
         asked = (
@@ -181,6 +182,10 @@ class AttentionMethod(Method):
     ) -> Tensor:
         """What happens to the output `[B, H, Nq, D]` afterwards."""
         return out
+
+    def renewed(self, steps: int) -> float:
+        """Share of `steps` denoising steps that run dense to renew what the others live on."""
+        return 0.0
 
     def emit(self, call: AttentionCall, lse: Tensor | None) -> Pieces | None:
         """An index to store for other layers or steps, not to run: a dense anchor."""

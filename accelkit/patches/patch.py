@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ class PatchHandle:
         self.phases = frozenset(r.phase for s in plan.sites.values() for r in s.rules)
         self.enabled = os.environ.get("ACCELKIT_DISABLE", "0") in ("", "0")
         self._undo = ExitStack()
+        self._rewired = ExitStack()
         self._warned: set[str] = set()
 
     def run(self, call: AttentionCall) -> Tensor | None:
@@ -132,7 +134,9 @@ class PatchHandle:
     def _bound(self, call: AttentionCall) -> AttentionCall:
         key = (call.site.path, call.ordinal, call.clock.branch)
         memory = self.state.memory.setdefault(key, {})
-        return replace(call, memory=memory, tables=self.state.tables_of(call.site.path))
+        return replace(
+            call, memory=memory, tables=self.state.tables_of(call.site.path, call.q.device)
+        )
 
     def _dense(self, site: str, reason: str) -> None:
         self.state.count(site, reason)
@@ -178,12 +182,21 @@ class PatchHandle:
             self._warned.add(kind or message)
             warnings.warn(message, category, stacklevel=3)
 
+    def rewire(self, model: Any) -> None:
+        """Apply the plan's structural changes to the blocks of the bare `model`."""
+        with ExitStack() as undo:
+            for path, layer in self.plan.sites.items():
+                if layer.block is not None:
+                    layer.block.rewire(attrgetter(path)(model), undo)
+            self._rewired = undo.pop_all()
+
     def reset(self) -> None:
         """Forget the current generation."""
         self.state.begin_generation()
 
     def remove(self) -> None:
         """The model is bit for bit what it was; safe to call twice."""
+        self._rewired.close()
         self._undo.close()
         self.state.begin_generation()
         for model, handle in list(_HANDLES.items()):
@@ -246,11 +259,13 @@ def patch(
             "policies; call its handle's remove() or accelkit.unpatch(model) first"
         )
     _refuse_misfits(plan, model, strict)
-    if not any(layer.rules for layer in plan.sites.values()):
+    if not any(layer.rules or layer.block for layer in plan.sites.values()):
         log.info("the plan is dense everywhere")
     handle = PatchHandle(plan)
     with ExitStack() as undo:
         adapter.connect(bare, handle, undo)
+        if handle.enabled:
+            handle.rewire(bare)
         handle._undo = undo.pop_all()
     _HANDLES[bare] = handle
     return handle
@@ -276,10 +291,13 @@ def disabled(model: Any) -> Iterator[None]:
     if handle is None:
         raise InvalidInputError("the model is not patched; nothing to disable")
     before, handle.enabled = handle.enabled, False
+    handle._rewired.close()
     try:
         yield
     finally:
         handle.enabled = before
+        if before:
+            handle.rewire(adapter_for(model)[1])
 
 
 def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:

@@ -116,7 +116,7 @@ class Policy(_Part):
 
 class Rule(_Part):
     """When a set of policies applies. `policies[h]` is a row of the plan's table for query head
-    h, un-sharded.
+    h, un-sharded; `steps` are shares of the denoising steps, the first included, the last not.
     """
 
     phase: Literal["prefill", "decode", "denoise"]
@@ -130,7 +130,8 @@ class Rule(_Part):
         return (
             clock.phase == self.phase
             and tokens >= self.min_tokens
-            and self.steps[0] <= done <= self.steps[1]
+            and self.steps[0] <= done
+            and (done < self.steps[1] or self.steps[1] >= 1.0)
             and self.branch in (None, clock.branch)
         )
 
@@ -154,6 +155,11 @@ class Evidence(_Part):
     weight: tuple[float, ...] = ()
     ms: float
     dense_ms: float
+
+
+def evidence_key(phase: str, steps: tuple[float, float]) -> str:
+    """Name of what was seen of a phase in a share of its steps: "denoise 0.1-0.25"."""
+    return phase if steps == (0.0, 1.0) else f"{phase} {steps[0]:g}-{steps[1]:g}"
 
 
 class LayerPlan(_Part):
@@ -203,7 +209,7 @@ class Limits(_Part):
 
 class Budget(_Part):
     """The quality that may be spent: relative L1 error of the last hidden state at scored
-    positions, worst task.
+    positions, worst task; of the final latents for a pipeline, worst prompt.
     """
 
     max_rel_error: float = Field(0.02, gt=0.0, lt=1.0)

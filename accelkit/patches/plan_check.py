@@ -52,6 +52,8 @@ def compare(plan: Plan, model: Fingerprint, sites: Mapping[str, int]) -> list[Pr
                 )
     order = {path: n for n, path in enumerate(sites)}
     for path, layer in plan.sites.items():
+        if layer.block is not None and not layer.rules and path in model.components:
+            continue  # a whole sub-model is rewired; it has no attention of its own
         if path not in sites:
             problems.append(Problem(path, "no such attention module in the model", again))
             continue

@@ -83,10 +83,14 @@ class PatchState:
         """Indices reused across layers never outlive a forward."""
         self.indices.clear()
 
-    def tables_of(self, site: str) -> dict[str, Tensor]:
-        """The plan's side tensors of one site, by their short names."""
-        prefix = f"{site}/"
-        return {k[len(prefix) :]: v for k, v in self.plan.tables.items() if k.startswith(prefix)}
+    def tables_of(self, site: str, device: torch.device) -> dict[str, Tensor]:
+        """The plan's side tensors of one site on a device, by their short names."""
+        key = ("tables", site, device)
+        if key not in self.static:
+            prefix = f"{site}/"
+            mine = {k: v for k, v in self.plan.tables.items() if k.startswith(prefix)}
+            self.static[key] = {k[len(prefix) :]: v.to(device) for k, v in mine.items()}
+        return self.static[key]
 
     def static_key(self, call: AttentionCall, group: HeadGroup) -> Hashable | None:
         """Key of a cached answer, or None when the answer depends on more than geometry."""

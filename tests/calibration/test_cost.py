@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ TABLE = CostTable(
     {"128x128": Kernel(0.5, 0.01, 2.0), "64x1": Kernel(0.1, 0.02, 5.0)},
     {"m": MethodCost(((1024, 0.5), (4096, 2.0)), 0.25)}, {"n": "too slow"},
 )  # fmt: skip
+
+SMALL = fit.Shape(2, 1, 16)
 
 
 def test_json_round_trip() -> None:
@@ -43,6 +46,11 @@ def test_a_head_costs_rows_and_pairs() -> None:
     assert TABLE.method_ms("m", 4096) == pytest.approx((0.5, 1.5 / 4))
 
 
+def test_a_call_without_causality_has_all_pairs() -> None:
+    ms = replace(TABLE, causal=False).head_ms((128, 128), 4096, 0.5)
+    assert ms == pytest.approx(0.01 * 32 + 2.0 * 0.5 * 4096**2 / 1e6)
+
+
 def test_an_unknown_unit_takes_the_nearest_of_its_kind() -> None:
     assert TABLE.head_ms((64, 64), 4096, 0.1) != TABLE.head_ms((128, 1), 4096, 0.1)
     assert TABLE.launch_ms((2048, 1)) == 0.1
@@ -58,17 +66,28 @@ def test_coefficients_are_found_again() -> None:
     assert min(least_squares(rows, [r[2] * 2 - 0.05 for r in rows])) >= 0
 
 
-def test_fit_on_this_device() -> None:
-    shape = fit.Shape(heads=2, kv_heads=1, head_dim=16)
+@pytest.mark.parametrize("causal", [True, False])
+def test_fit_on_this_device(causal: bool) -> None:
+    shape = fit.Shape(heads=2, kv_heads=1, head_dim=16, causal=causal)
     table = fit.fit(shape, torch.float32, torch.device("cpu"), 1024, repeat=1, limit_s=2.0)
+    assert table.causal is causal
     assert table.dense_ms(1024) > table.dense_ms(512) > 0
     assert table.head_ms((128, 128), 1024, 1.0) >= table.head_ms((128, 128), 1024, 0.1)
     assert set(table.kernels) == {"128x128"}
+    assert table.kernels["128x128"].backend == "torch"
+
+
+def test_an_inner_length_tells_how_well_lines_fit() -> None:
+    assert fit._between(((1000, 1.0), (2000, 4.0), (4000, 16.0))) == pytest.approx(0.0)
+    assert fit._between(((1000, 1.0), (2000, 5.0), (4000, 16.0))) == pytest.approx(0.2)
+    assert fit._between(((1000, 1.0), (4000, 16.0))) == 0.0
 
 
 def test_random_lists_are_visible_and_hold_the_diagonal() -> None:
-    call = fit.random_call(fit.Shape(2, 1, 16), torch.float32, torch.device("cpu"), 512)
+    call = fit.random_call(SMALL, torch.float32, torch.device("cpu"), 512)
     index = fit.random_index(call, (128, 128), 0.1)
     mask = index.to_mask(4)
     assert not mask.triu(1).any()
     assert mask.diagonal(dim1=-2, dim2=-1).all()
+    both = fit.random_call(replace(SMALL, causal=False), torch.float32, torch.device("cpu"), 512)
+    assert fit.random_index(both, (128, 128), 1.0).to_mask(4).all()

@@ -73,13 +73,17 @@ def test_weights_follow_what_a_head_does(sample) -> None:
     attention = model.model.layers[0].self_attn
     attention.o_proj.weight.data[:, :16] = 0.0  # nobody listens to head 0
     attention.o_proj.weight.data[:, 16:32] *= 30.0
-    rows = np.arange(100, 200)
-    found = quality.site_weights(model, sample.ids[:256], rows, site, [[0], [1], [2], [3]])
+
+    def show(copies, see):
+        ids = np.repeat(sample.ids[None, :256], copies, 0)
+        return capture(model, ids, see, lambda path: path == site)[:, 100:200]
+
+    found = quality.site_weights(show, [[0], [1], [2], [3]])
     assert found[0] < 1e-4
     assert found[1] > 5 * found[2] > 0
-    again = quality.site_weights(model, sample.ids[:256], rows, site, [[0], [1], [2], [3]])
+    again = quality.site_weights(show, [[0], [1], [2], [3]])
     assert again == found
-    grouped = quality.site_weights(model, sample.ids[:256], rows, site, [[0, 1], [2, 3]])
+    grouped = quality.site_weights(show, [[0, 1], [2, 3]])
     assert grouped[0] == pytest.approx(found[1] / 2**0.5, rel=0.05)
 
 

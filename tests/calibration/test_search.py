@@ -7,7 +7,17 @@ from itertools import product
 import numpy as np
 import pytest
 
-from accelkit.calibration.search import DENSE, Choice, Loan, Option, Table, cost, loss, search
+from accelkit.calibration.search import (
+    DENSE,
+    Choice,
+    Loan,
+    Option,
+    Table,
+    cost,
+    loss,
+    predicted,
+    search,
+)
 
 
 def random_table(rng: np.random.Generator, heads: int = 2, families: int = 2) -> Table:
@@ -36,7 +46,7 @@ def optimum(tables: list[Table], budget: float) -> float:
     best = np.inf
     priced = [[(c, cost(t, c), loss(t, c)) for c in every_choice(t)] for t in tables]
     for combination in product(*priced):
-        if sum(x[2] for x in combination) > budget:
+        if sum(x[2] ** 2 for x in combination) > budget**2:
             continue
         if lawful(tables, [x[0] for x in combination]):
             best = min(best, sum(x[1] for x in combination))
@@ -66,7 +76,7 @@ def test_close_to_brute_force(seed: int) -> None:
         # What the grain of the fronts may miss, as a share of what can be gained at all.
         assert found.ms - best <= 0.02 * (whole - best) + 1e-9
         assert found.ms == pytest.approx(sum(map(cost, tables, found.choices)))
-        assert found.error == pytest.approx(sum(map(loss, tables, found.choices)))
+        assert found.error == pytest.approx(predicted(tables, found.choices))
 
 
 def test_known_optimum() -> None:
@@ -76,6 +86,18 @@ def test_known_optimum() -> None:
     assert search([table], 0.02).choices[0].heads == (DENSE, 0)
     assert search([table], 0.2).choices[0].heads == (0, 0)
     assert search([table], 0.001).choices[0].dense
+
+
+def test_heads_add_up_and_sites_add_like_noise() -> None:
+    option = Option("a", 0, np.array([0.03, 0.03]), np.array([1.0, 1.0]))
+    two = Table("s", np.ones(2), 8.0, 4.0, (option,))
+    one = Table("t", np.ones(1), 8.0, 8.0, (Option("a", 0, np.array([0.03]), np.ones(1)),))
+    assert search([two], 0.059).choices[0].heads in ((DENSE, 0), (0, DENSE))
+    assert search([two], 0.061).choices[0].heads == (0, 0)
+    both = search([one, one], 0.0425)  # √2 · 0.03 = 0.04243
+    assert [c.heads for c in both.choices] == [(0,), (0,)]
+    assert both.error == pytest.approx(2**0.5 * 0.03)
+    assert sum(c.dense for c in search([one, one], 0.0424).choices) == 1
 
 
 def test_dense_wins_where_the_estimate_is_dear() -> None:

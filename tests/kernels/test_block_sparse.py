@@ -16,6 +16,7 @@ from accelkit.errors import (
     KernelUnavailableError,
     UnsupportedConfigurationError,
 )
+from accelkit.kernels import cpu
 from accelkit.kernels.dispatch import attend, explain
 from accelkit.kernels.index import ALL, BlockIndex
 
@@ -73,6 +74,46 @@ def test_cpu_path_against_reference(option, size, causal, lengths) -> None:
 def test_cpu_path_head_sizes(head_size, dtype) -> None:
     check_call("torch", 1, (2, 1), (130, 130, 0), head_size, (64, 64), True, "plain", dtype)
     check_call("torch", 1, (2, 1), (130, 130, 0), head_size, (64, 64), True, "plain", dtype, 40)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 32), (64, 1)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_cpu_path_shares_what_neighbours_read(size, causal, monkeypatch) -> None:
+    """Runs of 1024 and of 256 rows read in one piece what all of their tiles list."""
+    heights = []
+    fused = cpu._fused
+
+    def spy(q: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        heights.append(q.shape[2])
+        return fused(q, *rest, **options)
+
+    monkeypatch.setattr(cpu, "_fused", spy)
+    n, own = 2500, torch.Generator().manual_seed(1)
+    q, k, v = tensors(1, 2, 1, n, n, 32)
+    rows, columns = -(-n // size[0]), -(-n // size[1])
+    mask = torch.rand(1, 2, rows, columns, generator=own) < 0.05
+    mask[..., : 600 // size[1]] = True  # everyone's
+    mask[:, :, 1280 // size[0] : 1920 // size[0], 600 // size[1] : 1300 // size[1]] = True
+    mask[:, 1, : 1300 // size[0], 0] = False  # one head of two reads this
+    index = BlockIndex.from_mask(mask, size)
+    found = attend(q, k, v, index, causal=causal, backend="torch")
+    wide = (t.double() for t in (q, k, v))
+    want = attend(*wide, index, causal=causal, backend="reference")
+    torch.testing.assert_close(found.out.double(), want.out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.lse, want.lse.float(), atol=1e-5, rtol=1e-5)
+    assert {1024, 256, size[0]} <= set(heights)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_dense_heads_that_threads_share_unevenly(heads, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    q, k, v = tensors(1, 4, 2, 1500, 1700, 32)
+    index = BlockIndex.dense(heads, 12, (128, 128), q.device)
+    chosen = list(range(4))[:heads]
+    part = attend(q, k, v, index, q_start=200, heads=chosen, backend="torch")
+    mask = torch.arange(1700) <= torch.arange(1500)[:, None] + 200
+    want = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[:, chosen]
+    torch.testing.assert_close(part.out, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.interpreter

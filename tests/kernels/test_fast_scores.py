@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from score_cases import case, close
+from score_cases import case, close, dense_logits
 
 from accelkit.kernels import scores, select
 from accelkit.kernels.index import BlockIndex
+from accelkit.kernels.positions import groups as kv_groups
 from accelkit.kernels.positions import key_places, visible_blocks
 from accelkit.kernels.scores_keys import probe_rows
 
@@ -26,6 +27,7 @@ from accelkit.kernels._triton import scores as fast
 from accelkit.kernels._triton import select as fast_select
 from accelkit.kernels._triton import strided as fast_strided
 from accelkit.kernels._triton import stripes as fast_stripes
+from accelkit.kernels._triton import tile_top as fast_top
 
 INF = float("inf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,10 +93,13 @@ def test_strided(name, stride, size, monkeypatch):
 
 
 def test_strided_fits():
-    assert fast_strided.strided_fits(8, (128, 128))
-    assert fast_strided.strided_fits(16, (64, 64))
-    assert not fast_strided.strided_fits(8, (96, 128))
-    assert not fast_strided.strided_fits(8, (128, 96))
+    call = small("grouped")
+    assert fast_strided.strided_fits(call, 8, (128, 128))
+    assert fast_strided.strided_fits(call, 16, (64, 64))
+    assert not fast_strided.strided_fits(call, 8, (96, 128))
+    assert not fast_strided.strided_fits(call, 8, (128, 96))
+    narrow = replace(call, q=call.q[..., :6].half(), k=call.k[..., :6].half())
+    assert not fast_strided.strided_fits(narrow, 8, (128, 128))
 
 
 @pytest.mark.parametrize("name", ["chunk", "some heads", "left padding", "right padding"])
@@ -159,3 +164,25 @@ def test_compact(n):
     assert torch.equal(found.count, expected.count)
     assert torch.equal(found.start, expected.start)
     assert torch.equal(found.to_mask(n), mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "tile", "share", "own"),
+    [("chunk", 32, 0.3, True), ("some heads", 24, 9, False), ("grouped", 64, 0.5, True)],
+)
+def test_tile_top_k(name, tile, share, own, monkeypatch):
+    call = small(name)
+    expected = scores.tile_top_k(call, tile, share, least=5, own=own)
+    found = kv_groups(call)
+    before = [call.q_start + t * tile for t in range(-(-call.n_q // tile))]
+    take = [
+        min(b, share if isinstance(share, int) else max(5, -int(-share * b // 1))) for b in before
+    ]
+    lse = dense_logits(call).logsumexp(-1)
+    for scratch, known in ((2**20, None), (1, lse)):
+        monkeypatch.setattr(fast_top, "SCRATCH_BYTES", scratch)
+        index = fast_top.tile_top_k(call, found, tile, take, known, own)
+        for g, (_, slots) in enumerate(found):
+            want = expected.to_mask(call.n_k)[:, slots[0]]
+            assert torch.equal(index.to_mask(call.n_k)[:, g], want)
+            assert torch.equal(index.count[:, g], expected.count[:, slots[0]])

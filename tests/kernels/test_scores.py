@@ -175,7 +175,7 @@ def test_strided_in_small_chunks(monkeypatch):
 
     call = case("grouped")
     whole = scores.strided(call, 8, SIZE), scores.rows_by_block_mean(call, SIZE)
-    monkeypatch.setattr(scores_blocks, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(scores_blocks, "CHUNK_TOKENS", 1)
     close(scores.strided(call, 8, SIZE), whole[0])
     close(scores.rows_by_block_mean(call, SIZE), whole[1])
     with pytest.raises(InvalidInputError, match="divide"):

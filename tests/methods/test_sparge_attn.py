@@ -1,5 +1,7 @@
 """SpargeAttn by hand: regular blocks are predicted, irregular ones are computed."""
 
+from dataclasses import replace
+
 import hand
 import pytest
 import torch
@@ -61,5 +63,16 @@ def test_no_skip_by_default():
 
 def test_calibration_tries_both_guards():
     settings = SpargeAttn().calibrator(Site("a", 0)).settings()
-    assert {m.similarity for m in settings} == {-0.1, 0.6}
+    assert {(m.similarity, m.query_block) for m in settings} == {
+        (-0.1, 128),
+        (0.6, 128),
+        (-0.1, 256),
+    }
     assert {m.coverage for m in settings} == set(SpargeAttn.dial.values)
+
+
+def test_tall_tiles_are_for_causal_calls():
+    call = hand.call_with(96, {})
+    watching = SpargeAttn().calibrator(Site("a", 0))
+    watching.see(replace(call, causal=False), None, None)
+    assert {m.query_block for m in watching.settings()} == {128}

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 class ProbeWindow(AttentionMethod):
-    """Every query tile reads the first block and the last `blocks` ones."""
+    """Every query tile reads the first block and `blocks` up to its own, or on both sides of it."""
 
+    phases = ("prefill", "decode", "denoise")
     static = True
     dial = Dial("blocks", (1, 2))
     blocks: int = Field(1, ge=1, description="blocks of 64 tokens up to the diagonal")
@@ -28,5 +29,6 @@ class ProbeWindow(AttentionMethod):
         nq, nk = call.tiles((64, 64))
         row = torch.arange(nq, device=call.q.device)[:, None] + call.q_start // 64
         key = torch.arange(nk, device=call.q.device)[None]
-        mask = (key <= row) & ((key > row - self.blocks) | (key == 0))
+        near = (key > row - self.blocks) & (key < row + self.blocks) | (key == 0)
+        mask = near & (key <= row) if call.causal else near
         return BlockIndex.from_mask(mask.expand(1, len(call.heads), nq, nk), (64, 64))

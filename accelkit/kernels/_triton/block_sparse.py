@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from accelkit.kernels._triton.lower import Work, lower
+from accelkit.kernels._triton.lower import FIELDS, Work, lower
 from accelkit.kernels._triton.tile import (
     LOG2E,
     Tile,
@@ -31,6 +31,7 @@ from accelkit.kernels._triton.tile import (
     row_limits,
     table,
 )
+from accelkit.kernels._triton.tuned import shared_memory, tuned
 from accelkit.kernels.launch import Launch
 
 
@@ -77,13 +78,12 @@ def _key0(LISTS, at, tile, BK: tl.constexpr, BN: tl.constexpr):
     return tl.load(LISTS + at + tile // R) * BK + (tile % R) * BN
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n_q", "n_k", "q_start", "capacity"])
+@triton.jit(do_not_specialize=["n_q", "n_k", "q_start", "capacity"])
 def _block_sparse(
-    Q, K, V, OUT, LSE, LISTS, MASKED, CLEAN, ORDER, TILES, Q_HEADS, KV_HEADS, OUT_HEADS, Q_POS,
-    K_POS, BIAS, SKIP,
+    Q, K, V, OUT, LSE, LISTS, ITEMS, Q_HEADS, KV_HEADS, OUT_HEADS, Q_POS, K_POS, BIAS, SKIP,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on, s_lb, s_lh, s_ln,
     s_qpb, s_qph, s_qpn, s_kpb, s_kph, s_kpn, s_bb, s_bh, s_bn,
-    n_heads, n_tiles, n_q, n_k, q_start, capacity, factor,
+    n_q, n_k, q_start, capacity, factor,
     BQ: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PER_ROW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DTYPE: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_Q_POS: tl.constexpr, HAS_K_POS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -91,22 +91,23 @@ def _block_sparse(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    row = tl.load(ORDER + pid // PER_ROW)
-    slot, b = (row // n_tiles) % n_heads, row // (n_tiles * n_heads)
-    tile = tl.load(TILES + row % n_tiles).to(tl.int32)
+    item = ITEMS + (pid // PER_ROW).to(tl.int64) * FIELDS
+    row, first, b, slot = (
+        tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    )  # fmt: skip
     hq, hk, ho = tl.load(Q_HEADS + slot), tl.load(KV_HEADS + slot), tl.load(OUT_HEADS + slot)
     b64, h64 = b.to(tl.int64), slot.to(tl.int64)
-    m0 = tile * BQ + (pid % PER_ROW) * BM
+    m0 = first + (pid % PER_ROW) * BM
     rows = m0 + tl.arange(0, BM)
-    keep = (rows < n_q) & (rows < tile * BQ + BQ)
+    keep = (rows < n_q) & (rows < first + BQ)
     limit = row_limits(
         Q_POS, b64 * s_qpb + h64 * s_qph, s_qpn, rows, n_q, q_start, CAUSAL, HAS_Q_POS
     )
     kp_at, bias_at = b64 * s_kpb + h64 * s_kph, b64 * s_bb + h64 * s_bh
     at = row.to(tl.int64) * capacity
     R: tl.constexpr = BK // BN
-    n_masked = tl.load(MASKED + row) * R
-    n = n_masked + tl.load(CLEAN + row) * R
+    n_masked = tl.load(item + 4) * R
+    n = n_masked + tl.load(item + 5) * R
     cols = tl.arange(0, BN)
 
     q = _rows_at(Q, b, hq, m0, n_q, s_qb, s_qh, s_qn, BM, D, BD, TMA)
@@ -196,24 +197,17 @@ def _block_sparse(
     finish(OUT, LSE, out_at, lse_at, s_on, s_ln, rows, keep, m, total, acc, DV, BDV)
 
 
-# (padded head size, bm, bn) → warps, stages; measured on sm_90 where a reading exists, else what
-# fits its shared memory.
-_CONFIG = {
-    (64, 64, 128): (4, 2),
-    (64, 64, 64): (4, 3),
-    (128, 128, 128): (8, 3),
-    (128, 128, 64): (8, 3),
-    (128, 64, 128): (4, 3),
-    (128, 64, 64): (4, 3),
-    (256, 128, 64): (8, 2),
-    (256, 64, 64): (4, 2),
-}
-
-
-def choose_tile(size: tuple[int, int], width: int, dtype: torch.dtype, skip: bool) -> Tile | None:
-    """Tile for units `size` at padded head size `width`, or None where the unit does not fit a
-    tile.
+def choose_tile(
+    size: tuple[int, int],
+    width: int,
+    dtype: torch.dtype,
+    skip: bool,
+    device: torch.device | None = None,
+) -> Tile | None:
+    """Tile for units `size` at padded head size `width` on a device (CUDA's present one by
+    default), or None where the unit does not fit a tile.
     """
+    device = device or torch.device("cuda")
     wide = dtype == torch.float32
     most_m = 64 if wide or width == 64 else 128
     most_n = 128 if width <= 128 else 64
@@ -221,38 +215,35 @@ def choose_tile(size: tuple[int, int], width: int, dtype: torch.dtype, skip: boo
         most_n = 64 if width <= 64 else 32
     if skip:  # whole units as far as they fit, so that the rule means the same as in the reference
         most_m, most_n = (128, 128) if width <= 128 and not wide else (most_m, most_n)
+    elif shared_memory(device) < 160_000 and width > 64:
+        most_m, most_n = min(most_m, 64), min(most_n, 64)
     rows = query_tile(size[0], most_m)
     bn = power_of_two_part(size[1], most_n)
     if rows is None or bn < 16:
         return None
-    warps, stages = _CONFIG.get(
-        (width, rows[0], bn), (8 if rows[0] * max(bn, width) > 8192 else 4, 2)
-    )
-    if skip:
-        warps, stages = (8 if rows[0] == 128 else 4), 2
+    known = None if skip or wide else tuned("triton", device, width, (rows[0], bn))
+    warps, stages = known or (8 if rows[0] * max(bn, width) > 8192 else 4, 2)
     return Tile(rows[0], bn, rows[1], warps, stages)
 
 
 def refusal(launch: Launch) -> str | None:
     """Why this kernel cannot serve a launch, or None."""
     reason = common_refusal(launch)
-    if (
-        reason is None
-        and choose_tile(launch.index.size, _width(launch), launch.q.dtype, launch.skip is not None)
-        is None
-    ):
+    if reason is None and _tile(launch) is None:
         reason = f"units of {launch.index.size} tokens do not divide into tiles of 16 or more"
     return reason
 
 
-def _width(launch: Launch) -> int:
-    return max(16, next_power_of_two(max(launch.q.shape[3], launch.v.shape[3])))
+def _tile(launch: Launch) -> Tile | None:
+    q, width = launch.q, max(16, next_power_of_two(max(launch.q.shape[3], launch.v.shape[3])))
+    return choose_tile(launch.index.size, width, q.dtype, launch.skip is not None, q.device)
 
 
 def block_sparse(launch: Launch) -> None:
     """Write `launch.out` and `launch.lse`."""
     skip = launch.skip is not None
-    tile = choose_tile(launch.index.size, _width(launch), launch.q.dtype, skip)
+    tile = _tile(launch)
+    assert tile is not None  # refused before
     with torch.cuda.device_of(launch.q):
         run(launch, lower(launch, in_order=skip), tile)
 
@@ -277,21 +268,20 @@ def run(launch: Launch, work: Work, tile: Tile) -> None:
         table(launch.k_pos, dummy),
         table(bias, dummy),
     )
-    one = one_masked(launch, tile.bn)
-    _block_sparse[(work.order.numel() * tile.per_row,)](
-        *tensors, launch.out, launch.lse, work.lists, work.masked, work.clean, work.order,
-        work.tiles,
-        launch.q_heads, launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0], bias_table[0],
+    _block_sparse[(work.items.shape[0] * tile.per_row,)](
+        *tensors, launch.out, launch.lse, work.lists, work.items, launch.q_heads,
+        launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0], bias_table[0],
         launch.skip if launch.skip is not None else dummy,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *launch.out.stride()[:3],
         *launch.lse.stride(),
         *q_pos[1:], *k_pos[1:], *bias_table[1:],
-        launch.heads, work.tiles.numel(), launch.n_q, launch.n_k, launch.q_start, work.capacity,
+        launch.n_q, launch.n_k, launch.q_start, work.capacity,
         launch.scale * LOG2E,
         BQ=bq, BK=bk, BM=tile.bm, BN=tile.bn, PER_ROW=tile.per_row, D=d, DV=dv, BD=bd, BDV=bdv,
         DTYPE=getattr(tl, str(v.dtype).removeprefix("torch.")), CAUSAL=launch.causal,
         HAS_Q_POS=launch.q_pos is not None, HAS_K_POS=launch.k_pos is not None, HAS_BIAS=bias is not
         None,
-        EXTRA_MASKED=not one, HAS_SKIP=launch.skip is not None, TMA=tma, PREC=precision(q.dtype),
-        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        EXTRA_MASKED=not one_masked(launch, tile.bn), HAS_SKIP=launch.skip is not None, TMA=tma,
+        PREC=precision(q.dtype), STAGES=tile.stages, num_warps=tile.warps,
+        num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

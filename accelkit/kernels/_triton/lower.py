@@ -14,34 +14,46 @@ import triton.language as tl
 from torch import Tensor
 
 from accelkit.kernels._triton.tile import table
+from accelkit.kernels.index import ceil_div
 from accelkit.kernels.launch import END, FAR, Launch
 
 _KEEP_BYTES = 16 * 2**20
+_CACHE_BYTES = 32 * 2**20
+_SECTIONS = 16
+_BINS = 256
+FIELDS = tl.constexpr(6)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Row r = (b, slot, t) has `masked[r]` then `clean[r]` block ids at `lists[r · capacity]`;
-    `order` runs longest first.
+    """Row r = (b, slot, t) has `masked[r]` then `clean[r]` block ids at `lists[r · capacity]`.
+
+    `order` are the rows as they should run; `items` (int32 `[rows, 6]`) say of each, in that order:
+    row, first query, batch, slot, masked blocks, clean blocks.
     """
 
     lists: Tensor
     masked: Tensor
     clean: Tensor
     order: Tensor
+    items: Tensor
     tiles: Tensor
     capacity: int
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity"])
+_SIZES = ["n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity", "step", "n_kv", "section"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _lower(
-    START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, MASKED, CLEAN,
+    START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, MASKED, CLEAN, KV_HEADS,
+    BIN, RANK, FILL,
     s_ib, s_ih, s_ir, s_kfb, s_kfh, s_kfn, s_klb, s_klh, s_kln, s_qlb, s_qlh, s_qln, s_qhb, s_qhh,
     s_qhn,
-    n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity,
+    n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity, step, n_kv, section,
     BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr, IN_ORDER:
     tl.constexpr,
-    CHUNK: tl.constexpr,
+    APART: tl.constexpr, SORT: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     h, b = (pid // n_tiles) % n_heads, pid // (n_tiles * n_heads)
@@ -60,10 +72,11 @@ def _lower(
         low = tl.load(Q_LOW + b * s_qlb + h * s_qlh + tile * s_qln).to(tl.int64)
         high = tl.load(Q_HIGH + b * s_qhb + h * s_qhh + tile * s_qhn).to(tl.int64)
     n_masked, n_clean = 0, 0
-    # The first round counts, the second writes: the clean part begins where the masked part ends.
+    # The first round counts, the second writes: the clean part begins where the masked part ends,
+    # or the masked part stands apart behind `capacity` places for the clean one.
     for round in tl.static_range(2):
-        put_masked = 0
-        put_clean = n_masked if round == 1 else 0
+        put_masked = capacity if APART and round == 1 else 0
+        put_clean = n_masked if round == 1 and not APART else 0
         for j in range(0, n, CHUNK):
             lane = j + tl.arange(0, CHUNK)
             block = tl.load(BLOCKS + start + lane, mask=lane < listed, other=0)
@@ -87,7 +100,7 @@ def _lower(
             masked = (seen & (clean == 0)).to(tl.int32)
             clean = clean.to(tl.int32)
             if round == 1:
-                base = LISTS + pid * capacity
+                base = LISTS + pid * step
                 tl.store(base + put_masked + tl.cumsum(masked, 0) - 1, block, mask=masked > 0)
                 tl.store(base + put_clean + tl.cumsum(clean, 0) - 1, block, mask=clean > 0)
             put_masked += tl.sum(masked, 0)
@@ -96,6 +109,36 @@ def _lower(
             n_masked, n_clean = put_masked, put_clean
     tl.store(MASKED + pid, n_masked)
     tl.store(CLEAN + pid, n_clean)
+    if SORT:
+        # Exponent and four leading bits of the length: exact to 32, then in steps of a sixteenth.
+        steps = (n_masked + n_clean).to(tl.float32).to(tl.int32, bitcast=True) >> 19
+        size = tl.minimum(tl.maximum(steps - 2031, 0), BINS - 1)
+        bin = (b * n_kv + tl.load(KV_HEADS + h)) // section * BINS + BINS - 1 - size
+        tl.store(BIN + pid, bin)
+        tl.store(RANK + pid, tl.atomic_add(FILL + bin, 1))
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_tiles"])
+def _place(
+    MASKED, CLEAN, TILES, BIN, RANK, FILL, ORDER, ITEMS,
+    n_rows, n_heads, n_tiles,
+    BQ: tl.constexpr, ALL_BINS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = row < n_rows
+    bin = tl.load(BIN + row, mask=real, other=0)
+    every = tl.arange(0, ALL_BINS)
+    before = tl.where(every[None, :] < bin[:, None], tl.load(FILL + every)[None, :], 0)
+    place = tl.sum(before, 1) + tl.load(RANK + row, mask=real, other=0)
+    first = tl.load(TILES + row % n_tiles, mask=real, other=0) * BQ
+    item = ITEMS + place.to(tl.int64) * FIELDS
+    tl.store(ORDER + place, row, mask=real)
+    tl.store(item, row, mask=real)
+    tl.store(item + 1, first.to(tl.int32), mask=real)
+    tl.store(item + 2, row // (n_tiles * n_heads), mask=real)
+    tl.store(item + 3, (row // n_tiles) % n_heads, mask=real)
+    tl.store(item + 4, tl.load(MASKED + row, mask=real), mask=real)
+    tl.store(item + 5, tl.load(CLEAN + row, mask=real), mask=real)
 
 
 def lower(launch: Launch, *, in_order: bool = False) -> Work:
@@ -120,12 +163,53 @@ def lower(launch: Launch, *, in_order: bool = False) -> Work:
     return work
 
 
+def lists_of(
+    launch: Launch, *, plain: bool = True, in_order: bool = False, apart: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists and the two counts of each row. With `apart` a row has `key_blocks` places for clean
+    blocks and then so many for masked ones.
+    """
+    counts = torch.empty(
+        (2, launch.batch * launch.heads * launch.tiles.numel()),
+        dtype=torch.int32,
+        device=launch.q.device,
+    )
+    lists = _fill_lists(launch, launch.tiles, counts, plain, in_order, apart, None)
+    return lists, counts[0], counts[1]
+
+
 def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
-    index, device = launch.index, launch.q.device
-    tiles = launch.tiles
-    rows, capacity = launch.batch * launch.heads * tiles.numel(), launch.key_blocks
-    lists = torch.empty(rows * capacity, dtype=torch.int32, device=device)
-    counts = torch.empty((2, rows), dtype=torch.int32, device=device)
+    tiles, device = launch.tiles, launch.q.device
+    rows = launch.batch * launch.heads * tiles.numel()
+    table_ = torch.empty((5, rows), dtype=torch.int32, device=device)
+    masked, clean, bins, rank, order = table_
+    items = torch.empty((rows, FIELDS.value), dtype=torch.int32, device=device)
+    section, sections = _sections(launch)
+    filled = torch.zeros(triton.next_power_of_2(sections) * _BINS, dtype=torch.int32, device=device)
+    lists = _fill_lists(
+        launch, tiles, table_[:2], plain, in_order, 0, (bins, rank, filled, section)
+    )
+    _place[(triton.cdiv(rows, 16),)](
+        masked, clean, tiles, bins, rank, filled, order, items, rows, launch.heads, tiles.numel(),
+        BQ=launch.index.size[0], ALL_BINS=filled.numel(), ROWS=16,
+    )  # fmt: skip
+    return Work(lists, masked, clean, order, items, tiles, launch.key_blocks)
+
+
+def _fill_lists(
+    launch: Launch,
+    tiles: Tensor,
+    counts: Tensor,
+    plain: bool,
+    in_order: bool,
+    apart: int,
+    sort: tuple[Tensor, Tensor, Tensor, int] | None,
+) -> Tensor:
+    """Write each row's list and counts, and with `sort` its bin and place in the bin."""
+    index, device, rows = launch.index, launch.q.device, counts.shape[1]
+    capacity = launch.key_blocks
+    step = capacity + apart
+    lists = torch.empty(rows * step, dtype=torch.int32, device=device)
     bounds = (index.start,) * 4 if plain else (*launch.key_bounds(), *launch.row_bounds())
     tables = [table(None if plain else t, index.start) for t in bounds]
     start, count = index.start, index.count
@@ -134,18 +218,28 @@ def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
     steps = [0 if n == 1 else s for s, n in zip(start.stride(), start.shape, strict=True)]
     chunk = min(1024, max(16, triton.next_power_of_2(capacity)))
     assert END == 2147483646 and FAR == END + 1  # as written in the kernel
+    bins, rank, filled, section = sort or (tiles, tiles, tiles, 1)
     _lower[(rows,)](
         start, count, index.blocks if index.blocks.numel() else tiles, tiles,
-        *(t[0] for t in tables), lists, counts[0], counts[1],
-        *steps, *(step for t in tables for step in t[1:]),
-        launch.heads, tiles.numel(), launch.key_blocks, launch.n_q, launch.n_k, launch.q_start,
-        capacity,
+        *(t[0] for t in tables), lists, counts[0], counts[1], launch.kv_heads, bins, rank, filled,
+        *steps, *(s for t in tables for s in t[1:]),
+        launch.heads, tiles.numel(), capacity, launch.n_q, launch.n_k, launch.q_start, capacity,
+        step, launch.k.shape[1], section,
         BQ=index.size[0], BK=index.size[1], CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order,
-        CHUNK=chunk,
+        APART=apart > 0, SORT=sort is not None, CHUNK=chunk, BINS=_BINS,
         num_warps=4 if chunk > 256 else 1,
     )  # fmt: skip
-    order = longest_first(counts[0] + counts[1])
-    return Work(lists, counts[0], counts[1], order, tiles, capacity)
+    return lists
+
+
+def _sections(launch: Launch) -> tuple[int, int]:
+    """KV heads of a section, and sections: rows that run at one time should read keys and values
+    that stay in the second-level cache.
+    """
+    heads = launch.batch * launch.k.shape[1]
+    kept = launch.n_k * (launch.k.shape[3] + launch.v.shape[3]) * launch.k.element_size()
+    section = max(1, _CACHE_BYTES // max(kept, 1), ceil_div(heads, _SECTIONS))
+    return section, ceil_div(heads, section)
 
 
 def longest_first(length: Tensor) -> Tensor:

@@ -9,66 +9,69 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from accelkit.kernels._triton.scores import LOG2E, SCRATCH_BYTES, head_table, padded_width
-from accelkit.kernels._triton.tile import precision
+from accelkit.kernels._triton.tile import describable, precision
 from accelkit.kernels.index import Inputs, ceil_div
 
 
 @triton.jit(
-    do_not_specialize=[
-        "n_heads", "first", "n_q", "n_k", "n_cells", "width", "q_start", "t0", "n_tiles",
-    ]
-)  # fmt: skip
+    do_not_specialize=["n_heads", "first", "n_q", "n_cells", "width", "q_start", "t0", "n_tiles"]
+)
 def _strided(
-    Q, K, Q_HEADS, KV_HEADS, PART, TOP, NORM, s_qb, s_qh, s_qn, s_qd, s_kb, s_kh, s_kn, s_kd,
-    n_heads, first, n_q, n_k, n_cells, width, q_start, t0, n_tiles, factor,
+    Q, K, Q_HEADS, KV_HEADS, PART, TOP, NORM,
+    n_heads, first, n_q, n_cells, width, q_start, t0, n_tiles, factor,
     S: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr,
-    STAGES: tl.constexpr,
+    BD: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, bh = n_tiles - 1 - tl.program_id(0), tl.program_id(1)
-    b, h = (bh // n_heads).to(tl.int64), first + bh % n_heads
-    lane, d = tile * BM + tl.arange(0, BM), tl.arange(0, DK)
-    cell = t0 * BM + lane
+    b, h = bh // n_heads, first + bh % n_heads
+    hq, hk = tl.load(Q_HEADS + h), tl.load(KV_HEADS + h)
+    c0, lane = (t0 + tile) * BM, tile * BM + tl.arange(0, BM)
+    cell = c0 + tl.arange(0, BM)
     end = n_cells
     limit = tl.minimum(cell * S + S - 1, n_q - 1) + q_start
     if CAUSAL:
         last = tl.minimum((t0 + tile + 1) * BM * S, n_q) - 1 + q_start
         end = tl.minimum(n_cells, last // S + 1)
-    q0 = Q + b * s_qb + tl.load(Q_HEADS + h).to(tl.int64) * s_qh
-    k0 = K + b * s_kb + tl.load(KV_HEADS + h).to(tl.int64) * s_kh
     m = tl.full([BM], -float("inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BN], tl.float32)
     line = bh.to(tl.int64) * (n_tiles * BM) + lane
-    PIECES: tl.constexpr = S * (BD // DK)
-    # One flat loop over key tiles and pieces of the long inner dimension keeps the loads in flight.
-    for i in tl.range(0, tl.cdiv(end, BN) * PIECES, num_stages=STAGES):
-        j, piece = i // PIECES, i % PIECES
-        s, d0 = piece // (BD // DK), (piece % (BD // DK)) * DK
-        q_row, k_row = cell * S + (S - 1 - s), (j * BN + tl.arange(0, BN)) * S + s
-        q_at = q_row.to(tl.int64)[:, None] * s_qn + (d0 + d)[None, :] * s_qd
-        k_at = k_row.to(tl.int64)[None, :] * s_kn + (d0 + d)[:, None] * s_kd
-        q = tl.load(q0 + q_at, mask=(q_row < n_q)[:, None] & (d0 + d < D)[None, :], other=0.0)
-        k = tl.load(k0 + k_at, mask=(d0 + d < D)[:, None] & (k_row < n_k)[None, :], other=0.0)
-        acc = tl.dot(q, k, acc, out_dtype=tl.float32, input_precision=PREC)
-        if piece == PIECES - 1:
-            key = j * BN + tl.arange(0, BN)
-            seen = (cell * S < n_q)[:, None] & (key < n_cells)[None, :]
-            if CAUSAL:
-                seen = seen & ((key * S)[None, :] <= limit[:, None])
-            x = tl.where(seen, acc * factor, -float("inf"))
-            top = tl.maximum(m, tl.max(x, 1))
-            safe = tl.where(top > -float("inf"), top, 0.0)
-            p = tl.exp2(x - safe[:, None])
+    PARTS: tl.constexpr = BD // DK
+    # Key tiles that every cell row sees wholly come first and need no masks.
+    clean = tl.minimum(n_cells, (c0 * S + S - 1 + q_start) // S + 1 if CAUSAL else n_cells) // BN
+    clean = tl.where((c0 + BM) * S <= n_q, clean, 0)
+    for part in tl.static_range(2):
+        first_tile = 0 if part == 0 else clean
+        last_tile = clean if part == 0 else tl.cdiv(end, BN)
+        for j in range(first_tile, last_tile):
+            acc = tl.zeros([BM, BN], tl.float32)
+            for piece in tl.range(0, S * PARTS, num_stages=STAGES):
+                s, d0 = piece // PARTS, (piece % PARTS) * DK
+                q = Q.load([b, hq, S - 1 - s, c0, d0]).reshape(BM, DK)
+                k = K.load([b, hk, s, j * BN, d0]).reshape(BN, DK)
+                acc = tl.dot(q, k.T, acc, out_dtype=tl.float32, input_precision=PREC)
+            if part == 0:
+                top = tl.maximum(m, tl.max(acc, 1) * factor)
+                safe = top
+                p = tl.exp2(acc * factor - top[:, None])
+            else:
+                key = j * BN + tl.arange(0, BN)
+                seen = (cell * S < n_q)[:, None] & (key < n_cells)[None, :]
+                if CAUSAL:
+                    seen = seen & ((key * S)[None, :] <= limit[:, None])
+                x = tl.where(seen, acc * factor, -float("inf"))
+                top = tl.maximum(m, tl.max(x, 1))
+                safe = tl.where(top > -float("inf"), top, 0.0)
+                p = tl.exp2(x - safe[:, None])
             l = l * tl.exp2(m - safe) + tl.sum(p, 1)
             m = top
             sums = tl.sum(tl.reshape(p, [BM, BN // C, C]), 2)
             block = j * (BN // C) + tl.arange(0, BN // C)
             tl.store(PART + line[:, None] * width + block[None, :], sums)
             tl.store(TOP + line * (width // (BN // C)) + j, safe)
-            acc = tl.zeros([BM, BN], tl.float32)
     norm = tl.where(l > 0.0, m + tl.log2(tl.where(l > 0.0, l, 1.0)), float("inf"))
     tl.store(NORM + line, norm)
 
@@ -110,10 +113,24 @@ def _strided_sums(
         tl.store(OUT + out + block, tl.sum(mass, 0), mask=block < nk)
 
 
-def strided_fits(stride: int, size: tuple[int, int]) -> bool:
-    """Whether blocks hold a power of two of cells and a tile of cells holds whole blocks."""
+def strided_fits(call: Inputs, stride: int, size: tuple[int, int]) -> bool:
+    """Whether blocks hold a power of two of cells, a tile of cells holds whole blocks, and rows are
+    multiples of sixteen bytes.
+    """
     cells = size[1] // stride
-    return cells & (cells - 1) == 0 and cells <= 64 and 128 % (size[0] // stride) == 0
+    even = call.q.shape[3] * call.q.element_size() % 16 == 0
+    return cells & (cells - 1) == 0 and cells <= 64 and 128 % (size[0] // stride) == 0 and even
+
+
+def _planes(x: Tensor, stride: int, box: list[int]) -> TensorDescriptor:
+    """Rows of a cell as planes, `[B, H, stride, cells, D]`: what a product of two cells reads of
+    one of them is then a plain tile. Ragged ends are padded with zeros.
+    """
+    if x.shape[2] % stride or not describable(x):
+        x = pad(x, (0, 0, 0, -x.shape[2] % stride)).contiguous()
+    b, h, n, d = x.stride()
+    shape = [*x.shape[:2], stride, x.shape[2] // stride, x.shape[3]]
+    return TensorDescriptor(x, shape, [b, h, n, stride * n, d], [1, 1, 1, *box])
 
 
 def strided(
@@ -129,7 +146,7 @@ def strided(
     dimension, warps, stages).
     """
     half = call.q.element_size() == 2
-    tile = tile or ((128, 256, 64, 8, 4) if half else (128, 64, 32, 8, 2))
+    tile = tile or ((128, 256, 64, 8, 4) if half else (128, 64, 32, 8, 3))
     bm, bn, dk, warps, stages = tile
     (nq, nk), (batch, _, _, d), heads = call.tiles(size), call.q.shape, len(call.heads)
     device, cells = call.q.device, size[1] // stride
@@ -147,16 +164,16 @@ def strided(
     out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=device)
     q_heads, kv_heads = head_table(call.heads, device), call.kv_of_head.int()
     per = size[0] // stride
+    q_cells, k_cells = _planes(call.q, stride, [bm, dk]), _planes(call.k, stride, [bn, dk])
     for first in range(0, heads, some):
         n = min(some, heads - first)
         for t0 in range(0, tiles, rows):
             m = min(rows, tiles - t0)
             _strided[(m, batch * n)](
-                call.q, call.k, q_heads, kv_heads, part, top, norm,
-                *call.q.stride(), *call.k.stride(), n, first, call.n_q, call.n_k, n_cells, width,
-                call.q_start, t0, m, call.scale / stride * LOG2E, S=stride, C=cells, BM=bm, BN=bn,
-                DK=dk, D=d, BD=bd, CAUSAL=call.causal, PREC=precision(call.q.dtype),
-                STAGES=stages, num_warps=warps,
+                q_cells, k_cells, q_heads, kv_heads, part, top, norm,
+                n, first, call.n_q, n_cells, width, call.q_start, t0, m,
+                call.scale / stride * LOG2E, S=stride, C=cells, BM=bm, BN=bn, DK=dk, BD=bd,
+                CAUSAL=call.causal, PREC=precision(call.q.dtype), STAGES=stages, num_warps=warps,
             )  # fmt: skip
             b0, b1 = t0 * bm // per, min(nq, (t0 + m) * bm // per)
             _strided_sums[(b1 - b0, batch * n)](

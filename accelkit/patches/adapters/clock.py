@@ -34,6 +34,7 @@ class DenoiseClock:
         self._heard = False
         self._first: float | None = None
         self._last: float | None = None
+        self._taken: Any = None  # the timestep of the last step
         self._direction = 0.0
         if pipe is not None:
             self._listen(getattr(pipe, "scheduler", None))
@@ -105,8 +106,10 @@ class DenoiseClock:
         @functools.wraps(type(scheduler).step)
         def step(this: Any, *args: Any, **kwargs: Any) -> Any:
             result = type(this).step(this, *args, **kwargs)
-            if this is self._scheduler:
-                self.step, self._forwards = self.step + 1, 0
+            timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+            # Some pipelines (Cosmos) take two looks at one timestep: one step of the loop.
+            if this is self._scheduler and (timestep is None or timestep is not self._taken):
+                self.step, self._forwards, self._taken = self.step + 1, 0, timestep
             return result
 
         for wrapped in (set_timesteps, step):

@@ -140,6 +140,7 @@ def route(undo: ExitStack) -> None:
 def _unroute() -> None:
     global _USERS
     _USERS -= 1
+    _HERE.site = None  # an exception may have left it open
     # Whoever replaced the function after us keeps it; the router then only passes calls on.
     if _USERS == 0 and nn.functional.scaled_dot_product_attention is _router:
         nn.functional.scaled_dot_product_attention = _ORIGINAL

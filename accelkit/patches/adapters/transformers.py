@@ -29,6 +29,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from accelkit.errors import NothingPatchedError, ParallelNotSupportedError, UnsupportedModelError
+from accelkit.kernels.index import device_ids
 from accelkit.patches.adapters import Runner
 from accelkit.patches.call import AttentionCall, Clock, Geometry, Site
 from accelkit.patches.plan import Component, Fingerprint
@@ -315,6 +316,7 @@ def _attention(
             "parallel execution is not supported, load the model on one device or with device_map"
         )
     q_start = 0 if mask is None else key.shape[2] - n_q
+    kv = tuple(h * key.shape[1] // heads for h in range(heads))
     call = AttentionCall(
         q=query,
         k=key,
@@ -324,7 +326,7 @@ def _attention(
         q_start=q_start,
         key_mask=mask if mask is not None and mask.ndim == 2 else None,
         heads=tuple(range(heads)),
-        kv_of_head=torch.arange(heads, device=query.device) // (heads // key.shape[1]),
+        kv_of_head=device_ids(kv, query.device, torch.int64),
         site=door.site,
         clock=Clock("prefill"),
         geometry=Geometry(),

@@ -63,6 +63,9 @@ class AdaSpa(AttentionMethod):
             return dense
         return kernels.select.compact(parts.bits.unpack(bits, call.tiles(size)[1]), size)
 
+    def renewed(self, steps: int) -> float:
+        return 1 / steps  # later searches use the first one's LSE
+
     def _dense(self, call: AttentionCall) -> Partial:
         return kernels.attend(
             call.q,

@@ -73,6 +73,9 @@ class ReTtention(AttentionMethod):
         self._keep(call, call.clock.step, ratio, rest)
         return out
 
+    def renewed(self, steps: int) -> float:
+        return 1 / min(self.period_steps, steps)
+
     def _kept(self, call: AttentionCall) -> tuple[int, Tensor, Tensor] | None:
         """Step, ρ and R of the last dense step, if it is not due again."""
         kept = call.memory.get((self, call.heads))

@@ -25,6 +25,8 @@ from accelkit.patches import parts
 from accelkit.patches.method import AttentionMethod, Calibrator, Dial, Execution, Method, Order
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from accelkit.kernels import BlockIndex
     from accelkit.patches.call import AttentionCall, Phase, Site
 
@@ -80,11 +82,22 @@ class SpargeAttn(AttentionMethod):
 
 
 class _Guards(Calibrator):
-    """Where the strict guard leaves a head nearly dense, the loose one may still do."""
+    """Where the strict guard leaves a head nearly dense, the loose one may still do. In causal calls
+    also with tiles of twice the height, which CPU kernels like better.
+    """
+
+    causal = True
+
+    def see(self, call: AttentionCall, out: Tensor, lse: Tensor) -> None:
+        self.causal = call.causal
 
     def settings(self) -> tuple[Method, ...]:
+        fixed = [{"similarity": guard} for guard in GUARDS]
+        if self.causal:
+            rows = 2 * SpargeAttn.model_fields["query_block"].default
+            fixed.append({"similarity": GUARDS[0], "query_block": rows})
         return tuple(
-            self.method.model_copy(update={"similarity": guard, "coverage": share})
-            for guard in GUARDS
+            self.method.model_copy(update={**fields, "coverage": share})
+            for fields in fixed
             for share in SpargeAttn.dial.values
         )

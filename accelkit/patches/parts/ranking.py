@@ -14,9 +14,11 @@ def held_by(mass: Tensor, share: float | Tensor) -> Tensor:
     """How many of the greatest entries of `mass` `[B, H, n]` have a running sum of at most `share`
     (a number or `[H]`), int64 `[B, H]`. All of them if the share is 1.
     """
-    share = torch.as_tensor(share, device=mass.device).view(-1, 1)
     running = mass.sort(-1, descending=True).values.cumsum(-1)
-    return ((running <= share) | (share >= 1)).sum(-1)
+    if isinstance(share, Tensor):
+        share = share.to(mass.device).view(-1, 1)
+        return ((running <= share) | (share >= 1)).sum(-1)
+    return (running <= (share if share < 1 else float("inf"))).sum(-1)
 
 
 def best(scores: Tensor, count: Tensor) -> Tensor:

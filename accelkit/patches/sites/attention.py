@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from accelkit import kernels
-from accelkit.kernels.index import BlockIndex, Partial
+from accelkit.kernels.index import BlockIndex, Partial, device_ids
 from accelkit.kernels.merge import merge
 from accelkit.kernels.permute import put_rows, take_rows
-from accelkit.kernels.prepare import device_ids
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, Execution, Order
 from accelkit.patches.plan import HeadGroup, Policy, Reuse
@@ -344,7 +343,8 @@ def run(
         causal=call.causal,
         q_start=call.q_start,
         heads=call.heads,
-        kv_of_head=call.kv_of_head,
+        # Keys as the model left them serve equal groups; said so, the host knows it too.
+        kv_of_head=None if call.k_pos is None else call.kv_of_head,
         key_mask=call.key_mask,
         q_pos=q_pos,
         k_pos=k_pos,

@@ -1,0 +1,232 @@
+"""Calibration of a diffusers pipeline on one page: look, measure, choose, check, choose again.
+
+Every site is planned apart in every bucket of the denoising steps, and a step cache beside them,
+so it is the budget that says how many early steps stay dense.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from accelkit.calibration import (
+    denoise_caches,
+    denoise_look,
+    denoise_measure,
+    fit,
+    measure,
+    refine,
+    session,
+    video,
+)
+from accelkit.calibration.candidates import chosen_methods
+from accelkit.calibration.denoise_check import Checker
+from accelkit.calibration.denoise_look import bucket_of, site_of
+from accelkit.calibration.denoise_plan import Planner
+from accelkit.calibration.denoise_weights import Small
+from accelkit.calibration.journal import Journal
+from accelkit.calibration.measure import Preset, Run
+from accelkit.calibration.video import Settings
+from accelkit.errors import InvalidInputError, NothingPatchedError
+from accelkit.patches.adapters import facts, sites
+from accelkit.patches.method import Method
+from accelkit.patches.patch import handle_of
+from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
+
+log = logging.getLogger("accelkit")
+BUDGET = 0.1
+PRESETS = {
+    "fast": (Preset(2, 3, 4, 0, 3, ()), 1, 1),
+    "balanced": (Preset(3, 4, 6, 0, 4, ()), 2, 2),
+    "careful": (Preset(5, 5, 8, 0, 5, ()), 3, 4),
+}
+"""How much is measured; and how many prompts to measure on and to check on."""
+FIRST = 0.7
+"""First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
+
+
+def calibrate(
+    pipe: Any,
+    data: Any = None,
+    *,
+    budget: float | Budget | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    steps: int | None = None,
+    methods: Sequence[str | Method | type[Method]] | None = None,
+    preset: str = "balanced",
+    seed: int = 0,
+    time_limit: float | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Plan:
+    """The fastest plan for `pipe` whose final latents stay within `budget` of the dense ones, equal
+    seed and worst prompt. `accelkit.calibrate` calls this for a pipeline; see there.
+    """
+    begun = time.monotonic()
+    budget = session.as_budget(BUDGET if budget is None else budget)
+    if preset not in PRESETS:
+        raise InvalidInputError(
+            f"preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}"
+        )
+    if not hasattr(pipe, "scheduler"):
+        raise InvalidInputError(
+            f"{type(pipe).__name__} is no pipeline; calibration runs whole denoisings, so it needs "
+            "the pipeline around the denoiser"
+        )
+    if steps is not None and steps < 2:
+        raise InvalidInputError(f"steps is {steps}; expected at least 2")
+    caches, rest = denoise_caches.chosen_caches(methods)
+    tried = chosen_methods(rest, "denoise") if rest != [] else []
+    if not tried and not caches:
+        raise InvalidInputError("methods is empty; name at least one, or None for all")
+    fingerprint, heads = facts(pipe)
+    if handle_of(pipe) is not None:
+        raise InvalidInputError(
+            "the pipeline is patched; call its handle's remove() before calibrating"
+        )
+    places = sites(pipe)
+    if not places:
+        raise NothingPatchedError(f"{type(pipe).__name__}: no attention that could run sparse")
+    chosen, measure_on, check_on = PRESETS[preset]
+    shots = video.gather(data, seed, measure_on, check_on)
+    settings = Settings(height, width, num_frames, steps)
+    settings.arguments(pipe)
+    roots = {name: getattr(pipe, name) for name in fingerprint.components}
+    belongs = {
+        "accelkit": session.version(),
+        "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
+        "weights": session.weights_digest(roots.values()),
+        "device": str(pipe._execution_device),
+        "dtype": str(next(iter(roots.values())).dtype),
+        "scheduler": type(pipe.scheduler).__name__,
+        "prompts": session.digest([_plain(s) for s in (*shots.measure, *shots.check)]),
+        "methods": [f"{m.kind} {m.model_dump_json()}" for m in (*tried, *caches)],
+        "settings": vars(settings),
+        "preset": preset,
+        "seed": seed,
+    }
+    book = Journal(journal, belongs, resume)
+    with session.Bar(progress) as bar:
+        bar.expect(_units(len(places), len(shots.measure), chosen, len(caches), len(shots.check)))
+        device = torch.device(pipe._execution_device)
+        run = Run(
+            pipe, device, places, heads, book, chosen, bar.tell, 1,
+            session.checked_limit(time_limit), begun,
+        )  # fmt: skip
+        training = [root.training for root in roots.values()]
+        try:
+            for root in roots.values():
+                root.eval()
+            plan = _plan(run, settings, shots, roots, tried, caches, fingerprint, budget)
+        finally:
+            for root, was in zip(roots.values(), training, strict=True):
+                root.train(was)
+            book.close()
+    stages = {
+        "looking": "look",
+        "fit": "fit",
+        "measuring": "run/",
+        "weighing": "weight/",
+        "influence": "influence/",
+        "step caches": "cache/",
+        "checking": "check/",
+    }
+    about = {
+        "data": shots.about,
+        "prompts": [s.name for s in shots.measure],
+        "checked_on": [s.name for s in shots.check],
+        **{k: v for k, v in vars(settings).items() if v is not None},
+        "seed": seed,
+        "preset": preset,
+        "methods": [m.kind for m in (*tried, *caches)],
+        "skipped": run.skipped,
+        "seconds": {stage: round(book.seconds(prefix), 1) for stage, prefix in stages.items()},
+    }
+    made = session.producer("diffusers")
+    update = {"calibration": about | plan.calibration, "producer": made}
+    return plan.model_copy(update=update).with_tables(plan.tables)
+
+
+def _plan(
+    run: Run,
+    settings: Settings,
+    shots: video.Shots,
+    roots: Mapping[str, Any],
+    methods: Sequence[Any],
+    caches: Sequence[Any],
+    fingerprint: Fingerprint,
+    budget: Budget,
+) -> Plan:
+    """Measure, then search and check in turns."""
+    first, allowed = shots.measure[0], budget.max_rel_error
+    seen = denoise_look.look(run, settings, first)
+    glanced = run.journal.unit(
+        "look/whole", lambda: denoise_look.glance(run.model, settings, first)
+    )
+    tokens = max(glanced["tokens"].values())
+    size = next(iter(fingerprint.components.values()))
+    layers = len(glanced["tokens"])
+    shape = fit.Shape(
+        size.q_heads, size.kv_heads, size.head_dim, layers, glanced["batch"], causal=False,
+        geometry=denoise_look.geometry_of(glanced),
+    )  # fmt: skip
+    dtype = next(iter(roots.values())).dtype
+    costs = measure.fitted(run, shape, dtype, tokens, methods)
+    able = [m for m in methods if m.kind in costs.methods]
+    found = denoise_measure.measured(run, seen, settings, shots.measure, able, costs, tokens)
+    small = Small(run, seen, first, roots)
+    heads = {p: run.heads[site_of(p)] for p in seen.places}
+    influence = [small.influence(b) for b in range(len(small.shares))]
+    weights = {
+        p: [w * influence[bucket_of(p)] for w in ws]
+        for p, ws in measure.weighed(run, heads, [small.probe]).items()
+    }
+    kappa = small.composition(weights)
+    cached, refused = denoise_caches.options(run, small, caches, allowed)
+    planner = Planner(
+        seen, found, weights, costs, tokens, cached, kappa, fingerprint, budget,
+        Limits(
+            min_length=tokens // 4,
+            max_length=tokens,
+            grid=tuple(glanced["grid"]) if glanced["grid"] else None,
+            steps=seen.total,
+        ),
+    )  # fmt: skip
+    checker = Checker(run, settings, shots.check, planner.ratio)
+    outcome = refine.in_turns(run, planner.propose, checker, allowed, FIRST, checker.spent)
+    plan = planner.finished(outcome)
+    about = {
+        "refused": {**costs.refused, **refused},
+        "fit_error": round(costs.error(), 4),
+        "tokens": tokens,
+        "steps": seen.total,
+        "buckets": [list(b) for b in small.shares],
+        "influence": [float(f"{i:.4g}") for i in influence],
+        "weighed_on": vars(seen.settings),
+    }
+    return plan.model_copy(update={"calibration": about}).with_tables(plan.tables)
+
+
+def _plain(shot: video.Shot) -> bytes:
+    """What tells a shot from another, tensors among its arguments included."""
+    parts = [
+        f"{k}={v.tolist() if isinstance(v, torch.Tensor) else v}"
+        for k, v in sorted(shot.arguments.items())
+    ]
+    return "\n".join([*parts, str(shot.seed)]).encode()
+
+
+def _units(places: int, prompts: int, preset: Preset, caches: int, check: int) -> int:
+    """The most units of work: looking, the fit, each place by stage, caches, and every check."""
+    bucket = len(denoise_look.EDGES) - 1
+    by_place = places * bucket * (2 + prompts)
+    runs = bucket + 1 + caches * denoise_caches.RUNS
+    return 3 + by_place + runs + (preset.rounds + 1) * check

@@ -1,0 +1,97 @@
+"""What every calibration has around it: its budget, what it belongs to, its progress."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from accelkit.calibration.results import installed
+from accelkit.errors import InvalidInputError
+from accelkit.patches.plan import Budget
+
+
+def as_budget(budget: float | Budget) -> Budget:
+    """A budget from a number.
+
+    Raises:
+        InvalidInputError: no share between 0 and 1.
+    """
+    if isinstance(budget, Budget):
+        return budget
+    if not isinstance(budget, int | float) or not 0 < budget < 1:
+        raise InvalidInputError(
+            f"budget is {budget!r}; expected a share between 0 and 1, such as 0.02"
+        )
+    return Budget(max_rel_error=float(budget))
+
+
+def checked_limit(seconds: float | None) -> float | None:
+    """A time limit.
+
+    Raises:
+        InvalidInputError: not positive.
+    """
+    if seconds is not None and seconds <= 0:
+        raise InvalidInputError(f"time_limit is {seconds} s; expected a positive number")
+    return seconds
+
+
+def weights_digest(models: Iterable[Any]) -> str:
+    """A digest of a few numbers of every weight: enough to tell fine-tuned models apart."""
+    parts = []
+    for model in models:
+        for name, p in model.named_parameters():
+            few = p.detach().reshape(-1)[:64].float().cpu().numpy()
+            parts += [name.encode(), few.tobytes()]
+    return digest(parts)
+
+
+def digest(parts: Sequence[bytes]) -> str:
+    """Sixteen hexadecimal digits of SHA-256."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()[:16]
+
+
+def version() -> str:
+    """accelkit's own."""
+    from accelkit import __version__
+
+    return __version__
+
+
+def producer(*libraries: str) -> dict[str, str | None]:
+    """What made a plan."""
+    packages = ("torch", "triton", *libraries)
+    return {"name": "accelkit", "version": version(), **{p: installed(p) for p in packages}}
+
+
+class Bar:
+    """Progress on stderr with the stage and the time that is left at most; silent where nobody
+    watches.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted and sys.stderr.isatty() and os.environ.get("ACCELKIT_PROGRESS") != "0"
+
+    def __enter__(self) -> Bar:
+        from tqdm.auto import tqdm
+
+        self.bar = tqdm(disable=not self.wanted, file=sys.stderr, unit="unit")
+        return self
+
+    def expect(self, units: int) -> None:
+        """The most units that this run can have."""
+        self.bar.reset(total=units)
+
+    def tell(self, stage: str) -> None:
+        """Another unit of `stage` begins."""
+        self.bar.set_description(stage, refresh=False)
+        self.bar.update()
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()

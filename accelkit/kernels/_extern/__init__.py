@@ -1,0 +1,1 @@
+"""Kernels of other projects behind `attend`; each is optional and none is needed."""

@@ -1,0 +1,167 @@
+"""Host side of the warp-specialised Hopper kernel: what it serves and how it is started."""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accelkit.kernels._triton.lower import Work, lower
+from accelkit.kernels._triton.tile import (
+    LOG2E,
+    common_refusal,
+    describable,
+    next_power_of_two,
+    one_masked,
+)
+from accelkit.kernels._triton.tuned import tuned
+from accelkit.kernels.launch import Launch
+
+BM = 128
+"""Query rows of a tile: 64 for each of two consumer warpgroups."""
+
+
+def refusal(launch: Launch) -> str | None:
+    """Why this kernel cannot serve a launch, or None."""
+    (bq, bk), q, v = launch.index.size, launch.q, launch.v
+    reason = missing() or common_refusal(launch)
+    if reason is None and (not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9):
+        reason = f"it is for Hopper GPUs and the tensors are on {q.device}"
+    if reason is not None:
+        return reason
+    if q.dtype == torch.float32 or launch.out.dtype != q.dtype:
+        return f"it takes and gives fp16 or bf16, not {q.dtype} and {launch.out.dtype}"
+    if launch.qk != "native":
+        return "it multiplies in the inputs' own precision"
+    if bq % BM or bk % 64:
+        return f"units of {bq} × {bk} tokens do not divide into tiles of {BM} × 64"
+    if max(q.shape[3], v.shape[3]) > 128:
+        return f"head size {max(q.shape[3], v.shape[3])} is above 128"
+    if launch.q_pos is not None or launch.k_pos is not None:
+        return "it takes no positions and no key mask"
+    if isinstance(launch.bias, Tensor):
+        return "it takes no bias of single keys"
+    if launch.scale <= 0:
+        return f"the scale {launch.scale} is not positive"
+    if launch.skip is not None and _padded(q) != _padded(v):
+        return f"it skips at equal head sizes and these are {q.shape[3]} and {v.shape[3]}"
+    if not all(describable(t) for t in (q, launch.k, v, launch.out)):
+        return "q, k, v or out is not aligned to 16 bytes"
+    return None
+
+
+@lru_cache(maxsize=1)
+def missing() -> str | None:
+    """Why the kernel cannot be built at all, or None."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("accelkit.kernels._triton.gluon_kernel")
+    except (ImportError, AttributeError) as error:
+        return f"this triton has no Gluon for Hopper ({error})"
+    return None
+
+
+def block_sparse(launch: Launch) -> None:
+    """Write `launch.out` and `launch.lse`. With `skip` each half of 64 query rows votes alone."""
+    with torch.cuda.device_of(launch.q):
+        if launch.skip is None:
+            run(launch, lower(launch))
+        else:
+            run_skipping(launch, lower(launch, in_order=True))
+
+
+def run(
+    launch: Launch,
+    work: Work,
+    stages: int | None = None,
+    mode: str = "lag",
+    q_stages: int = 2,
+) -> None:
+    """Start the kernel over lowered work."""
+    from accelkit.kernels._triton import gluon_kernel
+
+    bn, common, constants = _arguments(launch, work)
+    if stages is None:
+        stages, q_stages, mode = _tuned("gluon", launch, constants)
+    gluon_kernel.block_sparse[_grid(launch, work)](
+        *common, *_sizes(launch, work), **constants, EXTRA_MASKED=not one_masked(launch, bn),
+        STAGES=stages, Q_STAGES=q_stages, MODE=mode, num_warps=4,
+    )  # fmt: skip
+
+
+def run_skipping(launch: Launch, work: Work, stages: int | None = None) -> None:
+    """Start the kernel that skips over work lowered in list order."""
+    from accelkit.kernels._triton import gluon_skip
+
+    _, common, constants = _arguments(launch, work)
+    gluon_skip.skipping[_grid(launch, work)](
+        *common, launch.skip, *_sizes(launch, work), **constants,
+        STAGES=stages or _tuned("gluon_skip", launch, constants), num_warps=4,
+    )  # fmt: skip
+
+
+def _tuned(kernel: str, launch: Launch, constants: dict[str, Any]) -> Any:
+    width = max(constants["BD"], constants["BDV"])
+    return tuned(kernel, launch.q.device, width, (BM, constants["BN"]))
+
+
+def _padded(t: Tensor) -> int:
+    return max(64, next_power_of_two(t.shape[3]))
+
+
+def _grid(launch: Launch, work: Work) -> tuple[int]:
+    return (min(_items(launch, work), _processors(launch.q.device)),)
+
+
+def _items(launch: Launch, work: Work) -> int:
+    return work.items.shape[0] * (launch.index.size[0] // BM)
+
+
+def _arguments(launch: Launch, work: Work) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """Key rows of a tile; the tensors and the constants that both kernels take."""
+    (bq, bk), q, k, v = launch.index.size, launch.q, launch.k, launch.v
+    bd, bdv = _padded(q), _padded(v)
+    bn = 128 if bk % 128 == 0 else 64
+    tensors = (
+        _descriptor(q, BM // 2, bd), _descriptor(k, bn, bd), _descriptor(v, bn, bdv),
+        _descriptor(launch.out, BM // 2, bdv), launch.lse, work.items, work.lists,
+        launch.q_heads, launch.kv_heads, launch.out_heads,
+        torch.zeros(1, dtype=torch.int32, device=q.device),
+    )  # fmt: skip
+    constants = {
+        "BQ": bq, "BK": bk, "BM": BM, "BN": bn, "BD": bd, "BDV": bdv, "CAUSAL": launch.causal,
+    }  # fmt: skip
+    return bn, tensors, constants
+
+
+def _sizes(launch: Launch, work: Work) -> tuple[Any, ...]:
+    return (
+        *launch.lse.stride(), _items(launch, work), launch.n_q,
+        launch.n_k, launch.q_start, work.capacity, launch.scale * LOG2E,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=16)
+def _layout(rows: int, width: int, dtype: torch.dtype):
+    from triton.experimental.gluon import language as gl
+
+    kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], kind)
+
+
+def _descriptor(t: Tensor, rows: int, width: int):
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(
+        t, list(t.shape), list(t.stride()), [1, 1, rows, width], _layout(rows, width, t.dtype)
+    )

@@ -1,0 +1,388 @@
+"""Block-sparse attention forward for Hopper, in warps of different trades.
+
+A producer warp reads the lists and copies Q, K and V tiles into rings in shared memory; two
+consumer warpgroups of 64 query rows each multiply them. A program stays on its multiprocessor and
+walks over rows, longest first. The last product of a row runs together with the first scores of
+the next, whose tiles are already there.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from accelkit.kernels._triton.lower import FIELDS
+
+TICKETS = gl.constexpr(4)
+"""Items that the producer may have announced and the consumers not taken."""
+
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.jit
+def _item(ITEMS, place, n_items, BM: gl.constexpr, PER_ROW: gl.constexpr):
+    """Row, first query, batch, slot, masked and clean blocks of an item; zeros behind the last."""
+    there = place < n_items
+    item = ITEMS + (place // PER_ROW).to(gl.int64) * FIELDS
+    row, first = gl.load(item, there, 0), gl.load(item + 1, there, 0)
+    b, slot = gl.load(item + 2, there, 0), gl.load(item + 3, there, 0)
+    masked, clean = gl.load(item + 4, there, 0), gl.load(item + 5, there, 0)
+    return row, first + (place % PER_ROW) * BM, b, slot, masked, clean
+
+
+@gluon.jit
+def _announce(tickets, full, empty, number, place):
+    """Tell the consumers, for the number-th time, which item comes next."""
+    at = number % TICKETS
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(empty.index(at), ((number // TICKETS) & 1) ^ 1)
+    tickets.index(at).store(gl.full([1], 0, gl.int32, one) + place)
+    mbarrier.arrive(full.index(at))
+
+
+@gluon.jit
+def _announced(tickets, full, empty, number):
+    """The item that the producer's number-th announcement names."""
+    at = number % TICKETS
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(full.index(at), (number // TICKETS) & 1)
+    place = gl.max(tickets.index(at).load(one), 0)
+    mbarrier.arrive(empty.index(at))
+    return place
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
+def _flat(tile, ROWS: gl.constexpr, D: gl.constexpr):
+    return tile.reshape([ROWS, D])
+
+
+@gluon.jit
+def _produce(
+    q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k, v,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets, ticket_full, ticket_empty,
+    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+):  # fmt: skip
+    R: gl.constexpr = BK // BN
+    ROWS: gl.constexpr = BM // 2
+    PER_ROW: gl.constexpr = BQ // BM
+    width = gl.num_programs(0)
+    place, round = gl.program_id(0), 0
+    # What a row needs is asked for a row early, its place in the work list two rows early.
+    next_place = place + width
+    _announce(tickets, ticket_full, ticket_empty, 0, next_place)
+    row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
+    block = gl.load(LISTS + row.to(gl.int64) * capacity, mask=masked + clean > 0, other=0)
+    hq, hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
+    stage, phase = 0, 1
+    while place < n_items:
+        next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
+            ITEMS, next_place, n_items, BM, PER_ROW
+        )
+        next_hq, next_hk, next_block, later_place = hq, hk, block, next_place
+        half = round % Q_STAGES
+        at = LISTS + row.to(gl.int64) * capacity
+        n = gl.maximum((masked + clean) * R, 1)  # an empty row reads one tile and hides all of it
+        for j in range(n):
+            k0 = block * BK + (j % R) * BN
+            block = gl.load(at + (j + 1) // R, mask=j + 1 < n, other=0)
+            mbarrier.wait(k_empty.index(stage), phase)
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+            _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
+            if j == 0:
+                mbarrier.wait(q_empty.index(half), ((round // Q_STAGES) & 1) ^ 1)
+                mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes * 2)
+                _load(q_desc, [b, hq, q_row, 0], q_full.index(half), q.index(half * 2))
+                _load(q_desc, [b, hq, q_row + ROWS, 0], q_full.index(half), q.index(half * 2 + 1))
+            mbarrier.wait(v_empty.index(stage), phase)
+            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+            _load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
+            stage, phase = _next(stage, phase, STAGES)
+            if j == 0:
+                next_hq, next_hk = gl.load(Q_HEADS + next_slot), gl.load(KV_HEADS + next_slot)
+                next_block = gl.load(
+                    LISTS + next_row.to(gl.int64) * capacity, mask=next_masked + next_clean > 0,
+                    other=0,
+                )  # fmt: skip
+                later_place = 2 * width + gl.atomic_add(COUNTER, 1, sem="relaxed")
+                _announce(tickets, ticket_full, ticket_empty, round + 1, later_place)
+        place, next_place, round = next_place, later_place, round + 1
+        row, q_row, b, hq, hk, block = next_row, next_q_row, next_b, next_hq, next_hk, next_block
+        masked, clean = next_masked, next_clean
+
+
+@gluon.jit
+def _hide(s, k0, limit, BN: gl.constexpr, layout: gl.constexpr):
+    col = k0 + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+    return gl.where(col[None, :] <= limit[:, None], s, -float("inf"))
+
+
+@gluon.jit
+def _limits(rows, count, n_k, q_start, CAUSAL: gl.constexpr):
+    """Last key that each row may see; −1 in an empty row."""
+    limit = rows * 0 + n_k - 1
+    if CAUSAL:
+        limit = gl.minimum(limit, rows + q_start)
+    return gl.where(count > 0, limit, -1)
+
+
+@gluon.jit
+def _softmax(s, m, total, factor):
+    m_new = gl.maximum(m, gl.max(s, 1) * factor)
+    p = gl.exp2(s * factor - m_new[:, None])
+    alpha = gl.exp2(m - m_new)
+    return p, m_new, alpha, total * alpha + gl.sum(p, 1)
+
+
+@gluon.jit
+def _products(
+    q, k_tile, v_tile, p, acc, zero, k_full, k_empty, k_phase, k_there, v_full, v_empty, v_phase,
+    my_turn, next_turn, turn, MODE: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+    DV: gl.constexpr,
+):  # fmt: skip
+    """Scores of the next tile, and the product of the present probabilities with V.
+
+    "turns": both are started, then both are awaited; the other warpgroup's softmax covers their
+    time. "lag": the scores come first, and their softmax runs under the second product.
+    """
+    mbarrier.wait(k_full, k_phase, pred=k_there)
+    if MODE == "turns":
+        mbarrier.wait(my_turn, turn)
+    s = warpgroup_mma(
+        q, _flat(k_tile, BN, D).permute((1, 0)), zero, use_acc=False, is_async=True
+    )  # fmt: skip
+    mbarrier.wait(v_full, v_phase)
+    if MODE == "turns":
+        acc = warpgroup_mma(p, _flat(v_tile, BN, DV), acc, is_async=True)
+        mbarrier.arrive(next_turn)
+        s, acc = warpgroup_mma_wait(0, deps=[s, acc])
+        mbarrier.arrive(k_empty, pred=k_there)
+        mbarrier.arrive(v_empty)
+    else:
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(k_empty, pred=k_there)
+        acc = warpgroup_mma(p, _flat(v_tile, BN, DV), acc, is_async=True)
+    return s, acc
+
+
+@gluon.jit
+def _finished(acc, v_empty, MODE: gl.constexpr):
+    """The second product, done."""
+    if MODE == "lag":
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty)
+    return acc
+
+
+@gluon.jit
+def _begin(
+    s, block, limit, masked, clean, factor,
+    BK: gl.constexpr, dtype: gl.constexpr, sl: gl.constexpr, pl: gl.constexpr,
+):  # fmt: skip
+    """Probabilities, maximum and sum of a row's first tile."""
+    ROWS: gl.constexpr = s.shape[0]
+    row: gl.constexpr = gl.SliceLayout(1, sl)
+    if (masked > 0) | (clean == 0):
+        s = _hide(s, block * BK, limit, s.shape[1], sl)
+    m = gl.full([ROWS], -1e30, gl.float32, row)  # finite: an empty row meets no inf − inf
+    p, m, _, total = _softmax(s, m, gl.zeros([ROWS], gl.float32, row), factor)
+    return gl.convert_layout(p.to(dtype), pl), m, total
+
+
+@gluon.jit
+def _finish(
+    o_desc, staged, LSE, s_lb, s_lh, s_ln, b, ho, q_row, rows, n_q, m, total, acc,
+    ROWS: gl.constexpr, BDV: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    """Normalise and store a row; the copy to global memory may still read `staged` afterwards."""
+    ol: gl.constexpr = acc.type.layout
+    alive = total > 0.0
+    safe = gl.where(alive, total, 1.0)
+    lse = gl.where(alive, (m + gl.log2(safe)) * 0.6931471805599453, -float("inf"))
+    at = LSE + b.to(gl.int64) * s_lb + ho.to(gl.int64) * s_lh + rows.to(gl.int64) * s_ln
+    gl.store(at, lse, mask=rows < n_q)
+    acc = acc * gl.convert_layout(1.0 / safe, gl.SliceLayout(1, ol))[:, None]
+    tma.store_wait(0)
+    _sync()
+    _flat(staged, ROWS, BDV).store(acc.to(dtype))
+    fence_async_shared()
+    _sync()
+    _store(o_desc, [b, ho, q_row, 0], staged)
+
+
+@gluon.jit
+def _consume(
+    WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
+    q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    turns, tickets, ticket_full, ticket_empty,
+    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
+    BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr, MODE: gl.constexpr,
+):  # fmt: skip
+    R: gl.constexpr = BK // BN
+    PER_ROW: gl.constexpr = BQ // BM
+    ROWS: gl.constexpr = BM // 2
+    dtype: gl.constexpr = v.dtype
+    sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    ol: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
+    pl: gl.constexpr = gl.DotOperandLayout(0, ol, 2)
+    o_row: gl.constexpr = gl.SliceLayout(1, ol)
+    mine, other = turns.index(WHO), turns.index(1 - WHO)
+    lane = WHO * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, sl))
+    zero = gl.zeros([ROWS, BN], gl.float32, sl)
+    stage, phase, turn = 0, 0, 1 - WHO
+    place, round = gl.program_id(0), 0
+    row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
+    block = gl.load(LISTS + row.to(gl.int64) * capacity, mask=masked + clean > 0, other=0)
+    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    s = warpgroup_mma(
+        _flat(q.index(WHO), ROWS, BD), _flat(k.index(0), BN, BD).permute((1, 0)), zero,
+        use_acc=False, is_async=True,
+    )  # fmt: skip
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_empty.index(0))
+    limit = _limits(q_row + lane, masked + clean, n_k, q_start, CAUSAL)
+    p16, m, total = _begin(s, block, limit, masked, clean, factor, BK, dtype, sl, pl)
+    while place < n_items:
+        place = _announced(tickets, ticket_full, ticket_empty, round)
+        more = place < n_items
+        next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
+            ITEMS, place, n_items, BM, PER_ROW
+        )
+        ho = gl.load(OUT_HEADS + slot)
+        half = round % Q_STAGES
+        n = gl.maximum((masked + clean) * R, 1)
+        acc = gl.zeros([ROWS, BDV], gl.float32, ol)
+        own = _flat(q.index(half * 2 + WHO), ROWS, BD)
+        first_clean = 1
+        if EXTRA_MASKED:
+            first_clean = gl.maximum(masked * R, 1)
+            limit = _limits(q_row + lane, masked + clean, n_k, q_start, CAUSAL)
+            for j in range(1, first_clean):
+                k0 = gl.load(LISTS + row.to(gl.int64) * capacity + j // R) * BK + (j % R) * BN
+                k_stage, k_phase = _next(stage, phase, STAGES)
+                s, acc = _products(
+                    own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
+                    k_empty.index(k_stage), k_phase, True, v_full.index(stage),
+                    v_empty.index(stage), phase, mine, other, turn, MODE, BN, BD, BDV,
+                )  # fmt: skip
+                s = _hide(s, k0, limit, BN, sl)
+                p, m, alpha, total = _softmax(s, m, total, factor)
+                acc = _finished(acc, v_empty.index(stage), MODE)
+                acc = acc * gl.convert_layout(alpha, o_row)[:, None]
+                p16 = gl.convert_layout(p.to(dtype), pl)
+                stage, phase, turn = k_stage, k_phase, turn ^ 1
+        for _j in range(first_clean, n):
+            k_stage, k_phase = _next(stage, phase, STAGES)
+            s, acc = _products(
+                own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
+                k_empty.index(k_stage), k_phase, True, v_full.index(stage), v_empty.index(stage),
+                phase, mine, other, turn, MODE, BN, BD, BDV,
+            )  # fmt: skip
+            p, m, alpha, total = _softmax(s, m, total, factor)
+            acc = _finished(acc, v_empty.index(stage), MODE)
+            acc = acc * gl.convert_layout(alpha, o_row)[:, None]
+            p16 = gl.convert_layout(p.to(dtype), pl)
+            stage, phase, turn = k_stage, k_phase, turn ^ 1
+        # The last product of this row goes with the first tile of the next.
+        block = gl.load(
+            LISTS + next_row.to(gl.int64) * capacity, mask=next_masked + next_clean > 0, other=0
+        )
+        limit = _limits(next_q_row + lane, next_masked + next_clean, n_k, q_start, CAUSAL)
+        mbarrier.arrive(q_empty.index(half))
+        next_half = (round + 1) % Q_STAGES
+        mbarrier.wait(q_full.index(next_half), ((round + 1) // Q_STAGES) & 1, pred=more)
+        k_stage, k_phase = _next(stage, phase, STAGES)
+        s, acc = _products(
+            _flat(q.index(next_half * 2 + WHO), ROWS, BD), k.index(k_stage), v.index(stage), p16,
+            acc, zero, k_full.index(k_stage), k_empty.index(k_stage), k_phase, more,
+            v_full.index(stage), v_empty.index(stage), phase, mine, other, turn, MODE, BN, BD, BDV,
+        )  # fmt: skip
+        next_p16, next_m, next_total = _begin(
+            s, block, limit, next_masked, next_clean, factor, BK, dtype, sl, pl
+        )
+        acc = _finished(acc, v_empty.index(stage), MODE)
+        stage, phase, turn = k_stage, k_phase, turn ^ 1
+        _finish(
+            o_desc, o.index(WHO), LSE, s_lb, s_lh, s_ln, b, ho, q_row + WHO * ROWS, q_row + lane,
+            n_q, m, total, acc, ROWS, BDV, dtype,
+        )  # fmt: skip
+        p16, m, total = next_p16, next_m, next_total
+        row, q_row, b, slot = next_row, next_q_row, next_b, next_slot
+        masked, clean, round = next_masked, next_clean, round + 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(bars.index(i), count=COUNT)
+    return bars
+
+
+@gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
+def block_sparse(
+    q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER, s_lb,
+    s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
+    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
+    BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr, MODE: gl.constexpr,
+):  # fmt: skip
+    """The kernel. Descriptors have boxes `[1, 1, rows, head size]`, ITEMS and LISTS are lowered
+    work, COUNTER is a zero, strides count elements, `factor` is the scale in base 2.
+    """
+    q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
+    k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, BD], k_desc.layout)
+    v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BN, BDV], v_desc.layout)
+    o = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, BM // 2, BDV], o_desc.layout)
+    q_full, q_empty, turns = _barriers(Q_STAGES, 1), _barriers(Q_STAGES, 2), _barriers(2, 1)
+    k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    tickets = gl.allocate_shared_memory(
+        gl.int32, [TICKETS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    ticket_full, ticket_empty = _barriers(TICKETS, 1), _barriers(TICKETS, 2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume, (
+                0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
+                q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
+                CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
+            )),
+            (_consume, (
+                1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
+                q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
+                CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
+            )),
+            (_produce, (
+                q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items,
+                capacity, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets,
+                ticket_full, ticket_empty, BQ, BK, BM, BN, STAGES, Q_STAGES,
+            )),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip

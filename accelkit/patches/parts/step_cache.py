@@ -1,0 +1,79 @@
+"""Step caches that a model's library brings along: switched on together with their undo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import Any
+
+from accelkit.errors import UnsupportedConfigurationError, UnsupportedModelError
+
+
+def enable(model: Any, config: str, undo: ExitStack, **fields: Any) -> None:
+    """`model.enable_cache(config(**fields))`; `undo` leaves every module as it was.
+
+    `config` names a class of the library that the model comes from.
+
+    Raises:
+        UnsupportedModelError: the model's class knows no step cache.
+        UnsupportedConfigurationError: another step cache is switched on already.
+    """
+    name = type(model).__name__
+    if not hasattr(model, "enable_cache"):
+        raise UnsupportedModelError(
+            f"{name}: its class has no step caches (no enable_cache); calibrate without them"
+        )
+    if model.is_cache_enabled:
+        raise UnsupportedConfigurationError(
+            f"{name}: {type(model._cache_config).__name__} is enabled already and only one step "
+            "cache can be; call disable_cache() first"
+        )
+    library = import_module(type(model).__module__.partition(".")[0])
+    before = {m: (*map(m.__dict__.get, ("forward", "_diffusers_hook")),) for m in model.modules()}
+    had = "_cache_config" in vars(model)
+    wanted = getattr(library, config)(**fields)
+    try:
+        model.enable_cache(wanted)
+    except ValueError as error:
+        # A block class that the library's hooks do not know: take back those that are set.
+        model._cache_config = wanted
+        model.disable_cache()
+        _restore(model, before, had)
+        raise UnsupportedModelError(f"{name}: {config} cannot be used here ({error})") from error
+
+    def off() -> None:
+        if model.is_cache_enabled:
+            model.disable_cache()
+        _restore(model, before, had)
+
+    undo.callback(off)
+
+
+@contextmanager
+def magnitudes(model: Any, steps: int) -> Iterator[Callable[[], list[float]]]:
+    """While open, ‖r_t‖ ÷ ‖r_{t−1}‖ of the stack's residual is noted at every step of a run; asked
+    before the run has ended, the function gives those of the first guidance branch.
+    """
+    with ExitStack() as undo:
+        # One step more than there are, so that the library neither prints nor forgets them.
+        enable(model, "MagCacheConfig", undo, calibrate=True, num_inference_steps=steps + 1)
+        hooks = (getattr(m, "_diffusers_hook", None) for m in model.modules())
+        named = (h.hooks.get("mag_cache_leader_block_hook") for h in hooks if h is not None)
+        leader = next(h for h in named if h is not None)
+
+        def noted() -> list[float]:
+            states = list(leader.state_manager._state_cache.values())
+            return list(states[0].calibration_ratios) if states else []
+
+        yield noted
+
+
+def _restore(model: Any, before: dict[Any, tuple[Any, Any]], had: bool) -> None:
+    for module, (forward, registry) in before.items():
+        if registry is None and not getattr(vars(module).get("_diffusers_hook"), "hooks", None):
+            vars(module).pop("_diffusers_hook", None)
+            if forward is None:
+                vars(module).pop("forward", None)
+    if not had:
+        vars(model).pop("_cache_config", None)

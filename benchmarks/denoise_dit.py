@@ -1,0 +1,240 @@
+"""A whole denoising of a full-size video transformer, dense against forced plans.
+
+Random weights spread their attention, so a calibrated plan on them is dense; a forced plan keeps a
+fixed density behind some dense steps and shows what the machinery reaches, order and estimate
+included. Both sides run in one process, compiled by repeated blocks; dense attention is cuDNN's.
+
+With f attention's share of the dense denoising, w the share of dense steps and δ the density, the
+speed-up of kernels that are 85 % as efficient as dense ones is
+
+    1 / (1 − f + f · (w + (1 − w) · δ / 0.85)).
+
+    python benchmarks/denoise_dit.py --model wan --steps 20 --out results.json
+    python benchmarks/denoise_dit.py --model hunyuan --layers 3 --steps 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import accelkit
+from accelkit.calibration import video, video_bench
+from accelkit.calibration.results import environment
+from accelkit.calibration.video import Settings, Shot
+from accelkit.patches.adapters import facts, sites
+from accelkit.patches.method import load
+from accelkit.patches.methods.mag_cache import MagCache
+from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
+
+EFFICIENCY = 0.85
+DENSE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+
+
+def wan(layers: int) -> tuple[Any, Settings, dict[str, Any]]:
+    """The public configuration of Wan2.1-T2V-1.3B, 480 × 832, 81 frames: 32,760 tokens."""
+    denoiser = WanTransformer3DModel(
+        num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=layers or 30,
+        cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+    pipe = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(shift=3.0), denoiser)
+    text = {"prompt_embeds": torch.randn(1, 512, 4096), "guidance_scale": 1.0}
+    return pipe, Settings(480, 832, 81), text
+
+
+def hunyuan(layers: int) -> tuple[Any, Settings, dict[str, Any]]:
+    """HunyuanVideo's dual blocks, 720 × 1280, 129 frames: 118,800 tokens and 256 of text."""
+    denoiser = HunyuanVideoTransformer3DModel(
+        num_layers=layers or 20, num_single_layers=0 if layers else 40, num_refiner_layers=1
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    pipe = HunyuanVideoPipeline(None, None, denoiser, None, scheduler, None, None)
+    text = {
+        "prompt_embeds": torch.randn(1, 256, 4096),
+        "pooled_prompt_embeds": torch.randn(1, 768),
+        "prompt_attention_mask": torch.ones(1, 256),
+    }
+    return pipe, Settings(720, 1280, 129), text
+
+
+MODELS = {"wan": wan, "hunyuan": hunyuan}
+
+
+def built(name: str, layers: int, device: str) -> tuple[Any, Settings, Shot]:
+    torch.manual_seed(0)
+    with torch.device(device):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            pipe, size, text = MODELS[name](layers)
+        finally:
+            torch.set_default_dtype(before)
+    pipe.transformer.eval()
+    return pipe, size, Shot(name, text, 0)
+
+
+def forced(pipe: Any, policy: Policy, dense_share: float, cache: Any = None) -> Plan:
+    """Every head of every site runs `policy` behind the dense share of the steps."""
+    fingerprint, heads = facts(pipe)
+    rule = {
+        s.path: (Rule(phase="denoise", steps=(dense_share, 1.0), policies=(1,) * heads[s.path]),)
+        for s in sites(pipe)
+    }
+    layers = {path: LayerPlan(rules=r) for path, r in rule.items()}
+    if cache is not None:
+        layers["transformer"] = LayerPlan(block=cache)
+    return Plan(fingerprint=fingerprint, policies=(Policy(), policy), sites=layers)
+
+
+@contextmanager
+def compiled(pipe: Any, wanted: bool):
+    """Repeated blocks compiled while open."""
+    if wanted:
+        torch._dynamo.reset()
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    try:
+        yield
+    finally:
+        for module in pipe.transformer.modules():
+            module._compiled_call_impl = None
+
+
+def timed(
+    pipe: Any, size: Settings, shot: Shot, repeat: int, opened: Callable[[], Any], compile: bool
+) -> dict[str, Any]:
+    """Seconds of each denoising, after one to compile and warm up."""
+    begin = time.perf_counter()
+    with opened() as handle, sdpa_kernel(DENSE, set_priority=True), compiled(pipe, compile):
+        first = video.run(pipe, size, shot)
+        takes = [video.run(pipe, size, shot) for _ in range(repeat)]
+        finite = bool(torch.isfinite(takes[-1].latents).all())
+    report = getattr(handle, "report", None)
+    counts = report().as_dict() if report else {}
+    return {
+        "seconds": statistics.median(t.ends[-1] for t in takes),
+        "runs": [round(t.ends[-1], 4) for t in takes],
+        "first": round(first.ends[-1], 2),
+        "whole": round(time.perf_counter() - begin, 1),
+        "finite": finite,
+        **{k: counts[k] for k in ("calls", "sparse_calls", "dense") if k in counts},
+    }
+
+
+def density(pipe: Any, plan: Plan, size: Settings, shot: Shot) -> float:
+    """Computed ÷ visible pairs of the sparse calls, on a short run."""
+    with accelkit.patch(pipe, plan) as handle, handle.measuring():
+        video.run(pipe, size, shot)
+    found = [s.density for s in handle.report().sites.values() if s.density is not None]
+    return statistics.fmean(found)
+
+
+def policy_of(text: str) -> Policy:
+    """`name:field=value,…`; values are JSON."""
+    name, _, rest = text.partition(":")
+    pairs = [pair.split("=") for pair in rest.split(",") if pair]
+    return Policy(methods=(load(name)(**{k: json.loads(v) for k, v in pairs}),))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=sorted(MODELS), default="wan")
+    parser.add_argument("--layers", type=int, default=0, help="default: the model's own")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--dense-steps", type=float, nargs="+", default=[0.2])
+    parser.add_argument(
+        "--plans", nargs="+", default=["sparse_videogen:density=0.15"],
+        help="methods with fields, such as ada_spa:sparsity=0.8",
+    )  # fmt: skip
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
+    parser.add_argument("--overhead", action="store_true", help="an all-dense plan as well")
+    parser.add_argument("--cache", action="store_true", help="a step cache as well")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after these")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    begin = time.perf_counter()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe, size, shot = built(args.model, args.layers, device)
+    size = Settings(size.height, size.width, size.num_frames, args.steps)
+    policies = {name: policy_of(name) for name in args.plans}
+    found: dict[str, Any] = {
+        "model": args.model, "layers": len(sites(pipe)), "steps": args.steps,
+        "compiled": not args.eager,
+        "environment": environment(torch.device(device)), "rows": [],
+    }  # fmt: skip
+
+    def save() -> None:
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1))
+
+    def late() -> bool:
+        return time.perf_counter() - begin > args.seconds
+
+    def run(opened: Callable[[], Any]) -> dict[str, Any]:
+        gc.collect()
+        return timed(pipe, size, shot, args.repeat, opened, not args.eager)
+
+    dense = run(nullcontext)
+    about = video_bench.attention(pipe, size, shot)
+    share = args.steps * about["attention_ms"] / 1e3 / dense["seconds"]
+    found |= {"dense": dense, **about, "attention_share": share}
+    print(
+        f"{args.model}: {about['tokens']} tokens, dense {dense['seconds']:.3f} s "
+        f"(first {dense['first']} s), f = {share:.3f}",
+        flush=True,
+    )
+    save()
+    for name, w in ((n, w) for n in policies for w in args.dense_steps):
+        if late():
+            break
+        plan = forced(pipe, policies[name], w)
+        mine = run(lambda plan=plan: accelkit.patch(pipe, plan))
+        kept = density(pipe, plan, Settings(size.height, size.width, size.num_frames, 4), shot)
+        bound = 1 / (1 - share + share * (w + (1 - w) * kept / EFFICIENCY))
+        speedup = dense["seconds"] / mine["seconds"]
+        row = {"plan": name, "dense_steps": w, "density": kept, **mine, "speedup": speedup}
+        found["rows"].append({**row, "bound": bound, "of_bound": speedup / bound})
+        print(
+            f"  {name}: density {kept:.3f}, dense steps {w:.0%}: "
+            f"{mine['seconds']:.3f} s, {speedup:.2f} × (bound {bound:.2f}, {speedup / bound:.0%})",
+            flush=True,
+        )
+        save()
+    if args.overhead and not late():
+        row = run(lambda: accelkit.patch(pipe, forced(pipe, Policy(), 0.0)))
+        found["all_dense"] = {**row, "slower_by": row["seconds"] / dense["seconds"] - 1}
+        print(f"  all dense, patched: {found['all_dense']['slower_by']:+.2%}", flush=True)
+        save()
+    if args.cache and not late():
+        # Ratios of 1 skip three of four steps behind the first fifth: a rhythm, not a quality.
+        cache = MagCache(ratios=(1.0,) * args.steps, threshold=1.0)
+        args.eager = True
+        eager = run(nullcontext)
+        plan = forced(pipe, next(iter(policies.values())), args.dense_steps[0], cache)
+        both = run(lambda: accelkit.patch(pipe, plan))
+        speedup = eager["seconds"] / both["seconds"]
+        found["with_cache"] = {"dense_eager": eager, **both, "speedup": speedup}
+        print(f"  with a step cache, both eager: {speedup:.2f} ×", flush=True)
+        save()
+
+
+if __name__ == "__main__":
+    main()

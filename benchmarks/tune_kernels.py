@@ -1,0 +1,121 @@
+"""Find how to compile the attention kernels for the GPU at hand.
+
+    python benchmarks/tune_kernels.py [--write]
+
+Times a few configurations of each kernel, padded head size and tile on random block lists at
+densities 0.5, 0.1 and 0.05 and keeps the one with the least sum of times relative to the best at
+each density. `--write` puts them into the table that the package ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernels import Shape, milliseconds, random_call, random_mask
+from triton.runtime.errors import OutOfResources
+
+from accelkit.kernels._triton import block_sparse, gluon_block_sparse
+from accelkit.kernels._triton import tuned as table
+from accelkit.kernels._triton.lower import lower
+from accelkit.kernels._triton.tile import Tile
+from accelkit.kernels.index import BlockIndex
+from accelkit.kernels.launch import Launch
+from accelkit.kernels.prepare import prepare
+
+DENSITIES = (0.5, 0.1, 0.05)
+UNITS = ((128, 128), (128, 64), (64, 128), (64, 64))
+TABLE = Path(table.__file__).with_name("tuned.json")
+Run = Callable[[], object]
+
+
+def candidates(kernel: str, launch: Launch) -> dict[str, tuple[Any, Run]]:
+    """By tile and configuration: the table's entry and a run."""
+    (bq, bk), found = launch.index.size, {}
+    if kernel == "triton":
+        work = lower(launch)
+        for warps in (4, 8):
+            for stages in (2, 3, 4):
+                tile = Tile(bq, bk, 1, warps, stages)
+                found[f"{warps} {stages}"] = (
+                    [warps, stages],
+                    partial(block_sparse.run, launch, work, tile),
+                )
+    elif kernel == "gluon" and bq == 128:
+        work = lower(launch)
+        for stages, q_stages in ((2, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
+            for mode in ("lag", "turns"):
+                run = partial(gluon_block_sparse.run, launch, work, stages, mode, q_stages)
+                found[f"{stages} {q_stages} {mode}"] = ([stages, q_stages, mode], run)
+    elif kernel == "gluon_skip" and bq == 128:
+        work = lower(launch, in_order=True)
+        for stages in (2, 3, 4):
+            run = partial(gluon_block_sparse.run_skipping, launch, work, stages)
+            found[str(stages)] = (stages, run)
+    return found
+
+
+def compiles(run: Run) -> bool:
+    try:
+        run()
+    except OutOfResources:
+        return False
+    return True
+
+
+def best(kernel: str, width: int, unit: tuple[int, int]) -> Any:
+    """The table's entry for a kernel, head size and unit."""
+    shape = Shape("", 1, 16, 4, 16384, width, True)
+    q, k, v = random_call(shape, "cuda", torch.bfloat16)
+    losses: dict[str, float] = {}
+    entries: dict[str, Any] = {}
+    for density in DENSITIES:
+        index = BlockIndex.from_mask(random_mask(shape, unit, density, "cuda"), unit)
+        skip = 1e-4 if kernel == "gluon_skip" else None
+        launch = prepare(q, k, v, index, causal=True, skip=skip)
+        if kernel != "triton" and gluon_block_sparse.refusal(launch) is not None:
+            return None
+        runs = {n: c for n, c in candidates(kernel, launch).items() if compiles(c[1])}
+        times = milliseconds({n: c[1] for n, c in runs.items()}, 10)
+        entries = {n: c[0] for n, c in runs.items()}
+        for name, ms in times.items():
+            losses[name] = losses.get(name, 0.0) + ms / min(times.values())
+        print(
+            kernel, width, unit, density, {n: round(ms, 3) for n, ms in times.items()}, flush=True
+        )
+    return entries[min(losses, key=losses.__getitem__)] if losses else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--kernels", nargs="+", default=["triton", "gluon", "gluon_skip"])
+    parser.add_argument("--widths", nargs="+", type=int, default=[64, 128, 256])
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    known = json.loads(TABLE.read_text())
+    found = known.setdefault(capability, {})
+    for kernel in args.kernels:
+        for width in args.widths:
+            for unit in UNITS:
+                # Tiles that no unit is cut into: head size 64 takes 64 rows, 256 takes 64 keys.
+                usual = block_sparse.choose_tile(unit, width, torch.bfloat16, False)
+                if kernel == "triton" and usual is not None and (usual.bm, usual.bn) != unit:
+                    continue
+                entry = best(kernel, width, unit)
+                if entry is not None:
+                    tiles = found.setdefault(kernel, {}).setdefault(str(width), {})
+                    tiles[f"{unit[0]}x{unit[1]}"] = entry
+    print(json.dumps(known, indent=1))
+    if args.write:
+        TABLE.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Prompts, runs of a pipeline and comparisons of their results; what is written for people."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from imageio import v3
+from tiny_pipes import tiny_pipe
+
+from accelkit.calibration import frames, video
+from accelkit.calibration.video import CHECK_SEED, Enough, Settings, Take
+from accelkit.errors import InvalidInputError
+
+SIZE = Settings(128, 128, 9, 3)
+
+
+def test_prompts_are_split_and_seeded():
+    shots = video.gather(["a", "b", "c", "d"], 2, 2, 2)
+    assert [s.arguments["prompt"] for s in shots.measure] == ["a", "c"]
+    assert [s.arguments["prompt"] for s in shots.check] == ["b", "d"]
+    assert [s.seed for s in shots.measure] == [2000, 2001]
+    assert [s.seed for s in shots.check] == [CHECK_SEED + 2000, CHECK_SEED + 2001]
+
+
+def test_one_prompt_is_checked_with_another_seed():
+    shots = video.gather("a red ball", 0, 2, 2)
+    assert shots.measure[0].arguments == shots.check[0].arguments == {"prompt": "a red ball"}
+    assert shots.measure[0].seed != shots.check[0].seed
+
+
+def test_prompts_of_a_file(tmp_path):
+    plain = tmp_path / "prompts.txt"
+    plain.write_text("a red ball\n\n a blue cube \n")
+    assert [s.name for s in video.gather(plain, 0, 1, 1).check] == ["a blue cube"]
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text('{"prompt": "a", "guidance_scale": 3.0, "seed": 7}\n"b"\n')
+    (one,) = video.gather(str(rows), 0, 1, 1).measure
+    assert (one.seed, one.arguments) == (7, {"prompt": "a", "guidance_scale": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([], "no prompts"),
+        ("", "no prompts"),
+        ([3], "prompt 1 is 3"),
+        ([{}], "prompt 1"),
+        (5, "int"),
+    ],
+)
+def test_what_is_no_prompt(data, words):
+    with pytest.raises(InvalidInputError, match=words):
+        video.gather(data, 0, 1, 1)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n\n")
+    with pytest.raises(InvalidInputError, match="is empty"):
+        video.gather(path, 0, 1, 1)
+
+
+def test_smaller_sizes_fit_the_same_pipelines():
+    some = Settings(480, 832, 81, 50).smaller()
+    assert [(s.height, s.width, s.num_frames) for s in some] == [
+        (240, 416, 17), (240, 416, 41), (240, 416, 81), (480, 832, 81),
+    ]  # fmt: skip
+    assert Settings(None, None, None, 4).smaller() == [Settings(None, None, None, 4)]
+
+
+def test_a_run_is_seeded_and_can_be_cut_short():
+    pipe, shot = tiny_pipe("wan"), video.gather("a red ball", 0, 1, 1).measure[0]
+    whole = video.run(pipe, SIZE, shot, decode=True)
+    assert whole.whole and len(whole.ends) == 3
+    assert whole.frames.shape == (9, 128, 128, 3)
+    seen = []
+
+    def each(step, latents):
+        seen.append(latents.clone())
+        if step == 1:
+            raise Enough
+
+    part = video.run(pipe, SIZE, shot, each=each)
+    assert not part.whole and len(part.ends) == 2
+    assert torch.equal(part.latents, seen[1].float())
+    again = video.run(pipe, SIZE, shot)
+    assert torch.equal(again.latents, whole.latents)
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_pipeline_is_not_given_what_it_does_not_know():
+    with pytest.raises(InvalidInputError, match="num_frames"):
+        SIZE.arguments(tiny_pipe("flux"))
+
+
+def take(latents, pictures=None):
+    return Take(torch.tensor(latents), pictures, 0.0)
+
+
+def test_fidelity_by_hand():
+    found = video.fidelity(take([1.0, 2.0, 3.5, 4.0]), take([1.0, 2.0, 3.0, 4.0]))
+    assert found["error"] == pytest.approx(0.05)
+    assert found["latent_psnr"] == pytest.approx(10 * math.log10(9 / 0.0625))
+    assert found["psnr"] is None and found["ssim"] is None
+
+
+def test_psnr_and_ssim_of_frames():
+    g = np.random.default_rng(0)
+    a = g.random((2, 24, 32, 3), dtype=np.float32)
+    same = video.fidelity(take([1.0], a), take([1.0], a))
+    assert same["psnr"] == 100.0 and same["ssim"] == pytest.approx(1.0)
+    lighter = np.full_like(a, 0.5), np.full_like(a, 0.6)
+    assert video.fidelity(take([1.0], lighter[1]), take([1.0], lighter[0]))[
+        "psnr"
+    ] == pytest.approx(20.0, abs=1e-4)
+    # Constant pictures: structure is equal, only the means differ.
+    means = (2 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4)
+    assert video.ssim(*lighter) == pytest.approx(means, abs=1e-5)
+    assert video.ssim(a, g.random(a.shape, dtype=np.float32)) < 0.2
+
+
+def test_videos_and_sheets_are_written(tmp_path):
+    g = np.random.default_rng(0)
+    a, b = g.random((8, 33, 40, 3)), g.random((8, 33, 40, 3))
+    path = frames.write(a, tmp_path / "deep" / "a.mp4", fps=8)
+    back = v3.imread(path)
+    assert back.shape == (8, 34, 40, 3)
+    sheet = v3.imread(frames.contact_sheet(a, b, tmp_path / "sheet.png"))
+    assert sheet.shape == (3 * (33 + 8), 6 * (40 + 8), 3)
+    np.testing.assert_array_equal(sheet[4:37, 4:44], (a[0] * 255).round().astype(np.uint8))
+    np.testing.assert_array_equal(sheet[45:78, 4:44], (b[0] * 255).round().astype(np.uint8))
+    picture = v3.imread(frames.write(a[:1], tmp_path / "a.png"))
+    assert picture.shape == (33, 40, 3)
+
+
+def test_a_video_is_no_picture(tmp_path):
+    with pytest.raises(InvalidInputError, match=r"\.mp4"):
+        frames.write(np.zeros((2, 16, 16, 3)), tmp_path / "a.png")
+    with pytest.raises(InvalidInputError, match=r"\.png"):
+        frames.write(np.zeros((1, 16, 16, 3)), tmp_path / "a.mp4")

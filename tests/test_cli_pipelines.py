@@ -1,0 +1,111 @@
+"""The commands on a folder that holds a pipeline, from calibration to a video."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from imageio import v3
+from test_cli import failed, run
+from tiny_pipes import tiny_pipe
+
+SIZE = ("--height", "128", "--width", "128", "--frames", "9", "--steps", "4")
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("pipe")
+    tiny_pipe("wan").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a red ball moves left\na blue cube falls\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def plan(pipe, prompts, tmp_path_factory) -> str:
+    """A calibrated plan: at this size nothing but a step cache can win. The clock is given, so that
+    a busy machine does not decide.
+    """
+    speed = {"dense_ms": 2.0, "ms": 1.0}
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("accelkit.calibration.denoise_check.Checker.speed", lambda self, plan: speed)
+        return calibrated(pipe, prompts, tmp_path_factory)
+
+
+def calibrated(pipe, prompts, tmp_path_factory) -> str:
+    out = tmp_path_factory.mktemp("plan")
+    caches = ("--methods", "first_block_cache,mag_cache", "--preset", "fast", "--budget", "50%")
+    result = run("calibrate", pipe, "--prompts", prompts, *SIZE, *caches, "--out", str(out),
+                 "--json", "-q")  # fmt: skip
+    found = json.loads(result.stdout)
+    assert found["phase"] == "denoise"
+    assert found["sites"] == 2
+    assert found["calibration"]["num_frames"] == 9
+    assert found["calibration"]["data"] == "2 of the user's"
+    assert (out / "report.html").exists() and (out / "journal.jsonl").exists()
+    return str(out)
+
+
+def test_patch_writes_both_videos_and_a_sheet(pipe, plan, tmp_path):
+    out = tmp_path / "out.mp4"
+    result = run("patch", pipe, "--plan", plan, "--prompt", "a red ball", "--output", str(out),
+                 "--json")  # fmt: skip
+    found = json.loads(result.stdout)
+    assert found["fidelity"]["psnr"] > 10
+    assert found["dense"]["denoise_seconds"] > 0
+    assert v3.imread(out).shape == (9, 128, 128, 3)
+    assert v3.imread(tmp_path / "out-dense.mp4").shape == (9, 128, 128, 3)
+    assert v3.imread(tmp_path / "out-sheet.png").shape == (3 * 136, 6 * 136, 3)
+
+
+def test_patch_as_a_person_reads_it(pipe, plan):
+    text = run("patch", pipe, "--plan", plan, "--prompt", "a red ball", "--no-compare").stdout
+    assert "a red ball" in text and "of them denoising" in text
+    assert "times faster" not in text, "nothing to compare with"
+
+
+def test_bench_times_every_path(pipe, plan, tmp_path):
+    out = tmp_path / "bench.jsonl"
+    result = run("bench", pipe, "--plan", plan, "--json", "--out", str(out))
+    rows = json.loads(result.stdout)
+    assert (rows[0]["path"], rows[-1]["path"]) == ("own", "plan")
+    assert any(r["path"].endswith(" alone") for r in rows)
+    assert rows[0]["seconds_a_step"] == pytest.approx(rows[0]["seconds"] / 4)
+    assert rows[-1]["plan_is_faster_by"] == 1
+    assert 0 < rows[0]["attention_share"] <= 1
+    assert len(out.read_text().splitlines()) == len(rows)
+    run("bench", pipe, "--plan", plan, "--min-speedup", "1000", code=3)
+
+
+def test_show_draws_steps_and_layers(pipe, plan, tmp_path):
+    picture = tmp_path / "plan.svg"
+    text = run("show", plan, "--plot", str(picture)).stdout
+    assert "final latents, worst prompt" in text
+    assert "transformer.blocks.1.attn1" in text
+    assert "Density over steps" in picture.read_text() or picture.stat().st_size > 10_000
+    sites = run("show", pipe).stdout
+    assert sites.count("attn1") == 2
+
+
+def test_dry_run(pipe):
+    (row,) = json.loads(run("calibrate", pipe, *SIZE, "--dry-run", "--json").stdout)
+    assert row["tokens"] == 3 * 8 * 8
+    assert 0 < row["attention_share"] <= 1
+
+
+def test_what_cannot_be_used(pipe, plan, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    assert "empty" in failed("calibrate", pipe, "--prompts", str(empty), *SIZE, "--out",
+                             str(tmp_path / "p"), code=2)  # fmt: skip
+    assert "lengths" in failed("calibrate", pipe, "--lengths", "1k", "--out", str(tmp_path / "q"),
+                               code=2)  # fmt: skip
+    assert ".mp4" in failed("patch", pipe, "--plan", plan, "--output", str(tmp_path / "a.png"),
+                            code=2)  # fmt: skip
+    assert "pipeline" in failed("eval", pipe, code=2)
+    assert "accelkit calibrate" in failed("bench", pipe, code=2)
