@@ -158,6 +158,17 @@ def _added(acc, alpha, pv, PV8: gl.constexpr):
 
 
 @gluon.jit
+def _sums(p, BN: gl.constexpr):
+    """Row sums as the four threads of a row hold them, [rows, 4]: joined once, at the end."""
+    return gl.sum(gl.sum(p.reshape([_ROWS, BN // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _scaled(total, alpha):
+    return total * gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout))[:, None]
+
+
+@gluon.jit
 def _in_order(x):
     """`x`, by way of a store that never happens (no row sum is negative). Without it the assembler
     moves the wait for PV in front of the softmax, which is there to run under it.
@@ -205,7 +216,7 @@ def _consume(
         by_row = gl.load(Q_SCALE + q_at + rows, mask=rows < n_q, other=0.0) * factor
         scales = K_SCALE + (b64 * n_kv + hk) * n_kb
         m = gl.full([_ROWS], -1e30, gl.float32, s_row)
-        total = gl.zeros([_ROWS], gl.float32, s_row)
+        total = _sums(gl.zeros([_ROWS, BN], gl.float32, sl), BN)
         alpha = gl.zeros([_ROWS], gl.float32, s_row)
         acc = gl.zeros([_ROWS, D], gl.float32, ol)
         side = round % 2
@@ -226,7 +237,7 @@ def _consume(
                     m_new = gl.maximum(m, gl.max(s, 1))
                     alpha = gl.exp2(m - m_new)
                     p = gl.exp2(s - (m_new - FULL)[:, None])
-                    total = total * alpha + gl.sum(p, 1)
+                    total = _scaled(total, alpha) + _sums(p, BN)
                     m = m_new
                     mbarrier.wait(v_full.index(stage), phase)
                     packed = _pack(p, BN, v.dtype)
@@ -247,7 +258,7 @@ def _consume(
             m_new = gl.maximum(m, gl.max(s, 1))
             alpha = gl.exp2(m - m_new)
             p = gl.exp2(s - (m_new - FULL)[:, None])
-            total = total * alpha + gl.sum(p, 1)
+            total = _scaled(total, alpha) + _sums(p, BN)
             m = m_new
             packed = _pack(p, BN, v.dtype)
             k0 = _key0(LISTS, at, gl.minimum(lead + 1, n - 1), BK, BN)
@@ -270,7 +281,7 @@ def _consume(
                 m_new = gl.maximum(m, gl.max(s, 1) * c)
                 p = gl.exp2(s * c[:, None] - (m_new - FULL)[:, None])
                 alpha = gl.exp2(m - m_new)
-                total = total * alpha + gl.sum(p, 1)
+                total = _scaled(total, alpha) + _sums(p, BN)
                 m = m_new
                 following = _pack(p, BN, v.dtype)
                 total = _in_order(total)
@@ -288,6 +299,7 @@ def _consume(
             acc = _added(acc, before, pv, PV8)
             stage, phase = _next(stage, phase, STAGES)
         mbarrier.arrive(q_empty.index(side))
+        total = gl.convert_layout(gl.sum(total, 1), s_row)
         alive = total > 0.0
         safe = gl.where(alive, total, 1.0)
         lse = (m - FULL + gl.log2(safe)) * 0.6931471805599453
