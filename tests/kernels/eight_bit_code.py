@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def loose(ir: str) -> int:
     lines = ir.splitlines()
     started = (
         (line.split("=")[0].strip(), after)
-        for line, after in zip(lines, lines[1:], strict=False)
+        for line, after in pairwise(lines)
         if "warp_group_dot " in line and "isAsync = true" in line and "dot_op" in line
     )
     return sum(f"warp_group_dot_wait {name}" not in after for name, after in started)

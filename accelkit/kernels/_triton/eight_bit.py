@@ -88,7 +88,10 @@ def _values(V, b, h, n0, BN: tl.constexpr, D: tl.constexpr, PV8: tl.constexpr):
     return v
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "n_kb", "q_start", "capacity"])
+_SIZES = ["n_heads", "n_kv", "n_q", "n_k", "n_kb", "q_start", "capacity"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _eight_bit(
     Q, K, V, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, LISTS, ITEMS,
     KV_HEADS, OUT_HEADS, Q_POS, K_POS, BIAS,

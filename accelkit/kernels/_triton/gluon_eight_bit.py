@@ -3,8 +3,8 @@
 A producer warp reads the lists and copies Q, K and V tiles into shared memory; two consumer
 warpgroups of 64 query rows each take turns to start the scores of a tile and the product PV of the
 tile before. The softmax of one runs under the products of the other and under its own PV. A program
-stays on its multiprocessor and walks over rows, longest first. Scales, the factor 2⁸ of P and fresh accumulators are those of
-`eight_bit`.
+stays on its multiprocessor and walks over rows, longest first. Scales, the factor 2⁸ of P and fresh
+accumulators are those of `eight_bit`.
 """
 
 from __future__ import annotations
@@ -319,7 +319,10 @@ def _consume(
         gl.store(place + d[None, :], acc.to(OUT.dtype.element_ty), mask=(o_rows < n_q)[:, None])
 
 
-@gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "n_kb", "q_start", "capacity"])
+_SIZES = ["n_items", "n_heads", "n_kv", "n_q", "n_k", "n_kb", "q_start", "capacity"]
+
+
+@gluon.jit(do_not_specialize=_SIZES)
 def _eight_bit(
     q_desc, k_desc, v_desc, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS,
     KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k, n_kb,
