@@ -81,15 +81,28 @@ def speed(shape: Shape, densities, precisions, budget_ms: float) -> list[dict]:
     qkv, results = random_call(shape, "cuda", torch.bfloat16), []
     for density in densities:
         times = milliseconds(jobs_of(shape, qkv, index_of(shape, density), precisions), budget_ms)
-        results.append({"shape": shape.name, "density": density, "ms": times})
-        native = {name: times[f"{name} call"] for name in NATIVE if f"{name} call" in times}
-        parts = [f"{shape.name} ρ={density}: cuDNN {times['cudnn dense']:.2f}"]
-        parts += [f"{name} {ms:.2f}" for name, ms in native.items()]
+        own = min(times[f"{name} call"] for name in NATIVE if f"{name} call" in times)
+        dense = times["cudnn dense"]
         for qk, pv in precisions:
-            call, alone = times[f"{qk}/{pv} call"], times[f"{qk}/{pv} kernel"]
-            gains = f"{times['cudnn dense'] / call:.2f} {min(native.values()) / call:.2f}"
-            parts.append(f"{qk}/{pv} {call:.2f} ({alone:.2f}) {gains}")
-        print(" | ".join(parts), flush=True)
+            call = times[f"{qk}/{pv} call"]
+            results.append(
+                {
+                    "shape": shape.name,
+                    "density": density,
+                    "QK": qk,
+                    "PV": pv,
+                    "call, ms": call,
+                    "of it quantising": times[f"{qk}/{pv} quantise"],
+                    "kernel alone": times[f"{qk}/{pv} kernel"],
+                    "cuDNN dense, ms": dense,
+                    "own 16-bit call, ms": own,
+                    "× cuDNN dense": dense / call,
+                    "× own 16-bit": own / call,
+                    "ms": times,
+                }
+            )
+            parts = [f"{k} {v:.2f}" for k, v in results[-1].items() if isinstance(v, float)]
+            print(f"{shape.name} {qk}/{pv}: {', '.join(parts)}", flush=True)
     return results
 
 
@@ -154,6 +167,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     report = {
+        "title": "Attention in 8 bits, quantisation included (`benchmarks/eight_bit.py`)",
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -163,13 +177,13 @@ def main() -> None:
         "dtype": "bfloat16",
         "budget_ms": args.budget_ms,
         "errors": [],
-        "speed": [],
+        "rows": [],
     }
     if args.only != "speed":
         report["errors"] = errors(8, 2, 4096, 128, True) + errors(8, 8, 4096, 64, False)
     plan = [(s, DENSITIES, PRECISIONS, args.budget_ms) for s in (LLM, DIT, D64)]
     for job in () if args.only == "errors" else (*plan, (VIDEO, (1.0,), PRECISIONS, 0)):
-        report["speed"] += speed(*job)
+        report["rows"] += speed(*job)
         if args.out:
             args.out.write_text(json.dumps(report, indent=1))
     if args.out:
