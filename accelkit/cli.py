@@ -201,20 +201,22 @@ def patch(
     if pipelines.is_pipeline(model):
         from accelkit.calibration import video_bench
 
-        shown_prompt = prompt if prompt_file is None else console.read_text(prompt_file).strip()
+        text = prompt if prompt_file is None else console.read_text(prompt_file).strip()
         size = console.given(height=height, width=width, num_frames=frames, steps=steps)
         pipe, read, setting, shot = pipelines.opened(
-            model, plan, shown_prompt, size, seed, dtype=dtype, device=device
+            model, plan, text, size, seed, dtype=dtype, device=device
         )
-        if output is not None and output.exists():
-            console.replaces(output, yes)
+        for path in (output, save and save / pipelines.INDEX):
+            if path and path.exists():
+                console.replaces(path, yes)
         made = video_bench.compare(
             pipe, read, setting, shot, dense=compare, repeat=repeat or 1, output=output, fps=fps
         )
-        sides_ = {"patched": made.patched, "dense": made.dense}
-        written = [f"{k:9}{v.file}" for k, v in sides_.items() if v and v.file]
-        written += [f"sheet    {made.sheet}"] if made.sheet else []
-        console.emit(made.as_dict(), as_json, video_bench.table(made), *written)
+        files = made.files()
+        if save is not None:
+            files["saved"] = str(pipelines.save_model(pipe, None, read, save).parent)
+        written = [f"{k:9}{v}" for k, v in files.items()]
+        console.emit(made.as_dict() | {"files": files}, as_json, video_bench.table(made), *written)
         return
     sources = [prompt is not None, prompt_file is not None, demo]
     if sum(sources) > 1 or (not any(sources) and save is None):

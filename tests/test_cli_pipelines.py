@@ -9,6 +9,8 @@ from imageio import v3
 from test_cli import failed, run
 from tiny_pipes import tiny_pipe
 
+import accelkit
+
 SIZE = ("--height", "128", "--width", "128", "--frames", "9", "--steps", "4")
 
 
@@ -67,6 +69,14 @@ def test_patch_as_a_person_reads_it(pipe, plan):
     text = run("patch", pipe, "--plan", plan, "--prompt", "a red ball", "--no-compare").stdout
     assert "a red ball" in text and "of them denoising" in text
     assert "times faster" not in text, "nothing to compare with"
+
+
+def test_a_pipeline_is_saved_with_its_plan(pipe, plan, tmp_path):
+    run("patch", pipe, "--plan", plan, "--no-compare", "--save", str(tmp_path / "both"))
+    opened = accelkit.from_pretrained(tmp_path / "both")
+    assert opened.transformer.is_cache_enabled
+    accelkit.unpatch(opened)
+    assert not opened.transformer.is_cache_enabled
 
 
 def test_bench_times_every_path(pipe, plan, tmp_path):

@@ -28,7 +28,7 @@ from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.denoise_check import Checker
 from accelkit.calibration.denoise_look import bucket_of, site_of
 from accelkit.calibration.denoise_plan import Planner
-from accelkit.calibration.denoise_weights import Small
+from accelkit.calibration.denoise_weights import Small, trial
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.measure import Preset, Run
 from accelkit.calibration.video import Settings
@@ -41,12 +41,12 @@ from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 log = logging.getLogger("accelkit")
 BUDGET = 0.1
 PRESETS = {
-    "fast": (Preset(2, 3, 4, 0, 3, ()), 1, 1),
-    "balanced": (Preset(3, 4, 6, 0, 4, ()), 2, 2),
-    "careful": (Preset(5, 5, 8, 0, 5, ()), 3, 4),
+    "fast": (Preset(2, 3, 4, 0, 4, ()), 1, 1),
+    "balanced": (Preset(3, 4, 6, 0, 5, ()), 2, 2),
+    "careful": (Preset(5, 5, 8, 0, 6, ()), 3, 4),
 }
 """How much is measured; and how many prompts to measure on and to check on."""
-FIRST = 0.7
+FIRST = 0.4
 """First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
 
 
@@ -184,12 +184,16 @@ def _plan(
     found = denoise_measure.measured(run, seen, settings, shots.measure, able, costs, tokens)
     small = Small(run, seen, first, roots)
     heads = {p: run.heads[site_of(p)] for p in seen.places}
-    influence = [small.influence(b) for b in range(len(small.shares))]
-    weights = {
-        p: [w * influence[bucket_of(p)] for w in ws]
-        for p, ws in measure.weighed(run, heads, [small.probe]).items()
-    }
-    kappa = small.composition(weights)
+    weights = {p: [1.0] * n for p, n in heads.items()}
+    influence, kappa = [1.0] * len(small.shares), 1.0
+    if any(found.families.values()):
+        sensitive = measure.weighed(run, heads, [small.probe])
+        for b in range(len(influence)):
+            tried = trial(found, heads, small.shares, fingerprint, b)
+            influence[b] = small.influence(b, tried, sensitive)
+        weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
+        tried = trial(found, heads, small.shares, fingerprint)
+        kappa = small.influence(None, tried, weights)
     cached, refused = denoise_caches.options(run, small, caches, allowed)
     planner = Planner(
         seen, found, weights, costs, tokens, cached, kappa, fingerprint, budget,
@@ -210,6 +214,7 @@ def _plan(
         "steps": seen.total,
         "buckets": [list(b) for b in small.shares],
         "influence": [float(f"{i:.4g}") for i in influence],
+        "composition": float(f"{kappa:.4g}"),
         "weighed_on": vars(seen.settings),
     }
     return plan.model_copy(update={"calibration": about}).with_tables(plan.tables)

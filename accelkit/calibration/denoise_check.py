@@ -49,7 +49,8 @@ class Checker:
             now.rows.append({**row, "prompt": n})
             if row["error"] > allowed:
                 break
-        now.measured = max(r["error"] for r in now.rows)
+        # The error of a run that was not finished would have grown further.
+        now.measured = max(r["error"] / r["done"] for r in now.rows)
         now.held = len(now.rows) == len(self.shots) and now.measured <= allowed
         worst = [r["prompt"] for r in sorted(now.rows, key=lambda r: -r["error"])]
         self.order = worst + [n for n in self.order if n not in worst]

@@ -1,23 +1,25 @@
 """Weights of a pipeline's heads, from runs at a small geometry.
 
-How far noise on a head carries into the denoiser's output, times how far noise on that output
-during a bucket carries into the final latents.
+How far noise on a head carries into the denoiser's output, times how far what methods do to that
+output during a bucket carries into the final latents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from accelkit.calibration import video
 from accelkit.calibration.capture import See, dense_attention
 from accelkit.calibration.denoise_look import Look, bucket_of, buckets, scaled, site_of
+from accelkit.calibration.denoise_measure import Measurements
 from accelkit.calibration.measure import Run
 from accelkit.calibration.quality import NOISE, Show, noise_like, relative
 from accelkit.calibration.video import Shot
@@ -26,7 +28,11 @@ from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.parts import step_cache
+from accelkit.patches.patch import patch
+from accelkit.patches.plan import Fingerprint, LayerPlan, Plan, Policy, Rule
 
+TYPICAL = 0.1
+"""Error of a head that plans are fond of."""
 FEW = 12
 """Steps of the disturbed runs, or a quarter of all."""
 
@@ -134,57 +140,95 @@ class Small:
 
         return show
 
-    def influence(self, bucket: int) -> float:
-        """Change of the final latents ÷ 0.05 when the denoiser's output has 5 % noise throughout a
-        bucket, the same at every step but not in every branch.
+    def influence(
+        self, bucket: int | None, trial: Trial, heads: Mapping[str, Sequence[float]]
+    ) -> float:
+        """How far errors of heads in a bucket (None: in all of them) travel to the final latents:
+        their change by a trial of the methods themselves, ÷ what `heads`, a weight for every head
+        of each place, makes of the trial's errors.
+
+        Noise would tell too little: what methods leave out is alike in all tokens and steps. It
+        stands in only where the small geometry is too short for them.
         """
-        step = forward = 0
+        mine = [p for p in heads if bucket in (None, bucket_of(p))]
 
-        def each(done: int, latents: Tensor) -> None:
-            nonlocal step, forward
-            step, forward = done + 1, 0
-
-        def disturb(root: Any, args: Any, out: Any) -> Any:
-            nonlocal forward
-            forward += 1
-            if self.bucket(step, self.total) != bucket:
-                return None
-            clean = out[0] if isinstance(out, tuple) else out.sample
-            noisy = clean + (NOISE * noise_like(clean, forward)).to(clean.dtype)
-            if isinstance(out, tuple):
-                return (noisy, *out[1:])
-            out.sample = noisy
-            return out
-
-        def work() -> float:
-            hooks = [root.register_forward_hook(disturb) for root in self.roots.values()]
-            try:
-                take = video.run(self.run.model, self.settings, self.shot, each=each)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            return relative(take.latents, self.latents) / NOISE
+        def work() -> dict[str, Any]:
+            with patch(self.run.model, trial.plan) as handle:
+                take = video.run(self.run.model, self.settings, self.shot)
+                sparse = handle.report().sparse_calls
+            if sparse:
+                return {"change": relative(take.latents, self.latents), "noise": False}
+            return {"change": self._noisy(bucket), "noise": True}
 
         self.run.tell("influence of early and late steps")
-        return self.run.journal.unit(f"influence/{bucket}", work)
+        found = self.run.journal.unit(f"influence/{'all' if bucket is None else bucket}", work)
+        error = {p: [NOISE] * len(heads[p]) if found["noise"] else trial.error[p] for p in mine}
+        total = sum(w * e for p in mine for w, e in zip(heads[p], error[p], strict=True))
+        return found["change"] / max(total, 1e-12)
 
-    def composition(self, weights: Mapping[str, Sequence[float]]) -> float:
-        """κ: what noise on all heads at all steps does to the final latents ÷ what the sum of the
-        weights says.
+    def _noisy(self, bucket: int | None) -> float:
+        """Relative change of the final latents by 5 % noise on all heads, the same at every step
+        but not in every branch.
         """
 
-        def disturb(call: AttentionCall) -> Tensor:
-            dense = dense_attention(call)
-            return dense.out + (NOISE * noise_like(dense.out)).to(dense.out.dtype)
+        def disturb(call: AttentionCall) -> Tensor | None:
+            if bucket not in (None, self.bucket(call.clock.step, self.total)):
+                return None
+            dense, seed = dense_attention(call), self.seen.branches.index(call.clock.branch)
+            return dense.out + (NOISE * noise_like(dense.out, seed)).to(dense.out.dtype)
 
-        def work() -> float:
-            with watch(self.run.model, disturb):
-                take = video.run(self.run.model, self.settings, self.shot)
-            total = NOISE * sum(map(sum, weights.values()))
-            return relative(take.latents, self.latents) / max(total, 1e-12)
+        with watch(self.run.model, disturb):
+            take = video.run(self.run.model, self.settings, self.shot)
+        return relative(take.latents, self.latents)
 
-        self.run.tell("composition of errors")
-        return self.run.journal.unit("composition", work)
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan that runs measured settings, and their errors by place and head."""
+
+    plan: Plan
+    error: Mapping[str, Sequence[float]]
+
+
+def trial(
+    found: Measurements,
+    heads: Mapping[str, int],
+    shares: Sequence[tuple[float, float]],
+    fingerprint: Fingerprint,
+    bucket: int | None = None,
+) -> Trial:
+    """At each place of a bucket (None: of all) the setting whose errors are most typical of what
+    plans use; places without one stay dense.
+    """
+    policies: list[Policy] = [Policy()]
+    rules: dict[str, list[Rule]] = {}
+    errors: dict[str, list[float]] = {p: [0.0] * n for p, n in heads.items()}
+    tables: dict[str, Tensor] = {}
+    for place, unit in found.units[0].items():
+        if bucket not in (None, bucket_of(place)):
+            continue
+        rows = [
+            (abs(np.log(max(float(np.mean(e)), 1e-6) / TYPICAL)), n, family, e)
+            for n, family in enumerate(found.families[place])
+            if not family.settings[0].renewed(2)
+            for e in unit["families"][family.name]["error"]
+        ]
+        if not rows:
+            continue
+        _, _, family, error = min(rows, key=lambda r: r[:2])
+        at = unit["families"][family.name]["error"].index(error)
+        policy = Policy(methods=(family.settings[at],))
+        if policy not in policies:
+            policies.append(policy)
+        row = (policies.index(policy),) * heads[place]
+        site = site_of(place)
+        rule = Rule(phase="denoise", steps=shares[bucket_of(place)], policies=row)
+        rules.setdefault(site, []).append(rule)
+        errors[place] = error
+        tables |= {f"{site}/{k}": v for k, v in found.tables[place].items()}
+    sites = {site: LayerPlan(rules=tuple(some)) for site, some in rules.items()}
+    plan = Plan(fingerprint=fingerprint, policies=tuple(policies), sites=sites)
+    return Trial(plan.with_tables(tables), errors)
 
 
 def _first(value: Any, batch: int | None = None) -> Any:

@@ -19,6 +19,7 @@ from accelkit.calibration.opening import (
     first_line,
     open_model,
     open_plan,
+    save_model,
     site_rows,
 )
 from accelkit.errors import InvalidInputError, MissingExtraError, UnsupportedModelError

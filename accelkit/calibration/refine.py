@@ -38,6 +38,8 @@ prompt.
 """
 CLOSE = 1.15
 """Rounds end when the largest ε that held and the smallest that failed are this close."""
+SLOPES = (0.4, 1.0)
+"""Least and most change of the logarithm of the error by that of ε which is believed."""
 WIDEN = 8.0
 """Most by which one round may widen ε."""
 
@@ -123,7 +125,7 @@ def in_turns(
         now = Round(epsilon, proposal)
         checker.check(now, allowed)
         rounds.append(now)
-        aim = epsilon * MARGIN * allowed / max(now.measured, 1e-9)
+        aim = epsilon * (MARGIN * allowed / max(now.measured, 1e-9)) ** (1 / _slope(rounds))
         if now.held:
             low = max(low, epsilon)
             epsilon = min(max(aim, epsilon * CLOSE), epsilon * WIDEN)
@@ -150,6 +152,18 @@ def in_turns(
         else "no method was predicted to be faster than dense attention"
     )
     return Outcome(tuple(rounds), why=why)
+
+
+def _slope(rounds: Sequence[Round]) -> float:
+    """How the measured error followed ε in the last two rounds, on logarithmic axes; errors that
+    hardly follow ask for larger changes of it.
+    """
+    if len(rounds) < 2:
+        return 1.0
+    (e0, m0), (e1, m1) = ((r.epsilon, max(r.measured, 1e-9)) for r in rounds[-2:])
+    if e0 == e1:
+        return 1.0
+    return float(np.clip(np.log(m1 / m0) / np.log(e1 / e0), *SLOPES))
 
 
 def refined(

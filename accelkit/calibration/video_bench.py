@@ -54,6 +54,12 @@ class Comparison:
         """Ratio of the denoising's seconds."""
         return self.dense.denoise_seconds / self.patched.denoise_seconds if self.dense else None
 
+    def files(self) -> dict[str, str]:
+        """What was written."""
+        sides = {"patched": self.patched, "dense": self.dense}
+        found = {k: s.file for k, s in sides.items() if s and s.file}
+        return found | ({"sheet": self.sheet} if self.sheet else {})
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self) | {"speedup": self.speedup}

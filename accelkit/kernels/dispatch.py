@@ -213,12 +213,14 @@ def _best(launch: Launch) -> Choice:
         return (
             Choice("reference", refusal) if refusal else Choice("torch", "tensors are on the CPU")
         )
+    if launch.qk != "native":
+        if refusal := triton_refusal(launch):
+            raise KernelUnavailableError(
+                f"attend: no kernel runs qk={launch.qk!r}, pv={launch.pv!r} here: {refusal}"
+            )
+        return Choice("triton", f"8-bit products on {launch.q.device}")
     refusals = {name: refused(launch) for name, refused in KERNELS.items()}
     able = [name for name, refusal in refusals.items() if refusal is None]
-    if not able and launch.qk != "native":
-        raise KernelUnavailableError(
-            f"attend: no kernel runs qk={launch.qk!r}, pv={launch.pv!r} here: {refusals['triton']}"
-        )
     if not able:
         _tell(f"attention runs the torch reference, which is slow: {refusals['triton']}")
         return Choice("reference", str(refusals["triton"]))
@@ -247,7 +249,7 @@ def triton_refusal(launch: Launch) -> str | None:
 
 def gluon_refusal(launch: Launch) -> str | None:
     """Why the warp-specialised kernel cannot serve a launch, or None."""
-    if reason := triton_missing(launch.q.device):
+    if reason := triton_missing(launch.q.device) or _low_bits(launch):
         return reason
     from accelkit.kernels._triton import gluon_block_sparse
 
@@ -258,7 +260,11 @@ def fa4_refusal(launch: Launch) -> str | None:
     """Why flash-attn-4 cannot serve a launch, or None."""
     from accelkit.kernels._extern import fa4
 
-    return fa4.refusal(launch)
+    return fa4.refusal(launch) or _low_bits(launch)
+
+
+def _low_bits(launch: Launch) -> str | None:
+    return "it has no 8-bit products; backend 'triton' has" if launch.qk != "native" else None
 
 
 KERNELS: dict[str, Callable[[Launch], str | None]] = {

@@ -342,7 +342,7 @@ def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int =
         return _fast_sampled_max(call, q, k)
     q, k = q.float() * call.scale, k[:, call.kv_of_head].flatten(2, 3).float().transpose(-1, -2)
     out = torch.empty((batch, len(call.heads), nq, nk), dtype=torch.float32, device=q.device)
-    step = max(1, _rows_per_chunk(call, k.shape[-1] * batch * len(call.heads), 1) // rows)
+    step = max(1, _rows_per_chunk(call, k.shape[-1] * batch * len(call.heads), 1, 1) // rows)
     for i in range(0, nq, step):
         part = q[:, :, i : i + step].flatten(2, 3)
         peak = torch.matmul(part, k).unflatten(-1, (nk, -1)).amax(-1)

@@ -85,7 +85,7 @@ def test_operator_and_compiled_graph(backend: str) -> None:
     q, k, v, index = call()
     args = (
         q, k, v, index.start, index.count, index.blocks, [128, 128], None, 0.0, None, True, 0,
-        None, None, None, None, None, None, None, None, None, backend,
+        None, None, None, None, None, None, None, None, None, "native", "native", False, backend,
     )  # fmt: skip
     torch.library.opcheck(ops.attend, args)
     compiled = torch.compile(

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import permutation, random_index, tensors
 
-from accelkit.errors import InvalidInputError, UnsupportedConfigurationError
+from accelkit.errors import (
+    InvalidInputError,
+    KernelUnavailableError,
+    UnsupportedConfigurationError,
+)
+from accelkit.kernels import dispatch
 from accelkit.kernels.dispatch import attend, explain
 from accelkit.kernels.index import BlockIndex, Partial
+from accelkit.kernels.prepare import prepare
 
 PRECISIONS = [("int8", "native"), ("fp8", "native"), ("int8", "fp8"), ("fp8", "fp8")]
 
@@ -146,3 +153,37 @@ def test_wishes_are_served_or_refused() -> None:
         options = {"index": index, "qk": "int8"} | change
         with pytest.raises(UnsupportedConfigurationError, match=message):
             attend(q, k, v, **options)
+
+
+def test_no_other_kernel_takes_a_rounded_call(monkeypatch) -> None:
+    """On a GPU: the 8-bit kernel or an error, never 16-bit kernels or the slow reference."""
+    q, k, v = tensors(1, 2, 1, 64, 64, 64, torch.float16)
+    index = BlockIndex.dense(2, 1, (64, 64), q.device)
+    low = prepare(q, k, v, index, qk="int8")
+    for name in ("gluon", "fa4"):
+        assert dispatch.KERNELS[name](low)
+        with pytest.raises(KernelUnavailableError, match=name):
+            attend(q, k, v, index, qk="int8", backend=name)
+    on_gpu = SimpleNamespace(q=SimpleNamespace(device=torch.device("cuda")), qk="int8", pv="fp8")
+    for refusal in (None, "head size 80"):
+        monkeypatch.setattr(dispatch, "triton_refusal", lambda _, why=refusal: why)
+        if refusal is None:
+            assert dispatch.choose(on_gpu).backend == "triton"
+            continue
+        with pytest.raises(KernelUnavailableError, match=r"int8.*head size 80"):
+            dispatch.choose(on_gpu)
+
+
+def test_what_the_kernel_refuses() -> None:
+    q, k, v = tensors(1, 2, 1, 64, 64, 80, torch.float16)
+    index = BlockIndex.dense(2, 1, (64, 64), q.device)
+    assert "head sizes 64 and 128" in str(eight_bit_refusal(q, k, v, index))
+    q, k, v = (t[..., :64] for t in (q, k, v))
+    assert eight_bit_refusal(q, k, v, index) is None
+    assert "fp16 and bf16" in str(eight_bit_refusal(q.float(), k.float(), v.float(), index))
+    small = BlockIndex.dense(2, 2, (32, 64), q.device)
+    assert "64 × 32" in str(eight_bit_refusal(q, k, v, small))
+
+
+def eight_bit_refusal(q, k, v, index: BlockIndex) -> str | None:
+    return dispatch.triton_refusal(prepare(q, k, v, index, qk="int8"))

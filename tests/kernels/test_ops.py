@@ -23,7 +23,7 @@ def test_opcheck() -> None:
     args = (
         q, k, v, index.start, index.count, index.blocks, [16, 16], None, 0.0, None, True, 0,
         None, [3, 1, 0, 2], None, None, torch.ones(2, 100, dtype=torch.bool), None, None, None,
-        None, None,
+        None, "native", "native", False, None,
     )  # fmt: skip
     torch.library.opcheck(ops.attend, args)
 
@@ -36,6 +36,7 @@ def test_opcheck() -> None:
         {"heads": (2, 0, 3, 1), "kv_of_head": (1, 0, 1, 0)},
         {"rows": (0, 3), "backend": "reference"},
         {"skip": 0.01},
+        {"qk": "int8", "pv": "fp8", "smooth_k": True},
     ],
 )
 def test_compiled_call_gives_the_same(options: dict) -> None:

@@ -61,13 +61,10 @@ def test_no_skip_by_default():
     assert SpargeAttn().execution(hand.call_with(4096, {})) is None
 
 
-def test_calibration_tries_both_guards():
+def test_calibration_tries_both_guards_and_taller_tiles():
     settings = SpargeAttn().calibrator(Site("a", 0)).settings()
-    assert {(m.similarity, m.query_block) for m in settings} == {
-        (-0.1, 128),
-        (0.6, 128),
-        (-0.1, 256),
-    }
+    kinds = {(m.similarity, m.query_block) for m in settings}
+    assert kinds == {(-0.1, 128), (0.6, 128), (-0.1, 256), (-0.1, 1024)}
     assert {m.coverage for m in settings} == set(SpargeAttn.dial.values)
 
 

@@ -9,7 +9,7 @@ from accelkit import kernels
 from accelkit.kernels.index import BlockIndex
 from accelkit.patches.call import AttentionCall, Site
 from accelkit.patches.method import AttentionMethod, Execution
-from accelkit.patches.plan import HeadGroup, Plan, Policy
+from accelkit.patches.plan import HeadGroup, LayerPlan, Plan, Policy
 from accelkit.patches.sites import attention
 from accelkit.patches.state import PatchState
 
@@ -67,7 +67,7 @@ def test_lanes_are_split_by_arithmetic(launches) -> None:
     groups = [HeadGroup((h,), Policy(methods=(p,) if p else ()), h) for h, p in enumerate(policies)]
     out = torch.full_like(call.q, float("nan"))
     assert attention.attend(
-        call, groups, PatchState(Plan.model_construct(sites={}, tables={})), out
+        call, groups, PatchState(Plan.model_construct(sites={"layer": LayerPlan()}, tables={})), out
     )
     found = {(x["heads"], x["qk"], x["pv"], x["smooth_k"], x["skip"] is None) for x in launches}
     assert found == {

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from accelkit.kernels._triton.block_sparse import _key0
-from accelkit.kernels._triton.lower import Work, lower
+from accelkit.kernels._triton.lower import FIELDS, Work, lower
 from accelkit.kernels._triton.tile import (
     LN2,
     LOG2E,
@@ -85,34 +85,33 @@ def _values(V, b, h, n0, BN: tl.constexpr, D: tl.constexpr, PV8: tl.constexpr):
     return v
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n_q", "n_k", "n_kb", "q_start", "capacity"])
+@triton.jit(do_not_specialize=["n_q", "n_k", "n_kb", "q_start", "capacity"])
 def _eight_bit(
-    Q, K, V, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, LISTS, MASKED, CLEAN, ORDER, TILES,
+    Q, K, V, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, LISTS, ITEMS,
     KV_HEADS, OUT_HEADS, Q_POS, K_POS, BIAS,
     s_ob, s_oh, s_on, s_lb, s_lh, s_ln, s_qpb, s_qph, s_qpn, s_kpb, s_kph, s_kpn, s_bb, s_bh, s_bn,
-    n_heads, n_kv, n_tiles, n_q, n_k, n_kb, q_start, capacity, factor,
+    n_heads, n_kv, n_q, n_k, n_kb, q_start, capacity, factor,
     BQ: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PER_ROW: tl.constexpr,
     D: tl.constexpr, DTYPE: tl.constexpr, PV8: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_Q_POS: tl.constexpr, HAS_K_POS: tl.constexpr, HAS_BIAS: tl.constexpr,
     EXTRA_MASKED: tl.constexpr, SMOOTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    row = tl.load(ORDER + pid // PER_ROW)
-    slot, b = (row // n_tiles) % n_heads, row // (n_tiles * n_heads)
-    tile = tl.load(TILES + row % n_tiles).to(tl.int32)
+    item = ITEMS + (pid // PER_ROW).to(tl.int64) * FIELDS
+    row, first, b, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     hk, ho = tl.load(KV_HEADS + slot), tl.load(OUT_HEADS + slot)
     b64, h64 = b.to(tl.int64), slot.to(tl.int64)
-    m0 = tile * BQ + (pid % PER_ROW) * BM
+    m0 = first + (pid % PER_ROW) * BM
     rows = m0 + tl.arange(0, BM)
-    keep = (rows < n_q) & (rows < tile * BQ + BQ)
+    keep = (rows < n_q) & (rows < first + BQ)
     limit = row_limits(
         Q_POS, b64 * s_qpb + h64 * s_qph, s_qpn, rows, n_q, q_start, CAUSAL, HAS_Q_POS
     )
     kp_at, bias_at = b64 * s_kpb + h64 * s_kph, b64 * s_bb + h64 * s_bh
     at = row.to(tl.int64) * capacity
     R: tl.constexpr = BK // BN
-    n_masked = tl.load(MASKED + row) * R
-    n = n_masked + tl.load(CLEAN + row) * R
+    n_masked = tl.load(item + 4) * R
+    n = n_masked + tl.load(item + 5) * R
     cols = tl.arange(0, BN)
     limit = tl.where(n > 0, limit, -1)
     FULL: tl.constexpr = 8.0 if PV8 else 0.0
@@ -271,19 +270,19 @@ def run(launch: Launch, ops: Operands, work: Work, tile: Tile) -> None:
     boxes = ((tile.bm, d), (tile.bn, d), (d, tile.bn) if pv8 else (tile.bn, d))
     tensors = (describe(t, box) for t, box in zip((ops.q, ops.k, ops.v), boxes, strict=True))
     bias = launch.bias if isinstance(launch.bias, torch.Tensor) else None
-    dummy, some = work.order, ops.q_scale
+    dummy, some = work.items, ops.q_scale
     q_pos, k_pos, bias_table = (
         table(launch.q_pos, dummy),
         table(launch.k_pos, dummy),
         table(bias, dummy),
     )
-    _eight_bit[(work.order.numel() * tile.per_row,)](
+    _eight_bit[(work.items.shape[0] * tile.per_row,)](
         *tensors, launch.out, launch.lse, ops.q_scale, ops.k_scale,
         *(some if t is None else t for t in (ops.v_scale, ops.v_mean, ops.shift)),
-        work.lists, work.masked, work.clean, work.order, work.tiles,
-        launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0], bias_table[0],
+        work.lists, work.items, launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0],
+        bias_table[0],
         *launch.out.stride()[:3], *launch.lse.stride(), *q_pos[1:], *k_pos[1:], *bias_table[1:],
-        launch.heads, ops.k.shape[1], work.tiles.numel(), launch.n_q, launch.n_k,
+        launch.heads, ops.k.shape[1], launch.n_q, launch.n_k,
         ops.k_scale.shape[2], launch.q_start, work.capacity, launch.scale * LOG2E,
         BQ=bq, BK=bk, BM=tile.bm, BN=tile.bn, PER_ROW=tile.per_row, D=d,
         DTYPE=getattr(tl, str(launch.v.dtype).removeprefix("torch.")), PV8=pv8,

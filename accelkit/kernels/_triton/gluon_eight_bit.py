@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from accelkit.kernels._triton.gluon_kernel import _barriers, _item, _next
 from accelkit.kernels._triton.lower import Work
 from accelkit.kernels._triton.tile import LOG2E, one_masked
 from accelkit.kernels.launch import Launch
@@ -42,21 +43,13 @@ def _rounds(n_items):
 
 
 @gluon.jit
-def _item(ORDER, TILES, MASKED, CLEAN, round, n_heads, n_tiles, BQ: gl.constexpr):
-    """Row, batch, head slot, first query and blocks of the item of a round. Odd rounds run
-    backwards: who had the longest row gets the shortest.
-    """
-    PER_ROW: gl.constexpr = BQ // (2 * _ROWS)
+def _place(round):
+    """The item of a round. Odd rounds run backwards: who had the longest row gets the shortest."""
     pid, width = gl.program_id(0), gl.num_programs(0)
     place = pid
     if round % 2 == 1:
         place = width - 1 - pid
-    place += round * width
-    row = gl.load(ORDER + place // PER_ROW)
-    slot, b = (row // n_tiles) % n_heads, row // (n_tiles * n_heads)
-    first = gl.load(TILES + row % n_tiles).to(gl.int32) * BQ
-    m0 = first + (place % PER_ROW) * 2 * _ROWS
-    return row, b, slot, m0, gl.load(MASKED + row), gl.load(CLEAN + row)
+    return round * width + place
 
 
 @gluon.jit
@@ -66,25 +59,16 @@ def _key0(LISTS, at, tile, BK: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
-    stage += 1
-    if stage == STAGES:
-        stage = 0
-        phase ^= 1
-    return stage, phase
-
-
-@gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, ORDER, TILES, MASKED, CLEAN, LISTS, KV_HEADS, n_items, n_heads, n_tiles,
+    q_desc, k_desc, v_desc, ITEMS, LISTS, KV_HEADS, n_items,
     capacity, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, PV8: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     stage, phase = 0, 1
     for round in range(_rounds(n_items)):
-        row, b, slot, m0, masked, clean = _item(
-            ORDER, TILES, MASKED, CLEAN, round, n_heads, n_tiles, BQ
+        row, m0, b, slot, masked, clean = _item(
+            ITEMS, _place(round), n_items, 2 * _ROWS, BQ // (2 * _ROWS)
         )
         hk = gl.load(KV_HEADS + slot)
         at = row.to(gl.int64) * capacity
@@ -187,12 +171,12 @@ def _in_order(x):
 
 @gluon.jit
 def _consume(
-    WHO: gl.constexpr, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ORDER, TILES, MASKED,
-    CLEAN, LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv,
-    n_tiles, n_q, n_k, n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
-    v_full, v_empty, turns,
+    WHO: gl.constexpr, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS,
+    KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k, n_kb,
+    q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
     BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr,
-    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
+    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr,
+    MODE: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     INT: gl.constexpr = k.dtype == gl.int8
@@ -207,8 +191,8 @@ def _consume(
     zero = gl.zeros([_ROWS, BN], s_type, sl)
     none = gl.zeros([_ROWS, D], gl.float32, ol)
     for round in range(_rounds(n_items)):
-        row, b, slot, m0, masked, clean = _item(
-            ORDER, TILES, MASKED, CLEAN, round, n_heads, n_tiles, BQ
+        row, m0, b, slot, masked, clean = _item(
+            ITEMS, _place(round), n_items, 2 * _ROWS, BQ // (2 * _ROWS)
         )
         b64, h64 = b.to(gl.int64), slot.to(gl.int64)
         hk, ho = gl.load(KV_HEADS + slot), gl.load(OUT_HEADS + slot)
@@ -218,8 +202,8 @@ def _consume(
         limit = rows * 0 + n_k
         if CAUSAL:
             limit = rows + q_start
-        q_at = (b64 * n_heads + h64) * n_q + rows
-        by_row = gl.load(Q_SCALE + q_at, mask=rows < n_q, other=0.0) * factor
+        q_at = (b64 * n_heads + h64) * n_q
+        by_row = gl.load(Q_SCALE + q_at + rows, mask=rows < n_q, other=0.0) * factor
         scales = K_SCALE + (b64 * n_kv + hk) * n_kb
         m = gl.full([_ROWS], -1e30, gl.float32, s_row)
         total = gl.zeros([_ROWS], gl.float32, s_row)
@@ -319,7 +303,7 @@ def _consume(
         safe = gl.where(alive, total, 1.0)
         lse = (m - FULL + gl.log2(safe)) * 0.6931471805599453
         if SMOOTH:
-            lse += gl.load(SHIFT + q_at, mask=rows < n_q, other=0.0)
+            lse += gl.load(SHIFT + q_at + rows, mask=rows < n_q, other=0.0)
         lse_at = LSE + b64 * s_lb + ho.to(gl.int64) * s_lh + rows.to(gl.int64) * s_ln
         gl.store(lse_at, gl.where(alive, lse, -float("inf")), mask=rows < n_q)
         acc = acc * gl.convert_layout(1.0 / safe, o_row)[:, None]
@@ -334,55 +318,40 @@ def _consume(
         gl.store(place + d[None, :], acc.to(OUT.dtype.element_ty), mask=(o_rows < n_q)[:, None])
 
 
-@gluon.jit(do_not_specialize=["n_items", "n_tiles", "n_q", "n_k", "n_kb", "q_start", "capacity"])
+@gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "n_kb", "q_start", "capacity"])
 def _eight_bit(
-    q_desc, k_desc, v_desc, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ORDER, TILES,
-    MASKED, CLEAN, LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads,
-    n_kv, n_tiles, n_q, n_k, n_kb, q_start, capacity, factor,
+    q_desc, k_desc, v_desc, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS,
+    KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k, n_kb,
+    q_start, capacity, factor,
     BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr,
-    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr,
+    CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr,
+    MODE: gl.constexpr,
 ):  # fmt: skip
     v_box: gl.constexpr = [STAGES, 1, 1, D, BN] if PV8 else [STAGES, 1, 1, BN, D]
     q = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, _ROWS, D], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, v_box, v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
-        mbarrier.init(turns.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+    q_full, q_empty, turns = _barriers(2, 1), _barriers(2, 2), _barriers(2, 1)
+    k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (
-                0, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ORDER, TILES, MASKED, CLEAN,
-                LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads,
-                n_kv, n_tiles, n_q, n_k, n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH,
-                STAGES, MODE,
+                0, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS,
+                OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k,
+                n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES, MODE,
             )),
             (_consume, (
-                1, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ORDER, TILES, MASKED, CLEAN,
-                LISTS, KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads,
-                n_kv, n_tiles, n_q, n_k, n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH,
-                STAGES, MODE,
+                1, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS,
+                OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k,
+                n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES, MODE,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, ORDER, TILES, MASKED, CLEAN, LISTS, KV_HEADS, n_items,
-                n_heads, n_tiles, capacity, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, BQ, BK, BN, PV8, STAGES,
+                q_desc, k_desc, v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, q, k, v, q_full,
+                q_empty, k_full, k_empty, v_full, v_empty, BQ, BK, BN, PV8, STAGES,
             )),
         ],
         [4, 1],
@@ -412,18 +381,18 @@ def stages(pv8: bool) -> int:
 def run(launch: Launch, ops: Operands, work: Work, mode: int = 1) -> None:
     """Start the kernel over lowered work."""
     (bq, bk), d, pv8 = launch.index.size, launch.q.shape[3], ops.v_scale is not None
-    bn, some, n_items = ops.block, ops.q_scale, work.order.numel() * (bq // 128)
+    bn, some, n_items = ops.block, ops.q_scale, work.items.shape[0] * (bq // 128)
     processors = torch.cuda.get_device_properties(launch.q.device).multi_processor_count
     _eight_bit[(min(n_items, processors),)](
         describe(ops.q, (64, d)), describe(ops.k, (bn, d)),
         describe(ops.v, (d, bn) if pv8 else (bn, d)),
         launch.out, launch.lse, ops.q_scale, ops.k_scale,
         *(some if t is None else t for t in (ops.v_scale, ops.v_mean, ops.shift)),
-        work.order, work.tiles, work.masked, work.clean, work.lists, launch.kv_heads,
+        work.items, work.lists, launch.kv_heads,
         launch.out_heads, *launch.out.stride()[:3], *launch.lse.stride(), n_items, launch.heads,
-        ops.k.shape[1], work.tiles.numel(), launch.n_q, launch.n_k, ops.k_scale.shape[2],
+        ops.k.shape[1], launch.n_q, launch.n_k, ops.k_scale.shape[2],
         launch.q_start, work.capacity, launch.scale * LOG2E,
         BQ=bq, BK=bk, BN=bn, D=d, PV8=pv8, CAUSAL=launch.causal,
-        EXTRA_MASKED=not one_masked(launch, bn), SMOOTH=ops.shift is not None, STAGES=stages(pv8), MODE=mode,
-        num_warps=4,
+        EXTRA_MASKED=not one_masked(launch, bn), SMOOTH=ops.shift is not None,
+        STAGES=stages(pv8), MODE=mode, num_warps=4,
     )  # fmt: skip

@@ -9,7 +9,8 @@ and then measures them, row by row:
 
 R is exactly what the masked keys gave. It is taken before the output projection, which is linear.
 The window stays the same: the same places (± half of `window` of a frame) in all frames, which is a
-plain band once all frames of a place lie together.
+plain band once all frames of a place lie together. R takes as much memory as the site's output, for
+each guidance branch.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(ge=0, le=1)]
 GUARDS = (-0.1, 0.6)
 """Similarities of the release's top-k and top-p calls: nearly every block regular, or few."""
+TALL_ROWS = (256, 1024)
+"""Taller query tiles that calibration tries beside the release's 128."""
 
 
 class SpargeAttn(AttentionMethod):
@@ -55,7 +57,7 @@ class SpargeAttn(AttentionMethod):
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         size = (self.query_block, self.key_block)
-        if call.n_k <= 4 * max(size):
+        if call.n_k <= 2 * max(size):
             return None
         # The mean key shifts all logits of a row alike, so the softmax needs no smoothing.
         pooled = call.once(("pooled", size), lambda: kernels.scores.pooled(call, size))
@@ -73,7 +75,7 @@ class SpargeAttn(AttentionMethod):
         return kernels.select.compact(mask, size)
 
     def execution(self, call: AttentionCall) -> Execution | None:
-        if self.skip_log2 is None or call.n_k <= 4 * max(self.query_block, self.key_block):
+        if self.skip_log2 is None or call.n_k <= 2 * max(self.query_block, self.key_block):
             return None
         return Execution(skip=2.0 ** -call.per_head(self.skip_log2))
 
@@ -82,8 +84,8 @@ class SpargeAttn(AttentionMethod):
 
 
 class _Guards(Calibrator):
-    """Where the strict guard leaves a head nearly dense, the loose one may still do. In causal calls
-    also with tiles of twice the height, which CPU kernels like better.
+    """Where the strict guard leaves a head nearly dense, the loose one may still do. What causal
+    heads look for far back hardly depends on the query: taller tiles choose as well and run faster.
     """
 
     causal = True
@@ -94,8 +96,7 @@ class _Guards(Calibrator):
     def settings(self) -> tuple[Method, ...]:
         fixed = [{"similarity": guard} for guard in GUARDS]
         if self.causal:
-            rows = 2 * SpargeAttn.model_fields["query_block"].default
-            fixed.append({"similarity": GUARDS[0], "query_block": rows})
+            fixed += [{"similarity": GUARDS[0], "query_block": rows} for rows in TALL_ROWS]
         return tuple(
             self.method.model_copy(update={**fields, "coverage": share})
             for fields in fixed

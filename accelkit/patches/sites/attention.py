@@ -47,8 +47,8 @@ class Answer:
 
     @property
     def lane(self) -> Hashable | None:
-        """Answers of equal lane share a launch: one list each, of one unit, in one order that all
-        heads have in common, with one arithmetic and nothing afterwards. None: runs alone.
+        """Answers of equal lane share a launch: one list each, of one unit, in one order, with one
+        arithmetic and nothing afterwards. None: several pieces, or a method that finishes.
         """
         index, order = self.pieces[0], self.order
         alone = (
@@ -57,11 +57,12 @@ class Answer:
             or index.level is not None
             or not isinstance(index.bias, float)
             or bool(self.finishers)
-            or (order is not None and not _common(order))
         )
         if alone:
             return None
-        tables = None if order is None else (id(order.q_table), id(order.k_table))
+        tables: Hashable = None
+        if order is not None:  # rows that differ by head are laid out for one answer
+            tables = (id(order.q_table), id(order.k_table)) if _common(order) else id(order)
         arithmetic = replace(self.execution, skip=None)  # thresholds may differ by head
         return self.index.size, tables, arithmetic, self.execution.skip is None
 
@@ -388,7 +389,7 @@ def _launch(lane: list[Answer], out: Tensor) -> None:
     part = run(joined, index, execution)
     if not order.whole:
         out[:, device_ids(heads, out.device)] = 0  # tokens that the order leaves out
-    put_rows(out, part.out, order.q_table, None, heads)
+    put_rows(out, part.out, order.q_table, None if _common(order) else order.row, heads)
 
 
 def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
