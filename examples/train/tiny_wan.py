@@ -345,11 +345,6 @@ class Denoiser(nn.Module):
         return self.transformer(x, 1000 * sigma, text, return_dict=False)[0]
 
 
-def pick_grid(rng: random.Random, done: float) -> tuple[int, int, int]:
-    shares = [a + (b - a) * done for a, b in GRIDS.values()]
-    return rng.choices(list(GRIDS), shares)[0]
-
-
 def train_denoiser(
     model: Denoiser,
     vae: AutoencoderKLWan,
@@ -413,7 +408,8 @@ def train_denoiser(
     while (done := (time.time() - begun) / max(end - begun, 1.0)) < 1 and not (smoke and step >= 3):
         rate = args.rate * min(1, (step + 1) / 150) * (0.5 + 0.5 * math.cos(math.pi * done))
         adam.param_groups[0]["lr"] = rate / 4
-        backward((3, 8, 8) if smoke else pick_grid(clips.rng, done))
+        shares = [a + (b - a) * done for a, b in GRIDS.values()]
+        backward((3, 8, 8) if smoke else clips.rng.choices(list(GRIDS), shares)[0])
         nn.utils.clip_grad_norm_(others, 1.0)
         muon.step(rate)
         adam.step()
