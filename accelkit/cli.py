@@ -199,7 +199,7 @@ def patch(
     from accelkit.calibration import pipelines
 
     if pipelines.is_pipeline(model):
-        from accelkit.calibration import video_bench
+        from accelkit.calibration import opening, video_bench
 
         text = prompt if prompt_file is None else console.read_text(prompt_file).strip()
         size = console.given(height=height, width=width, num_frames=frames, steps=steps)
@@ -212,11 +212,12 @@ def patch(
         made = video_bench.compare(
             pipe, read, setting, shot, dense=compare, repeat=repeat or 1, output=output, fps=fps
         )
-        files = made.files()
+        made_files = made.files()
         if save is not None:
-            files["saved"] = str(pipelines.save_model(pipe, None, read, save).parent)
-        written = [f"{k:9}{v}" for k, v in files.items()]
-        console.emit(made.as_dict() | {"files": files}, as_json, video_bench.table(made), *written)
+            made_files["saved"] = str(opening.save_model(pipe, None, read, save).parent)
+        lines = [f"{k:9}{v}" for k, v in made_files.items()]
+        result_ = made.as_dict() | {"files": made_files}
+        console.emit(result_, as_json, video_bench.table(made), *lines)
         return
     sources = [prompt is not None, prompt_file is not None, demo]
     if sum(sources) > 1 or (not any(sources) and save is None):

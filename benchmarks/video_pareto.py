@@ -75,7 +75,7 @@ class Subject:
 
         self.pipe, self.settings, self.shapes = pipe, settings, shapes
         rng = random.Random(HELD_OUT_SEED)
-        self.scenes = [shapes.random_scene(rng, 1 + n % 2, True) for n in range(count)]
+        self.scenes = [shapes.random_scene(rng, 1, True) for _ in range(count)]
         prompts = [s.prompt for s in self.scenes]
         self.shot = Shot("held out", {"prompt": prompts, "guidance_scale": guidance}, HELD_OUT_SEED)
         self.one = replace(self.shot, arguments={**self.shot.arguments, "prompt": prompts[0]})
@@ -416,7 +416,7 @@ def main() -> None:
 
     rng = random.Random(1)
     prompts = [
-        {"prompt": subject.shapes.random_scene(rng, 1 + n % 2, False).prompt,
+        {"prompt": subject.shapes.random_scene(rng, 1, False).prompt,
          "guidance_scale": args.guidance}
         for n in range(8)
     ]  # fmt: skip

@@ -19,7 +19,6 @@ from accelkit.calibration.opening import (
     first_line,
     open_model,
     open_plan,
-    save_model,
     site_rows,
 )
 from accelkit.errors import InvalidInputError, MissingExtraError, UnsupportedModelError

@@ -44,6 +44,8 @@ def weights_digest(models: Iterable[Any]) -> str:
     parts = []
     for model in models:
         for name, p in model.named_parameters():
+            if p.is_meta:
+                continue  # offloaded; its hook brings it when it is needed
             few = p.detach().reshape(-1)[:64].float().cpu().numpy()
             parts += [name.encode(), few.tobytes()]
     return digest(parts)
