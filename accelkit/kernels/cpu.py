@@ -21,8 +21,8 @@ from torch.nn.functional import pad
 from accelkit.kernels.index import ALL, ceil_div
 from accelkit.kernels.launch import FAR, Launch
 
-_CHUNK_BYTES = 4 * 2**20
-"""Gathered K and V (and mask) of one fused call: about the second-level caches of a few cores."""
+_CHUNK_BYTES = 8 * 2**20
+"""Gathered K and V (and mask) of one fused call: fewer calls, as far as caches hold them."""
 
 _TALL_ROWS = (1024, 256)
 """Heights of the runs of tiles that read what they share in one piece. The fused kernel works on

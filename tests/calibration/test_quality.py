@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tiny_cases import byte_tokenizer, probe_methods, tiny_model
 
 from accelkit.calibration import quality, tasks
 from accelkit.calibration.capture import capture
+from accelkit.kernels.index import Partial
 from accelkit.patches import method
 from accelkit.patches.patch import plan_of
 
@@ -85,6 +88,26 @@ def test_weights_follow_what_a_head_does(sample) -> None:
     assert again == found
     grouped = quality.site_weights(show, [[0, 1], [2, 3]])
     assert grouped[0] == pytest.approx(found[1] / 2**0.5, rel=0.05)
+
+
+def test_rounding_does_not_drown_a_weight() -> None:
+    """A model that adds a head's outputs up with factors, in bfloat16: what one weak head does is
+    near the rounding of the sum, and is found all the same.
+    """
+    factors = torch.tensor([1.0, 0.05])
+    values = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0))
+
+    def show(dtype: torch.dtype) -> quality.Show:
+        def run(copies: int, see: Any) -> torch.Tensor:
+            out = values.to(dtype).expand(copies, -1, -1, -1).clone()
+            see(None, Partial(out, torch.zeros(copies, 2, 64)))
+            return (out * factors.to(dtype)[:, None, None]).sum(1) + 0.5
+
+        return run
+
+    true = quality.site_weights(show(torch.float32), [[0], [1]])
+    found = quality.site_weights(show(torch.bfloat16), [[0], [1]])
+    assert found == pytest.approx(true, rel=0.2)
 
 
 def test_capture_shows_dense_attention(sample) -> None:
