@@ -34,6 +34,7 @@ from accelkit.kernels.prepare import prepare
 DIT = Shape("full 32,760, 2 × 12 heads, d128", 2, 12, 12, 32760, 128, False)
 PRECISIONS = (("fp8", "fp8"), ("int8", "fp8"), ("fp8", "native"), ("int8", "native"))
 NATIVE = ("triton", "gluon")
+DENSITIES = (1.0, 0.25, 0.1)
 UNIT = (128, 128)
 
 
@@ -52,7 +53,7 @@ def index_of(shape: Shape, density: float) -> BlockIndex:
 
 
 def jobs_of(shape: Shape, qkv: list[Tensor], index: BlockIndex, precisions) -> dict[str, Callable]:
-    """Everything that is timed for one index."""
+    """Everything that is timed for one index; a kernel that is wrong ends the run."""
     q, k, v = qkv
     causal = shape.causal
     work = lower(prepare(q, k, v, index, causal=causal))
@@ -61,6 +62,7 @@ def jobs_of(shape: Shape, qkv: list[Tensor], index: BlockIndex, precisions) -> d
         jobs[f"{name} call"] = lambda n=name: attend(
             q, k, v, replace(index), causal=causal, backend=n
         )
+    want = attend(q, k, v, index, causal=causal, backend="triton").out
     for qk, pv in precisions:
         options = {"causal": causal, "qk": qk, "pv": pv, "smooth_k": True}
         low = prepare(q, k, v, index, **options)
@@ -68,6 +70,9 @@ def jobs_of(shape: Shape, qkv: list[Tensor], index: BlockIndex, precisions) -> d
         jobs[f"{name} quantise"] = partial(eight_bit.operands, low)
         jobs[f"{name} kernel"] = partial(eight_bit.start, low, ops, work)
         jobs[f"{name} call"] = lambda o=options: attend(q, k, v, replace(index), **o)
+        error = float((jobs[f"{name} call"]().out - want).norm() / want.norm())
+        if not error < 0.1:
+            raise SystemExit(f"{shape.name}: {name} is wrong: relative error {error}")
     return jobs
 
 
@@ -76,14 +81,28 @@ def speed(shape: Shape, densities, precisions, budget_ms: float) -> list[dict]:
     qkv, results = random_call(shape, "cuda", torch.bfloat16), []
     for density in densities:
         times = milliseconds(jobs_of(shape, qkv, index_of(shape, density), precisions), budget_ms)
-        results.append({"shape": shape.name, "density": density, "ms": times})
-        print(f"{shape.name} ρ={density}: cuDNN {times['cudnn dense']:.2f}, ", end="")
-        native = min(times[f"{name} call"] for name in NATIVE)
-        print(f"native {native:.2f}", end="")
+        own = min(times[f"{name} call"] for name in NATIVE if f"{name} call" in times)
+        dense = times["cudnn dense"]
         for qk, pv in precisions:
-            call, alone = times[f"{qk}/{pv} call"], times[f"{qk}/{pv} kernel"]
-            print(f" | {qk}/{pv} {call:.2f} ({alone:.2f}) {native / call:.2f}×", end="")
-        print(flush=True)
+            call = times[f"{qk}/{pv} call"]
+            results.append(
+                {
+                    "shape": shape.name,
+                    "density": density,
+                    "QK": qk,
+                    "PV": pv,
+                    "call, ms": call,
+                    "of it quantising": times[f"{qk}/{pv} quantise"],
+                    "kernel alone": times[f"{qk}/{pv} kernel"],
+                    "cuDNN dense, ms": dense,
+                    "own 16-bit call, ms": own,
+                    "× cuDNN dense": dense / call,
+                    "× own 16-bit": own / call,
+                    "ms": times,
+                }
+            )
+            parts = [f"{k} {v:.2f}" for k, v in results[-1].items() if isinstance(v, float)]
+            print(f"{shape.name} {qk}/{pv}: {', '.join(parts)}", flush=True)
     return results
 
 
@@ -106,37 +125,36 @@ def inputs(kind: str, heads: int, kv_heads: int, n: int, d: int) -> list[Tensor]
     return [t.bfloat16() for t in (q, k, v)]
 
 
-def errors(heads: int, kv_heads: int, n: int, d: int) -> list[dict]:
+def errors(heads: int, kv_heads: int, n: int, d: int, causal: bool) -> list[dict]:
     """Relative L1 error and cosine of every kernel against fp32, by kind of input."""
     results = []
     index = BlockIndex.dense(heads, n // UNIT[0], UNIT, torch.device("cuda"))
     for kind in ("random", "offsets", "sinks", "one-hot"):
         q, k, v = inputs(kind, heads, kv_heads, n, d)
-        for causal in (True, False):
-            wide = [t.float().repeat_interleave(heads // t.shape[1], 1) for t in (q, k, v)]
-            with sdpa_kernel(SDPBackend.MATH):
-                want = scaled_dot_product_attention(*wide, is_causal=causal)
-            runs = {
-                "cudnn": cudnn(q, k, v, causal),
-                "native": attend(q, k, v, index, causal=causal, backend="triton").out,
-            }
-            for qk, pv in PRECISIONS:
-                for smooth in (True, False):
-                    part = attend(q, k, v, index, causal=causal, qk=qk, pv=pv, smooth_k=smooth)
-                    runs[f"{qk}/{pv}{'' if smooth else ' not smoothed'}"] = part.out
-            for name, got in runs.items():
-                got = got.float()
-                results.append(
-                    {
-                        "inputs": kind,
-                        "causal": causal,
-                        "head_size": d,
-                        "kernel": name,
-                        "relative_l1": float((got - want).abs().sum() / want.abs().sum()),
-                        "cosine": float(cosine_similarity(got.flatten(), want.flatten(), 0)),
-                    }
-                )
-        row = [r for r in results if r["inputs"] == kind and r["causal"]]
+        wide = [t.float().repeat_interleave(heads // t.shape[1], 1) for t in (q, k, v)]
+        with sdpa_kernel(SDPBackend.MATH):
+            want = scaled_dot_product_attention(*wide, is_causal=causal)
+        runs = {
+            "cudnn": cudnn(q, k, v, causal),
+            "native": attend(q, k, v, index, causal=causal, backend="triton").out,
+        }
+        for qk, pv in PRECISIONS:
+            for smooth in (True, False) if pv == "native" else (True,):
+                part = attend(q, k, v, index, causal=causal, qk=qk, pv=pv, smooth_k=smooth)
+                runs[f"{qk}/{pv}{'' if smooth else ' not smoothed'}"] = part.out
+        for name, got in runs.items():
+            got = got.float()
+            results.append(
+                {
+                    "inputs": kind,
+                    "causal": causal,
+                    "head_size": d,
+                    "kernel": name,
+                    "relative_l1": float((got - want).abs().sum() / want.abs().sum()),
+                    "cosine": float(cosine_similarity(got.flatten(), want.flatten(), 0)),
+                }
+            )
+        row = [r for r in results if r["inputs"] == kind]
         print(kind, d, " ".join(f"{r['kernel']} {r['relative_l1']:.4f}" for r in row), flush=True)
     return results
 
@@ -145,10 +163,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--budget-ms", type=float, default=1000, help="device time for a shape")
-    parser.add_argument("--errors-only", action="store_true")
+    parser.add_argument("--only", choices=("errors", "speed"))
     args = parser.parse_args()
     torch.manual_seed(0)
     report = {
+        "title": "Attention in 8 bits, quantisation included (`benchmarks/eight_bit.py`)",
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -157,16 +176,16 @@ def main() -> None:
         "python": platform.python_version(),
         "dtype": "bfloat16",
         "budget_ms": args.budget_ms,
-        "errors": errors(8, 2, 4096, 128) + errors(8, 8, 4096, 64),
-        "speed": [],
+        "errors": [],
+        "rows": [],
     }
-    plan = [(LLM, (1.0, 0.25, 0.1)), (DIT, (1.0, 0.25, 0.1)), (D64, (1.0, 0.25, 0.1))]
-    for shape, densities in () if args.errors_only else plan:
-        report["speed"] += speed(shape, densities, PRECISIONS, args.budget_ms)
+    if args.only != "speed":
+        report["errors"] = errors(8, 2, 4096, 128, True) + errors(8, 8, 4096, 64, False)
+    plan = [(s, DENSITIES, PRECISIONS, args.budget_ms) for s in (LLM, DIT, D64)]
+    for job in () if args.only == "errors" else (*plan, (VIDEO, (1.0,), PRECISIONS, 0)):
+        report["rows"] += speed(*job)
         if args.out:
             args.out.write_text(json.dumps(report, indent=1))
-    if not args.errors_only:
-        report["speed"] += speed(VIDEO, (1.0,), PRECISIONS[:2], 0)
     if args.out:
         args.out.write_text(json.dumps(report, indent=1))
 

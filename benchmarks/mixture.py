@@ -107,20 +107,22 @@ class Bench:
         """Another dense reading, so that a drifting clock shows."""
         self.dense_ms.append(self.prefill_ms(self.repeat))
 
-    def measure(self, plan: Plan, most_error: float) -> dict[str, Any]:
+    def measure(self, plan: Plan, most_error: float | None = None) -> dict[str, Any]:
         """Speed and quality of a plan. `worst_error` of one that is not complete is that of the
-        prompts it ran on, None if it was too slow for any.
+        prompts it ran on, None if it was too slow for any. Without `most_error` every prompt runs.
         """
         rows: list[dict[str, Any]] = []
-        density = None
-        with patch(self.model, plan):
-            if self.model.device.type == "cuda":
+        density, ms = None, 0.0
+        if len(self.ids) > 1 or self.model.device.type == "cuda":
+            with patch(self.model, plan):
                 self.prefill_ms(1)  # compiles
-            ms = self.prefill_ms(1)
+                ms = self.prefill_ms(1)
         for reference in self.references:
-            if ms > SLOW * self.dense_ms[0] or (rows and rows[-1]["error"] > most_error):
+            spoilt = bool(rows) and most_error is not None and rows[-1]["error"] > most_error
+            if spoilt or (most_error is not None and ms > SLOW * self.dense_ms[0]):
                 break
             rows.append(quality.check(self.model, plan, reference))
+            ms = ms or rows[0]["ms"]  # the first prompt alone tells as much
         complete = len(rows) == len(self.references)
         if complete:
             with patch(self.model, plan) as handle:
@@ -141,28 +143,25 @@ class Bench:
         }
 
 
-def mixtures(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Calibrated plans; later budgets share the first one's measurements and only search and
+def mixture(bench: Bench, args: argparse.Namespace, budget: float) -> dict[str, Any]:
+    """A calibrated plan; later budgets share the first one's measurements and only search and
     check.
     """
-    found = []
-    for n, budget in enumerate(args.budgets):
-        begin = time.perf_counter()
-        plan = accelkit.calibrate(
-            bench.model, tokenizer=bench.tokenizer, budget=budget, lengths=[args.length],
-            preset=args.preset, batch=args.batch, journal=args.journal, progress=False,
-            resume=n > 0 or args.resume,
-        )  # fmt: skip
-        seconds = time.perf_counter() - begin
-        used = sorted({p.label() for p in plan.policies})
-        kept = ("dense_prefills", "dense_prefill_ms", "dense_peak_bytes", "peak_bytes", "refused")
-        about = {k: plan.calibration[k] for k in kept}
-        row = {"budget": budget, "seconds": seconds, "policies": used, "calibration": about}
-        row |= {"measured": plan.measured, **bench.measure(plan, float("inf"))}
-        found.append(row)
-        bench.again()
-        tell(f"mixture {budget}", row)
-    return found
+    begin = time.perf_counter()
+    plan = accelkit.calibrate(
+        bench.model, tokenizer=bench.tokenizer, budget=budget, lengths=[args.length],
+        methods=args.among, preset=args.preset, batch=args.batch, journal=args.journal,
+        resume=args.resume or budget != args.budgets[0], progress=False,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begin
+    used = sorted({p.label() for p in plan.policies})
+    kept = ("dense_prefills", "dense_prefill_ms", "dense_peak_bytes", "peak_bytes", "refused")
+    about = {k: plan.calibration[k] for k in kept}
+    row = {"budget": budget, "seconds": seconds, "policies": used, "calibration": about}
+    row |= {"measured": plan.measured, **bench.measure(plan)}
+    bench.again()
+    tell(f"mixture {budget}", row)
+    return row
 
 
 def singles(bench: Bench, name: str, most_error: float) -> list[dict[str, Any]]:
@@ -229,7 +228,7 @@ def save(found: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="examples/models/tiny-llama")
     parser.add_argument("--length", type=int, default=8192)
@@ -237,6 +236,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.01, 0.02, 0.04, 0.08])
     parser.add_argument("--methods", nargs="*", default=None)
+    parser.add_argument("--among", nargs="*", default=None, help="methods that mixtures may use")
     parser.add_argument("--tasks", nargs="*", default=TASKS)
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--most-error", type=float, default=0.12, help="of rivals")
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="take up the named journal")
     parser.add_argument("--join", type=Path, nargs="*", help="results to put together")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.join:
         found = joined(args.join)
         save(found, args.out)
@@ -255,14 +255,16 @@ def main() -> None:
             "model": args.model, "tokens": args.length, "batch": args.batch,
             "dtype": str(bench.dtype), "preset": args.preset, "prompts": len(bench.references),
             "environment": environment(bench.model.device), "dense_ms": bench.dense_ms,
-            "mixtures": mixtures(bench, args), "singles": [],
+            "mixtures": [], "singles": [],
         }  # fmt: skip
-        save(found, args.out)
+        for budget in args.budgets:
+            found["mixtures"].append(mixture(bench, args, budget))
+            save(found, args.out)  # a run that is cut short keeps what it has
         refused = {n for m in found["mixtures"] for n in m["calibration"]["refused"]}
         able = [n for n in names() if "prefill" in load(n).phases and n not in refused]
         for name in able if args.methods is None else args.methods:
             found["singles"] += singles(bench, name, args.most_error)
-            save(found, args.out)  # a run that is cut short keeps what it has
+            save(found, args.out)
         if own is None:
             args.journal.unlink(missing_ok=True)
     for row in found["table"]:

@@ -17,9 +17,9 @@ from accelkit.calibration import frames, video
 HERE = Path(__file__).parent
 PROMPTS = [
     "a red circle moving left on a gray background",
-    "a blue cross moving up right and a green square moving down on a white background",
+    "a blue cross moving up on a white background",
     "a yellow triangle moving down on a black background",
-    "a green circle moving up left and a red square moving right on a black background",
+    "a green square moving right",
 ]
 
 

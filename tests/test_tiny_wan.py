@@ -183,3 +183,32 @@ def test_the_autoencoder_keeps_the_shapes_and_whole_clips_are_the_same_function(
     error = ((again - video) / 2).square().mean()
     assert -10 * error.log10() >= 30
     assert shapes.look((again[0].permute(1, 2, 3, 0) + 1) / 2).things != ()
+
+
+# -- training -----------------------------------------------------------------------------------
+
+
+def test_muon_steps_are_orthogonal():
+    from tiny_wan import Muon
+
+    torch.manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.zeros(s)) for s in ((64, 32), (32, 64), (64, 32))]
+    for matrix in matrices:
+        matrix.grad = torch.randn(matrix.shape)
+    Muon(matrices).step(0.5)
+    for matrix in matrices:
+        values = torch.linalg.svdvals(matrix.detach()) / (0.5 * 0.2 * 64**0.5)
+        assert 0.6 < values.min() < values.max() < 1.25
+        assert (matrix * matrix.grad).sum() < 0, "downhill"
+
+
+def test_a_new_autoencoder_already_passes_colours():
+    from tiny_wan import WholeClips, make_vae
+
+    torch.manual_seed(0)
+    scenes = [shapes.random_scene(random.Random(1), 1, False)]
+    video = drawn(scenes, 9, 32, 32).permute(0, 4, 1, 2, 3) * 2 - 1
+    whole = WholeClips(make_vae())
+    with torch.no_grad():
+        again = whole.decode(whole.encode(video)[0])
+    assert ((again - video) / 2).square().mean().sqrt() < 0.15

@@ -119,7 +119,7 @@ def fit(
             costs[method.kind], used = found
             sizes |= dict.fromkeys(used)
             if shape.causal:
-                sizes |= dict.fromkeys(_other_units(method, calls[lengths[0]]))
+                sizes |= dict.fromkeys(_other_units(method, calls[tokens]))
     fitted = {}
     for size in sizes:
         tell(f"kernel {name(size)}")

@@ -42,6 +42,8 @@ LENDABLE = 0.15
 """Error up to which a head's lists are worth lending."""
 PROBE_TOKENS = 512
 """Length of the prompts on which weights are measured."""
+LEAST_WEIGHT = 0.1
+"""Share of the median weight that no head is below: noise that seems to do nothing was drowned."""
 PROBES = 2048
 """Heads that get noise of their own; models with more share probes among neighbours."""
 
@@ -61,7 +63,7 @@ class Preset:
 
 
 PRESETS = {
-    "fast": Preset(2, 4, 5, 0, 4, ("multi_key",)),
+    "fast": Preset(2, 4, 5, 0, 4, ("multi_key", "text")),
     "balanced": Preset(4, 5, 7, 2, 5, ("multi_key", "text")),
     "careful": Preset(5, 6, 8, 4, 5, ("multi_key", "variables", "text")),
 }
@@ -325,7 +327,11 @@ def weighed(
             found[place] = np.maximum(found.get(place, spread), spread).tolist()
     known = [w for ws in found.values() for w in ws]
     middle = float(np.median(known)) if known else 1.0
-    return {place: found.get(place, [middle] * count) for place, count in heads.items()}
+    least = LEAST_WEIGHT * middle
+    return {
+        place: [max(w, least) for w in found.get(place, [middle] * count)]
+        for place, count in heads.items()
+    }
 
 
 def _weigh(

@@ -26,6 +26,8 @@ from accelkit.patches.plan import Plan
 
 NOISE = 0.05
 """Relative L1 size of the noise by which weights are measured."""
+LOUD = 0.3
+"""The same in half precision, where rounding drowns what a few per cent do to one head."""
 ROUNDING = 2.0**-8
 """Relative size of the noise that tells how far rounding alone carries in half precision."""
 MOST_DROP = 0.01
@@ -121,18 +123,21 @@ returns what to compare, `[copies, …]`.
 
 
 def site_weights(show: Show, groups: Sequence[Sequence[int]]) -> list[float]:
-    """Change of the budget error ÷ 0.05 when the heads of each group get 5 % noise on their output.
+    """Change of the budget error ÷ the noise when the heads of each group get some on their output:
+    5 % in fp32, more in half precision.
 
     All groups share one forward: entry g of the batch has the noise of group g, the last two have
     none and the noise of rounding. What rounding alone does in half precision is subtracted in
     squares. Heads of a group share its weight in squares as well.
     """
-    probes = len(groups)
+    probes, size = len(groups), NOISE
 
     def disturb(call: AttentionCall, dense: Partial) -> None:
+        nonlocal size
+        size = NOISE if dense.out.dtype == torch.float32 else LOUD
         noise = noise_like(dense.out[0])
         for g, heads in enumerate(groups):
-            dense.out[g, list(heads)] += (NOISE * noise[list(heads)]).to(dense.out.dtype)
+            dense.out[g, list(heads)] += (size * noise[list(heads)]).to(dense.out.dtype)
         dense.out[probes + 1] += (ROUNDING * noise).to(dense.out.dtype)
 
     found = show(probes + 2, disturb)
@@ -143,7 +148,7 @@ def site_weights(show: Show, groups: Sequence[Sequence[int]]) -> list[float]:
     out = []
     for g, heads in enumerate(groups):
         change = relative(found[g], true)
-        out.append(max(change**2 - floor**2, 0.0) ** 0.5 / NOISE / len(heads) ** 0.5)
+        out.append(max(change**2 - floor**2, 0.0) ** 0.5 / size / len(heads) ** 0.5)
     return out
 
 

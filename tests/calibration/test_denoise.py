@@ -12,7 +12,7 @@ import torch
 from tiny_cases import probe_methods
 
 import accelkit
-from accelkit.calibration import denoise_check, denoise_measure, denoise_weights, fit
+from accelkit.calibration import denoise_check, denoise_measure, fit
 from accelkit.calibration.denoise_look import buckets
 from accelkit.errors import InvalidInputError, PlanTransferWarning
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost

@@ -14,6 +14,7 @@ import pytest
 CASES = [
     ("gluon", "int8", "fp8", 128, True),
     ("triton", "int8", "fp8", 64, False),
+    ("triton", "int8", "native", 64, False),
 ]
 
 
@@ -31,12 +32,14 @@ def test_machine_code() -> None:
     for case, found in zip(CASES, json.loads(done.stdout), strict=True):
         form, d = case[0], case[3]
         assert found["LDL"] == found["STL"] == found["stack"] == 0, (case, found)
-        # Products of K = 32; two sites of QK and of PV for each kind of consumer warp.
+        # Products of 32 (16) terms; two sites of QK and of PV for each kind of consumer warp.
         consumers = 2 if form == "gluon" else 1
         assert found["IGMMA"] == 2 * consumers * d // 32, (case, found)
-        assert found["QGMMA"] == 2 * consumers * 128 // 32, (case, found)
+        products, depth = (found["QGMMA"], 32) if case[2] == "fp8" else (found["HGMMA"], 16)
+        assert products == 2 * consumers * 128 // depth, (case, found)
         # One wait for each product, not for each of its instructions.
         assert found["waits"] == 4 * consumers, (case, found)
+        assert form == "gluon" or found["loose"] == 0, (case, found)
         # One program of twelve warps on a multiprocessor, two of four warps.
         threads, programs = (384, 1) if form == "gluon" else (128, 2)
         assert 65536 // (threads * -(-found["registers"] // 8) * 8) >= programs, (case, found)

@@ -68,9 +68,12 @@ def _fp8(carried):
 
 
 @triton.jit
-def _add_product(acc, carried, v, PV8: tl.constexpr, DTYPE: tl.constexpr):
+def _add_product(acc, alpha, carried, v, PV8: tl.constexpr, DTYPE: tl.constexpr):
+    """acc · α + P · V. Both forms use the product within the iteration that starts it: Triton would
+    leave it under way otherwise, while the registers that hold P are written anew.
+    """
     if PV8:
-        acc += tl.dot(_fp8(carried), v.T, out_dtype=tl.float32)
+        acc = acc * alpha[:, None] + tl.dot(_fp8(carried), v.T, out_dtype=tl.float32)
     else:
         acc = tl.dot(carried.to(DTYPE, bitcast=True), v, acc, out_dtype=tl.float32)
     return acc
@@ -85,7 +88,10 @@ def _values(V, b, h, n0, BN: tl.constexpr, D: tl.constexpr, PV8: tl.constexpr):
     return v
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "n_kb", "q_start", "capacity"])
+_SIZES = ["n_heads", "n_kv", "n_q", "n_k", "n_kb", "q_start", "capacity"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _eight_bit(
     Q, K, V, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, LISTS, ITEMS,
     KV_HEADS, OUT_HEADS, Q_POS, K_POS, BIAS,
@@ -139,7 +145,9 @@ def _eight_bit(
             total = total * alpha + tl.sum(p, 1)
             m = m_new
             v = _values(V, b, hk, k0, BN, D, PV8)
-            acc = _add_product(acc * alpha[:, None], _carry(p, PV8, DTYPE, BM, BN), v, PV8, DTYPE)
+            if not PV8:
+                acc = acc * alpha[:, None]
+            acc = _add_product(acc, alpha, _carry(p, PV8, DTYPE, BM, BN), v, PV8, DTYPE)
     v0 = tl.load(LISTS + at + lead // R, mask=n > 0, other=0) * BK + (lead % R) * BN
     k = K.load([b, hk, v0, 0]).reshape(BN, D)
     c = by_row * tl.load(scales + v0 // BN)
@@ -151,6 +159,8 @@ def _eight_bit(
     p = tl.exp2(s - (m_new - FULL)[:, None])
     total = total * alpha + tl.sum(p, 1)
     m = m_new
+    if not PV8:
+        acc = acc * alpha[:, None]
     carried = _carry(p, PV8, DTYPE, BM, BN)
     for j in tl.range(lead + 1, n, num_stages=STAGES):
         k0 = _key0(LISTS, at, j, BK, BN)
@@ -158,7 +168,7 @@ def _eight_bit(
         k = K.load([b, hk, k0, 0]).reshape(BN, D)
         v = _values(V, b, hk, v0, BN, D, PV8)
         s = tl.dot(q, k.T).to(tl.float32)
-        acc = _add_product(acc * alpha[:, None], carried, v, PV8, DTYPE)
+        acc = _add_product(acc, alpha, carried, v, PV8, DTYPE)
         if HAS_BIAS:
             s = add_bias(s * c[:, None], k0 + cols, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
             m_new = tl.maximum(m, tl.max(s, 1))
@@ -169,10 +179,12 @@ def _eight_bit(
         alpha = tl.exp2(m - m_new)
         total = total * alpha + tl.sum(p, 1)
         m = m_new
+        if not PV8:
+            acc = acc * alpha[:, None]
         carried = _carry(p, PV8, DTYPE, BM, BN)
         v0 = k0
     v = _values(V, b, hk, v0, BN, D, PV8)
-    acc = _add_product(acc * alpha[:, None], carried, v, PV8, DTYPE)
+    acc = _add_product(acc, alpha, carried, v, PV8, DTYPE)
 
     d = tl.arange(0, D)
     alive = total > 0.0
@@ -191,7 +203,7 @@ def _eight_bit(
 
 
 _TILES = {  # head size → bm, warps, stages; keys of a tile follow from the unit
-    64: (64, 4, 3),
+    64: (64, 4, 2),
     128: (128, 8, 3),
 }
 
@@ -254,6 +266,8 @@ def _warps_of_trades(launch: Launch) -> str | None:
         return "positions are permuted"
     if isinstance(launch.bias, torch.Tensor):
         return "keys have a bias"
+    if launch.q.shape[3] != 128:
+        return "heads of 64 run faster as three programs on a multiprocessor"
     if launch.index.size[0] % 128 or block_of(launch.index.size[1]) < 64:
         return f"units of {launch.index.size} tokens do not divide into 128 × 64"
     return None if find_spec("triton.experimental.gluon") else "this triton has no gluon"

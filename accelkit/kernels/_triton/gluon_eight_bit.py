@@ -1,10 +1,10 @@
 """Block-sparse attention forward in 8 bits for Hopper, in warps of different trades.
 
 A producer warp reads the lists and copies Q, K and V tiles into shared memory; two consumer
-warpgroups of 64 query rows each multiply them, and the softmax of one runs under the products of
-the other and under its own product PV of the tile before. A program stays on its multiprocessor and
-walks over rows, longest first. Scales, the factor 2⁸ of P and fresh accumulators are those of
-`eight_bit`.
+warpgroups of 64 query rows each take turns to start the scores of a tile and the product PV of the
+tile before. The softmax of one runs under the products of the other and under its own PV. A program
+stays on its multiprocessor and walks over rows, longest first. Scales, the factor 2⁸ of P and fresh
+accumulators are those of `eight_bit`.
 """
 
 from __future__ import annotations
@@ -158,6 +158,17 @@ def _added(acc, alpha, pv, PV8: gl.constexpr):
 
 
 @gluon.jit
+def _sums(p, BN: gl.constexpr):
+    """Row sums as the four threads of a row hold them, [rows, 4]: joined once, at the end."""
+    return gl.sum(gl.sum(p.reshape([_ROWS, BN // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _scaled(total, alpha):
+    return total * gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout))[:, None]
+
+
+@gluon.jit
 def _in_order(x):
     """`x`, by way of a store that never happens (no row sum is negative). Without it the assembler
     moves the wait for PV in front of the softmax, which is there to run under it.
@@ -176,7 +187,6 @@ def _consume(
     q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
     BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr,
     CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr,
-    MODE: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     INT: gl.constexpr = k.dtype == gl.int8
@@ -206,7 +216,7 @@ def _consume(
         by_row = gl.load(Q_SCALE + q_at + rows, mask=rows < n_q, other=0.0) * factor
         scales = K_SCALE + (b64 * n_kv + hk) * n_kb
         m = gl.full([_ROWS], -1e30, gl.float32, s_row)
-        total = gl.zeros([_ROWS], gl.float32, s_row)
+        total = _sums(gl.zeros([_ROWS, BN], gl.float32, sl), BN)
         alpha = gl.zeros([_ROWS], gl.float32, s_row)
         acc = gl.zeros([_ROWS, D], gl.float32, ol)
         side = round % 2
@@ -227,7 +237,7 @@ def _consume(
                     m_new = gl.maximum(m, gl.max(s, 1))
                     alpha = gl.exp2(m - m_new)
                     p = gl.exp2(s - (m_new - FULL)[:, None])
-                    total = total * alpha + gl.sum(p, 1)
+                    total = _scaled(total, alpha) + _sums(p, BN)
                     m = m_new
                     mbarrier.wait(v_full.index(stage), phase)
                     packed = _pack(p, BN, v.dtype)
@@ -248,7 +258,7 @@ def _consume(
             m_new = gl.maximum(m, gl.max(s, 1))
             alpha = gl.exp2(m - m_new)
             p = gl.exp2(s - (m_new - FULL)[:, None])
-            total = total * alpha + gl.sum(p, 1)
+            total = _scaled(total, alpha) + _sums(p, BN)
             m = m_new
             packed = _pack(p, BN, v.dtype)
             k0 = _key0(LISTS, at, gl.minimum(lead + 1, n - 1), BK, BN)
@@ -260,33 +270,23 @@ def _consume(
                 before = gl.convert_layout(alpha, o_row)
                 base = none if PV8 else acc * before[:, None]
                 mbarrier.wait(k_full.index(stage), phase)
-                if MODE == 0:
-                    s = _scores(mine, k, stage, zero, BN, D)
-                    mbarrier.wait(v_full.index(v_stage), v_phase)
-                    s = warpgroup_mma_wait(0, deps=[s])
-                    mbarrier.arrive(k_empty.index(stage))
-                    pv = _product(packed, v, v_stage, base, BN, D, pl)
-                else:
-                    mbarrier.wait(v_full.index(v_stage), v_phase)
-                    if MODE == 2:
-                        mbarrier.wait(turns.index(WHO), turn)
-                        turn ^= 1
-                    s = _scores(mine, k, stage, zero, BN, D)
-                    pv = _product(packed, v, v_stage, base, BN, D, pl)
-                    if MODE == 2:
-                        mbarrier.arrive(turns.index(1 - WHO))
-                    s = warpgroup_mma_wait(1, deps=[s])
+                mbarrier.wait(v_full.index(v_stage), v_phase)
+                mbarrier.wait(turns.index(WHO), turn)
+                s = _scores(mine, k, stage, zero, BN, D)
+                pv = _product(packed, v, v_stage, base, BN, D, pl)
+                mbarrier.arrive(turns.index(1 - WHO))
+                turn ^= 1
+                s = warpgroup_mma_wait(1, deps=[s])
                 s = s.to(gl.float32)
                 m_new = gl.maximum(m, gl.max(s, 1) * c)
                 p = gl.exp2(s * c[:, None] - (m_new - FULL)[:, None])
                 alpha = gl.exp2(m - m_new)
-                total = total * alpha + gl.sum(p, 1)
+                total = _scaled(total, alpha) + _sums(p, BN)
                 m = m_new
                 following = _pack(p, BN, v.dtype)
                 total = _in_order(total)
                 pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-                if MODE > 0:
-                    mbarrier.arrive(k_empty.index(stage))
+                mbarrier.arrive(k_empty.index(stage))
                 mbarrier.arrive(v_empty.index(v_stage))
                 acc = _added(acc, before, pv, PV8)
                 packed = following
@@ -299,6 +299,7 @@ def _consume(
             acc = _added(acc, before, pv, PV8)
             stage, phase = _next(stage, phase, STAGES)
         mbarrier.arrive(q_empty.index(side))
+        total = gl.convert_layout(gl.sum(total, 1), s_row)
         alive = total > 0.0
         safe = gl.where(alive, total, 1.0)
         lse = (m - FULL + gl.log2(safe)) * 0.6931471805599453
@@ -318,14 +319,16 @@ def _consume(
         gl.store(place + d[None, :], acc.to(OUT.dtype.element_ty), mask=(o_rows < n_q)[:, None])
 
 
-@gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "n_kb", "q_start", "capacity"])
+_SIZES = ["n_items", "n_heads", "n_kv", "n_q", "n_k", "n_kb", "q_start", "capacity"]
+
+
+@gluon.jit(do_not_specialize=_SIZES)
 def _eight_bit(
     q_desc, k_desc, v_desc, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS,
     KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k, n_kb,
     q_start, capacity, factor,
     BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr,
     CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr,
-    MODE: gl.constexpr,
 ):  # fmt: skip
     v_box: gl.constexpr = [STAGES, 1, 1, D, BN] if PV8 else [STAGES, 1, 1, BN, D]
     q = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, _ROWS, D], q_desc.layout)
@@ -341,13 +344,13 @@ def _eight_bit(
                 0, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS,
                 OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k,
                 n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES, MODE,
+                v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES,
             )),
             (_consume, (
                 1, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS,
                 OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k,
                 n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES, MODE,
+                v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, q, k, v, q_full,
@@ -378,7 +381,7 @@ def stages(pv8: bool) -> int:
     return 4 if pv8 else 3
 
 
-def run(launch: Launch, ops: Operands, work: Work, mode: int = 1) -> None:
+def run(launch: Launch, ops: Operands, work: Work) -> None:
     """Start the kernel over lowered work."""
     (bq, bk), d, pv8 = launch.index.size, launch.q.shape[3], ops.v_scale is not None
     bn, some, n_items = ops.block, ops.q_scale, work.items.shape[0] * (bq // 128)
@@ -394,5 +397,5 @@ def run(launch: Launch, ops: Operands, work: Work, mode: int = 1) -> None:
         launch.q_start, work.capacity, launch.scale * LOG2E,
         BQ=bq, BK=bk, BN=bn, D=d, PV8=pv8, CAUSAL=launch.causal,
         EXTRA_MASKED=not one_masked(launch, bn), SMOOTH=ops.shift is not None,
-        STAGES=stages(pv8), MODE=mode, num_warps=4,
+        STAGES=stages(pv8), num_warps=4,
     )  # fmt: skip

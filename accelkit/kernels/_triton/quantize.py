@@ -23,7 +23,7 @@ def _eight(y, INT: tl.constexpr):
     return out
 
 
-@triton.jit(do_not_specialize=["n", "chunks"])
+@triton.jit(do_not_specialize=["heads", "n", "chunks"])
 def _sums(
     K, V, SUMS, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, heads, n, chunks,
     ROWS: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
@@ -74,7 +74,7 @@ def _facts(SUMS, K_MEAN, V_MEAN, V_SCALE, n, chunks, BD: tl.constexpr, TOP: tl.c
     tl.store(V_SCALE + bh * BD + d, tl.maximum((v_top + tl.abs(v_mean)) / TOP, _LEAST))
 
 
-@triton.jit(do_not_specialize=["n", "blocks"])
+@triton.jit(do_not_specialize=["heads", "n", "blocks"])
 def _keys(
     K, K_MEAN, K8, K_SCALE, s_kb, s_kh, s_kn, heads, n, blocks,
     BLOCK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr,
@@ -96,7 +96,7 @@ def _keys(
     tl.store(K_SCALE + bh * blocks + block, scale)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["heads", "n"])
 def _values(
     V, V_MEAN, V_SCALE, V8, s_vb, s_vh, s_vn, heads, n, n_out,
     ROWS: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
@@ -117,7 +117,7 @@ def _values(
     tl.store(out, v.T, mask=(d < DV)[:, None] & (place < n_out)[None, :])
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["heads", "kv_heads", "n"])
 def _queries(
     Q, K_MEAN, Q8, Q_SCALE, SHIFT, Q_HEADS, KV_HEADS, s_qb, s_qh, s_qn, heads, kv_heads, n, scale,
     ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr,
