@@ -423,6 +423,7 @@ def main() -> None:
 
     pipe = pipelines.open_pipeline(args.model, device=device)
     pipe.set_progress_bar_config(disable=True)
+    pipe.vae.to(torch.float32)  # what is compared is attention, not how pictures are decoded
     size = Settings(*args.size, args.steps)
     subject = Subject(pipe, size, args.prompts, args.guidance)
     seen = video_bench.denoise_look.glance(pipe, size, subject.one)
