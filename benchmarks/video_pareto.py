@@ -21,9 +21,10 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,16 @@ def finer(family: Family) -> Family:
     return Family(family.name, tuple(settings), family.field)
 
 
+def spread(settings: Sequence[Any]) -> list[Any]:
+    """Both ends first, then what lies farthest from those before."""
+    left, found = list(range(len(settings))), []
+    while left:
+        best = max(left, key=lambda i: (min((abs(i - j) for j in found), default=i == 0), -i))
+        left.remove(best)
+        found.append(best)
+    return [settings[i] for i in found]
+
+
 def alone(pipe: Any, method: AttentionMethod, tables: dict[str, torch.Tensor]) -> Plan:
     """The method in every head behind the dense steps."""
     fingerprint, heads = facts(pipe)
@@ -243,14 +254,22 @@ def run_alone(
     share: float, size: tuple[int, int],
 ) -> dict[str, Any] | None:  # fmt: skip
     plan = alone(subject.pipe, method, tables)
-    with accelkit.patch(subject.pipe, plan) as handle, handle.measuring():
+    with accelkit.patch(subject.pipe, plan) as handle:
+        with handle.measuring():
+            # Few steps of one prompt tell the density: lists are read back for it.
+            video.run(subject.pipe, replace(subject.settings, num_inference_steps=4), subject.one)
+        densities = [s.density for s in handle.report().sites.values() if s.density is not None]
+        if not densities:
+            return None
         take, pictures = subject.drawn()
-    report = handle.report()
-    densities = [s.density for s in report.sites.values() if s.density is not None]
-    if not densities:
-        return None
-    density = statistics.fmean(densities)
+    density, renewed = (
+        statistics.fmean(densities),
+        method.renewed(subject.settings.num_inference_steps or 20),
+    )
+    if renewed and density > 1 / 3:
+        density = (3 * density - 1) / 2  # one of these three sparse steps was a renewing one
     ratio = attention_ratio(costs, tokens, method, size, density)
+    ratio = renewed + (1 - renewed) * ratio
     w = DENSE_STEPS
     cost = 1 - share + share * (w + (1 - w) * ratio)
     return {
@@ -260,6 +279,25 @@ def run_alone(
 
 
 # -- the others -----------------------------------------------------------------------------------
+
+
+def ratios_of(journal: Path) -> list[float]:
+    """What MagCache lives on, as a calibration measured it."""
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    found = [json.loads(line)["value"] for line in lines if '"unit": "cache/ratios"' in line]
+    return found[0] if found else []
+
+
+def dialled(cache: Any, ratios: list[float]) -> Family:
+    """At least eight settings of a step cache; none where it lacks its ratios."""
+    if "ratios" in type(cache).model_fields:
+        if not ratios:
+            return Family(cache.kind, (), None)
+        cache = cache.model_copy(update={"ratios": tuple(ratios)})
+    field = cache.dial.field
+    some = tuple(cache.model_copy(update={field: v}) for v in cache.dial.values)
+    family = finer(Family(cache.kind, some, field))
+    return Family(cache.kind, tuple(spread(family.settings)), field)
 
 
 def run_cache(subject: Subject, cache: Any) -> dict[str, Any]:
@@ -385,6 +423,7 @@ def main() -> None:
 
     pipe = pipelines.open_pipeline(args.model, device=device)
     pipe.set_progress_bar_config(disable=True)
+    pipe.vae.to(torch.float32)  # what is compared is attention, not how pictures are decoded
     size = Settings(*args.size, args.steps)
     subject = Subject(pipe, size, args.prompts, args.guidance)
     seen = video_bench.denoise_look.glance(pipe, size, subject.one)
@@ -418,7 +457,7 @@ def main() -> None:
     prompts = [
         {"prompt": subject.shapes.random_scene(rng, 1, False).prompt,
          "guidance_scale": args.guidance}
-        for n in range(8)
+        for _ in range(8)
     ]  # fmt: skip
     journal = args.out.with_suffix(".journal.jsonl")
     for steps in sorted({max(2, round(args.steps * s)) for s in (0.2, 0.25, 0.3, 0.4, 0.5, 0.6,
@@ -432,21 +471,12 @@ def main() -> None:
         add("mixture", run_mixture(
             subject, budget, costs, share, prompts, journal, args.preset, args.methods
         ))  # fmt: skip
-    run = json.loads(next((x for x in journal.read_text().splitlines() if '"cache/ratios"' in x),
-                          '{"value": null}')) if journal.exists() else {"value": None}  # fmt: skip
-    for cache in caches:
-        if "ratios" in type(cache).model_fields:
-            if run["value"] is None:
-                continue
-            cache = cache.model_copy(update={"ratios": tuple(run["value"])})
-        family = finer(Family(cache.kind, tuple(
-            cache.model_copy(update={cache.dial.field: v}) for v in cache.dial.values
-        ), cache.dial.field))  # fmt: skip
-        for one in family.settings:
-            if not late():
-                add(cache.kind, run_cache(subject, one))
     able = [m for m in methods if m.kind in costs.methods]
     families, tables = variants(subject, able)
+    waiting: list[list[tuple[str, Callable[[], dict[str, Any] | None]]]] = []
+    for cache in caches:
+        family = dialled(cache, ratios_of(journal))
+        waiting.append([(cache.kind, partial(run_cache, subject, s)) for s in family.settings])
     for name in dict.fromkeys(m.kind for m in able):
         mine = [f for f in families if f.settings[0].kind == name]
         # Settings without a dial are one curve; a dial's variants are a curve each.
@@ -454,11 +484,15 @@ def main() -> None:
         some = [finer(f) for f in mine if f.field is not None]
         some += [thinned(Family(name, tuple(loose), None), 12)] if loose else []
         for family in some:
-            size_ = unit_of(subject, family.settings[0], tables)
-            for setting in family.settings:
-                if late():
-                    break
-                add(family.name, run_alone(subject, setting, tables, costs, tokens, share, size_))
+            unit = unit_of(subject, family.settings[0], tables)
+            run = partial(run_alone, subject, tables=tables, costs=costs, tokens=tokens,
+                          share=share, size=unit)  # fmt: skip
+            waiting.append([(family.name, partial(run, s)) for s in spread(family.settings)])
+    # A point of every curve before a second one of any: the time may end.
+    for turn in range(max(map(len, waiting), default=0)):
+        for name, run in (row[turn] for row in waiting if turn < len(row)):
+            if not late():
+                add(name, run())
     draw(found, args.out.with_suffix(".png"))
 
 

@@ -46,6 +46,8 @@ PRESETS = {
     "careful": (Preset(5, 5, 8, 0, 6, ()), 3, 4),
 }
 """How much is measured; and how many prompts to measure on and to check on."""
+LEAST = 1e-3
+"""Least share of the sum of errors that arrives in the latents; less is not believed."""
 FIRST = 0.4
 """First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
 
@@ -193,7 +195,7 @@ def _plan(
             influence[b] = small.influence(b, tried, sensitive)
         weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
         tried = trial(found, heads, small.shares, fingerprint)
-        kappa = small.influence(None, tried, weights)
+        kappa = max(small.influence(None, tried, weights), LEAST)
     cached, refused = denoise_caches.options(run, small, caches, allowed)
     planner = Planner(
         seen, found, weights, costs, tokens, cached, kappa, fingerprint, budget,

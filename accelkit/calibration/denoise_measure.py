@@ -10,6 +10,7 @@ import time
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def measured(
             break
         keys = {p: f"measure/{n}/{p}" for p in seen.places}
         if any(k not in run.journal for k in keys.values()):
-            _measure(run, seen, settings, shot, n, methods, costs, tokens)
+            _DenseRun(run, seen, n, methods, costs, tokens).go(settings, shot)
         units.append({p: run.journal[k] for p, k in keys.items() if k in run.journal})
         if not n:
             by = screened_by(seen.places)
@@ -98,120 +99,131 @@ def measured(
     return Measurements(families, screen, units, tables, refresh, run.journal["measure/step"])
 
 
-def _measure(
-    run: Run,
-    seen: Look,
-    settings: Settings,
-    shot: Shot,
-    n: int,
-    methods: Sequence[AttentionMethod],
-    costs: CostTable,
-    tokens: int,
-) -> None:
-    # The first prompt in half of the steps, further ones in a quarter: early and late are the same
-    # shares of them.
-    total = min(seen.total, max(8, seen.total // (4 if n else 2)))
-    branch = seen.branches[n % len(seen.branches)]
-    finest = 0 if n else run.preset.finest
-    late = {p: scaled(s[len(s) // 2], seen.total, total) for p, s in seen.steps.items()}
-    early = {p: max(scaled(s[0], seen.total, total), late[p] - GAP) for p, s in seen.steps.items()}
-    stands_for = screened_by(seen.places)
-    last, step = max(late.values()), 0
-    heavy: dict[int, dict[str, Tensor]] = {}
-    begun: dict[str, _Begun] = {}
-    shelf: dict[Any, Any] = {}
-    by_step: dict[tuple[str, int], list[str]] = {}
-    for places in (early, late):
-        for p, s in places.items():
-            by_step.setdefault((site_of(p), s), []).append(p)
+class _DenseRun:
+    """One dense run of the n-th prompt, in half of the steps (the first one) or a quarter: early
+    and late are the same shares of them.
+    """
 
-    def see(call: AttentionCall, dense: Partial) -> None:
-        for place in dict.fromkeys(by_step[call.site.path, step]):
-            if step == early[place]:
-                begun[place] = first(place, call, dense)
-            if step == late[place]:
-                second(place, call, dense, begun.pop(place))
+    def __init__(
+        self,
+        run: Run,
+        seen: Look,
+        n: int,
+        methods: Sequence[AttentionMethod],
+        costs: CostTable,
+        tokens: int,
+    ) -> None:
+        self.run, self.n, self.methods, self.costs, self.tokens = run, n, methods, costs, tokens
+        self.total = min(seen.total, max(8, seen.total // (4 if n else 2)))
+        self.branch = seen.branches[n % len(seen.branches)]
+        self.stands_for = screened_by(seen.places)
+        self.late = {
+            p: scaled(s[len(s) // 2], seen.total, self.total) for p, s in seen.steps.items()
+        }
+        self.early = {
+            p: max(scaled(s[0], seen.total, self.total), self.late[p] - GAP)
+            for p, s in seen.steps.items()
+        }
+        self.looks: dict[tuple[str, int], list[str]] = {}
+        for places in (self.early, self.late):
+            for p, step in places.items():
+                # Further prompts look where the first one did.
+                if not n or f"measure/0/{p}" in run.journal:
+                    self.looks.setdefault((site_of(p), step), []).append(p)
+        self.heavy: dict[int, dict[str, Tensor]] = {}
+        self.begun: dict[str, _Begun] = {}
+        self.shelf: dict[Any, Any] = {}
 
-    def first(place: str, call: AttentionCall, dense: Partial) -> _Begun:
+    def go(self, settings: Settings, shot: Shot) -> None:
+        """Run it; it ends behind the last look."""
+        step, last = 0, max(step for _, step in self.looks)
+
+        def visit(call: AttentionCall) -> Tensor | None:
+            wanted = call.clock.branch == self.branch and call.ordinal == 0
+            if not wanted or (call.site.path, step) not in self.looks:
+                return None
+            dense = dense_attention(call)
+            for place in dict.fromkeys(self.looks[call.site.path, step]):
+                if step == self.early[place]:
+                    self.begun[place] = self.first(place, call, dense)
+                if step == self.late[place]:
+                    self.second(place, call, dense, self.begun.pop(place))
+            return dense.out
+
+        def each(done: int, latents: Tensor) -> None:
+            nonlocal step
+            step = done + 1
+            if done >= last:
+                raise Enough
+
+        begin, book = time.perf_counter(), self.run.journal
+        with watch(self.run.model, visit):
+            size = replace(settings, num_inference_steps=self.total)
+            take = video.run(self.run.model, size, shot, each=each)
+        book.put(f"run/{self.n}", {"steps": last + 1}, time.perf_counter() - begin)
+        if "measure/step" not in book:
+            # Steps without a look tell how long one takes; without any, the fastest does.
+            spent = np.diff([0.0, *take.ends]).tolist()
+            looked = {s for _, s in self.looks}
+            free = [t for i, t in enumerate(spent) if i and i not in looked]
+            book.put("measure/step", float(np.median(free)) if free else min(spent), 0.0)
+
+    def first(self, place: str, call: AttentionCall, dense: Partial) -> _Begun:
         """Screen the methods on the first prompt, and begin what lives over several steps."""
-        if n:
-            earlier = run.journal[f"measure/0/{place}"]
+        book, suffix = self.run.journal, f"_{bucket_of(place)}"
+        if self.n:
+            earlier = book[f"measure/0/{place}"]
             families = [family_of(k, v) for k, v in earlier["families"].items()]
             tables = _unpacked(earlier["tables"])
-            return _begin(families, replace(call, tables=tables, memory={}))
-        key, suffix = f"screen/{stands_for[place]}", f"_{bucket_of(place)}"
-        tables = {}
-        if stands_for[place] == place:
-
-            def work() -> dict[str, Any]:
-                wanted, mine = calibrated_settings(methods, call.site, call, dense, suffix)
-                tables.update(mine)
-                there = replace(call, tables=mine, memory={})
-                bench = Bench(there, dense, NO_ROWS, shelf=shelf)
-                alike = heavy.setdefault(bucket_of(place), {})
-                found, mask = profile(call, dense, bench.tiles(UNIT[0])[0], alike)
-                alike[call.site.path] = mask
-                few = [thinned(f, run.preset.settings) for f in wanted]
-                rows = {f.name: bench.family(f, len(f.settings)) for f in few}
-                return {
-                    "profile": asdict(found),
-                    "families": {k: v for k, v in rows.items() if v is not None},
-                }
-
-            run.tell(f"screening {len(methods)} methods")
-            run.journal.unit(key, work)
-        families = kept(run.journal[key], costs, tokens, tokens, run.preset.families)
-        kinds = {f.settings[0].kind for f in families}
-        some = [m for m in methods if m.kind in kinds]
-        if not tables:
+        else:
+            key = f"screen/{self.stands_for[place]}"
+            if self.stands_for[place] == place:
+                self.run.tell(f"screening {len(self.methods)} methods")
+                book.unit(key, partial(self._screen, call, dense, bucket_of(place), suffix))
+            most = self.run.preset.families
+            families = kept(book[key], self.costs, self.tokens, self.tokens, most)
+            kinds = {f.settings[0].kind for f in families}
+            some = [m for m in self.methods if m.kind in kinds]
             _, tables = calibrated_settings(some, call.site, call, dense, suffix)
         return _begin(families, replace(call, tables=tables, memory={}))
 
-    def second(place: str, call: AttentionCall, dense: Partial, then: _Begun) -> None:
+    def _screen(
+        self, call: AttentionCall, dense: Partial, bucket: int, suffix: str
+    ) -> dict[str, Any]:
+        wanted, tables = calibrated_settings(self.methods, call.site, call, dense, suffix)
+        there = replace(call, tables=tables, memory={})
+        bench = Bench(there, dense, NO_ROWS, shelf=self.shelf)
+        alike = self.heavy.setdefault(bucket, {})
+        found, alike[call.site.path] = profile(call, dense, bench.tiles(UNIT[0])[0], alike)
+        few = [thinned(f, self.run.preset.settings) for f in wanted]
+        rows = {f.name: bench.family(f, len(f.settings)) for f in few}
+        return {"profile": asdict(found), "families": _without_none(rows)}
+
+    def second(self, place: str, call: AttentionCall, dense: Partial, then: _Begun) -> None:
+        """Measure the best families; those that live over several steps with what they began."""
         there = replace(call, tables=then.tables, memory={})
-        fresh = Bench(there, dense, NO_ROWS, shelf=shelf)
+        fresh = Bench(there, dense, NO_ROWS, shelf=self.shelf)
         later = Bench(replace(there, memory=then.memory), dense, NO_ROWS, primed=True)
+        finest = 0 if self.n else self.run.preset.finest
 
         def work() -> dict[str, Any]:
             rows = {
-                f.name: (later if _renews(f) else fresh).family(f, 0 if _renews(f) else finest)
+                f.name: later.family(f, 0) if _renews(f) else fresh.family(f, finest)
                 for f in then.families
             }
             return {
-                "families": {k: v for k, v in rows.items() if v is not None},
+                "families": _without_none(rows),
                 "loans": [],
-                "lists": _aged(fresh, then, late[place] - early[place]),
+                "lists": _aged(fresh, then, self.late[place] - self.early[place]),
                 "tables": _packed(then.tables, then.families),
             }
 
-        run.tell(f"measuring, prompt {n + 1}")
-        run.journal.unit(f"measure/{n}/{place}", work)
+        self.run.tell(f"measuring, prompt {self.n + 1}")
+        self.run.journal.unit(f"measure/{self.n}/{place}", work)
 
-    def visit(call: AttentionCall) -> Tensor | None:
-        here = call.clock.branch == branch and call.ordinal == 0
-        if not here or (call.site.path, step) not in by_step:
-            return None
-        dense = dense_attention(call)
-        see(call, dense)
-        return dense.out
 
-    def each(done: int, latents: Tensor) -> None:
-        nonlocal step
-        step = done + 1
-        if done >= last:
-            raise Enough
-
-    begin = time.perf_counter()
-    with watch(run.model, visit):
-        shorter = Settings(**{**vars(settings), "num_inference_steps": total})
-        take = video.run(run.model, shorter, shot, each=each)
-    run.journal.put(f"run/{n}", {"steps": last + 1}, time.perf_counter() - begin)
-    # Steps at which nothing was looked at tell how long one takes; without any, the fastest does.
-    spent = np.diff([0.0, *take.ends])
-    looked = {s for _, s in by_step}
-    free = [float(t) for i, t in enumerate(spent) if i and i not in looked]
-    if "measure/step" not in run.journal:
-        run.journal.put("measure/step", float(np.median(free)) if free else float(min(spent)), 0.0)
+def _without_none(rows: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in rows.items() if v is not None}
 
 
 def screened_by(places: Sequence[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from accelkit.calibration import refine
@@ -14,6 +15,7 @@ from accelkit.calibration.assemble import assemble, site_data
 from accelkit.calibration.denoise_caches import Cached
 from accelkit.calibration.denoise_look import Look, bucket_of, buckets, site_of
 from accelkit.calibration.denoise_measure import Measurements
+from accelkit.calibration.denoise_weights import TYPICAL
 from accelkit.calibration.search import DENSE, Choice, Solution, Table, search
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, LayerPlan, Limits, Plan, Schedule
@@ -46,7 +48,13 @@ class Planner:
             {p: self.found.refresh.get(site_of(p), 1) for p in self.seen.places},
         )  # fmt: skip
         self.data = [
-            replace(d, site=site_of(d.site), steps=shares[bucket_of(d.site)]) for d in data
+            replace(
+                d,
+                table=_steep(d.table),
+                site=site_of(d.site),
+                steps=shares[bucket_of(d.site)],
+            )
+            for d in data
         ]
         self.tables = [[_left(d.table, c) for d in self.data] for c in self.caches]
         self.fronts: list[dict[str, Any]] = [{} for _ in self.caches]
@@ -147,6 +155,17 @@ class Planner:
         return best.plan.model_copy(update={"measured": _short(measured)}).with_tables(
             best.plan.tables
         )
+
+
+def _steep(table: Table) -> Table:
+    """Errors above the typical ones, for which influence was measured, count by their square: what
+    a head leaves out does more harm than its size says, and noise does not tell.
+    """
+    options = tuple(
+        replace(o, error=np.where(o.error > TYPICAL, o.error**2 / TYPICAL, o.error))
+        for o in table.options
+    )
+    return replace(table, options=options)
 
 
 def _left(table: Table, cache: Cached) -> Table:

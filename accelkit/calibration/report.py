@@ -129,6 +129,9 @@ def headline(plan: Plan, phase: str | None = None) -> list[tuple[str, str]]:
         ("lengths", reach + (f"; measured up to {high}" if high else "")),
         ("heads", ", ".join(f"{k} {v:.0%}" for k, v in s["shares"].items()) or "none"),
     ]
+    if plan.limits.grid and plan.limits.steps:
+        grid = " × ".join(map(str, plan.limits.grid))
+        lines.insert(2, ("grid", f"{grid} tokens, {plan.limits.steps} denoising steps"))
     if s["density"] is not None:
         lines.append(
             ("density", f"{s['density']:.1%} of the visible pairs are computed, mean over heads")

@@ -331,6 +331,10 @@ def run(
     in `kernels.attend`.
     """
     q_pos, k_pos = call.q_pos, call.k_pos
+    # Keys as the model left them serve equal groups; said so, the host knows it too. Keys laid out
+    # for some heads only are theirs one by one.
+    theirs = k_pos is not None or call.k.shape[1] == len(call.heads) < call.q.shape[1]
+    kv_of_head = call.kv_of_head if theirs else None
     if k_pos is not None and not call.causal and call.q.is_cuda:
         # Holes as keys of weight zero keep the kernel in its main loop; rows of holes go nowhere.
         index, q_pos, k_pos = _weightless(index, k_pos), None, None
@@ -343,8 +347,7 @@ def run(
         causal=call.causal,
         q_start=call.q_start,
         heads=call.heads,
-        # Keys as the model left them serve equal groups; said so, the host knows it too.
-        kv_of_head=None if call.k_pos is None else call.kv_of_head,
+        kv_of_head=kv_of_head,
         key_mask=call.key_mask,
         q_pos=q_pos,
         k_pos=k_pos,
