@@ -29,6 +29,7 @@ from accelkit.kernels.launch import Launch
 from accelkit.kernels.prepare import prepare
 
 DENSITIES = (0.5, 0.1, 0.05)
+KERNELS = ("triton", "gluon", "gluon_full", "gluon_skip")
 UNITS = ((128, 128), (128, 64), (64, 128), (64, 64))
 TABLE = Path(table.__file__).with_name("tuned.json")
 Run = Callable[[], object]
@@ -46,7 +47,7 @@ def candidates(kernel: str, launch: Launch) -> dict[str, tuple[Any, Run]]:
                     [warps, stages],
                     partial(block_sparse.run, launch, work, tile),
                 )
-    elif kernel == "gluon" and bq == 128:
+    elif kernel in ("gluon", "gluon_full") and bq == 128:
         work = lower(launch)
         for stages, q_stages in ((2, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
             for mode in ("lag", "turns"):
@@ -70,14 +71,14 @@ def compiles(run: Run) -> bool:
 
 def best(kernel: str, width: int, unit: tuple[int, int]) -> Any:
     """The table's entry for a kernel, head size and unit."""
-    shape = Shape("", 1, 16, 4, 16384, width, True)
+    shape = Shape("", 1, 16, 4, 16384, width, kernel != "gluon_full")
     q, k, v = random_call(shape, "cuda", torch.bfloat16)
     losses: dict[str, float] = {}
     entries: dict[str, Any] = {}
     for density in DENSITIES:
         index = BlockIndex.from_mask(random_mask(shape, unit, density, "cuda"), unit)
         skip = 1e-4 if kernel == "gluon_skip" else None
-        launch = prepare(q, k, v, index, causal=True, skip=skip)
+        launch = prepare(q, k, v, index, causal=shape.causal, skip=skip)
         if kernel != "triton" and gluon_block_sparse.refusal(launch) is not None:
             return None
         runs = {n: c for n, c in candidates(kernel, launch).items() if compiles(c[1])}
@@ -94,7 +95,7 @@ def best(kernel: str, width: int, unit: tuple[int, int]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--kernels", nargs="+", default=["triton", "gluon", "gluon_skip"])
+    parser.add_argument("--kernels", nargs="+", default=KERNELS)
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128, 256])
     args = parser.parse_args()
     torch.manual_seed(0)
