@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from kernels import Shape, milliseconds, random_call, random_mask
-from triton.runtime.errors import OutOfResources
 
 from accelkit.kernels._triton import block_sparse, gluon_block_sparse
 from accelkit.kernels._triton import tuned as table
@@ -61,14 +60,6 @@ def candidates(kernel: str, launch: Launch) -> dict[str, tuple[Any, Run]]:
     return found
 
 
-def compiles(run: Run) -> bool:
-    try:
-        run()
-    except OutOfResources:
-        return False
-    return True
-
-
 def best(kernel: str, width: int, unit: tuple[int, int]) -> Any:
     """The table's entry for a kernel, head size and unit."""
     shape = Shape("", 1, 16, 4, 16384, width, kernel != "gluon_full")
@@ -81,9 +72,9 @@ def best(kernel: str, width: int, unit: tuple[int, int]) -> Any:
         launch = prepare(q, k, v, index, causal=shape.causal, skip=skip)
         if kernel != "triton" and gluon_block_sparse.refusal(launch) is not None:
             return None
-        runs = {n: c for n, c in candidates(kernel, launch).items() if compiles(c[1])}
-        times = milliseconds({n: c[1] for n, c in runs.items()}, 10)
-        entries = {n: c[0] for n, c in runs.items()}
+        runs = candidates(kernel, launch)
+        times = milliseconds({n: c[1] for n, c in runs.items()}, 60)
+        entries = {n: runs[n][0] for n in times}
         for name, ms in times.items():
             losses[name] = losses.get(name, 0.0) + ms / min(times.values())
         print(
