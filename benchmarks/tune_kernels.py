@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from kernels import Shape, milliseconds, random_call, random_mask
-from triton.runtime.errors import OutOfResources
 
 from accelkit.kernels._triton import block_sparse, gluon_block_sparse
 from accelkit.kernels._triton import tuned as table
@@ -29,6 +28,7 @@ from accelkit.kernels.launch import Launch
 from accelkit.kernels.prepare import prepare
 
 DENSITIES = (0.5, 0.1, 0.05)
+KERNELS = ("triton", "gluon", "gluon_full", "gluon_skip")
 UNITS = ((128, 128), (128, 64), (64, 128), (64, 64))
 TABLE = Path(table.__file__).with_name("tuned.json")
 Run = Callable[[], object]
@@ -46,7 +46,7 @@ def candidates(kernel: str, launch: Launch) -> dict[str, tuple[Any, Run]]:
                     [warps, stages],
                     partial(block_sparse.run, launch, work, tile),
                 )
-    elif kernel == "gluon" and bq == 128:
+    elif kernel in ("gluon", "gluon_full") and bq == 128:
         work = lower(launch)
         for stages, q_stages in ((2, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
             for mode in ("lag", "turns"):
@@ -60,29 +60,21 @@ def candidates(kernel: str, launch: Launch) -> dict[str, tuple[Any, Run]]:
     return found
 
 
-def compiles(run: Run) -> bool:
-    try:
-        run()
-    except OutOfResources:
-        return False
-    return True
-
-
 def best(kernel: str, width: int, unit: tuple[int, int]) -> Any:
     """The table's entry for a kernel, head size and unit."""
-    shape = Shape("", 1, 16, 4, 16384, width, True)
+    shape = Shape("", 1, 16, 4, 16384, width, kernel != "gluon_full")
     q, k, v = random_call(shape, "cuda", torch.bfloat16)
     losses: dict[str, float] = {}
     entries: dict[str, Any] = {}
     for density in DENSITIES:
         index = BlockIndex.from_mask(random_mask(shape, unit, density, "cuda"), unit)
         skip = 1e-4 if kernel == "gluon_skip" else None
-        launch = prepare(q, k, v, index, causal=True, skip=skip)
+        launch = prepare(q, k, v, index, causal=shape.causal, skip=skip)
         if kernel != "triton" and gluon_block_sparse.refusal(launch) is not None:
             return None
-        runs = {n: c for n, c in candidates(kernel, launch).items() if compiles(c[1])}
-        times = milliseconds({n: c[1] for n, c in runs.items()}, 10)
-        entries = {n: c[0] for n, c in runs.items()}
+        runs = candidates(kernel, launch)
+        times = milliseconds({n: c[1] for n, c in runs.items()}, 60)
+        entries = {n: runs[n][0] for n in times}
         for name, ms in times.items():
             losses[name] = losses.get(name, 0.0) + ms / min(times.values())
         print(
@@ -94,7 +86,7 @@ def best(kernel: str, width: int, unit: tuple[int, int]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--kernels", nargs="+", default=["triton", "gluon", "gluon_skip"])
+    parser.add_argument("--kernels", nargs="+", default=KERNELS)
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128, 256])
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -81,7 +81,8 @@ def attend(
         skip: λ in 0 … 1, one number or `[len(heads)]`: a tile is dropped when in every row its
             maximum stays more than
             `−ln λ` under the running one. Tiles are the index units as far as they have at most 128
-            × 128 tokens; the Triton kernel cuts larger ones.
+            × 128 tokens; the Triton kernel cuts larger ones, and the Hopper
+            kernel lets each 64 rows of a tile decide alone.
         out, lse: `[B, Hq, Nq, Dv]` with unit last stride and fp32 `[B, Hq, Nq]`: results go to
             `out[:, heads[j]]` and
             `lse[:, heads[j]]`. Without them `[B, len(heads), …]` is allocated, in the order of

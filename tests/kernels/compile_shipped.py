@@ -54,13 +54,14 @@ def compile_only(found: list[Any]) -> None:
     gluon_block_sparse._processors = lambda device: 132
 
 
-def call(unit: tuple[int, int], width: int, skip: float | None) -> Any:
-    """A causal call of the shipped kind; its tensors are never read."""
+def call(kernel: str, unit: tuple[int, int], width: int) -> Any:
+    """A call that a kernel serves; its tensors are never read."""
+    skip = 0.01 if kernel == "gluon_skip" else None
     q, k, v = (
         torch.empty(1, 1024, h, width, dtype=torch.bfloat16).transpose(1, 2) for h in (8, 2, 2)
     )
     index = BlockIndex.dense(8, 1024 // unit[0], unit, q.device)
-    return prepare(q, k, v, index, causal=True, skip=skip)
+    return prepare(q, k, v, index, causal=kernel != "gluon_full", skip=skip)
 
 
 def report(name: str, kernel: Any, tile: tuple[int, int], width: int) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def shipped() -> list[dict[str, Any]]:
         for width, tiles in widths.items():
             for text in tiles:
                 bm, bn = map(int, text.split("x"))
-                launch = call((bm, bn), int(width), 0.01 if kernel == "gluon_skip" else None)
+                launch = call(kernel, (bm, bn), int(width))
                 work = lower.lower(launch)
                 found.clear()
                 if kernel == "triton":
@@ -105,7 +106,7 @@ def shipped() -> list[dict[str, Any]]:
                     if (tile.bm, tile.bn) != (bm, bn):
                         raise SystemExit(f"{text} at {width} is in the table and never chosen")
                     block_sparse.run(launch, work, Tile(bm, bn, 1, tile.warps, tile.stages))
-                elif kernel == "gluon":
+                elif kernel != "gluon_skip":
                     gluon_block_sparse.run(launch, work)
                 else:
                     gluon_block_sparse.run_skipping(launch, work)

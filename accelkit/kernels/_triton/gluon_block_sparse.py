@@ -87,7 +87,9 @@ def run(
 
     bn, common, constants = _arguments(launch, work)
     if stages is None:
-        stages, q_stages, mode = _tuned("gluon", launch, constants)
+        stages, q_stages, mode = _tuned(
+            "gluon" if launch.causal else "gluon_full", launch, constants
+        )
     gluon_kernel.block_sparse[_grid(launch, work)](
         *common, *_sizes(launch, work), **constants, EXTRA_MASKED=not one_masked(launch, bn),
         STAGES=stages, Q_STAGES=q_stages, MODE=mode, num_warps=4,

@@ -31,6 +31,7 @@ from accelkit.kernels._triton.gluon_kernel import (
     _limits,
     _load,
     _next,
+    _sync,
 )
 
 
@@ -165,6 +166,7 @@ def _consume(
             total, acc, ROWS, BDV, dtype,
         )  # fmt: skip
         tma.store_wait(0)
+        _sync()
         mbarrier.arrive(q_empty)
         place, round = _announced(tickets, ticket_full, ticket_empty, round), round + 1
 
