@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -231,8 +232,8 @@ def main() -> None:
                 )
                 args.output.write_text(
                     json.dumps(
-                        {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                         "rows": rows}, indent=1,
+                        {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+                         "triton": triton.__version__, "rows": rows}, indent=1,
                     )
                 )  # fmt: skip
 

@@ -4,8 +4,8 @@
     python docs/generate.py            write accelkit/plan.schema.json, README's marked parts, pages
     python docs/generate.py --check    write nothing; exit 1 if the schema or README is out of date
 
-Pages made here and kept out of git: docs/methods/*.md, docs/cli.md, docs/benchmarks.md. mkdocs runs
-the script as a hook, so a site is never built from old pages.
+Pages made here and kept out of git: docs/methods/*.md and docs/cli.md. mkdocs runs the script as a
+hook, so a site is never built from old pages.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ CALIBRATION = (
     "One calibration of random weights, whose attention is spread: what it finds there is small, "
     "what it costs is not affected (`benchmarks/prefill_8b.py --calibrate`)."
 )
+SHORT = 16
+"""Rows of a table in README."""
 MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
 
 
@@ -180,13 +182,14 @@ def results() -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows with the same keys as a Markdown table."""
+def table(rows: list[dict[str, Any]], most: int | None = None) -> str:
+    """Rows with the same keys as a Markdown table; of more than `most` the first ones."""
     keys = [k for k in rows[0] if not isinstance(rows[0][k], dict | list)]
     lines = ["| " + " | ".join(k.replace("_", " ") for k in keys) + " |", "|" + "---|" * len(keys)]
-    return "\n".join(
-        [*lines, *("| " + " | ".join(number(r.get(k)) for k in keys) + " |" for r in rows)]
-    )
+    lines += ["| " + " | ".join(number(r.get(k)) for k in keys) + " |" for r in rows[:most]]
+    if rest := len(rows[most:]) if most is not None else 0:
+        lines += ["", f"{rest} more in [docs/benchmarks.md](docs/benchmarks.md)."]
+    return "\n".join(lines)
 
 
 def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -200,6 +203,8 @@ def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
         return [speed_row(row) for row in rows]
     if "dense_own_ms" in rows[0]:
         return [forced_row(row) for row in rows]
+    if "gain" in rows[0]:
+        return [dit_row(row) for row in rows]
     return [kernel_row(row) if "ratio" in row else row for row in rows]
 
 
@@ -283,6 +288,21 @@ def part_row(m: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def dit_row(m: dict[str, Any]) -> dict[str, Any]:
+    """A case of `benchmarks/dit_methods.py`: one attention call."""
+    return {
+        "shape": m["shape"],
+        "method": m["method"],
+        "density": m["density"],
+        "cuDNN dense, ms": m["dense_ms"],
+        "whole call, ms": m["call_ms"],
+        "kernel alone, ms": m["kernel_ms"],
+        "× cuDNN": m["gain"],
+        "search step, ms": m["search_ms"],
+        "error": m["error"],
+    }
+
+
 def machine(data: dict[str, Any]) -> str:
     """Where a result was measured, in a line."""
     facts = data.get("environment") or data
@@ -301,15 +321,15 @@ def title(data: dict[str, Any]) -> str | None:
     return data.get("title") or data.get("model")
 
 
-def benchmarks() -> str:
-    """Every shipped result with the machine it was measured on."""
+def benchmarks(most: int | None = None) -> str:
+    """Every shipped result with the machine it was measured on, in tables of `most` rows."""
     parts = []
     for path, data in results():
         parts.append(
             f"**{title(data) or path.stem}**: {machine(data)} (`benchmarks/results/{path.name}`)"
         )
         rows = rows_of(data)
-        parts.append(table(rows))
+        parts.append(table(rows, most))
         if "whole call, ms" in rows[0]:
             parts += [KERNELS, table([part_row(row) for row in data["parts"]])]
         for key, text in (("forced", FORCED), ("singles", MIXTURE), ("calibration", CALIBRATION)):
@@ -324,7 +344,7 @@ def readme() -> str:
     """README with its marked parts renewed."""
     parts = {
         "methods": lambda: methods_table("accelkit/patches/methods/{}.py"),
-        "benchmarks": benchmarks,
+        "benchmarks": lambda: benchmarks(SHORT),
     }
     text = README.read_text("utf-8")
     return MARK.sub(lambda m: m[1] + parts[m[2]]() + "\n" + m[3], text)
@@ -335,7 +355,6 @@ def pages() -> dict[Path, str]:
     made = {
         DOCS / "methods" / "index.md": "# Methods\n\n" + methods_table("{}.md") + "\n",
         DOCS / "cli.md": cli_page(),
-        DOCS / "benchmarks.md": f"# Measurements\n\n{benchmarks()}\n",
     }
     for cls in method_classes():
         made[DOCS / "methods" / f"{cls.__module__.rpartition('.')[2]}.md"] = method_page(cls)
@@ -344,7 +363,8 @@ def pages() -> dict[Path, str]:
 
 def kept() -> dict[Path, str]:
     """The generated files that are kept in git."""
-    return {SCHEMA: schema(), README: readme()}
+    page = f"# Measurements\n\n{benchmarks()}\n"
+    return {SCHEMA: schema(), README: readme(), DOCS / "benchmarks.md": page}
 
 
 def on_pre_build(config: Any) -> None:
