@@ -178,12 +178,14 @@ def main() -> None:
         "budget_ms": args.budget_ms,
         "errors": [],
         "rows": [],
+        "sparse": [],
     }
     if args.only != "speed":
         report["errors"] = errors(8, 2, 4096, 128, True) + errors(8, 8, 4096, 64, False)
     plan = [(s, DENSITIES, PRECISIONS, args.budget_ms) for s in (LLM, DIT, D64)]
     for job in () if args.only == "errors" else (*plan, (VIDEO, (1.0,), PRECISIONS, 0)):
-        report["rows"] += speed(*job)
+        for row in speed(*job):
+            report["rows" if row["density"] == 1.0 else "sparse"].append(row)
         if args.out:
             args.out.write_text(json.dumps(report, indent=1))
     if args.out:
