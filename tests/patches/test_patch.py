@@ -200,6 +200,30 @@ def test_reuse_reads_the_anchors_lists(llama, ids):
     assert torch.equal(direct, reused)
 
 
+def test_static_lists_serve_other_heads_of_other_layers(llama, ids):
+    """One head a layer runs the window, each time another: the list is made once."""
+    base = plan_of(llama, NARROW)
+    first, second = base.sites
+
+    def only(head: int, policy: int) -> dict:
+        rows = tuple(policy if h == head else 0 for h in range(4))
+        return {"rules": (Rule(phase="prefill", policies=rows),)}
+
+    def logits(policies: tuple[Policy, ...], second_policy: int) -> torch.Tensor:
+        rules = {first: only(1, 1), second: only(2, second_policy)}
+        sites = {path: base.sites[path].model_copy(update=u) for path, u in rules.items()}
+        plan = base.model_copy(update={"policies": policies, "sites": sites})
+        with accelkit.patch(llama, plan) as handle:
+            found = llama(ids).logits
+            assert handle.report().sparse_calls == 2
+        return found
+
+    narrow = Policy(methods=(NARROW,))
+    shared = logits((Policy(), narrow), 1)
+    apart = logits((Policy(), narrow, narrow), 2)  # another row of the table: a list of its own
+    assert torch.equal(shared, apart)
+
+
 def test_reused_lists_end_with_their_forward(ids):
     """Also where the first layer slides and never reaches the plan."""
     kinds = ["sliding_attention", "full_attention", "full_attention"]

@@ -185,7 +185,9 @@ def attend(
 
 @dataclass
 class _Kept:
-    """Answers by their heads, without their call, and how many calls used them."""
+    """Answers by their heads' places in the group, without their call, and how many calls used
+    them. Other heads may come in the same number: lists from geometry are alike for all.
+    """
 
     answers: list[tuple[tuple[int, ...], Answer]]
     used: int = 1
@@ -207,11 +209,18 @@ def _asked(call: AttentionCall, group: HeadGroup, state: PatchState) -> tuple[An
     kept: _Kept | None = shelf.get(key)
     if kept is not None and kept.used != uses:
         kept.used += 1
-        return tuple(_again(a, call.take(heads)) for heads, a in kept.answers)
+        return tuple(
+            _again(a, call.take([call.heads[p] for p in places])) for places, a in kept.answers
+        )
     found = answer(call, group.policy, state)
     if found is None or uses == 1 or not all(map(_keepable, found)):
         return found
-    shelf[key] = _Kept([(a.call.heads, replace(a, call=None)) for a in found])  # type: ignore[arg-type]
+    shelf[key] = _Kept(
+        [
+            (tuple(map(call.heads.index, a.call.heads)), replace(a, call=None))  # type: ignore[arg-type]
+            for a in found
+        ]
+    )
     return found
 
 
