@@ -44,6 +44,7 @@ from accelkit.calibration import (
     video_bench,
 )
 from accelkit.calibration.candidates import (
+    Bench,
     Family,
     between,
     calibrated_settings,
@@ -58,6 +59,7 @@ from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.adapters import facts, sites, watch
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
+from accelkit.patches.sites.attention import PLAIN, answer, compute
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "train"))
@@ -135,7 +137,15 @@ def measured_costs(methods: Sequence[AttentionMethod], device: str, layers: int)
     del pipe
     torch.cuda.empty_cache()
     table = fit.fit(shape, torch.bfloat16, torch.device(device), about["tokens"], methods)
-    return {"share": about["attention_ms"] / step, "table": table.to_dict()}
+    # What low precision and skipping save, no list shows: they are timed at the target's size.
+    call = fit.random_call(shape, torch.bfloat16, torch.device(device), about["tokens"])
+    clocked = {}
+    for method in (m for m in methods if m.kind in table.methods):
+        one = (answer(call, Policy(methods=(method,))) or (None,))[0]
+        if one is not None and one.execution != PLAIN:
+            run = partial(compute, one)
+            clocked[repr(one.execution)] = fit.clock(run, 3, torch.device(device))
+    return {"share": about["attention_ms"] / step, "table": table.to_dict(), "clocked": clocked}
 
 
 def moved(costs: CostTable, tokens: int, heads: int) -> CostTable:
@@ -231,27 +241,28 @@ def alone(pipe: Any, method: AttentionMethod, tables: dict[str, torch.Tensor]) -
     return Plan(fingerprint=fingerprint, policies=policies, sites=layers).with_tables(tables)
 
 
-def unit_of(subject: Subject, method: AttentionMethod, tables: dict) -> tuple[int, int]:
-    """Unit of the method's lists, from one call of one site."""
-    found = [(128, 128)]
+def unit_of(
+    subject: Subject, method: AttentionMethod, tables: dict
+) -> tuple[tuple[int, int], str | None]:
+    """Unit of a method's lists, from one call of one site, and its arithmetic unless plain."""
+    found, arithmetic = [(128, 128)], [None]
 
     def visit(call: Any) -> None:
-        from accelkit.patches.sites.attention import answer
-
         own = {k.rpartition("/")[2]: v for k, v in tables.items() if k.startswith(call.site.path)}
         answers = answer(replace(call, tables=own, memory={}), Policy(methods=(method,)))
         sizes = [getattr(p, "size", None) for a in answers or () for p in a.pieces]
         found.extend(s for s in sizes if s)
+        arithmetic.extend(repr(a.execution) for a in answers or () if a.execution != PLAIN)
         raise video.Enough
 
     with watch(subject.pipe, visit):
         video.begin(subject.pipe, subject.settings, subject.one)
-    return found[-1]
+    return found[-1], arithmetic[-1]
 
 
 def run_alone(
     subject: Subject, method: AttentionMethod, tables: dict, costs: CostTable, tokens: int,
-    share: float, size: tuple[int, int],
+    share: float, size: tuple[int, int], timed: float | None,
 ) -> dict[str, Any] | None:  # fmt: skip
     plan = alone(subject.pipe, method, tables)
     with accelkit.patch(subject.pipe, plan) as handle:
@@ -269,6 +280,8 @@ def run_alone(
     if renewed and density > 1 / 3:
         density = (3 * density - 1) / 2  # one of these three sparse steps was a renewing one
     ratio = attention_ratio(costs, tokens, method, size, density)
+    if timed is not None:
+        ratio = timed / costs.dense_ms(tokens)
     ratio = renewed + (1 - renewed) * ratio
     w = DENSE_STEPS
     cost = 1 - share + share * (w + (1 - w) * ratio)
@@ -319,7 +332,7 @@ def run_cache(subject: Subject, cache: Any) -> dict[str, Any]:
 
 def run_mixture(
     subject: Subject, budget: float, costs: CostTable, share: float, prompts: list[dict],
-    journal: Path, preset: str, methods: list[str] | None,
+    journal: Path, preset: str, methods: list[str] | None, clocked: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     """A plan calibrated with the target's costs, drawn on the held-out prompts."""
     original = denoise_measure.measured
@@ -333,8 +346,9 @@ def run_mixture(
     def speed(checker: Any, plan: Plan) -> dict[str, float]:
         return {"ms": checker.cost(plan), "dense_ms": 1.0}
 
-    saved = fit.fit, denoise_measure.measured, denoise_check.Checker.speed
+    saved = fit.fit, denoise_measure.measured, denoise_check.Checker.speed, Bench._clock
     fit.fit = lambda *args, **options: costs  # type: ignore[assignment]
+    Bench._clock = lambda bench, one: clocked[repr(one.execution)]  # type: ignore[method-assign]
     denoise_measure.measured = measured
     denoise_check.Checker.speed = speed  # type: ignore[method-assign]
     size = subject.settings
@@ -346,7 +360,7 @@ def run_mixture(
             journal=journal, resume=True, progress=False, methods=methods,
         )  # fmt: skip
     finally:
-        fit.fit, denoise_measure.measured, denoise_check.Checker.speed = saved  # type: ignore[method-assign]
+        fit.fit, denoise_measure.measured, denoise_check.Checker.speed, Bench._clock = saved  # type: ignore[method-assign]
     seconds = time.perf_counter() - begin
     opened = accelkit.patch(subject.pipe, plan) if "note" not in plan.measured else nullcontext()
     with opened:
@@ -419,6 +433,7 @@ def main() -> None:
         if args.costs:
             args.costs.write_text(json.dumps(about))
     big, share = CostTable.from_dict(about["table"]), about["share"]
+    clocked = about["clocked"]
     print(f"f = {share:.3f}, {time.perf_counter() - begin:.0f} s; refused: {sorted(big.refused)}")
 
     pipe = pipelines.open_pipeline(args.model, device=device)
@@ -469,7 +484,7 @@ def main() -> None:
         if late():
             break
         add("mixture", run_mixture(
-            subject, budget, costs, share, prompts, journal, args.preset, args.methods
+            subject, budget, costs, share, prompts, journal, args.preset, args.methods, clocked
         ))  # fmt: skip
     able = [m for m in methods if m.kind in costs.methods]
     families, tables = variants(subject, able)
@@ -484,9 +499,9 @@ def main() -> None:
         some = [finer(f) for f in mine if f.field is not None]
         some += [thinned(Family(name, tuple(loose), None), 12)] if loose else []
         for family in some:
-            unit = unit_of(subject, family.settings[0], tables)
+            unit, arithmetic = unit_of(subject, family.settings[0], tables)
             run = partial(run_alone, subject, tables=tables, costs=costs, tokens=tokens,
-                          share=share, size=unit)  # fmt: skip
+                          share=share, size=unit, timed=clocked.get(arithmetic))  # fmt: skip
             waiting.append([(family.name, partial(run, s)) for s in spread(family.settings)])
     # A point of every curve before a second one of any: the time may end.
     for turn in range(max(map(len, waiting), default=0)):
