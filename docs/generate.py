@@ -331,7 +331,9 @@ def benchmarks(most: int | None = None) -> str:
         rows = rows_of(data)
         parts.append(table(rows, most))
         if "whole call, ms" in rows[0]:
-            parts += [KERNELS, table([part_row(row) for row in data["parts"]])]
+            parts.append(KERNELS)
+            if data.get("parts"):
+                parts.append(table([part_row(row) for row in data["parts"]]))
         for key, text in (("forced", FORCED), ("singles", MIXTURE), ("calibration", CALIBRATION)):
             if key in data:
                 parts.append(text)

@@ -78,9 +78,9 @@ def pool(
     return out
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_q", "nk", "nq", "q_start"])
+@triton.jit(do_not_specialize=["n_heads", "n_q", "nk", "nkp", "nq", "q_start"])
 def _rows_by_mean(
-    Q, KM, HEADS, OUT, TOP, s_qb, s_qh, s_qn, s_qd, n_heads, n_q, nk, nq, q_start, factor,
+    Q, KM, HEADS, OUT, TOP, s_qb, s_qh, s_qn, s_qd, n_heads, n_q, nk, nkp, nq, q_start, factor,
     BQ: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -90,31 +90,27 @@ def _rows_by_mean(
     row = tile * BQ + lane
     real = (lane < BQ) & (row < n_q)
     q0 = Q + b * s_qb + tl.load(HEADS + h).to(tl.int64) * s_qh
+    inside = real[:, None] & (d < D)[None, :]
     at = row.to(tl.int64)[:, None] * s_qn + d[None, :] * s_qd
-    q = tl.load(q0 + at, mask=real[:, None] & (d < D)[None, :], other=0.0)
+    q = tl.load(q0 + at, mask=inside, other=0.0)
     limit = tl.where(real, row + q_start, -1)
     end = nk
     if CAUSAL:
         end = tl.minimum(nk, (q_start + tl.minimum(tile * BQ + BQ, n_q) - 1) // BK + 1)
-    line = (bh.to(tl.int64) * nq + tile) * nk
-    best = tl.full([BN], -float("inf"), tl.float32)
-    # Blocks × rows, so that what is summed over the rows stays within a warp.
-    for j in tl.range(0, end, BN, num_stages=2):
+    line = (bh.to(tl.int64) * nq + tile) * nkp
+    for j in range(0, end, BN):
         block = j + tl.arange(0, BN)
-        k_at = (bh.to(tl.int64) * nk + block)[:, None] * D + d[None, :]
-        k = tl.load(KM + k_at, mask=(block < nk)[:, None] & (d < D)[None, :], other=0.0)
-        s = tl.dot(k, q.T, out_dtype=tl.float32, input_precision=PREC) * factor
-        seen = (block < nk)[:, None] & real[None, :]
+        k_at = (bh.to(tl.int64) * nk + block)[None, :] * D + d[:, None]
+        k = tl.load(KM + k_at, mask=(d < D)[:, None] & (block < nk)[None, :], other=0.0)
+        s = tl.dot(q, k, out_dtype=tl.float32, input_precision=PREC) * factor
+        seen = real[:, None] & (block < nk)[None, :]
         if CAUSAL:
-            seen = seen & ((block * BK)[:, None] <= limit[None, :])
+            seen = seen & ((block * BK)[None, :] <= limit[:, None])
         s = tl.where(seen, s, -float("inf"))
-        top = tl.max(s, 1)
-        safe = tl.where(top > -float("inf"), top, 0.0)
-        total = tl.sum(tl.exp2(s - safe[:, None]), 1)
-        total = tl.log2(tl.maximum(total, 1e-30))
-        tl.store(OUT + line + block, safe + total, mask=block < nk)
-        best = tl.maximum(best, top)
-    tl.store(TOP + bh.to(tl.int64) * nq + tile, tl.max(best, 0))
+        top = tl.max(tl.max(s, 1), 0)
+        p = tl.sum(tl.exp2(s - tl.where(top > -float("inf"), top, 0.0)), 0)
+        tl.store(OUT + line + block, p, mask=block < nkp)
+        tl.store(TOP + line // BN + j // BN, top)
 
 
 def rows_by_block_mean(call: Inputs, size: tuple[int, int], keys: Tensor) -> Tensor:
@@ -122,19 +118,21 @@ def rows_by_block_mean(call: Inputs, size: tuple[int, int], keys: Tensor) -> Ten
     Blocks that are not visible hold anything.
     """
     (nq, nk), batch, heads = call.tiles(size), call.q.shape[0], len(call.heads)
-    d, device, bm = call.q.shape[3], call.q.device, max(16, triton.next_power_of_2(size[0]))
-    half = call.q.element_size() == 2
-    out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=device)
-    top = torch.empty((batch, heads, nq, 1), dtype=torch.float32, device=device)
+    bn, d = 64, call.q.shape[3]
+    nkp = ceil_div(nk, bn) * bn
+    bm = max(16, triton.next_power_of_2(size[0]))
+    # Tiles above the diagonal are not visited: zeros, with a maximum that wipes them out.
+    out = call.q.new_zeros((batch, heads, nq, nkp), dtype=torch.float32)
+    top = call.q.new_full((batch, heads, nq, nkp // bn), -float("inf"), dtype=torch.float32)
     _rows_by_mean[(nq, batch * heads)](
-        call.q, keys.to(call.q.dtype).contiguous(), head_table(call.heads, device), out, top,
-        *call.q.stride(), heads, call.n_q, nk, nq, call.q_start, call.scale * LOG2E,
-        BQ=size[0], BM=bm, BK=size[1], BN=128 if half and bm <= 128 else 64, D=d,
-        BD=padded_width(d), CAUSAL=call.causal, PREC=precision(call.q.dtype),
-        num_warps=8 if bm >= 128 else 4, num_stages=2,
+        call.q, keys.to(call.q.dtype).contiguous(), head_table(call.heads, call.q.device), out, top,
+        *call.q.stride(), heads, call.n_q, nk, nkp, nq, call.q_start, call.scale * LOG2E,
+        BQ=size[0], BM=bm, BK=size[1], BN=bn, D=d, BD=padded_width(d), CAUSAL=call.causal,
+        PREC=precision(call.q.dtype), num_warps=8 if bm >= 128 else 4, num_stages=2,
     )  # fmt: skip
-    # Relative to the greatest logit of the tile; rows that see nothing have none.
-    return out.sub_(top.masked_fill_(top == -float("inf"), 0.0)).exp2_()
+    greatest = top.amax(-1, keepdim=True)
+    share = torch.exp2(top - greatest.masked_fill(greatest == -float("inf"), 0.0))
+    return out.unflatten(-1, (-1, bn)).mul_(share[..., None]).flatten(-2)[..., :nk]
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_k", "n_tiles", "first"])
