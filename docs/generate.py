@@ -45,7 +45,7 @@ CALIBRATION = (
     "One calibration of random weights, whose attention is spread: what it finds there is small, "
     "what it costs is not affected (`benchmarks/prefill_8b.py --calibrate`)."
 )
-SHORT = 16
+SHORT = 14
 """Rows of a table in README."""
 MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
 
@@ -330,10 +330,8 @@ def benchmarks(most: int | None = None) -> str:
         )
         rows = rows_of(data)
         parts.append(table(rows, most))
-        if "whole call, ms" in rows[0]:
-            parts.append(KERNELS)
-            if data.get("parts"):
-                parts.append(table([part_row(row) for row in data["parts"]]))
+        if "parts" in data:
+            parts += [KERNELS, table([part_row(row) for row in data["parts"]])]
         for key, text in (("forced", FORCED), ("singles", MIXTURE), ("calibration", CALIBRATION)):
             if key in data:
                 parts.append(text)

@@ -12,6 +12,8 @@ import torch
 
 from accelkit.kernels.launch import Launch
 
+TILE = 128
+"""Rows and keys of the largest tile of any kernel."""
 Key = tuple[str, str, int, tuple[int, int], bool]
 
 
@@ -29,10 +31,11 @@ def table() -> dict[Key, float]:
 
 def speed(backend: str, launch: Launch) -> float | None:
     """The measured speed of a backend for launches like this one, at the nearest measured head
-    size; None where nobody measured.
+    size; None where nobody measured. Larger units run tile by tile, as those of a tile's size do.
     """
-    capability = _capability(launch.q.device)
-    return _nearest(backend, capability, launch.q.shape[3], launch.index.size, launch.causal)
+    capability, (bq, bk) = _capability(launch.q.device), launch.index.size
+    size = (min(bq, TILE), min(bk, TILE))
+    return _nearest(backend, capability, launch.q.shape[3], size, launch.causal)
 
 
 @lru_cache(maxsize=16)
