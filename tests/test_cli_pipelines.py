@@ -120,3 +120,14 @@ def test_what_cannot_be_used(pipe, plan, tmp_path):
                             code=2)  # fmt: skip
     assert "pipeline" in failed("eval", pipe, code=2)
     assert "accelkit calibrate" in failed("bench", pipe, code=2)
+
+
+def test_a_dense_plan_says_why_nothing_ran_sparse(pipe, plan, tmp_path):
+    found = accelkit.Plan.from_pretrained(plan)
+    dense = found.model_copy(
+        update={"sites": {}, "measured": {"note": "dense: nothing was faster"}}
+    )
+    dense.save_pretrained(tmp_path)
+    text = failed("patch", pipe, "--plan", str(tmp_path), "--prompt", "a red ball", "--no-compare",
+                  code=6)  # fmt: skip
+    assert "dense: nothing was faster" in text

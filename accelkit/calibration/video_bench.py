@@ -99,9 +99,11 @@ def compare(
         report = handle.report()
     cached = any(layer.block for layer in plan.sites.values())
     if not report.sparse_calls and not cached and handle.enabled:
+        planned = any(layer.rules for layer in plan.sites.values())
+        about = str(plan.measured.get("note", "the plan is dense everywhere"))
         raise NothingPatchedError(
-            f"none of {report.calls} attention calls ran sparse ({dict(report.dense)}); the plan "
-            f"begins at {plan.limits.min_length} tokens"
+            f"none of {report.calls} attention calls ran sparse ({dict(report.dense)}); "
+            + (f"the plan begins at {plan.limits.min_length} tokens" if planned else about)
         )
     files: dict[str, str] = {}
     if output is not None:
