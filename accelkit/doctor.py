@@ -127,8 +127,9 @@ def problems(found: dict[str, Any]) -> list[str]:
 
 
 def render(found: dict[str, Any]) -> Group:
-    """What a person reads."""
+    """What a person reads. Texts may hold brackets, which are not markup."""
     from rich.console import Group
+    from rich.markup import escape
     from rich.table import Table
 
     versions = Table(title="Versions", title_justify="left", show_header=False)
@@ -136,7 +137,7 @@ def render(found: dict[str, Any]) -> Group:
         versions.add_row(name, str(value or "not installed"))
     for name, entry in found["optional"].items():
         if name not in found["versions"]:
-            versions.add_row(name, entry["version"] or f"not installed ({entry['for']})")
+            versions.add_row(name, entry["version"] or escape(f"not installed ({entry['for']})"))
     gpus = Table(title="GPUs", title_justify="left")
     for column in ("", "name", "capability", "memory GiB", "multiprocessors"):
         gpus.add_column(column)
@@ -149,10 +150,12 @@ def render(found: dict[str, Any]) -> Group:
         kernels.add_column(column)
     for k in found["kernels"]:
         unit, causal = "×".join(map(str, k["unit"])), "yes" if k["causal"] else "no"
-        kernels.add_row(k["dtype"], str(k["head_dim"]), unit, causal, k["backend"], k["reason"])
+        kernels.add_row(
+            k["dtype"], str(k["head_dim"]), unit, causal, k["backend"], escape(k["reason"])
+        )
     probes = Table(title="Probes", title_justify="left", show_header=False)
     for name, answer in found["probes"].items():
-        probes.add_row(name, answer)
+        probes.add_row(name, escape(answer))
     variables = Table(title="Environment", title_justify="left")
     for column in ("variable", "value", "meaning"):
         variables.add_column(column)

@@ -37,6 +37,8 @@ def test_page_is_drawn(found):
     with console.capture() as capture:
         console.print(doctor.render(found))
     text = capture.get()
+    if not found["optional"]["flash-attn-4"]["version"]:
+        assert "accelkit[fa4]" in " ".join(text.split())
     for title in ("Versions", "Which kernel would serve", "Probes", "Environment"):
         assert title in text
 
