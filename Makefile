@@ -1,4 +1,4 @@
-# make demo | test | lint | types | docs | bench-table | clean
+# make demo | demo-video | test | lint | types | docs | generate | clean
 #
 # TORCH= (empty) keeps the torch of the surrounding Python, for machines with CUDA:  make demo TORCH=
 # TORCH='torch==2.11.0' asks for another release. PYTHON picks the interpreter, VENV the folder.
@@ -10,6 +10,7 @@ TRITON ?= $(shell grep '^triton==' constraints.txt)
 JOBS   ?= 2
 MODEL  ?= examples/models/tiny-llama
 OUT    ?= runs/tiny-llama
+VIDEO  ?= runs/tiny-wan
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -17,7 +18,7 @@ NEEDS := pyproject.toml constraints.txt
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test lint types pytest docs generate clean
+.PHONY: help demo demo-video test lint types pytest docs generate clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +35,10 @@ $(VENV)/.demo: $(VENV)/constraints.txt
 	$(PIP) -c $< -e '.[llm,report]'
 	@touch $@
 
+$(VENV)/.demo-video: $(VENV)/constraints.txt
+	$(PIP) -c $< -e '.[diffusion,report]'
+	@touch $@
+
 # Triton belongs to the CUDA builds of torch; beside a CPU build it is needed for its interpreter.
 $(VENV)/.test: $(VENV)/constraints.txt
 	$(PIP) -c $< -e '.[llm,diffusion,report,dev]'
@@ -47,6 +52,11 @@ $(VENV)/.docs: $(VENV)/.test
 demo: $(VENV)/.demo
 	$(BIN)/accelkit calibrate $(MODEL) --out $(OUT) --budget 2% --lengths 8k --yes
 	$(BIN)/accelkit patch $(MODEL) --plan $(OUT) --demo
+
+# Few steps and methods, so that two CPU cores need minutes.
+demo-video: $(VENV)/.demo-video
+	$(BIN)/python examples/video.py --steps 8 --budget 0.15 --preset fast \
+		--methods window gna sparse_vdit ada_spa --out $(VIDEO)
 
 test: lint types pytest
 
