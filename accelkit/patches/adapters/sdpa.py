@@ -276,17 +276,7 @@ def _sdpa(
 
 
 @_sdpa.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    site: Tensor,
-    tensors: Sequence[Tensor],
-    told: Sequence[int],
-    ordinal: int,
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 

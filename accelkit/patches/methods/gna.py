@@ -58,7 +58,7 @@ class GNA(AttentionMethod):
     block: int = Field(128, ge=16)
 
     def order(self, call: AttentionCall) -> Order | None:
-        where = self._where(call)
+        where = parts.grids.narrowed(call, self.window)
         if where is None:
             return None
         tile = self._tile(where)
@@ -67,7 +67,7 @@ class GNA(AttentionMethod):
         return parts.orders.chunked(call, where, tile, self.dilation)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
-        where = self._where(call)
+        where = parts.grids.narrowed(call, self.window)
         if where is None:
             return None
         return parts.patterns.boxes(
@@ -98,10 +98,6 @@ class GNA(AttentionMethod):
             stride = self.stride[axis]
         window = max(1, window)
         return parts.grids.neighbourhood(length, window, min(stride, window), dilation)
-
-    def _where(self, call: AttentionCall) -> Visual | None:
-        where = parts.grids.visual(call)
-        return None if where is None or min(self.window) >= 1 else where
 
     def _tile(self, where: Visual) -> tuple[int, int, int]:
         return self.tile or parts.grids.fit_tile(where.grid, self.block)

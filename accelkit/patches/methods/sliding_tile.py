@@ -42,13 +42,13 @@ class SlidingTile(AttentionMethod):
     block: int = Field(128, ge=16)
 
     def order(self, call: AttentionCall) -> Order | None:
-        where = self._where(call)
+        where = parts.grids.narrowed(call, self.window)
         if where is None:
             return None
         return parts.orders.chunked(call, where, self._tile(where))
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
-        where = self._where(call)
+        where = parts.grids.narrowed(call, self.window)
         if where is None:
             return None
         tile = self._tile(where)
@@ -57,10 +57,6 @@ class SlidingTile(AttentionMethod):
             for n, t, share in zip(where.grid, tile, self.window, strict=True)
         )
         return parts.patterns.boxes(call, where, (f, y, x), tile, self.block)
-
-    def _where(self, call: AttentionCall) -> Visual | None:
-        where = parts.grids.visual(call)
-        return None if where is None or min(self.window) >= 1 else where
 
     def _tile(self, where: Visual) -> tuple[int, int, int]:
         return self.tile or parts.grids.fit_tile(where.grid, self.block)

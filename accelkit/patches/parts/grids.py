@@ -6,6 +6,7 @@ bool and follow from the geometry alone, so whoever asks keeps them per geometry
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -63,6 +64,11 @@ def visual(call: AttentionCall) -> Visual | None:
         if stop - start == prod(grid):
             return Visual(start, grid, call.n_k)
     return None
+
+
+def narrowed(call: AttentionCall, window: Sequence[float]) -> Visual | None:
+    """The visual tokens where a window, in shares of the axes, leaves any of them out; or None."""
+    return None if min(window) >= 1 else visual(call)
 
 
 # ── cells: tiles and chunks ──────────────────────────────────────────────────────────────────
