@@ -22,6 +22,7 @@ from accelkit.calibration.session import (
     Bar,
     as_budget,
     checked_limit,
+    compile_clock,
     digest,
     producer,
     version,
@@ -37,6 +38,11 @@ from accelkit.patches.plan import Budget, Fingerprint, Plan
 log = logging.getLogger("accelkit")
 LENGTHS = {"cpu": (4096, 8192), "cuda": (8192, 32768)}
 """Prompt lengths without a wish of the user's, by kind of device."""
+STAGES = {
+    "fit": "fit", "screening": "screen/", "measuring": "measure/", "weighing": "weight/",
+    "checking": "check/", "timing": "speed/",
+}  # fmt: skip
+"""Stages whose seconds a plan holds, by the beginning of their units' keys; compiling is apart."""
 SCREEN_TOKENS = 4096
 """Length of the prompt on which methods are screened: half of the longest up to here, else a
 quarter of it.
@@ -136,8 +142,9 @@ def calibrate(
         "batch": batch,
         "seed": seed,
     }
-    book = Journal(journal, settings, resume)
-    with Bar(progress) as bar:
+    with compile_clock() as compiled, Bar(progress) as bar:
+        book = Journal(journal, settings, resume, compiled)
+        before = book.seconds(), book.compiling()
         bar.expect(_units(len(places), inputs, PRESETS[preset]))
         run = Run(
             bare,
@@ -158,6 +165,8 @@ def calibrate(
         finally:
             bare.train(was)
             book.close()
+        whole = time.monotonic() - begun + before[0]
+        compiling = compiled() + before[1]
     about = {
         "data": inputs.about,
         "prompts": [f"{s.task}@{len(s.ids)}" for s in inputs.measure],
@@ -168,15 +177,15 @@ def calibrate(
         "batch": batch,
         "methods": [m.kind for m in tried],
         "skipped": run.skipped,
-        "dense_prefills": round(1e3 * book.seconds() / plan.calibration["dense_prefill_ms"], 1),
+        "dense_prefills": round(
+            1e3 * (whole - compiling) / plan.calibration["dense_prefill_ms"], 1
+        ),
         "seconds": {
-            stage: round(book.seconds(prefix), 1)
-            for stage, prefix in (
-                ("fit", "fit"), ("screening", "screen/"), ("measuring", "measure/"),
-                ("weighing", "weight/"), ("checking", "check/"),
-            )
-        },
-    }  # fmt: skip
+            stage: round(book.seconds(prefix) - book.compiling(prefix), 2)
+            for stage, prefix in STAGES.items()
+        }
+        | {"compiling": round(compiling, 2), "whole": round(whole, 2)},
+    }
     update = {"calibration": about | plan.calibration, "producer": producer("transformers")}
     done = plan.model_copy(update=update)
     return done.with_tables(plan.tables)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from accelkit.calibration.results import installed
@@ -70,6 +72,30 @@ def producer(*libraries: str) -> dict[str, str | None]:
     """What made a plan."""
     packages = ("torch", "triton", *libraries)
     return {"name": "accelkit", "version": version(), **{p: installed(p) for p in packages}}
+
+
+@contextmanager
+def compile_clock() -> Iterator[Callable[[], float]]:
+    """Gives a function that says how many seconds Triton has spent compiling kernels since."""
+    spent = 0.0
+    if find_spec("triton") is None:
+        yield lambda: spent
+        return
+    from triton import knobs
+
+    before = knobs.compilation.listener
+
+    def hear(**compiled: Any) -> None:
+        nonlocal spent
+        spent += compiled["times"].total / 1e6
+        if before is not None:
+            before(**compiled)
+
+    knobs.compilation.listener = hear
+    try:
+        yield lambda: spent
+    finally:
+        knobs.compilation.listener = before
 
 
 class Bar:
