@@ -146,9 +146,7 @@ class Bench:
         }
 
 
-def mixture(
-    bench: Bench, args: argparse.Namespace, budget: float
-) -> tuple[Plan, dict[str, Any]]:
+def mixture(bench: Bench, args: argparse.Namespace, budget: float) -> tuple[Plan, dict[str, Any]]:
     """A calibrated plan; later budgets share the first one's measurements and only search and
     check.
     """
