@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -142,8 +143,11 @@ def calibrate(
         "batch": batch,
         "seed": seed,
     }
-    with compile_clock() as compiled, Bar(progress) as bar:
-        book = Journal(journal, settings, resume, compiled)
+    with (
+        compile_clock() as compiled,
+        Bar(progress) as bar,
+        closing(Journal(journal, settings, resume, compiled)) as book,
+    ):
         before = book.seconds(), book.compiling()
         bar.expect(_units(len(places), inputs, PRESETS[preset]))
         run = Run(
@@ -164,9 +168,13 @@ def calibrate(
             plan = _plan(run, inputs, screen_on, tried, fingerprint, budget, seed, tokenizer)
         finally:
             bare.train(was)
-            book.close()
-        whole = time.monotonic() - begun + before[0]
-        compiling = compiled() + before[1]
+        took = book.unit(
+            f"took/{budget.max_rel_error}",
+            lambda: {
+                "compiling": round(compiled() + before[1], 2),
+                "whole": round(time.monotonic() - begun + before[0], 2),
+            },
+        )
     about = {
         "data": inputs.about,
         "prompts": [f"{s.task}@{len(s.ids)}" for s in inputs.measure],
@@ -178,13 +186,13 @@ def calibrate(
         "methods": [m.kind for m in tried],
         "skipped": run.skipped,
         "dense_prefills": round(
-            1e3 * (whole - compiling) / plan.calibration["dense_prefill_ms"], 1
+            1e3 * (took["whole"] - took["compiling"]) / plan.calibration["dense_prefill_ms"], 1
         ),
         "seconds": {
             stage: round(book.seconds(prefix) - book.compiling(prefix), 2)
             for stage, prefix in STAGES.items()
         }
-        | {"compiling": round(compiling, 2), "whole": round(whole, 2)},
+        | took,
     }
     update = {"calibration": about | plan.calibration, "producer": producer("transformers")}
     done = plan.model_copy(update=update)

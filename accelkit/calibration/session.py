@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -74,28 +74,13 @@ def producer(*libraries: str) -> dict[str, str | None]:
     return {"name": "accelkit", "version": version(), **{p: installed(p) for p in packages}}
 
 
-@contextmanager
-def compile_clock() -> Iterator[Callable[[], float]]:
-    """Gives a function that says how many seconds Triton has spent compiling kernels since."""
-    spent = 0.0
+def compile_clock() -> AbstractContextManager[Callable[[], float]]:
+    """Gives a function that says how many seconds have gone into compiling Triton kernels since."""
     if find_spec("triton") is None:
-        yield lambda: spent
-        return
-    from triton import knobs
+        return nullcontext(lambda: 0.0)
+    from accelkit.kernels._triton import compiling
 
-    before = knobs.compilation.listener
-
-    def hear(**compiled: Any) -> None:
-        nonlocal spent
-        spent += compiled["times"].total / 1e6
-        if before is not None:
-            before(**compiled)
-
-    knobs.compilation.listener = hear
-    try:
-        yield lambda: spent
-    finally:
-        knobs.compilation.listener = before
+    return compiling.clock()
 
 
 class Bar:
