@@ -202,7 +202,7 @@ def tell(what: str, row: dict[str, Any]) -> None:
 def verdict(found: dict[str, Any]) -> list[dict[str, Any]]:
     """For each mixture the fastest single setting whose worst-task error is no larger."""
     table, whole = [], statistics.median(found["dense_ms"])
-    for mixture in found["mixtures"]:
+    for mixture in sorted(found["mixtures"], key=lambda m: m["budget"]):
         rivals = [
             s
             for s in found["singles"]
