@@ -46,6 +46,9 @@ EXPECTED = {
     "ltx": ("ss", [("video", 0, 768)], (3, 16, 16), ("cond_uncond",)),
     "mochi": ("jj", [VIDEO, ("text", 192, 193)], (3, 8, 8), ("cond_uncond",)),
     "cosmos": ("ss", [VIDEO], (3, 8, 8), ("cond", "uncond")),
+    "cosmos2": ("ss", [VIDEO], (3, 8, 8), ("cond", "uncond")),
+    "cosmos2_image": ("ss", [("image", 0, 64)], (1, 8, 8), ("cond", "uncond")),
+    "cosmos25": ("ss", [VIDEO], (3, 8, 8), ("cond", "uncond")),
     "flux": ("jjj", [("text", 0, 12), ("image", 12, 140)], (1, 16, 8), ("cond",)),
     "qwen_image": (
         "jj",
