@@ -24,7 +24,7 @@ from accelkit.errors import (
     ParallelNotSupportedError,
     UnsupportedModelError,
 )
-from accelkit.patches.adapters import sites, watch
+from accelkit.patches.adapters import sdpa, sites, watch
 from accelkit.patches.adapters.processors import keep_padding
 from accelkit.patches.method import load
 from accelkit.patches.patch import plan_of
@@ -284,7 +284,7 @@ def test_two_handles(wan):
 def test_failing_half_way_leaves_no_trace(wan, monkeypatch):
     before = attributes(wan.transformer)
     router = functional.scaled_dot_product_attention
-    connect = accelkit.patches.adapters.sdpa.connect
+    connect = sdpa.connect
     calls = []
 
     def second_fails(*args):
@@ -293,7 +293,7 @@ def test_failing_half_way_leaves_no_trace(wan, monkeypatch):
             raise RuntimeError("in the middle")
         connect(*args)
 
-    monkeypatch.setattr(accelkit.patches.adapters.sdpa, "connect", second_fails)
+    monkeypatch.setattr(sdpa, "connect", second_fails)
     with pytest.raises(RuntimeError, match="in the middle"):
         accelkit.patch(wan, NARROW)
     assert attributes(wan.transformer) == before
@@ -301,18 +301,25 @@ def test_failing_half_way_leaves_no_trace(wan, monkeypatch):
     assert functional.scaled_dot_product_attention is router
 
 
-def test_an_exception_in_a_forward_closes_the_site(wan, sparse):
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_in_a_forward_closes_the_site(wan, sparse, error):
     """The text encoder, which runs next, must not find it open."""
+
+    def fail(*_):
+        raise error
+
+    def attend_elsewhere(*_):
+        functional.scaled_dot_product_attention(*torch.randn(3, 1, 3, 8, 16))
+
     with accelkit.patch(wan, NARROW) as handle:
-        module = wan.transformer.blocks[0].attn1.to_q
-        hook = module.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        hook = wan.transformer.blocks[0].attn1.to_q.register_forward_pre_hook(fail)
+        with pytest.raises(error):
             latents(wan, "wan")
         hook.remove()
-        q = torch.randn(1, 2, 8, 16)
-        functional.scaled_dot_product_attention(q, q, q)
-        assert handle.report().calls == 0
+        inside = wan.text_encoder.encoder.register_forward_pre_hook(attend_elsewhere)
         assert torch.equal(latents(wan, "wan", steps=3), sparse)
+        inside.remove()
+        assert handle.report().calls == 12
 
 
 def test_positional_timestep_is_refused(wan):

@@ -155,6 +155,16 @@ def follow(root: nn.Module, given: Root, undo: ExitStack) -> None:
     undo.callback(root.register_forward_hook(_leave, always_call=True).remove)
 
 
+def shut(module: nn.Module, undo: ExitStack) -> None:
+    """Let every forward of `module`, which is no denoiser, find no site open."""
+    for part in (module, *module.children()):  # an autoencoder is not called itself
+        undo.callback(part.register_forward_pre_hook(_shut).remove)
+
+
+def _shut(module: nn.Module, args: Any) -> None:
+    _HERE.site = None
+
+
 def _enter(root: nn.Module, args: Any, kwargs: Any) -> None:
     getattr(root, ROOT).receive(args, kwargs)
 
