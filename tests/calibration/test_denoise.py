@@ -142,7 +142,6 @@ def test_a_step_cache_is_planned_beside_attention() -> None:
     # Rounds compare like with like: both sides are the whole denoising.
     ratios = [r["predicted_dense_ms"] / r["predicted_ms"] for r in plan.measured["rounds"]]
     assert any(ratio == pytest.approx(plan.measured["predicted_speedup"], 1e-3) for ratio in ratios)
-    assert plan.measured["rounds"][0]["predicted_dense_ms"] > plan.measured["dense_ms"]
     with accelkit.patch(pipe, Plan.from_json(plan.to_json())) as handle:
         latents(pipe, 8)
         calls = handle.report().sites
