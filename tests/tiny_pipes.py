@@ -255,9 +255,10 @@ def cosmos_denoiser(channels: int = 4, mask: int = 0, **options: Any) -> Any:
     channel in released weights, is left out: it would need torchvision.
     """
     return diffusers.CosmosTransformer3DModel(
-        concat_padding_mask=False, in_channels=channels + mask, out_channels=channels, num_attention_heads=HEADS,
-        attention_head_dim=DIM, num_layers=2, mlp_ratio=2, text_embed_dim=TEXT, adaln_lora_dim=4,
-        max_size=(8, 32, 32), patch_size=(1, 2, 2), rope_scale=(1.0, 1.0, 1.0), **options,
+        concat_padding_mask=False, in_channels=channels + mask, out_channels=channels,
+        num_attention_heads=HEADS, attention_head_dim=DIM, num_layers=2, mlp_ratio=2,
+        text_embed_dim=TEXT, adaln_lora_dim=4, max_size=(8, 32, 32), patch_size=(1, 2, 2),
+        rope_scale=(1.0, 1.0, 1.0), **options,
     )  # fmt: skip
 
 
