@@ -1,13 +1,14 @@
 """Tiny random diffusers pipelines of every supported family: the real pipeline classes with tiny
 components built from their configs. Nothing is downloaded.
 
-`tiny_pipe(family)` builds one, the same at every call; `latents(pipe, family, …)` runs it.
+`tiny_pipe(family)` builds one, the same at every call; `latents(pipe, family, …)` runs it; `NARROW`
+is a method that makes all of them sparse.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -34,12 +35,23 @@ from transformers.models.qwen2_5_vl import (
     Qwen2_5_VLTextModel,
 )
 
+from accelkit.patches.method import load
+
 WORDS = (
     "a an the red green blue ball cube ring moves falls left right up down over under".split()  # noqa: SIM905
 )
 TEXT, HEADS, DIM = 16, 2, 16
 """Width of every text encoder; heads of every denoiser and their size."""
 VIDEO = {"height": 128, "width": 128, "num_frames": 9}
+
+
+class Near(load("window")):  # type: ignore[misc]
+    """A static window on both sides, in denoising."""
+
+    phases: ClassVar = ("denoise",)
+
+
+NARROW = Near(sink_tokens=16, window_tokens=17, block=16)
 
 
 def tokenizer(length: int = 12) -> PreTrainedTokenizerFast:

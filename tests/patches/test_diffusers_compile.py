@@ -5,7 +5,6 @@ numbers.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import ClassVar
 
 import pytest
 import torch
@@ -14,20 +13,10 @@ from torch._dynamo.testing import CompileCounter
 import accelkit
 from accelkit.errors import InvalidInputError
 from accelkit.patches.adapters import sites
-from accelkit.patches.method import load
 from accelkit.patches.patch import plan_of
-from tests.tiny_pipes import latents, tiny_pipe
+from tests.tiny_pipes import NARROW, latents, tiny_pipe
 
 pytestmark = pytest.mark.filterwarnings("error::accelkit.errors.DenseFallbackWarning")
-
-
-class Near(load("window")):  # type: ignore[misc]
-    """A window on both sides, in denoising."""
-
-    phases: ClassVar = ("denoise",)
-
-
-NARROW = Near(sink_tokens=16, window_tokens=17, block=16)
 
 
 @pytest.fixture

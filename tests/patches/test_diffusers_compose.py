@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar
 
 import diffusers
 import pytest
@@ -26,21 +25,11 @@ from accelkit.errors import (
 )
 from accelkit.patches.adapters import sdpa, sites, watch
 from accelkit.patches.adapters.processors import keep_padding
-from accelkit.patches.method import load
 from accelkit.patches.patch import plan_of
 from tests.patches.conftest import attributes
-from tests.tiny_pipes import latents, tiny_pipe
+from tests.tiny_pipes import NARROW, latents, tiny_pipe
 
 pytestmark = pytest.mark.filterwarnings("error::accelkit.errors.DenseFallbackWarning")
-
-
-class Near(load("window")):  # type: ignore[misc]
-    """A window on both sides, in denoising."""
-
-    phases: ClassVar = ("denoise",)
-
-
-NARROW = Near(sink_tokens=16, window_tokens=17, block=16)
 
 
 @pytest.fixture
