@@ -14,6 +14,7 @@ from accelkit.errors import (
     DenseFallbackWarning,
     InvalidInputError,
     NothingPatchedError,
+    ParallelNotSupportedError,
     PlanMismatchError,
     UnsupportedModelError,
 )
@@ -258,6 +259,25 @@ def test_compile_fullgraph(llama, ids):
         )
         assert handle.report().sparse_calls == 4
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_op_keeps_its_contract(llama, ids, padded):
+    mask = ids > 20 if padded else None
+    with accelkit.patch(llama, NARROW):
+        number = llama.model.layers[0].self_attn.accelkit_site
+        q, k, v = (torch.randn(2, 300, h, 16).transpose(1, 2) for h in (4, 2, 2))
+        op = torch.ops.accelkit.attention.default
+        torch.library.opcheck(op, (q, k, v, mask, 0.25, number))
+
+
+def test_sharded_heads_are_refused(llama, ids):
+    """Under tensor parallelism a module sees some of the heads that its config names."""
+    with accelkit.patch(llama, NARROW):
+        number = llama.model.layers[0].self_attn.accelkit_site
+        q, k, v = (torch.randn(1, h, 300, 16) for h in (2, 1, 1))
+        with pytest.raises(ParallelNotSupportedError, match="2 query heads here, 4 in the config"):
+            torch.ops.accelkit.attention(q, k, v, None, 0.25, number)
 
 
 def test_compiled_model_is_refused(llama):
