@@ -179,9 +179,8 @@ def choose(launch: Launch, backend: str | None = None) -> Choice:
         )
     if wish == "auto":
         return _best(launch)
-    if wish == "torch" and (refusal := cpu.refusal(launch)):
-        return Choice("reference", f"{source}: torch; {refusal}")
-    if wish in KERNELS and (refusal := KERNELS[wish](launch)):
+    refused = cpu.refusal if wish == "torch" else KERNELS.get(wish)
+    if refused is not None and (refusal := refused(launch)):
         raise KernelUnavailableError(
             f"attend: backend {wish!r} ({source}) cannot serve this call: {refusal}"
         )
