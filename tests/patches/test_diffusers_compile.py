@@ -12,9 +12,8 @@ from torch._dynamo.testing import CompileCounter
 
 import accelkit
 from accelkit.errors import InvalidInputError
-from accelkit.patches.adapters import sites
 from accelkit.patches.patch import plan_of
-from tests.tiny_pipes import NARROW, latents, tiny_pipe
+from tests.tiny_pipes import NARROW, PIPES, latents, tiny_pipe
 
 pytestmark = pytest.mark.filterwarnings("error::accelkit.errors.DenseFallbackWarning")
 
@@ -45,32 +44,41 @@ def counted_graphs(pipe, family: str, how: str):
         torch._dynamo.reset()
 
 
-WAYS = ["module", "in place", "repeated blocks"]
+BY_BLOCKS = ("wan", "wan22", "hunyuan", "hunyuan15", "ltx", "flux", "qwen_image")
+"""Families whose classes name repeated blocks."""
+WHOLE = [family for family in PIPES if family != "hunyuan15"]  # that one branches on its data
 
 
 @pytest.mark.parametrize(
     ("family", "how"),
-    [(f, how) for f in ("wan", "flux") for how in WAYS]
-    + [(f, "repeated blocks") for f in ("hunyuan15", "ltx", "qwen_image")],
+    [(f, "module") for f in ("wan", "flux")]
+    + [(f, "in place") for f in WHOLE]
+    + [(f, "repeated blocks") for f in BY_BLOCKS],
 )
-def test_compiled_as_one_graph_and_equal_to_eager(family, how):
+def test_as_many_graphs_as_without_a_patch_and_equal_to_eager(family, how):
     pipe = tiny_pipe(family)
-    graphs = 1
-    if family != "wan":
-        with counted_graphs(pipe, family, how) as counter:
-            latents(pipe, family, steps=2)
-            graphs = counter.frame_count  # as many as without a patch
+    with counted_graphs(pipe, family, how) as counter:
+        latents(pipe, family)
+        graphs = counter.frame_count
+    prompts = ("a red ball", "the cube falls")
     with accelkit.patch(pipe, NARROW) as handle:
-        eager = [latents(pipe, family, p, steps=3) for p in ("a red ball", "the cube falls")]
+        eager = [latents(pipe, family, p, steps=3) for p in prompts]
+        expected = handle.report()
         handle.reset_report()
         with counted_graphs(pipe, family, how) as counter:
-            again = [latents(pipe, family, p, steps=3) for p in ("a red ball", "the cube falls")]
+            again = [latents(pipe, family, p, steps=3) for p in prompts]
             assert counter.frame_count == graphs
-        assert handle.report().dense == {}
-        forwards = 1 if family in ("flux", "ltx") else 2  # of a step
-        assert handle.report().sparse_calls == 2 * 3 * forwards * len(sites(pipe))
-    for compiled, expected in zip(again, eager, strict=True):
-        torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-4)
+        assert handle.report() == expected
+        assert expected.dense == {}
+    for compiled, wanted in zip(again, eager, strict=True):
+        torch.testing.assert_close(compiled, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["module", "in place", "repeated blocks"])
+def test_one_graph_serves_all_blocks(wan, how):
+    with accelkit.patch(wan, NARROW), counted_graphs(wan, "wan", how) as counter:
+        latents(wan, "wan")
+        assert counter.frame_count == 1
 
 
 def test_another_plan_needs_no_new_graph(wan):
