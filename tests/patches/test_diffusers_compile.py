@@ -12,7 +12,9 @@ from torch._dynamo.testing import CompileCounter
 
 import accelkit
 from accelkit.errors import InvalidInputError
+from accelkit.patches.method import load
 from accelkit.patches.patch import plan_of
+from accelkit.patches.plan import LayerPlan
 from tests.tiny_pipes import NARROW, PIPES, latents, tiny_pipe
 
 pytestmark = pytest.mark.filterwarnings("error::accelkit.errors.DenseFallbackWarning")
@@ -79,6 +81,30 @@ def test_one_graph_serves_all_blocks(wan, how):
     with accelkit.patch(wan, NARROW), counted_graphs(wan, "wan", how) as counter:
         latents(wan, "wan")
         assert counter.frame_count == 1
+
+
+CACHES = {
+    "first_block_cache": {"threshold": 100.0},
+    "taylor_seer": {"interval": 3, "first_steps": 1},
+    "mag_cache": {"ratios": (1.0,) * 6, "threshold": 10.0},
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_step_caches_beside_compiled_blocks(wan, cache):
+    """The library's own hooks break the graph; what is computed stays the same."""
+    plan = plan_of(wan, NARROW)
+    block = LayerPlan(block=load(cache)(**CACHES[cache]))
+    plan = plan.model_copy(update={"sites": {**plan.sites, "transformer": block}})
+    with accelkit.patch(wan, plan) as handle:
+        eager, expected = latents(wan, "wan", steps=6), handle.report()
+        assert 0 < expected.sparse_calls < 2 * 2 * 6
+        handle.reset_report()
+        wan.transformer.compile_repeated_blocks(backend="eager")
+        again = latents(wan, "wan", steps=6)
+        assert handle.report() == expected
+    torch.testing.assert_close(again, eager, atol=1e-5, rtol=1e-4)
+    torch._dynamo.reset()
 
 
 def test_another_plan_needs_no_new_graph(wan):
