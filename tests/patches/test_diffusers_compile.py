@@ -92,7 +92,9 @@ CACHES = {
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_step_caches_beside_compiled_blocks(wan, cache):
-    """The library's own hooks break the graph; what is computed stays the same."""
+    """The library's own hooks break the graph, also inside of attention modules (TaylorSeer); what
+    is computed stays the same, and a site is closed before cross-attention.
+    """
     plan = plan_of(wan, NARROW)
     block = LayerPlan(block=load(cache)(**CACHES[cache]))
     plan = plan.model_copy(update={"sites": {**plan.sites, "transformer": block}})

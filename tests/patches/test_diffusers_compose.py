@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import diffusers
 import pytest
@@ -268,6 +270,19 @@ def test_two_handles(wan):
         latents(wan, "wan")
         assert (first.report().sparse_calls, second.report().sparse_calls) == (16, 6)
     assert functional.scaled_dot_product_attention is original
+
+
+def test_two_threads(wan):
+    """Each has its own open site."""
+    other = tiny_pipe("flux")
+    with accelkit.patch(wan, NARROW), accelkit.patch(other, NARROW) as second:
+        jobs = [partial(latents, wan, "wan", steps=4), partial(latents, other, "flux", steps=6)]
+        expected = [job() for job in jobs]
+        second.reset_report()
+        with ThreadPoolExecutor(2) as pool:
+            found = [f.result() for f in [pool.submit(job) for job in jobs]]
+        assert all(map(torch.equal, found, expected))
+        assert second.report().sparse_calls == 18
 
 
 def test_failing_half_way_leaves_no_trace(wan, monkeypatch):
