@@ -22,7 +22,9 @@ def methods(
     if name:
         one = explain(name)
         text = f"{one['name']}\n\n{one['about']}\n"
-        console.emit(one, as_json, text, console.table("Numbers", one["fields"]))
+        told = any(f["meaning"] for f in one["fields"])
+        rows = [{k: v for k, v in f.items() if told or k != "meaning"} for f in one["fields"]]
+        console.emit(one, as_json, text, console.table("Numbers", rows))
     else:
         found = listing()
         console.emit(found, as_json, console.table("Methods", found))
