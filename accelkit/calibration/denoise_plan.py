@@ -133,7 +133,7 @@ class Planner:
             return plan.model_copy(update={"measured": measured})
         n, solution = best.proposal.choice
         cache = self.caches[n].method
-        keep = ("error", "latent_psnr", "psnr", "ssim")
+        keep = ("error", "latent_psnr", "psnr", "ssim", "lpips")
         measured |= {
             "ms": solution.ms,
             "attention_speedup": self.dense_ms / max(solution.ms, 1e-9),
