@@ -143,6 +143,6 @@ def test_the_op_keeps_its_contract(padded):
         q, k, v = (torch.randn(1, 204, 2, 16).transpose(1, 2) for _ in range(3))
         site = model.transformer_blocks[0].attn.accelkit_site
         seen = [torch.randn(1, 4, 3, 16, 16), torch.tensor([900.0])]
-        torch.library.opcheck(
-            torch.ops.accelkit.sdpa.default, (q, k, v, mask, 0.25, site, seen, [], 0)
-        )
+        op = torch.ops.accelkit.sdpa.default
+        torch.library.opcheck(op, (q, k, v, mask, 0.25, site, seen, [], 0))
+        assert torch.Tag.cudagraph_unsafe in op.tags, "a replayed graph would not look at the step"

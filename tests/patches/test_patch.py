@@ -315,6 +315,7 @@ def test_the_op_keeps_its_contract(llama, ids, padded):
         q, k, v = (torch.randn(2, 300, h, 16).transpose(1, 2) for h in (4, 2, 2))
         op = torch.ops.accelkit.attention.default
         torch.library.opcheck(op, (q, k, v, mask, 0.25, number))
+        assert torch.Tag.cudagraph_unsafe in op.tags, "a replayed graph would not look at the plan"
 
 
 def test_sharded_heads_are_refused(llama, ids):

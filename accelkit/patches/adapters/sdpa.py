@@ -249,7 +249,8 @@ def _dense_reason(
     return None
 
 
-@torch.library.custom_op("accelkit::sdpa", mutates_args=())
+# What runs is decided anew in every call; a replayed CUDA graph would repeat the first decision.
+@torch.library.custom_op("accelkit::sdpa", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _sdpa(
     query: Tensor,
     key: Tensor,

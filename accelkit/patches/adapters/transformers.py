@@ -315,7 +315,8 @@ def _full_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Any) -> Any:
     )
 
 
-@torch.library.custom_op("accelkit::attention", mutates_args=())
+# What runs is decided anew in every call; a replayed CUDA graph would repeat the first decision.
+@torch.library.custom_op("accelkit::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, number: int
 ) -> Tensor:
