@@ -307,6 +307,18 @@ def test_compile_fullgraph(family, ids):
     torch._dynamo.reset()
 
 
+def test_compiled_without_a_cache_is_dense_and_told(llama, ids):
+    """There transformers cannot know that sequences are not packed, and masks them as if."""
+    dense = llama(ids, use_cache=False).logits
+    with accelkit.patch(llama, NARROW) as handle:
+        compiled = torch.compile(llama, fullgraph=True, backend="aot_eager")
+        with pytest.warns(DenseFallbackWarning, match="other than causal"):
+            found = compiled(ids, use_cache=False).logits
+        torch.testing.assert_close(found, dense, atol=1e-5, rtol=1e-4)
+        assert handle.report().dense == {"attention mask other than causal": 2}
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_op_keeps_its_contract(llama, ids, padded):
     mask = ids > 20 if padded else None

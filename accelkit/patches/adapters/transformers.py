@@ -258,14 +258,21 @@ def _forward(
     if number is not None and reason is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return torch.ops.accelkit.attention(query, key, value, attention_mask, scale, number), None
-    if number is not None and not torch.compiler.is_compiling():
-        door = _DOORS[number]
-        door.runner.skipped(door.site.path, reason or "")
+    if number is not None:
+        _skipped(number, reason or "")
     attention_mask = _full_mask(module, query, key, attention_mask)
     previous = _implementation(module)
     return previous(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
     )
+
+
+@torch.compiler.assume_constant_result
+def _skipped(number: int, reason: str) -> bool:
+    """Count a dense call; in compiled code once, while it is traced."""
+    door = _DOORS[number]
+    door.runner.skipped(door.site.path, reason)
+    return True
 
 
 def _dense_reason(
