@@ -70,55 +70,74 @@ def patch(
     console.verbosity(talk)
     from accelkit.calibration import pipelines
 
-    if pipelines.is_pipeline(model):
-        from accelkit.calibration import opening, video_bench
-
-        text = prompt if prompt_file is None else console.read_text(prompt_file).strip()
-        size = console.given(height=height, width=width, num_frames=frames, steps=steps)
-        pipe, read, setting, shot = pipelines.opened(
-            model, plan, text, size, seed, dtype=dtype, device=device
-        )
-        for path in (output, save and save / pipelines.INDEX):
-            if path and path.exists():
-                console.replaces(path, yes)
-        made = video_bench.compare(
-            pipe, read, setting, shot, dense=compare, repeat=repeat or 1, output=output, fps=fps
-        )
-        made_files = made.files()
-        if save is not None:
-            made_files["saved"] = str(opening.save_model(pipe, None, read, save).parent)
-        lines = [f"{k:9}{v}" for k, v in made_files.items()]
-        result_ = made.as_dict() | {"files": made_files}
-        console.emit(result_, as_json, video_bench.table(made), *lines)
-        return
-    sources = [prompt is not None, prompt_file is not None, demo]
-    if sum(sources) > 1 or (not any(sources) and save is None):
-        raise InvalidInputError(
-            "give one of --prompt, --prompt-file and --demo (or only --save DIR)"
-        )
-    long = console.size(length, "--length") if length else None
     text = prompt if prompt_file is None else console.read_text(prompt_file)
-    if save is not None and (save / "config.json").exists():
-        console.replaces(save, yes)
-    from accelkit.calibration import compare as sides
-    from accelkit.calibration import opening
-
-    loaded, tokenizer, read, where = opening.opened(model, plan, dtype=dtype, device=device)
-    document: dict[str, Any] = {"plan": where, "report": opening.report_beside(where)}
-    shown: list[Any] = []
-    if any(sources):
-        opening.need_tokenizer(tokenizer, model)
-        ids, expected = sides.prompt(tokenizer, read, text, long, seed)
-        result = sides.compare(
-            *(loaded, tokenizer, read, ids),
-            expected=expected,
+    where = {"dtype": dtype, "device": device}
+    if pipelines.is_pipeline(model):
+        size = console.given(height=height, width=width, num_frames=frames, steps=steps)
+        opened = pipelines.opened(model, plan, text and text.strip(), size, seed, **where)
+        document, shown = _show(
+            opened, save, yes, dense=compare, repeat=repeat or 1, output=output, fps=fps
+        )
+    else:
+        sources = [prompt is not None, prompt_file is not None, demo]
+        if sum(sources) > 1 or (not any(sources) and save is None):
+            raise InvalidInputError(
+                "give one of --prompt, --prompt-file and --demo (or only --save DIR)"
+            )
+        question = None
+        if any(sources):
+            question = text, console.size(length, "--length") if length else None, seed
+        if save is not None and (save / "config.json").exists():
+            console.replaces(save, yes)
+        document, shown = _answer(
+            *(model, plan, question, save, where),
             max_new_tokens=max_new_tokens,
             dense=compare,
             repeat=3 if repeat is None else repeat,
         )
+    console.emit(document, as_json, *shown)
+
+
+def _show(opened: Any, save: Path | None, yes: bool, **how: Any) -> tuple[dict[str, Any], Any]:
+    """A pipeline with its plan: videos, a contact sheet and what was gained."""
+    from accelkit.calibration import opening, pipelines, video_bench
+
+    pipe, plan, *_ = opened
+    for path in (how["output"], save and save / pipelines.INDEX):
+        if path and path.exists():
+            console.replaces(path, yes)
+    made = video_bench.compare(*opened, **how)
+    files = made.files()
+    if save is not None:
+        files["saved"] = str(opening.save_model(pipe, None, plan, save).parent)
+    lines = [f"{k:9}{v}" for k, v in files.items()]
+    return made.as_dict() | {"files": files}, [video_bench.table(made), *lines]
+
+
+def _answer(
+    name: str,
+    plan: str | None,
+    question: tuple[str | None, int | None, int] | None,
+    save: Path | None,
+    where: dict[str, str],
+    **how: Any,
+) -> tuple[dict[str, Any], Any]:
+    """A language model with its plan: both answers, if there is a question (text or None for the
+    demo, its length, its seed), and where things lie.
+    """
+    from accelkit.calibration import compare as sides
+    from accelkit.calibration import opening
+
+    model, tokenizer, read, place = opening.opened(name, plan, **where)
+    document: dict[str, Any] = {"plan": place, "report": opening.report_beside(place)}
+    shown: list[Any] = []
+    if question is not None:
+        opening.need_tokenizer(tokenizer, name)
+        ids, expected = sides.prompt(tokenizer, read, *question)
+        result = sides.compare(model, tokenizer, read, ids, expected=expected, **how)
         document |= result.as_dict()
         shown += [sides.table(result), *([f"note: {result.note}"] if result.note else [])]
     if save is not None:
-        document["saved"] = str(opening.save_model(loaded, tokenizer, read, save).parent)
+        document["saved"] = str(opening.save_model(model, tokenizer, read, save).parent)
     files = [f"{k:9}{document[k]}" for k in ("plan", "report", "saved") if document.get(k)]
-    console.emit(document, as_json, *shown, *files)
+    return document, [*shown, *files]
