@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -352,6 +356,23 @@ def test_patching_twice(llama):
     accelkit.unpatch(llama)
     assert handle_of(llama) is None
     handle.remove()
+
+
+def test_a_patched_model_goes_when_nobody_needs_it(ids):
+    model = tiny("llama")
+    accelkit.patch(model, NARROW)
+    model(ids)
+    seen = [weakref.ref(model), weakref.ref(model.model.layers[0].self_attn)]
+    del model
+    gc.collect()
+    assert [r() for r in seen] == [None, None]
+
+
+def test_a_copy_is_not_the_handles(llama, ids):
+    with accelkit.patch(llama, NARROW) as handle:
+        for other in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
+            assert handle_of(other) is None
+        assert handle_of(llama) is handle
 
 
 def test_disabled_block_is_dense(llama, ids):

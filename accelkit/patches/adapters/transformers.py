@@ -78,7 +78,8 @@ class _Foreign:
     mask: Any
 
 
-_DOORS: dict[int, _Door] = {}
+# Doors live as long as the undo of their edits, which belongs to the model.
+_DOORS: weakref.WeakValueDictionary[int, _Door] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count(1)
 
 
@@ -175,11 +176,15 @@ def connect(model: PreTrainedModel, runner: Runner, undo: ExitStack) -> None:
         number = next(_NUMBERS)
         site = Site(path, order)
         previous = _implementation(module)
-        _DOORS[number] = _Door(weakref.ref(module), site, runner, previous)
-        undo.callback(_DOORS.pop, number, None)
+        door = _DOORS[number] = _Door(weakref.ref(module), site, runner, previous)
+        undo.callback(_forget, number, door)
         if reason is None:
             setattr(module, ATTRIBUTE, number)
             undo.callback(delattr, module, ATTRIBUTE)
+
+
+def _forget(number: int, door: _Door) -> None:
+    _DOORS.pop(number, None)
 
 
 def _ours(before: str) -> str:
