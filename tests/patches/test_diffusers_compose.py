@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 import weakref
@@ -299,6 +300,16 @@ def test_a_patched_pipeline_goes_when_nobody_needs_it():
     gc.collect()
     assert [r() for r in seen] == [None] * 3
     assert functional.scaled_dot_product_attention is original
+
+
+def test_a_copied_denoiser_outlives_the_handle(wan):
+    dense, other = latents(wan, "wan"), tiny_pipe("flux")
+    with accelkit.patch(wan, NARROW):
+        copied = copy.deepcopy(wan.transformer)
+    wan.transformer = copied
+    assert torch.equal(latents(wan, "wan"), dense)
+    with accelkit.patch(other, NARROW):  # the router is there again
+        assert torch.equal(latents(wan, "wan"), dense)
 
 
 def test_failing_half_way_leaves_no_trace(wan, monkeypatch):

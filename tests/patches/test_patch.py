@@ -368,11 +368,14 @@ def test_a_patched_model_goes_when_nobody_needs_it(ids):
     assert [r() for r in seen] == [None, None]
 
 
-def test_a_copy_is_not_the_handles(llama, ids):
+def test_copies_outlive_the_handle(llama, ids):
+    dense = llama(ids).logits
     with accelkit.patch(llama, NARROW) as handle:
-        for other in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
-            assert handle_of(other) is None
+        copies = copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))
+        assert [handle_of(c) for c in copies] == [None, None]
         assert handle_of(llama) is handle
+    for other in copies:
+        assert torch.equal(other(ids).logits, dense)
 
 
 def test_disabled_block_is_dense(llama, ids):

@@ -259,6 +259,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function: the custom op where it may help, otherwise what ran before."""
     number = getattr(module, ATTRIBUTE, None)
+    if not torch.compiler.is_compiling() and number not in _DOORS:
+        number = None  # a copy of a model that is not patched any more
     reason = _dense_reason(module, query, attention_mask, dropout, kwargs)
     if number is not None and reason is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
