@@ -123,7 +123,8 @@ def _produce(
                     other=0,
                 )  # fmt: skip
                 later_place = 2 * width + gl.atomic_add(COUNTER, 1, sem="relaxed")
-                _announce(tickets, ticket_full, ticket_empty, round + 1, later_place)
+        # Not before the row's copies are under way: the counter's answer takes its time.
+        _announce(tickets, ticket_full, ticket_empty, round + 1, later_place)
         place, next_place, round = next_place, later_place, round + 1
         row, q_row, b, hq, hk, block = next_row, next_q_row, next_b, next_hq, next_hk, next_block
         masked, clean = next_masked, next_clean
