@@ -1,6 +1,6 @@
 """Profile the attention kernels with Nsight Compute and keep the counters that name a limiter.
 
-    python benchmarks/profile_kernels.py --out profiles.json [--only skip,strided] [--raw FOLDER]
+    python benchmarks/profile_kernels.py --out profiles.json [--only "full 0.5;strided 8"]
 
 Runs itself once a case under `ncu` (which must be on the path and allowed to read counters), at the
 clocks that the GPU has, and reads the counters from ncu's CSV.
@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,17 +32,18 @@ SECTIONS = (
     "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Chart",
 )  # fmt: skip
 COUNTERS = {
-    "milliseconds": "gpu__time_duration.sum",
-    "sm_clock_ghz": "sm__cycles_elapsed.avg.per_second",
-    "tensor_pipe_percent": "sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active",
-    "fma_pipe_percent": "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active",
-    "alu_pipe_percent": "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active",
-    "exp_pipe_percent": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
-    "issue_active_percent": "sm__inst_issued.avg.pct_of_peak_sustained_active",
-    "l2_percent": "lts__t_sectors.avg.pct_of_peak_sustained_elapsed",
+    "nanoseconds": "gpu__time_duration.sum",
+    "clock_hz": "gpc__cycles_elapsed.avg.per_second",
+    "tensor_percent": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "exp_percent": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
+    "alu_percent": "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active",
+    "fma_percent": "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active",
+    "issued_per_cycle": "sm__inst_issued.avg.per_cycle_active",
+    "l2_percent": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
     "l2_hit_percent": "lts__t_sector_hit_rate.pct",
+    "l2_fabric_percent": "lts__t_sectors_srcunit_ltcfabric.sum.pct_of_peak_sustained_elapsed",
     "l2_to_sm_bytes": "l1tex__m_xbar2l1tex_read_bytes.sum",
-    "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "l2_to_sm_bytes_per_second": "l1tex__m_xbar2l1tex_read_bytes.sum.per_second",
     "dram_bytes_per_second": "dram__bytes.sum.per_second",
 }
 STALL = "smsp__average_warps_issue_stalled_"
@@ -66,10 +68,10 @@ def _skip(weak_of_four: int) -> Callable[[], object]:
     return lambda: attend(q, k, v, index, causal=False, skip=1e-3, backend="gluon")
 
 
-def _strided() -> Callable[[], object]:
+def _strided(qk: str) -> Callable[[], object]:
     q, k, v = random_call(LONG, "cuda", torch.bfloat16)
     call = plain_inputs(q, k, v, causal=True)
-    return lambda: scores.strided(call, 8, BLOCK)
+    return lambda: scores.strided(call, 8, BLOCK, qk)
 
 
 CASES: dict[str, tuple[str, Callable[[], Callable[[], object]]]] = {
@@ -78,7 +80,8 @@ CASES: dict[str, tuple[str, Callable[[], Callable[[], object]]]] = {
     "full 0.5": ("block_sparse", lambda: _listed(0.5, "gluon")),
     "full 0.05": ("block_sparse", lambda: _listed(0.05, "gluon")),
     "cudnn": (".*", _dense),
-    "strided 8": ("_strided", _strided),
+    "strided 8": ("_strided", lambda: _strided("native")),
+    "strided 8, int8": ("_strided", lambda: _strided("int8")),
 }
 """By name: the kernel that is meant, and what prepares its launch."""
 
@@ -105,10 +108,10 @@ def profile(case: str, raw: Path | None) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if raw is not None:
         raw.mkdir(exist_ok=True)
-        (raw / f"{case}.csv".replace(" ", "_").replace("%", "")).write_text(done.stdout)
+        (raw / f"{re.sub('[^a-z0-9.]+', '_', case)}.csv").write_text(done.stdout)
     begin = done.stdout.find('"ID"')
     if done.returncode or begin < 0:
-        raise SystemExit(f"ncu gave nothing for {case}:\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
+        raise SystemExit(f"ncu gave nothing for {case}:\n{(done.stdout + done.stderr)[-2000:]}")
     rows = list(csv.DictReader(io.StringIO(done.stdout[begin:])))
     return counters(rows[-1])
 
@@ -133,7 +136,7 @@ def counters(row: dict[str, str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", help=f"some of {', '.join(CASES)}")
+    parser.add_argument("--only", help=f"some of {'; '.join(CASES)}")
     parser.add_argument("--raw", type=Path, help="keep ncu's own tables there")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -149,7 +152,7 @@ def main() -> None:
         "shapes": {"full, skip, cudnn": FULL.name, "strided": LONG.name},
         "cases": {},
     }
-    for case in args.only.split(",") if args.only else CASES:
+    for case in args.only.split(";") if args.only else CASES:
         report["cases"][case] = profile(case, args.raw)
         print(case, json.dumps(report["cases"][case]), flush=True)
         if args.out:

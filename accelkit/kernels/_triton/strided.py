@@ -1,7 +1,8 @@
 """The strided (antidiagonal) score of XAttention: one pass over the products, then a rescaled sum.
 
-The products want every cell of keys for every tile of queries, so they wait for the second-level
-cache; int8 cells are half as long and multiply twice as fast. Plain positions only; what is permuted goes to the torch twin in `kernels/scores_blocks.py`.
+Every tile of queries wants every cell of keys, so the products wait for the second-level cache;
+int8 cells are half as long and multiply twice as fast. Plain positions only; what is permuted goes
+to the torch twin in `kernels/scores_blocks.py`.
 """
 
 from __future__ import annotations
@@ -175,9 +176,7 @@ def _planes(x: Tensor, stride: int, box: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, shape, [b, h, n, stride * n, d], [1, 1, 1, *box])
 
 
-def _rounded(
-    x: Tensor, heads: Tensor, stride: int, mean: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _rounded(x: Tensor, heads: Tensor, stride: int, mean: Tensor | None) -> tuple[Tensor, Tensor]:
     """int8 `[B, H, cells · stride, D]` and the scale of each cell, fp32 `[B, H, cells]`."""
     (batch, _, n, d), count = x.shape, heads.numel()
     x = x if x.stride(3) == 1 else x.contiguous()
