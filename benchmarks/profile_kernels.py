@@ -32,20 +32,22 @@ SECTIONS = (
     "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Chart",
 )  # fmt: skip
 COUNTERS = {
-    "nanoseconds": "gpu__time_duration.sum",
-    "clock_hz": "gpc__cycles_elapsed.avg.per_second",
-    "tensor_percent": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
-    "exp_percent": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
-    "alu_percent": "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active",
-    "fma_percent": "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active",
-    "issued_per_cycle": "sm__inst_issued.avg.per_cycle_active",
-    "l2_percent": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
-    "l2_hit_percent": "lts__t_sector_hit_rate.pct",
-    "l2_fabric_percent": "lts__t_sectors_srcunit_ltcfabric.sum.pct_of_peak_sustained_elapsed",
-    "l2_to_sm_bytes": "l1tex__m_xbar2l1tex_read_bytes.sum",
-    "l2_to_sm_bytes_per_second": "l1tex__m_xbar2l1tex_read_bytes.sum.per_second",
-    "dram_bytes_per_second": "dram__bytes.sum.per_second",
+    "ms": ("gpu__time_duration.sum", 1e-6),
+    "clock_GHz": ("gpc__cycles_elapsed.avg.per_second", 1e-9),
+    "tensor_%": ("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active", 1.0),
+    "exp_%": ("sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active", 1.0),
+    "alu_%": ("sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active", 1.0),
+    "fma_%": ("sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active", 1.0),
+    "issued_a_cycle": ("sm__inst_issued.avg.per_cycle_active", 1.0),
+    "L2_%": ("lts__throughput.avg.pct_of_peak_sustained_elapsed", 1.0),
+    "L2_hit_%": ("lts__t_sector_hit_rate.pct", 1.0),
+    "L2_fabric_%": ("lts__t_sectors_srcunit_ltcfabric.sum.pct_of_peak_sustained_elapsed", 1.0),
+    "L2_to_SM_GB": ("l1tex__m_xbar2l1tex_read_bytes.sum", 1e-9),
+    "L2_to_SM_TB/s": ("l1tex__m_xbar2l1tex_read_bytes.sum.per_second", 1e-12),
+    "DRAM_TB/s": ("dram__bytes.sum.per_second", 1e-12),
 }
+"""By name: ncu's counter in base units, and the factor to the name's own."""
+
 STALL = "smsp__average_warps_issue_stalled_"
 
 
@@ -122,14 +124,17 @@ def counters(row: dict[str, str]) -> dict[str, Any]:
     def number(text: str) -> float:
         return float(text.replace(",", ""))
 
-    found: dict[str, Any] = {n: number(row[c]) for n, c in COUNTERS.items() if row.get(c)}
+    found: dict[str, Any] = {
+        name: round(number(row[counter]) * factor, 3)
+        for name, (counter, factor) in COUNTERS.items()
+        if row.get(counter)
+    }
     stalls = {
         name.removeprefix(STALL).split("_per_issue")[0]: number(value)
         for name, value in row.items()
         if name.startswith(STALL) and "per_issue_active" in name and value
     }
     found["stalled_warps_per_issue"] = dict(sorted(stalls.items(), key=lambda s: -s[1])[:5])
-    found["kernel"] = row["Kernel Name"][:80]
     return found
 
 
@@ -146,15 +151,17 @@ def main() -> None:
     import triton
 
     report: dict[str, Any] = {
+        "title": "Counters of the kernels",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "gpu": torch.cuda.get_device_name(),
-        "shapes": {"full, skip, cudnn": FULL.name, "strided": LONG.name},
-        "cases": {},
+        "note": f"Full: {FULL.name}; strided: the first launch of {LONG.name}. "
+        "By `benchmarks/profile_kernels.py`.",
+        "results": [],
     }
     for case in args.only.split(";") if args.only else CASES:
-        report["cases"][case] = profile(case, args.raw)
-        print(case, json.dumps(report["cases"][case]), flush=True)
+        report["results"].append({"case": case} | profile(case, args.raw))
+        print(json.dumps(report["results"][-1]), flush=True)
         if args.out:
             args.out.write_text(json.dumps(report, indent=1) + "\n")
 
