@@ -12,7 +12,7 @@ from attention_cases import permutation, random_index, tensors
 
 from accelkit.kernels.dispatch import attend, explain
 from accelkit.kernels.index import Partial
-from accelkit.kernels.quantize import dequantize, quantize, reference
+from accelkit.kernels.quantize import Rounding, dequantize, quantize, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -96,10 +96,8 @@ def test_against_reference(case: Case) -> None:
 def test_operands_equal_those_of_torch(qk, head_size) -> None:
     q, k, v = tensors(2, 8, 2, 1000, 1100, head_size, torch.bfloat16, device="cuda")
     ids = torch.tensor([5, 0, 3], dtype=torch.int32, device="cuda")
-    options = (qk, "fp8", True, 128, 0.1, ids, ids // 4)
-    names = ("qk", "pv", "smooth_k", "block", "scale", "q_heads", "kv_heads")
-    got = quantize(q, k + 5, v, **dict(zip(names, options, strict=True)))
-    want = reference(q, k + 5, v, *options)
+    how = Rounding(qk, "fp8", True, 128, 0.1, ids, ids // 4)
+    got, want = quantize(q, k + 5, v, how), reference(q, k + 5, v, how)
     for one, two in zip(dequantize(got), dequantize(want), strict=True):
         # A mean that was added up in another order may push a value over the edge of its step.
         off = ((one - two).abs() > 1e-3 * two.abs() + 1e-4).float().mean()
