@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from accelkit.errors import KernelUnavailableError
+from accelkit.errors import KernelUnavailableError, UnsupportedConfigurationError
 from accelkit.kernels import dispatch, scores, select
 from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import ALL, BlockIndex, ceil_div, plain_inputs
@@ -100,7 +100,7 @@ def main() -> None:
             continue
         try:
             run()
-        except KernelUnavailableError:  # this backend does not serve this launch
+        except (KernelUnavailableError, UnsupportedConfigurationError):  # not for this backend
             continue
         torch.cuda.synchronize()
         ran += 1
