@@ -27,7 +27,7 @@ from attention.cpu import measure_cpu
 from attention.parts import estimating, gathering, skipping, whole_call
 from attention.report import Report, machine, merge, read, speeds, write
 from attention.shapes import BLOCK, D64, FULL, LLM, LONG, VIDEO
-from attention.sparse import ANY, FREE, rates
+from attention.sparse import ANY, FREE, rates, right
 
 FOUR = tuple((BLOCK, d) for d in (0.5, 0.25, 0.1, 0.05))
 PARTS: dict[str, Callable[[float], Iterator[dict[str, Any]]]] = {
@@ -53,6 +53,8 @@ def measure(names: list[str], budget_ms: float, out: Path | None) -> tuple[Repor
         begin = time.monotonic()
         try:
             for row in PARTS[name](budget_ms):
+                if len(right(errors := row.get("errors", {}))) < len(errors) and name not in failed:
+                    failed.append(name)
                 report["results" if "ratio" in row else "parts"].append({"part": name, **row})
                 if out:
                     write(out, merge([*known, report], list(PARTS)))

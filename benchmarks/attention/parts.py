@@ -14,7 +14,7 @@ from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import BlockIndex, plain_inputs
 from attention.peers import dense_paths
 from attention.shapes import BLOCK, FULL, LLM, LONG, random_call, visible_blocks
-from attention.sparse import able, check
+from attention.sparse import able, check, right
 from attention.timing import milliseconds
 
 OURS = ("triton", "gluon")
@@ -65,7 +65,7 @@ def gathering(budget_ms: float) -> Iterator[dict[str, Any]]:
     best = noise.topk(1024, -1)
     mask = torch.zeros_like(noise, dtype=torch.bool).scatter_(-1, best.indices, best.values >= 0)
     index = BlockIndex.from_mask(mask, (tall, 1))
-    check(q, k, v, index, True, ["triton"])
+    errors = check(q, k, v, index, True, ["triton"])
     work = {
         "cudnn": dense_paths(shape, q, k, v)["cudnn"],
         "gather": lambda: attend(q, k, v, index),
@@ -73,7 +73,7 @@ def gathering(budget_ms: float) -> Iterator[dict[str, Any]]:
     ms = milliseconds(work, budget_ms)
     pairs = float(mask.sum()) * tall
     row = _part("gather, 1,024 stripes for 2,048 queries, 32K", ms, ms.pop("cudnn"), "rate 0.6")
-    yield row | {"rate": pairs / ms["gather"] / (shape.pairs / row["dense_ms"])}
+    yield row | {"rate": pairs / ms["gather"] / (shape.pairs / row["dense_ms"]), "errors": errors}
 
 
 class Estimates:
@@ -146,7 +146,7 @@ def whole_call(budget_ms: float) -> Iterator[dict[str, Any]]:
     alpha = e.alpha_of(0.1)
     index = e.listed(e.above(alpha))
     choice = dispatch.explain(e.q, e.k, e.v, index)
-    names = list(check(e.q, e.k, e.v, index, True, able(e.q, e.k, e.v, index)))
+    errors = check(e.q, e.k, e.v, index, True, able(e.q, e.k, e.v, index))
 
     def run(backend: str | None) -> Callable[[], object]:
         return lambda: attend(e.q, e.k, e.v, e.listed(e.above(alpha)), backend=backend)
@@ -154,11 +154,15 @@ def whole_call(budget_ms: float) -> Iterator[dict[str, Any]]:
     work: dict[str, Callable[[], object]] = {
         "dense": dense_paths(LONG, e.q, e.k, e.v)["cudnn"],
         "dispatch": run(None),
-        **{name: run(name) for name in names},
+        **{name: run(name) for name in right(errors)},
     }
     ms = milliseconds(work, budget_ms)
     dense = ms.pop("dense")
     for name, t in ms.items():
         what = f"whole call at density 0.1, 128K, {name}"
         why = {"backend": choice.backend, "why": choice.reason} if name == "dispatch" else {}
-        yield _part(what, {name: t}, dense, "6 ×" if name in OURS else "7 ×") | why
+        yield (
+            _part(what, {name: t}, dense, "6 ×" if name in OURS else "7 ×")
+            | why
+            | {"errors": errors}
+        )
