@@ -101,7 +101,8 @@ def calibrate(
     if "denoise" in adapter.PHASES:
         from accelkit.calibration import denoise
 
-        _unused({"tokenizer": tokenizer, "lengths": lengths}, "a pipeline")
+        several = batch if batch != 1 else None
+        _unused({"tokenizer": tokenizer, "lengths": lengths, "batch": several}, "a pipeline")
         return denoise.calibrate(
             bare, data, budget=budget, methods=methods, preset=preset, seed=seed,
             time_limit=time_limit, journal=journal, resume=resume, progress=progress, **size,

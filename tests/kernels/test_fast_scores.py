@@ -92,6 +92,16 @@ def test_strided(name, stride, size, monkeypatch):
         close(found.masked_fill(~visible_blocks(call, size), -INF), expected)
 
 
+@pytest.mark.parametrize("name", ["grouped", "chunk", "some heads"])
+@pytest.mark.parametrize("scratch", [2**20, 1])
+def test_strided_of_int8_cells(name, scratch, monkeypatch):
+    call = case(name, d=32, device=DEVICE)
+    monkeypatch.setattr(fast_strided, "SCRATCH_BYTES", scratch)
+    found = fast_strided.strided(call, 8, SIZE, (16, 16, 32, 4, 2), int8=True)
+    expected = scores.strided(call, 8, SIZE, qk="int8")
+    close(found.masked_fill(~visible_blocks(call, SIZE), -INF), expected, atol=2e-3, rtol=2e-2)
+
+
 def test_strided_fits():
     call = small("grouped")
     assert fast_strided.strided_fits(call, 8, (128, 128))
