@@ -36,7 +36,8 @@ FORCED = (
 MIXTURE = (
     "For each budget the fastest single setting whose worst-task error is no larger than the "
     "mixture's; dense where no single setting was both that good and faster "
-    "(`benchmarks/mixture.py`). A ratio of 1 with error 0 means that calibration chose dense."
+    "(`benchmarks/mixture.py`). A ratio of 1 with error 0 means that calibration chose dense. "
+    "Settings that are faster than every mixture of no larger error are under `losses` in the file."
 )
 CALIBRATION = (
     "One calibration of random weights, whose attention is spread: what it finds there is small, "
