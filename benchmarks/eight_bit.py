@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 import triton
-from kernels import D64, LLM, VIDEO, Shape, milliseconds, random_call, random_mask
+from attention.shapes import D64, LLM, VIDEO, Shape, random_call, random_mask
+from attention.timing import milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention

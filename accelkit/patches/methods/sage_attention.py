@@ -30,7 +30,7 @@ PRECISIONS: tuple[tuple[Precision, Precision], ...] = (
 class SageAttention(AttentionMethod):
     """Int8 q and k without their mean, fp8 p and v."""
 
-    phases: ClassVar[tuple[Phase, ...]] = ("denoise",)
+    phases: ClassVar[tuple[Phase, ...]] = ("prefill", "denoise")
 
     qk: Precision = "int8"
     pv: Precision = "fp8"
