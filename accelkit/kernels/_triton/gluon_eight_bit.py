@@ -1,11 +1,11 @@
 """Block-sparse attention forward in 8 bits for Hopper, in warps of different trades.
 
 A producer warp reads the lists and copies Q, K and V tiles into shared memory; two consumer
-warpgroups of 64 query rows each multiply them. With 8-bit products ("lag") a softmax runs under
-the PV of the tile before, which starts when its scores are there; with fp8 QK and 16-bit PV
-("turns") the groups take turns to start both, so that one's softmax also has the other's longer
-products above it. A program stays on its multiprocessor and walks over rows, longest first. Scales,
-the factor 2⁸ of P and fresh accumulators are those of `eight_bit`.
+warpgroups of 64 query rows each multiply them. A softmax runs under the PV of the tile before. It
+starts when the scores are there ("lag"), or, with fp8 QK and 16-bit PV, together with them, the
+groups taking turns: whichever was measured to be faster. A program stays on its multiprocessor and
+walks over rows, longest first. Scales, the factor 2⁸ of P and fresh accumulators are those of
+`eight_bit`.
 
 Int8 scores are added up from the integer that is the float 1.5 · 2²³: the sums, whole numbers below
 2²², are floats without a conversion.
@@ -33,7 +33,7 @@ from accelkit.kernels.quantize import Operands
 
 _ROWS = gl.constexpr(64)
 _MAGIC = gl.constexpr(0x4B400000)
-_MAGIC_VALUE = gl.constexpr(12582912.0)
+_MAGIC_VALUE = gl.constexpr(12582912.0)  # the same bits as fp32: 1.5 · 2²³
 
 
 @gluon.jit
