@@ -18,12 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from accelkit.kernels._triton.gluon_parts import load, normalised
 from accelkit.kernels._triton.lower import FIELDS
 
 TICKETS = gl.constexpr(4)
 """Items that the producer may have announced and the consumers not taken."""
 
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_load = load
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
@@ -214,13 +215,7 @@ def _finish(
     ROWS: gl.constexpr, BDV: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Normalise and store a row; the copy to global memory may still read `staged` afterwards."""
-    ol: gl.constexpr = acc.type.layout
-    alive = total > 0.0
-    safe = gl.where(alive, total, 1.0)
-    lse = gl.where(alive, (m + gl.log2(safe)) * 0.6931471805599453, -float("inf"))
-    at = LSE + b.to(gl.int64) * s_lb + ho.to(gl.int64) * s_lh + rows.to(gl.int64) * s_ln
-    gl.store(at, lse, mask=rows < n_q)
-    acc = acc * gl.convert_layout(1.0 / safe, gl.SliceLayout(1, ol))[:, None]
+    acc = normalised(acc, LSE, s_lb, s_lh, s_ln, b, ho, rows, n_q, m, total)
     tma.store_wait(0)
     _sync()
     _flat(staged, ROWS, BDV).store(acc.to(dtype))
