@@ -242,8 +242,7 @@ def strided(
         from accelkit.kernels._triton import strided as fast
 
         if fast.strided_fits(call, stride, size, qk == "int8"):
-            found = fast.strided(call, stride, size, int8=qk == "int8")
-            return found.masked_fill_(~visible_blocks(call, size), -float("inf"))
+            return fast.strided(call, stride, size, int8=qk == "int8")
     places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
     if votes is not None:
         limit = torch.where(votes, limit, -1)

@@ -3,8 +3,8 @@ maximum.
 
 As `gluon_kernel`, with one warp that copies Q and K and another for V. Each consumer warpgroup
 votes on a tile for its own 64 rows as soon as the scores are there; V is copied when the first of
-them keeps the tile. The product with V comes a tile later, so that the copy is hidden. Tiles are
-visited in list order.
+them keeps the tile. The product with V is started together with the next tile's scores, which cover
+the copy. Tiles are visited in list order.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from accelkit.kernels._triton.gluon_kernel import (
 
 VOTES = gl.constexpr(4)
 """Tiles on which one warpgroup may have voted before the V warp has heard the other."""
-V_STAGES = gl.constexpr(3)
-"""Places for V: what one warpgroup still multiplies, what comes next, what the other asks for."""
+V_STAGES = gl.constexpr(2)
+"""Places for V: what one warpgroup still multiplies, and what the other asks for."""
 
 
 @gluon.jit
@@ -93,8 +93,8 @@ def _produce_v(
         for j in range((masked + clean) * R):
             k0 = gl.load(at + j // R) * BK + (j % R) * BN
             full = v_full.index(stage)
-            # Who votes on a tile is through with all products before the last, and the other was
-            # heard on the last tile: nobody reads this place any more.
+            # Who votes on a tile is through with all products before, and the other was heard on
+            # the last tile: nobody reads this place any more.
             first = _listen(votes.index(poll * 2), voted.index(poll * 2), phase)
             if first > 0:
                 mbarrier.expect(full, v_desc.block_type.nbytes)
@@ -176,12 +176,18 @@ def _consume(
             block = gl.load(at + (j + 1) // R, mask=j + 1 < n, other=0)
             mbarrier.wait(k_full.index(stage), phase)
             mbarrier.wait(mine, turn)
-            s = warpgroup_mma(
+            scores = warpgroup_mma(
                 own, _flat(k.index(stage), BN, BD).permute((1, 0)), zero, use_acc=False,
                 is_async=True,
             )  # fmt: skip
-            mbarrier.arrive(other)
-            s = warpgroup_mma_wait(0, deps=[s])
+            if kept > 0:
+                mbarrier.wait(v_full.index(last_stage), last_phase)
+                sums = warpgroup_mma(p16, _flat(v.index(last_stage), BN, BDV), acc, is_async=True)
+                mbarrier.arrive(other)
+                s, acc, p16 = warpgroup_mma_wait(0, deps=[scores, sums, p16])
+            else:
+                mbarrier.arrive(other)
+                s = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(stage))
             if k0 + BN > safe:
                 s = _hide(s, k0, limit, BN, sl)
@@ -189,10 +195,6 @@ def _consume(
             keeps = (rows < n_q) & (peak > -float("inf")) & ((peak - m >= least) | (m <= -1e30))
             mbarrier.wait(heard.index(poll), poll_phase ^ 1)
             keep = _vote(keeps, votes.index(poll * 2 + WHO), voted.index(poll * 2 + WHO))
-            if kept > 0:
-                acc = _times_v(
-                    p16, v.index(last_stage), v_full.index(last_stage), last_phase, acc, BN, BDV
-                )
             if keep > 0:
                 m_new = gl.maximum(m, peak)
                 p = gl.exp2(s * factor - m_new[:, None])
