@@ -40,3 +40,5 @@ def test_speeds_are_means_over_densities(report: ModuleType) -> None:
         ("gluon", True, 0.9),
     ]
     assert rows[0]["capability"] == "9.0" and rows[0]["unit"] == [128, 128]
+    newer = report.speeds(made(case("a", 0.7)), rows)
+    assert [r["speed"] for r in newer] == [0.5, 0.7]
