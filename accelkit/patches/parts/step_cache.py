@@ -1,11 +1,19 @@
-"""Step caches that a model's library brings along: switched on together with their undo."""
+"""Step caches that a model's library brings along: switched on together with their undo.
+
+What a cache decides depends on data and on the step, so it never is part of a compiled graph.
+Blocks that are compiled one by one (`compile_repeated_blocks`) compile what lies inside the cache,
+the same graph for all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any
+
+import torch
 
 from accelkit.errors import UnsupportedConfigurationError, UnsupportedModelError
 
@@ -43,11 +51,51 @@ def enable(model: Any, config: str, undo: ExitStack, **fields: Any) -> None:
         raise UnsupportedModelError(f"{name}: {config} cannot be used here ({error})") from error
 
     def off() -> None:
+        inside.close()
         if model.is_cache_enabled:
             model.disable_cache()
         _restore(model, before, had)
 
+    inside = _compiling_inside(model)
     undo.callback(off)
+
+
+def _compiling_inside(model: Any) -> ExitStack:
+    """Let `compile` of a cached module compile what its cache calls, and `compile` of a module
+    around cached ones the pieces between them; closed, modules compile as before.
+    """
+    undo = ExitStack()
+    cached = {m for m in model.modules() if getattr(vars(m).get("_diffusers_hook"), "hooks", None)}
+    for module in model.modules():
+        if module is model:
+            continue
+        if module in cached:
+            reference = module._diffusers_hook._fn_refs[-1]
+            undo.callback(setattr, reference, "original_forward", reference.original_forward)
+            undo.callback(setattr, reference, "forward", reference.forward)
+            reference.forward = torch.compiler.disable(reference.forward)
+            module.compile = partial(_compile_cached, reference, reference.original_forward)
+        elif not cached.isdisjoint(module.modules()):
+            module.compile = partial(_compile_around, module, cached)
+        else:
+            continue
+        undo.callback(vars(module).pop, "compile", None)
+    return undo
+
+
+def _compile_cached(reference: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """As `nn.Module.compile`, but for the function that a cache calls at computed steps."""
+    reference.original_forward = torch.compile(forward, *args, **kwargs)
+
+
+def _compile_around(module: Any, cached: set[Any], *args: Any, **kwargs: Any) -> None:
+    """As `nn.Module.compile`; the cached modules inside are no part of a graph, so the one that is
+    asked for with `fullgraph` becomes one for each piece.
+    """
+    for inner in module.modules():
+        if inner in cached:
+            inner.compile(*args, **kwargs)
+    type(module).compile(module, *args, **{**kwargs, "fullgraph": False})
 
 
 @contextmanager
