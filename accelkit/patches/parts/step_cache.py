@@ -2,7 +2,7 @@
 
 What a cache decides depends on data and on the step, so it never is part of a compiled graph.
 Blocks that are compiled one by one (`compile_repeated_blocks`) compile what lies inside the cache,
-the same graph for all of them.
+the same graphs for all of them.
 """
 
 from __future__ import annotations
@@ -61,24 +61,21 @@ def enable(model: Any, config: str, undo: ExitStack, **fields: Any) -> None:
 
 
 def _compiling_inside(model: Any) -> ExitStack:
-    """Let `compile` of a cached module compile what its cache calls, and `compile` of a module
-    around cached ones the pieces between them; closed, modules compile as before.
+    """Let `compile` of a cached module, or of one around it, compile what the caches call; closed,
+    modules compile as before.
     """
     undo = ExitStack()
     cached = {m for m in model.modules() if getattr(vars(m).get("_diffusers_hook"), "hooks", None)}
     for module in model.modules():
-        if module is model:
+        inside = [m for m in module.modules() if m in cached]
+        if module is model or not inside:
             continue
         if module in cached:
             reference = module._diffusers_hook._fn_refs[-1]
             undo.callback(setattr, reference, "original_forward", reference.original_forward)
-            undo.callback(setattr, reference, "forward", reference.forward)
-            reference.forward = torch.compiler.disable(reference.forward)
             module.compile = partial(_compile_cached, reference, reference.original_forward)
-        elif not cached.isdisjoint(module.modules()):
-            module.compile = partial(_compile_around, module, cached)
         else:
-            continue
+            module.compile = partial(_compile_each, inside)
         undo.callback(vars(module).pop, "compile", None)
     return undo
 
@@ -88,14 +85,12 @@ def _compile_cached(reference: Any, forward: Callable[..., Any], *args: Any, **k
     reference.original_forward = torch.compile(forward, *args, **kwargs)
 
 
-def _compile_around(module: Any, cached: set[Any], *args: Any, **kwargs: Any) -> None:
-    """As `nn.Module.compile`; the cached modules inside are no part of a graph, so the one that is
-    asked for with `fullgraph` becomes one for each piece.
+def _compile_each(cached: list[Any], *args: Any, **kwargs: Any) -> None:
+    """A graph for each cached module inside a block. What lies between them is not compiled: graphs
+    that break at a cache lose what hooks on attention modules note down in between.
     """
-    for inner in module.modules():
-        if inner in cached:
-            inner.compile(*args, **kwargs)
-    type(module).compile(module, *args, **{**kwargs, "fullgraph": False})
+    for module in cached:
+        module.compile(*args, **kwargs)
 
 
 @contextmanager
