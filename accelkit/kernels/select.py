@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 
-SORTED = 1 << 22
+SORTED = 1 << 16
 """Entries up to which one sort costs a GPU less than many passes."""
 
 
