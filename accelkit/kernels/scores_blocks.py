@@ -106,6 +106,21 @@ def pool_keys(call: Inputs, block: int, mode: str = "mean") -> Tensor:
     return torch.cat(parts, 1)
 
 
+def pool_runs(x: Tensor, begin: Tensor) -> Tensor:
+    """Means of runs of tokens of different lengths, fp32 `[B, H, runs, D]` from `[B, H, N, D]`: run
+    i is `begin[i] … begin[i + 1] − 1` (int32 `[runs + 1]`, on x's device, none of them empty).
+    """
+    if dispatch.fast_device(x):
+        from accelkit.kernels._triton import scores as fast
+
+        return fast.pool(x, 64, None, begin=begin)
+    length = begin.diff()
+    run = torch.repeat_interleave(torch.arange(length.numel(), device=x.device), length)
+    total = x.new_zeros((*x.shape[:2], length.numel(), x.shape[3]), dtype=torch.float32)
+    total.index_add_(2, run, x[:, :, int(begin[0]) : int(begin[-1])].float())
+    return total / length[:, None]
+
+
 def pooled(call: Inputs, size: tuple[int, int], mode: str = "mean") -> Tensor:
     """Logits of pooled queries and pooled keys, `mean(q) · mean(k) · scale`, fp32 `[B, H, nq, nk]`.
 
@@ -154,7 +169,10 @@ def _fast_self_similarity(x: Tensor, block: int, mask: Tensor | None, center: bo
 
     centre = None
     if center and mask is None:
-        centre = x.mean(2, dtype=torch.float32)
+        means = fast.pool(x, block, None)
+        length = x.new_full((means.shape[2], 1), block, dtype=torch.float32)
+        length[-1] -= -x.shape[2] % block
+        centre = (means * length).sum(2) / x.shape[2]
     elif center:
         assert mask is not None
         number = mask.sum(-1, keepdim=True).clamp(min=1)

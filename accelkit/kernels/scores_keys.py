@@ -358,8 +358,8 @@ def masked_rows(call: Inputs, rows: Tensor, masks: Sequence[Tensor]) -> list[Ten
     if call.key_mask is not None:
         s = s.masked_fill(~call.key_mask[:, None, None], -float("inf"))
     p = (s - s.amax(-1, keepdim=True)).exp_()
-    out = []
-    for weight in (p, *(p * m for m in masks)):
-        total = weight.sum(-1, keepdim=True, dtype=torch.float32)
-        out.append(torch.matmul(weight, v.to(wide)).float() / total.clamp(min=1e-30))
-    return out
+    # All of them side by side, so that the values are read once.
+    weight = torch.cat([p, *(p * m for m in masks)], 2)
+    total = weight.sum(-1, keepdim=True, dtype=torch.float32)
+    out = torch.matmul(weight, v.to(wide)).float() / total.clamp(min=1e-30)
+    return list(out.split(len(rows), 2))
