@@ -7,6 +7,8 @@ threshold are taken in ascending order, as a stable sort would.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -42,8 +44,15 @@ def compact(mask: Tensor, size: tuple[int, int]) -> BlockIndex:
         _compact[(rows,)](mask.view(torch.uint8), blocks, count, nk, CHUNK=chunk, num_warps=warps)
     else:
         count.zero_()
-    start = torch.arange(rows, device=device, dtype=torch.int64) * nk
-    return BlockIndex(start.view(batch, heads, nq), count, blocks, size)
+    return BlockIndex(starts(batch, heads, nq, nk, device), count, blocks, size)
+
+
+@lru_cache(maxsize=64)
+def starts(batch: int, heads: int, nq: int, nk: int, device: torch.device) -> Tensor:
+    """Where lists of at most nk blocks begin, int64 `[B, H, nq]`; the same tensor for all calls."""
+    with torch.inference_mode(False):
+        first = torch.arange(batch * heads * nq, device=device, dtype=torch.int64) * nk
+        return first.view(batch, heads, nq)
 
 
 @triton.jit
@@ -54,13 +63,8 @@ def _key(x):
 
 
 @triton.jit
-def _prefix(SCORES, TARGET, OUT, n, BY_MASS: tl.constexpr, N: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, N)
-    x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
-    target = tl.load(TARGET + row)
-    real = x > -float("inf")
-    value = tl.where(real, tl.maximum(x, 0.0), 0.0) if BY_MASS else real.to(tl.float32)
+def greatest(x, value, target):
+    """Which entries of a row are the greatest ones whose values reach a target together, int32."""
     key = _key(x)
     # Least threshold with less than the target above it. Without a target it stays above all.
     low, high = tl.min(key, 0) - 1, tl.max(key, 0) + 1
@@ -71,10 +75,19 @@ def _prefix(SCORES, TARGET, OUT, n, BY_MASS: tl.constexpr, N: tl.constexpr):
         high = tl.where(fits, middle, high)
         low = tl.where(fits, low, tl.minimum(middle + 1, high))
     above = tl.sum(tl.where(key > high, value, 0.0), 0)
-    tied = key == high
-    before = (tl.cumsum(tied.to(tl.int32), 0) - 1).to(tl.float32) * value
-    room = above + before < target
-    keep = real & ((key > high) | (tied & room))
+    tied = (key == high).to(tl.int32)
+    before = (tl.cumsum(tied, 0) - 1).to(tl.float32) * value
+    return tl.where(key > high, 1, tl.where(above + before < target, tied, 0))
+
+
+@triton.jit
+def _prefix(SCORES, TARGET, OUT, n, BY_MASS: tl.constexpr, N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, N)
+    x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
+    real = x > -float("inf")
+    value = tl.where(real, tl.maximum(x, 0.0), 0.0) if BY_MASS else real.to(tl.float32)
+    keep = tl.where(real, greatest(x, value, tl.load(TARGET + row)), 0)
     tl.store(OUT + row * n + at, keep.to(tl.uint8), mask=at < n)
 
 
