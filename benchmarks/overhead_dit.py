@@ -225,11 +225,11 @@ def main() -> None:
         "model": f"WanPipeline, Wan2.1-1.3B, {options.layers} layers, random weights, bf16",
         "tokens": frames * rows * columns,
         "steps": options.steps,
-        "runs": [],
+        "rows": [],
     }
     for compiled in (False, True):
         run = measure(pipe, inputs, compiled, options.rounds)
-        result["runs"].append(run)
+        result["rows"].append(run)
         options.out.write_text(json.dumps(result, indent=2) + "\n")
         print(f"{'repeated blocks' if compiled else 'eager':>16}: {told(run)}", flush=True)
 
