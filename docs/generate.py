@@ -10,17 +10,14 @@ hook, so a site is never built from old pages.
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import re
 import subprocess
 import sys
-import textwrap
 from importlib import import_module
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -93,41 +90,18 @@ def story(cls: Any) -> tuple[str, str]:
     return " ".join(first.split()), rest
 
 
-def field_notes(cls: Any) -> dict[str, str]:
-    """The strings that stand under a class's fields."""
-    notes, last = {}, None
-    for node in ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            last = node.target.id
-        elif last and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            notes[last], last = " ".join(str(node.value.value).split()), None
-        else:
-            last = None
-    return notes
-
-
 def cell(text: Any) -> str:
     return str(text).replace("|", "\\|").replace("\n", " ")
 
 
-def kind_of_type(annotation: Any) -> str:
-    """A field's type as one would write it, without pydantic's bounds."""
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return kind_of_type(parts[0])
-    if origin in (Union, UnionType):
-        return " | ".join(map(kind_of_type, parts)).replace("NoneType", "None")
-    if origin is Literal:
-        return " | ".join(map(repr, parts))
-    return annotation.__name__ if inspect.isclass(annotation) and not parts else str(annotation)
-
-
 def method_page(cls: Any) -> str:
     """One method: its story, what it answers, its fields."""
+    from accelkit.doctor import explain
+
     first, rest = story(cls)
-    notes = field_notes(cls)
+    name = cls.__module__.rpartition(".")[2]
     out = [f"# {cls.__name__}", first]
-    facts = [f"`accelkit.method({cls.__module__.rpartition('.')[2]!r})`"]
+    facts = [f"`accelkit.method({name!r})`"]
     facts += ["phases: " + ", ".join(cls.phases), "answers: " + ", ".join(sorted(cls.answers()))]
     if cls.dial:
         values = ", ".join(f"{v:g}" for v in cls.dial.values)
@@ -135,14 +109,12 @@ def method_page(cls: Any) -> str:
     out.append("\n".join(f"- {f}" for f in facts))
     if rest:
         out.append(rest)
-    if cls.model_fields:
-        told = any(field.description or notes.get(n) for n, field in cls.model_fields.items())
-        rows = ["| field | type | default |" + " |" * told, "|---|---|---|" + "---|" * told]
-        for name, field in cls.model_fields.items():
-            default = "required" if field.is_required() else f"`{field.default!r}`"
-            note = field.description or notes.get(name, "")
-            row = f"| `{name}` | {cell(kind_of_type(field.annotation))} | {default} |"
-            rows.append(row + f" {cell(note)} |" * told)
+    if fields := explain(name)["fields"]:
+        told = any(field["meaning"] for field in fields)
+        rows = ["| field | values | default |" + " |" * told, "|---|---|---|" + "---|" * told]
+        for field in fields:
+            row = f"| `{field['field']}` | {cell(field['values'])} | `{field['default']!r}` |"
+            rows.append(row + f" {cell(field['meaning'])} |" * told)
         out.append("\n".join(rows))
     return "\n\n".join(out) + "\n"
 

@@ -150,6 +150,7 @@ def table(result: Comparison) -> Table:
         ("error of the final latents", result.fidelity.get("error"), "{:.2%}"),
         ("PSNR", result.fidelity.get("psnr"), "{:.2f} dB"),
         ("SSIM", result.fidelity.get("ssim"), "{:.4f}"),
+        ("LPIPS", result.fidelity.get("lpips"), "{:.4f}"),
     )
     for name, value, form in rows:
         if value is not None:

@@ -108,34 +108,15 @@ def attend(
                 "causality, k_pos and key_mask"
             )
         k, v, index = pyramid.lower(k, v, index)
+    options: dict[str, Any] = {
+        "scale": scale, "causal": causal, "q_start": q_start, "heads": heads,
+        "kv_of_head": kv_of_head, "key_mask": key_mask, "q_pos": q_pos, "k_pos": k_pos,
+        "rows": rows, "skip": skip, "qk": qk, "pv": pv, "smooth_k": smooth_k,
+    }  # fmt: skip
     if torch.compiler.is_compiling():
-        return _traced(
-            q, k, v, index, out, lse, scale=scale, causal=causal, q_start=q_start, heads=heads,
-            kv_of_head=kv_of_head, key_mask=key_mask, q_pos=q_pos, k_pos=k_pos, rows=rows,
-            skip=skip, qk=qk, pv=pv, smooth_k=smooth_k, backend=backend,
-        )  # fmt: skip
+        return _traced(q, k, v, index, out, lse, backend=backend, **options)
     with torch.no_grad():
-        launch = prepare(
-            q,
-            k,
-            v,
-            index,
-            scale=scale,
-            causal=causal,
-            q_start=q_start,
-            heads=heads,
-            kv_of_head=kv_of_head,
-            key_mask=key_mask,
-            q_pos=q_pos,
-            k_pos=k_pos,
-            rows=rows,
-            skip=skip,
-            out=out,
-            lse=lse,
-            qk=qk,
-            pv=pv,
-            smooth_k=smooth_k,
-        )
+        launch = prepare(q, k, v, index, out=out, lse=lse, **options)
         choice = choose(launch, backend)
         if launch.q.numel() and launch.heads and (launch.rows is None or launch.rows.numel()):
             _run(launch, choice.backend)
@@ -198,9 +179,8 @@ def choose(launch: Launch, backend: str | None = None) -> Choice:
         )
     if wish == "auto":
         return _best(launch)
-    if wish == "torch" and (refusal := cpu.refusal(launch)):
-        return Choice("reference", f"{source}: torch; {refusal}")
-    if wish in KERNELS and (refusal := KERNELS[wish](launch)):
+    refused = cpu.refusal if wish == "torch" else KERNELS.get(wish)
+    if refused is not None and (refusal := refused(launch)):
         raise KernelUnavailableError(
             f"attend: backend {wish!r} ({source}) cannot serve this call: {refusal}"
         )

@@ -50,6 +50,8 @@ def test_a_wish_that_cannot_be_served_raises() -> None:
         attend(q, k, v, lists(), backend="fa4")
     with pytest.raises(KernelUnavailableError, match="'gluon'"):
         attend(q, k, v, lists(), backend="gluon")
+    with pytest.raises(KernelUnavailableError, match=r"'torch'.*skip"):
+        attend(q, k, v, lists(), backend="torch", skip=0.1)
 
 
 def test_the_fastest_that_serves_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

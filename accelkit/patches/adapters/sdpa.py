@@ -33,14 +33,22 @@ WIDEST = 256
 """Channels of the widest head that a kernel takes."""
 
 
-class _Here(threading.local):
-    """What is open in this thread: the number of a site, what its denoiser was given, and how many
-    calls there were.
-    """
+@dataclass
+class _Open:
+    """The number of an open site, what its denoiser was given, and how many calls there were."""
 
     site: Tensor | None = None
     root: Root | None = None
-    calls = 0
+    calls: int = 0
+
+
+class _Here(threading.local):
+    """What is open in this thread. An object of its own: what compiled code writes on a
+    `threading.local` itself is lost.
+    """
+
+    def __init__(self) -> None:
+        self.now = _Open()
 
 
 @dataclass
@@ -141,7 +149,7 @@ def route(undo: ExitStack) -> None:
 def _unroute() -> None:
     global _USERS
     _USERS -= 1
-    _HERE.site = None  # an exception may have left it open
+    _HERE.now.site = None  # an exception may have left it open
     # Whoever replaced the function after us keeps it; the router then only passes calls on.
     if _USERS == 0 and nn.functional.scaled_dot_product_attention is _router:
         nn.functional.scaled_dot_product_attention = _ORIGINAL
@@ -156,25 +164,37 @@ def follow(root: nn.Module, given: Root, undo: ExitStack) -> None:
     undo.callback(root.register_forward_hook(_leave, always_call=True).remove)
 
 
+def shut(module: nn.Module, undo: ExitStack) -> None:
+    """Let every forward of `module`, which is no denoiser, find no site open."""
+    for part in (module, *module.children()):  # an autoencoder is not called itself
+        undo.callback(part.register_forward_pre_hook(_shut).remove)
+
+
+def _shut(module: nn.Module, args: Any) -> None:
+    _HERE.now.site = None
+
+
 def _enter(root: nn.Module, args: Any, kwargs: Any) -> None:
     getattr(root, ROOT).receive(args, kwargs)
 
 
 def _leave(root: nn.Module, args: Any, output: Any) -> None:
-    _HERE.site = None
+    _HERE.now.site = None
     getattr(root, ROOT).forget()
 
 
 def _open(module: nn.Module, args: Any) -> None:
-    _HERE.site, _HERE.root, _HERE.calls = getattr(module, ATTRIBUTE), getattr(module, ROOT), 0
+    here = _HERE.now
+    here.site, here.root, here.calls = getattr(module, ATTRIBUTE), getattr(module, ROOT), 0
 
 
 def _close(module: nn.Module, args: Any, output: Any) -> None:
-    if _HERE.calls == 0 and not torch.compiler.is_compiling():
+    here = _HERE.now
+    if here.calls == 0 and not torch.compiler.is_compiling():
         door = _DOORS[int(getattr(module, ATTRIBUTE))]
         if (reason := door.missed(module)) is not None:
             door.to.runner.skipped(door.site.path, reason)
-    _HERE.site = None
+    here.site = None
 
 
 def _router(
@@ -187,10 +207,11 @@ def _router(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    site, root = _HERE.site, _HERE.root
+    here = _HERE.now
+    site, root = here.site, here.root
     if site is not None and root is not None and root.tensors:
-        ordinal = _HERE.calls
-        _HERE.calls = ordinal + 1
+        ordinal = here.calls
+        here.calls = ordinal + 1
         reason = _dense_reason(query, key, value, dropout_p, is_causal)
         if reason is None:
             scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -277,9 +298,11 @@ def _attend(
     return nn.functional.pad(out, (0, 0, 0, n_q - real)) if real < n_q else out
 
 
+# What runs is decided anew in every call; a replayed CUDA graph would repeat the first decision.
 @torch.library.custom_op(
     "accelkit::sdpa",
     mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe,),
     schema=torch.library.infer_schema(_attend, mutates_args=()),
 )
 def _sdpa(*given: Any) -> Tensor:

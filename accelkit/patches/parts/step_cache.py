@@ -61,8 +61,8 @@ def enable(model: Any, config: str, undo: ExitStack, **fields: Any) -> None:
 
 
 def _compiling_inside(model: Any) -> ExitStack:
-    """Let `compile` of a cached module, or of one around it, compile what the caches call; closed,
-    modules compile as before.
+    """Let `compile` of a cached module compile what its cache calls, and `compile` of a module
+    around cached ones the pieces between them as well; closed, modules compile as before.
     """
     undo = ExitStack()
     cached = {m for m in model.modules() if getattr(vars(m).get("_diffusers_hook"), "hooks", None)}
@@ -72,10 +72,12 @@ def _compiling_inside(model: Any) -> ExitStack:
             continue
         if module in cached:
             reference = module._diffusers_hook._fn_refs[-1]
-            undo.callback(setattr, reference, "original_forward", reference.original_forward)
+            for name in ("original_forward", "forward"):
+                undo.callback(setattr, reference, name, getattr(reference, name))
+            reference.forward = torch.compiler.disable(reference.forward)
             module.compile = partial(_compile_cached, reference, reference.original_forward)
         else:
-            module.compile = partial(_compile_each, inside)
+            module.compile = partial(_compile_around, module, inside)
         undo.callback(vars(module).pop, "compile", None)
     return undo
 
@@ -85,12 +87,13 @@ def _compile_cached(reference: Any, forward: Callable[..., Any], *args: Any, **k
     reference.original_forward = torch.compile(forward, *args, **kwargs)
 
 
-def _compile_each(cached: list[Any], *args: Any, **kwargs: Any) -> None:
-    """A graph for each cached module inside a block. What lies between them is not compiled: graphs
-    that break at a cache lose what hooks on attention modules note down in between.
+def _compile_around(module: Any, cached: list[Any], *args: Any, **kwargs: Any) -> None:
+    """As `nn.Module.compile`; cached modules inside are graphs of their own, so the one graph that
+    is asked for with `fullgraph` becomes one for each piece between them.
     """
-    for module in cached:
-        module.compile(*args, **kwargs)
+    for inner in cached:
+        inner.compile(*args, **kwargs)
+    type(module).compile(module, *args, **{**kwargs, "fullgraph": False})
 
 
 @contextmanager
