@@ -13,8 +13,6 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-import torch
-
 from accelkit.errors import UnsupportedConfigurationError, UnsupportedModelError
 
 
@@ -64,6 +62,8 @@ def _compiling_inside(model: Any) -> ExitStack:
     """Let `compile` of a cached module compile what its cache calls, and `compile` of a module
     around cached ones the pieces between them as well; closed, modules compile as before.
     """
+    import torch  # methods are listed where there is none
+
     undo = ExitStack()
     cached = {m for m in model.modules() if getattr(vars(m).get("_diffusers_hook"), "hooks", None)}
     for module in model.modules():
@@ -84,6 +84,8 @@ def _compiling_inside(model: Any) -> ExitStack:
 
 def _compile_cached(reference: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """As `nn.Module.compile`, but for the function that a cache calls at computed steps."""
+    import torch
+
     reference.original_forward = torch.compile(forward, *args, **kwargs)
 
 
