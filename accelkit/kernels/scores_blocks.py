@@ -372,15 +372,16 @@ def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int =
 def _fast_sampled_max(call: Inputs, q: Tensor, k: Tensor) -> Tensor:
     from accelkit.kernels._triton import scores as fast
 
-    q, k = q.contiguous(), k.contiguous()
-    (batch, heads, nq, rows), nk = q.shape[:4], k.shape[2]
+    # Samples of a tile lie apart: the maximum over them then runs along the memory.
+    q, k = q.transpose(2, 3).contiguous(), k.contiguous()
+    (batch, heads, rows, nq), nk = q.shape[:4], k.shape[2]
     out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=q.device)
     some = max(1, fast.SCRATCH_BYTES // (2 * batch * nq * rows * nk))
     for i in range(0, heads, some):
         part = slice(i, i + some)
         kv = call.kv_of_head[part]
         peak = fast.peaks(q[:, part].flatten(2, 3), k.flatten(2, 3), kv, call.scale, k.shape[3])
-        peak = (peak - peak.amax(2, keepdim=True)).unflatten(-1, (nq, rows)).amax(-1)
+        peak = (peak - peak.amax(2, keepdim=True)).unflatten(-1, (rows, nq)).amax(-2)
         out[:, part] = peak.float().exp_().transpose(-1, -2)
     return out
 

@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     ]
 
 from accelkit.kernels._triton import permute as fast_permute
+from accelkit.kernels._triton import pyramid as fast_pyramid
 from accelkit.kernels._triton import scores as fast
 from accelkit.kernels._triton import select as fast_select
 
@@ -47,10 +48,17 @@ def test_means_of_runs():
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("n", [20_000, 9_000])
-def test_the_prefix_of_all_rows_of_a_head(n: int):
+@pytest.mark.parametrize("of", [2, 8])
+def test_means_of_neighbours(of: int):
+    """Tokens behind the last whole mean are left out."""
+    x = rows(2, 3, 91, 24)
+    expected = x[:, :, : 91 // of * of].unflatten(2, (-1, of)).mean(3)
+    torch.testing.assert_close(fast_pyramid.means(x, of), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_prefix_of_all_rows_of_a_head():
     """Beyond one chunk, with ties across chunks and entries that nobody may take."""
-    x = (torch.rand(1, 2, 1, n, device=DEVICE) * 50).floor() / 50
+    x = (torch.rand(1, 2, 1, 9_000, device=DEVICE) * 50).floor() / 50
     x[..., ::7] = -float("inf")
     for share in (0.3, 0.9):
         mass = share * x.clamp(min=0).sum(-1, keepdim=True)
