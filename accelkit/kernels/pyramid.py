@@ -29,8 +29,8 @@ def lower(k: Tensor, v: Tensor, index: BlockIndex) -> tuple[Tensor, Tensor, Bloc
     if isinstance(index.bias, Tensor) or index.level is None:
         raise UnsupportedConfigurationError("pyramid: an index with a level takes no bias per key")
     h = 1 << index.level
-    means = (_means(x, h) for x in (k, v))
-    return *means, replace(index, level=None, bias=index.bias + math.log(h))
+    counted = replace(index, level=None, bias=index.bias + math.log(h))
+    return _means(k, h), _means(v, h), counted
 
 
 def _means(x: Tensor, of: int) -> Tensor:
