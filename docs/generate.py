@@ -42,6 +42,7 @@ CALIBRATION = (
     "One calibration of random weights, whose attention is spread: what it finds there is small, "
     "what it costs is not affected (`benchmarks/prefill_8b.py --calibrate`)."
 )
+KERNEL_COLUMNS = ("triton", "gluon", "fa4", "cudnn", "flex")
 SHORT = 14
 """Rows of a table in README."""
 MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
@@ -166,8 +167,8 @@ def table(rows: list[dict[str, Any]], most: int | None = None) -> str:
 
 def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
     """Table rows of a result, whichever script wrote it."""
-    if "calibration" in data:
-        return [calibration_row(data["calibration"])]
+    if "calibrations" in data:
+        return [calibration_row(row) for row in data["calibrations"]]
     if "singles" in data:
         return [mixture_row(row) for row in data["table"]]
     rows = data.get("rows") or data.get("forced") or data["results"]
@@ -212,10 +213,11 @@ def calibration_row(m: dict[str, Any]) -> dict[str, Any]:
     """A calibration of `benchmarks/prefill_8b.py --calibrate`."""
     return {
         "tokens": m["tokens"],
+        "preset": m["preset"],
         "seconds": m["seconds"],
         "in dense prefills": m["dense_prefills"],
         "peak GiB": m["peak_gb"],
-        "peak, × dense": m.get("peak_over_dense"),
+        "peak, × dense": m["peak_over_dense"],
         "error measured": m["measured"]["measured_error"],
         "prefill, × dense": m["measured"].get("prefill_speedup"),
     }
@@ -242,10 +244,12 @@ def kernel_row(m: dict[str, Any]) -> dict[str, Any]:
         "shape": m["name"],
         "unit": "×".join(map(str, m["unit"])),
         "density": number(m["density"]) + (f" ({w})" if isinstance(w := m["wanted"], str) else ""),
-        "cuDNN dense, ms": ms["cudnn"],
+        "cuDNN dense, ms": ms["dense"],
         "whole call, ms": ms["call"],
-        **{f"{name}, rate": ratio.get(name) for name in ("triton", "gluon", "fa4", "flex")},
-        "× cuDNN": m["times_cudnn"]["call"],
+        **{
+            f"{name}, rate": ratio.get(name) for name in ("triton", "gluon", "fa4", "cudnn", "flex")
+        },
+        "× cuDNN": m["times_dense"]["call"],
     }
 
 
@@ -306,7 +310,7 @@ def benchmarks(most: int | None = None) -> str:
         parts.append(table(rows, most))
         if "parts" in data:
             parts += [KERNELS, table([part_row(row) for row in data["parts"]])]
-        for key, text in (("forced", FORCED), ("singles", MIXTURE), ("calibration", CALIBRATION)):
+        for key, text in (("forced", FORCED), ("singles", MIXTURE), ("calibrations", CALIBRATION)):
             if key in data:
                 parts.append(text)
         if data.get("note"):

@@ -22,6 +22,7 @@ from accelkit.console import (
     Talk,
     Width,
 )
+from accelkit.errors import InvalidInputError
 
 
 def bench(
@@ -66,10 +67,19 @@ def bench(
     if pipelines.is_pipeline(model):
         from accelkit.calibration import video_bench
 
+        if fit:
+            raise InvalidInputError(
+                "--fit is for language models; `accelkit calibrate` fits the costs of a pipeline"
+            )
+
         size = console.given(height=height, width=width, num_frames=frames, steps=steps)
         pipe, read, setting, shot = pipelines.opened(
             model, plan, prompt, size, seed, dtype=dtype, device=device
         )
+        if dry_run:
+            expected = video_bench.preview(pipe, read, setting)
+            console.emit(expected, as_json, console.table("What would run", expected))
+            return
         timed = video_bench.bench(
             *(pipe, read, setting, shot), repeat=repeat or 1, warmup=warmup, progress=console.say
         )

@@ -213,6 +213,7 @@ def test_other_grids_and_fewer_steps_are_told() -> None:
         ({"steps": 1}, "steps"),
         ({"time_limit": 0}, "time_limit"),
         ({"lengths": [1024]}, "no use for lengths"),
+        ({"batch": 2}, "no use for batch"),
     ],
 )
 def test_bad_arguments(changes: dict, words: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -283,6 +286,30 @@ def test_two_threads(wan):
             found = [f.result() for f in [pool.submit(job) for job in jobs]]
         assert all(map(torch.equal, found, expected))
         assert second.report().sparse_calls == 18
+
+
+def test_a_patched_pipeline_goes_when_nobody_needs_it():
+    """And the router with the last of them."""
+    original = functional.scaled_dot_product_attention
+    pipe = tiny_pipe("hunyuan15")  # with a derived processor
+    accelkit.patch(pipe, NARROW)
+    latents(pipe, "hunyuan15", steps=1)
+    seen = [weakref.ref(m) for m in (pipe.transformer, pipe.vae, pipe.text_encoder)]
+    assert functional.scaled_dot_product_attention is not original
+    del pipe
+    gc.collect()
+    assert [r() for r in seen] == [None] * 3
+    assert functional.scaled_dot_product_attention is original
+
+
+def test_a_copied_denoiser_outlives_the_handle(wan):
+    dense, other = latents(wan, "wan"), tiny_pipe("flux")
+    with accelkit.patch(wan, NARROW):
+        copied = copy.deepcopy(wan.transformer)
+    wan.transformer = copied
+    assert torch.equal(latents(wan, "wan"), dense)
+    with accelkit.patch(other, NARROW):  # the router is there again
+        assert torch.equal(latents(wan, "wan"), dense)
 
 
 def test_failing_half_way_leaves_no_trace(wan, monkeypatch):

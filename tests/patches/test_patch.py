@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -352,6 +356,26 @@ def test_patching_twice(llama):
     accelkit.unpatch(llama)
     assert handle_of(llama) is None
     handle.remove()
+
+
+def test_a_patched_model_goes_when_nobody_needs_it(ids):
+    model = tiny("llama")
+    accelkit.patch(model, NARROW)
+    model(ids)
+    seen = [weakref.ref(model), weakref.ref(model.model.layers[0].self_attn)]
+    del model
+    gc.collect()
+    assert [r() for r in seen] == [None, None]
+
+
+def test_copies_outlive_the_handle(llama, ids):
+    dense = llama(ids).logits
+    with accelkit.patch(llama, NARROW) as handle:
+        copies = copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))
+        assert [handle_of(c) for c in copies] == [None, None]
+        assert handle_of(llama) is handle
+    for other in copies:
+        assert torch.equal(other(ids).logits, dense)
 
 
 def test_disabled_block_is_dense(llama, ids):

@@ -185,7 +185,7 @@ def connect(model: DiffusionPipeline | ModelMixin, runner: Runner, undo: ExitSta
         _refuse(place)
     pipe = model if isinstance(model, DiffusionPipeline) else None
     link = sdpa.Connection(runner, DenoiseClock(pipe, runner.begin, undo))
-    sdpa.route(undo)
+    sdpa.route(link, undo)
     roots = {name: Root() for name in denoisers(model)}
     # Ctrl-C in a denoiser skips even the hooks that torch always calls.
     for name, part in pipe.components.items() if pipe else ():

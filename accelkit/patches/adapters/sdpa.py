@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -116,7 +117,8 @@ class Door:
 
 
 _HERE = _Here()
-_DOORS: dict[int, Door] = {}
+# Doors live as long as the undo of their edits, which belongs to the model.
+_DOORS: weakref.WeakValueDictionary[int, Door] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count(1)
 _ORIGINAL: Callable[..., Tensor] = nn.functional.scaled_dot_product_attention
 _USERS = 0
@@ -126,7 +128,7 @@ def connect(module: nn.Module, door: Door, root: Root, undo: ExitStack) -> None:
     """Open `door` around every forward of `module`."""
     number = next(_NUMBERS)
     _DOORS[number] = door
-    undo.callback(_DOORS.pop, number, None)
+    undo.callback(_forget, number, door)
     # An attribute and no buffer: it stays on the CPU wherever the module's weights go.
     setattr(module, ATTRIBUTE, torch.tensor(number))
     undo.callback(delattr, module, ATTRIBUTE)
@@ -136,20 +138,30 @@ def connect(module: nn.Module, door: Door, root: Root, undo: ExitStack) -> None:
     undo.callback(module.register_forward_hook(_close).remove)
 
 
-def route(undo: ExitStack) -> None:
-    """Let the router stand in for the function while anyone needs it."""
+def _forget(number: int, door: Door) -> None:
+    _DOORS.pop(number, None)
+    here = _HERE.now
+    if here.site is not None and int(here.site) == number:
+        here.site = None  # an interrupt left it open
+
+
+def route(link: Connection, undo: ExitStack) -> None:
+    """Let the router stand in for the function until `undo`, or until `link` is gone with its
+    model.
+    """
     global _ORIGINAL, _USERS
     if _USERS == 0:
         _ORIGINAL = nn.functional.scaled_dot_product_attention
         nn.functional.scaled_dot_product_attention = _router
     _USERS += 1
-    undo.callback(_unroute)
+    gone = weakref.finalize(link, _unroute)
+    gone.atexit = False
+    undo.callback(gone)
 
 
 def _unroute() -> None:
     global _USERS
     _USERS -= 1
-    _HERE.now.site = None  # an exception may have left it open
     # Whoever replaced the function after us keeps it; the router then only passes calls on.
     if _USERS == 0 and nn.functional.scaled_dot_product_attention is _router:
         nn.functional.scaled_dot_product_attention = _ORIGINAL
@@ -191,8 +203,8 @@ def _open(module: nn.Module, args: Any) -> None:
 def _close(module: nn.Module, args: Any, output: Any) -> None:
     here = _HERE.now
     if here.calls == 0 and not torch.compiler.is_compiling():
-        door = _DOORS[int(getattr(module, ATTRIBUTE))]
-        if (reason := door.missed(module)) is not None:
+        door = _DOORS.get(int(getattr(module, ATTRIBUTE)))  # copies outlive the handle
+        if door is not None and (reason := door.missed(module)) is not None:
             door.to.runner.skipped(door.site.path, reason)
     here.site = None
 
@@ -219,8 +231,7 @@ def _router(
             if torch.compiler.is_compiling():
                 return torch.ops.accelkit.sdpa(*given).transpose(1, 2)
             return _attend(*given)
-        if not torch.compiler.is_compiling():
-            door = _DOORS[int(site)]
+        if not torch.compiler.is_compiling() and (door := _DOORS.get(int(site))) is not None:
             door.to.runner.skipped(door.site.path, reason)
     return _ORIGINAL(
         query,
@@ -264,7 +275,9 @@ def _attend(
     """One attention call of an open site: `[B, Hq, Nq, Dv]` from q `[B, Hq, Nq, D]` and k, v
     `[B, Hkv, Nk, D]`, dense as before where the plan says nothing.
     """
-    door = _DOORS[int(site)]
+    door = _DOORS.get(int(site))
+    if door is None:  # a copy of a model that is not patched any more
+        return _dense(query, key, value, mask, scale)
     door.to.arrive(door, ordinal, tensors, told)
     heads, n_q = query.shape[1], query.shape[2]
     if heads != door.heads:

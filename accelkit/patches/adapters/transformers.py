@@ -78,7 +78,8 @@ class _Foreign:
     mask: Any
 
 
-_DOORS: dict[int, _Door] = {}
+# Doors live as long as the undo of their edits, which belongs to the model.
+_DOORS: weakref.WeakValueDictionary[int, _Door] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count(1)
 
 
@@ -175,11 +176,15 @@ def connect(model: PreTrainedModel, runner: Runner, undo: ExitStack) -> None:
         number = next(_NUMBERS)
         site = Site(path, order)
         previous = _implementation(module)
-        _DOORS[number] = _Door(weakref.ref(module), site, runner, previous)
-        undo.callback(_DOORS.pop, number, None)
+        door = _DOORS[number] = _Door(weakref.ref(module), site, runner, previous)
+        undo.callback(_forget, number, door)
         if reason is None:
             setattr(module, ATTRIBUTE, number)
             undo.callback(delattr, module, ATTRIBUTE)
+
+
+def _forget(number: int, door: _Door) -> None:
+    _DOORS.pop(number, None)
 
 
 def _ours(before: str) -> str:
@@ -254,6 +259,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function: the custom op where it may help, otherwise what ran before."""
     number = getattr(module, ATTRIBUTE, None)
+    if not torch.compiler.is_compiling() and number not in _DOORS:
+        number = None  # a copy of a model that is not patched any more
     reason = _dense_reason(module, query, attention_mask, dropout, kwargs)
     if number is not None and reason is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
