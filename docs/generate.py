@@ -217,7 +217,7 @@ def calibration_row(m: dict[str, Any]) -> dict[str, Any]:
         "seconds": m["seconds"],
         "in dense prefills": m["dense_prefills"],
         "peak GiB": m["peak_gb"],
-        "peak, × dense": m["peak_over_dense"],
+        "peak, × dense": m.get("peak_over_dense"),
         "error measured": m["measured"]["measured_error"],
         "prefill, × dense": m["measured"].get("prefill_speedup"),
     }

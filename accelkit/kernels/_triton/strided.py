@@ -205,7 +205,7 @@ def strided(
     dimension, warps, stages).
     """
     if int8:
-        usual = (128, 256, 128, 8, 4)
+        usual = (128, 256, 128, 8, 3)
     else:
         usual = (128, 256, 64, 8, 4) if call.q.element_size() == 2 else (128, 64, 32, 8, 3)
     tile = tile or usual
