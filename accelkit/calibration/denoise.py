@@ -47,7 +47,7 @@ PRESETS = {
 }
 """How much is measured; and how many prompts to measure on and to check on."""
 LEAST = 1e-3
-"""Least share of the sum of errors that arrives in the latents; less is not believed."""
+"""Least share of a bucket's errors that arrives in the latents; less is not believed."""
 FIRST = 0.4
 """First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
 
@@ -184,21 +184,21 @@ def _plan(
     costs = measure.fitted(run, shape, dtype, tokens, methods)
     able = [m for m in methods if m.kind in costs.methods]
     found = denoise_measure.measured(run, seen, settings, shots.measure, able, costs, tokens)
-    small = Small(run, seen, first, roots)
+    small = Small(run, seen, shots.measure, roots)
     heads = {p: run.heads[site_of(p)] for p in seen.places}
     weights = {p: [1.0] * n for p, n in heads.items()}
-    influence, kappa = [1.0] * len(small.shares), 1.0
+    influence = [1.0] * len(small.shares)
     if any(found.families.values()):
-        sensitive = measure.weighed(run, heads, [small.probe])
-        for b in range(len(influence)):
-            tried = trial(found, heads, small.shares, fingerprint, b)
-            influence[b] = small.influence(b, tried, sensitive)
+        trials = [trial(found, heads, small.shares, fingerprint, b) for b in range(len(influence))]
+        sensitive = measure.weighed(
+            run, heads, [small.probe], lambda place: trials[bucket_of(place)].left_out(place)
+        )
+        for b, tried in enumerate(trials):
+            influence[b] = max(small.influence(b, tried, sensitive), LEAST)
         weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
-        tried = trial(found, heads, small.shares, fingerprint)
-        kappa = max(small.influence(None, tried, weights), LEAST)
     cached, refused = denoise_caches.options(run, small, caches, allowed)
     planner = Planner(
-        seen, found, weights, costs, tokens, cached, kappa, fingerprint, budget,
+        seen, found, weights, costs, tokens, cached, fingerprint, budget,
         Limits(
             min_length=tokens // 4,
             max_length=tokens,
@@ -216,7 +216,6 @@ def _plan(
         "steps": seen.total,
         "buckets": [list(b) for b in small.shares],
         "influence": [float(f"{i:.4g}") for i in influence],
-        "composition": float(f"{kappa:.4g}"),
         "weighed_on": vars(seen.settings),
     }
     return plan.model_copy(update={"calibration": about}).with_tables(plan.tables)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from accelkit.calibration import refine
@@ -15,7 +14,7 @@ from accelkit.calibration.assemble import assemble, site_data
 from accelkit.calibration.denoise_caches import Cached
 from accelkit.calibration.denoise_look import Look, bucket_of, buckets, site_of
 from accelkit.calibration.denoise_measure import Measurements
-from accelkit.calibration.denoise_weights import TYPICAL
+from accelkit.calibration.denoise_weights import grown
 from accelkit.calibration.search import DENSE, Choice, Solution, Table, search
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, LayerPlan, Limits, Plan, Schedule
@@ -33,7 +32,6 @@ class Planner:
     costs: CostTable
     tokens: int
     caches: Sequence[Cached]
-    kappa: float
     fingerprint: Fingerprint
     budget: Budget
     limits: Limits
@@ -50,7 +48,7 @@ class Planner:
         self.data = [
             replace(
                 d,
-                table=_steep(d.table),
+                table=_grown(d.table),
                 site=site_of(d.site),
                 steps=shares[bucket_of(d.site)],
             )
@@ -73,13 +71,12 @@ class Planner:
         for n, cache in enumerate(self.caches):
             if n and cache.error > min(epsilon, refine.MARGIN * self.budget.max_rel_error):
                 continue
-            room = (epsilon - cache.error) / self.kappa
-            solution = search(self.tables[n], room, self.fronts[n])
+            solution = search(self.tables[n], epsilon - cache.error, self.fronts[n])
             ways.append((solution.ms + self._rest(cache), n, solution))
         ms, n, solution = min(ways, key=lambda w: w[:2])
         plan = self._assembled(self.caches[n], solution)
         self.ratios[refine.plan_digest(plan)] = ms / (self.dense_ms + self._rest(self.caches[0]))
-        error = self.kappa * solution.error + self.caches[n].error
+        error = solution.error + self.caches[n].error
         dense = n == 0 and all(c.dense for c in solution.choices)
         return refine.Proposal(plan, (n, solution), ms, error, dense)
 
@@ -157,14 +154,8 @@ class Planner:
         )
 
 
-def _steep(table: Table) -> Table:
-    """Errors above the typical ones, for which influence was measured, count by their square: what
-    a head leaves out does more harm than its size says, and noise does not tell.
-    """
-    options = tuple(
-        replace(o, error=np.where(o.error > TYPICAL, o.error**2 / TYPICAL, o.error))
-        for o in table.options
-    )
+def _grown(table: Table) -> Table:
+    options = tuple(replace(o, error=grown(o.error)) for o in table.options)
     return replace(table, options=options)
 
 
