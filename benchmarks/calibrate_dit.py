@@ -49,8 +49,10 @@ class Unchecked(denoise.Checker):
 def guided(layers: int, device: str) -> tuple[WanPipeline, Settings, dict[str, Any]]:
     """The pipeline with guidance, as it runs by default: two forwards a step."""
     pipe, size, shot = built("wan", layers, device)
-    embeds = {k: torch.randn(1, 512, 4096) for k in ("prompt_embeds", "negative_prompt_embeds")}
-    return pipe, size, {**shot.arguments, **embeds, "guidance_scale": 5.0}
+    other = torch.randn(1, 512, 4096, device=device)
+    return pipe, size, {
+        **shot.arguments, "negative_prompt_embeds": other, "guidance_scale": 5.0
+    }  # fmt: skip
 
 
 def dense_step(pipe: Any, size: Settings, arguments: dict[str, Any]) -> float:

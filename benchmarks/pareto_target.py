@@ -30,33 +30,18 @@ DENSE_STEPS = 0.2
 """Share of the steps that stays dense for every single method."""
 STEPS = 10
 """Of each run at the target."""
-CONFIRMED: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("sliding_tile", {}),
-    ("gna", {}),
-    ("flash_prefill", {}),
-)
+CONFIRMED = ("sliding_tile", "gna", "flash_prefill")
 """Methods that are run at the target."""
 
 
 def measured_costs(methods: Sequence[AttentionMethod], device: str, layers: int) -> dict[str, Any]:
     """The cost table at the target's shape, attention's share of its dense denoising, and runs."""
     pipe, size, shot = built("wan", layers, device)
-    size = replace(size, num_inference_steps=STEPS)
-    video.run(pipe, replace(size, num_inference_steps=2), shot)
-    take = video.run(pipe, size, shot)
+    size = replace(size, num_inference_steps=4)
+    take = [video.run(pipe, size, shot) for _ in range(2)][-1]
     step = 1e3 * statistics.median(b - a for a, b in pairwise(take.ends))
     about = video_bench.attention(pipe, size, shot)
     seen = video_bench.denoise_look.glance(pipe, size, shot)
-    runs = []
-    for name, fields in CONFIRMED:
-        method = load(name)(**fields)
-        plan = forced(pipe, Policy(methods=(method,)), DENSE_STEPS)
-        share = density(pipe, plan, replace(size, num_inference_steps=4), shot)
-        unit, _ = unit_of(pipe, size, shot, method, {})
-        with accelkit.patch(pipe, plan):
-            ends = min((video.run(pipe, size, shot).ends for _ in range(2)), key=lambda e: e[-1])
-        cost = ends[-1] / take.ends[-1]
-        runs.append({"setting": stored(method), "density": share, "size": unit, "measured": cost})
     shape = fit.Shape(
         12, 12, 128, layers, causal=False,
         geometry=video_bench.denoise_look.geometry_of(seen),
@@ -64,21 +49,38 @@ def measured_costs(methods: Sequence[AttentionMethod], device: str, layers: int)
     del pipe
     torch.cuda.empty_cache()
     table = fit.fit(shape, torch.bfloat16, torch.device(device), about["tokens"], methods)
-    share = about["attention_ms"] / step
-    for run in runs:
-        size_, name = (run["size"][0], run["size"][1]), run["setting"]["kind"]
-        known = name in table.methods
-        ratio = known and attention_ratio(table, about["tokens"], name, size_, run["density"])
-        run["predicted"] = denoising_ratio(share, ratio) if known else None
     # What low precision and skipping save, no list shows: they are timed at the target's size.
     call = fit.random_call(shape, torch.bfloat16, torch.device(device), about["tokens"])
     clocked = {}
     for method in (m for m in methods if m.kind in table.methods):
         one = (answer(call, Policy(methods=(method,))) or (None,))[0]
         if one is not None and one.execution != PLAIN:
-            run_ = partial(compute, one)
-            clocked[repr(one.execution)] = fit.clock(run_, 3, torch.device(device))
-    return {"share": share, "table": table.to_dict(), "clocked": clocked, "confirmed": runs}
+            run = partial(compute, one)
+            clocked[repr(one.execution)] = fit.clock(run, 3, torch.device(device))
+    return {"share": about["attention_ms"] / step, "table": table.to_dict(), "clocked": clocked}
+
+
+def confirmed(about: dict[str, Any], device: str, layers: int) -> list[dict[str, Any]]:
+    """Runs at the target beside what its costs predict for them, in dense denoisings."""
+    table = CostTable.from_dict(about["table"])
+    pipe, size, shot = built("wan", layers, device)
+    size = replace(size, num_inference_steps=STEPS)
+    video.run(pipe, replace(size, num_inference_steps=2), shot)
+    dense = video.run(pipe, size, shot).ends[-1]
+    found = []
+    for kind in (k for k in CONFIRMED if k in table.methods):
+        method = load(kind)()
+        plan = forced(pipe, Policy(methods=(method,)), DENSE_STEPS)
+        share = density(pipe, plan, replace(size, num_inference_steps=4), shot)
+        unit, _ = unit_of(pipe, size, shot, method, {})
+        with accelkit.patch(pipe, plan):
+            spent = min(video.run(pipe, size, shot).ends[-1] for _ in range(2))
+        ratio = attention_ratio(table, table.dense[-1][0], kind, unit, share)
+        found.append({
+            "setting": stored(method), "density": share, "measured": spent / dense,
+            "predicted": denoising_ratio(about["share"], ratio),
+        })  # fmt: skip
+    return found
 
 
 def unit_of(

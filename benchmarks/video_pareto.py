@@ -37,7 +37,7 @@ from pareto_curves import (
     spread,
     variants,
 )
-from pareto_target import DENSE_STEPS, measured_costs, moved, unit_of
+from pareto_target import DENSE_STEPS, confirmed, measured_costs, moved, unit_of
 
 from accelkit.calibration import denoise_caches, pipelines, video_bench
 from accelkit.calibration.candidates import Family, chosen_methods, thinned
@@ -180,6 +180,7 @@ def main() -> None:
         about = json.loads(args.costs.read_text())
     else:
         about = measured_costs(methods, device, args.layers)
+        about["confirmed"] = confirmed(about, device, args.layers)
         if args.costs:
             args.costs.write_text(json.dumps(about))
     big = CostTable.from_dict(about["table"])
