@@ -28,7 +28,7 @@ from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.denoise_check import Checker
 from accelkit.calibration.denoise_look import bucket_of, site_of
 from accelkit.calibration.denoise_plan import Planner
-from accelkit.calibration.denoise_weights import Small, trial
+from accelkit.calibration.denoise_weights import Small, trial, weighed_at
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.measure import Preset, Run
 from accelkit.calibration.video import Settings
@@ -48,7 +48,7 @@ PRESETS = {
 """How much is measured; and how many prompts to measure on and to check on."""
 LEAST = 1e-3
 """Least share of a bucket's errors that arrives in the latents; less is not believed."""
-FIRST = 0.4
+FIRST = 0.6
 """First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
 
 
@@ -138,6 +138,7 @@ def calibrate(
         "measuring": "run/",
         "weighing": "weight/",
         "influence": "influence/",
+        "composition": "composition/",
         "step caches": "cache/",
         "checking": "check/",
     }
@@ -190,9 +191,12 @@ def _plan(
     influence = [1.0] * len(small.shares)
     if any(found.families.values()):
         trials = [trial(found, heads, small.shares, fingerprint, b) for b in range(len(influence))]
-        sensitive = measure.weighed(
-            run, heads, [small.probe], lambda place: trials[bucket_of(place)].left_out(place)
-        )
+        at = weighed_at(seen.places)
+        some = measure.weighed(
+            run, {p: heads[p] for p in dict.fromkeys(at.values())}, [small.probe],
+            lambda place: trials[bucket_of(place)].left_out(place),
+        )  # fmt: skip
+        sensitive = {p: some[at[p]] for p in seen.places}
         for b, tried in enumerate(trials):
             influence[b] = max(small.influence(b, tried, sensitive), LEAST)
         weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
@@ -206,6 +210,7 @@ def _plan(
             steps=seen.total,
         ),
     )  # fmt: skip
+    planner.compose(small)
     checker = Checker(run, settings, shots.check, planner.ratio)
     outcome = refine.in_turns(run, planner.propose, checker, allowed, FIRST, checker.spent)
     plan = planner.finished(outcome)
@@ -216,6 +221,7 @@ def _plan(
         "steps": seen.total,
         "buckets": [list(b) for b in small.shares],
         "influence": [float(f"{i:.4g}") for i in influence],
+        "composition": float(f"{planner.kappa:.4g}"),
         "weighed_on": vars(seen.settings),
     }
     return plan.model_copy(update={"calibration": about}).with_tables(plan.tables)

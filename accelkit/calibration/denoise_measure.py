@@ -73,8 +73,8 @@ def measured(
     costs: CostTable,
     tokens: int,
 ) -> Measurements:
-    """Dense runs of the prompts; the first one also screens. Runs have half or a quarter of the
-    steps and end behind the last one that is looked at.
+    """Dense runs of the prompts; the first one also screens. Runs have a third or a quarter of
+    the steps and end behind the last one that is looked at.
     """
     screen: dict[str, Any] = {}
     families: dict[str, list[Family]] = {}
@@ -100,8 +100,8 @@ def measured(
 
 
 class _DenseRun:
-    """One dense run of the n-th prompt, in half of the steps (the first one) or a quarter: early
-    and late are the same shares of them.
+    """One dense run of the n-th prompt, in a third of the steps (the first one) or a quarter:
+    early and late are the same shares of them.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class _DenseRun:
         tokens: int,
     ) -> None:
         self.run, self.n, self.methods, self.costs, self.tokens = run, n, methods, costs, tokens
-        self.total = min(seen.total, max(8, seen.total // (4 if n else 2)))
+        self.total = min(seen.total, max(8, seen.total // (4 if n else 3)))
         self.branch = seen.branches[n % len(seen.branches)]
         self.stands_for = screened_by(seen.places)
         self.late = {

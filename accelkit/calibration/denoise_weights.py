@@ -31,7 +31,7 @@ from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.parts import step_cache
 from accelkit.patches.patch import patch
-from accelkit.patches.plan import Fingerprint, LayerPlan, Plan, Policy, Rule
+from accelkit.patches.plan import Fingerprint, LayerPlan, Limits, Plan, Policy, Rule
 from accelkit.patches.sites.attention import answer, compute
 
 TYPICAL = 0.1
@@ -40,6 +40,8 @@ GROWTH = 1.5
 """Power of errors above that."""
 FEW = 20
 """Most steps of the disturbed runs; buckets are the same shares of them as of all."""
+MOST_WEIGHED = 40
+"""Most places that are weighed apart."""
 SEEDS = 3
 """Results that are disturbed: one alone may be about to tip over into another picture, or not."""
 
@@ -163,25 +165,35 @@ class Small:
         stands in only where the small geometry is too short for them.
         """
         mine = [p for p in heads if bucket_of(p) == bucket]
+        change, error = self.change(f"influence/{bucket}", trial.plan), trial.error
+        if change is None:
+            key = f"influence/{bucket}/noise"
+            change = self.run.journal.unit(key, lambda: self._noisy(bucket))
+            error = {p: [NOISE] * len(heads[p]) for p in mine}
+        losses = [sum(w * e for w, e in zip(heads[p], error[p], strict=True)) for p in mine]
+        return change / max(composed(losses), 1e-12)
 
-        def work(n: int) -> dict[str, Any]:
-            with patch(self.run.model, trial.plan) as handle:
+    def change(self, name: str, plan: Plan) -> float | None:
+        """Relative change of the final latents by a plan, the geometric mean of several results.
+        None: the small geometry is too short for it.
+        """
+
+        def work(n: int) -> float | None:
+            with patch(self.run.model, plan.model_copy(update={"limits": Limits()})) as handle:
                 take = video.run(self.run.model, self.settings, self.shots[n])
                 sparse = handle.report().sparse_calls
-            if sparse:
-                return {"change": relative(take.latents, self.latents(n)), "noise": False}
-            return {"change": self._noisy(bucket, n), "noise": True}
+            return relative(take.latents, self.latents(n)) if sparse else None
 
-        change = []
+        found = []
         for n in range(SEEDS):
             self.run.tell("influence of early and late steps")
-            found = self.run.journal.unit(f"influence/{bucket}/{n}", partial(work, n))
-            change.append(max(found["change"], 1e-12))
-        error = {p: [NOISE] * len(heads[p]) if found["noise"] else trial.error[p] for p in mine}
-        losses = [sum(w * e for w, e in zip(heads[p], error[p], strict=True)) for p in mine]
-        return float(np.exp(np.mean(np.log(change)))) / max(composed(losses), 1e-12)
+            one = self.run.journal.unit(f"{name}/{n}", partial(work, n))
+            if one is None:
+                return None
+            found.append(max(one, 1e-12))
+        return float(np.exp(np.mean(np.log(found))))
 
-    def _noisy(self, bucket: int, n: int) -> float:
+    def _noisy(self, bucket: int) -> float:
         """Relative change of the final latents by 5 % noise on all heads, the same at every step
         but not in every branch.
         """
@@ -193,8 +205,20 @@ class Small:
             return dense.out + (NOISE * noise_like(dense.out, seed)).to(dense.out.dtype)
 
         with watch(self.run.model, disturb):
-            take = video.run(self.run.model, self.settings, self.shots[n])
-        return relative(take.latents, self.latents(n))
+            take = video.run(self.run.model, self.settings, self.shot)
+        return relative(take.latents, self.latents(0))
+
+
+def weighed_at(places: Sequence[str]) -> dict[str, str]:
+    """The place whose weights count for each: its own where places are few, else that of the same
+    site in the middle one of its buckets.
+    """
+    if len(places) <= MOST_WEIGHED:
+        return {p: p for p in places}
+    mine: dict[str, list[str]] = {}
+    for p in sorted(places, key=bucket_of):
+        mine.setdefault(site_of(p), []).append(p)
+    return {p: mine[site_of(p)][len(mine[site_of(p)]) // 2] for p in places}
 
 
 @dataclass(frozen=True)
