@@ -15,7 +15,7 @@ from accelkit.calibration.denoise_caches import Cached
 from accelkit.calibration.denoise_look import Look, bucket_of, buckets, site_of
 from accelkit.calibration.denoise_measure import Measurements
 from accelkit.calibration.denoise_weights import Small, grown
-from accelkit.calibration.search import DENSE, Choice, Solution, Table, search
+from accelkit.calibration.search import DENSE, Choice, Solution, Table, composed, search
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, LayerPlan, Limits, Plan, Schedule
 
@@ -75,13 +75,13 @@ class Planner:
         for n, cache in enumerate(self.caches):
             if n and cache.error > min(epsilon, refine.MARGIN * self.budget.max_rel_error):
                 continue
-            room = (epsilon - cache.error) / self.kappa
-            solution = search(self.tables[n], room, self.fronts[n])
+            room = max(epsilon**2 - cache.error**2, 0.0) ** 0.5
+            solution = search(self.tables[n], room / self.kappa, self.fronts[n])
             ways.append((solution.ms + self._rest(cache), n, solution))
         ms, n, solution = min(ways, key=lambda w: w[:2])
         plan = self._assembled(self.caches[n], solution)
         self.ratios[refine.plan_digest(plan)] = ms / (self.dense_ms + self._rest(self.caches[0]))
-        error = self.kappa * solution.error + self.caches[n].error
+        error = composed([self.kappa * solution.error, self.caches[n].error])
         dense = n == 0 and all(c.dense for c in solution.choices)
         return refine.Proposal(plan, (n, solution), ms, error, dense)
 
