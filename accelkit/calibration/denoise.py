@@ -48,7 +48,7 @@ PRESETS = {
 """How much is measured; and how many prompts to measure on and to check on."""
 LEAST = 1e-3
 """Least share of a bucket's errors that arrives in the latents; less is not believed."""
-FIRST = 0.6
+FIRST = 0.8
 """First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
 
 

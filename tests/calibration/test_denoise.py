@@ -14,8 +14,10 @@ from tiny_cases import probe_methods
 import accelkit
 from accelkit.calibration import denoise_check, denoise_measure, fit
 from accelkit.calibration.denoise_look import buckets
+from accelkit.calibration.quality import site_weights
 from accelkit.errors import InvalidInputError, PlanTransferWarning
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
+from accelkit.kernels.index import Partial
 from accelkit.patches.plan import Plan
 
 LOCAL, DIFFUSE = 0, 1
@@ -180,9 +182,30 @@ def test_time_is_up() -> None:
 
 def test_early_steps_weigh_what_they_do() -> None:
     """How much a bucket decides is measured with the methods themselves, not assumed."""
-    about = run(planted()).calibration
-    assert len(about["influence"]) == 3
-    assert all(0.01 < v < 10 for v in about["influence"])
+    plan = run(planted())
+    influence = plan.calibration["influence"]
+    assert len(influence) == 3
+    assert all(0.01 < v < 10 for v in influence)
+    assert influence == sorted(influence), "what late steps spoil, no further step mends"
+    for now in plan.measured["rounds"]:
+        assert 0.5 < now["measured_error"] / now["predicted_error"] < 2
+
+
+def test_weights_come_from_what_a_method_leaves_out() -> None:
+    """Noise of the same size may cancel on its way; what is always left out does not."""
+    weight = torch.ones(8, 4)
+
+    def show(copies, see):
+        out = torch.randn(1, 1, 64, 4, generator=torch.Generator().manual_seed(0)) + 2
+        dense = Partial(out.expand(copies, -1, -1, -1).clone(), torch.zeros(copies, 1, 64))
+        see(None, dense)
+        return dense.out.mean(2) @ weight.T  # every row counts alike
+
+    noise = site_weights(show, [[0]])
+    bias = site_weights(show, [[0]], lambda call, dense: 0.1 * dense.out[0].abs())
+    nothing = site_weights(show, [[0]], lambda call, dense: 0 * dense.out[0])
+    assert bias[0] > 5 * noise[0]
+    assert nothing == noise
 
 
 def test_other_grids_and_fewer_steps_are_told() -> None:
