@@ -43,7 +43,9 @@ FEW = 20
 MOST_WEIGHED = 40
 """Most places that are weighed apart."""
 SEEDS = 3
-"""Results that are disturbed: one alone may be about to tip over into another picture, or not."""
+"""Results that are disturbed, drawn at once where that can be: one alone may be about to tip over
+into another picture, or not.
+"""
 
 
 class Small:
@@ -58,7 +60,9 @@ class Small:
     ) -> None:
         self.run, self.seen, self.shot, self.roots = run, seen, shots[0], dict(roots)
         some = [shots[n % len(shots)] for n in range(SEEDS)]
-        self.shots = [replace(s, seed=s.seed + SEEDS * n) for n, s in enumerate(some)]
+        together = video.together(some)
+        apart = [replace(s, seed=s.seed + SEEDS * n) for n, s in enumerate(some)]
+        self.shots = apart if together is None else [together]
         self.shares = buckets(seen.total)
         self.total = min(seen.total, FEW)
         self.settings = replace(seen.settings, num_inference_steps=self.total)
@@ -117,7 +121,8 @@ class Small:
             for name, root in self.roots.items()
         ]
         try:
-            self._few[0] = video.run(self.run.model, self.settings, self.shot, each=each).latents
+            take = video.run(self.run.model, self.settings, self.shots[0], each=each)
+            self._few[0] = take.latents
         finally:
             for hook in hooks:
                 hook.remove()
@@ -178,19 +183,21 @@ class Small:
         None: the small geometry is too short for it.
         """
 
-        def work(n: int) -> float | None:
+        def work(n: int) -> list[float] | None:
             with patch(self.run.model, plan.model_copy(update={"limits": Limits()})) as handle:
                 take = video.run(self.run.model, self.settings, self.shots[n])
                 sparse = handle.report().sparse_calls
-            return relative(take.latents, self.latents(n)) if sparse else None
-
-        found = []
-        for n in range(SEEDS):
-            self.run.tell("influence of early and late steps")
-            one = self.run.journal.unit(f"{name}/{n}", partial(work, n))
-            if one is None:
+            if not sparse:
                 return None
-            found.append(max(one, 1e-12))
+            return [relative(f, t) for f, t in zip(take.latents, self.latents(n), strict=True)]
+
+        found: list[float] = []
+        for n in range(len(self.shots)):
+            self.run.tell("influence of early and late steps")
+            some = self.run.journal.unit(f"{name}/{n}", partial(work, n))
+            if some is None:
+                return None
+            found += [max(one, 1e-12) for one in some]
         return float(np.exp(np.mean(np.log(found))))
 
     def _noisy(self, bucket: int) -> float:
@@ -205,7 +212,7 @@ class Small:
             return dense.out + (NOISE * noise_like(dense.out, seed)).to(dense.out.dtype)
 
         with watch(self.run.model, disturb):
-            take = video.run(self.run.model, self.settings, self.shot)
+            take = video.run(self.run.model, self.settings, self.shots[0])
         return relative(take.latents, self.latents(0))
 
 
