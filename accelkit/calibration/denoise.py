@@ -115,8 +115,8 @@ def calibrate(
         "preset": preset,
         "seed": seed,
     }
-    book = Journal(journal, belongs, resume)
-    with session.Bar(progress) as bar:
+    with session.compile_clock() as compiled, session.Bar(progress) as bar:
+        book = Journal(journal, belongs, resume, compiled)
         bar.expect(_units(len(places), len(shots.measure), chosen, len(caches), len(shots.check)))
         device = torch.device(pipe._execution_device)
         run = Run(
@@ -151,7 +151,11 @@ def calibrate(
         "preset": preset,
         "methods": [m.kind for m in (*tried, *caches)],
         "skipped": run.skipped,
-        "seconds": {stage: round(book.seconds(prefix), 1) for stage, prefix in stages.items()},
+        "seconds": {
+            stage: round(book.seconds(prefix) - book.compiling(prefix), 2)
+            for stage, prefix in stages.items()
+        }
+        | {"compiling": round(book.compiling(), 2)},
     }
     made = session.producer("diffusers")
     update = {"calibration": about | plan.calibration, "producer": made}

@@ -80,10 +80,11 @@ class Planner:
             ways.append((solution.ms + self._rest(cache), n, solution))
         ms, n, solution = min(ways, key=lambda w: w[:2])
         plan = self._assembled(self.caches[n], solution)
-        self.ratios[refine.plan_digest(plan)] = ms / (self.dense_ms + self._rest(self.caches[0]))
+        dense_ms = self.dense_ms + self._rest(self.caches[0])
+        self.ratios[refine.plan_digest(plan)] = ms / dense_ms
         error = composed([self.kappa * solution.error, self.caches[n].error])
         dense = n == 0 and all(c.dense for c in solution.choices)
-        return refine.Proposal(plan, (n, solution), ms, error, dense)
+        return refine.Proposal(plan, (n, solution), ms, dense_ms, error, dense)
 
     def compose(self, small: Small) -> None:
         """Find κ, how errors compose in the plans that search picks: it is fond of what looks
@@ -150,7 +151,7 @@ class Planner:
             return plan.model_copy(update={"measured": measured})
         n, solution = best.proposal.choice
         cache = self.caches[n].method
-        keep = ("error", "latent_psnr", "psnr", "ssim")
+        keep = ("error", "latent_psnr", "psnr", "ssim", "lpips")
         measured |= {
             "ms": solution.ms,
             "attention_speedup": self.dense_ms / max(solution.ms, 1e-9),

@@ -73,15 +73,6 @@ def check(model: Any, plan: Plan, dense: Reference) -> dict[str, Any]:
     }
 
 
-def score_answers(model: Any, samples: Sequence[Sample]) -> list[int]:
-    """How many answers of each prompt the model gets right, teacher-forced, as it is now."""
-    found = []
-    for sample in samples:
-        rows = scored_rows(sample)
-        found.append(_right(model, sample, rows, _hidden(model, sample, rows)[0]))
-    return found
-
-
 def by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Means of the checks of each task and length, keyed "task@tokens"."""
     found: dict[str, dict[str, Any]] = {}

@@ -46,13 +46,15 @@ WIDEN = 8.0
 
 @dataclass(frozen=True)
 class Proposal:
-    """The cheapest plan within some ε, with its predicted milliseconds and error; equal
-    proposals have equal `choice`.
+    """The cheapest plan within some ε, with its predicted error and milliseconds beside those of
+    dense: of a prefill's attention, or of a whole denoising, whose step cache saves more than
+    attention. Equal proposals have equal `choice`.
     """
 
     plan: Plan
     choice: Any
     ms: float
+    dense_ms: float
     error: float
     dense: bool
 
@@ -176,6 +178,7 @@ def refined(
 ) -> Plan:
     """The fastest plan for prefill that holds within the budget on every prompt to check on."""
     tables = [d.table for d in data]
+    dense_ms = sum(t.dense_ms for t in tables)
     tokens = inputs.longest
     fronts: dict[str, Any] = {}
 
@@ -187,11 +190,11 @@ def refined(
         )
         plan = assemble(data, solution, fingerprint, budget, tokens, limits)
         dense = all(c.dense for c in solution.choices)
-        return Proposal(plan, solution, solution.ms, solution.error, dense)
+        return Proposal(plan, solution, solution.ms, dense_ms, solution.error, dense)
 
     found = in_turns(run, propose, _Checker(run, inputs), budget.max_rel_error)
     if found.best is not None:
-        return _finished(found, sum(t.dense_ms for t in tables))
+        return _finished(found, dense_ms)
     log.warning("the plan is dense: %s at %d tokens", found.why, tokens)
     return _dense(data, fingerprint, budget, tokens, found)
 
@@ -328,7 +331,8 @@ def _rounds(rounds: Sequence[Round]) -> list[dict[str, Any]]:
             "epsilon": _short(r.epsilon),
             "predicted_error": _short(r.proposal.error),
             "measured_error": _short(r.measured),
-            "ms": _short(r.proposal.ms),
+            "predicted_ms": _short(r.proposal.ms),
+            "predicted_dense_ms": _short(r.proposal.dense_ms),
             "prompts": len(r.rows),
             "held": r.held,
         }

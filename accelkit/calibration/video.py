@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from accelkit.calibration.perceptual import lpips_of
 from accelkit.calibration.quality import synchronise
 from accelkit.errors import InvalidInputError
 
@@ -336,7 +337,7 @@ def _frames(out: Any) -> np.ndarray:
 
 def fidelity(found: Take, true: Take) -> dict[str, float | None]:
     """How close a run comes to one of equal seed: relative L1 error and PSNR of the latents (peak:
-    their range), and PSNR and SSIM of the frames where both have some.
+    their range), and PSNR, SSIM and LPIPS (see `perceptual`) of the frames where both have some.
     """
     gap = found.latents - true.latents.to(found.latents.device)
     size = true.latents.abs().sum().clamp(min=1e-30)
@@ -346,10 +347,12 @@ def fidelity(found: Take, true: Take) -> dict[str, float | None]:
         "latent_psnr": decibels(float(gap.square().mean()), spread),
         "psnr": None,
         "ssim": None,
+        "lpips": None,
     }
     if found.frames is not None and true.frames is not None:
         rows["psnr"] = decibels(float(np.square(found.frames - true.frames).mean()), 1.0)
         rows["ssim"] = ssim(found.frames, true.frames)
+        rows["lpips"] = lpips_of(found.frames, true.frames)
     return rows
 
 

@@ -216,7 +216,9 @@ def _rows_per_chunk(call: Inputs, width: int, multiple: int, tokens: int) -> int
     return max(1, CHUNK_TOKENS // (tokens * multiple)) * multiple
 
 
-def strided(call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128)) -> Tensor:
+def strided(
+    call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128), qk: str = "native"
+) -> Tensor:
     """Antidiagonal score of XAttention (2503.16428), fp32 `[B, H, nq, nk]`.
 
     Tokens are cut into cells of `stride`; the logit of two cells is the mean of their antidiagonal
@@ -224,7 +226,12 @@ def strided(call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128)) -
     then summed into blocks. A full tile's row of blocks sums to `size[0] / stride`. Ragged ends are
     padded with zeros; masked keys count as zeros, cells without a real key are not seen. A cell of
     keys is seen if its first real key is not after the row cell's last row.
+
+    `qk="int8"` rounds each cell of queries, and of keys less their mean (which softmax does not
+    see), to int8 with a scale of its own: on a GPU the products take about half the time.
     """
+    if qk not in ("native", "int8"):
+        raise InvalidInputError(f"strided: qk {qk!r}, expected 'native' or 'int8'")
     if stride < 1 or size[0] % stride or size[1] % stride:
         raise InvalidInputError(
             f"strided: stride {stride} does not divide the unit {size}; "
@@ -234,8 +241,8 @@ def strided(call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128)) -
     if plain and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import strided as fast
 
-        if fast.strided_fits(call, stride, size):
-            found = fast.strided(call, stride, size)
+        if fast.strided_fits(call, stride, size, qk == "int8"):
+            found = fast.strided(call, stride, size, int8=qk == "int8")
             return found.masked_fill_(~visible_blocks(call, size), -float("inf"))
     places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
     if votes is not None:
@@ -254,13 +261,18 @@ def strided(call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128)) -
             if real.shape[1] > 1:
                 real = real[:, slots[:1]]
             k = k * real[:, 0, :, None]
-        k = pad(k, (0, 0, 0, -call.n_k % stride)).reshape(batch, nkc, -1)
+        k = pad(k, (0, 0, 0, -call.n_k % stride))
+        if qk == "int8":
+            k = _rounded(k - k[:, : call.n_k].mean(1, keepdim=True, dtype=torch.float32), stride)
+        k = k.reshape(batch, nkc, -1)
         at = [call.heads[s] for s in slots]
         step = _rows_per_chunk(call, nkc * batch * len(slots), per, stride)
         for c in range(0, nqc, step):
             stop = min(c + step, nqc)
             q = take_heads(call.q[:, :, c * stride : stop * stride], at).to(k.dtype)
             q = pad(q, (0, 0, 0, (stop - c) * stride - q.shape[2]))
+            if qk == "int8":
+                q = _rounded(q, stride)
             q = q.unflatten(2, (-1, stride)).flip(3).flatten(3)
             n = nkc
             if plain and call.causal:
@@ -272,6 +284,13 @@ def strided(call: Inputs, stride: int = 8, size: tuple[int, int] = (128, 128)) -
             p = p.unflatten(-1, (-1, size[1] // stride)).sum(-1).unflatten(2, (-1, per)).sum(3)
             out[:, slots, c // per : c // per + p.shape[2], : p.shape[3]] = p
     return out.masked_fill_(~visible_blocks(call, size), -float("inf"))
+
+
+def _rounded(x: Tensor, stride: int) -> Tensor:
+    """`[…, N, D]` as int8 with one scale for each cell of `stride` tokens gives it, fp32."""
+    cells = x.float().unflatten(-2, (-1, stride))
+    scale = cells.abs().amax((-2, -1), keepdim=True).clamp(min=1e-20) / 127.0
+    return ((cells / scale).round() * scale).flatten(-3, -2)
 
 
 def block_mass(

@@ -5,20 +5,26 @@ only, one everywhere. Costs are given, so that timings do not decide.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
+from planted import video as planted_video
 from tiny_cases import probe_methods
 
 import accelkit
-from accelkit.calibration import denoise_check, denoise_measure, fit
+from accelkit.calibration import candidates, denoise_check, denoise_measure, fit
+from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.denoise_look import buckets
 from accelkit.calibration.quality import site_weights
 from accelkit.errors import InvalidInputError, PlanTransferWarning
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.kernels.index import Partial
-from accelkit.patches.plan import Plan
+from accelkit.patches.call import Geometry, Span
+from accelkit.patches.method import load
+from accelkit.patches.plan import Plan, Policy
+from accelkit.patches.sites.attention import answer, compute
 
 LOCAL, DIFFUSE = 0, 1
 SIZE = {"height": 512, "width": 512, "num_frames": 1, "steps": 4}
@@ -141,6 +147,9 @@ def test_a_step_cache_is_planned_beside_attention() -> None:
     assert plan.measured["measured_error"] <= 0.3
     assert any(layer.rules for layer in plan.sites.values())
     assert plan.measured["predicted_speedup"] > 1
+    # Rounds compare like with like: both sides are the whole denoising.
+    ratios = [r["predicted_dense_ms"] / r["predicted_ms"] for r in plan.measured["rounds"]]
+    assert any(ratio == pytest.approx(plan.measured["predicted_speedup"], 1e-3) for ratio in ratios)
     with accelkit.patch(pipe, Plan.from_json(plan.to_json())) as handle:
         latents(pipe, 8)
         calls = handle.report().sites
@@ -226,6 +235,7 @@ def test_other_grids_and_fewer_steps_are_told() -> None:
         ({"steps": 1}, "steps"),
         ({"time_limit": 0}, "time_limit"),
         ({"lengths": [1024]}, "no use for lengths"),
+        ({"batch": 2}, "no use for batch"),
     ],
 )
 def test_bad_arguments(changes: dict, words: str) -> None:
@@ -249,13 +259,6 @@ def test_rows_in_another_order_are_judged_there(monkeypatch) -> None:
     """Of an ordered method only some tiles are computed, in its own order; with all of them the
     errors are those of the whole call.
     """
-    from accelkit.calibration import candidates
-    from accelkit.calibration.capture import dense_attention
-    from accelkit.patches.call import Geometry, Span
-    from accelkit.patches.method import load
-    from accelkit.patches.plan import Policy
-    from accelkit.patches.sites.attention import answer, compute
-
     geometry = Geometry((Span("video", 0, TOKENS),), (4, 16, 16))
     shape = fit.Shape(2, 2, 32, causal=False, geometry=geometry)
     call = fit.random_call(shape, torch.float32, torch.device("cpu"), TOKENS)
@@ -273,3 +276,25 @@ def test_rows_in_another_order_are_judged_there(monkeypatch) -> None:
     monkeypatch.setattr(candidates, "SHARE", 4)
     some = candidates.Bench(call, dense, denoise_measure.NO_ROWS).measure(answers)
     assert some["error"] == pytest.approx(gap.tolist(), rel=0.2)
+
+
+def test_lists_are_kept_as_long_as_they_hold_the_mass() -> None:
+    """The same patterns with a little noise: kept for the steps between; moved away: made anew."""
+    call = planted_video(text_first=True, grid=(8, 12, 12))
+    noise = torch.Generator().manual_seed(0)
+    near = call.k + 0.01 * torch.randn(call.k.shape, generator=noise)
+    later = replace(call, k=near, _shared={})
+    moved = replace(call, k=call.k.roll(call.n_k // 2, 2), _shared={})
+    method = load("xattention")(coverage=0.6, block=32)
+    lists = answer(call, Policy(methods=(method,)))
+    then = denoise_measure._Begun([], {}, {}, method, lists)
+
+    def aged(now, gap: int) -> dict:
+        bench = candidates.Bench(now, dense_attention(now), denoise_measure.NO_ROWS)
+        return denoise_measure._aged(bench, then, gap)
+
+    assert aged(later, 5)["good_for"] == 5
+    assert aged(later, 5)["share"] > 0.95
+    assert aged(moved, 5)["good_for"] == 1
+    assert aged(moved, 5)["share"] < 0.5
+    assert aged(later, 0) == {"good_for": 1}

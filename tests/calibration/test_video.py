@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 from imageio import v3
 from tiny_pipes import tiny_pipe
 
-from accelkit.calibration import frames, video
+from accelkit.calibration import frames, perceptual, video
 from accelkit.calibration.video import CHECK_SEED, Enough, Settings, Take
 from accelkit.errors import InvalidInputError
 
@@ -120,6 +123,33 @@ def test_psnr_and_ssim_of_frames():
     means = (2 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4)
     assert video.ssim(*lighter) == pytest.approx(means, abs=1e-5)
     assert video.ssim(a, g.random(a.shape, dtype=np.float32)) < 0.2
+
+
+def test_lpips_only_where_its_weights_are(tmp_path, monkeypatch):
+    """A stand-in for the package: the mean distance of frames in −1 … 1."""
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert net == "alex"
+
+        def forward(self, x, y):
+            assert x.shape == (1, 3, 24, 32)
+            return (x - y).abs().mean().view(1, 1, 1, 1)
+
+    a = np.zeros((2, 24, 32, 3), np.float32)
+    pair = take([1.0], a + np.float32([0.25, 0.5])[:, None, None, None]), take([1.0], a)
+    module = ModuleType("lpips")
+    module.LPIPS, module.__spec__ = LPIPS, ModuleSpec("lpips", None)
+    monkeypatch.setitem(sys.modules, "lpips", module)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    perceptual.network.cache_clear()
+    assert video.fidelity(*pair)["lpips"] is None, "the package alone is not enough"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "alexnet-owt.pth").touch()
+    perceptual.network.cache_clear()
+    assert video.fidelity(*pair)["lpips"] == pytest.approx(2 * 0.375)
+    perceptual.network.cache_clear()
 
 
 def test_videos_and_sheets_are_written(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from score_cases import case, close, dense_logits
 
-from accelkit.kernels import scores, select
+from accelkit.kernels import scores, select, select_stats
 from accelkit.kernels.index import BlockIndex
 from accelkit.kernels.positions import groups as kv_groups
 from accelkit.kernels.positions import key_places, visible_blocks
@@ -92,6 +92,16 @@ def test_strided(name, stride, size, monkeypatch):
         close(found.masked_fill(~visible_blocks(call, size), -INF), expected)
 
 
+@pytest.mark.parametrize("name", ["grouped", "chunk", "some heads"])
+@pytest.mark.parametrize("scratch", [2**20, 1])
+def test_strided_of_int8_cells(name, scratch, monkeypatch):
+    call = case(name, d=32, device=DEVICE)
+    monkeypatch.setattr(fast_strided, "SCRATCH_BYTES", scratch)
+    found = fast_strided.strided(call, 8, SIZE, (16, 16, 32, 4, 2), int8=True)
+    expected = scores.strided(call, 8, SIZE, qk="int8")
+    close(found.masked_fill(~visible_blocks(call, SIZE), -INF), expected, atol=2e-3, rtol=2e-2)
+
+
 def test_strided_fits():
     call = small("grouped")
     assert fast_strided.strided_fits(call, 8, (128, 128))
@@ -154,6 +164,22 @@ def test_long_prefix():
     for share in (0.0, 0.77):
         found = fast_select.long_prefix(p, share * total)
         assert torch.equal(found, select.global_top_p(p, share))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("size", [(24, 8), (16, 32), (32, 1)])
+def test_listed_pairs(name, size):
+    call = small(name)
+    nq, nk = call.tiles(size)
+    g = torch.Generator().manual_seed(3)
+    mask = (torch.rand(2, len(call.heads), nq, nk, generator=g) < 0.3).to(DEVICE)
+    pairs = select.pair_counts(call, size)
+    found = fast_select.listed_pairs(BlockIndex.from_mask(mask, size), call)
+    assert torch.equal(found, (mask * pairs).sum(-1))
+    dense = BlockIndex.dense(len(call.heads), nq, size, mask.device)
+    found = fast_select.listed_pairs(dense, call)
+    assert torch.equal(found, pairs.sum(-1).expand(1, len(call.heads), nq))
+    assert int(found[0, 0].sum()) == select_stats._visible_pairs(call)
 
 
 @pytest.mark.parametrize("n", [5, 40])

@@ -15,19 +15,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from accelkit.kernels._triton.gluon_kernel import _barriers, _item, _next
+from accelkit.kernels._triton.gluon_parts import load, normalised
 from accelkit.kernels._triton.lower import Work
 from accelkit.kernels._triton.tile import LOG2E, one_masked
 from accelkit.kernels.launch import Launch
 from accelkit.kernels.quantize import Operands
 
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _ROWS = gl.constexpr(64)
 
 
@@ -75,19 +74,19 @@ def _produce(
         side = round % 2
         mbarrier.wait(q_empty.index(side), ((round // 2) & 1) ^ 1)
         mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes * 2)
-        _load(q_desc, [b, slot, m0, 0], q_full.index(side), q.index(side * 2))
-        _load(q_desc, [b, slot, m0 + _ROWS, 0], q_full.index(side), q.index(side * 2 + 1))
+        load(q_desc, [b, slot, m0, 0], q_full.index(side), q.index(side * 2))
+        load(q_desc, [b, slot, m0 + _ROWS, 0], q_full.index(side), q.index(side * 2 + 1))
         for j in range((masked + clean) * R):
             k0 = _key0(LISTS, at, j, BK, BN)
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
+            load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             if PV8:
-                _load(v_desc, [b, hk, 0, k0], v_full.index(stage), v.index(stage))
+                load(v_desc, [b, hk, 0, k0], v_full.index(stage), v.index(stage))
             else:
-                _load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
+                load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
             stage, phase = _next(stage, phase, STAGES)
 
 
@@ -300,21 +299,17 @@ def _consume(
             stage, phase = _next(stage, phase, STAGES)
         mbarrier.arrive(q_empty.index(side))
         total = gl.convert_layout(gl.sum(total, 1), s_row)
-        alive = total > 0.0
-        safe = gl.where(alive, total, 1.0)
-        lse = (m - FULL + gl.log2(safe)) * 0.6931471805599453
+        m -= FULL
         if SMOOTH:
-            lse += gl.load(SHIFT + q_at + rows, mask=rows < n_q, other=0.0)
-        lse_at = LSE + b64 * s_lb + ho.to(gl.int64) * s_lh + rows.to(gl.int64) * s_ln
-        gl.store(lse_at, gl.where(alive, lse, -float("inf")), mask=rows < n_q)
-        acc = acc * gl.convert_layout(1.0 / safe, o_row)[:, None]
+            m += gl.load(SHIFT + q_at + rows, mask=rows < n_q, other=0.0) * 1.4426950408889634
         o_rows = m0 + WHO * _ROWS + gl.arange(0, _ROWS, layout=o_row)
         d = gl.arange(0, D, layout=gl.SliceLayout(0, ol))
         if PV8:
             channel = (b64 * n_kv + hk) * D + d
-            mean = gl.load(V_MEAN + channel)[None, :]
-            lives = gl.convert_layout(total, o_row)[:, None] > 0.0
-            acc = acc * gl.load(V_SCALE + channel)[None, :] + gl.where(lives, mean, 0.0)
+            mass = gl.convert_layout(total, o_row)[:, None]
+            acc = acc * gl.load(V_SCALE + channel)[None, :]
+            acc += mass * gl.load(V_MEAN + channel)[None, :]
+        acc = normalised(acc, LSE, s_lb, s_lh, s_ln, b, ho, rows, n_q, m, total)
         place = OUT + b64 * s_ob + ho.to(gl.int64) * s_oh + o_rows.to(gl.int64)[:, None] * s_on
         gl.store(place + d[None, :], acc.to(OUT.dtype.element_ty), mask=(o_rows < n_q)[:, None])
 

@@ -1,4 +1,4 @@
-"""Selection without sorting, and compaction without scans over the whole map.
+"""Selection without sorting, compaction without scans over the whole map, and what a list counts.
 
 The greatest entries of a row up to a number or a mass are those above a threshold; it is found by
 bisection over the bit patterns of fp32, which are ordered like the numbers. Entries equal to the
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accelkit.kernels.index import BlockIndex
+from accelkit.kernels.index import BlockIndex, Inputs
 
 _WAYS = 16
 
@@ -138,3 +138,53 @@ def long_prefix(scores: Tensor, target: Tensor) -> Tensor:
     before = (tied.cumsum(-1, dtype=torch.int32) - 1) * flat.clamp(min=0)
     keep = (key > high) | (tied & (above + before < goal))
     return (keep & (flat != -float("inf")) & (goal > 0)).view(scores.shape)
+
+
+@triton.jit
+def _below(x, keys):
+    """Sum of min(u, keys) over 0 ≤ u < x."""
+    x = tl.maximum(x, 0)
+    m = tl.minimum(x, keys)
+    return m * (m - 1) // 2 + (x - m) * keys
+
+
+@triton.jit(do_not_specialize=["n_tiles", "n_blocks", "n_q", "n_k", "q_start"])
+def _listed(
+    START, COUNT, BLOCKS, OUT, n_tiles, n_blocks, n_q, n_k, q_start,
+    BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    tile = row % n_tiles
+    start, count = tl.load(START + row), tl.load(COUNT + row)
+    n = tl.where(count < 0, n_blocks, count)
+    rows = tl.minimum(n_q - tile * BQ, BQ)
+    total = tl.zeros([CHUNK], tl.int64)
+    for j in range(0, n, CHUNK):
+        lane = j + tl.arange(0, CHUNK)
+        block = tl.load(BLOCKS + start + lane, mask=lane < count, other=0)
+        block = tl.where(count < 0, lane, block)
+        real = (lane < n) & (block >= 0) & (block < n_blocks)
+        keys = tl.minimum(n_k - block * BK, BK).to(tl.int64)
+        if CAUSAL:
+            first = q_start + tile * BQ + 1 - block.to(tl.int64) * BK
+            pairs = _below(first + rows, keys) - _below(first, keys)
+        else:
+            pairs = rows * keys
+        total += tl.where(real, pairs, 0)
+    tl.store(OUT + row, tl.sum(total, 0))
+
+
+def listed_pairs(index: BlockIndex, call: Inputs) -> Tensor:
+    """Visible query-key pairs in the listed blocks of each row, int64 `[B|1, H, nq]`. Plain
+    positions and no level.
+    """
+    start, count = index.start.contiguous(), index.count.contiguous()
+    out = torch.empty(count.shape, dtype=torch.int64, device=count.device)
+    (bq, bk), (nq, nk) = index.size, call.tiles(index.size)
+    chunk = min(1024, max(16, triton.next_power_of_2(nk)))
+    blocks = index.blocks if index.blocks.numel() else count
+    _listed[(count.numel(),)](
+        start, count, blocks, out, nq, nk, call.n_q, call.n_k, call.q_start,
+        BQ=bq, BK=bk, CAUSAL=call.causal, CHUNK=chunk, num_warps=4 if chunk > 256 else 1,
+    )  # fmt: skip
+    return out
