@@ -17,6 +17,7 @@ import accelkit
 from accelkit.calibration import candidates, denoise_check, denoise_measure, fit
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.denoise_look import buckets
+from accelkit.calibration.denoise_weights import weighed_at
 from accelkit.calibration.quality import site_weights
 from accelkit.errors import InvalidInputError, PlanTransferWarning
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
@@ -298,3 +299,17 @@ def test_lists_are_kept_as_long_as_they_hold_the_mass() -> None:
     assert aged(moved, 5)["good_for"] == 1
     assert aged(moved, 5)["share"] < 0.5
     assert aged(later, 0) == {"good_for": 1}
+
+
+def test_many_places_are_looked_at_less_often() -> None:
+    few = [f"block{n}@{b}" for b in range(4) for n in range(7)]
+    many = [f"block{n}@{b}" for b in range(4) for n in range(30)]
+    assert denoise_measure.looked_at(few, 1) == few == denoise_measure.looked_at(few, 0)
+    assert denoise_measure.looked_at(many, 0) == many
+    again = denoise_measure.looked_at(many, 1)
+    assert len(again) == 16
+    assert {p.partition("@")[2] for p in again} == set("0123")
+    assert set(weighed_at(few).values()) == set(few)
+    at = weighed_at(many)
+    assert set(at) == set(many)
+    assert set(at.values()) == {f"block{n}@2" for n in range(30)}
