@@ -112,6 +112,29 @@ def _items(data: Any) -> list[Any]:
     return found
 
 
+def together(shots: Sequence[Shot]) -> Shot | None:
+    """One shot that makes all of them at once, from noise of its own; None where their arguments
+    cannot be joined.
+    """
+    keys = shots[0].arguments.keys()
+    if any(s.arguments.keys() != keys for s in shots):
+        return None
+    joined: dict[str, Any] = {}
+    for key in keys:
+        values = [s.arguments[key] for s in shots]
+        if all(isinstance(v, str) for v in values):
+            joined[key] = values
+        elif all(isinstance(v, Tensor) and v.ndim and len(v) == 1 for v in values):
+            if len({v.shape for v in values}) > 1:
+                return None
+            joined[key] = torch.cat(values)
+        elif all(isinstance(v, int | float | None) and v == values[0] for v in values):
+            joined[key] = values[0]
+        else:
+            return None
+    return Shot(shots[0].name, joined, shots[0].seed)
+
+
 # -- running a pipeline ---------------------------------------------------------------------------
 
 

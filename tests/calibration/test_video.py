@@ -171,3 +171,16 @@ def test_a_video_is_no_picture(tmp_path):
         frames.write(np.zeros((2, 16, 16, 3)), tmp_path / "a.png")
     with pytest.raises(InvalidInputError, match=r"\.png"):
         frames.write(np.zeros((1, 16, 16, 3)), tmp_path / "a.mp4")
+
+
+def test_shots_are_drawn_at_once_where_they_can_be() -> None:
+    def shot(**arguments):
+        return video.Shot("", arguments, 3)
+
+    text = [shot(prompt=p, guidance_scale=3.0) for p in ("a", "b")]
+    assert video.together(text).arguments == {"prompt": ["a", "b"], "guidance_scale": 3.0}
+    embeds = [shot(prompt_embeds=torch.full((1, 4, 8), float(n))) for n in range(3)]
+    assert video.together(embeds).arguments["prompt_embeds"][:, 0, 0].tolist() == [0, 1, 2]
+    assert video.together([shot(prompt="a", guidance_scale=g) for g in (1.0, 2.0)]) is None
+    assert video.together([shot(prompt_embeds=torch.zeros(1, n, 8)) for n in (3, 4)]) is None
+    assert video.together([shot(prompt="a"), shot(prompt="a", image=object())]) is None
