@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 VARIABLES = {
-    "ACCELKIT_KERNEL": "backend of a launch: auto, triton, gluon, fa4, cudnn, torch or reference",
+    "ACCELKIT_KERNEL": "backend of a launch: auto, triton, gluon, fa4, torch or reference",
     "ACCELKIT_DISABLE": "1: patched models run dense",
     "ACCELKIT_PROGRESS": "0: no progress bars",
     "HF_HOME": "where models from the hub are kept",
@@ -30,7 +30,6 @@ OPTIONAL = {
     "matplotlib": "pictures: accelkit[report]",
     "jinja2": "HTML reports: accelkit[report]",
     "flash-attn-4": "a faster block-sparse kernel on H100 and H200: accelkit[fa4]",
-    "nvidia-cudnn-frontend": "another one, not causal: accelkit[cudnn]",
 }
 
 

@@ -43,7 +43,7 @@ CALIBRATION = (
     "One calibration of random weights, whose attention is spread: what it finds there is small, "
     "what it costs is not affected (`benchmarks/prefill_8b.py --calibrate`)."
 )
-KERNEL_COLUMNS = ("triton", "gluon", "fa4", "cudnn", "flex")
+KERNEL_COLUMNS = ("triton", "gluon", "fa4", "flex")
 SHORT = 14
 """Rows of a table in README."""
 MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
@@ -247,9 +247,7 @@ def kernel_row(m: dict[str, Any]) -> dict[str, Any]:
         "density": number(m["density"]) + (f" ({w})" if isinstance(w := m["wanted"], str) else ""),
         "cuDNN dense, ms": ms["dense"],
         "whole call, ms": ms["call"],
-        **{
-            f"{name}, rate": ratio.get(name) for name in ("triton", "gluon", "fa4", "cudnn", "flex")
-        },
+        **{f"{name}, rate": ratio.get(name) for name in ("triton", "gluon", "fa4", "flex")},
         "× cuDNN": m["times_dense"]["call"],
     }
 

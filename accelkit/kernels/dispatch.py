@@ -24,7 +24,7 @@ from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.launch import Launch
 from accelkit.kernels.prepare import prepare
 
-BACKENDS = ("triton", "gluon", "fa4", "cudnn", "torch", "reference")
+BACKENDS = ("triton", "gluon", "fa4", "torch", "reference")
 
 
 @dataclass(frozen=True)
@@ -245,13 +245,6 @@ def fa4_refusal(launch: Launch) -> str | None:
     return fa4.refusal(launch) or _low_bits(launch)
 
 
-def cudnn_refusal(launch: Launch) -> str | None:
-    """Why the block-sparse kernel of cuDNN's frontend cannot serve a launch, or None."""
-    from accelkit.kernels._extern import cudnn
-
-    return cudnn.refusal(launch) or _low_bits(launch)
-
-
 def _low_bits(launch: Launch) -> str | None:
     return "it has no 8-bit products; backend 'triton' has" if launch.qk != "native" else None
 
@@ -260,7 +253,6 @@ KERNELS: dict[str, Callable[[Launch], str | None]] = {
     "triton": triton_refusal,
     "gluon": gluon_refusal,
     "fa4": fa4_refusal,
-    "cudnn": cudnn_refusal,
 }
 
 
@@ -303,10 +295,6 @@ def _run(launch: Launch, backend: str) -> None:
         from accelkit.kernels._extern import fa4
 
         fa4.block_sparse(launch)
-    elif backend == "cudnn":
-        from accelkit.kernels._extern import cudnn
-
-        cudnn.block_sparse(launch)
     elif backend == "gluon":
         from accelkit.kernels._triton import gluon_block_sparse
 

@@ -1,4 +1,4 @@
-"""What the kernels of other packages ask of a launch alike."""
+"""What kernels of other packages ask of a launch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from accelkit.kernels.launch import Launch
 
 
 def device_refusal(device: torch.device) -> str | None:
-    """Both packages are tried on Hopper."""
+    """Why no kernel of another package is tried on a device, or None."""
     if device.type != "cuda":
         return f"it needs a CUDA device and the tensors are on {device}"
     if (found := torch.cuda.get_device_capability(device)) != (9, 0):
