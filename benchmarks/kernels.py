@@ -27,7 +27,7 @@ from attention.cpu import measure_cpu
 from attention.parts import estimating, gathering, skipping, whole_call
 from attention.report import Report, machine, merge, read, speeds, write
 from attention.shapes import BLOCK, D64, FULL, LLM, LONG, VIDEO
-from attention.sparse import ANY, FREE, rates, right
+from attention.sparse import ANY, FREE, LEFT_OUT, rates, right
 
 FOUR = tuple((BLOCK, d) for d in (0.5, 0.25, 0.1, 0.05))
 PARTS: dict[str, Callable[[float], Iterator[dict[str, Any]]]] = {
@@ -70,11 +70,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--without", default="", help="backends and peers to leave out")
     parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing, merge these files")
     parser.add_argument("--budget", type=float, default=600.0, help="ms of device time a case")
-    parser.add_argument("--speeds", type=Path, help="write the table of measured speeds there")
+    parser.add_argument("--speeds", type=Path, help="update this table of measured speeds")
     parser.add_argument("--cpu", action="store_true", help="time the CPU path instead")
     args = parser.parse_args()
+    LEFT_OUT.update(args.without.split(","))
     torch.manual_seed(0)
     failed: list[str] = []
     if args.cpu:
@@ -90,7 +92,8 @@ def main() -> None:
     if args.out:
         write(args.out, report)
     if args.speeds:
-        args.speeds.write_text(json.dumps(speeds(report), indent=1) + "\n")
+        known = json.loads(args.speeds.read_text()) if args.speeds.exists() else []
+        args.speeds.write_text(json.dumps(speeds(report, known), indent=1) + "\n")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

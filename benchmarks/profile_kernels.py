@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import FULL, LONG, dense_paths, random_call, random_mask
+from attention.peers import dense_paths
+from attention.shapes import FULL, LONG, random_call, random_mask
 
 from accelkit.kernels import scores
 from accelkit.kernels.dispatch import attend

@@ -21,7 +21,7 @@ from accelkit.calibration import quality
 from accelkit.calibration.assemble import SiteData, assemble, crossover
 from accelkit.calibration.capture import forward
 from accelkit.calibration.data import Inputs
-from accelkit.calibration.fit import clock
+from accelkit.calibration.fit import clock, device_ms
 from accelkit.calibration.measure import Run
 from accelkit.calibration.search import DENSE, Choice, Solution, search
 from accelkit.calibration.tasks import Sample
@@ -262,13 +262,16 @@ class _Checker:
         model, device = self.run.model, self.run.device
         ids = np.repeat(sample.ids[None], self.run.batch, 0)
 
+        on_gpu = device.type == "cuda"
+        run = partial(forward, model, ids)
+
         def once() -> float:
-            return clock(lambda: forward(model, ids), 1, device)
+            return device_ms(run, 1)[0] if on_gpu else clock(run, 1, device)
 
         def work() -> dict[str, float]:
             dense, sparse = [], []
-            # In turns, so that a drifting clock meets both sides.
-            for _ in range(2):
+            # In turns, so that a drifting clock meets both sides; the first turn warms a GPU up.
+            for _ in range(3 if on_gpu else 2):
                 dense.append(once())
                 with patch(model, plan):
                     sparse.append(once())

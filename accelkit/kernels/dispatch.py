@@ -206,8 +206,9 @@ def _best(launch: Launch) -> Choice:
         _tell(f"attention runs the torch reference, which is slow: {refusals['triton']}")
         return Choice("reference", str(refusals["triton"]))
     known = {name: found for name in able if (found := speeds.speed(name, launch)) is not None}
-    # Without a reading our own portable kernel goes first.
-    best = max(known, key=known.__getitem__, default="triton" if "triton" in able else able[0])
+    # Without a reading our own kernels go first, the one made for the device before the portable.
+    own = [name for name in ("gluon", "triton") if name in able]
+    best = max(known, key=known.__getitem__, default=(own or able)[0])
     about = f"{known[best]:.2f} of dense speed" if known else f"tensors are on {launch.q.device}"
     notes = [f"{name} {known[name]:.2f}" for name in known if name != best]
     notes += [f"{name}: {why}" for name, why in refusals.items() if why]

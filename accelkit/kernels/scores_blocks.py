@@ -106,6 +106,21 @@ def pool_keys(call: Inputs, block: int, mode: str = "mean") -> Tensor:
     return torch.cat(parts, 1)
 
 
+def pool_runs(x: Tensor, begin: Tensor) -> Tensor:
+    """Means of runs of tokens of different lengths, fp32 `[B, H, runs, D]` from `[B, H, N, D]`: run
+    i is `begin[i] … begin[i + 1] − 1` (int32 `[runs + 1]`, on x's device, none of them empty).
+    """
+    if dispatch.fast_device(x):
+        from accelkit.kernels._triton import scores as fast
+
+        return fast.pool(x, 64, None, begin=begin)
+    length = begin.diff()
+    run = torch.repeat_interleave(torch.arange(length.numel(), device=x.device), length)
+    total = x.new_zeros((*x.shape[:2], length.numel(), x.shape[3]), dtype=torch.float32)
+    total.index_add_(2, run, x[:, :, int(begin[0]) : int(begin[-1])].float())
+    return total / length[:, None]
+
+
 def pooled(call: Inputs, size: tuple[int, int], mode: str = "mean") -> Tensor:
     """Logits of pooled queries and pooled keys, `mean(q) · mean(k) · scale`, fp32 `[B, H, nq, nk]`.
 
@@ -154,7 +169,10 @@ def _fast_self_similarity(x: Tensor, block: int, mask: Tensor | None, center: bo
 
     centre = None
     if center and mask is None:
-        centre = x.mean(2, dtype=torch.float32)
+        means = fast.pool(x, block, None)
+        length = x.new_full((means.shape[2], 1), block, dtype=torch.float32)
+        length[-1] -= -x.shape[2] % block
+        centre = (means * length).sum(2) / x.shape[2]
     elif center:
         assert mask is not None
         number = mask.sum(-1, keepdim=True).clamp(min=1)
@@ -242,8 +260,7 @@ def strided(
         from accelkit.kernels._triton import strided as fast
 
         if fast.strided_fits(call, stride, size, qk == "int8"):
-            found = fast.strided(call, stride, size, int8=qk == "int8")
-            return found.masked_fill_(~visible_blocks(call, size), -float("inf"))
+            return fast.strided(call, stride, size, int8=qk == "int8")
     places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
     if votes is not None:
         limit = torch.where(votes, limit, -1)
@@ -373,15 +390,16 @@ def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int =
 def _fast_sampled_max(call: Inputs, q: Tensor, k: Tensor) -> Tensor:
     from accelkit.kernels._triton import scores as fast
 
-    q, k = q.contiguous(), k.contiguous()
-    (batch, heads, nq, rows), nk = q.shape[:4], k.shape[2]
+    # Samples of a tile lie apart: the maximum over them then runs along the memory.
+    q, k = q.transpose(2, 3).contiguous(), k.contiguous()
+    (batch, heads, rows, nq), nk = q.shape[:4], k.shape[2]
     out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=q.device)
     some = max(1, fast.SCRATCH_BYTES // (2 * batch * nq * rows * nk))
     for i in range(0, heads, some):
         part = slice(i, i + some)
         kv = call.kv_of_head[part]
         peak = fast.peaks(q[:, part].flatten(2, 3), k.flatten(2, 3), kv, call.scale, k.shape[3])
-        peak = (peak - peak.amax(2, keepdim=True)).unflatten(-1, (nq, rows)).amax(-1)
+        peak = (peak - peak.amax(2, keepdim=True)).unflatten(-1, (rows, nq)).amax(-2)
         out[:, part] = peak.float().exp_().transpose(-1, -2)
     return out
 

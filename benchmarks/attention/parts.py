@@ -100,8 +100,8 @@ class Estimates:
         lines = [select.top_p(x, 0.9) for x in (found.blocks(128), found.offset_blocks(128))]
         return self.listed(select.lines(self.call, *lines, BLOCK))
 
-    def strided(self) -> BlockIndex:
-        return self.listed(select.top_p(scores.strided(self.call, 8, BLOCK), 0.9))
+    def strided(self, qk: str = "native") -> BlockIndex:
+        return self.listed(select.top_p(scores.strided(self.call, 8, BLOCK, qk), 0.9))
 
     def above(self, alpha: float) -> Tensor:
         """Blocks whose estimate is at least this share of their row's greatest."""
@@ -126,6 +126,11 @@ def estimating(budget_ms: float) -> Iterator[dict[str, Any]]:
         "pooled": ("2 %", e.pooled, lambda: scores.pooled(e.call, BLOCK)),
         "probe of 64 rows": ("2 %", e.probe, lambda: scores.probe(e.call, 64)),
         "strided 8": ("6 %", e.strided, lambda: scores.strided(e.call, 8, BLOCK)),
+        "strided 8, int8 cells": (
+            "6 %",
+            lambda: e.strided("int8"),
+            lambda: scores.strided(e.call, 8, BLOCK, "int8"),
+        ),
         "rows × block mean": (
             "–",
             lambda: e.listed(e.above(0.5)),

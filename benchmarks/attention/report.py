@@ -55,21 +55,30 @@ def write(path: Path, report: Report) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
 
-def speeds(report: Report) -> list[dict[str, Any]]:
-    """The table by which `dispatch` chooses: each kernel's mean rate relative to dense cuDNN."""
-    found: dict[tuple[str, int, tuple[int, int], bool], list[float]] = {}
+def speeds(report: Report, known: list[Report] | None = None) -> list[Report]:
+    """The table by which `dispatch` chooses: each kernel's mean rate relative to dense cuDNN. What
+    the report says nothing about stays as `known` has it.
+    """
+    found: dict[tuple, list[float]] = {_key(row): [row["speed"]] for row in known or []}
+    measured: dict[tuple, list[float]] = {}
     for row in report["results"]:
         for name in (n for n in row["ratio"] if n in dispatch.KERNELS):
-            key = (name, row["head_size"], tuple(row["unit"]), row["causal"])
-            found.setdefault(key, []).append(row["ratio"][name])
+            about = {"backend": name, "capability": report["capability"]}
+            about |= {"head_dim": row["head_size"], "unit": row["unit"], "causal": row["causal"]}
+            measured.setdefault(_key(about), []).append(row["ratio"][name])
     return [
         {
             "backend": name,
-            "capability": report["capability"],
+            "capability": capability,
             "head_dim": width,
             "unit": list(size),
             "causal": causal,
             "speed": round(statistics.fmean(values), 3),
         }
-        for (name, width, size, causal), values in sorted(found.items())
+        for (name, capability, width, size, causal), values in sorted((found | measured).items())
     ]
+
+
+def _key(row: Report) -> tuple[str, str, int, tuple[int, ...], bool]:
+    where = row["backend"], row["capability"], row["head_dim"]
+    return *where, tuple(row["unit"]), row["causal"]

@@ -19,7 +19,6 @@ def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dic
     for name, run in work.items():
         try:
             run()
-            run()
             torch.cuda.synchronize()
             able[name] = run
         except Exception as error:

@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
         pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="no interpreter"),
     ]
 
+from accelkit.kernels._triton import nucleus as fast_nucleus
 from accelkit.kernels._triton import scores as fast
 from accelkit.kernels._triton import select as fast_select
 from accelkit.kernels._triton import strided as fast_strided
@@ -88,8 +89,7 @@ def test_strided(name, stride, size, monkeypatch):
     tile = (16, 16, 16, 4, 2)
     for scratch in (2**20, 1):
         monkeypatch.setattr(fast_strided, "SCRATCH_BYTES", scratch)
-        found = fast_strided.strided(call, stride, size, tile)
-        close(found.masked_fill(~visible_blocks(call, size), -INF), expected)
+        close(fast_strided.strided(call, stride, size, tile), expected)
 
 
 @pytest.mark.parametrize("name", ["grouped", "chunk", "some heads"])
@@ -99,7 +99,7 @@ def test_strided_of_int8_cells(name, scratch, monkeypatch):
     monkeypatch.setattr(fast_strided, "SCRATCH_BYTES", scratch)
     found = fast_strided.strided(call, 8, SIZE, (16, 16, 32, 4, 2), int8=True)
     expected = scores.strided(call, 8, SIZE, qk="int8")
-    close(found.masked_fill(~visible_blocks(call, SIZE), -INF), expected, atol=2e-3, rtol=2e-2)
+    close(found, expected, atol=2e-3, rtol=2e-2)
 
 
 def test_strided_fits():
@@ -129,7 +129,6 @@ def test_half_inputs():
     columns, _ = fast.probe(call, *probe_rows(call, 24))
     close(columns, scores.probe(call, 24).columns, atol=2e-3, rtol=2e-2)
     found = fast_strided.strided(call, 8, SIZE)
-    found = found.masked_fill(~visible_blocks(call, SIZE), -INF)
     close(found, scores.strided(call, 8, SIZE), atol=2e-3, rtol=2e-2)
 
 
@@ -164,6 +163,26 @@ def test_long_prefix():
     for share in (0.0, 0.77):
         found = fast_select.long_prefix(p, share * total)
         assert torch.equal(found, select.global_top_p(p, share))
+
+
+@pytest.mark.parametrize("share", [0.6, torch.tensor([0.0, 0.3, 1.0])])
+def test_nucleus(share):
+    """What is kept comes on top, what nobody sees never; odd keys have no say."""
+    torch.manual_seed(1)
+    logits = 3 * torch.randn(2, 3, 5, 40, device=DEVICE)
+    logits[..., 30:] = -INF
+    keys, rows = (torch.rand(2, 3, n, device=DEVICE) < 0.1 for n in (40, 5))
+    kept = torch.rand(1, 1, 5, 40, device=DEVICE) < 0.05
+    given = (keys, rows, kept, (16, 16))
+    most = share.to(DEVICE) if isinstance(share, torch.Tensor) else torch.tensor([share]).to(DEVICE)
+    found = fast_nucleus.nucleus(logits, most, *given).to_mask(40)
+    judged = select.probabilities(logits.masked_fill(keys[..., None, :], -INF))
+    expected = select.top_p(judged, share) | keys[..., None, :] | rows[..., None] | kept
+    expected &= logits != -INF
+    assert torch.equal(found, expected)
+    assert torch.equal(select.nucleus(logits.cpu(), share, *(g.cpu() for g in given[:3]), given[3])
+                       .to_mask(40), expected.cpu())  # fmt: skip
+    assert 0.05 < found.float().mean() < 0.9
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from accelkit.kernels._triton.block_sparse import _bits
 from accelkit.kernels._triton.lower import longest_first
 from accelkit.kernels._triton.tile import (
     LOG2E,
@@ -25,18 +24,6 @@ from accelkit.kernels._triton.tile import (
     table,
 )
 from accelkit.kernels.launch import Launch
-
-
-@triton.jit
-def _rows_of(T, base, place, step, D: tl.constexpr, BD: tl.constexpr):
-    """Rows of a head at these places, [BN, BD]."""
-    d = tl.arange(0, BD)
-    at = T + base + place.to(tl.int64)[:, None] * step + d[None, :]
-    if D == BD:
-        tile = tl.load(at)
-    else:
-        tile = tl.load(at, mask=(d < D)[None, :], other=0.0)
-    return tile
 
 
 @triton.jit(do_not_specialize=["n_tiles", "n_q", "n_k", "q_start"])
@@ -74,43 +61,41 @@ def _gather(
     n = tl.where(count < 0, end, count)
     listed = tl.maximum(count, 0)
 
-    d = tl.arange(0, BD)
+    d, dv = tl.arange(0, BD), tl.arange(0, BDV)
     q_ptr = Q + b64 * s_qb + hq * s_qh + rows.to(tl.int64)[:, None] * s_qn + d[None, :]
     q = tl.load(q_ptr, mask=keep[:, None] & (d < D)[None, :], other=0.0)
-    k_base, v_base = b64 * s_kb + hk * s_kh, b64 * s_vb + hk * s_vh
-    m = tl.full([BM], -1e30, tl.float32)  # finite, so that an empty row meets no inf − inf
+    k_base, v_base = K + b64 * s_kb + hk * s_kh, V + b64 * s_vb + hk * s_vh
+    m = tl.full([BM], -1e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BDV], tl.float32)
-    # Probabilities wait for their values until the next scores are under way.
-    carried = _bits(tl.zeros([BM, BN], tl.float32), DTYPE)
-    before = tl.zeros([BN], tl.int32)
     for j in tl.range(0, n, BN, num_stages=STAGES):
         lane = j + tl.arange(0, BN)
         key = tl.load(BLOCKS + start + lane, mask=lane < listed, other=-1)
         key = tl.where((count < 0) & (lane < n), lane, key)
         real = (key >= 0) & (key < n_k)
         col = tl.where(real, key, n_k)  # outside: hidden below
-        place = tl.where(real, key, 0)
-        k = _rows_of(K, k_base, place, s_kn, D, BD)
-        v = _rows_of(V, v_base, before, s_vn, DV, BDV)
-        s = tl.dot(q, k.T, input_precision=PREC, out_dtype=tl.float32)
-        acc = tl.dot(
-            carried.to(DTYPE, bitcast=True), v, acc, input_precision=PREC, out_dtype=tl.float32
+        at_key = tl.where(real, key, 0).to(tl.int64)
+        k = tl.load(
+            k_base + at_key[:, None] * s_kn + d[None, :],
+            mask=real[:, None] & (d < D)[None, :],
+            other=0.0,
         )
-        s = add_bias(s * factor, col, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
+        v = tl.load(
+            v_base + at_key[:, None] * s_vn + dv[None, :],
+            mask=real[:, None] & (dv < DV)[None, :],
+            other=0.0,
+        )
+        s = tl.dot(q, k.T, input_precision=PREC, out_dtype=tl.float32) * factor
+        s = add_bias(s, col, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
         s = hide(s, col, limit, K_POS, kp_at, s_kpn, n_k, HAS_K_POS)
         m_new = tl.maximum(m, tl.max(s, 1))
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(s - m_new[:, None])
         total = total * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
+        acc = tl.dot(
+            p.to(DTYPE), v, acc * alpha[:, None], input_precision=PREC, out_dtype=tl.float32
+        )
         m = m_new
-        carried = _bits(p, DTYPE)
-        before = place
-    v = _rows_of(V, v_base, before, s_vn, DV, BDV)
-    acc = tl.dot(
-        carried.to(DTYPE, bitcast=True), v, acc, input_precision=PREC, out_dtype=tl.float32
-    )
     out_at, lse_at = b64 * s_ob + ho * s_oh, b64 * s_lb + ho * s_lh
     finish(OUT, LSE, out_at, lse_at, s_on, s_ln, rows, keep, m, total, acc, DV, BDV)
 
@@ -120,19 +105,14 @@ def refusal(launch: Launch) -> str | None:
     return common_refusal(launch)
 
 
-def _tile(rows: int, width: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """Rows and keys of a tile, tiles in a unit of so many rows, warps and stages."""
-    wide = dtype == torch.float32 or width > 128
-    bm, per_row = query_tile(rows, 64 if wide else 128) or (0, 0)
-    return bm, 32 if wide else 64, per_row, 8 if bm == 128 else 4, 2 if width > 128 else 3
-
-
 def gather(launch: Launch) -> None:
     """Write `launch.out` and `launch.lse`. `skip` is refused before it comes here."""
     index, q, k, v = launch.index, launch.q, launch.k, launch.v
     d, dv = q.shape[3], v.shape[3]
     width = max(16, next_power_of_two(max(d, dv)))
-    bm, bn, per_row, warps, stages = _tile(index.size[0], width, q.dtype)
+    wide = q.dtype == torch.float32
+    bm, per_row = query_tile(index.size[0], 64 if wide or width > 128 else 128) or (0, 0)
+    bn = 32 if wide or width > 128 else 64
     tiles = launch.tiles
     count = index.count if launch.rows is None else index.count[:, :, tiles]
     count = count.expand(launch.batch, -1, -1).reshape(-1)
@@ -163,6 +143,7 @@ def gather(launch: Launch) -> None:
             DTYPE=getattr(tl, str(v.dtype).removeprefix("torch.")), CAUSAL=launch.causal,
             HAS_Q_POS=launch.q_pos is not None, HAS_K_POS=launch.k_pos is not None, HAS_BIAS=bias is
             not None,
-            PREC=precision(q.dtype), STAGES=stages, num_warps=warps, num_stages=stages,
+            PREC=precision(q.dtype), STAGES=2 if width > 128 else 3,
+            num_warps=8 if bm == 128 else 4, num_stages=2 if width > 128 else 3,
             enable_fp_fusion=True,
         )  # fmt: skip

@@ -3,8 +3,8 @@ maximum.
 
 As `gluon_kernel`, with one warp that copies Q and K and another for V. Each consumer warpgroup
 votes on a tile for its own 64 rows as soon as the scores are there; V is copied when the first of
-them keeps the tile. The product with V comes a tile later, so that the copy is hidden. Tiles are
-visited in list order.
+them keeps the tile. The product with V is started together with the next tile's scores, which cover
+the copy. Tiles are visited in list order.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from accelkit.kernels._triton.gluon_kernel import (
 
 VOTES = gl.constexpr(4)
 """Tiles on which one warpgroup may have voted before the V warp has heard the other."""
-V_STAGES = gl.constexpr(3)
-"""Places for V: what one warpgroup still multiplies, what comes next, what the other asks for."""
+V_STAGES = gl.constexpr(2)
+"""Places for V: what one warpgroup still multiplies, and what the other asks for."""
 
 
 @gluon.jit
@@ -70,7 +70,7 @@ def _produce_k(
 
 
 @gluon.jit
-def _heard(votes, voted, phase):
+def _listen(votes, voted, phase):
     """Whether a warpgroup keeps the tile on which it votes here."""
     each: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     mbarrier.wait(voted, phase)
@@ -79,7 +79,7 @@ def _heard(votes, voted, phase):
 
 @gluon.jit
 def _produce_v(
-    v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, v, v_full, votes, voted, tickets,
+    v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, v, v_full, votes, voted, heard, tickets,
     ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
@@ -93,19 +93,20 @@ def _produce_v(
         for j in range((masked + clean) * R):
             k0 = gl.load(at + j // R) * BK + (j % R) * BN
             full = v_full.index(stage)
-            # Who votes on a tile is through with all products before the last, and the other was
-            # heard on the last tile: nobody reads this place any more.
-            first = _heard(votes.index(poll * 2), voted.index(poll * 2), phase)
+            # Who votes on a tile is through with all products before, and the other was heard on
+            # the last tile: nobody reads this place any more.
+            first = _listen(votes.index(poll * 2), voted.index(poll * 2), phase)
             if first > 0:
                 mbarrier.expect(full, v_desc.block_type.nbytes)
                 _load(v_desc, [b, hk, k0, 0], full, v.index(stage))
-            second = _heard(votes.index(poll * 2 + 1), voted.index(poll * 2 + 1), phase)
+            second = _listen(votes.index(poll * 2 + 1), voted.index(poll * 2 + 1), phase)
             if first == 0:
                 if second > 0:
                     mbarrier.expect(full, v_desc.block_type.nbytes)
                     _load(v_desc, [b, hk, k0, 0], full, v.index(stage))
                 else:
                     mbarrier.arrive(full)
+            mbarrier.arrive(heard.index(poll))
             stage = (stage + 1) % V_STAGES
             poll, phase = _next(poll, phase, VOTES)
         place, round = _announced(tickets, ticket_full, ticket_empty, round, 1), round + 1
@@ -133,7 +134,7 @@ def _times_v(p, v_tile, v_full, phase, acc, BN: gl.constexpr, BDV: gl.constexpr)
 def _consume(
     WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, SKIP, s_lb, s_lh,
     s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
-    v_full, votes, voted, turns, tickets, ticket_full, ticket_empty,
+    v_full, votes, voted, heard, turns, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -149,7 +150,7 @@ def _consume(
     own = _flat(q.index(WHO), ROWS, BD)
     mine, other = turns.index(WHO), turns.index(1 - WHO)
     stage, phase, turn = 0, 0, 1 - WHO
-    v_stage, v_phase, poll = 0, 0, 0
+    v_stage, v_phase, poll, poll_phase = 0, 0, 0, 0
     place, round = gl.program_id(0), 0
     while place < n_items:
         row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, BQ // BM)
@@ -175,24 +176,25 @@ def _consume(
             block = gl.load(at + (j + 1) // R, mask=j + 1 < n, other=0)
             mbarrier.wait(k_full.index(stage), phase)
             mbarrier.wait(mine, turn)
-            s = warpgroup_mma(
+            scores = warpgroup_mma(
                 own, _flat(k.index(stage), BN, BD).permute((1, 0)), zero, use_acc=False,
                 is_async=True,
             )  # fmt: skip
-            mbarrier.arrive(other)
-            s = warpgroup_mma_wait(0, deps=[s])
+            if kept > 0:
+                mbarrier.wait(v_full.index(last_stage), last_phase)
+                sums = warpgroup_mma(p16, _flat(v.index(last_stage), BN, BDV), acc, is_async=True)
+                mbarrier.arrive(other)
+                s, acc, p16 = warpgroup_mma_wait(0, deps=[scores, sums, p16])
+            else:
+                mbarrier.arrive(other)
+                s = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(stage))
             if k0 + BN > safe:
                 s = _hide(s, k0, limit, BN, sl)
             peak = gl.max(s, 1) * factor
             keeps = (rows < n_q) & (peak > -float("inf")) & ((peak - m >= least) | (m <= -1e30))
-            # What stood in this place is loaded, so the V warp has heard all votes before it.
-            mbarrier.wait(v_full.index(v_stage), v_phase ^ 1)
+            mbarrier.wait(heard.index(poll), poll_phase ^ 1)
             keep = _vote(keeps, votes.index(poll * 2 + WHO), voted.index(poll * 2 + WHO))
-            if kept > 0:
-                acc = _times_v(
-                    p16, v.index(last_stage), v_full.index(last_stage), last_phase, acc, BN, BDV
-                )
             if keep > 0:
                 m_new = gl.maximum(m, peak)
                 p = gl.exp2(s * factor - m_new[:, None])
@@ -204,7 +206,8 @@ def _consume(
             kept, last_stage, last_phase = keep, v_stage, v_phase
             stage, phase = _next(stage, phase, STAGES)
             v_stage, v_phase = _next(v_stage, v_phase, V_STAGES)
-            turn, poll = turn ^ 1, (poll + 1) % VOTES
+            poll, poll_phase = _next(poll, poll_phase, VOTES)
+            turn ^= 1
         if kept > 0:
             acc = _times_v(
                 p16, v.index(last_stage), v_full.index(last_stage), last_phase, acc, BN, BDV
@@ -237,7 +240,7 @@ def skipping(
     votes = gl.allocate_shared_memory(gl.int32, [2 * VOTES, 4], flat)
     q_full, q_empty = _barriers(1, 1).index(0), _barriers(1, 2).index(0)
     k_full, k_empty, v_full = _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(V_STAGES, 1)
-    voted, turns = _barriers(2 * VOTES, 1), _barriers(2, 1)
+    voted, heard, turns = _barriers(2 * VOTES, 1), _barriers(VOTES, 1), _barriers(2, 1)
     tickets = gl.allocate_shared_memory(gl.int32, [TICKETS, 1], flat)
     ticket_full, ticket_empty = _barriers(TICKETS, 1), _barriers(TICKETS, 3)
     fence_async_shared()
@@ -246,14 +249,14 @@ def skipping(
             (_consume, (
                 0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, SKIP, s_lb, s_lh, s_ln, n_items, n_q, n_k,
                 q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
-                votes, voted, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
-                CAUSAL, STAGES,
+                votes, voted, heard, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD,
+                BDV, CAUSAL, STAGES,
             )),
             (_consume, (
                 1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, SKIP, s_lb, s_lh, s_ln, n_items, n_q, n_k,
                 q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
-                votes, voted, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
-                CAUSAL, STAGES,
+                votes, voted, heard, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD,
+                BDV, CAUSAL, STAGES,
             )),
             (_produce_k, (
                 q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k,
@@ -262,7 +265,7 @@ def skipping(
             )),
             (_produce_v, (
                 v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, v, v_full, votes, voted,
-                tickets, ticket_full, ticket_empty, BQ, BK, BM, BN,
+                heard, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN,
             )),
         ],
         [4, 1, 1],

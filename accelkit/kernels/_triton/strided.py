@@ -143,6 +143,7 @@ def _strided_sums(
         last = tl.minimum((cell // BM + 1) * BM * S, n_q) - 1 + q_start
         visited = tl.cdiv(tl.minimum(n_cells, last // S + 1), BN)
     out = ((b * n_all + h) * nq + tile) * nk
+    seen = tl.minimum((tile + 1) * PER * S, n_q) - 1 + q_start
     for j in range(0, nk, KB):
         block = j + tl.arange(0, KB)
         step = block // (BN // C)
@@ -151,7 +152,10 @@ def _strided_sums(
         top_at = line[:, None] * (width // (BN // C)) + step[None, :]
         top = tl.load(TOP + top_at, mask=ok, other=0.0)
         mass = tl.where(ok, part * tl.exp2(top - norm[:, None]), 0.0)
-        tl.store(OUT + out + block, tl.sum(mass, 0), mask=block < nk)
+        mass = tl.sum(mass, 0)
+        if CAUSAL:
+            mass = tl.where(block * (C * S) <= seen, mass, -float("inf"))
+        tl.store(OUT + out + block, mass, mask=block < nk)
 
 
 def strided_fits(call: Inputs, stride: int, size: tuple[int, int], int8: bool = False) -> bool:
@@ -198,14 +202,14 @@ def strided(
     tile: tuple[int, int, int, int, int] | None = None,
     int8: bool = False,
 ) -> Tensor:
-    """`kernels.scores.strided`; blocks that are not visible hold zeros.
+    """`kernels.scores.strided` of a call that `strided_fits`.
 
     Block sums of each cell row relative to its running maximum go to scratch, a second launch
     rescales and adds them: one pass over the products. `tile` is (cells of q, cells of k, inner
     dimension, warps, stages).
     """
     if int8:
-        usual = (128, 256, 128, 8, 4)
+        usual = (128, 256, 128, 8, 3)
     else:
         usual = (128, 256, 64, 8, 4) if call.q.element_size() == 2 else (128, 64, 32, 8, 3)
     tile = tile or usual

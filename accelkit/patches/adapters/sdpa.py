@@ -2,9 +2,10 @@
 before.
 
 Hooks on the attention modules open and close a site; without an open one the call goes on as it
-would have. Everything that depends on the plan happens inside one custom op, which is opaque to
-`torch.compile`: hooks, router and op are the same objects for all sites, and what differs between
-sites reaches the op as tensors of equal shape, so repeated blocks share one graph.
+would have. In a graph that is being compiled, everything that depends on the plan happens inside
+one custom op, which is opaque to `torch.compile`: hooks, router and op are the same objects for all
+sites, and what differs between sites reaches the op as tensors of equal shape, so repeated blocks
+share one graph. Otherwise the router calls the same function itself.
 """
 
 from __future__ import annotations
@@ -226,10 +227,10 @@ def _router(
         reason = _dense_reason(query, key, value, dropout_p, is_causal)
         if reason is None:
             scale = query.shape[-1] ** -0.5 if scale is None else scale
-            out = torch.ops.accelkit.sdpa(
-                query, key, value, attn_mask, scale, site, root.tensors, root.told, ordinal
-            )
-            return out.transpose(1, 2)
+            given = (query, key, value, attn_mask, scale, site, root.tensors, root.told, ordinal)
+            if torch.compiler.is_compiling():
+                return torch.ops.accelkit.sdpa(*given).transpose(1, 2)
+            return _attend(*given)
         if not torch.compiler.is_compiling() and (door := _DOORS.get(int(site))) is not None:
             door.to.runner.skipped(door.site.path, reason)
     return _ORIGINAL(
@@ -260,9 +261,7 @@ def _dense_reason(
     return None
 
 
-# What runs is decided anew in every call; a replayed CUDA graph would repeat the first decision.
-@torch.library.custom_op("accelkit::sdpa", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _sdpa(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -273,7 +272,7 @@ def _sdpa(
     told: Sequence[int],
     ordinal: int,
 ) -> Tensor:
-    """One attention call of an open site: `[B, Nq, Hq, Dv]` from q `[B, Hq, Nq, D]` and k, v
+    """One attention call of an open site: `[B, Hq, Nq, Dv]` from q `[B, Hq, Nq, D]` and k, v
     `[B, Hkv, Nk, D]`, dense as before where the plan says nothing.
     """
     door = _DOORS.get(int(site))
@@ -303,11 +302,25 @@ def _sdpa(
         door.to.runner.skipped(door.site.path, door.reason)
     else:
         out = door.to.runner.run(_call(door, *cut, key_mask, scale, ordinal))
-    if out is None and not door.family.square:
-        return _dense(query, key, value, mask, scale)
-    if out is None:
+    if out is not None:
+        out = out.transpose(1, 2)
+    elif door.family.square:
         out = _dense(*cut, mask if key_mask is not None else None, scale)
-    return nn.functional.pad(out, (0, 0, 0, 0, 0, n_q - real)) if real < n_q else out.contiguous()
+    else:
+        return _dense(query, key, value, mask, scale)
+    return nn.functional.pad(out, (0, 0, 0, n_q - real)) if real < n_q else out
+
+
+# What runs is decided anew in every call; a replayed CUDA graph would repeat the first decision.
+@torch.library.custom_op(
+    "accelkit::sdpa",
+    mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe,),
+    schema=torch.library.infer_schema(_attend, mutates_args=()),
+)
+def _sdpa(*given: Any) -> Tensor:
+    """`_attend` as an operator, with its output laid out `[B, Nq, Hq, Dv]`."""
+    return _attend(*given).transpose(1, 2).contiguous()
 
 
 @_sdpa.register_fake
@@ -348,10 +361,9 @@ def _kv_of_head(heads: int, kv_heads: int, device: torch.device) -> Tensor:
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """What ran before, `[B, Nq, Hq, Dv]`."""
+    """What ran before, `[B, Hq, Nq, Dv]`."""
     gqa = query.shape[1] != key.shape[1]
-    out = _ORIGINAL(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
-    return out.transpose(1, 2).contiguous()
+    return _ORIGINAL(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
 
 
 def _pads(mask: Tensor, query: Tensor, key: Tensor) -> bool:

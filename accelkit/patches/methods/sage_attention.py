@@ -8,7 +8,8 @@ are rounded to int8 with a scale for each block, p and v to fp8.
     s = (q̂ · k̂ᵀ) · scale_q · scale_k         int8 products
     out = p̂ · v̂ · scale_v                     fp8 products, scale_v for each channel
 
-It answers with the arithmetic only and goes with any index.
+It answers with the arithmetic only and goes with any index. Calibration also tries the other pairs
+of precisions.
 """
 
 from __future__ import annotations
