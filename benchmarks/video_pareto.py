@@ -136,10 +136,19 @@ def join(paths: Sequence[Path], out: Path) -> None:
     for part in parts[1:]:
         for name, rows in part["curves"].items():
             found["curves"].setdefault(name, []).extend(rows)
-    found["above_the_mixture"] = beaten(found["curves"])
+    above = found["above_the_mixture"] = beaten(found["curves"])
+    found["title"] = "Fidelity against predicted speed, every method alone and calibrated mixtures"
+    found["rows"] = [
+        {
+            "curve": name,
+            "points": len(rows),
+            "above the mixture": sum(r["curve"] == name for r in above),
+        }
+        for name, rows in found["curves"].items()
+    ]
     out.write_text(json.dumps(found, indent=1))
     draw(found, out.with_suffix(".png"))
-    for row in found["above_the_mixture"]:
+    for row in found["rows"]:
         print(row)
 
 

@@ -32,6 +32,8 @@ ROUNDING = 2.0**-8
 """Relative size of the noise that tells how far rounding alone carries in half precision."""
 FAINT = 1e-3
 """Share of a head's output below which what a method leaves out is rounding."""
+BROKEN = 1e3
+"""Error of what is not finite."""
 MOST_DROP = 0.01
 """Share of right answers that a plan may lose on any task."""
 _ROWS = 256  # rows of logits in fp32 at a time
@@ -96,8 +98,11 @@ def holds(tasks: dict[str, dict[str, Any]], budget: float) -> bool:
 
 
 def relative(found: Tensor, true: Tensor) -> float:
-    """`Σ|found − true| / Σ|true|`."""
-    return float((found - true).abs().sum() / true.abs().sum().clamp(min=1e-30))
+    """`Σ|found − true| / Σ|true|`; `BROKEN` where that is not finite, for no comparison with a NaN
+    would ever say that a plan failed.
+    """
+    gap = (found - true).abs().sum() / true.abs().sum().clamp(min=1e-30)
+    return float(gap.nan_to_num(BROKEN, BROKEN))
 
 
 def synchronise(device: torch.device) -> None:

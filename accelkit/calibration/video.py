@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from accelkit.calibration.perceptual import lpips_of
-from accelkit.calibration.quality import synchronise
+from accelkit.calibration.quality import relative, synchronise
 from accelkit.errors import InvalidInputError
 
 BUILT_IN = (
@@ -339,12 +339,12 @@ def fidelity(found: Take, true: Take) -> dict[str, float | None]:
     """How close a run comes to one of equal seed: relative L1 error and PSNR of the latents (peak:
     their range), and PSNR, SSIM and LPIPS (see `perceptual`) of the frames where both have some.
     """
-    gap = found.latents - true.latents.to(found.latents.device)
-    size = true.latents.abs().sum().clamp(min=1e-30)
+    there = true.latents.to(found.latents.device)
+    square = float((found.latents - there).square().mean())
     spread = float(true.latents.max() - true.latents.min()) or 1.0
     rows: dict[str, float | None] = {
-        "error": float(gap.abs().sum().to(size.device) / size),
-        "latent_psnr": decibels(float(gap.square().mean()), spread),
+        "error": relative(found.latents, there),
+        "latent_psnr": decibels(square, spread),
         "psnr": None,
         "ssim": None,
         "lpips": None,
@@ -357,7 +357,9 @@ def fidelity(found: Take, true: Take) -> dict[str, float | None]:
 
 
 def decibels(square: float, peak: float) -> float:
-    """PSNR of a mean square error; 100 dB stands for equal."""
+    """PSNR of a mean square error; 100 dB stands for equal, −100 dB for what is not finite."""
+    if not math.isfinite(square):
+        return -100.0
     return min(100.0, 10 * math.log10(peak**2 / max(square, 1e-30)))
 
 

@@ -184,3 +184,11 @@ def test_shots_are_drawn_at_once_where_they_can_be() -> None:
     assert video.together([shot(prompt="a", guidance_scale=g) for g in (1.0, 2.0)]) is None
     assert video.together([shot(prompt_embeds=torch.zeros(1, n, 8)) for n in (3, 4)]) is None
     assert video.together([shot(prompt="a"), shot(prompt="a", image=object())]) is None
+
+
+def test_what_is_not_finite_is_no_success() -> None:
+    true = Take(torch.ones(1, 4), None, 0.0)
+    found = Take(torch.tensor([[1.0, 1.0, math.nan, 1.0]]), None, 0.0)
+    rows = video.fidelity(found, true)
+    assert rows["error"] > 100
+    assert rows["latent_psnr"] < 0
