@@ -1,0 +1,62 @@
+"""PISA, piecewise sparse attention: heavy blocks are read, the others are expanded, none is dropped.
+
+Li et al., 2026, arXiv 2602.01077. A block that is not worth reading gives what its Taylor expansion
+says, at the price of one key.
+
+    P[i, j] = mean over rows r of tile i of the share of block j, by its expansion
+    read the greatest P until they hold `mass`, sinks and what a tile sees in part; expand the rest
+
+The paper expands around the mean key of a block, for video, where keys are alike. Here it is the
+mean query of a tile (`kernels.expansion`): in text the keys of a block differ, and the queries of a
+tile ask alike. Works on rows in token order; others stay dense.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from accelkit import kernels
+from accelkit.kernels.positions import groups
+from accelkit.patches.method import AttentionMethod, Dial
+
+if TYPE_CHECKING:
+    from accelkit.kernels import BlockIndex, Partial
+    from accelkit.patches.call import AttentionCall, Phase
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PISA(AttentionMethod):
+    """Blocks read or expanded, by mass."""
+
+    phases: ClassVar[tuple[Phase, ...]] = ("prefill",)
+    dial: ClassVar[Dial] = Dial("mass", (0.3, 0.5, 0.65, 0.75, 0.85, 0.92, 0.96, 0.99))
+    full: ClassVar[dict[str, Any]] = {"mass": 1.0}
+
+    mass: Share | str = 0.85
+    sink_blocks: int = Field(1, ge=0)
+    local_blocks: int = Field(1, ge=1)
+    block: int = Field(128, ge=16)
+
+    def index(self, call: AttentionCall) -> tuple[BlockIndex, Partial] | None:
+        if call.q_pos is not None or call.k_pos is not None:
+            return None
+        size, share = (self.block, self.block), call.per_head(self.mass)
+        masks, outs, lses, order = [], [], [], []
+        for kv, slots in groups(call):
+            mine = call.take([call.heads[s] for s in slots])
+            found = kernels.expansion.expansion(mine, kv, size)
+            least = share[slots] if isinstance(share, torch.Tensor) else share
+            read = kernels.select.top_p(found.mass(), least)
+            read = kernels.select.force(
+                read | ~found.whole, mine, size, sink=self.sink_blocks, local=self.local_blocks
+            )
+            piece = found.piece(~read & found.whole)
+            masks.append(read), outs.append(piece.out), lses.append(piece.lse)
+            order += slots
+        back = torch.tensor(order).argsort().to(call.q.device)
+        mask, out, lse = (torch.cat(x, 1)[:, back] for x in (masks, outs, lses))
+        return kernels.select.compact(mask, size), kernels.Partial(out, lse)
