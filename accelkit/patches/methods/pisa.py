@@ -1,4 +1,4 @@
-"""PISA, piecewise sparse attention: heavy blocks are read, the others are expanded, none is dropped.
+"""PISA, piecewise sparse attention: heavy blocks are read, the others expanded, none is dropped.
 
 Li et al., 2026, arXiv 2602.01077. A block that is not worth reading gives what its Taylor expansion
 says, at the price of one key.
@@ -42,13 +42,17 @@ class PISA(AttentionMethod):
     block: int = Field(128, ge=16)
 
     def index(self, call: AttentionCall) -> tuple[BlockIndex, Partial] | None:
-        if call.q_pos is not None or call.k_pos is not None:
+        moved = call.q_pos is not None or call.k_pos is not None
+        if moved or call.n_k <= self.block * (self.sink_blocks + self.local_blocks):
             return None
         size, share = (self.block, self.block), call.per_head(self.mass)
         masks, outs, lses, order = [], [], [], []
         for kv, slots in groups(call):
             mine = call.take([call.heads[s] for s in slots])
-            found = kernels.expansion.expansion(mine, kv, size)
+            found = mine.once(
+                ("expansion", size),
+                lambda mine=mine, kv=kv: kernels.expansion.expansion(mine, kv, size),
+            )
             least = share[slots] if isinstance(share, torch.Tensor) else share
             read = kernels.select.top_p(found.mass(), least)
             read = kernels.select.force(
