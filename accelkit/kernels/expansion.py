@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accelkit.kernels.index import Inputs, Partial
-from accelkit.kernels.positions import take_heads
+from accelkit.kernels.index import Inputs, Partial, device_ids
+from accelkit.kernels.positions import groups, take_heads
 from accelkit.kernels.scores import pool_queries
 
 _HIDDEN = -1e30
@@ -32,18 +32,27 @@ _BAND = 16
 
 
 @dataclass(frozen=True)
-class Expansion:
-    """What stands for the blocks of some heads that share a KV head.
+class Group:
+    """Heads that share a KV head, `slots` among the call's.
 
     `q` `[B, H, nq, bq, D]` are the tiles' rows; `keys` `[B, H, nq, nk, D]` and `values` `[…, Dv]`
-    stand for the blocks; `level` fp32 `[B, H, nq, nk]` is what a row's logits get besides. `seen`
-    and `whole` (bool `[B|1, 1, nq, nk]`): blocks of which a tile's rows see some key, every key.
+    stand for the blocks; `level` fp32 `[B, H, nq, nk]` is what a row's logits get besides.
     """
 
+    slots: list[int]
     q: Tensor
     keys: Tensor
     values: Tensor
     level: Tensor
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What stands for every block of every head. `seen` and `whole` (bool `[B|1, 1, nq, nk]`):
+    blocks of which a tile's rows see some key, every key.
+    """
+
+    groups: tuple[Group, ...]
     seen: Tensor
     whole: Tensor
     scale: float
@@ -53,34 +62,56 @@ class Expansion:
         """Share of each block in its tile's attention, mean over some rows, fp32 `[B, H, nq, nk]`;
         −inf where nothing is visible.
         """
-        rows = self.q[..., _VOTERS // 2 :: _VOTERS, :]
-        logits = torch.matmul(rows, self.keys.transpose(-1, -2)).float().mul_(self.scale)
-        level = self.level.masked_fill(~self.seen, _HIDDEN)
-        share = logits.add_(level[..., None, :]).softmax(-1).mean(-2)
-        return share.masked_fill_(~self.seen, -math.inf)
+        found = []
+        for g in self.groups:
+            rows = g.q[..., _VOTERS // 2 :: _VOTERS, :]
+            logits = torch.matmul(rows, g.keys.transpose(-1, -2)).float().mul_(self.scale)
+            level = g.level.masked_fill(~self.seen, _HIDDEN)
+            share = logits.add_(level[..., None, :]).softmax(-1).mean(-2)
+            found.append(share.masked_fill_(~self.seen, -math.inf))
+        return self._in_order(found)
 
     def piece(self, blocks: Tensor) -> Partial:
         """Attention over what stands for `blocks` (bool `[B, H, nq, nk]`): out `[B, H, N, Dv]` and
         lse fp32 `[B, H, N]`; −inf for rows without any.
         """
-        level = self.level.masked_fill(~blocks, _HIDDEN)
-        logits = torch.matmul(self.q, self.keys.transpose(-1, -2)).float().mul_(self.scale)
-        share, lse = _softmax(logits.add_(level[..., None, :]))
-        out = torch.matmul(share.to(self.values.dtype), self.values)
-        lse = lse.masked_fill(lse < _HIDDEN / 2, -math.inf)
-        return Partial(out.flatten(2, 3)[:, :, : self.n_q], lse.flatten(2, 3)[..., : self.n_q])
+        outs, lses = [], []
+        for g in self.groups:
+            level = g.level.masked_fill(~blocks[:, g.slots], _HIDDEN)
+            logits = torch.matmul(g.q, g.keys.transpose(-1, -2)).float().mul_(self.scale)
+            share, lse = _softmax(logits.add_(level[..., None, :]))
+            out = torch.matmul(share.to(g.values.dtype), g.values)
+            lse = lse.masked_fill(lse < _HIDDEN / 2, -math.inf)
+            outs.append(out.flatten(2, 3)[:, :, : self.n_q])
+            lses.append(lse.flatten(2, 3)[..., : self.n_q])
+        return Partial(self._in_order(outs), self._in_order(lses))
+
+    def _in_order(self, found: list[Tensor]) -> Tensor:
+        """What groups gave, `[B, H, …]`, joined in the order of the call's heads."""
+        order = [s for g in self.groups for s in g.slots]
+        whole = found[0] if len(found) == 1 else torch.cat(found, 1)
+        if order == sorted(order):
+            return whole
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return whole[:, device_ids(tuple(back), whole.device)]
 
 
-def expansion(call: Inputs, kv: int, size: tuple[int, int]) -> Expansion:
-    """Expand every block of KV head `kv` around the mean query of every tile of the call's heads,
-    which all read that KV head. Rows and keys are in token order.
-    """
-    (bq, bk), (nq, nk), heads = size, call.tiles(size), len(call.heads)
+def expand(call: Inputs, size: tuple[int, int]) -> Expansion:
+    """Expand every block around the mean query of every tile. Rows and keys are in token order."""
+    seen, whole = _visible(call, size)
+    mean = pool_queries(call, size[0])
+    parts = tuple(_group(call, kv, slots, mean, seen, size) for kv, slots in groups(call))
+    return Expansion(parts, seen.any(-1)[:, None], whole[:, None], call.scale, call.n_q)
+
+
+def _group(
+    call: Inputs, kv: int, slots: list[int], means: Tensor, seen: Tensor, size: tuple[int, int]
+) -> Group:
+    """Expand the blocks of one KV head. `means` fp32 `[B, H, nq, D]`; `seen` as of `_visible`."""
+    (bq, bk), (nq, nk), heads = size, call.tiles(size), len(slots)
     dim, tail = call.k.shape[3], nk * bk - call.n_k
     k, v = (pad(t[:, kv], (0, 0, 0, tail)).unflatten(1, (nk, bk)) for t in (call.k, call.v))
-    both = torch.cat([k, v], -1)
-    mean = pool_queries(call, bq).to(k.dtype)  # [B, H, nq, D]
-    seen, whole = _visible(call, size)
+    both, mean = torch.cat([k, v], -1), take_heads(means, slots).to(k.dtype)
     level = torch.full((len(k), nk, heads, nq), _HIDDEN, device=k.device)
     keys = k.new_zeros((len(k), heads, nq, nk, dim))
     values = v.new_zeros((len(k), heads, nq, nk, v.shape[-1]))
@@ -100,10 +131,9 @@ def expansion(call: Inputs, kv: int, size: tuple[int, int]) -> Expansion:
         keys[:, :, begin:, some], values[:, :, begin:, some] = found.split([dim, v.shape[-1]], -1)
     own = torch.matmul(keys, mean[..., None]).float()[..., 0]  # [B, H, nq, nk]
     level = level.permute(0, 2, 3, 1) - call.scale * own
-    q = pad(take_heads(call.q, call.heads), (0, 0, 0, nq * bq - call.n_q)).unflatten(2, (nq, bq))
-    return Expansion(
-        q, keys, values, level, seen.any(-1)[:, None], whole[:, None], call.scale, call.n_q
-    )
+    q = take_heads(call.q, [call.heads[s] for s in slots])
+    q = pad(q, (0, 0, 0, nq * bq - call.n_q)).unflatten(2, (nq, bq))
+    return Group(slots, q, keys, values, level)
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field
 
 from accelkit import kernels
-from accelkit.kernels.positions import groups
 from accelkit.patches.method import AttentionMethod, Dial
 
 if TYPE_CHECKING:
@@ -45,22 +43,10 @@ class PISA(AttentionMethod):
         moved = call.q_pos is not None or call.k_pos is not None
         if moved or call.n_k <= self.block * (self.sink_blocks + self.local_blocks):
             return None
-        size, share = (self.block, self.block), call.per_head(self.mass)
-        masks, outs, lses, order = [], [], [], []
-        for kv, slots in groups(call):
-            mine = call.take([call.heads[s] for s in slots])
-            found = mine.once(
-                ("expansion", size),
-                lambda mine=mine, kv=kv: kernels.expansion.expansion(mine, kv, size),
-            )
-            least = share[slots] if isinstance(share, torch.Tensor) else share
-            read = kernels.select.top_p(found.mass(), least)
-            read = kernels.select.force(
-                read | ~found.whole, mine, size, sink=self.sink_blocks, local=self.local_blocks
-            )
-            piece = found.piece(~read & found.whole)
-            masks.append(read), outs.append(piece.out), lses.append(piece.lse)
-            order += slots
-        back = torch.tensor(order).argsort().to(call.q.device)
-        mask, out, lse = (torch.cat(x, 1)[:, back] for x in (masks, outs, lses))
-        return kernels.select.compact(mask, size), kernels.Partial(out, lse)
+        size = (self.block, self.block)
+        found = call.once(("expansion", size), lambda: kernels.expansion.expand(call, size))
+        read = kernels.select.top_p(found.mass(), call.per_head(self.mass)) | ~found.whole
+        read = kernels.select.force(
+            read, call, size, sink=self.sink_blocks, local=self.local_blocks
+        )
+        return kernels.select.compact(read, size), found.piece(~read & found.whole)
