@@ -11,7 +11,7 @@ from accelkit.patches.sites.attention import compute
 
 
 def small(**fields: float) -> PISA:
-    return PISA(**{"sink_blocks": 1, "local_blocks": 1, "block": 16, **fields})
+    return PISA(**{"sink_blocks": 1, "local_blocks": 1, "tile": 16, "block": 16, **fields})
 
 
 @pytest.mark.parametrize(("mass", "kept"), [(0.6, [0, 1, 5]), (0.9, [0, 1, 2, 5])])
