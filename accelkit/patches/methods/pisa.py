@@ -6,9 +6,10 @@ says, at the price of one key.
     P[i, j] = mean over rows r of tile i of the share of block j, by its expansion
     read the greatest P until they hold `mass`, sinks and what a tile sees in part; expand the rest
 
-The paper expands around the mean key of a block, for video, where keys are alike. Here it is the
-mean query of a tile (`kernels.expansion`): in text the keys of a block differ, and the queries of a
-tile ask alike, twice as many as usual as well: fewer means to expand around. Works on rows in token order; others stay dense.
+The expansion is around the mean query of a tile and to first order in the queries
+(`kernels.expansion`), which is ours: the paper is about video, and in text the queries of a tile
+are more alike than the keys of a block, even 256 of them. Works on rows in token order; others
+stay dense.
 """
 
 from __future__ import annotations
