@@ -32,7 +32,7 @@ class Mix:
     check_shorter: tuple[str, ...]
 
 
-# Text first: it fails before the others, and a plan that fails is not run any further. It also
+# Dense lists are measured on, for the planted ones fail after them. Text is checked first: it fails before the others, and a plan that fails is not run any further. It also
 # varies most from prompt to prompt, so several tell how far further ones may go.
 _REST = tuple(t for t in tasks.TASKS if t not in ("text", "variables"))
 _TEXTS = ("text",) * 4
@@ -41,7 +41,7 @@ MIXES = {
     "fast": Mix(
         ("multi_key", "text"), ("variables",), ("text", "text", "variables", "multi_key"), ()
     ),
-    "balanced": Mix(("multi_key", "variables", "text"), ("multi_value",), _CHECK, ("key_value",)),
+    "balanced": Mix(("key_value", "variables", "text"), ("multi_value",), _CHECK, ("key_value",)),
     "careful": Mix(tasks.TASKS, ("multi_key", "variables", "text"), _CHECK * 2, _CHECK),
 }
 
