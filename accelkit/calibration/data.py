@@ -32,8 +32,9 @@ class Mix:
     check_shorter: tuple[str, ...]
 
 
-# Dense lists are measured on, for the planted ones fail after them. Text is checked first: it fails before the others, and a plan that fails is not run any further. It also
-# varies most from prompt to prompt, so several tell how far further ones may go.
+# Balanced measures on a dense list: planted keys fail after it. Text is checked first: it fails
+# before the others, and a plan that fails is not run any further. It also varies most from prompt
+# to prompt, so several tell how far further ones may go.
 _REST = tuple(t for t in tasks.TASKS if t not in ("text", "variables"))
 _TEXTS = ("text",) * 4
 _CHECK = (*_TEXTS, "variables", *_REST)

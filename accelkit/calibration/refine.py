@@ -221,8 +221,11 @@ class _Checker:
             rows = self._rows(now.plan, f"check/{digest}/{n}", n)
             now.rows += [{**row, "prompt": n} for row in rows]
             tried += 1
-            over = max(r["error"] for r in rows) > allowed
-            if over or (not quality.holds(quality.by_task(rows), allowed) and not self._shared(n)):
+            # What is over stays over, but answers that a task's other prompts may make up for.
+            over = quality.by_task(now.rows)
+            if any(t["bound"] > allowed for t in over.values()):
+                break
+            if not quality.holds(quality.by_task(rows), allowed) and not self._shared(n):
                 break
         tasks = quality.by_task(now.rows)
         now.measured = max(t["worst"] for t in tasks.values())

@@ -137,11 +137,9 @@ def _group(
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax in place and the log of its sum, with one exponential for each entry."""
-    top = logits.amax(-1, keepdim=True)
-    share = logits.sub_(top).exp_()
-    total = share.sum(-1, keepdim=True)
-    return share.div_(total), (top + total.log())[..., 0]
+    """Softmax and the log of its sum, which the greatest share tells without further exponentials."""
+    share = logits.softmax(-1)
+    return share, logits.amax(-1) - share.amax(-1).log()
 
 
 def _visible(call: Inputs, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
