@@ -137,7 +137,7 @@ def _group(
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax and the log of its sum, which the greatest share tells without further exponentials."""
+    """Softmax, and the log of its sum: the greatest share tells it without more exponentials."""
     share = logits.softmax(-1)
     return share, logits.amax(-1) - share.amax(-1).log()
 

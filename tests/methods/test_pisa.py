@@ -1,10 +1,15 @@
 """PISA by hand: heavy blocks are read until they hold the mass, the others are expanded."""
 
+from dataclasses import replace
+
 import hand
+import numpy as np
 import planted
 import pytest
 import torch
 
+from accelkit.calibration.candidates import Bench
+from accelkit.calibration.capture import dense_attention
 from accelkit.kernels import BlockIndex, Partial
 from accelkit.patches.methods.pisa import PISA
 from accelkit.patches.sites.attention import compute
@@ -31,8 +36,6 @@ def test_expanding_beats_dropping():
     index, rest = answer.pieces
     assert isinstance(rest, Partial)
     dense = compute(planted.ask(small(mass=1.0), call)).out
-    from dataclasses import replace
-
     dropped = compute(replace(answer, pieces=(index,))).out
     both = compute(answer).out
     assert (both - dense).abs().sum() < 0.6 * (dropped - dense).abs().sum()
@@ -50,10 +53,24 @@ def test_values_per_head():
     q, k, v = planted.noise(512, seed=3)
     call = planted.make_call(q, k, v)
     heads = len(call.heads)
-    from dataclasses import replace
-
     table = torch.tensor([0.2, 0.9] * (heads // 2))
     mixed = planted.select(small(mass="m"), replace(call, tables={"m": table}))
     low, high = (planted.select(small(mass=m), call) for m in (0.2, 0.9))
     assert torch.equal(mixed.seen[:, 0::2], low.seen[:, 0::2])
     assert torch.equal(mixed.seen[:, 1::2], high.seen[:, 1::2])
+
+
+def test_calibration_judges_some_tiles_of_it():
+    """Errors on a share of the tiles are those of the whole answer at the same rows."""
+    q, k, v = planted.noise(2048, seed=3)
+    call = planted.make_call(q, k, v)
+    dense = dense_attention(call)
+    answer = planted.ask(small(mass=0.3, tile=64), call)
+    bench = Bench(call, dense, np.zeros(0, np.int64))
+    found = torch.tensor(bench.measure((answer,))["error"])
+    rows = bench.tiles(64)[1]
+    assert len(rows) < 1024
+    gap = (compute(answer).out - dense.out)[:, :, rows].abs().sum((0, 2, 3))
+    torch.testing.assert_close(
+        found, gap / dense.out[:, :, rows].abs().sum((0, 2, 3)), rtol=1e-3, atol=1e-4
+    )
