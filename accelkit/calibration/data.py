@@ -42,7 +42,7 @@ MIXES = {
     "fast": Mix(
         ("multi_key", "text"), ("variables",), ("text", "text", "variables", "multi_key"), ()
     ),
-    "balanced": Mix(("key_value", "variables", "text"), ("multi_value",), _CHECK, ("key_value",)),
+    "balanced": Mix(("key_value", "text"), ("multi_value",), _CHECK, ("key_value",)),
     "careful": Mix(tasks.TASKS, ("multi_key", "variables", "text"), _CHECK * 2, _CHECK),
 }
 
