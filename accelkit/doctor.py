@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 VARIABLES = {
-    "ACCELKIT_KERNEL": "backend of every launch: auto, triton, gluon, fa4, torch or reference",
+    "ACCELKIT_KERNEL": "backend of a launch: auto, triton, gluon, fa4, cudnn, torch or reference",
     "ACCELKIT_DISABLE": "1: patched models run dense",
     "ACCELKIT_PROGRESS": "0: no progress bars",
     "HF_HOME": "where models from the hub are kept",
@@ -30,6 +30,7 @@ OPTIONAL = {
     "matplotlib": "pictures: accelkit[report]",
     "jinja2": "HTML reports: accelkit[report]",
     "flash-attn-4": "a faster block-sparse kernel on H100 and H200: accelkit[fa4]",
+    "nvidia-cudnn-frontend": "another one, not causal: accelkit[cudnn]",
 }
 
 
@@ -64,14 +65,11 @@ def explain(name: str) -> dict[str, Any]:
     fields = [
         {
             "field": field,
-            "default": "required"
-            if info.is_required()
-            else info.get_default(call_default_factory=True),
-            "type": _type_name(info.annotation),
-            "limits": ", ".join(map(str, info.metadata)),
-            "meaning": info.description or "",
+            "default": about_it.get("default", "required"),
+            "values": _values(about_it),
+            "meaning": " ".join(about_it.get("description", "").split()),
         }
-        for field, info in cls.model_fields.items()
+        for field, about_it in cls.model_json_schema().get("properties", {}).items()
     ]
     return {
         "name": name,
@@ -98,12 +96,23 @@ def listing() -> list[dict[str, Any]]:
     return found
 
 
-def _type_name(annotation: Any) -> str:
-    return (
-        annotation.__name__
-        if isinstance(annotation, type)
-        else str(annotation).replace("typing.", "")
-    )
+def _values(schema: dict[str, Any]) -> str:
+    """What a field may be, from its JSON schema."""
+    if "anyOf" in schema:
+        return " or ".join(map(_values, schema["anyOf"]))
+    if "enum" in schema:
+        return " or ".join(map(repr, schema["enum"]))
+    if "prefixItems" in schema:
+        return f"{len(schema['prefixItems'])} × {_values(schema['prefixItems'][0])}"
+    if "items" in schema:
+        return f"any number of {_values(schema['items'])}"
+    names = {"string": "name of a side tensor", "boolean": "true or false", "null": "none"}
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
+    if "multipleOf" in schema:
+        bounds.append(f"a multiple of {schema['multipleOf']}")
+    kind = names.get(schema.get("type", ""), schema.get("type", "anything"))
+    return " ".join([kind, ", ".join(bounds)]).strip()
 
 
 def problems(found: dict[str, Any]) -> list[str]:

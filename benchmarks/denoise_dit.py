@@ -2,15 +2,20 @@
 
 Random weights spread their attention, so a calibrated plan on them is dense; a forced plan keeps a
 fixed density behind some dense steps and shows what the machinery reaches, order and estimate
-included. Both sides run in one process, compiled by repeated blocks; dense attention is cuDNN's.
+included. Both sides run in one process, compiled by repeated blocks; dense attention is cuDNN's,
+without masks that hide nothing.
 
-With f attention's share of the dense denoising, w the share of dense steps and δ the density, the
-speed-up of kernels that are 85 % as efficient as dense ones is
+With f the share of self-attention in the dense denoising (timed call by call where it runs), w the
+share of dense steps and δ the density, the speed-up of kernels that are 85 % as efficient as dense
+ones is
 
     1 / (1 − f + f · (w + (1 − w) · δ / 0.85)).
 
-    python benchmarks/denoise_dit.py --model wan --steps 20 --out results.json
-    python benchmarks/denoise_dit.py --model hunyuan --layers 3 --steps 10
+A step cache leaves out steps by a forced rhythm, since random weights say nothing about which may
+be left out; it runs alone and together with the first plan.
+
+    python benchmarks/denoise_dit.py --model wan --steps 20 --cache --out results.json
+    python benchmarks/denoise_dit.py --model hunyuan --layers 2 4 --steps 10
 """
 
 from __future__ import annotations
@@ -20,8 +25,9 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +39,11 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import accelkit
-from accelkit.calibration import video, video_bench
+from accelkit.calibration import video
 from accelkit.calibration.results import environment
 from accelkit.calibration.video import Settings, Shot
 from accelkit.patches.adapters import facts, sites
@@ -45,13 +52,15 @@ from accelkit.patches.methods.mag_cache import MagCache
 from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
 
 EFFICIENCY = 0.85
+WARM = 2
+"""Steps to compile and warm up, the first of them dense."""
 DENSE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
-def wan(layers: int) -> tuple[Any, Settings, dict[str, Any]]:
+def wan(layers: Sequence[int]) -> tuple[Any, Settings, dict[str, Any]]:
     """The public configuration of Wan2.1-T2V-1.3B, 480 × 832, 81 frames: 32,760 tokens."""
     denoiser = WanTransformer3DModel(
-        num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=layers or 30,
+        num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=(*layers, 30)[0],
         cross_attn_norm=True, qk_norm="rms_norm_across_heads",
     )  # fmt: skip
     pipe = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(shift=3.0), denoiser)
@@ -59,10 +68,11 @@ def wan(layers: int) -> tuple[Any, Settings, dict[str, Any]]:
     return pipe, Settings(480, 832, 81), text
 
 
-def hunyuan(layers: int) -> tuple[Any, Settings, dict[str, Any]]:
-    """HunyuanVideo's dual blocks, 720 × 1280, 129 frames: 118,800 tokens and 256 of text."""
+def hunyuan(layers: Sequence[int]) -> tuple[Any, Settings, dict[str, Any]]:
+    """HunyuanVideo: 720 × 1280, 129 frames, 118,800 tokens and 256 of text."""
+    double, single = layers or (20, 40)
     denoiser = HunyuanVideoTransformer3DModel(
-        num_layers=layers or 20, num_single_layers=0 if layers else 40, num_refiner_layers=1
+        num_layers=double, num_single_layers=single, num_refiner_layers=1
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
     pipe = HunyuanVideoPipeline(None, None, denoiser, None, scheduler, None, None)
@@ -77,7 +87,20 @@ def hunyuan(layers: int) -> tuple[Any, Settings, dict[str, Any]]:
 MODELS = {"wan": wan, "hunyuan": hunyuan}
 
 
-def built(name: str, layers: int, device: str) -> tuple[Any, Settings, Shot]:
+def unmasked(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Attention without masks: the text fills its places here, so the mask over text that
+    HunyuanVideo passes hides nothing, but would make dense attention half as slow again.
+    """
+
+    def function(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **rest: Any
+    ) -> Tensor:
+        return attend(query, key, value, **rest)
+
+    return function
+
+
+def built(name: str, layers: Sequence[int], device: str) -> tuple[Any, Settings, Shot]:
     torch.manual_seed(0)
     with torch.device(device):
         before = torch.get_default_dtype()
@@ -119,10 +142,14 @@ def compiled(pipe: Any, wanted: bool):
 def timed(
     pipe: Any, size: Settings, shot: Shot, repeat: int, opened: Callable[[], Any], compile: bool
 ) -> dict[str, Any]:
-    """Seconds of each denoising, after one to compile and warm up."""
+    """Seconds of each denoising, after a short one to compile and warm up."""
     begin = time.perf_counter()
+    short = replace(size, num_inference_steps=min(WARM, size.num_inference_steps))
     with opened() as handle, sdpa_kernel(DENSE, set_priority=True), compiled(pipe, compile):
-        first = video.run(pipe, size, shot)
+        video.run(pipe, short, shot)
+        if report := getattr(handle, "reset_report", None):
+            report()
+        start = time.perf_counter()
         takes = [video.run(pipe, size, shot) for _ in range(repeat)]
         finite = bool(torch.isfinite(takes[-1].latents).all())
     report = getattr(handle, "report", None)
@@ -130,11 +157,35 @@ def timed(
     return {
         "seconds": statistics.median(t.ends[-1] for t in takes),
         "runs": [round(t.ends[-1], 4) for t in takes],
-        "first": round(first.ends[-1], 2),
-        "whole": round(time.perf_counter() - begin, 1),
+        "warm_up": round(start - begin, 1),
         "finite": finite,
         **{k: counts[k] for k in ("calls", "sparse_calls", "dense") if k in counts},
     }
+
+
+def attention_ms(pipe: Any, size: Settings, shot: Shot) -> dict[str, Any]:
+    """Tokens of a self-attention call, and milliseconds of those of one dense step, in place."""
+    attend = nn.functional.scaled_dot_product_attention
+    marks: list[tuple[int, Any, Any]] = []
+
+    def marked(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        out = attend(query, key, *args, **kwargs)
+        end.record()
+        if query.shape[2] == key.shape[2]:
+            marks.append((query.shape[2], begin, end))
+        return out
+
+    nn.functional.scaled_dot_product_attention = marked
+    try:
+        with sdpa_kernel(DENSE, set_priority=True):
+            video.run(pipe, replace(size, num_inference_steps=WARM), shot)
+    finally:
+        nn.functional.scaled_dot_product_attention = attend
+    tokens = max(n for n, _, _ in marks)  # fewer: a refiner of the text
+    ms = [begin.elapsed_time(end) for n, begin, end in marks if n == tokens]
+    return {"tokens": tokens, "attention_ms": sum(ms) / WARM}
 
 
 def density(pipe: Any, plan: Plan, size: Settings, shot: Shot) -> float:
@@ -155,7 +206,10 @@ def policy_of(text: str) -> Policy:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=sorted(MODELS), default="wan")
-    parser.add_argument("--layers", type=int, default=0, help="default: the model's own")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=(), help="default: the model's own; "
+        "hunyuan: dual and single ones",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dense-steps", type=float, nargs="+", default=[0.2])
     parser.add_argument(
@@ -166,17 +220,22 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--overhead", action="store_true", help="an all-dense plan as well")
     parser.add_argument("--cache", action="store_true", help="a step cache as well")
+    parser.add_argument("--skip", type=int, default=2, help="steps that the cache skips in a row")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after these")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     begin = time.perf_counter()
+    attend = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = unmasked(attend)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe, size, shot = built(args.model, args.layers, device)
     size = Settings(size.height, size.width, size.num_frames, args.steps)
     policies = {name: policy_of(name) for name in args.plans}
+    cached = {"dense": Policy(), args.plans[0]: policies[args.plans[0]]} if args.cache else {}
     found: dict[str, Any] = {
-        "model": args.model, "layers": len(sites(pipe)), "steps": args.steps,
+        "model": args.model, "layers": len(sites(pipe)), "of_layers": args.layers or "all",
+        "steps": args.steps,
         "compiled": not args.eager,
         "environment": environment(torch.device(device)), "rows": [],
     }  # fmt: skip
@@ -193,12 +252,11 @@ def main() -> None:
         return timed(pipe, size, shot, args.repeat, opened, not args.eager)
 
     dense = run(nullcontext)
-    about = video_bench.attention(pipe, size, shot)
+    about = attention_ms(pipe, size, shot)
     share = args.steps * about["attention_ms"] / 1e3 / dense["seconds"]
     found |= {"dense": dense, **about, "attention_share": share}
     print(
-        f"{args.model}: {about['tokens']} tokens, dense {dense['seconds']:.3f} s "
-        f"(first {dense['first']} s), f = {share:.3f}",
+        f"{args.model}: {about['tokens']} tokens, dense {dense['seconds']:.3f} s, f = {share:.3f}",
         flush=True,
     )
     save()
@@ -207,10 +265,11 @@ def main() -> None:
             break
         plan = forced(pipe, policies[name], w)
         mine = run(lambda plan=plan: accelkit.patch(pipe, plan))
-        kept = density(pipe, plan, Settings(size.height, size.width, size.num_frames, 4), shot)
+        kept = density(pipe, plan, Settings(size.height, size.width, size.num_frames, 2), shot)
         bound = 1 / (1 - share + share * (w + (1 - w) * kept / EFFICIENCY))
         speedup = dense["seconds"] / mine["seconds"]
-        row = {"plan": name, "dense_steps": w, "density": kept, **mine, "speedup": speedup}
+        row = {"plan": name, "skipped_in_a_row": 0, "dense_steps": w, "density": kept}
+        row |= {**mine, "speedup": speedup}
         found["rows"].append({**row, "bound": bound, "of_bound": speedup / bound})
         print(
             f"  {name}: density {kept:.3f}, dense steps {w:.0%}: "
@@ -223,16 +282,17 @@ def main() -> None:
         found["all_dense"] = {**row, "slower_by": row["seconds"] / dense["seconds"] - 1}
         print(f"  all dense, patched: {found['all_dense']['slower_by']:+.2%}", flush=True)
         save()
-    if args.cache and not late():
-        # Ratios of 1 skip three of four steps behind the first fifth: a rhythm, not a quality.
-        cache = MagCache(ratios=(1.0,) * args.steps, threshold=1.0)
-        args.eager = True
-        eager = run(nullcontext)
-        plan = forced(pipe, next(iter(policies.values())), args.dense_steps[0], cache)
-        both = run(lambda: accelkit.patch(pipe, plan))
-        speedup = eager["seconds"] / both["seconds"]
-        found["with_cache"] = {"dense_eager": eager, **both, "speedup": speedup}
-        print(f"  with a step cache, both eager: {speedup:.2f} ×", flush=True)
+    for name, policy in cached.items():
+        if late():
+            break
+        # Ratios of 1 leave out `skip` of `skip + 1` steps behind the first fifth.
+        cache = MagCache(ratios=(1.0,) * args.steps, threshold=1.0, max_skip_steps=args.skip)
+        plan = forced(pipe, policy, args.dense_steps[0], cache)
+        mine = run(lambda plan=plan: accelkit.patch(pipe, plan))
+        speedup = dense["seconds"] / mine["seconds"]
+        row = {"plan": name, "skipped_in_a_row": args.skip, "dense_steps": args.dense_steps[0]}
+        found["rows"].append({**row, "density": None, **mine, "speedup": speedup})
+        print(f"  {name} and a step cache: {mine['seconds']:.3f} s, {speedup:.2f} ×", flush=True)
         save()
 
 

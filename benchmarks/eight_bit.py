@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 import triton
-from kernels import D64, LLM, VIDEO, Shape, milliseconds, random_call, random_mask
+from attention.shapes import D64, LLM, VIDEO, Shape, random_call, random_mask
+from attention.timing import milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
@@ -36,6 +37,7 @@ PRECISIONS = (("fp8", "fp8"), ("int8", "fp8"), ("fp8", "native"), ("int8", "nati
 NATIVE = ("triton", "gluon")
 DENSITIES = (1.0, 0.25, 0.1)
 UNIT = (128, 128)
+KINDS = ("random", "offsets", "sinks", "one-hot", "repeated", "extremes")
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -122,6 +124,12 @@ def inputs(kind: str, heads: int, kv_heads: int, n: int, d: int) -> list[Tensor]
     elif kind == "one-hot":  # each query has one key of its own, logits about 35
         own = torch.randperm(n, **make)
         q = k.repeat_interleave(group, 1)[:, :, own] * (35 / d**0.5) + 0.3 * q
+    elif kind == "repeated":  # eight keys, each many times
+        k = k[:, :, torch.arange(n, device="cuda") % 8]
+    elif kind == "extremes":  # near the ends of fp16, where q does not look
+        q, k, v = q * 200, k * 0.05, v * 8000
+        q[..., 0], k[..., 0], v[:, :, 5] = 0.0, 60000.0, 60000.0
+        return [t.half() for t in (q, k, v)]
     return [t.bfloat16() for t in (q, k, v)]
 
 
@@ -129,7 +137,7 @@ def errors(heads: int, kv_heads: int, n: int, d: int, causal: bool) -> list[dict
     """Relative L1 error and cosine of every kernel against fp32, by kind of input."""
     results = []
     index = BlockIndex.dense(heads, n // UNIT[0], UNIT, torch.device("cuda"))
-    for kind in ("random", "offsets", "sinks", "one-hot"):
+    for kind in KINDS:
         q, k, v = inputs(kind, heads, kv_heads, n, d)
         wide = [t.float().repeat_interleave(heads // t.shape[1], 1) for t in (q, k, v)]
         with sdpa_kernel(SDPBackend.MATH):

@@ -16,6 +16,8 @@ device, because choosing alone takes longer than dense attention, are left out w
 Parts may be measured in several runs on one kind of machine and put together: `--methods` names
 some of the methods, `--budgets` without a value leaves the mixtures out, and `--join` reads the
 parts. Times are compared by their ratio to the dense prefills of their own run.
+
+`--answers N` also scores each mixture as `accelkit eval` does, with N answers a task or more.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import accelkit
 from accelkit.calibration import quality
 from accelkit.calibration.capture import forward
+from accelkit.calibration.evaluate import evaluate
 from accelkit.calibration.results import environment
 from accelkit.calibration.tasks import TASKS, make
 from accelkit.patches.method import Method, load, names
@@ -143,7 +146,7 @@ class Bench:
         }
 
 
-def mixture(bench: Bench, args: argparse.Namespace, budget: float) -> dict[str, Any]:
+def mixture(bench: Bench, args: argparse.Namespace, budget: float) -> tuple[Plan, dict[str, Any]]:
     """A calibrated plan; later budgets share the first one's measurements and only search and
     check.
     """
@@ -156,12 +159,23 @@ def mixture(bench: Bench, args: argparse.Namespace, budget: float) -> dict[str, 
     seconds = time.perf_counter() - begin
     used = sorted({p.label() for p in plan.policies})
     kept = ("dense_prefills", "dense_prefill_ms", "dense_peak_bytes", "peak_bytes", "refused")
-    about = {k: plan.calibration[k] for k in kept}
+    about = {k: plan.calibration[k] for k in (*kept, "seconds", "methods")}
     row = {"budget": budget, "seconds": seconds, "policies": used, "calibration": about}
     row |= {"measured": plan.measured, **bench.measure(plan)}
     bench.again()
     tell(f"mixture {budget}", row)
-    return row
+    return plan, row
+
+
+def answers(bench: Bench, plan: Plan, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Right answers with a plan and dense, as `accelkit eval` finds them on prompts of its own."""
+    found = evaluate(
+        bench.model, bench.tokenizer, plan, lengths=[args.length], answers=args.answers
+    )
+    scores = [score.as_dict() for score in found]
+    worst = max(s["drop_points"] or 0.0 for s in scores)
+    print(f"{worst:.2f} points lost on the worst task", file=sys.stderr, flush=True)
+    return scores
 
 
 def singles(bench: Bench, name: str, most_error: float) -> list[dict[str, Any]]:
@@ -188,7 +202,7 @@ def tell(what: str, row: dict[str, Any]) -> None:
 def verdict(found: dict[str, Any]) -> list[dict[str, Any]]:
     """For each mixture the fastest single setting whose worst-task error is no larger."""
     table, whole = [], statistics.median(found["dense_ms"])
-    for mixture in found["mixtures"]:
+    for mixture in sorted(found["mixtures"], key=lambda m: m["budget"]):
         rivals = [
             s
             for s in found["singles"]
@@ -212,6 +226,25 @@ def verdict(found: dict[str, Any]) -> list[dict[str, Any]]:
     return table
 
 
+def losses(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Single settings that are faster than dense and than every mixture of no larger error."""
+    lost = []
+    for s in found["singles"]:
+        share = s["ms"] / s["dense_ms"]
+        if not s["complete"] or share >= 1:
+            continue
+        mine = [
+            m["ms"] / m["dense_ms"]
+            for m in found["mixtures"]
+            if m["worst_error"] <= s["worst_error"]
+        ]
+        best = min(mine, default=1.0)
+        if share < best:
+            row = {"setting": s["setting"], "worst_error": s["worst_error"], "ratio": best / share}
+            lost.append(row)
+    return lost
+
+
 def joined(paths: Sequence[Path]) -> dict[str, Any]:
     """Several parts as one result."""
     parts = [json.loads(p.read_text()) for p in paths]
@@ -223,7 +256,7 @@ def joined(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def save(found: dict[str, Any], path: Path) -> None:
-    found["table"] = verdict(found)
+    found["table"], found["losses"] = verdict(found), losses(found)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
@@ -242,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--most-error", type=float, default=0.12, help="of rivals")
     parser.add_argument("--journal", type=Path, help="of the calibration; kept if it is named")
     parser.add_argument("--resume", action="store_true", help="take up the named journal")
+    parser.add_argument("--answers", type=int, default=0, help="for each task and mixture; 0: none")
     parser.add_argument("--join", type=Path, nargs="*", help="results to put together")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
@@ -257,14 +291,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "environment": environment(bench.model.device), "dense_ms": bench.dense_ms,
             "mixtures": [], "singles": [],
         }  # fmt: skip
+        plans = []
         for budget in args.budgets:
-            found["mixtures"].append(mixture(bench, args, budget))
+            plan, row = mixture(bench, args, budget)
+            plans.append(plan)
+            found["mixtures"].append(row)
             save(found, args.out)  # a run that is cut short keeps what it has
         refused = {n for m in found["mixtures"] for n in m["calibration"]["refused"]}
         able = [n for n in names() if "prefill" in load(n).phases and n not in refused]
         for name in able if args.methods is None else args.methods:
             found["singles"] += singles(bench, name, args.most_error)
             save(found, args.out)
+        for plan, row in zip(plans, found["mixtures"], strict=True):
+            if args.answers and not all(p.dense for p in plan.policies):
+                row["answers"] = answers(bench, plan, args)
+                save(found, args.out)
         if own is None:
             args.journal.unlink(missing_ok=True)
     for row in found["table"]:
@@ -273,6 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{row['mixture_ms']:.1f} ms  best single {row['best_single']} "
             f"{row['best_single_ms']:.1f} ms  dense {row['dense_ms']:.1f} ms  {row['ratio']:.2f}×"
         )
+    for row in found["losses"]:
+        print(f"faster than the mixtures at its error {row['worst_error']:.4f}: {row['setting']}")
 
 
 if __name__ == "__main__":

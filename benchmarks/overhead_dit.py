@@ -1,11 +1,13 @@
 """What a patch costs a video denoiser before it saves anything: router, hooks and clock installed
 and counted, every head of every site dense by plan, against the pipeline as it comes.
 
-The Wan2.1-1.3B configuration with random bf16 weights and fewer layers, at 480p and 81 frames:
-32,760 tokens. Two pipelines share their weights, one is patched, and both denoise in turn in one
-process, eager and compiled by repeated blocks. For the other one the router is taken out.
+The Wan2.1-1.3B configuration with random bf16 weights, at 480p and 81 frames: 32,760 tokens. Two
+pipelines share their weights, one is patched, and both denoise in one process, eager and compiled
+by repeated blocks. For the other one the router is taken out. Each round runs unpatched, patched,
+patched, unpatched, so that a drift of the clocks cancels out; the two patched runs of a round tell
+what two equal runs differ by. One step of each side is also looked at kernel by kernel.
 
-    python benchmarks/overhead_dit.py --layers 6 --out results.json
+    python benchmarks/overhead_dit.py --out results.json
 """
 
 from __future__ import annotations
@@ -14,12 +16,17 @@ import argparse
 import copy
 import json
 import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.profiler import ProfilerActivity, profile
 
 import accelkit
 from accelkit.calibration.results import environment
@@ -29,14 +36,15 @@ from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
 HEADS = 12
 
 
-def wan(layers: int, device: str) -> WanPipeline:
+def wan(layers: int) -> WanPipeline:
     """Wan2.1-1.3B but for its 30 layers, text encoder and VAE; its text comes as embeddings."""
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device("cuda"):
         model = WanTransformer3DModel(
             num_attention_heads=HEADS,
             attention_head_dim=128,
             ffn_dim=8960,
+            cross_attn_norm=True,
             num_layers=layers,
         )
     return around(model.to(torch.bfloat16).eval())
@@ -63,41 +71,110 @@ def all_dense(pipe: WanPipeline) -> Plan:
     return Plan(fingerprint=fingerprint, policies=(Policy(),), sites=dict.fromkeys(sites, layer))
 
 
+ROUND = ("unpatched", "patched", "patched", "unpatched")
+
+
+class Sides:
+    """Two pipelines over the same weights, one of them patched, and the attention function that
+    each finds in its place.
+    """
+
+    def __init__(self, pipe: WanPipeline, inputs: dict[str, Any], undo: ExitStack) -> None:
+        self.inputs = inputs
+        self.pipes = {"unpatched": pipe, "patched": twin(pipe)}
+        before = nn.functional.scaled_dot_product_attention
+        plan = all_dense(self.pipes["patched"])
+        self.handle = undo.enter_context(accelkit.patch(self.pipes["patched"], plan))
+        self.functions = {
+            "unpatched": before,
+            "patched": nn.functional.scaled_dot_product_attention,
+        }
+        undo.callback(self.turn, "patched")  # what the handle expects to find
+
+    def turn(self, side: str) -> None:
+        nn.functional.scaled_dot_product_attention = self.functions[side]
+
+    def run(self, side: str, **changed: Any) -> Tensor:
+        self.turn(side)
+        return self.pipes[side](**{**self.inputs, **changed}, return_dict=False)[0]
+
+
+def milliseconds(run: Callable[[], Any]) -> tuple[float, float]:
+    """On the device, and until the host has issued everything."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    start = time.perf_counter()
+    run()
+    host = 1e3 * (time.perf_counter() - start)
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end), host
+
+
+def kernels(run: Callable[[], Any]) -> dict[str, tuple[int, float]]:
+    """Launches and milliseconds of each kernel."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    found = {}
+    for e in seen.key_averages():
+        if e.self_device_time_total:
+            found[e.key] = (e.count, e.self_device_time_total / 1e3)
+    return found
+
+
 def measure(
-    pipe: WanPipeline, inputs: dict[str, Tensor], compiled: bool, rounds: int
+    pipe: WanPipeline, inputs: dict[str, Any], compiled: bool, rounds: int
 ) -> dict[str, object]:
     """Milliseconds a step of both pipelines, in turn."""
-    pipes = {"unpatched": pipe, "patched": twin(pipe)}
-    attention = {"unpatched": nn.functional.scaled_dot_product_attention}
-    ms: dict[str, list[float]] = {side: [] for side in pipes}
-    outputs, counters = {}, {side: CompileCounterWithBackend("inductor") for side in pipes}
-    with accelkit.patch(pipes["patched"], all_dense(pipes["patched"])) as handle:
-        attention["patched"] = nn.functional.scaled_dot_product_attention
+    steps = inputs["num_inference_steps"]
+    ms: dict[str, list[float]] = {side: [] for side in ROUND}
+    host: dict[str, list[float]] = {side: [] for side in ROUND}
+    counters = {side: CompileCounterWithBackend("inductor") for side in ms}
+    with ExitStack() as undo:
+        sides = Sides(pipe, inputs, undo)
         torch._dynamo.reset()
-        for one_round in range(rounds + 1):
-            for side in sorted(pipes, reverse=bool(one_round % 2)):
-                nn.functional.scaled_dot_product_attention = attention[side]
-                model = pipes[side].transformer
-                if compiled and one_round == 0:
-                    model.compile_repeated_blocks(backend=counters[side], fullgraph=True)
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda.synchronize()
-                begin.record()
-                outputs[side] = pipes[side](**inputs, return_dict=False)[0]
-                end.record()
-                torch.cuda.synchronize()
-                if one_round:
-                    ms[side].append(begin.elapsed_time(end) / inputs["num_inference_steps"])
-        nn.functional.scaled_dot_product_attention = attention["patched"]
-        calls = handle.report().calls
+        for side, counter in counters.items():
+            if compiled:
+                model = sides.pipes[side].transformer
+                model.compile_repeated_blocks(backend=counter, fullgraph=True)
+        outputs = {side: sides.run(side, num_inference_steps=2) for side in ms}
+        for _ in range(rounds):
+            for side in ROUND:
+                on_device, on_host = milliseconds(lambda side=side: sides.run(side))
+                ms[side].append(on_device / steps)
+                host[side].append(on_host / steps)
+        work = {s: kernels(lambda s=s: sides.run(s, num_inference_steps=1)) for s in ms}
+        calls = sides.handle.report().calls
     for block in pipe.transformer.blocks:
         block._compiled_call_impl = None
-    ratios = [p / u for p, u in zip(ms["patched"], ms["unpatched"], strict=True)]
+    first, second = (
+        [sum(v[i : i + 2]) for i in range(0, 2 * rounds, 2)]
+        for v in (ms["unpatched"], ms["patched"])
+    )
+    slower = [100 * (p / u - 1) for u, p in zip(first, second, strict=True)]
+    equal = [
+        100 * abs(ms["patched"][i] / ms["patched"][i + 1] - 1) for i in range(0, 2 * rounds, 2)
+    ]
+    names = {n for side in work.values() for n in side}
+    none = (0, 0.0)
     return {
         "compiled": compiled,
         "ms_a_step": {side: statistics.median(v) for side, v in ms.items()},
-        "slower_percent": 100 * (statistics.median(ratios) - 1),
-        "slower_percent_of_rounds": [100 * (r - 1) for r in ratios],
+        "host_ms_a_step": {side: statistics.median(v) for side, v in host.items()},
+        "slower_percent": statistics.median(slower),
+        "slower_percent_of_rounds": slower,
+        "percent_between_equal_runs": statistics.median(equal),
+        "kernel_ms": {side: sum(t for _, t in found.values()) for side, found in work.items()},
+        "kernel_launches": {
+            side: sum(n for n, _ in found.values()) for side, found in work.items()
+        },
+        "kernels_launched_more_or_less_often": {
+            name[:120]: {side: found.get(name, none) for side, found in work.items()}
+            for name in sorted(names)
+            if len({found.get(name, none)[0] for found in work.values()}) > 1
+        },
         # Inductor picks the shape of a reduction by timing it, so compiled runs may round apart.
         "equal": torch.equal(outputs["unpatched"], outputs["patched"]),
         "relative_difference": float(
@@ -109,45 +186,52 @@ def measure(
     }
 
 
+def told(run: dict[str, Any]) -> str:
+    """One line about a run."""
+    sides = [
+        f"{side} {run['ms_a_step'][side]:.2f} ms a step (host {run['host_ms_a_step'][side]:.1f}, "
+        f"{run['kernel_launches'][side]} kernels {run['kernel_ms'][side]:.2f})"
+        for side in run["ms_a_step"]
+    ]
+    return (
+        f"{'  '.join(sides)}  {run['slower_percent']:+.2f} % (two equal runs "
+        f"{run['percent_between_equal_runs']:.2f} %)  equal {run['equal']}  graphs {run['graphs']}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52), help="tokens by axis")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=4, help="of one denoising")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="of one denoising")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     frames, rows, columns = options.grid
-    pipe = wan(options.layers, options.device)
-    like = {"device": options.device, "dtype": torch.bfloat16}
+    pipe = wan(options.layers)
+    like = {"device": "cuda", "dtype": torch.bfloat16}
     inputs = {
         "height": 16 * rows,
         "width": 16 * columns,
         "num_frames": 4 * frames - 3,
-        "latents": torch.randn(1, 16, frames, 2 * rows, 2 * columns, device=options.device),
+        "latents": torch.randn(1, 16, frames, 2 * rows, 2 * columns, device="cuda"),
         "prompt_embeds": torch.randn(1, 512, 4096, **like),
         "guidance_scale": 1.0,
         "num_inference_steps": options.steps,
         "output_type": "latent",
     }
     result = {
-        "environment": environment(torch.device(options.device)),
-        "model": f"WanPipeline, Wan2.1-1.3B but {options.layers} layers, random weights, bf16",
+        "environment": environment(torch.device("cuda")),
+        "model": f"WanPipeline, Wan2.1-1.3B, {options.layers} layers, random weights, bf16",
         "tokens": frames * rows * columns,
         "steps": options.steps,
-        "runs": [],
+        "rows": [],
     }
     for compiled in (False, True):
         run = measure(pipe, inputs, compiled, options.rounds)
-        result["runs"].append(run)
+        result["rows"].append(run)
         options.out.write_text(json.dumps(result, indent=2) + "\n")
-        print(
-            f"{'repeated blocks' if compiled else 'eager':>16}  a step: "
-            f"unpatched {run['ms_a_step']['unpatched']:.2f} ms  "
-            f"patched {run['ms_a_step']['patched']:.2f} ms  "
-            f"{run['slower_percent']:+.2f} %  equal {run['equal']}  graphs {run['graphs']}"
-        )
+        print(f"{'repeated blocks' if compiled else 'eager':>16}: {told(run)}", flush=True)
 
 
 if __name__ == "__main__":

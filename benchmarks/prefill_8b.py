@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -87,10 +88,21 @@ def first_token_ms(model: LlamaForCausalLM, ids: torch.Tensor, repeat: int) -> l
     return times
 
 
-def forced(args: argparse.Namespace, model: LlamaForCausalLM) -> list[dict]:
+def kernel_of(model: LlamaForCausalLM, length: int, block: int) -> str:
+    """The backend that dispatch chooses for the model's prefill over blocks."""
+    c = model.config
+    q, kv = (
+        torch.empty(1, n, length, c.head_dim, device="cuda", dtype=model.dtype)
+        for n in (c.num_attention_heads, c.num_key_value_heads)
+    )
+    tiles = -(-length // block)
+    index = kernels.BlockIndex.dense(c.num_attention_heads, tiles, (block, block), q.device)
+    return kernels.dispatch.explain(q, kv, kv, index).backend
+
+
+def forced(args: argparse.Namespace, model: LlamaForCausalLM) -> Iterator[dict]:
     """Dense and forced-plan times at every length."""
     method = FixedShare(share=args.density)
-    rows = []
     for length in args.lengths:
         ids = planted_prompt(length, model.config.vocab_size, "cuda")
         own = first_token_ms(model, ids, args.repeat)
@@ -104,41 +116,46 @@ def forced(args: argparse.Namespace, model: LlamaForCausalLM) -> list[dict]:
         again = first_token_ms(model, ids, 1)
         median = statistics.median
         best = min(median(own), median(cudnn))
-        rows.append(
-            {
-                "tokens": length,
-                "dense_own_ms": median(own),
-                "dense_cudnn_ms": median(cudnn),
-                "dense_after_ms": median(again),
-                "sparse_ms": median(sparse),
-                "density": density,
-                "ratio_own": median(own) / median(sparse),
-                "ratio_cudnn": median(cudnn) / median(sparse),
-                "ratio_best_dense": best / median(sparse),
-                "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        yield {
+            "tokens": length,
+            "dense_own_ms": median(own),
+            "dense_cudnn_ms": median(cudnn),
+            "dense_after_ms": median(again),
+            "sparse_ms": median(sparse),
+            "density": density,
+            "kernel": kernel_of(model, length, method.block),
+            "ratio_own": median(own) / median(sparse),
+            "ratio_cudnn": median(cudnn) / median(sparse),
+            "ratio_best_dense": best / median(sparse),
+            "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
+        }
+
+
+def calibrations(args: argparse.Namespace, model: LlamaForCausalLM) -> Iterator[dict]:
+    """A calibration with each preset."""
+    for preset in args.presets:
+        yield calibrated(args.calibrate, model, preset)
 
 
 def calibrated(length: int, model: LlamaForCausalLM, preset: str) -> dict:
-    """Seconds and memory of a whole calibration at `length` tokens."""
+    """Seconds and memory of a whole calibration at `length` tokens; `dense_prefills` are those of
+    the search without the compilation of kernels.
+    """
     prompts = [planted_prompt(length, model.config.vocab_size, "cuda") for _ in range(2)]
-    ids = prompts[0]
-    dense = statistics.median(first_token_ms(model, ids, 2))
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     plan = accelkit.calibrate(model, prompts, budget=0.02, lengths=[length], preset=preset)
-    seconds = time.perf_counter() - start
+    about = plan.calibration
     return {
         "tokens": length,
-        "seconds": seconds,
-        "dense_prefills": 1000 * seconds / dense,
+        "preset": preset,
+        "seconds": time.perf_counter() - start,
+        "dense_prefills": about["dense_prefills"],
         "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
-        "dense_ms": dense,
-        "peak_over_dense": plan.calibration["peak_bytes"] / plan.calibration["dense_peak_bytes"],
-        "seconds_by_stage": plan.calibration["seconds"],
+        "dense_ms": about["dense_prefill_ms"],
+        "peak_over_dense": about["peak_bytes"] / about["dense_peak_bytes"],
+        "seconds_by_stage": about["seconds"],
         "measured": plan.measured,
         "policies": [p.label() for p in plan.policies],
     }
@@ -149,7 +166,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[32768, 131072])
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--preset", default="fast")
+    parser.add_argument("--presets", nargs="*", default=["balanced", "careful"])
     parser.add_argument("--calibrate", type=int, default=0, help="tokens; 0: forced plans only")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -159,11 +176,13 @@ def main() -> None:
             "model": "Llama-3.1-8B configuration, random bf16 weights",
             "environment": environment(torch.device("cuda")),
         }
-        if args.calibrate:
-            result["calibration"] = calibrated(args.calibrate, model, args.preset)
-        else:
-            result["forced"] = forced(args, model)
-    args.out.write_text(json.dumps(result, indent=2, sort_keys=True, default=str) + "\n")
+        what = "calibrations" if args.calibrate else "forced"
+        result[what] = []
+        runs = calibrations(args, model) if args.calibrate else forced(args, model)
+        for row in runs:
+            result[what].append(row)
+            print(json.dumps(row), flush=True)
+            args.out.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import Shape, milliseconds, random_call, random_mask
+from attention.shapes import Shape, random_call, random_mask
+from attention.timing import milliseconds
 
 from accelkit.kernels._triton import block_sparse, gluon_block_sparse
 from accelkit.kernels._triton import tuned as table

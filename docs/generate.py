@@ -10,17 +10,14 @@ hook, so a site is never built from old pages.
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import re
 import subprocess
 import sys
-import textwrap
 from importlib import import_module
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -39,12 +36,14 @@ FORCED = (
 MIXTURE = (
     "For each budget the fastest single setting whose worst-task error is no larger than the "
     "mixture's; dense where no single setting was both that good and faster "
-    "(`benchmarks/mixture.py`). A ratio of 1 with error 0 means that calibration chose dense."
+    "(`benchmarks/mixture.py`). A ratio of 1 with error 0 means that calibration chose dense. "
+    "Settings that are faster than every mixture of no larger error are under `losses` in the file."
 )
 CALIBRATION = (
     "One calibration of random weights, whose attention is spread: what it finds there is small, "
     "what it costs is not affected (`benchmarks/prefill_8b.py --calibrate`)."
 )
+KERNEL_COLUMNS = ("triton", "gluon", "fa4", "cudnn", "flex")
 SHORT = 14
 """Rows of a table in README."""
 MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
@@ -93,41 +92,18 @@ def story(cls: Any) -> tuple[str, str]:
     return " ".join(first.split()), rest
 
 
-def field_notes(cls: Any) -> dict[str, str]:
-    """The strings that stand under a class's fields."""
-    notes, last = {}, None
-    for node in ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            last = node.target.id
-        elif last and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            notes[last], last = " ".join(str(node.value.value).split()), None
-        else:
-            last = None
-    return notes
-
-
 def cell(text: Any) -> str:
     return str(text).replace("|", "\\|").replace("\n", " ")
 
 
-def kind_of_type(annotation: Any) -> str:
-    """A field's type as one would write it, without pydantic's bounds."""
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return kind_of_type(parts[0])
-    if origin in (Union, UnionType):
-        return " | ".join(map(kind_of_type, parts)).replace("NoneType", "None")
-    if origin is Literal:
-        return " | ".join(map(repr, parts))
-    return annotation.__name__ if inspect.isclass(annotation) and not parts else str(annotation)
-
-
 def method_page(cls: Any) -> str:
     """One method: its story, what it answers, its fields."""
+    from accelkit.doctor import explain
+
     first, rest = story(cls)
-    notes = field_notes(cls)
+    name = cls.__module__.rpartition(".")[2]
     out = [f"# {cls.__name__}", first]
-    facts = [f"`accelkit.method({cls.__module__.rpartition('.')[2]!r})`"]
+    facts = [f"`accelkit.method({name!r})`"]
     facts += ["phases: " + ", ".join(cls.phases), "answers: " + ", ".join(sorted(cls.answers()))]
     if cls.dial:
         values = ", ".join(f"{v:g}" for v in cls.dial.values)
@@ -135,14 +111,12 @@ def method_page(cls: Any) -> str:
     out.append("\n".join(f"- {f}" for f in facts))
     if rest:
         out.append(rest)
-    if cls.model_fields:
-        told = any(field.description or notes.get(n) for n, field in cls.model_fields.items())
-        rows = ["| field | type | default |" + " |" * told, "|---|---|---|" + "---|" * told]
-        for name, field in cls.model_fields.items():
-            default = "required" if field.is_required() else f"`{field.default!r}`"
-            note = field.description or notes.get(name, "")
-            row = f"| `{name}` | {cell(kind_of_type(field.annotation))} | {default} |"
-            rows.append(row + f" {cell(note)} |" * told)
+    if fields := explain(name)["fields"]:
+        told = any(field["meaning"] for field in fields)
+        rows = ["| field | values | default |" + " |" * told, "|---|---|---|" + "---|" * told]
+        for field in fields:
+            row = f"| `{field['field']}` | {cell(field['values'])} | `{field['default']!r}` |"
+            rows.append(row + f" {cell(field['meaning'])} |" * told)
         out.append("\n".join(rows))
     return "\n\n".join(out) + "\n"
 
@@ -194,8 +168,8 @@ def table(rows: list[dict[str, Any]], most: int | None = None) -> str:
 
 def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
     """Table rows of a result, whichever script wrote it."""
-    if "calibration" in data:
-        return [calibration_row(data["calibration"])]
+    if "calibrations" in data:
+        return [calibration_row(row) for row in data["calibrations"]]
     if "singles" in data:
         return [mixture_row(row) for row in data["table"]]
     rows = data.get("rows") or data.get("forced") or data["results"]
@@ -240,6 +214,7 @@ def calibration_row(m: dict[str, Any]) -> dict[str, Any]:
     """A calibration of `benchmarks/prefill_8b.py --calibrate`."""
     return {
         "tokens": m["tokens"],
+        "preset": m["preset"],
         "seconds": m["seconds"],
         "in dense prefills": m["dense_prefills"],
         "peak GiB": m["peak_gb"],
@@ -270,10 +245,12 @@ def kernel_row(m: dict[str, Any]) -> dict[str, Any]:
         "shape": m["name"],
         "unit": "×".join(map(str, m["unit"])),
         "density": number(m["density"]) + (f" ({w})" if isinstance(w := m["wanted"], str) else ""),
-        "cuDNN dense, ms": ms["cudnn"],
+        "cuDNN dense, ms": ms["dense"],
         "whole call, ms": ms["call"],
-        **{f"{name}, rate": ratio.get(name) for name in ("triton", "gluon", "fa4", "flex")},
-        "× cuDNN": m["times_cudnn"]["call"],
+        **{
+            f"{name}, rate": ratio.get(name) for name in ("triton", "gluon", "fa4", "cudnn", "flex")
+        },
+        "× cuDNN": m["times_dense"]["call"],
     }
 
 
@@ -296,7 +273,9 @@ def dit_row(m: dict[str, Any]) -> dict[str, Any]:
         "density": m["density"],
         "cuDNN dense, ms": m["dense_ms"],
         "whole call, ms": m["call_ms"],
-        "kernel alone, ms": m["kernel_ms"],
+        "kernel, ms": m["kernel_ms"],
+        "orders, ms": m["order_ms"],
+        "estimate, ms": m.get("estimate_ms"),
         "× cuDNN": m["gain"],
         "search step, ms": m["search_ms"],
         "error": m["error"],
@@ -332,7 +311,7 @@ def benchmarks(most: int | None = None) -> str:
         parts.append(table(rows, most))
         if "parts" in data:
             parts += [KERNELS, table([part_row(row) for row in data["parts"]])]
-        for key, text in (("forced", FORCED), ("singles", MIXTURE), ("calibration", CALIBRATION)):
+        for key, text in (("forced", FORCED), ("singles", MIXTURE), ("calibrations", CALIBRATION)):
             if key in data:
                 parts.append(text)
         if data.get("note"):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from diffusers import DiffusionPipeline
 from imageio import v3
 from test_cli import failed, run
 from tiny_pipes import tiny_pipe
 
 import accelkit
+from accelkit.patches.method import load
+from accelkit.patches.patch import plan_of
 
 SIZE = ("--height", "128", "--width", "128", "--frames", "9", "--steps", "4")
 
@@ -90,6 +93,24 @@ def test_bench_times_every_path(pipe, plan, tmp_path):
     assert 0 < rows[0]["attention_share"] <= 1
     assert len(out.read_text().splitlines()) == len(rows)
     run("bench", pipe, "--plan", plan, "--min-speedup", "1000", code=3)
+
+
+def test_bench_dry_run_tells_steps_apart(pipe, plan, tmp_path):
+    """A window in the second half of the steps: nothing is timed."""
+    made = plan_of(DiffusionPipeline.from_pretrained(pipe), load("window")(window_tokens=17))
+    late = {
+        path: layer.model_copy(
+            update={"rules": (layer.rules[0].model_copy(update={"steps": (0.5, 1.0)}),)}
+        )
+        for path, layer in made.sites.items()
+    }
+    made.model_copy(update={"sites": late}).save_pretrained(tmp_path)
+    words = ("bench", pipe, "--plan", str(tmp_path), "--steps", "6", "--dry-run", "--json")
+    first, second = json.loads(run(*words).stdout)
+    assert (first["steps"], first["heads"]) == ("1 … 3", {"dense": 4})
+    assert (second["steps"], second["heads"]) == ("4 … 6", {"window": 4})
+    assert second["backend"] == "torch"
+    assert "--fit" in failed("bench", pipe, "--plan", plan, "--fit", code=2)
 
 
 def test_show_draws_steps_and_layers(pipe, plan, tmp_path):

@@ -66,11 +66,24 @@ def test_methods_are_explained():
         {
             "field": "blocks",
             "default": 1,
-            "type": "int",
-            "limits": "Ge(ge=1)",
+            "values": "integer ≥ 1",
             "meaning": "blocks of 64 tokens up to the diagonal",
         }
     ]
+
+
+def test_values_of_fields_are_readable():
+    found = {
+        f["field"]: f["values"]
+        for name in ("sparge_attn", "psa", "ada_spa", "sage_attention", "gna", "paro_attention")
+        for f in doctor.explain(name)["fields"]
+    }
+    assert found["similarity"] == "number ≥ -1, ≤ 1 or name of a side tensor"
+    assert found["ends"] == "4 × number ≥ 0, ≤ 1"
+    assert found["search_at"] == "any number of number ≥ 0, ≤ 1"
+    assert found["qk"] == "'native' or 'int8' or 'fp8'"
+    assert found["stride"] == "3 × integer ≥ 1 or none"
+    assert found["int8"] == "true or false"
 
 
 def test_a_broken_method_does_not_hide_the_others(tmp_path, monkeypatch):

@@ -1,17 +1,19 @@
 """Tiny random diffusers pipelines of every supported family: the real pipeline classes with tiny
 components built from their configs. Nothing is downloaded.
 
-`tiny_pipe(family)` builds one, the same at every call; `latents(pipe, family, …)` runs it.
+`tiny_pipe(family)` builds one, the same at every call; `latents(pipe, family, …)` runs it; `NARROW`
+is a method that makes all of them sparse.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -33,12 +35,23 @@ from transformers.models.qwen2_5_vl import (
     Qwen2_5_VLTextModel,
 )
 
+from accelkit.patches.method import load
+
 WORDS = (
     "a an the red green blue ball cube ring moves falls left right up down over under".split()  # noqa: SIM905
 )
 TEXT, HEADS, DIM = 16, 2, 16
 """Width of every text encoder; heads of every denoiser and their size."""
 VIDEO = {"height": 128, "width": 128, "num_frames": 9}
+
+
+class Near(load("window")):  # type: ignore[misc]
+    """A static window on both sides, in denoising."""
+
+    phases: ClassVar = ("denoise",)
+
+
+NARROW = Near(sink_tokens=16, window_tokens=17, block=16)
 
 
 def tokenizer(length: int = 12) -> PreTrainedTokenizerFast:
@@ -249,16 +262,23 @@ class Unguarded:
         return video
 
 
+def cosmos_denoiser(channels: int = 4, mask: int = 0, **options: Any) -> Any:
+    """`mask` more channels come in than go out: which frames are given. The padding mask, one more
+    channel in released weights, is left out: it would need torchvision.
+    """
+    return diffusers.CosmosTransformer3DModel(
+        concat_padding_mask=False, in_channels=channels + mask, out_channels=channels,
+        num_attention_heads=HEADS, attention_head_dim=DIM, num_layers=2, mlp_ratio=2,
+        text_embed_dim=TEXT, adaln_lora_dim=4, max_size=(8, 32, 32), patch_size=(1, 2, 2),
+        rope_scale=(1.0, 1.0, 1.0), **options,
+    )  # fmt: skip
+
+
 def cosmos() -> DiffusionPipeline:
     return diffusers.CosmosTextToWorldPipeline(
         text_encoder=t5(),
         tokenizer=tokenizer(),
-        transformer=diffusers.CosmosTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=HEADS, attention_head_dim=DIM,
-            num_layers=2, mlp_ratio=2, text_embed_dim=TEXT, adaln_lora_dim=4,
-            max_size=(8, 32, 32), patch_size=(1, 2, 2), rope_scale=(1.0, 1.0, 1.0),
-            concat_padding_mask=False, extra_pos_embed_type="learnable",
-        ),
+        transformer=cosmos_denoiser(extra_pos_embed_type="learnable"),
         vae=diffusers.AutoencoderKLCosmos(
             latent_channels=4, encoder_block_out_channels=(8, 8, 8, 8),
             decode_block_out_channels=(8, 8, 8, 8), attention_resolutions=(8,), resolution=64,
@@ -267,6 +287,39 @@ def cosmos() -> DiffusionPipeline:
         ),
         scheduler=diffusers.EDMEulerScheduler(
             sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, final_sigmas_type="sigma_min"
+        ),
+        safety_checker=Unguarded(),
+    )  # fmt: skip
+
+
+def cosmos2(pipeline: str, mask: int) -> DiffusionPipeline:
+    """Predict2, text to image or a first frame to video."""
+    return getattr(diffusers, pipeline)(
+        text_encoder=t5(),
+        tokenizer=tokenizer(),
+        transformer=cosmos_denoiser(16, mask, extra_pos_embed_type=None),
+        vae=wan_vae(),
+        scheduler=flow(use_karras_sigmas=True),
+        safety_checker=Unguarded(),
+    )
+
+
+def cosmos25() -> DiffusionPipeline:
+    """Predict2.5, text to video."""
+    words = tokenizer()
+    words.chat_template = "{{ messages[-1]['content'][0]['text'] }}"
+    return diffusers.Cosmos2_5_PredictBasePipeline(
+        text_encoder=qwen_vl(),
+        tokenizer=words,
+        transformer=cosmos_denoiser(
+            16, 1, extra_pos_embed_type=None,
+            use_crossattn_projection=True, crossattn_proj_in_channels=TEXT,
+            encoder_hidden_states_channels=TEXT,
+        ),
+        vae=wan_vae(),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            use_karras_sigmas=True, use_flow_sigmas=True, prediction_type="flow_prediction",
+            sigma_max=200.0, sigma_min=0.01,
         ),
         safety_checker=Unguarded(),
     )  # fmt: skip
@@ -288,26 +341,31 @@ def flux() -> DiffusionPipeline:
     )  # fmt: skip
 
 
-def qwen_image() -> DiffusionPipeline:
-    text = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": 64, "hidden_size": TEXT, "intermediate_size": 16,
-            "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2],
-                                "rope_theta": 1e4},
-        },
-        vision_config={
-            "depth": 1, "hidden_size": TEXT, "intermediate_size": 16, "num_heads": 2,
-            "out_hidden_size": TEXT,
-        },
+def qwen_vl() -> Any:
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": 64, "hidden_size": TEXT, "intermediate_size": 16,
+                "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2],
+                                    "rope_theta": 1e4},
+            },
+            vision_config={
+                "depth": 1, "hidden_size": TEXT, "intermediate_size": 16, "num_heads": 2,
+                "out_hidden_size": TEXT,
+            },
+        )
     )  # fmt: skip
+
+
+def qwen_image() -> DiffusionPipeline:
     pipe = diffusers.QwenImagePipeline(
         scheduler=flow(),
         vae=diffusers.AutoencoderKLQwenImage(
             base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
             temperal_downsample=[False, True, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
         ),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(text),
+        text_encoder=qwen_vl(),
         tokenizer=tokenizer(),
         transformer=diffusers.QwenImageTransformer2DModel(
             patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=DIM,
@@ -369,6 +427,12 @@ PIPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ltx": (ltx, {**VIDEO, "height": 64, "width": 64, "max_sequence_length": 12}),
     "mochi": (mochi, {**VIDEO, "num_frames": 13, "max_sequence_length": 12}),
     "cosmos": (cosmos, {**VIDEO, "max_sequence_length": 12}),
+    "cosmos2": (
+        lambda: cosmos2("Cosmos2VideoToWorldPipeline", 1),
+        {**VIDEO, "max_sequence_length": 12, "image": Image.new("RGB", (128, 128), "teal")},
+    ),
+    "cosmos2_image": (lambda: cosmos2("Cosmos2TextToImagePipeline", 0), IMAGE),
+    "cosmos25": (cosmos25, {**VIDEO, "max_sequence_length": 12}),
     "flux": (flux, {**IMAGE, "height": 256}),
     "qwen_image": (
         qwen_image,
@@ -398,7 +462,7 @@ def latents(
     """Final latents of one generation with equal noise for equal `seed`."""
     arguments = copy.deepcopy(PIPES[family][1]) | options
     out = pipe(
-        prompt,
+        prompt=prompt,
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",

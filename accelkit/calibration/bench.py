@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +22,9 @@ from accelkit.calibration import tasks
 from accelkit.calibration.evaluate import FIRST_SEED, need_sparse
 from accelkit.errors import AccelkitError, GateFailedError, InvalidInputError
 from accelkit.patches.adapters import facts, sites
+from accelkit.patches.call import Clock
 from accelkit.patches.patch import patch
-from accelkit.patches.plan import Plan
+from accelkit.patches.plan import Component, Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -232,32 +232,43 @@ def prompt(model: Any, tokenizer: Any, length: int, batch: int, seed: int) -> tu
 def preview(model: Any, plan: Plan, lengths: Sequence[int]) -> list[dict[str, Any]]:
     """What would run at each length, without running it: heads by policy, and the backend with its
     reason."""
+    component = next(iter(plan.fingerprint.components.values()))
+    served = serves(component, model.dtype, model.device, causal=True)
+    return [
+        {"length": n, "heads": heads_by_policy(model, plan, n, Clock("prefill")), **served}
+        for n in lengths
+    ]
+
+
+def heads_by_policy(model: Any, plan: Plan, tokens: int, clock: Clock) -> dict[str, int]:
+    """How many heads run what, over all sites."""
+    component = next(iter(plan.fingerprint.components.values()))
+    heads: dict[str, int] = {}
+    for site in sites(model):
+        groups = plan.groups(site.path, tokens, clock)
+        for group in groups:
+            label = group.policy.label()
+            heads[label] = heads.get(label, 0) + len(group.heads)
+        if not groups:
+            heads["dense"] = heads.get("dense", 0) + component.q_heads
+    return heads
+
+
+def serves(
+    size: Component, dtype: torch.dtype, device: torch.device, causal: bool
+) -> dict[str, str]:
+    """The backend that would run lists of 128 × 128 blocks for heads of this size, and why."""
     from accelkit.kernels import dispatch
     from accelkit.kernels.index import BlockIndex
 
-    found, clock = [], SimpleNamespace(phase="prefill", step=0, total=1, branch="cond")
-    component = next(iter(plan.fingerprint.components.values()))
-    q = torch.zeros(
-        1, component.q_heads, 128, component.head_dim, dtype=model.dtype, device=model.device
-    )
-    kv = q[:, : component.kv_heads]
+    q = torch.zeros(1, size.q_heads, 128, size.head_dim, dtype=dtype, device=device)
+    kv = q[:, : size.kv_heads]
     try:
-        index = BlockIndex.dense(component.q_heads, 1, (128, 128), q.device)
-        choice = dispatch.explain(q, kv, kv, index)
-        backend, reason = choice.backend, choice.reason
+        index = BlockIndex.dense(size.q_heads, 1, (128, 128), device)
+        choice = dispatch.explain(q, kv, kv, index, causal=causal)
     except AccelkitError as error:
-        backend, reason = "none", str(error)
-    for length in lengths:
-        heads: dict[str, int] = {}
-        for site in sites(model):
-            groups = plan.groups(site.path, length, clock)  # type: ignore[arg-type]
-            for group in groups:
-                label = group.policy.label()
-                heads[label] = heads.get(label, 0) + len(group.heads)
-            if not groups:
-                heads["dense"] = heads.get("dense", 0) + component.q_heads
-        found.append({"length": length, "heads": heads, "backend": backend, "reason": reason})
-    return found
+        return {"backend": "none", "reason": str(error)}
+    return {"backend": choice.backend, "reason": choice.reason}
 
 
 def fit_costs(

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from accelkit.calibration.session import (
     Bar,
     as_budget,
     checked_limit,
+    compile_clock,
     digest,
     producer,
     version,
@@ -37,6 +39,11 @@ from accelkit.patches.plan import Budget, Fingerprint, Plan
 log = logging.getLogger("accelkit")
 LENGTHS = {"cpu": (4096, 8192), "cuda": (8192, 32768)}
 """Prompt lengths without a wish of the user's, by kind of device."""
+STAGES = {
+    "fit": "fit", "screening": "screen/", "measuring": "measure/", "weighing": "weight/",
+    "checking": "check/", "timing": "speed/",
+}  # fmt: skip
+"""Stages whose seconds a plan holds, by the beginning of their units' keys; compiling is apart."""
 SCREEN_TOKENS = 4096
 """Length of the prompt on which methods are screened: half of the longest up to here, else a
 quarter of it.
@@ -95,7 +102,8 @@ def calibrate(
     if "denoise" in adapter.PHASES:
         from accelkit.calibration import denoise
 
-        _unused({"tokenizer": tokenizer, "lengths": lengths}, "a pipeline")
+        several = batch if batch != 1 else None
+        _unused({"tokenizer": tokenizer, "lengths": lengths, "batch": several}, "a pipeline")
         return denoise.calibrate(
             bare, data, budget=budget, methods=methods, preset=preset, seed=seed,
             time_limit=time_limit, journal=journal, resume=resume, progress=progress, **size,
@@ -137,8 +145,12 @@ def calibrate(
         "batch": batch,
         "seed": seed,
     }
-    book = Journal(journal, settings, resume)
-    with Bar(progress) as bar:
+    with (
+        compile_clock() as compiled,
+        Bar(progress) as bar,
+        closing(Journal(journal, settings, resume, compiled)) as book,
+    ):
+        before = book.seconds(), book.compiling()
         bar.expect(_units(len(places), inputs, PRESETS[preset]))
         run = Run(
             bare,
@@ -158,7 +170,13 @@ def calibrate(
             plan = _plan(run, inputs, screen_on, tried, fingerprint, budget, seed, tokenizer)
         finally:
             bare.train(was)
-            book.close()
+        took = book.unit(
+            f"took/{budget.max_rel_error}",
+            lambda: {
+                "compiling": round(compiled() + before[1], 2),
+                "whole": round(time.monotonic() - begun + before[0], 2),
+            },
+        )
     about = {
         "data": inputs.about,
         "prompts": [f"{s.task}@{len(s.ids)}" for s in inputs.measure],
@@ -169,15 +187,15 @@ def calibrate(
         "batch": batch,
         "methods": [m.kind for m in tried],
         "skipped": run.skipped,
-        "dense_prefills": round(1e3 * book.seconds() / plan.calibration["dense_prefill_ms"], 1),
+        "dense_prefills": round(
+            1e3 * (took["whole"] - took["compiling"]) / plan.calibration["dense_prefill_ms"], 1
+        ),
         "seconds": {
-            stage: round(book.seconds(prefix), 1)
-            for stage, prefix in (
-                ("fit", "fit"), ("screening", "screen/"), ("measuring", "measure/"),
-                ("weighing", "weight/"), ("checking", "check/"),
-            )
-        },
-    }  # fmt: skip
+            stage: round(book.seconds(prefix) - book.compiling(prefix), 2)
+            for stage, prefix in STAGES.items()
+        }
+        | took,
+    }
     update = {"calibration": about | plan.calibration, "producer": producer("transformers")}
     done = plan.model_copy(update=update)
     return done.with_tables(plan.tables)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sysconfig
 import zlib
 from pathlib import Path
@@ -22,11 +23,8 @@ def source_corpus(held_out: bool | None = None, limit: int = 16_000_000) -> str:
     root = Path(sysconfig.get_path("stdlib"))
     texts: list[str] = []
     total = 0
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if _SKIPPED.intersection(name.parts):
-            continue
-        if held_out is not None and held_out != is_held_out(name.as_posix()):
+    for path in _sources(root):
+        if held_out is not None and held_out != is_held_out(path.relative_to(root).as_posix()):
             continue
         texts.append(path.read_text("utf-8", "ignore").encode("ascii", "ignore").decode())
         total += len(texts[-1])
@@ -35,6 +33,16 @@ def source_corpus(held_out: bool | None = None, limit: int = 16_000_000) -> str:
     if total < _LEAST:
         raise ValueError(f"too little Python source below {root}; pass a filler text instead")
     return "".join(texts)[:limit]
+
+
+@functools.lru_cache(maxsize=1)
+def _sources(root: Path) -> list[Path]:
+    """Python files below `root` without walking what is skipped, installed packages above all."""
+    found: list[Path] = []
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if name not in _SKIPPED]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found)
 
 
 def is_held_out(name: str) -> bool:

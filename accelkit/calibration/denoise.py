@@ -28,7 +28,7 @@ from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.denoise_check import Checker
 from accelkit.calibration.denoise_look import bucket_of, site_of
 from accelkit.calibration.denoise_plan import Planner
-from accelkit.calibration.denoise_weights import Small, trial
+from accelkit.calibration.denoise_weights import Small, trial, weighed_at
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.measure import Preset, Run
 from accelkit.calibration.video import Settings
@@ -47,8 +47,8 @@ PRESETS = {
 }
 """How much is measured; and how many prompts to measure on and to check on."""
 LEAST = 1e-3
-"""Least share of the sum of errors that arrives in the latents; less is not believed."""
-FIRST = 0.4
+"""Least share of a bucket's errors that arrives in the latents; less is not believed."""
+FIRST = 0.8
 """First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
 
 
@@ -115,8 +115,8 @@ def calibrate(
         "preset": preset,
         "seed": seed,
     }
-    book = Journal(journal, belongs, resume)
-    with session.Bar(progress) as bar:
+    with session.compile_clock() as compiled, session.Bar(progress) as bar:
+        book = Journal(journal, belongs, resume, compiled)
         bar.expect(_units(len(places), len(shots.measure), chosen, len(caches), len(shots.check)))
         device = torch.device(pipe._execution_device)
         run = Run(
@@ -138,6 +138,7 @@ def calibrate(
         "measuring": "run/",
         "weighing": "weight/",
         "influence": "influence/",
+        "composition": "composition/",
         "step caches": "cache/",
         "checking": "check/",
     }
@@ -150,7 +151,11 @@ def calibrate(
         "preset": preset,
         "methods": [m.kind for m in (*tried, *caches)],
         "skipped": run.skipped,
-        "seconds": {stage: round(book.seconds(prefix), 1) for stage, prefix in stages.items()},
+        "seconds": {
+            stage: round(book.seconds(prefix) - book.compiling(prefix), 2)
+            for stage, prefix in stages.items()
+        }
+        | {"compiling": round(book.compiling(), 2)},
     }
     made = session.producer("diffusers")
     update = {"calibration": about | plan.calibration, "producer": made}
@@ -184,21 +189,24 @@ def _plan(
     costs = measure.fitted(run, shape, dtype, tokens, methods)
     able = [m for m in methods if m.kind in costs.methods]
     found = denoise_measure.measured(run, seen, settings, shots.measure, able, costs, tokens)
-    small = Small(run, seen, first, roots)
+    small = Small(run, seen, shots.measure, roots)
     heads = {p: run.heads[site_of(p)] for p in seen.places}
     weights = {p: [1.0] * n for p, n in heads.items()}
-    influence, kappa = [1.0] * len(small.shares), 1.0
+    influence = [1.0] * len(small.shares)
     if any(found.families.values()):
-        sensitive = measure.weighed(run, heads, [small.probe])
-        for b in range(len(influence)):
-            tried = trial(found, heads, small.shares, fingerprint, b)
-            influence[b] = small.influence(b, tried, sensitive)
+        trials = [trial(found, heads, small.shares, fingerprint, b) for b in range(len(influence))]
+        at = weighed_at(seen.places)
+        some = measure.weighed(
+            run, {p: heads[p] for p in dict.fromkeys(at.values())}, [small.probe],
+            lambda place: trials[bucket_of(place)].left_out(place),
+        )  # fmt: skip
+        sensitive = {p: some[at[p]] for p in seen.places}
+        for b, tried in enumerate(trials):
+            influence[b] = max(small.influence(b, tried, sensitive), LEAST)
         weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
-        tried = trial(found, heads, small.shares, fingerprint)
-        kappa = max(small.influence(None, tried, weights), LEAST)
     cached, refused = denoise_caches.options(run, small, caches, allowed)
     planner = Planner(
-        seen, found, weights, costs, tokens, cached, kappa, fingerprint, budget,
+        seen, found, weights, costs, tokens, cached, fingerprint, budget,
         Limits(
             min_length=tokens // 4,
             max_length=tokens,
@@ -206,6 +214,7 @@ def _plan(
             steps=seen.total,
         ),
     )  # fmt: skip
+    planner.compose(small)
     checker = Checker(run, settings, shots.check, planner.ratio)
     outcome = refine.in_turns(run, planner.propose, checker, allowed, FIRST, checker.spent)
     plan = planner.finished(outcome)
@@ -216,7 +225,7 @@ def _plan(
         "steps": seen.total,
         "buckets": [list(b) for b in small.shares],
         "influence": [float(f"{i:.4g}") for i in influence],
-        "composition": float(f"{kappa:.4g}"),
+        "composition": float(f"{planner.kappa:.4g}"),
         "weighed_on": vars(seen.settings),
     }
     return plan.model_copy(update={"calibration": about}).with_tables(plan.tables)

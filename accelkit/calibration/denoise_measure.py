@@ -43,8 +43,12 @@ STATIC = 0.95
 """Lists that still hold this share of the mass that fresh ones hold may be kept for some steps."""
 GAP = 3
 """Steps between the two looks at a place."""
-SCREENED = 40
-"""Most places at which every method is tried."""
+SCREENED = 16
+"""Most places at which every method is tried, but for those of small models."""
+FEW = 40
+"""So many places are all screened, on every prompt; of more, further prompts look at those that
+were screened.
+"""
 MOST_PRIMED = 2
 """Settings of a method that lives over several steps: each holds memory between the looks."""
 NO_ROWS = np.zeros(0, dtype=np.int64)
@@ -73,8 +77,8 @@ def measured(
     costs: CostTable,
     tokens: int,
 ) -> Measurements:
-    """Dense runs of the prompts; the first one also screens. Runs have half or a quarter of the
-    steps and end behind the last one that is looked at.
+    """Dense runs of the prompts; the first one also screens. Runs have a third or a quarter of
+    the steps and end behind the last one that is looked at.
     """
     screen: dict[str, Any] = {}
     families: dict[str, list[Family]] = {}
@@ -82,7 +86,7 @@ def measured(
     for n, shot in enumerate(shots):
         if n and run.late(0.6, f"prompt {n + 1} of {len(shots)}"):
             break
-        keys = {p: f"measure/{n}/{p}" for p in seen.places}
+        keys = {p: f"measure/{n}/{p}" for p in looked_at(seen.places, n)}
         if any(k not in run.journal for k in keys.values()):
             _DenseRun(run, seen, n, methods, costs, tokens).go(settings, shot)
         units.append({p: run.journal[k] for p, k in keys.items() if k in run.journal})
@@ -100,8 +104,8 @@ def measured(
 
 
 class _DenseRun:
-    """One dense run of the n-th prompt, in half of the steps (the first one) or a quarter: early
-    and late are the same shares of them.
+    """One dense run of the n-th prompt, in a third of the steps (the first one) or a quarter:
+    early and late are the same shares of them.
     """
 
     def __init__(
@@ -114,7 +118,7 @@ class _DenseRun:
         tokens: int,
     ) -> None:
         self.run, self.n, self.methods, self.costs, self.tokens = run, n, methods, costs, tokens
-        self.total = min(seen.total, max(8, seen.total // (4 if n else 2)))
+        self.total = min(seen.total, max(8, seen.total // (4 if n else 3)))
         self.branch = seen.branches[n % len(seen.branches)]
         self.stands_for = screened_by(seen.places)
         self.late = {
@@ -126,10 +130,10 @@ class _DenseRun:
         }
         self.looks: dict[tuple[str, int], list[str]] = {}
         for places in (self.early, self.late):
-            for p, step in places.items():
+            for p in looked_at(seen.places, n):
                 # Further prompts look where the first one did.
                 if not n or f"measure/0/{p}" in run.journal:
-                    self.looks.setdefault((site_of(p), step), []).append(p)
+                    self.looks.setdefault((site_of(p), places[p]), []).append(p)
         self.heavy: dict[int, dict[str, Tensor]] = {}
         self.begun: dict[str, _Begun] = {}
         self.shelf: dict[Any, Any] = {}
@@ -230,12 +234,18 @@ def screened_by(places: Sequence[str]) -> dict[str, str]:
     """The place whose screening counts for each: its own where places are few, else that of the
     nearest earlier site of the same bucket among some evenly spread.
     """
-    every = -(-len(places) // SCREENED)
+    every = 1 if len(places) <= FEW else -(-len(places) // SCREENED)
     found: dict[str, str] = {}
     for bucket in {bucket_of(p) for p in places}:
         mine = [p for p in places if bucket_of(p) == bucket]
         found |= {p: mine[i // every * every] for i, p in enumerate(mine)}
     return found
+
+
+def looked_at(places: Sequence[str], prompt: int) -> list[str]:
+    """The places that a prompt measures."""
+    by = screened_by(places)
+    return [p for p in places if not prompt or by[p] == p]
 
 
 @dataclass(frozen=True)

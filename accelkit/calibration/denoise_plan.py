@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from accelkit.calibration import refine
@@ -15,11 +14,14 @@ from accelkit.calibration.assemble import assemble, site_data
 from accelkit.calibration.denoise_caches import Cached
 from accelkit.calibration.denoise_look import Look, bucket_of, buckets, site_of
 from accelkit.calibration.denoise_measure import Measurements
-from accelkit.calibration.denoise_weights import TYPICAL
-from accelkit.calibration.search import DENSE, Choice, Solution, Table, search
+from accelkit.calibration.denoise_weights import Small, grown
+from accelkit.calibration.search import DENSE, Choice, Solution, Table, composed, search
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, LayerPlan, Limits, Plan, Schedule
 
+TURNS = 2
+"""Plans that are run at the small geometry to see how errors compose."""
+MOST_KAPPA = 16.0
 log = logging.getLogger("accelkit")
 
 
@@ -33,10 +35,10 @@ class Planner:
     costs: CostTable
     tokens: int
     caches: Sequence[Cached]
-    kappa: float
     fingerprint: Fingerprint
     budget: Budget
     limits: Limits
+    kappa: float = 1.0
     ratios: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,7 +52,7 @@ class Planner:
         self.data = [
             replace(
                 d,
-                table=_steep(d.table),
+                table=_grown(d.table),
                 site=site_of(d.site),
                 steps=shares[bucket_of(d.site)],
             )
@@ -73,15 +75,32 @@ class Planner:
         for n, cache in enumerate(self.caches):
             if n and cache.error > min(epsilon, refine.MARGIN * self.budget.max_rel_error):
                 continue
-            room = (epsilon - cache.error) / self.kappa
-            solution = search(self.tables[n], room, self.fronts[n])
+            room = max(epsilon**2 - cache.error**2, 0.0) ** 0.5
+            solution = search(self.tables[n], room / self.kappa, self.fronts[n])
             ways.append((solution.ms + self._rest(cache), n, solution))
         ms, n, solution = min(ways, key=lambda w: w[:2])
         plan = self._assembled(self.caches[n], solution)
-        self.ratios[refine.plan_digest(plan)] = ms / (self.dense_ms + self._rest(self.caches[0]))
-        error = self.kappa * solution.error + self.caches[n].error
+        dense_ms = self.dense_ms + self._rest(self.caches[0])
+        self.ratios[refine.plan_digest(plan)] = ms / dense_ms
+        error = composed([self.kappa * solution.error, self.caches[n].error])
         dense = n == 0 and all(c.dense for c in solution.choices)
-        return refine.Proposal(plan, (n, solution), ms, error, dense)
+        return refine.Proposal(plan, (n, solution), ms, dense_ms, error, dense)
+
+    def compose(self, small: Small) -> None:
+        """Find κ, how errors compose in the plans that search picks: it is fond of what looks
+        harmless, and some of it only looks so.
+        """
+        aim = refine.MARGIN * self.budget.max_rel_error
+        for turn in range(TURNS):
+            solution = search(self.tables[0], aim / self.kappa, self.fronts[0])
+            if not solution.error:
+                break
+            plan = self._assembled(self.caches[0], solution)
+            change = small.change(f"composition/{turn}", plan)
+            if change is None:
+                break
+            self.kappa = max(change / solution.error, 1 / MOST_KAPPA)
+            self.kappa = min(self.kappa, MOST_KAPPA)
 
     def ratio(self, plan: Plan) -> float:
         """Predicted time of a plan's denoising ÷ that of the dense one."""
@@ -132,7 +151,7 @@ class Planner:
             return plan.model_copy(update={"measured": measured})
         n, solution = best.proposal.choice
         cache = self.caches[n].method
-        keep = ("error", "latent_psnr", "psnr", "ssim")
+        keep = ("error", "latent_psnr", "psnr", "ssim", "lpips")
         measured |= {
             "ms": solution.ms,
             "attention_speedup": self.dense_ms / max(solution.ms, 1e-9),
@@ -157,14 +176,8 @@ class Planner:
         )
 
 
-def _steep(table: Table) -> Table:
-    """Errors above the typical ones, for which influence was measured, count by their square: what
-    a head leaves out does more harm than its size says, and noise does not tell.
-    """
-    options = tuple(
-        replace(o, error=np.where(o.error > TYPICAL, o.error**2 / TYPICAL, o.error))
-        for o in table.options
-    )
+def _grown(table: Table) -> Table:
+    options = tuple(replace(o, error=grown(o.error)) for o in table.options)
     return replace(table, options=options)
 
 

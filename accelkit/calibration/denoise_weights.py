@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,20 +21,31 @@ from accelkit.calibration.capture import See, dense_attention
 from accelkit.calibration.denoise_look import Look, bucket_of, buckets, scaled, site_of
 from accelkit.calibration.denoise_measure import Measurements
 from accelkit.calibration.measure import Run
-from accelkit.calibration.quality import NOISE, Show, noise_like, relative
+from accelkit.calibration.quality import NOISE, LeftOut, Show, noise_like, relative
+from accelkit.calibration.search import composed
 from accelkit.calibration.video import Shot
 from accelkit.errors import AccelkitError
 from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
+from accelkit.patches.method import AttentionMethod
 from accelkit.patches.parts import step_cache
 from accelkit.patches.patch import patch
-from accelkit.patches.plan import Fingerprint, LayerPlan, Plan, Policy, Rule
+from accelkit.patches.plan import Fingerprint, LayerPlan, Limits, Plan, Policy, Rule
+from accelkit.patches.sites.attention import answer, compute
 
 TYPICAL = 0.1
 """Error of a head that plans are fond of."""
-FEW = 12
-"""Steps of the disturbed runs, or a quarter of all."""
+GROWTH = 1.5
+"""Power of errors above that."""
+FEW = 20
+"""Most steps of the disturbed runs; buckets are the same shares of them as of all."""
+MOST_WEIGHED = 40
+"""Most places that are weighed apart."""
+SEEDS = 3
+"""Results that are disturbed, drawn at once where that can be: one alone may be about to tip over
+into another picture, or not.
+"""
 
 
 class Small:
@@ -44,11 +55,18 @@ class Small:
     Nothing runs before it is asked for, so that a resumed calibration repeats only what it needs.
     """
 
-    def __init__(self, run: Run, seen: Look, shot: Shot, roots: Mapping[str, Any]) -> None:
-        self.run, self.seen, self.shot, self.roots = run, seen, shot, dict(roots)
+    def __init__(
+        self, run: Run, seen: Look, shots: Sequence[Shot], roots: Mapping[str, Any]
+    ) -> None:
+        self.run, self.seen, self.shot, self.roots = run, seen, shots[0], dict(roots)
+        some = [shots[n % len(shots)] for n in range(SEEDS)]
+        together = video.together(some)
+        apart = [replace(s, seed=s.seed + SEEDS * n) for n, s in enumerate(some)]
+        self.shots = apart if together is None else [together]
         self.shares = buckets(seen.total)
-        self.total = min(seen.total, max(FEW, seen.total // 4))
+        self.total = min(seen.total, FEW)
         self.settings = replace(seen.settings, num_inference_steps=self.total)
+        self._few: dict[int, Tensor] = {}
 
     def bucket(self, step: int, total: int) -> int:
         """Of a step among some total."""
@@ -75,8 +93,9 @@ class Small:
         return take.latents, [round(r, 5) for r in noted]
 
     @cached_property
-    def _reference(self) -> tuple[Tensor, dict[tuple[str, int], tuple[Any, Any]]]:
-        kept_calls: dict[tuple[str, int], tuple[Any, Any]] = {}
+    def kept_calls(self) -> dict[tuple[str, int], tuple[Any, Any]]:
+        """Arguments of a call of each denoiser in the middle of each bucket."""
+        kept: dict[tuple[str, int], tuple[Any, Any]] = {}
         step = 0
         middle = {
             (site_of(p).partition(".")[0], bucket_of(p)): scaled(
@@ -92,8 +111,8 @@ class Small:
         def keeper(name: str) -> Callable[..., None]:
             def keep(root: Any, args: Any, kwargs: Any) -> None:
                 key = (name, self.bucket(step, self.total))
-                if step == middle.get(key) and key not in kept_calls:
-                    kept_calls[key] = (_first(args), _first(kwargs))
+                if step == middle.get(key) and key not in kept:
+                    kept[key] = (_first(args), _first(kwargs))
 
             return keep
 
@@ -102,16 +121,18 @@ class Small:
             for name, root in self.roots.items()
         ]
         try:
-            take = video.run(self.run.model, self.settings, self.shot, each=each)
+            take = video.run(self.run.model, self.settings, self.shots[0], each=each)
+            self._few[0] = take.latents
         finally:
             for hook in hooks:
                 hook.remove()
-        return take.latents, kept_calls
+        return kept
 
-    @property
-    def latents(self) -> Tensor:
-        """Final latents of the dense run in few steps."""
-        return self._reference[0]
+    def latents(self, n: int) -> Tensor:
+        """Final latents of the n-th dense run in few steps."""
+        if n not in self._few:
+            self._few[n] = video.run(self.run.model, self.settings, self.shots[n]).latents
+        return self._few[n]
 
     def probe(self, place: str) -> Show:
         """What runs to weigh the heads of a place: one call of its denoiser."""
@@ -119,7 +140,7 @@ class Small:
 
         @torch.inference_mode()
         def show(copies: int, see: See) -> Tensor:
-            args, kwargs = self._reference[1][component, bucket_of(place)]
+            args, kwargs = self.kept_calls[component, bucket_of(place)]
 
             def visit(call: AttentionCall) -> Tensor | None:
                 if call.site.path != site_of(place):
@@ -140,54 +161,105 @@ class Small:
 
         return show
 
-    def influence(
-        self, bucket: int | None, trial: Trial, heads: Mapping[str, Sequence[float]]
-    ) -> float:
-        """How far errors of heads in a bucket (None: in all of them) travel to the final latents:
-        their change by a trial of the methods themselves, ÷ what `heads`, a weight for every head
-        of each place, makes of the trial's errors.
+    def influence(self, bucket: int, trial: Trial, heads: Mapping[str, Sequence[float]]) -> float:
+        """How far errors of heads in a bucket travel to the final latents: their change by a trial
+        of the methods themselves, ÷ what search makes of the trial's errors with `heads`, a weight
+        for every head of each place. The geometric mean of several results.
 
         Noise would tell too little: what methods leave out is alike in all tokens and steps. It
         stands in only where the small geometry is too short for them.
         """
-        mine = [p for p in heads if bucket in (None, bucket_of(p))]
+        mine = [p for p in heads if bucket_of(p) == bucket]
+        change, error = self.change(f"influence/{bucket}", trial.plan), trial.error
+        if change is None:
+            key = f"influence/{bucket}/noise"
+            change = self.run.journal.unit(key, lambda: self._noisy(bucket))
+            error = {p: [NOISE] * len(heads[p]) for p in mine}
+        losses = [sum(w * e for w, e in zip(heads[p], error[p], strict=True)) for p in mine]
+        return change / max(composed(losses), 1e-12)
 
-        def work() -> dict[str, Any]:
-            with patch(self.run.model, trial.plan) as handle:
-                take = video.run(self.run.model, self.settings, self.shot)
+    def change(self, name: str, plan: Plan) -> float | None:
+        """Relative change of the final latents by a plan, the geometric mean of several results.
+        None: the small geometry is too short for it.
+        """
+
+        def work(n: int) -> list[float] | None:
+            with patch(self.run.model, plan.model_copy(update={"limits": Limits()})) as handle:
+                take = video.run(self.run.model, self.settings, self.shots[n])
                 sparse = handle.report().sparse_calls
-            if sparse:
-                return {"change": relative(take.latents, self.latents), "noise": False}
-            return {"change": self._noisy(bucket), "noise": True}
+            if not sparse:
+                return None
+            return [relative(f, t) for f, t in zip(take.latents, self.latents(n), strict=True)]
 
-        self.run.tell("influence of early and late steps")
-        found = self.run.journal.unit(f"influence/{'all' if bucket is None else bucket}", work)
-        error = {p: [NOISE] * len(heads[p]) if found["noise"] else trial.error[p] for p in mine}
-        total = sum(w * e for p in mine for w, e in zip(heads[p], error[p], strict=True))
-        return found["change"] / max(total, 1e-12)
+        found: list[float] = []
+        for n in range(len(self.shots)):
+            self.run.tell("influence of early and late steps")
+            some = self.run.journal.unit(f"{name}/{n}", partial(work, n))
+            if some is None:
+                return None
+            found += [max(one, 1e-12) for one in some]
+        return float(np.exp(np.mean(np.log(found))))
 
-    def _noisy(self, bucket: int | None) -> float:
+    def _noisy(self, bucket: int) -> float:
         """Relative change of the final latents by 5 % noise on all heads, the same at every step
         but not in every branch.
         """
 
         def disturb(call: AttentionCall) -> Tensor | None:
-            if bucket not in (None, self.bucket(call.clock.step, self.total)):
+            if self.bucket(call.clock.step, self.total) != bucket:
                 return None
             dense, seed = dense_attention(call), self.seen.branches.index(call.clock.branch)
             return dense.out + (NOISE * noise_like(dense.out, seed)).to(dense.out.dtype)
 
         with watch(self.run.model, disturb):
-            take = video.run(self.run.model, self.settings, self.shot)
-        return relative(take.latents, self.latents)
+            take = video.run(self.run.model, self.settings, self.shots[0])
+        return relative(take.latents, self.latents(0))
+
+
+def weighed_at(places: Sequence[str]) -> dict[str, str]:
+    """The place whose weights count for each: its own where places are few, else that of the same
+    site in the middle one of its buckets.
+    """
+    if len(places) <= MOST_WEIGHED:
+        return {p: p for p in places}
+    mine: dict[str, list[str]] = {}
+    for p in sorted(places, key=bucket_of):
+        mine.setdefault(site_of(p), []).append(p)
+    return {p: mine[site_of(p)][len(mine[site_of(p)]) // 2] for p in places}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A plan that runs measured settings, and their errors by place and head."""
+    """A plan that runs measured settings, with the setting of each place that has one and their
+    errors by place and head.
+    """
 
     plan: Plan
     error: Mapping[str, Sequence[float]]
+    settings: Mapping[str, AttentionMethod]
+
+    def left_out(self, place: str) -> LeftOut | None:
+        """What the place's setting leaves out of a call."""
+        method = self.settings.get(place)
+        if method is None:
+            return None
+        site = f"{site_of(place)}/"
+        tables = {
+            k.removeprefix(site): t for k, t in self.plan.tables.items() if k.startswith(site)
+        }
+
+        def gap(call: AttentionCall, dense: Partial) -> Tensor | None:
+            mask = None if call.key_mask is None else call.key_mask[:1]
+            alone = replace(
+                call, q=call.q[:1], k=call.k[:1], v=call.v[:1], key_mask=mask, tables=tables,
+                memory={}, _shared={},
+            )  # fmt: skip
+            answers = answer(alone, Policy(methods=(method,)))
+            if answers is None:
+                return None
+            return compute(answers[0]).out[0].float() - dense.out[0].float()
+
+        return gap
 
 
 def trial(
@@ -195,17 +267,18 @@ def trial(
     heads: Mapping[str, int],
     shares: Sequence[tuple[float, float]],
     fingerprint: Fingerprint,
-    bucket: int | None = None,
+    bucket: int,
 ) -> Trial:
-    """At each place of a bucket (None: of all) the setting whose errors are most typical of what
-    plans use; places without one stay dense.
+    """At each place of a bucket the setting whose errors are most typical of what plans use; places
+    without one stay dense.
     """
     policies: list[Policy] = [Policy()]
     rules: dict[str, list[Rule]] = {}
     errors: dict[str, list[float]] = {p: [0.0] * n for p, n in heads.items()}
     tables: dict[str, Tensor] = {}
+    settings: dict[str, AttentionMethod] = {}
     for place, unit in found.units[0].items():
-        if bucket not in (None, bucket_of(place)):
+        if bucket_of(place) != bucket:
             continue
         rows = [
             (abs(np.log(max(float(np.mean(e)), 1e-6) / TYPICAL)), n, family, e)
@@ -217,6 +290,7 @@ def trial(
             continue
         _, _, family, error = min(rows, key=lambda r: r[:2])
         at = unit["families"][family.name]["error"].index(error)
+        settings[place] = family.settings[at]
         policy = Policy(methods=(family.settings[at],))
         if policy not in policies:
             policies.append(policy)
@@ -224,11 +298,16 @@ def trial(
         site = site_of(place)
         rule = Rule(phase="denoise", steps=shares[bucket_of(place)], policies=row)
         rules.setdefault(site, []).append(rule)
-        errors[place] = error
+        errors[place] = grown(np.asarray(error)).tolist()
         tables |= {f"{site}/{k}": v for k, v in found.tables[place].items()}
     sites = {site: LayerPlan(rules=tuple(some)) for site, some in rules.items()}
     plan = Plan(fingerprint=fingerprint, policies=tuple(policies), sites=sites)
-    return Trial(plan.with_tables(tables), errors)
+    return Trial(plan.with_tables(tables), errors, settings)
+
+
+def grown(error: np.ndarray) -> np.ndarray:
+    """Errors as they count: above the typical ones harm grows faster than they do."""
+    return np.where(error > TYPICAL, TYPICAL * (error / TYPICAL) ** GROWTH, error)
 
 
 def _first(value: Any, batch: int | None = None) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -259,6 +260,8 @@ def _method(
                 )
             if n < longest and call.q.device.type == "cpu" and one.execution != PLAIN:
                 return "skipping tiles and 8-bit products save no time on a CPU"
+            if n == longest and (reason := _no_faster(one, method, whole, ms)):
+                return reason
             spent += _around(one, ms)
         except Exception as error:  # a method that fails must not end the calibration of the others
             return f"it does not run here: {type(error).__name__}: {error}"
@@ -310,6 +313,26 @@ def _prepared(
         return call, middle
     settings = families[len(families) // 2].settings
     return replace(call, tables={**call.tables, **tables}), settings[len(settings) // 2]
+
+
+def _no_faster(
+    one: Answer, method: AttentionMethod, whole: float, ms: Callable[..., float]
+) -> str | None:
+    """Why 8-bit products are not offered for such a call: none of the method's precisions,
+    quantising included, beats the same lists in the inputs' own and dense attention.
+    """
+    if one.execution.qk == "native":
+        return None
+    settings = chain(*(f.settings for f in families(method.calibrator(one.call.site).settings())))
+    others = (e for s in settings if (e := s.execution(one.call)) is not None)
+    named = [one.execution, *(e for e in others if e.qk != "native" and e != one.execution)]
+    native = replace(one.execution, qk="native", pv="native", smooth_k=False)
+    least = min(whole, ms(lambda: compute(replace(one, execution=native)), 2))
+    spent = {(e.qk, e.pv): ms(lambda e=e: compute(replace(one, execution=e)), 2) for e in named}
+    (qk, pv), best = min(spent.items(), key=lambda s: s[1])
+    if best < least:
+        return None
+    return f"8-bit products take {best:.2f} ms ({qk} QK, {pv} PV), the inputs' own {least:.2f} ms"
 
 
 def _around(one: Answer, ms: Callable[..., float]) -> float:

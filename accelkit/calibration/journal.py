@@ -26,17 +26,24 @@ class Journal:
         path: the file; None keeps the units in memory only.
         belongs_to: what must agree for two runs to share units (model, settings, seed).
         resume: take up the units of an older file; otherwise the file is begun anew.
+        compiled: seconds of this process that went into compiling kernels so far, which units hold
+            apart: the next run on this machine does not pay them.
 
     Raises:
         InvalidInputError: the file cannot be written, is no journal, or belongs to another run.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None, belongs_to: Mapping[str, Any], resume: bool
+        self,
+        path: str | os.PathLike[str] | None,
+        belongs_to: Mapping[str, Any],
+        resume: bool,
+        compiled: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.path = None if path is None else Path(path)
         self.header = _plain({"journal": FORMAT, **belongs_to})
         self.units: dict[str, dict[str, Any]] = {}
+        self.compiled = compiled
         self._file: TextIO | None = None
         if self.path is None:
             return
@@ -98,13 +105,16 @@ class Journal:
         """The unit's value: stored, or made by `work` now and stored with its duration."""
         if key in self.units:
             return self.units[key]["value"]
-        begin = time.perf_counter()
+        begin, compiled = time.perf_counter(), self.compiled()
         value = work()
-        return self.put(key, value, time.perf_counter() - begin)
+        return self.put(key, value, time.perf_counter() - begin, self.compiled() - compiled)
 
-    def put(self, key: str, value: Any, seconds: float) -> Any:
-        """Store a finished unit and return its value as it will be read again."""
-        entry = _plain({"unit": key, "seconds": round(seconds, 4), "value": value})
+    def put(self, key: str, value: Any, seconds: float, compiling: float = 0.0) -> Any:
+        """Store a finished unit, which took so long and compiled kernels for a part of it; returns
+        its value as it will be read again.
+        """
+        took = {"seconds": round(seconds, 4), "compiling": round(compiling, 4)}
+        entry = _plain({"unit": key, **took, "value": value})
         self.units[key] = entry
         self._write(entry)
         return entry["value"]
@@ -116,8 +126,12 @@ class Journal:
         return self.units[key]["value"]
 
     def seconds(self, prefix: str = "") -> float:
-        """Time spent on the units whose key begins with `prefix`."""
+        """Time spent on the units whose key begins with `prefix`, compiling included."""
         return sum(u["seconds"] for k, u in self.units.items() if k.startswith(prefix))
+
+    def compiling(self, prefix: str = "") -> float:
+        """The part of `seconds` in which kernels were compiled."""
+        return sum(u.get("compiling", 0.0) for k, u in self.units.items() if k.startswith(prefix))
 
     def close(self) -> None:
         """Close the file; the units stay readable."""

@@ -307,10 +307,14 @@ def _loans(
 
 
 def weighed(
-    run: Run, heads: Mapping[str, int], probes: Sequence[Callable[[str], quality.Show]]
+    run: Run,
+    heads: Mapping[str, int],
+    probes: Sequence[Callable[[str], quality.Show]],
+    left_out: Callable[[str], quality.LeftOut | None] = lambda place: None,
 ) -> dict[str, list[float]]:
-    """Weight of every head of each place, the worst over the probes; `probe(place)` is what runs.
-    Places that time did not allow get the median.
+    """Weight of every head of each place, the worst over the probes; `probe(place)` is what runs,
+    `left_out(place)` what disturbs there instead of noise. Places that time did not allow get the
+    median.
     """
     every = max(1, -(-sum(heads.values()) // PROBES))
     found: dict[str, list[float]] = {}
@@ -321,7 +325,7 @@ def weighed(
             if key not in run.journal and run.late(0.7, "weights of some sites"):
                 continue
             run.tell("weighing heads")
-            work = partial(_weigh, probe, place, groups)
+            work = partial(_weigh, probe, place, groups, left_out(place))
             weights = run.journal.unit(key, work)
             spread = [weights[h // every] for h in range(count)]
             found[place] = np.maximum(found.get(place, spread), spread).tolist()
@@ -335,9 +339,12 @@ def weighed(
 
 
 def _weigh(
-    probe: Callable[[str], quality.Show], place: str, groups: Sequence[Sequence[int]]
+    probe: Callable[[str], quality.Show],
+    place: str,
+    groups: Sequence[Sequence[int]],
+    left_out: quality.LeftOut | None,
 ) -> list[float]:
-    return quality.site_weights(probe(place), groups)
+    return quality.site_weights(probe(place), groups, left_out)
 
 
 def probe_of(model: Any, sample: Sample) -> Callable[[str], quality.Show]:

@@ -181,6 +181,14 @@ def open_plan(plan: str | None, model: str) -> tuple[Plan, str]:
     return Plan.from_pretrained(where), str(Path(where) / FILE if Path(where).is_dir() else where)
 
 
+def opened(name: str, plan: str | None, *, dtype: str, device: str) -> tuple[Any, Any, Plan, str]:
+    """What a run of a language model with a plan needs: model, tokenizer (None if it has none),
+    the plan and where that lies.
+    """
+    read, where = open_plan(plan, name)
+    return *open_model(name, dtype=dtype, device=device), read, where
+
+
 def report_beside(plan: str) -> str | None:
     """The report that calibration wrote beside a plan's file, if it is there."""
     page = Path(plan).parent / "report.html"

@@ -31,6 +31,8 @@ LOUD = 0.3
 """The same in half precision, where rounding drowns what a few per cent do to one head."""
 ROUNDING = 2.0**-8
 """Relative size of the noise that tells how far rounding alone carries in half precision."""
+FAINT = 1e-3
+"""Share of a head's output below which what a method leaves out is rounding."""
 MOST_DROP = 0.01
 """Share of right answers that a plan may lose on any task."""
 ONE_IN_TWENTY = 1.645
@@ -72,15 +74,6 @@ def check(model: Any, plan: Plan, dense: Reference) -> dict[str, Any]:
         "ms": ms,
         "dense_ms": dense.ms,
     }
-
-
-def score_answers(model: Any, samples: Sequence[Sample]) -> list[int]:
-    """How many answers of each prompt the model gets right, teacher-forced, as it is now."""
-    found = []
-    for sample in samples:
-        rows = scored_rows(sample)
-        found.append(_right(model, sample, rows, _hidden(model, sample, rows)[0]))
-    return found
 
 
 def by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -145,15 +138,22 @@ def synchronise(device: torch.device) -> None:
 # -- weights --------------------------------------------------------------------------------------
 
 
+LeftOut = Callable[[AttentionCall, Partial], Tensor | None]
+"""What a method leaves out of the first entry of a dense call, fp32 `[H, N, D]`; None if it would
+run dense.
+"""
 Show = Callable[[int, See], Tensor]
 """`show(copies, see)`: one forward over that many equal entries of a batch, with `see` at one site;
 returns what to compare, `[copies, …]`.
 """
 
 
-def site_weights(show: Show, groups: Sequence[Sequence[int]]) -> list[float]:
+def site_weights(
+    show: Show, groups: Sequence[Sequence[int]], left_out: LeftOut | None = None
+) -> list[float]:
     """Change of the budget error ÷ the noise when the heads of each group get some on their output:
-    5 % in fp32, more in half precision.
+    5 % in fp32, more in half precision. With `left_out`, what a method leaves out of a head takes
+    the place of noise, brought to the same size.
 
     All groups share one forward: entry g of the batch has the noise of group g, the last two have
     none and the noise of rounding. What rounding alone does in half precision is subtracted in
@@ -165,6 +165,12 @@ def site_weights(show: Show, groups: Sequence[Sequence[int]]) -> list[float]:
         nonlocal size
         size = NOISE if dense.out.dtype == torch.float32 else LOUD
         noise = noise_like(dense.out[0])
+        gap = None if left_out is None else left_out(call, dense)
+        if gap is not None:
+            true = dense.out[0].float().abs().sum((1, 2))
+            share = gap.abs().sum((1, 2)) / true.clamp(min=1e-30)
+            real = (share > FAINT)[:, None, None]
+            noise = torch.where(real, gap / share.clamp(min=FAINT)[:, None, None], noise)
         for g, heads in enumerate(groups):
             dense.out[g, list(heads)] += (size * noise[list(heads)]).to(dense.out.dtype)
         dense.out[probes + 1] += (ROUNDING * noise).to(dense.out.dtype)

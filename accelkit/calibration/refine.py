@@ -21,7 +21,7 @@ from accelkit.calibration import quality
 from accelkit.calibration.assemble import SiteData, assemble, crossover
 from accelkit.calibration.capture import forward
 from accelkit.calibration.data import Inputs
-from accelkit.calibration.fit import clock
+from accelkit.calibration.fit import clock, device_ms
 from accelkit.calibration.measure import Run
 from accelkit.calibration.search import DENSE, Choice, Solution, search
 from accelkit.calibration.tasks import Sample
@@ -46,13 +46,15 @@ WIDEN = 8.0
 
 @dataclass(frozen=True)
 class Proposal:
-    """The cheapest plan within some ε, with its predicted milliseconds and error; equal
-    proposals have equal `choice`.
+    """The cheapest plan within some ε, with its predicted error and milliseconds beside those of
+    dense: of a prefill's attention, or of a whole denoising, whose step cache saves more than
+    attention. Equal proposals have equal `choice`.
     """
 
     plan: Plan
     choice: Any
     ms: float
+    dense_ms: float
     error: float
     dense: bool
 
@@ -185,6 +187,7 @@ def refined(
 ) -> Plan:
     """The fastest plan for prefill that holds within the budget on every prompt to check on."""
     tables = [d.table for d in data]
+    dense_ms = sum(t.dense_ms for t in tables)
     tokens = inputs.longest
     fronts: dict[str, Any] = {}
 
@@ -196,11 +199,11 @@ def refined(
         )
         plan = assemble(data, solution, fingerprint, budget, tokens, limits)
         dense = all(c.dense for c in solution.choices)
-        return Proposal(plan, solution, solution.ms, solution.error, dense)
+        return Proposal(plan, solution, solution.ms, dense_ms, solution.error, dense)
 
     found = in_turns(run, propose, _Checker(run, inputs), budget.max_rel_error)
     if found.best is not None:
-        return _finished(found, sum(t.dense_ms for t in tables))
+        return _finished(found, dense_ms)
     log.warning("the plan is dense: %s at %d tokens", found.why, tokens)
     return _dense(data, fingerprint, budget, tokens, found)
 
@@ -273,13 +276,16 @@ class _Checker:
         model, device = self.run.model, self.run.device
         ids = np.repeat(sample.ids[None], self.run.batch, 0)
 
+        on_gpu = device.type == "cuda"
+        run = partial(forward, model, ids)
+
         def once() -> float:
-            return clock(lambda: forward(model, ids), 1, device)
+            return device_ms(run, 1)[0] if on_gpu else clock(run, 1, device)
 
         def work() -> dict[str, float]:
             dense, sparse = [], []
-            # In turns, so that a drifting clock meets both sides.
-            for _ in range(2):
+            # In turns, so that a drifting clock meets both sides; the first turn warms a GPU up.
+            for _ in range(3 if on_gpu else 2):
                 dense.append(once())
                 with patch(model, plan):
                     sparse.append(once())
@@ -344,7 +350,8 @@ def _rounds(rounds: Sequence[Round]) -> list[dict[str, Any]]:
             "predicted_error": _short(r.proposal.error),
             "measured_error": _short(r.measured),
             "further_error": _short(r.reach),
-            "ms": _short(r.proposal.ms),
+            "predicted_ms": _short(r.proposal.ms),
+            "predicted_dense_ms": _short(r.proposal.dense_ms),
             "prompts": len(r.rows),
             "held": r.held,
         }

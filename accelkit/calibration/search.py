@@ -116,7 +116,12 @@ def search(tables: Sequence[Table], budget: float, memo: dict | None = None) -> 
 
 def predicted(tables: Sequence[Table], choices: Sequence[Choice]) -> float:
     """Budget error of a choice for every site."""
-    return sum(loss(t, c) ** 2 for t, c in zip(tables, choices, strict=True)) ** 0.5
+    return composed([loss(t, c) for t, c in zip(tables, choices, strict=True)])
+
+
+def composed(losses: Sequence[float]) -> float:
+    """What the losses of several sites make together."""
+    return float(sum(one**2 for one in losses) ** 0.5)
 
 
 def cost(table: Table, choice: Choice) -> float:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 from accelkit.calibration.results import installed
@@ -70,6 +72,15 @@ def producer(*libraries: str) -> dict[str, str | None]:
     """What made a plan."""
     packages = ("torch", "triton", *libraries)
     return {"name": "accelkit", "version": version(), **{p: installed(p) for p in packages}}
+
+
+def compile_clock() -> AbstractContextManager[Callable[[], float]]:
+    """Gives a function that says how many seconds have gone into compiling Triton kernels since."""
+    if find_spec("triton") is None:
+        return nullcontext(lambda: 0.0)
+    from accelkit.kernels._triton import compiling
+
+    return compiling.clock()
 
 
 class Bar:

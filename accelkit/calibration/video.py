@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from accelkit.calibration.perceptual import lpips_of
 from accelkit.calibration.quality import synchronise
 from accelkit.errors import InvalidInputError
 
@@ -109,6 +110,29 @@ def _items(data: Any) -> list[Any]:
     if not found:
         raise InvalidInputError(f"{path} is empty; expected a prompt in each line")
     return found
+
+
+def together(shots: Sequence[Shot]) -> Shot | None:
+    """One shot that makes all of them at once, from noise of its own; None where their arguments
+    cannot be joined.
+    """
+    keys = shots[0].arguments.keys()
+    if any(s.arguments.keys() != keys for s in shots):
+        return None
+    joined: dict[str, Any] = {}
+    for key in keys:
+        values = [s.arguments[key] for s in shots]
+        if all(isinstance(v, str) for v in values):
+            joined[key] = values
+        elif all(isinstance(v, Tensor) and v.ndim and len(v) == 1 for v in values):
+            if len({v.shape for v in values}) > 1:
+                return None
+            joined[key] = torch.cat(values)
+        elif all(isinstance(v, int | float | None) and v == values[0] for v in values):
+            joined[key] = values[0]
+        else:
+            return None
+    return Shot(shots[0].name, joined, shots[0].seed)
 
 
 # -- running a pipeline ---------------------------------------------------------------------------
@@ -313,7 +337,7 @@ def _frames(out: Any) -> np.ndarray:
 
 def fidelity(found: Take, true: Take) -> dict[str, float | None]:
     """How close a run comes to one of equal seed: relative L1 error and PSNR of the latents (peak:
-    their range), and PSNR and SSIM of the frames where both have some.
+    their range), and PSNR, SSIM and LPIPS (see `perceptual`) of the frames where both have some.
     """
     gap = found.latents - true.latents.to(found.latents.device)
     size = true.latents.abs().sum().clamp(min=1e-30)
@@ -323,10 +347,12 @@ def fidelity(found: Take, true: Take) -> dict[str, float | None]:
         "latent_psnr": decibels(float(gap.square().mean()), spread),
         "psnr": None,
         "ssim": None,
+        "lpips": None,
     }
     if found.frames is not None and true.frames is not None:
         rows["psnr"] = decibels(float(np.square(found.frames - true.frames).mean()), 1.0)
         rows["ssim"] = ssim(found.frames, true.frames)
+        rows["lpips"] = lpips_of(found.frames, true.frames)
     return rows
 
 

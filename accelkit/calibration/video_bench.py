@@ -15,10 +15,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from accelkit.calibration import denoise_look, fit, frames, video
+from accelkit.calibration.bench import heads_by_policy, serves
 from accelkit.calibration.candidates import stored
 from accelkit.calibration.video import Settings, Shot, Take
 from accelkit.errors import GateFailedError, InvalidInputError, NothingPatchedError
 from accelkit.patches.adapters import facts
+from accelkit.patches.call import Clock
 from accelkit.patches.method import BlockMethod, load
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import LayerPlan, Plan, Policy
@@ -150,6 +152,7 @@ def table(result: Comparison) -> Table:
         ("error of the final latents", result.fidelity.get("error"), "{:.2%}"),
         ("PSNR", result.fidelity.get("psnr"), "{:.2f} dB"),
         ("SSIM", result.fidelity.get("ssim"), "{:.4f}"),
+        ("LPIPS", result.fidelity.get("lpips"), "{:.4f}"),
     )
     for name, value, form in rows:
         if value is not None:
@@ -192,6 +195,25 @@ def bench(
     found["attention_share"] = min(1.0, spent / rows[0]["seconds"])
     patched = rows[-1]["seconds"]
     return [{**r, "plan_is_faster_by": r["seconds"] / patched, **found} for r in rows]
+
+
+def preview(pipe: Any, plan: Plan, settings: Settings) -> list[dict[str, Any]]:
+    """What would run at each step, without running it: heads by policy at the calibrated size, and
+    the backend with its reason. Steps with equal heads share a row.
+    """
+    total = settings.filled(pipe).num_inference_steps or plan.limits.steps or 1
+    tokens = plan.limits.max_length or plan.limits.min_length
+    name, component = next(iter(plan.fingerprint.components.items()))
+    device = torch.device(pipe._execution_device)
+    served = serves(component, getattr(pipe, name).dtype, device, causal=False)
+    rows: list[dict[str, Any]] = []
+    for step in range(total):
+        heads = heads_by_policy(pipe, plan, tokens, Clock("denoise", step, total))
+        if rows and rows[-1]["heads"] == heads:
+            rows[-1]["steps"] = f"{rows[-1]['steps'].partition(' ')[0]} … {step + 1}"
+        else:
+            rows.append({"steps": f"{step + 1}", "tokens": tokens, "heads": heads, **served})
+    return rows
 
 
 def gate(rows: Sequence[dict[str, Any]], least: float) -> None:

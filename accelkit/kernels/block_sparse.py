@@ -23,7 +23,7 @@ from torch import Tensor
 
 from accelkit.kernels.index import ALL, BlockIndex
 from accelkit.kernels.launch import Launch
-from accelkit.kernels.quantize import Operands, block_of, dequantize, round_probabilities
+from accelkit.kernels.quantize import Operands, dequantize, round_probabilities, rounding_of
 from accelkit.kernels.quantize import reference as quantize
 
 _CHUNK = 512
@@ -74,10 +74,7 @@ def reference(launch: Launch) -> None:
 
 def _rounded(launch: Launch) -> tuple[Launch, Operands]:
     """The launch over operands that have been through 8 bits, V without its mean."""
-    ops = quantize(
-        launch.q, launch.k, launch.v, launch.qk, launch.pv, launch.smooth_k,
-        block_of(launch.index.size[1]), launch.scale, launch.q_heads, launch.kv_heads,
-    )  # fmt: skip
+    ops = quantize(launch.q, launch.k, launch.v, rounding_of(launch))
     q, k, v = dequantize(ops)
     slots = torch.arange(launch.heads, dtype=torch.int32, device=q.device)
     return replace(launch, q=q, k=k, v=v, q_heads=slots), ops

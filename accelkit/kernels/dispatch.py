@@ -24,7 +24,7 @@ from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.launch import Launch
 from accelkit.kernels.prepare import prepare
 
-BACKENDS = ("triton", "gluon", "fa4", "torch", "reference")
+BACKENDS = ("triton", "gluon", "fa4", "cudnn", "torch", "reference")
 
 
 @dataclass(frozen=True)
@@ -108,34 +108,15 @@ def attend(
                 "causality, k_pos and key_mask"
             )
         k, v, index = pyramid.lower(k, v, index)
+    options: dict[str, Any] = {
+        "scale": scale, "causal": causal, "q_start": q_start, "heads": heads,
+        "kv_of_head": kv_of_head, "key_mask": key_mask, "q_pos": q_pos, "k_pos": k_pos,
+        "rows": rows, "skip": skip, "qk": qk, "pv": pv, "smooth_k": smooth_k,
+    }  # fmt: skip
     if torch.compiler.is_compiling():
-        return _traced(
-            q, k, v, index, out, lse, scale=scale, causal=causal, q_start=q_start, heads=heads,
-            kv_of_head=kv_of_head, key_mask=key_mask, q_pos=q_pos, k_pos=k_pos, rows=rows,
-            skip=skip, qk=qk, pv=pv, smooth_k=smooth_k, backend=backend,
-        )  # fmt: skip
+        return _traced(q, k, v, index, out, lse, backend=backend, **options)
     with torch.no_grad():
-        launch = prepare(
-            q,
-            k,
-            v,
-            index,
-            scale=scale,
-            causal=causal,
-            q_start=q_start,
-            heads=heads,
-            kv_of_head=kv_of_head,
-            key_mask=key_mask,
-            q_pos=q_pos,
-            k_pos=k_pos,
-            rows=rows,
-            skip=skip,
-            out=out,
-            lse=lse,
-            qk=qk,
-            pv=pv,
-            smooth_k=smooth_k,
-        )
+        launch = prepare(q, k, v, index, out=out, lse=lse, **options)
         choice = choose(launch, backend)
         if launch.q.numel() and launch.heads and (launch.rows is None or launch.rows.numel()):
             _run(launch, choice.backend)
@@ -198,9 +179,8 @@ def choose(launch: Launch, backend: str | None = None) -> Choice:
         )
     if wish == "auto":
         return _best(launch)
-    if wish == "torch" and (refusal := cpu.refusal(launch)):
-        return Choice("reference", f"{source}: torch; {refusal}")
-    if wish in KERNELS and (refusal := KERNELS[wish](launch)):
+    refused = cpu.refusal if wish == "torch" else KERNELS.get(wish)
+    if refused is not None and (refusal := refused(launch)):
         raise KernelUnavailableError(
             f"attend: backend {wish!r} ({source}) cannot serve this call: {refusal}"
         )
@@ -226,8 +206,9 @@ def _best(launch: Launch) -> Choice:
         _tell(f"attention runs the torch reference, which is slow: {refusals['triton']}")
         return Choice("reference", str(refusals["triton"]))
     known = {name: found for name in able if (found := speeds.speed(name, launch)) is not None}
-    # Without a reading our own portable kernel goes first.
-    best = max(known, key=known.__getitem__, default="triton" if "triton" in able else able[0])
+    # Without a reading our own kernels go first, the one made for the device before the portable.
+    own = [name for name in ("gluon", "triton") if name in able]
+    best = max(known, key=known.__getitem__, default=(own or able)[0])
     about = f"{known[best]:.2f} of dense speed" if known else f"tensors are on {launch.q.device}"
     notes = [f"{name} {known[name]:.2f}" for name in known if name != best]
     notes += [f"{name}: {why}" for name, why in refusals.items() if why]
@@ -264,6 +245,13 @@ def fa4_refusal(launch: Launch) -> str | None:
     return fa4.refusal(launch) or _low_bits(launch)
 
 
+def cudnn_refusal(launch: Launch) -> str | None:
+    """Why the block-sparse kernel of cuDNN's frontend cannot serve a launch, or None."""
+    from accelkit.kernels._extern import cudnn
+
+    return cudnn.refusal(launch) or _low_bits(launch)
+
+
 def _low_bits(launch: Launch) -> str | None:
     return "it has no 8-bit products; backend 'triton' has" if launch.qk != "native" else None
 
@@ -272,6 +260,7 @@ KERNELS: dict[str, Callable[[Launch], str | None]] = {
     "triton": triton_refusal,
     "gluon": gluon_refusal,
     "fa4": fa4_refusal,
+    "cudnn": cudnn_refusal,
 }
 
 
@@ -314,6 +303,10 @@ def _run(launch: Launch, backend: str) -> None:
         from accelkit.kernels._extern import fa4
 
         fa4.block_sparse(launch)
+    elif backend == "cudnn":
+        from accelkit.kernels._extern import cudnn
+
+        cudnn.block_sparse(launch)
     elif backend == "gluon":
         from accelkit.kernels._triton import gluon_block_sparse
 

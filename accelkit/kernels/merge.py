@@ -33,13 +33,12 @@ def merge(parts: Sequence[Partial]) -> Partial:
     from accelkit.kernels.dispatch import fast_device
 
     if fast_device(first.out):
-        from accelkit.kernels._triton.merge import merge_pair
+        from accelkit.kernels._triton.merge import MOST, merge_some
 
-        # Pieces beyond the second are folded in fp32, so that only the last step rounds.
-        done = first
-        for part in parts[1:]:
-            done = merge_pair(done, part, first.out.dtype if part is parts[-1] else torch.float32)
-        return done
+        left = list(parts)
+        while len(left) > MOST:  # folded in fp32, so that only the last step rounds
+            left = [merge_some(left[:MOST], torch.float32), *left[MOST:]]
+        return merge_some(left, first.out.dtype)
     return reference(parts)
 
 

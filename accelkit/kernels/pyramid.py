@@ -29,9 +29,16 @@ def lower(k: Tensor, v: Tensor, index: BlockIndex) -> tuple[Tensor, Tensor, Bloc
     if isinstance(index.bias, Tensor) or index.level is None:
         raise UnsupportedConfigurationError("pyramid: an index with a level takes no bias per key")
     h = 1 << index.level
-    whole = k.shape[2] // h * h
-    means = (
-        x[:, :, :whole].unflatten(2, (-1, h)).mean(3, dtype=torch.float32).to(x.dtype)
-        for x in (k, v)
-    )
-    return *means, replace(index, level=None, bias=index.bias + math.log(h))
+    counted = replace(index, level=None, bias=index.bias + math.log(h))
+    return _means(k, h), _means(v, h), counted
+
+
+def _means(x: Tensor, of: int) -> Tensor:
+    from accelkit.kernels.dispatch import fast_device
+
+    if fast_device(x) and x.stride(-1) == 1:
+        from accelkit.kernels._triton import pyramid as fast
+
+        return fast.means(x, of)
+    whole = x[:, :, : x.shape[2] // of * of]
+    return whole.unflatten(2, (-1, of)).mean(3, dtype=torch.float32).to(x.dtype)

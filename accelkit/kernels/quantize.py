@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from accelkit.errors import InvalidInputError
+from accelkit.kernels.launch import Launch
 
 TOP = {"int8": 127.0, "fp8": 448.0}
 """Greatest value of a format."""
@@ -50,71 +51,63 @@ class Operands:
     block: int
 
 
-def quantize(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    qk: str,
-    pv: str,
-    smooth_k: bool,
-    block: int,
-    scale: float,
-    q_heads: Tensor,
-    kv_heads: Tensor,
-) -> Operands:
-    """Quantise one attention call.
+@dataclass(frozen=True)
+class Rounding:
+    """How to round one attention call.
 
-    Args:
-        q: `[B, Hq, Nq, D]`; k: `[B, Hkv, Nk, D]`; v: `[B, Hkv, Nk, Dv]`, any strides.
-        qk: "int8" or "fp8"; pv: "native" or "fp8"; smooth_k: take the mean key from all keys.
-        block: keys that share a scale, a multiple of 16.
-        scale: factor of the logits, used for `shift` only.
-        q_heads, kv_heads: integer `[H]`, head of q and of k for each head of the call.
+    `qk` is "int8" or "fp8", `pv` "native" or "fp8"; `smooth_k` takes the mean key from all keys;
+    `block` keys share a scale, a multiple of 16; `scale` is the factor of the logits, used for
+    `shift` only; `q_heads` and `kv_heads`, integer `[H]`, are the heads of q and of k for each head
+    of the call.
 
     Raises `InvalidInputError` for other formats or blocks.
     """
-    if qk not in TOP or pv not in ("native", "fp8"):
-        raise InvalidInputError(
-            f"quantize: qk {qk!r} and pv {pv!r}, expected int8 or fp8, and native or fp8"
-        )
-    if block < 16 or block % 16:
-        raise InvalidInputError(f"quantize: block is {block}, expected a multiple of 16 keys")
+
+    qk: str
+    pv: str
+    smooth_k: bool
+    block: int
+    scale: float
+    q_heads: Tensor
+    kv_heads: Tensor
+
+    def __post_init__(self) -> None:
+        if self.qk not in TOP or self.pv not in ("native", "fp8"):
+            raise InvalidInputError(
+                f"quantize: qk {self.qk!r} and pv {self.pv!r}, expected int8 or fp8, and native or "
+                "fp8"
+            )
+        if self.block < 16 or self.block % 16:
+            raise InvalidInputError(
+                f"quantize: block is {self.block}, expected a multiple of 16 keys"
+            )
+
+
+def quantize(q: Tensor, k: Tensor, v: Tensor, how: Rounding) -> Operands:
+    """Quantise q `[B, Hq, Nq, D]`, k `[B, Hkv, Nk, D]` and v `[B, Hkv, Nk, Dv]`, any strides."""
     from accelkit.kernels.dispatch import fast_device
 
-    options = (qk, pv, smooth_k, block, scale, q_heads, kv_heads)
     if fast_device(q):
         from accelkit.kernels._triton.quantize import quantize as fast
 
-        return fast(q, k, v, *options)
-    return reference(q, k, v, *options)
+        return fast(q, k, v, how)
+    return reference(q, k, v, how)
 
 
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    qk: str,
-    pv: str,
-    smooth_k: bool,
-    block: int,
-    scale: float,
-    q_heads: Tensor,
-    kv_heads: Tensor,
-) -> Operands:
+def reference(q: Tensor, k: Tensor, v: Tensor, how: Rounding) -> Operands:
     """The same in plain torch."""
-    q, k = q[:, q_heads.long()].float(), k.float()
+    q, k = q[:, how.q_heads.long()].float(), k.float()
     shift = None
-    if smooth_k:
+    if how.smooth_k:
         mean = k.mean(2, keepdim=True)
-        shift = (q * mean[:, kv_heads.long()]).sum(-1) * scale
+        shift = (q * mean[:, how.kv_heads.long()]).sum(-1) * how.scale
         k = k - mean
-    q8, q_scale = _rounded(q, qk, (-1,))
-    n = k.shape[2]
+    q8, q_scale = _rounded(q, how.qk, (-1,))
+    n, block = k.shape[2], how.block
     cells = pad(k, (0, 0, 0, -n % block)).unflatten(2, (-1, block))
-    k8, k_scale = _rounded(cells, qk, (-1, -2))
+    k8, k_scale = _rounded(cells, how.qk, (-1, -2))
     k8, q_scale, k_scale = k8.flatten(2, 3)[:, :, :n], q_scale[..., 0], k_scale[..., 0, 0]
-    if pv == "native":
+    if how.pv == "native":
         return Operands(q8, q_scale, k8.contiguous(), k_scale, shift, v, None, None, block)
     v = v.float()
     v_mean = v.mean(2)
@@ -152,6 +145,14 @@ def round_probabilities(p: Tensor) -> Tensor:
     """Rows of P `[…, N]` as fp8 holds them: their maximum stands for 2⁸."""
     unit = p.amax(-1, keepdim=True).clamp(min=_LEAST) / FULL
     return (p / unit).to(DTYPE["fp8"]).to(p.dtype) * unit
+
+
+def rounding_of(launch: Launch) -> Rounding:
+    """How a checked launch wants to be rounded."""
+    return Rounding(
+        launch.qk, launch.pv, launch.smooth_k, block_of(launch.index.size[1]), launch.scale,
+        launch.q_heads, launch.kv_heads,
+    )  # fmt: skip
 
 
 def block_of(bk: int) -> int:

@@ -357,9 +357,10 @@ def masked_rows(call: Inputs, rows: Tensor, masks: Sequence[Tensor]) -> list[Ten
     s = torch.matmul(q * call.scale, k.to(wide).transpose(-1, -2))
     if call.key_mask is not None:
         s = s.masked_fill(~call.key_mask[:, None, None], -float("inf"))
-    p = (s - s.amax(-1, keepdim=True)).exp_()
-    out = []
-    for weight in (p, *(p * m for m in masks)):
-        total = weight.sum(-1, keepdim=True, dtype=torch.float32)
-        out.append(torch.matmul(weight, v.to(wide)).float() / total.clamp(min=1e-30))
-    return out
+    p = s.softmax(-1)
+    # All of them side by side, so that the values are read once.
+    every = torch.stack([torch.ones_like(masks[0]), *masks]).to(wide)  # [1 + masks, R, Nk]
+    weight = (p[:, :, None] * every).flatten(2, 3)
+    total = weight.sum(-1, keepdim=True, dtype=torch.float32)
+    out = torch.matmul(weight, v.to(wide)).float() / total.clamp(min=1e-30)
+    return list(out.split(len(rows), 2))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from accelkit.errors import InvalidInputError
 from accelkit.kernels import dispatch
-from accelkit.kernels.index import Inputs
+from accelkit.kernels.index import BlockIndex, Inputs
 from accelkit.kernels.positions import (
     bare_inputs,
     bounds,
@@ -37,6 +37,7 @@ __all__ = [
     "global_top_p",
     "levels",
     "lines",
+    "nucleus",
     "pair_counts",
     "probabilities",
     "ratio_of_max",
@@ -49,7 +50,9 @@ __all__ = [
 ]
 
 
-SORTED = 1 << 22
+LONGEST_ROW = 8192
+"""Entries of a row that one program of a kernel holds."""
+SORTED = 1 << 16
 """Entries up to which one sort costs a GPU less than many passes."""
 
 
@@ -110,7 +113,7 @@ def _prefix(scores: Tensor, target: Tensor, by_mass: bool) -> Tensor:
     `[B, H, nq, 1]`.
     """
     shape = (*scores.shape[:-1], 1)
-    if dispatch.fast_device(scores) and scores.shape[-1] <= 8192:
+    if dispatch.fast_device(scores) and scores.shape[-1] <= LONGEST_ROW:
         from accelkit.kernels._triton import select as fast
 
         return fast.prefix(scores, target.expand(shape), by_mass)
@@ -151,6 +154,35 @@ def global_prefix(scores: Tensor, mass: Tensor) -> Tensor:
     keep = value.cumsum(-1, dtype=torch.float64) - value < mass
     keep &= order.values != -float("inf")
     return torch.zeros_like(keep).scatter_(-1, order.indices, keep).view_as(scores)
+
+
+def nucleus(
+    logits: Tensor,
+    share: float | Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    kept: Tensor,
+    size: tuple[int, int],
+) -> BlockIndex:
+    """Lists of the shortest prefix of each row whose softmax holds `share` of it (`top_p` of
+    `probabilities`), with what is kept anyhow: key blocks `keys` `[B, H, nk]`, which stay out of
+    the softmax, whole rows `rows` `[B, H, nq]`, and `kept` `[B|1, H|1, nq, nk]`. All bool; blocks
+    with a logit of −inf are never listed. On a GPU all of it is one launch.
+    """
+    if dispatch.fast_device(logits) and logits.shape[-1] <= LONGEST_ROW:
+        from accelkit.kernels._triton import nucleus as fast
+
+        most = share if isinstance(share, Tensor) else _number(share, logits.device)
+        return fast.nucleus(logits, most.float(), keys, rows, kept, size)
+    judged = probabilities(logits.masked_fill(keys[..., None, :], -float("inf")))
+    mask = top_p(judged, share) | keys[..., None, :] | rows[..., :, None] | kept
+    return compact(mask & (logits != -float("inf")), size)
+
+
+@lru_cache(maxsize=64)
+def _number(value: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([value], device=device)
 
 
 def levels(scores: Tensor, ends: Sequence[float], *, by_energy: bool, least: float = 0.0) -> Tensor:

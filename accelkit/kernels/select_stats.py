@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from accelkit.errors import InvalidInputError
+from accelkit.kernels import dispatch
 from accelkit.kernels.index import ALL, BlockIndex, Inputs
 from accelkit.kernels.positions import key_places, row_limits
 
@@ -61,17 +62,32 @@ def density(index: BlockIndex | Sequence[BlockIndex], call: Inputs) -> Tensor:
     """
     pieces = [index] if isinstance(index, BlockIndex) else list(index)
     heads, batch = len(call.heads), call.q.shape[0]
-    whole = pair_counts(call, (128, 128)).sum((-1, -2)).expand(batch, heads).double()
-    listed = torch.zeros((batch, heads), dtype=torch.float64, device=call.q.device)
     for piece in pieces:
         if piece.heads != heads or piece.rows != call.tiles(piece.size)[0]:
             raise InvalidInputError(
                 f"density: the index has {piece.heads} heads and {piece.rows} tiles, the call "
                 f"{heads} heads and {call.tiles(piece.size)[0]} tiles of {piece.size[0]}"
             )
+    plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
+    if plain and dispatch.fast_device(call.q) and all(p.level is None for p in pieces):
+        from accelkit.kernels._triton import select as fast
+
+        found = [fast.listed_pairs(p, call).sum(-1).double().mean(0) for p in pieces]
+        return (sum(found) / max(_visible_pairs(call), 1)).float()
+    whole = pair_counts(call, (128, 128)).sum((-1, -2)).expand(batch, heads).double()
+    listed = torch.zeros((batch, heads), dtype=torch.float64, device=call.q.device)
+    for piece in pieces:
         for b in range(batch):
             listed[b] += _listed_pairs(piece, call, b, whole[b])
     return (listed.sum(0) / whole.sum(0).clamp(min=1)).float()
+
+
+def _visible_pairs(call: Inputs) -> int:
+    """Query-key pairs of a head in plain positions, on the host."""
+    if not call.causal:
+        return call.n_q * call.n_k
+    first, keys = torch.tensor(call.q_start + 1), torch.tensor(call.n_k)
+    return int(staircase(first, torch.tensor(call.n_q), keys))
 
 
 def _listed_pairs(piece: BlockIndex, call: Inputs, b: int, whole: Tensor) -> Tensor:

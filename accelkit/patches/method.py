@@ -93,7 +93,7 @@ class Method(BaseModel):
     `patches/methods/`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     phases: ClassVar[tuple[Phase, ...]] = ("prefill",)
     dial: ClassVar[Dial | None] = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -33,7 +32,8 @@ from accelkit.patches.sites.attention import attend
 from accelkit.patches.state import PatchState, SiteCount
 
 log = logging.getLogger("accelkit")
-_HANDLES: weakref.WeakKeyDictionary[Any, PatchHandle] = weakref.WeakKeyDictionary()
+HANDLE = "accelkit_handle"
+"""Where a patched model keeps its handle, so that both go when nobody needs the model any more."""
 _EXPECTED = ("decode", "no policy")
 """Reasons for dense calls that nobody needs to be warned about."""
 
@@ -199,9 +199,6 @@ class PatchHandle:
         self._rewired.close()
         self._undo.close()
         self.state.begin_generation()
-        for model, handle in list(_HANDLES.items()):
-            if handle is self:
-                del _HANDLES[model]
 
     @contextmanager
     def measuring(self) -> Iterator[PatchHandle]:
@@ -226,6 +223,9 @@ class PatchHandle:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
+    def __reduce__(self) -> Any:
+        return type(None), ()  # it stays behind when a model is copied or pickled
+
 
 def patch(
     model: Any, plan: Plan | Method | Sequence[Method] | Policy, *, strict: bool = True
@@ -249,7 +249,7 @@ def patch(
     adapter, bare = adapter_for(model)
     if not isinstance(plan, Plan):
         plan = plan_of(model, plan)
-    present = _HANDLES.get(bare)
+    present = vars(bare).get(HANDLE)
     if present is not None:
         if present.plan == plan:
             log.info("the model runs this plan already")
@@ -266,8 +266,9 @@ def patch(
         adapter.connect(bare, handle, undo)
         if handle.enabled:
             handle.rewire(bare)
+        vars(bare)[HANDLE] = handle
+        undo.callback(vars(bare).pop, HANDLE, None)
         handle._undo = undo.pop_all()
-    _HANDLES[bare] = handle
     return handle
 
 
@@ -281,7 +282,7 @@ def unpatch(model: Any) -> None:
 def handle_of(model: Any) -> PatchHandle | None:
     """The handle of a patched model."""
     _, bare = adapter_for(model)
-    return _HANDLES.get(bare)
+    return vars(bare).get(HANDLE)
 
 
 @contextmanager

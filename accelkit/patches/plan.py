@@ -51,9 +51,11 @@ def _read_method(value: Any) -> Any:
     if not isinstance(kind, str):
         raise ValueError("a method needs a 'kind', the name of its file in patches/methods")
     try:
-        return load(kind).model_validate(fields)
+        cls = load(kind)
     except UnknownMethodError as error:
         raise ValueError(str(error)) from error
+    _refuse_strangers(cls, fields)
+    return cls.model_validate(fields)
 
 
 def _write_method(method: Method) -> dict[str, Any]:
@@ -67,8 +69,23 @@ AnyCacheMethod = Annotated[CacheMethod, _read, _write]
 AnyBlockMethod = Annotated[BlockMethod, _read, _write]
 
 
+def _refuse_strangers(cls: type[BaseModel], fields: Mapping[str, Any]) -> None:
+    """Name the fields that `cls` does not have, and those that it has."""
+    strange = [repr(name) for name in fields if name not in cls.model_fields]
+    if strange:
+        known = ", ".join(cls.model_fields) or "none"
+        raise ValueError(f"unknown field {', '.join(strange)}; known are: {known}")
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            _refuse_strangers(cls, value)
+        return value
 
 
 class Reuse(_Part):

@@ -7,29 +7,13 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from tiny_cases import byte_tokenizer, probe_methods, tiny_model, tiny_plan
+from tiny_cases import byte_tokenizer
 
 from accelkit.calibration import bench as speed
 from accelkit.calibration import results
 from accelkit.calibration.bench import Measurement, Timing, bench
 from accelkit.calibration.compare import compare, demo_length, demo_prompt, text_prompt
 from accelkit.errors import GateFailedError, InvalidInputError, NothingPatchedError
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def plan(model):
-    with probe_methods():
-        yield tiny_plan(model)
 
 
 def measured(**ms: tuple[float, ...]) -> Measurement:

@@ -157,6 +157,22 @@ def test_time_is_up() -> None:
     assert not plan.check(planted())
 
 
+def test_when_time_is_up_the_checked_plan_is_kept(monkeypatch) -> None:
+    """Rounds that were not begun are named; the one that held is the plan."""
+
+    def late(self, share: float, what: str) -> bool:
+        if "round" in what:
+            self.skipped.append(what)
+        return "round" in what
+
+    monkeypatch.setattr(flow.measure.Run, "late", late)
+    plan = run(planted(), time_limit=3600)
+    assert len(plan.measured["rounds"]) == 1
+    assert plan.measured["rounds"][0]["held"]
+    assert plan.calibration["skipped"] == ["round 2 of the end-to-end check"]
+    assert any(layer.rules for layer in plan.sites.values())
+
+
 def test_two_seeds_alike() -> None:
     assert run(planted()).sites == run(planted()).sites
 

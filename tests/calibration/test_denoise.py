@@ -5,18 +5,27 @@ only, one everywhere. Costs are given, so that timings do not decide.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
+from planted import video as planted_video
 from tiny_cases import probe_methods
 
 import accelkit
-from accelkit.calibration import denoise_check, denoise_measure, fit
+from accelkit.calibration import candidates, denoise_check, denoise_measure, fit
+from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.denoise_look import buckets
+from accelkit.calibration.denoise_weights import weighed_at
+from accelkit.calibration.quality import site_weights
 from accelkit.errors import InvalidInputError, PlanTransferWarning
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
-from accelkit.patches.plan import Plan
+from accelkit.kernels.index import Partial
+from accelkit.patches.call import Geometry, Span
+from accelkit.patches.method import load
+from accelkit.patches.plan import Plan, Policy
+from accelkit.patches.sites.attention import answer, compute
 
 LOCAL, DIFFUSE = 0, 1
 SIZE = {"height": 512, "width": 512, "num_frames": 1, "steps": 4}
@@ -139,6 +148,9 @@ def test_a_step_cache_is_planned_beside_attention() -> None:
     assert plan.measured["measured_error"] <= 0.3
     assert any(layer.rules for layer in plan.sites.values())
     assert plan.measured["predicted_speedup"] > 1
+    # Rounds compare like with like: both sides are the whole denoising.
+    ratios = [r["predicted_dense_ms"] / r["predicted_ms"] for r in plan.measured["rounds"]]
+    assert any(ratio == pytest.approx(plan.measured["predicted_speedup"], 1e-3) for ratio in ratios)
     with accelkit.patch(pipe, Plan.from_json(plan.to_json())) as handle:
         latents(pipe, 8)
         calls = handle.report().sites
@@ -158,7 +170,7 @@ def test_killed_and_resumed(tmp_path, monkeypatch) -> None:
     pipe, path = planted(), tmp_path / "journal.jsonl"
     first = run(pipe, journal=path)
     lines = path.read_text().splitlines(keepends=True)
-    keep = next(n for n, line in enumerate(lines) if '"influence/1"' in line)
+    keep = next(n for n, line in enumerate(lines) if '"influence/1/0"' in line)
     path.write_text("".join(lines[:keep]) + lines[keep][:20])
     # What stands in the journal is not done again: neither screening nor measuring runs.
     monkeypatch.setattr("accelkit.calibration.denoise_measure.prime", None)
@@ -180,10 +192,30 @@ def test_time_is_up() -> None:
 
 def test_early_steps_weigh_what_they_do() -> None:
     """How much a bucket decides is measured with the methods themselves, not assumed."""
-    about = run(planted()).calibration
-    assert len(about["influence"]) == 3
-    assert all(0.01 < v < 10 for v in about["influence"])
-    assert 0.1 < about["composition"] < 10
+    plan = run(planted())
+    influence = plan.calibration["influence"]
+    assert len(influence) == 3
+    assert all(0.01 < v < 10 for v in influence)
+    assert influence == sorted(influence), "what late steps spoil, no further step mends"
+    for now in plan.measured["rounds"]:
+        assert 0.5 < now["measured_error"] / now["predicted_error"] < 2
+
+
+def test_weights_come_from_what_a_method_leaves_out() -> None:
+    """Noise of the same size may cancel on its way; what is always left out does not."""
+    weight = torch.ones(8, 4)
+
+    def show(copies, see):
+        out = torch.randn(1, 1, 64, 4, generator=torch.Generator().manual_seed(0)) + 2
+        dense = Partial(out.expand(copies, -1, -1, -1).clone(), torch.zeros(copies, 1, 64))
+        see(None, dense)
+        return dense.out.mean(2) @ weight.T  # every row counts alike
+
+    noise = site_weights(show, [[0]])
+    bias = site_weights(show, [[0]], lambda call, dense: 0.1 * dense.out[0].abs())
+    nothing = site_weights(show, [[0]], lambda call, dense: 0 * dense.out[0])
+    assert bias[0] > 5 * noise[0]
+    assert nothing == noise
 
 
 def test_other_grids_and_fewer_steps_are_told() -> None:
@@ -204,6 +236,7 @@ def test_other_grids_and_fewer_steps_are_told() -> None:
         ({"steps": 1}, "steps"),
         ({"time_limit": 0}, "time_limit"),
         ({"lengths": [1024]}, "no use for lengths"),
+        ({"batch": 2}, "no use for batch"),
     ],
 )
 def test_bad_arguments(changes: dict, words: str) -> None:
@@ -227,13 +260,6 @@ def test_rows_in_another_order_are_judged_there(monkeypatch) -> None:
     """Of an ordered method only some tiles are computed, in its own order; with all of them the
     errors are those of the whole call.
     """
-    from accelkit.calibration import candidates
-    from accelkit.calibration.capture import dense_attention
-    from accelkit.patches.call import Geometry, Span
-    from accelkit.patches.method import load
-    from accelkit.patches.plan import Policy
-    from accelkit.patches.sites.attention import answer, compute
-
     geometry = Geometry((Span("video", 0, TOKENS),), (4, 16, 16))
     shape = fit.Shape(2, 2, 32, causal=False, geometry=geometry)
     call = fit.random_call(shape, torch.float32, torch.device("cpu"), TOKENS)
@@ -251,3 +277,39 @@ def test_rows_in_another_order_are_judged_there(monkeypatch) -> None:
     monkeypatch.setattr(candidates, "SHARE", 4)
     some = candidates.Bench(call, dense, denoise_measure.NO_ROWS).measure(answers)
     assert some["error"] == pytest.approx(gap.tolist(), rel=0.2)
+
+
+def test_lists_are_kept_as_long_as_they_hold_the_mass() -> None:
+    """The same patterns with a little noise: kept for the steps between; moved away: made anew."""
+    call = planted_video(text_first=True, grid=(8, 12, 12))
+    noise = torch.Generator().manual_seed(0)
+    near = call.k + 0.01 * torch.randn(call.k.shape, generator=noise)
+    later = replace(call, k=near, _shared={})
+    moved = replace(call, k=call.k.roll(call.n_k // 2, 2), _shared={})
+    method = load("xattention")(coverage=0.6, block=32)
+    lists = answer(call, Policy(methods=(method,)))
+    then = denoise_measure._Begun([], {}, {}, method, lists)
+
+    def aged(now, gap: int) -> dict:
+        bench = candidates.Bench(now, dense_attention(now), denoise_measure.NO_ROWS)
+        return denoise_measure._aged(bench, then, gap)
+
+    assert aged(later, 5)["good_for"] == 5
+    assert aged(later, 5)["share"] > 0.95
+    assert aged(moved, 5)["good_for"] == 1
+    assert aged(moved, 5)["share"] < 0.5
+    assert aged(later, 0) == {"good_for": 1}
+
+
+def test_many_places_are_looked_at_less_often() -> None:
+    few = [f"block{n}@{b}" for b in range(4) for n in range(7)]
+    many = [f"block{n}@{b}" for b in range(4) for n in range(30)]
+    assert denoise_measure.looked_at(few, 1) == few == denoise_measure.looked_at(few, 0)
+    assert denoise_measure.looked_at(many, 0) == many
+    again = denoise_measure.looked_at(many, 1)
+    assert len(again) == 16
+    assert {p.partition("@")[2] for p in again} == set("0123")
+    assert set(weighed_at(few).values()) == set(few)
+    at = weighed_at(many)
+    assert set(at) == set(many)
+    assert set(at.values()) == {f"block{n}@2" for n in range(30)}

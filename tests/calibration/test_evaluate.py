@@ -8,28 +8,11 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tiny_cases import byte_tokenizer, probe_methods, tiny_model, tiny_plan
 
 from accelkit.calibration import evaluate as quality
 from accelkit.calibration import tasks
 from accelkit.calibration.evaluate import Score, Share, evaluate
 from accelkit.errors import GateFailedError, InvalidInputError, NothingPatchedError
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def plan(model):
-    with probe_methods():
-        yield tiny_plan(model)
 
 
 def test_interval_of_independent_answers_is_wilsons():

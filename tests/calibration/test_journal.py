@@ -83,3 +83,18 @@ def test_in_memory() -> None:
     book = Journal(None, HEADER, resume=False)
     assert book.unit("u", lambda: [1]) == [1]
     assert "u" in book
+
+
+def test_compiling_is_held_apart(tmp_path) -> None:
+    path, spent = tmp_path / "journal.jsonl", 0.0
+
+    def work() -> None:
+        nonlocal spent
+        spent += 2.5
+
+    book = Journal(path, HEADER, resume=False, compiled=lambda: spent)
+    book.unit("fit", work)
+    book.unit("screen/a", lambda: None)
+    book.close()
+    again = Journal(path, HEADER, resume=True)
+    assert (again.compiling("fit"), again.compiling("screen/"), again.compiling()) == (2.5, 0, 2.5)

@@ -82,7 +82,7 @@ def test_right_answers_are_those_of_the_logits(sample) -> None:
     with torch.no_grad():
         logits = model(torch.from_numpy(sample.ids.astype(np.int64))[None]).logits[0]
     right = tasks.count_right(sample, logits.argmax(-1).numpy())
-    assert quality.score_answers(model, [sample]) == [right]
+    assert quality.reference(model, sample).right == right
 
 
 def test_weights_follow_what_a_head_does(sample) -> None:

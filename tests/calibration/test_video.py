@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 from imageio import v3
 from tiny_pipes import tiny_pipe
 
-from accelkit.calibration import frames, video
+from accelkit.calibration import frames, perceptual, video
 from accelkit.calibration.video import CHECK_SEED, Enough, Settings, Take
 from accelkit.errors import InvalidInputError
 
@@ -122,6 +125,33 @@ def test_psnr_and_ssim_of_frames():
     assert video.ssim(a, g.random(a.shape, dtype=np.float32)) < 0.2
 
 
+def test_lpips_only_where_its_weights_are(tmp_path, monkeypatch):
+    """A stand-in for the package: the mean distance of frames in −1 … 1."""
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert net == "alex"
+
+        def forward(self, x, y):
+            assert x.shape == (1, 3, 24, 32)
+            return (x - y).abs().mean().view(1, 1, 1, 1)
+
+    a = np.zeros((2, 24, 32, 3), np.float32)
+    pair = take([1.0], a + np.float32([0.25, 0.5])[:, None, None, None]), take([1.0], a)
+    module = ModuleType("lpips")
+    module.LPIPS, module.__spec__ = LPIPS, ModuleSpec("lpips", None)
+    monkeypatch.setitem(sys.modules, "lpips", module)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    perceptual.network.cache_clear()
+    assert video.fidelity(*pair)["lpips"] is None, "the package alone is not enough"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "alexnet-owt.pth").touch()
+    perceptual.network.cache_clear()
+    assert video.fidelity(*pair)["lpips"] == pytest.approx(2 * 0.375)
+    perceptual.network.cache_clear()
+
+
 def test_videos_and_sheets_are_written(tmp_path):
     g = np.random.default_rng(0)
     a, b = g.random((8, 33, 40, 3)), g.random((8, 33, 40, 3))
@@ -141,3 +171,16 @@ def test_a_video_is_no_picture(tmp_path):
         frames.write(np.zeros((2, 16, 16, 3)), tmp_path / "a.png")
     with pytest.raises(InvalidInputError, match=r"\.png"):
         frames.write(np.zeros((1, 16, 16, 3)), tmp_path / "a.mp4")
+
+
+def test_shots_are_drawn_at_once_where_they_can_be() -> None:
+    def shot(**arguments):
+        return video.Shot("", arguments, 3)
+
+    text = [shot(prompt=p, guidance_scale=3.0) for p in ("a", "b")]
+    assert video.together(text).arguments == {"prompt": ["a", "b"], "guidance_scale": 3.0}
+    embeds = [shot(prompt_embeds=torch.full((1, 4, 8), float(n))) for n in range(3)]
+    assert video.together(embeds).arguments["prompt_embeds"][:, 0, 0].tolist() == [0, 1, 2]
+    assert video.together([shot(prompt="a", guidance_scale=g) for g in (1.0, 2.0)]) is None
+    assert video.together([shot(prompt_embeds=torch.zeros(1, n, 8)) for n in (3, 4)]) is None
+    assert video.together([shot(prompt="a"), shot(prompt="a", image=object())]) is None

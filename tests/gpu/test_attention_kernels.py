@@ -83,6 +83,7 @@ CASES = [
     Case(lengths=RAGGED, options={"unaligned": True}),
     Case(lengths=CHUNKED, options={"heads": True}),
     Case(size=(128, 1), lengths=RAGGED),
+    Case(size=(512, 1), lengths=RAGGED),
     Case(size=(32, 1), lengths=CHUNKED, head_size=64),
     Case(size=(1, 1), lengths=(70, 500, 430)),
     Case(size=(128, 1), lengths=RAGGED, options={"positions": True}),

@@ -88,6 +88,21 @@ def loose(ir: str) -> int:
     return sum(f"warp_group_dot_wait {name}" not in after for name, after in started)
 
 
+def unheld(ir: str) -> int:
+    """Products of P whose wait does not hold P, the integers beside the product: its registers may
+    be written anew while the product reads them.
+    """
+    count, started = 0, None
+    for line in ir.splitlines():
+        if "warp_group_dot " in line and "dot_op" in line:
+            count += started is not None
+            started = line.split("=")[0].strip()
+        elif started and re.search(rf"warp_group_dot_wait {started}\b", line):
+            count += not re.search(r"tensor<\d+x\d+xi\d+", line)
+            started = None
+    return count + (started is not None)
+
+
 def report(kernel: Any) -> dict[str, Any]:
     """Registers, stack, shared memory and counts of what matters in the machine code."""
     tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
@@ -104,6 +119,7 @@ def report(kernel: Any) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "waits": code.count("WARPGROUP.DEPBAR"),
         "loose": loose(kernel.asm["ttgir"]),
+        "unheld": unheld(kernel.asm["ttgir"]),
         **count,
     }
 

@@ -1,4 +1,4 @@
-"""Which backend serves a launch, and the way to flash-attn-4 with a stand-in for the package."""
+"""Which backend serves a launch, and the way to other packages with stand-ins for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from accelkit.errors import KernelUnavailableError
 from accelkit.kernels import dispatch, speeds
-from accelkit.kernels._extern import fa4
+from accelkit.kernels._extern import common, cudnn, fa4
 from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import ALL, BlockIndex
 from accelkit.kernels.prepare import prepare
@@ -41,7 +41,8 @@ def lists(n_q: int = 200, n_k: int = 200, heads: int = 4, size=SIZE) -> BlockInd
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the package were installed on a card that it serves."""
     monkeypatch.setattr(fa4, "missing", lambda: None)
-    monkeypatch.setattr(fa4, "_device", lambda device: None)
+    monkeypatch.setattr(cudnn, "missing", lambda: None)
+    monkeypatch.setattr(common, "device_refusal", lambda device: None)
 
 
 def test_a_wish_that_cannot_be_served_raises() -> None:
@@ -50,6 +51,8 @@ def test_a_wish_that_cannot_be_served_raises() -> None:
         attend(q, k, v, lists(), backend="fa4")
     with pytest.raises(KernelUnavailableError, match="'gluon'"):
         attend(q, k, v, lists(), backend="gluon")
+    with pytest.raises(KernelUnavailableError, match=r"'torch'.*skip"):
+        attend(q, k, v, lists(), backend="torch", skip=0.1)
 
 
 def test_the_fastest_that_serves_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,4 +183,56 @@ def test_fa4_gets_the_right_lists(lengths, options, monkeypatch: pytest.MonkeyPa
     want = run("reference")
     for _ in range(2):  # the second time from the lists that the index kept
         for got, expected in zip(run("fa4"), want, strict=True):
+            torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3, equal_nan=True)
+
+
+CUDNN_REFUSES = {
+    "causality": ({"d": 64}, {"size": (128, 128)}, {"causal": True}),
+    "head sizes": ({"d": 80}, {"size": (128, 128)}, {}),
+    "units": ({"d": 64}, {}, {}),
+    "skip": ({"d": 64}, {"size": (128, 128)}, {"skip": 0.1}),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("reason", CUDNN_REFUSES)
+def test_cudnn_says_why_not(reason: str) -> None:
+    shape, index, options = CUDNN_REFUSES[reason]
+    launch = prepare(*tensors(**shape), lists(**index), **{"causal": False, **options})
+    assert reason in (cudnn.refusal(launch) or "")
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("options", [{}, {"heads": (3, 0, 2, 1)}, {"heads": (3, 2), "scale": 0.5}])
+def test_cudnn_gets_the_right_lists(options, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+
+    def forward(q, k, v, ids, *, q2k_block_nums, sparse_block_size, softmax_scale, layout, **_):
+        assert layout == "bshd"
+        (batch, n_q, heads, _), n_k, group = q.shape, k.shape[1], q.shape[2] // k.shape[2]
+        seen = torch.zeros(batch, heads, n_q, n_k, dtype=torch.bool)
+        for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in ids.shape[:3])).tolist():
+            rows = slice(i * sparse_block_size, (i + 1) * sparse_block_size)
+            for j in ids[b, h, i, : q2k_block_nums[b, h, i]].tolist():
+                seen[b, h, rows, j * sparse_block_size : (j + 1) * sparse_block_size] = True
+        q, k, v = (t.float().transpose(1, 2) for t in (q, k, v))
+        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+        s = (q @ k.mT * softmax_scale).masked_fill(~seen, -math.inf)
+        out = torch.nan_to_num(s.softmax(-1)) @ v
+        return {"o_tensor": out.half().transpose(1, 2), "lse_tensor": s.logsumexp(-1)}
+
+    monkeypatch.setattr(cudnn, "_package", lambda: forward)
+    q, k, v = tensors(200, 330, d=64)
+    index = lists(200, 330, heads=len(options.get("heads", range(4))), size=(128, 128))
+
+    def run(backend: str) -> tuple[Tensor, Tensor]:
+        out = torch.full((2, 200, 4, 64), math.nan, dtype=q.dtype).transpose(1, 2)
+        lse = torch.full((2, 4, 200), math.nan)
+        attend(q, k, v, index, causal=False, out=out, lse=lse, backend=backend, **options)
+        return out, lse
+
+    want = run("reference")
+    for _ in range(2):  # the second time from the lists that the index kept
+        for got, expected in zip(run("cudnn"), want, strict=True):
             torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3, equal_nan=True)

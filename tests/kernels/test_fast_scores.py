@@ -8,7 +8,7 @@ import pytest
 import torch
 from score_cases import case, close, dense_logits
 
-from accelkit.kernels import scores, select
+from accelkit.kernels import scores, select, select_stats
 from accelkit.kernels.index import BlockIndex
 from accelkit.kernels.positions import groups as kv_groups
 from accelkit.kernels.positions import key_places, visible_blocks
@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
         pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="no interpreter"),
     ]
 
+from accelkit.kernels._triton import nucleus as fast_nucleus
 from accelkit.kernels._triton import scores as fast
 from accelkit.kernels._triton import select as fast_select
 from accelkit.kernels._triton import strided as fast_strided
@@ -88,8 +89,17 @@ def test_strided(name, stride, size, monkeypatch):
     tile = (16, 16, 16, 4, 2)
     for scratch in (2**20, 1):
         monkeypatch.setattr(fast_strided, "SCRATCH_BYTES", scratch)
-        found = fast_strided.strided(call, stride, size, tile)
-        close(found.masked_fill(~visible_blocks(call, size), -INF), expected)
+        close(fast_strided.strided(call, stride, size, tile), expected)
+
+
+@pytest.mark.parametrize("name", ["grouped", "chunk", "some heads"])
+@pytest.mark.parametrize("scratch", [2**20, 1])
+def test_strided_of_int8_cells(name, scratch, monkeypatch):
+    call = case(name, d=32, device=DEVICE)
+    monkeypatch.setattr(fast_strided, "SCRATCH_BYTES", scratch)
+    found = fast_strided.strided(call, 8, SIZE, (16, 16, 32, 4, 2), int8=True)
+    expected = scores.strided(call, 8, SIZE, qk="int8")
+    close(found, expected, atol=2e-3, rtol=2e-2)
 
 
 def test_strided_fits():
@@ -119,7 +129,6 @@ def test_half_inputs():
     columns, _ = fast.probe(call, *probe_rows(call, 24))
     close(columns, scores.probe(call, 24).columns, atol=2e-3, rtol=2e-2)
     found = fast_strided.strided(call, 8, SIZE)
-    found = found.masked_fill(~visible_blocks(call, SIZE), -INF)
     close(found, scores.strided(call, 8, SIZE), atol=2e-3, rtol=2e-2)
 
 
@@ -154,6 +163,42 @@ def test_long_prefix():
     for share in (0.0, 0.77):
         found = fast_select.long_prefix(p, share * total)
         assert torch.equal(found, select.global_top_p(p, share))
+
+
+@pytest.mark.parametrize("share", [0.6, torch.tensor([0.0, 0.3, 1.0])])
+def test_nucleus(share):
+    """What is kept comes on top, what nobody sees never; odd keys have no say."""
+    torch.manual_seed(1)
+    logits = 3 * torch.randn(2, 3, 5, 40, device=DEVICE)
+    logits[..., 30:] = -INF
+    keys, rows = (torch.rand(2, 3, n, device=DEVICE) < 0.1 for n in (40, 5))
+    kept = torch.rand(1, 1, 5, 40, device=DEVICE) < 0.05
+    given = (keys, rows, kept, (16, 16))
+    most = share.to(DEVICE) if isinstance(share, torch.Tensor) else torch.tensor([share]).to(DEVICE)
+    found = fast_nucleus.nucleus(logits, most, *given).to_mask(40)
+    judged = select.probabilities(logits.masked_fill(keys[..., None, :], -INF))
+    expected = select.top_p(judged, share) | keys[..., None, :] | rows[..., None] | kept
+    expected &= logits != -INF
+    assert torch.equal(found, expected)
+    assert torch.equal(select.nucleus(logits.cpu(), share, *(g.cpu() for g in given[:3]), given[3])
+                       .to_mask(40), expected.cpu())  # fmt: skip
+    assert 0.05 < found.float().mean() < 0.9
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("size", [(24, 8), (16, 32), (32, 1)])
+def test_listed_pairs(name, size):
+    call = small(name)
+    nq, nk = call.tiles(size)
+    g = torch.Generator().manual_seed(3)
+    mask = (torch.rand(2, len(call.heads), nq, nk, generator=g) < 0.3).to(DEVICE)
+    pairs = select.pair_counts(call, size)
+    found = fast_select.listed_pairs(BlockIndex.from_mask(mask, size), call)
+    assert torch.equal(found, (mask * pairs).sum(-1))
+    dense = BlockIndex.dense(len(call.heads), nq, size, mask.device)
+    found = fast_select.listed_pairs(dense, call)
+    assert torch.equal(found, pairs.sum(-1).expand(1, len(call.heads), nq))
+    assert int(found[0, 0].sum()) == select_stats._visible_pairs(call)
 
 
 @pytest.mark.parametrize("n", [5, 40])

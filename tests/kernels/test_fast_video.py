@@ -19,7 +19,9 @@ if not torch.cuda.is_available():
     ]
 
 from accelkit.kernels._triton import permute as fast_permute
+from accelkit.kernels._triton import pyramid as fast_pyramid
 from accelkit.kernels._triton import scores as fast
+from accelkit.kernels._triton import select as fast_select
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -35,6 +37,34 @@ def twins(monkeypatch: pytest.MonkeyPatch):
 def rows(batch: int, heads: int, n: int, d: int) -> torch.Tensor:
     """Tokens as projections leave them: heads beside one another."""
     return torch.randn(batch, n, heads, d, device=DEVICE).transpose(1, 2)
+
+
+def test_means_of_runs():
+    """Runs of 70, 3 and 12 tokens behind five that belong to none."""
+    x = rows(2, 3, 93, 24)
+    begin = torch.tensor([5, 75, 78, 90], dtype=torch.int32, device=DEVICE)
+    expected = torch.stack([x[:, :, a:b].mean(2) for a, b in ((5, 75), (75, 78), (78, 90))], 2)
+    for found in (scores.pool_runs(x, begin), fast.pool(x, 64, None, begin=begin)):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("of", [2, 8])
+def test_means_of_neighbours(of: int):
+    """Tokens behind the last whole mean are left out."""
+    x = rows(2, 3, 91, 24)
+    expected = x[:, :, : 91 // of * of].unflatten(2, (-1, of)).mean(3)
+    torch.testing.assert_close(fast_pyramid.means(x, of), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_prefix_of_all_rows_of_a_head():
+    """Beyond one chunk, with ties across chunks and entries that nobody may take."""
+    x = (torch.rand(1, 2, 1, 9_000, device=DEVICE) * 50).floor() / 50
+    x[..., ::7] = -float("inf")
+    for share in (0.3, 0.9):
+        mass = share * x.clamp(min=0).sum(-1, keepdim=True)
+        found = fast_select.long_prefix(x, mass)
+        assert torch.equal(found, select.global_prefix(x, mass))
+        assert found.any()
 
 
 @pytest.mark.parametrize("shared", [True, False])

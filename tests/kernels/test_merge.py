@@ -42,15 +42,19 @@ def test_empty_pieces_take_no_part_whatever_they_hold() -> None:
 
 
 @pytest.mark.interpreter
-def test_triton_pair_agrees() -> None:
-    from accelkit.kernels._triton.merge import merge_pair
+@pytest.mark.parametrize("pieces", [2, 3, 4])
+def test_triton_agrees(pieces) -> None:
+    from accelkit.kernels._triton.merge import merge_some
 
-    (first, second), _ = split_call(2)
+    (first, *others), _ = split_call(pieces)
     first.lse[:, :, :50] = -math.inf
     first.out[:, :, :50] = math.nan
-    second.lse[:, :, 40:60] = -math.inf
-    strided = Partial(second.out.transpose(1, 2).contiguous().transpose(1, 2), second.lse)
-    got, want = merge_pair(first, strided, torch.float32), merge([first, second])
+    for part in others:
+        part.lse[:, :, 40:60] = -math.inf
+    last = others[-1]
+    strided = Partial(last.out.transpose(1, 2).contiguous().transpose(1, 2), last.lse)
+    got = merge_some([first, *others[:-1], strided], torch.float32)
+    want = merge([first, *others])
     torch.testing.assert_close(got.out, want.out, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got.lse, want.lse, atol=1e-5, rtol=1e-5)
 

@@ -9,7 +9,7 @@ import torch
 
 from accelkit.errors import InvalidInputError
 from accelkit.kernels import quantize as q8
-from accelkit.kernels.quantize import dequantize, grouped, quantize, reference, ungrouped
+from accelkit.kernels.quantize import Rounding, dequantize, grouped, quantize, reference, ungrouped
 
 
 def operands(smooth: bool = True, qk: str = "int8", pv: str = "fp8", offset: float = 0.0, **change):
@@ -35,7 +35,7 @@ def operands(smooth: bool = True, qk: str = "int8", pv: str = "fp8", offset: flo
 @pytest.mark.parametrize("qk", ["int8", "fp8"])
 def test_rounding_stays_within_half_a_step(qk) -> None:
     (q, k, v), options = operands(qk=qk)
-    ops = quantize(q, k, v, **options)
+    ops = quantize(q, k, v, Rounding(**options))
     got_q, got_k, got_v = dequantize(ops)
     want_q, want_v = q[:, [3, 0, 1]].float(), v.float() - ops.v_mean[:, :, None]
     want_k = k.float() - k.float().mean(2, keepdim=True)
@@ -56,7 +56,7 @@ def test_rounding_stays_within_half_a_step(qk) -> None:
 
 def test_scales_reach_the_greatest_value() -> None:
     (q, k, v), options = operands(smooth=False)
-    ops = quantize(q, k, v, **options)
+    ops = quantize(q, k, v, Rounding(**options))
     assert (ops.q.abs().amax(-1) == 127).all()
     last = ops.k[:, :, 64:].abs().amax((-1, -2))  # the ragged block has a scale of its own
     assert (last == 127).all()
@@ -65,14 +65,15 @@ def test_scales_reach_the_greatest_value() -> None:
 def test_smoothing_saves_the_bits_of_an_offset() -> None:
     (q, k, v), options = operands(offset=30.0)
     with_mean, without = (
-        dequantize(quantize(q, k, v, **options | {"smooth_k": s}))[1] for s in (True, False)
+        dequantize(quantize(q, k, v, Rounding(**options | {"smooth_k": s})))[1]
+        for s in (True, False)
     )
     centred = k.float() - k.float().mean(2, keepdim=True)
     error = (with_mean - centred).norm() / centred.norm()
     plain = (without - k.float()).norm() / centred.norm()
     assert error < 0.012
     assert plain > 10 * error
-    ops = quantize(q, k, v, **options)
+    ops = quantize(q, k, v, Rounding(**options))
     mean = k.float().mean(2)[:, [1, 0, 0]]
     want = torch.einsum("bhnd,bhd->bhn", q[:, [3, 0, 1]].float(), mean) * 0.125
     torch.testing.assert_close(ops.shift, want, atol=1e-4, rtol=1e-5)
@@ -86,17 +87,17 @@ def test_token_order_of_values() -> None:
 
 def test_zeros_stay_zeros() -> None:
     (q, k, v), options = operands()
-    ops = quantize(q * 0, k * 0, v * 0, **options)
+    ops = quantize(q * 0, k * 0, v * 0, Rounding(**options))
     assert all(not t.any() for t in dequantize(ops))
     assert ops.q_scale.isfinite().all()
 
 
 def test_wrong_formats_are_named() -> None:
-    (q, k, v), options = operands()
+    _, options = operands()
     with pytest.raises(InvalidInputError, match="int4"):
-        quantize(q, k, v, **options | {"qk": "int4"})
+        Rounding(**options | {"qk": "int4"})
     with pytest.raises(InvalidInputError, match="multiple of 16"):
-        quantize(q, k, v, **options | {"block": 24})
+        Rounding(**options | {"block": 24})
 
 
 @pytest.mark.interpreter
@@ -106,7 +107,7 @@ def test_triton_against_torch(qk, pv, smooth) -> None:
     from accelkit.kernels._triton.quantize import quantize as fast
 
     (q, k, v), options = operands(smooth, qk, pv, offset=3.0)
-    got, want = fast(q, k, v, *options.values()), reference(q, k, v, *options.values())
+    got, want = (f(q, k, v, Rounding(**options)) for f in (fast, reference))
     for name in ("q_scale", "k_scale", "shift", "v_scale", "v_mean"):
         one, two = getattr(got, name), getattr(want, name)
         assert (one is None) == (two is None), name

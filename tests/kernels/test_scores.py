@@ -180,6 +180,17 @@ def test_strided_in_small_chunks(monkeypatch):
     close(scores.rows_by_block_mean(call, SIZE), whole[1])
     with pytest.raises(InvalidInputError, match="divide"):
         scores.strided(call, 12, SIZE)
+    with pytest.raises(InvalidInputError, match="int4"):
+        scores.strided(call, 8, SIZE, "int4")
+
+
+@pytest.mark.parametrize("name", ["grouped", "left padding", "permuted keys"])
+def test_strided_of_int8_cells_is_near(name):
+    call = case(name)
+    exact, found = scores.strided(call, 8, SIZE), scores.strided(call, 8, SIZE, "int8")
+    seen = exact != -INF
+    assert torch.equal(seen, found != -INF)
+    assert 0 < (found - exact)[seen].abs().sum() < 0.01 * exact[seen].sum()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,8 @@ from pathlib import Path
 import planted
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_cases import tiny_model
+from transformers import LlamaForCausalLM
 
 import accelkit
 from accelkit.kernels import BlockIndex
@@ -264,18 +265,7 @@ def test_finds_what_was_planted(name: str, request: pytest.FixtureRequest):
 
 @pytest.fixture(scope="module")
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=128,
-        max_position_embeddings=4096,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import hand
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_cases import tiny_model
 
 import accelkit
 from accelkit.patches.methods.kascade import Kascade
@@ -52,17 +52,7 @@ def test_a_dense_first_layer_serves_the_second():
     """Layer 0 runs dense and hands its lists through a head map to layer 1, which computes none.
     With all keys listed that is the dense model.
     """
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=128,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny_model()
     ids = torch.randint(3, 128, (1, 300))
     dense = model(ids).logits
     for share, close in ((1.0, True), (0.1, False)):

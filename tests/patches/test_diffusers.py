@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import pytest
 import torch
 from torch.nn import functional
@@ -16,18 +14,11 @@ from accelkit.patches.method import load
 from accelkit.patches.patch import from_pretrained, handle_of, plan_of, save_pretrained
 from accelkit.patches.plan import Policy
 from tests.patches.conftest import attributes
-from tests.tiny_pipes import PIPES, latents, tiny_pipe
+from tests.tiny_pipes import NARROW, PIPES, Near, latents, tiny_pipe
 
 pytestmark = pytest.mark.filterwarnings("error::accelkit.errors.DenseFallbackWarning")
 
 
-class Near(load("window")):  # type: ignore[misc]
-    """A window on both sides, in denoising."""
-
-    phases: ClassVar = ("denoise",)
-
-
-NARROW = Near(sink_tokens=16, window_tokens=17, block=16)
 WIDE = Near(sink_tokens=10_000, window_tokens=17, block=16)  # every block, on the sparse path
 VIDEO = ("video", 0, 192)
 # Family: kinds of its sites in running order, spans and grid of the first, branches of a step.
@@ -46,6 +37,9 @@ EXPECTED = {
     "ltx": ("ss", [("video", 0, 768)], (3, 16, 16), ("cond_uncond",)),
     "mochi": ("jj", [VIDEO, ("text", 192, 193)], (3, 8, 8), ("cond_uncond",)),
     "cosmos": ("ss", [VIDEO], (3, 8, 8), ("cond", "uncond")),
+    "cosmos2": ("ss", [VIDEO], (3, 8, 8), ("cond", "uncond")),
+    "cosmos2_image": ("ss", [("image", 0, 64)], (1, 8, 8), ("cond", "uncond")),
+    "cosmos25": ("ss", [VIDEO], (3, 8, 8), ("cond", "uncond")),
     "flux": ("jjj", [("text", 0, 12), ("image", 12, 140)], (1, 16, 8), ("cond",)),
     "qwen_image": (
         "jj",

@@ -15,10 +15,10 @@ from accelkit.errors import PlanTransferWarning
 from accelkit.kernels.index import BlockIndex
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
-from accelkit.patches.method import AttentionMethod, Order, load
+from accelkit.patches.method import AttentionMethod, Order
 from accelkit.patches.patch import plan_of
 from accelkit.patches.plan import LayerPlan, Limits, Plan, Policy, Reuse, Rule, Schedule
-from tests.tiny_pipes import latents, tiny_pipe
+from tests.tiny_pipes import NARROW, latents, tiny_pipe
 
 SITE = "transformer.blocks.0.attn1"
 ASKED: list[tuple[int, str]] = []
@@ -46,12 +46,6 @@ class Chosen(AttentionMethod):
         scores = q[:, list(call.heads)] @ k[:, call.kv_of_head].transpose(2, 3)
         keep = scores >= scores.topk(scores.shape[-1] // 3, -1).values[..., -1:]
         return BlockIndex.from_mask(keep, (16, 16))
-
-
-class Near(load("window")):  # type: ignore[misc]
-    """A static window on both sides, in denoising."""
-
-    phases: ClassVar = ("denoise",)
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +252,7 @@ def test_another_grid_is_told_once():
 def test_static_lists_of_old_geometries_make_room(monkeypatch):
     monkeypatch.setattr(accelkit.patches.state, "GEOMETRIES", 2)
     pipe = tiny_pipe("wan")
-    with accelkit.patch(pipe, Near(sink_tokens=16, window_tokens=17, block=16)) as handle:
+    with accelkit.patch(pipe, NARROW) as handle:
         for height in (128, 64, 192, 64):
             latents(pipe, "wan", steps=1, height=height)
         grids = [shape[-1].grid for shape in handle.state.answers]

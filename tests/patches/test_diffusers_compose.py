@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar
+from functools import partial
 
 import diffusers
 import pytest
@@ -24,23 +28,13 @@ from accelkit.errors import (
     ParallelNotSupportedError,
     UnsupportedModelError,
 )
-from accelkit.patches.adapters import sites, watch
+from accelkit.patches.adapters import sdpa, sites, watch
 from accelkit.patches.adapters.processors import keep_padding
-from accelkit.patches.method import load
 from accelkit.patches.patch import plan_of
 from tests.patches.conftest import attributes
-from tests.tiny_pipes import latents, tiny_pipe
+from tests.tiny_pipes import NARROW, latents, tiny_pipe
 
 pytestmark = pytest.mark.filterwarnings("error::accelkit.errors.DenseFallbackWarning")
-
-
-class Near(load("window")):  # type: ignore[misc]
-    """A window on both sides, in denoising."""
-
-    phases: ClassVar = ("denoise",)
-
-
-NARROW = Near(sink_tokens=16, window_tokens=17, block=16)
 
 
 @pytest.fixture
@@ -281,10 +275,47 @@ def test_two_handles(wan):
     assert functional.scaled_dot_product_attention is original
 
 
+def test_two_threads(wan):
+    """Each has its own open site."""
+    other = tiny_pipe("flux")
+    with accelkit.patch(wan, NARROW), accelkit.patch(other, NARROW) as second:
+        jobs = [partial(latents, wan, "wan", steps=4), partial(latents, other, "flux", steps=6)]
+        expected = [job() for job in jobs]
+        second.reset_report()
+        with ThreadPoolExecutor(2) as pool:
+            found = [f.result() for f in [pool.submit(job) for job in jobs]]
+        assert all(map(torch.equal, found, expected))
+        assert second.report().sparse_calls == 18
+
+
+def test_a_patched_pipeline_goes_when_nobody_needs_it():
+    """And the router with the last of them."""
+    original = functional.scaled_dot_product_attention
+    pipe = tiny_pipe("hunyuan15")  # with a derived processor
+    accelkit.patch(pipe, NARROW)
+    latents(pipe, "hunyuan15", steps=1)
+    seen = [weakref.ref(m) for m in (pipe.transformer, pipe.vae, pipe.text_encoder)]
+    assert functional.scaled_dot_product_attention is not original
+    del pipe
+    gc.collect()
+    assert [r() for r in seen] == [None] * 3
+    assert functional.scaled_dot_product_attention is original
+
+
+def test_a_copied_denoiser_outlives_the_handle(wan):
+    dense, other = latents(wan, "wan"), tiny_pipe("flux")
+    with accelkit.patch(wan, NARROW):
+        copied = copy.deepcopy(wan.transformer)
+    wan.transformer = copied
+    assert torch.equal(latents(wan, "wan"), dense)
+    with accelkit.patch(other, NARROW):  # the router is there again
+        assert torch.equal(latents(wan, "wan"), dense)
+
+
 def test_failing_half_way_leaves_no_trace(wan, monkeypatch):
     before = attributes(wan.transformer)
     router = functional.scaled_dot_product_attention
-    connect = accelkit.patches.adapters.sdpa.connect
+    connect = sdpa.connect
     calls = []
 
     def second_fails(*args):
@@ -293,7 +324,7 @@ def test_failing_half_way_leaves_no_trace(wan, monkeypatch):
             raise RuntimeError("in the middle")
         connect(*args)
 
-    monkeypatch.setattr(accelkit.patches.adapters.sdpa, "connect", second_fails)
+    monkeypatch.setattr(sdpa, "connect", second_fails)
     with pytest.raises(RuntimeError, match="in the middle"):
         accelkit.patch(wan, NARROW)
     assert attributes(wan.transformer) == before
@@ -301,18 +332,25 @@ def test_failing_half_way_leaves_no_trace(wan, monkeypatch):
     assert functional.scaled_dot_product_attention is router
 
 
-def test_an_exception_in_a_forward_closes_the_site(wan, sparse):
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_in_a_forward_closes_the_site(wan, sparse, error):
     """The text encoder, which runs next, must not find it open."""
+
+    def fail(*_):
+        raise error
+
+    def attend_elsewhere(*_):
+        functional.scaled_dot_product_attention(*torch.randn(3, 1, 3, 8, 16))
+
     with accelkit.patch(wan, NARROW) as handle:
-        module = wan.transformer.blocks[0].attn1.to_q
-        hook = module.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        hook = wan.transformer.blocks[0].attn1.to_q.register_forward_pre_hook(fail)
+        with pytest.raises(error):
             latents(wan, "wan")
         hook.remove()
-        q = torch.randn(1, 2, 8, 16)
-        functional.scaled_dot_product_attention(q, q, q)
-        assert handle.report().calls == 0
+        inside = wan.text_encoder.encoder.register_forward_pre_hook(attend_elsewhere)
         assert torch.equal(latents(wan, "wan", steps=3), sparse)
+        inside.remove()
+        assert handle.report().calls == 12
 
 
 def test_positional_timestep_is_refused(wan):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from accelkit.kernels import select
 from accelkit.kernels.index import BlockIndex
 from accelkit.patches.call import Geometry, Span
 from accelkit.patches.parts import bits, coarse, grids, orders, patterns
@@ -210,7 +211,8 @@ def test_all_blocks_in_any_order_are_dense(start: int, tail: int):
         made = orders.shared(call, ids[None].int())
         made = replace(made, whole=len(ids) == where.tokens)
         seen = attention.in_kernel_order(call, made)
-        for index in (patterns.dense(seen, (16, 16)), patterns.causal_all(seen, (16, 16))):
+        listed = patterns.listed(select.visible(seen, (16, 16)), seen, (16, 16))
+        for index in (patterns.dense(seen, (16, 16)), listed):
             found = attention.Answer(seen, (index,), order=made, n_q=call.n_q)
             torch.testing.assert_close(attention.compute(found).out, expected, atol=1e-4, rtol=1e-4)
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, StaticCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import accelkit
 from accelkit.errors import (
@@ -14,6 +21,7 @@ from accelkit.errors import (
     DenseFallbackWarning,
     InvalidInputError,
     NothingPatchedError,
+    ParallelNotSupportedError,
     PlanMismatchError,
     UnsupportedModelError,
 )
@@ -91,6 +99,47 @@ def test_dense_fallback_is_bit_identical(llama, ids, implementation):
         assert torch.equal(llama.generate(ids, attention_mask=mask, **settings), answer)
         assert handle.report().sparse_calls == 0
         assert handle.report().dense["shorter than the minimum length"] > 0
+
+
+def varlen(module, query, key, value, attention_mask, scaling=None, position_ids=None, **kwargs):
+    """As kernels for packed sequences do: positions tell documents apart, and no mask does."""
+    n = query.shape[2]
+    mask = torch.ones(n, n, dtype=torch.bool).tril()
+    if position_ids is not None:
+        document = (position_ids[0] == 0).cumsum(0)
+        mask &= document[:, None] == document
+    out = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "varlen"])
+def test_packed_sequences_stay_apart(llama, ids, implementation, monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "varlen", varlen)
+    monkeypatch.setitem(
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "varlen", flash_attention_mask
+    )
+    llama.set_attn_implementation(implementation)
+    packed = {"position_ids": torch.arange(300)[None] % 150, "use_cache": False}
+    dense = llama(ids[:1], **packed).logits
+    with accelkit.patch(llama, NARROW) as handle:
+        assert torch.equal(llama(ids[:1], **packed).logits, dense)
+        assert handle.report().dense == {"attention mask other than causal": 2}
+        llama(ids[:1], use_cache=False)
+        assert handle.report().sparse_calls == 2
+
+
+def test_over_flex_attention(llama, ids):
+    """Its masks are no tensors."""
+    llama.set_attn_implementation("flex_attention")
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    dense = llama.generate(ids, **settings)
+    with accelkit.patch(llama, WIDE) as handle:
+        assert torch.equal(llama.generate(ids, **settings), dense)
+        assert handle.report().sparse_calls == 2
+        packed = llama(ids[:1], position_ids=torch.arange(300)[None] % 150, use_cache=False).logits
+        assert handle.report().dense == {"decode": 4, "attention mask other than causal": 2}
+    again = llama(ids[:1], position_ids=torch.arange(300)[None] % 150, use_cache=False).logits
+    assert torch.equal(packed, again)
 
 
 def chunked(model, ids, cut, cache):
@@ -249,15 +298,49 @@ def test_names_lead_back_to_the_previous_implementation(before):
     assert _theirs(_ours(before)) == before
 
 
-def test_compile_fullgraph(llama, ids):
-    with accelkit.patch(llama, NARROW) as handle:
-        eager = llama(ids, use_cache=True).logits
-        compiled = torch.compile(llama, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_compile_fullgraph(family, ids):
+    model = tiny(family)
+    with accelkit.patch(model, NARROW) as handle:
+        eager = model(ids, use_cache=True).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(
             compiled(ids, use_cache=True).logits, eager, atol=1e-5, rtol=1e-4
         )
-        assert handle.report().sparse_calls == 4
+        assert handle.report().sparse_calls == 2 * SPARSE_LAYERS.get(family, 2)
     torch._dynamo.reset()
+
+
+def test_compiled_without_a_cache_is_dense_and_told(llama, ids):
+    """There transformers cannot know that sequences are not packed, and masks them as if."""
+    dense = llama(ids, use_cache=False).logits
+    with accelkit.patch(llama, NARROW) as handle:
+        compiled = torch.compile(llama, fullgraph=True, backend="aot_eager")
+        with pytest.warns(DenseFallbackWarning, match="other than causal"):
+            found = compiled(ids, use_cache=False).logits
+        torch.testing.assert_close(found, dense, atol=1e-5, rtol=1e-4)
+        assert handle.report().dense == {"attention mask other than causal": 2}
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_op_keeps_its_contract(llama, ids, padded):
+    mask = ids > 20 if padded else None
+    with accelkit.patch(llama, NARROW):
+        number = llama.model.layers[0].self_attn.accelkit_site
+        q, k, v = (torch.randn(2, 300, h, 16).transpose(1, 2) for h in (4, 2, 2))
+        op = torch.ops.accelkit.attention.default
+        torch.library.opcheck(op, (q, k, v, mask, 0.25, number))
+        assert torch.Tag.cudagraph_unsafe in op.tags, "a replayed graph would not look at the plan"
+
+
+def test_sharded_heads_are_refused(llama, ids):
+    """Under tensor parallelism a module sees some of the heads that its config names."""
+    with accelkit.patch(llama, NARROW):
+        number = llama.model.layers[0].self_attn.accelkit_site
+        q, k, v = (torch.randn(1, h, 300, 16) for h in (2, 1, 1))
+        with pytest.raises(ParallelNotSupportedError, match="2 query heads here, 4 in the config"):
+            torch.ops.accelkit.attention(q, k, v, None, 0.25, number)
 
 
 def test_compiled_model_is_refused(llama):
@@ -273,6 +356,26 @@ def test_patching_twice(llama):
     accelkit.unpatch(llama)
     assert handle_of(llama) is None
     handle.remove()
+
+
+def test_a_patched_model_goes_when_nobody_needs_it(ids):
+    model = tiny("llama")
+    accelkit.patch(model, NARROW)
+    model(ids)
+    seen = [weakref.ref(model), weakref.ref(model.model.layers[0].self_attn)]
+    del model
+    gc.collect()
+    assert [r() for r in seen] == [None, None]
+
+
+def test_copies_outlive_the_handle(llama, ids):
+    dense = llama(ids).logits
+    with accelkit.patch(llama, NARROW) as handle:
+        copies = copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))
+        assert [handle_of(c) for c in copies] == [None, None]
+        assert handle_of(llama) is handle
+    for other in copies:
+        assert torch.equal(other(ids).logits, dense)
 
 
 def test_disabled_block_is_dense(llama, ids):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from accelkit.errors import PlanCorruptError, PlanError, PlanVersionError
+from accelkit.patches import plan_file
 from accelkit.patches.call import Clock
 from accelkit.patches.plan import (
     Component,
@@ -93,7 +96,7 @@ def test_first_matching_rule_wins():
         (
             lambda d: d["policies"][1]["methods"][0].update(windw=3),
             PlanError,
-            r"policies\.1\.methods\.0.*windw",
+            r"policies\.1\.methods\.0: .*unknown field 'windw'; known are: sink_tokens, window_tok",
         ),
         (
             lambda d: d["policies"][1]["methods"].append(d["policies"][1]["methods"][0]),
@@ -107,12 +110,33 @@ def test_first_matching_rule_wins():
             PlanError,
             "head 1: policy 7 does not exist",
         ),
-        (lambda d: d.update(extra=1), PlanError, "extra"),
+        (lambda d: d.update(extra=1), PlanError, "unknown field 'extra'; known are: .*policies"),
+        (
+            lambda d: d["limits"].update(min_lenght=1),
+            PlanError,
+            r"limits: .*unknown field 'min_lenght'; known are: min_length, max_length",
+        ),
+        (
+            lambda d: d["sites"]["model.layers.0.self_attn"]["rules"][0].update(phase="prefil"),
+            PlanError,
+            r"self_attn\.rules\.0\.phase: .*'prefill', 'decode' or 'denoise'",
+        ),
     ],
 )
 def test_damaged_plans_say_where(edit, error, message):
     with pytest.raises(error, match=message):
         Plan.from_json(damaged(edit))
+
+
+def test_older_schemas_are_migrated(monkeypatch):
+    """Step by step, from the version that the file has."""
+    monkeypatch.setattr(plan_file, "SCHEMA_VERSION", SCHEMA_VERSION + 2)
+    renamed = lambda data: data | {"limits": {"min_length": data["limits"]["least"]}}  # noqa: E731
+    steps = {SCHEMA_VERSION: dict, SCHEMA_VERSION + 1: renamed}
+    monkeypatch.setattr(plan_file, "MIGRATIONS", steps)
+    plan = Plan.from_json(damaged(lambda d: d.update(limits={"least": 7})))
+    assert plan.limits.min_length == 7
+    assert plan.schema_version == SCHEMA_VERSION + 2
 
 
 def test_not_json():
@@ -138,6 +162,35 @@ def test_tables_travel_with_their_hash(tmp_path):
     (tmp_path / TABLES_FILE).unlink()
     with pytest.raises(PlanCorruptError, match="missing"):
         Plan.from_pretrained(tmp_path)
+
+
+def test_up_to_the_hub_and_back(tmp_path, monkeypatch):
+    """A hub that is a folder: the plan with its side tensors, by repository and revision."""
+    hub = tmp_path / "hub"
+
+    class Api:
+        def __init__(self, token=None):
+            assert token == "secret"
+
+        def create_repo(self, repo_id, private, exist_ok):
+            (hub / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+
+        def upload_folder(self, repo_id, folder_path, commit_message, create_pr):
+            shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
+            return "commit"
+
+    def download(repo, file, subfolder, revision, **_):
+        assert revision == "v2"
+        return str(hub / repo / file)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    tables = {"model.layers.0.self_attn/1/coverage": torch.tensor([0.5, 0.75, 0.9, 1.0])}
+    plan = make().with_tables(tables)
+    assert plan.push_to_hub("someone/plan", token="secret") == "commit"
+    again = Plan.from_pretrained("someone/plan", revision="v2")
+    assert again.sites == plan.sites
+    assert torch.equal(*again.tables.values(), *tables.values())
 
 
 def test_full_disk_keeps_the_old_plan(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accelkit.kernels._extern import common
 from accelkit.kernels.index import ceil_div
 from accelkit.kernels.launch import Launch
 
@@ -32,83 +33,36 @@ def missing() -> str | None:
 
 def refusal(launch: Launch) -> str | None:
     """Why this backend cannot serve a launch, or None."""
-    return missing() or _device(launch.q.device) or _tensors(launch) or _options(launch)
+    return (
+        missing()
+        or common.device_refusal(launch.q.device)
+        or common.tensors_refusal(launch)
+        or _shapes(launch)
+        or common.options_refusal(launch)
+    )
 
 
-def _device(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"it needs a CUDA device and the tensors are on {device}"
-    if (found := torch.cuda.get_device_capability(device)) != (9, 0):
-        return f"it is tried on sm_90 only and this device is sm_{found[0]}{found[1]}"
-    return None
-
-
-def _tensors(launch: Launch) -> str | None:
-    q, k, v, out = launch.q, launch.k, launch.v, launch.out
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {q.dtype} is neither fp16 nor bf16"
-    if out.dtype != q.dtype:
-        return f"the output is {out.dtype} and the inputs are {q.dtype}"
+def _shapes(launch: Launch) -> str | None:
+    q, v, (bq, bk) = launch.q, launch.v, launch.index.size
     if any(n > 128 or n % 8 for n in (q.shape[3], v.shape[3])):
         return f"head sizes {q.shape[3]} and {v.shape[3]} are not multiples of 8 up to 128"
-    if launch.n_k == 0:
-        return "there are no keys"
-    for name, t in (("q", q), ("k", k), ("v", v), ("out", out)):
-        if t.stride(-1) != 1 or any(s % 8 for s in t.stride()[:-1]) or t.data_ptr() % 16:
-            return f"{name} does not lie at 16-byte steps"
-    if launch.lse.stride(-1) != 1:
-        return "the LSE is strided along the tokens"
-    return None
-
-
-def _options(launch: Launch) -> str | None:
-    bq, bk = launch.index.size
-    if launch.qk != "native":
-        return "it multiplies in the inputs' own precision"
     if bq % 64 or bk not in (64, 128):
         return f"units of {bq} × {bk} tokens are not multiples of 64 × (64 or 128)"
-    if launch.q_pos is not None or launch.k_pos is not None:
-        return "rows or keys have positions of their own, or padding"
-    for name in ("rows", "skip"):
-        if getattr(launch, name) is not None:
-            return f"it has no {name}"
-    if isinstance(launch.bias, Tensor):
-        return "it has no bias for each key"
-    if launch.scale <= 0:
-        return f"the scale {launch.scale} is not positive"
     if launch.causal and launch.q_start != launch.n_k - launch.n_q:
         return "the last query is not at the last key"
-    if not launch.head_ids:
-        return "the KV heads of the query heads are not known without reading the device"
-    heads, (first, end) = launch.head_ids, _span(launch)
-    if sorted(heads) != list(range(first, end)):
-        return "the heads are not whole groups that follow one another"
-    if launch.out_heads is not launch.q_heads and list(heads) != sorted(heads):
-        return "the output has another order than the heads"
     return None
-
-
-def _span(launch: Launch) -> tuple[int, int]:
-    """Query heads from the first to the last group that takes part."""
-    group, heads = launch.q.shape[1] // launch.k.shape[1], launch.head_ids or ()
-    return min(heads) // group * group, (max(heads) // group + 1) * group
 
 
 def block_sparse(launch: Launch) -> None:
     """Write `launch.out` and `launch.lse`."""
     forward, lists = _package()
-    first, end = _span(launch)
-    group = launch.q.shape[1] // launch.k.shape[1]
-    mine, theirs = slice(first, end), slice(first // group, end // group)
-    out, lse = launch.out, launch.lse
-    if out.shape[1] == launch.q.shape[1]:  # given for all heads
-        out, lse = out[:, mine], lse[:, mine]
+    q, k, v, out, lse = common.parts(launch)
     masked, masked_blocks, clean, clean_blocks = _lists(launch)
     with torch.cuda.device_of(launch.q):
         forward(
-            launch.q[:, mine].detach().transpose(1, 2),
-            launch.k[:, theirs].detach().transpose(1, 2),
-            launch.v[:, theirs].detach().transpose(1, 2),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             softmax_scale=launch.scale,
             mask_mod=_causal() if launch.causal else None,
             block_sparse_tensors=lists(

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from accelkit.kernels._triton.lower import FIELDS, Work, lower
+from accelkit.kernels._triton.listed import key0, masked, opened, tables, weighed
+from accelkit.kernels._triton.lower import Work, lower
 from accelkit.kernels._triton.tile import (
     LOG2E,
     Tile,
@@ -22,14 +23,11 @@ from accelkit.kernels._triton.tile import (
     common_refusal,
     describable,
     finish,
-    hide,
     next_power_of_two,
-    one_masked,
     power_of_two_part,
     precision,
     query_tile,
     row_limits,
-    table,
 )
 from accelkit.kernels._triton.tuned import shared_memory, tuned
 from accelkit.kernels.launch import Launch
@@ -71,13 +69,6 @@ def _bits(p, like: tl.constexpr):
     return bits
 
 
-@triton.jit
-def _key0(LISTS, at, tile, BK: tl.constexpr, BN: tl.constexpr):
-    """First key of the tile-th tile of a list; an entry has BK // BN tiles."""
-    R: tl.constexpr = BK // BN
-    return tl.load(LISTS + at + tile // R) * BK + (tile % R) * BN
-
-
 @triton.jit(do_not_specialize=["n_q", "n_k", "q_start", "capacity"])
 def _block_sparse(
     Q, K, V, OUT, LSE, LISTS, ITEMS, Q_HEADS, KV_HEADS, OUT_HEADS, Q_POS, K_POS, BIAS, SKIP,
@@ -90,24 +81,14 @@ def _block_sparse(
     EXTRA_MASKED: tl.constexpr, HAS_SKIP: tl.constexpr, TMA: tl.constexpr, PREC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    item = ITEMS + (pid // PER_ROW).to(tl.int64) * FIELDS
-    row, first, b, slot = (
-        tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
-    )  # fmt: skip
+    b, slot, m0, rows, keep, at, n_masked, n = opened(ITEMS, n_q, capacity, BQ, BK, BM, BN, PER_ROW)
     hq, hk, ho = tl.load(Q_HEADS + slot), tl.load(KV_HEADS + slot), tl.load(OUT_HEADS + slot)
     b64, h64 = b.to(tl.int64), slot.to(tl.int64)
-    m0 = first + (pid % PER_ROW) * BM
-    rows = m0 + tl.arange(0, BM)
-    keep = (rows < n_q) & (rows < first + BQ)
     limit = row_limits(
         Q_POS, b64 * s_qpb + h64 * s_qph, s_qpn, rows, n_q, q_start, CAUSAL, HAS_Q_POS
     )
     kp_at, bias_at = b64 * s_kpb + h64 * s_kph, b64 * s_bb + h64 * s_bh
-    at = row.to(tl.int64) * capacity
     R: tl.constexpr = BK // BN
-    n_masked = tl.load(item + 4) * R
-    n = n_masked + tl.load(item + 5) * R
     cols = tl.arange(0, BN)
 
     q = _rows_at(Q, b, hq, m0, n_q, s_qb, s_qh, s_qn, BM, D, BD, TMA)
@@ -118,12 +99,12 @@ def _block_sparse(
     if HAS_SKIP:
         least = tl.load(SKIP + slot) * 1.4426950408889634
         for j in tl.range(0, n, num_stages=STAGES):
-            k0 = _key0(LISTS, at, j, BK, BN)
+            k0 = key0(LISTS, at, j, BK, BN)
             k = _rows_at(K, b, hk, k0, n_k, s_kb, s_kh, s_kn, BN, D, BD, TMA)
             v = _rows_at(V, b, hk, k0, n_k, s_vb, s_vh, s_vn, BN, DV, BDV, TMA)
             s = tl.dot(q, k.T, input_precision=PREC, out_dtype=tl.float32) * factor
-            s = add_bias(s, k0 + cols, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
-            s = hide(s, k0 + cols, limit, K_POS, kp_at, s_kpn, n_k, HAS_K_POS)
+            s = masked(s, k0 + cols, limit, n_k, BIAS, bias_at, s_bn, K_POS, kp_at, s_kpn,
+                       HAS_BIAS, HAS_K_POS)  # fmt: skip
             peak = tl.max(s, 1)
             votes = keep & (peak > -float("inf")) & ((peak - m >= least) | (m <= -1e30))
             if tl.max(votes.to(tl.int32), 0) > 0:
@@ -141,16 +122,12 @@ def _block_sparse(
         lead = tl.maximum(n_masked - 1, 0)
         if EXTRA_MASKED:
             for j in tl.range(0, lead, num_stages=1):
-                k0 = _key0(LISTS, at, j, BK, BN)
+                k0 = key0(LISTS, at, j, BK, BN)
                 k = _rows_at(K, b, hk, k0, n_k, s_kb, s_kh, s_kn, BN, D, BD, TMA)
                 s = tl.dot(q, k.T, input_precision=PREC, out_dtype=tl.float32) * factor
-                s = add_bias(s, k0 + cols, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
-                s = hide(s, k0 + cols, limit, K_POS, kp_at, s_kpn, n_k, HAS_K_POS)
-                m_new = tl.maximum(m, tl.max(s, 1))
-                alpha = tl.exp2(m - m_new)
-                p = tl.exp2(s - m_new[:, None])
-                total = total * alpha + tl.sum(p, 1)
-                m = m_new
+                s = masked(s, k0 + cols, limit, n_k, BIAS, bias_at, s_bn, K_POS, kp_at, s_kpn,
+                           HAS_BIAS, HAS_K_POS)  # fmt: skip
+                p, m, alpha, total = weighed(s, m, total, 0.0)
                 v = _rows_at(V, b, hk, k0, n_k, s_vb, s_vh, s_vn, BN, DV, BDV, TMA)
                 acc = tl.dot(
                     p.to(DTYPE), v, acc * alpha[:, None], input_precision=PREC, out_dtype=tl.float32
@@ -158,17 +135,13 @@ def _block_sparse(
         v0 = tl.load(LISTS + at + lead // R, mask=n > 0, other=0) * BK + (lead % R) * BN
         k = _rows_at(K, b, hk, v0, n_k, s_kb, s_kh, s_kn, BN, D, BD, TMA)
         s = tl.dot(q, k.T, input_precision=PREC, out_dtype=tl.float32) * factor
-        s = add_bias(s, v0 + cols, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
-        s = hide(s, v0 + cols, limit, K_POS, kp_at, s_kpn, n_k, HAS_K_POS)
-        m_new = tl.maximum(m, tl.max(s, 1))
-        alpha = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[:, None])
-        total = total * alpha + tl.sum(p, 1)
+        s = masked(s, v0 + cols, limit, n_k, BIAS, bias_at, s_bn, K_POS, kp_at, s_kpn,
+                   HAS_BIAS, HAS_K_POS)  # fmt: skip
+        p, m, alpha, total = weighed(s, m, total, 0.0)
         acc = acc * alpha[:, None]
-        m = m_new
         carried = _bits(p, DTYPE)
         for j in tl.range(lead + 1, n, num_stages=STAGES):
-            k0 = _key0(LISTS, at, j, BK, BN)
+            k0 = key0(LISTS, at, j, BK, BN)
             k = _rows_at(K, b, hk, k0, n_k, s_kb, s_kh, s_kn, BN, D, BD, TMA)
             v = _rows_at(V, b, hk, v0, n_k, s_vb, s_vh, s_vn, BN, DV, BDV, TMA)
             s = tl.dot(q, k.T, input_precision=PREC, out_dtype=tl.float32)
@@ -177,15 +150,14 @@ def _block_sparse(
             )
             if HAS_BIAS:
                 s = add_bias(s * factor, k0 + cols, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
-                m_new = tl.maximum(m, tl.max(s, 1))
-                p = tl.exp2(s - m_new[:, None])
+                p, m, alpha, total = weighed(s, m, total, 0.0)
             else:
                 m_new = tl.maximum(m, tl.max(s, 1) * factor)
                 p = tl.exp2(s * factor - m_new[:, None])
-            alpha = tl.exp2(m - m_new)
-            total = total * alpha + tl.sum(p, 1)
+                alpha = tl.exp2(m - m_new)
+                total = total * alpha + tl.sum(p, 1)
+                m = m_new
             acc = acc * alpha[:, None]
-            m = m_new
             carried = _bits(p, DTYPE)
             v0 = k0
         v = _rows_at(V, b, hk, v0, n_k, s_vb, s_vh, s_vn, BN, DV, BDV, TMA)
@@ -261,27 +233,18 @@ def run(launch: Launch, work: Work, tile: Tile) -> None:
             TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box])
             for t, box in zip((q, k, v), boxes, strict=True)
         )
-    bias = launch.bias if isinstance(launch.bias, torch.Tensor) else None
-    dummy = work.order
-    q_pos, k_pos, bias_table = (
-        table(launch.q_pos, dummy),
-        table(launch.k_pos, dummy),
-        table(bias, dummy),
-    )
+    pointers, steps, there = tables(launch, tile.bn, work.order)
     _block_sparse[(work.items.shape[0] * tile.per_row,)](
         *tensors, launch.out, launch.lse, work.lists, work.items, launch.q_heads,
-        launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0], bias_table[0],
-        launch.skip if launch.skip is not None else dummy,
+        launch.kv_heads, launch.out_heads, *pointers,
+        launch.skip if launch.skip is not None else work.order,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *launch.out.stride()[:3],
-        *launch.lse.stride(),
-        *q_pos[1:], *k_pos[1:], *bias_table[1:],
+        *launch.lse.stride(), *steps,
         launch.n_q, launch.n_k, launch.q_start, work.capacity,
         launch.scale * LOG2E,
         BQ=bq, BK=bk, BM=tile.bm, BN=tile.bn, PER_ROW=tile.per_row, D=d, DV=dv, BD=bd, BDV=bdv,
-        DTYPE=getattr(tl, str(v.dtype).removeprefix("torch.")), CAUSAL=launch.causal,
-        HAS_Q_POS=launch.q_pos is not None, HAS_K_POS=launch.k_pos is not None, HAS_BIAS=bias is not
-        None,
-        EXTRA_MASKED=not one_masked(launch, tile.bn), HAS_SKIP=launch.skip is not None, TMA=tma,
+        DTYPE=getattr(tl, str(v.dtype).removeprefix("torch.")), **there,
+        HAS_SKIP=launch.skip is not None, TMA=tma,
         PREC=precision(q.dtype), STAGES=tile.stages, num_warps=tile.warps,
         num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from accelkit.kernels._triton.block_sparse import _key0
-from accelkit.kernels._triton.lower import FIELDS, Work, lower
+from accelkit.kernels._triton.listed import key0, masked, opened, tables, weighed
+from accelkit.kernels._triton.lower import Work, lower
 from accelkit.kernels._triton.tile import (
     LN2,
     LOG2E,
@@ -26,14 +26,12 @@ from accelkit.kernels._triton.tile import (
     add_bias,
     common_refusal,
     describable,
-    hide,
-    one_masked,
+    finish,
     query_tile,
     row_limits,
-    table,
 )
 from accelkit.kernels.launch import Launch
-from accelkit.kernels.quantize import Operands, block_of, quantize
+from accelkit.kernels.quantize import Operands, block_of, quantize, rounding_of
 
 
 @triton.jit
@@ -102,22 +100,14 @@ def _eight_bit(
     CAUSAL: tl.constexpr, HAS_Q_POS: tl.constexpr, HAS_K_POS: tl.constexpr, HAS_BIAS: tl.constexpr,
     EXTRA_MASKED: tl.constexpr, SMOOTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    item = ITEMS + (pid // PER_ROW).to(tl.int64) * FIELDS
-    row, first, b, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    b, slot, m0, rows, keep, at, n_masked, n = opened(ITEMS, n_q, capacity, BQ, BK, BM, BN, PER_ROW)
     hk, ho = tl.load(KV_HEADS + slot), tl.load(OUT_HEADS + slot)
     b64, h64 = b.to(tl.int64), slot.to(tl.int64)
-    m0 = first + (pid % PER_ROW) * BM
-    rows = m0 + tl.arange(0, BM)
-    keep = (rows < n_q) & (rows < first + BQ)
     limit = row_limits(
         Q_POS, b64 * s_qpb + h64 * s_qph, s_qpn, rows, n_q, q_start, CAUSAL, HAS_Q_POS
     )
     kp_at, bias_at = b64 * s_kpb + h64 * s_kph, b64 * s_bb + h64 * s_bh
-    at = row.to(tl.int64) * capacity
     R: tl.constexpr = BK // BN
-    n_masked = tl.load(item + 4) * R
-    n = n_masked + tl.load(item + 5) * R
     cols = tl.arange(0, BN)
     limit = tl.where(n > 0, limit, -1)
     FULL: tl.constexpr = 8.0 if PV8 else 0.0
@@ -133,17 +123,13 @@ def _eight_bit(
     lead = tl.maximum(n_masked - 1, 0)
     if EXTRA_MASKED:
         for j in tl.range(0, lead, num_stages=1):
-            k0 = _key0(LISTS, at, j, BK, BN)
+            k0 = key0(LISTS, at, j, BK, BN)
             k = K.load([b, hk, k0, 0]).reshape(BN, D)
             c = by_row * tl.load(scales + k0 // BN)
             s = tl.dot(q, k.T).to(tl.float32) * c[:, None]
-            s = add_bias(s, k0 + cols, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
-            s = hide(s, k0 + cols, limit, K_POS, kp_at, s_kpn, n_k, HAS_K_POS)
-            m_new = tl.maximum(m, tl.max(s, 1))
-            alpha = tl.exp2(m - m_new)
-            p = tl.exp2(s - (m_new - FULL)[:, None])
-            total = total * alpha + tl.sum(p, 1)
-            m = m_new
+            s = masked(s, k0 + cols, limit, n_k, BIAS, bias_at, s_bn, K_POS, kp_at, s_kpn,
+                       HAS_BIAS, HAS_K_POS)  # fmt: skip
+            p, m, alpha, total = weighed(s, m, total, FULL)
             v = _values(V, b, hk, k0, BN, D, PV8)
             if not PV8:
                 acc = acc * alpha[:, None]
@@ -152,18 +138,14 @@ def _eight_bit(
     k = K.load([b, hk, v0, 0]).reshape(BN, D)
     c = by_row * tl.load(scales + v0 // BN)
     s = tl.dot(q, k.T).to(tl.float32) * c[:, None]
-    s = add_bias(s, v0 + cols, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
-    s = hide(s, v0 + cols, limit, K_POS, kp_at, s_kpn, n_k, HAS_K_POS)
-    m_new = tl.maximum(m, tl.max(s, 1))
-    alpha = tl.exp2(m - m_new)
-    p = tl.exp2(s - (m_new - FULL)[:, None])
-    total = total * alpha + tl.sum(p, 1)
-    m = m_new
+    s = masked(s, v0 + cols, limit, n_k, BIAS, bias_at, s_bn, K_POS, kp_at, s_kpn,
+               HAS_BIAS, HAS_K_POS)  # fmt: skip
+    p, m, alpha, total = weighed(s, m, total, FULL)
     if not PV8:
         acc = acc * alpha[:, None]
     carried = _carry(p, PV8, DTYPE, BM, BN)
     for j in tl.range(lead + 1, n, num_stages=STAGES):
-        k0 = _key0(LISTS, at, j, BK, BN)
+        k0 = key0(LISTS, at, j, BK, BN)
         c = by_row * tl.load(scales + k0 // BN)
         k = K.load([b, hk, k0, 0]).reshape(BN, D)
         v = _values(V, b, hk, v0, BN, D, PV8)
@@ -171,14 +153,13 @@ def _eight_bit(
         acc = _add_product(acc, alpha, carried, v, PV8, DTYPE)
         if HAS_BIAS:
             s = add_bias(s * c[:, None], k0 + cols, BIAS, bias_at, s_bn, n_k, HAS_BIAS)
-            m_new = tl.maximum(m, tl.max(s, 1))
-            p = tl.exp2(s - (m_new - FULL)[:, None])
+            p, m, alpha, total = weighed(s, m, total, FULL)
         else:
             m_new = tl.maximum(m, tl.max(s, 1) * c)
             p = tl.exp2(s * c[:, None] - (m_new - FULL)[:, None])
-        alpha = tl.exp2(m - m_new)
-        total = total * alpha + tl.sum(p, 1)
-        m = m_new
+            alpha = tl.exp2(m - m_new)
+            total = total * alpha + tl.sum(p, 1)
+            m = m_new
         if not PV8:
             acc = acc * alpha[:, None]
         carried = _carry(p, PV8, DTYPE, BM, BN)
@@ -186,20 +167,15 @@ def _eight_bit(
     v = _values(V, b, hk, v0, BN, D, PV8)
     acc = _add_product(acc, alpha, carried, v, PV8, DTYPE)
 
-    d = tl.arange(0, D)
-    alive = total > 0.0
-    acc = acc / tl.where(alive, total, 1.0)[:, None]
     if PV8:
-        channel = (b64 * n_kv + hk) * D + d
+        channel = (b64 * n_kv + hk) * D + tl.arange(0, D)
         acc = acc * tl.load(V_SCALE + channel)[None, :]
-        acc += tl.where(alive[:, None], tl.load(V_MEAN + channel)[None, :], 0.0)
-    lse = (m - FULL + tl.log2(tl.where(alive, total, 1.0))) * LN2
+        acc += total[:, None] * tl.load(V_MEAN + channel)[None, :]
+    m -= FULL
     if SMOOTH:
-        lse += tl.load(SHIFT + q_at, mask=rows < n_q, other=0.0)
-    out = OUT + b64 * s_ob + ho.to(tl.int64) * s_oh + rows.to(tl.int64)[:, None] * s_on + d[None, :]
-    tl.store(out, acc.to(OUT.dtype.element_ty), mask=keep[:, None])
-    lse_at = LSE + b64 * s_lb + ho.to(tl.int64) * s_lh + rows.to(tl.int64) * s_ln
-    tl.store(lse_at, tl.where(alive, lse, -float("inf")), mask=keep)
+        m += tl.load(SHIFT + q_at, mask=rows < n_q, other=0.0) / LN2
+    out_at, lse_at = b64 * s_ob + ho.to(tl.int64) * s_oh, b64 * s_lb + ho.to(tl.int64) * s_lh
+    finish(OUT, LSE, out_at, lse_at, s_on, s_ln, rows, keep, m, total, acc, D, D)
 
 
 _TILES = {  # head size → bm, warps, stages; keys of a tile follow from the unit
@@ -241,11 +217,7 @@ def eight_bit(launch: Launch) -> None:
 def operands(launch: Launch) -> Operands:
     """The launch's inputs in 8 bits; a native V as the copy engine can read it."""
     v = launch.v if launch.pv != "native" or describable(launch.v) else launch.v.contiguous()
-    return quantize(
-        launch.q, launch.k, v, qk=launch.qk, pv=launch.pv, smooth_k=launch.smooth_k,
-        block=block_of(launch.index.size[1]), scale=launch.scale, q_heads=launch.q_heads,
-        kv_heads=launch.kv_heads,
-    )  # fmt: skip
+    return quantize(launch.q, launch.k, v, rounding_of(launch))
 
 
 def start(launch: Launch, ops: Operands, work: Work) -> None:
@@ -283,25 +255,17 @@ def run(launch: Launch, ops: Operands, work: Work, tile: Tile) -> None:
     (bq, bk), d, pv8 = launch.index.size, launch.q.shape[3], ops.v_scale is not None
     boxes = ((tile.bm, d), (tile.bn, d), (d, tile.bn) if pv8 else (tile.bn, d))
     tensors = (describe(t, box) for t, box in zip((ops.q, ops.k, ops.v), boxes, strict=True))
-    bias = launch.bias if isinstance(launch.bias, torch.Tensor) else None
-    dummy, some = work.items, ops.q_scale
-    q_pos, k_pos, bias_table = (
-        table(launch.q_pos, dummy),
-        table(launch.k_pos, dummy),
-        table(bias, dummy),
-    )
+    some = ops.q_scale
+    pointers, steps, there = tables(launch, tile.bn, work.items)
     _eight_bit[(work.items.shape[0] * tile.per_row,)](
         *tensors, launch.out, launch.lse, ops.q_scale, ops.k_scale,
         *(some if t is None else t for t in (ops.v_scale, ops.v_mean, ops.shift)),
-        work.lists, work.items, launch.kv_heads, launch.out_heads, q_pos[0], k_pos[0],
-        bias_table[0],
-        *launch.out.stride()[:3], *launch.lse.stride(), *q_pos[1:], *k_pos[1:], *bias_table[1:],
+        work.lists, work.items, launch.kv_heads, launch.out_heads, *pointers,
+        *launch.out.stride()[:3], *launch.lse.stride(), *steps,
         launch.heads, ops.k.shape[1], launch.n_q, launch.n_k,
         ops.k_scale.shape[2], launch.q_start, work.capacity, launch.scale * LOG2E,
         BQ=bq, BK=bk, BM=tile.bm, BN=tile.bn, PER_ROW=tile.per_row, D=d,
-        DTYPE=getattr(tl, str(launch.v.dtype).removeprefix("torch.")), PV8=pv8,
-        CAUSAL=launch.causal, HAS_Q_POS=launch.q_pos is not None,
-        HAS_K_POS=launch.k_pos is not None, HAS_BIAS=bias is not None,
-        EXTRA_MASKED=not one_masked(launch, tile.bn), SMOOTH=ops.shift is not None,
-        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        DTYPE=getattr(tl, str(launch.v.dtype).removeprefix("torch.")), PV8=pv8, **there,
+        SMOOTH=ops.shift is not None, STAGES=tile.stages, num_warps=tile.warps,
+        num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -1,10 +1,14 @@
 """Block-sparse attention forward in 8 bits for Hopper, in warps of different trades.
 
 A producer warp reads the lists and copies Q, K and V tiles into shared memory; two consumer
-warpgroups of 64 query rows each take turns to start the scores of a tile and the product PV of the
-tile before. The softmax of one runs under the products of the other and under its own PV. A program
-stays on its multiprocessor and walks over rows, longest first. Scales, the factor 2⁸ of P and fresh
-accumulators are those of `eight_bit`.
+warpgroups of 64 query rows each multiply them. A softmax runs under the PV of the tile before. It
+starts when the scores are there ("lag"), or, with fp8 QK and 16-bit PV, together with them, the
+groups taking turns: whichever was measured to be faster. A program stays on its multiprocessor and
+walks over rows, longest first. Scales, the factor 2⁸ of P and fresh accumulators are those of
+`eight_bit`.
+
+Int8 scores are added up from the integer that is the float 1.5 · 2²³: the sums, whole numbers below
+2²², are floats without a conversion.
 """
 
 from __future__ import annotations
@@ -15,20 +19,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from accelkit.kernels._triton.gluon_kernel import _barriers, _item, _next
+from accelkit.kernels._triton.gluon_parts import load, normalised
 from accelkit.kernels._triton.lower import Work
 from accelkit.kernels._triton.tile import LOG2E, one_masked
 from accelkit.kernels.launch import Launch
 from accelkit.kernels.quantize import Operands
 
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _ROWS = gl.constexpr(64)
+_MAGIC = gl.constexpr(0x4B400000)
+_MAGIC_VALUE = gl.constexpr(12582912.0)  # the same bits as fp32: 1.5 · 2²³
 
 
 @gluon.jit
@@ -75,19 +80,19 @@ def _produce(
         side = round % 2
         mbarrier.wait(q_empty.index(side), ((round // 2) & 1) ^ 1)
         mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes * 2)
-        _load(q_desc, [b, slot, m0, 0], q_full.index(side), q.index(side * 2))
-        _load(q_desc, [b, slot, m0 + _ROWS, 0], q_full.index(side), q.index(side * 2 + 1))
+        load(q_desc, [b, slot, m0, 0], q_full.index(side), q.index(side * 2))
+        load(q_desc, [b, slot, m0 + _ROWS, 0], q_full.index(side), q.index(side * 2 + 1))
         for j in range((masked + clean) * R):
             k0 = _key0(LISTS, at, j, BK, BN)
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
+            load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             if PV8:
-                _load(v_desc, [b, hk, 0, k0], v_full.index(stage), v.index(stage))
+                load(v_desc, [b, hk, 0, k0], v_full.index(stage), v.index(stage))
             else:
-                _load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
+                load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
             stage, phase = _next(stage, phase, STAGES)
 
 
@@ -134,7 +139,31 @@ def _unpack(bits, DTYPE: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def _scores(mine, k, stage, zero, BN: gl.constexpr, D: gl.constexpr):
     keys = k.index(stage).reshape([BN, D]).permute((1, 0))
-    return warpgroup_mma(mine, keys, zero, use_acc=False, is_async=True)
+    INT: gl.constexpr = zero.dtype == gl.int32
+    return warpgroup_mma(mine, keys, zero, use_acc=INT, is_async=True)
+
+
+@gluon.jit
+def _logits(s, c, INT: gl.constexpr):
+    """Scores of a tile as base-2 logits; `c` is the rows' factor."""
+    s = s.to(gl.float32, bitcast=True)
+    if INT:
+        s -= _MAGIC_VALUE
+    return s * c[:, None]
+
+
+@gluon.jit
+def _softmax(s, c, m, FULL: gl.constexpr, INT: gl.constexpr):
+    """Probabilities and maximum of a wholly visible tile: one multiplication for each score."""
+    s = s.to(gl.float32, bitcast=True)
+    top = gl.max(s, 1)
+    if INT:
+        top -= _MAGIC_VALUE
+    m = gl.maximum(m, top * c)
+    below = m - FULL
+    if INT:
+        below += _MAGIC_VALUE * c
+    return gl.exp2(s * c[:, None] - below[:, None]), m
 
 
 @gluon.jit
@@ -198,7 +227,8 @@ def _consume(
     s_row: gl.constexpr = gl.SliceLayout(1, sl)
     o_row: gl.constexpr = gl.SliceLayout(1, ol)
     stage, phase, turn = 0, 0, 1 - WHO
-    zero = gl.zeros([_ROWS, BN], s_type, sl)
+    LAG: gl.constexpr = PV8 or INT
+    zero = gl.full([_ROWS, BN], _MAGIC if INT else 0, s_type, sl)
     none = gl.zeros([_ROWS, D], gl.float32, ol)
     for round in range(_rounds(n_items)):
         row, m0, b, slot, masked, clean = _item(
@@ -233,10 +263,10 @@ def _consume(
                     s = _scores(mine, k, stage, zero, BN, D)
                     s = warpgroup_mma_wait(0, deps=[s])
                     mbarrier.arrive(k_empty.index(stage))
-                    s = _hide(s.to(gl.float32) * c[:, None], k0, limit, n_k, BN, sl)
-                    m_new = gl.maximum(m, gl.max(s, 1))
+                    x = _hide(_logits(s, c, INT), k0, limit, n_k, BN, sl)
+                    m_new = gl.maximum(m, gl.max(x, 1))
                     alpha = gl.exp2(m - m_new)
-                    p = gl.exp2(s - (m_new - FULL)[:, None])
+                    p = gl.exp2(x - (m_new - FULL)[:, None])
                     total = _scaled(total, alpha) + _sums(p, BN)
                     m = m_new
                     mbarrier.wait(v_full.index(stage), phase)
@@ -254,39 +284,50 @@ def _consume(
             s = _scores(mine, k, stage, zero, BN, D)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(stage))
-            s = _hide(s.to(gl.float32) * c[:, None], k0, limit, n_k, BN, sl)
-            m_new = gl.maximum(m, gl.max(s, 1))
+            x = _hide(_logits(s, c, INT), k0, limit, n_k, BN, sl)
+            m_new = gl.maximum(m, gl.max(x, 1))
             alpha = gl.exp2(m - m_new)
-            p = gl.exp2(s - (m_new - FULL)[:, None])
+            p = gl.exp2(x - (m_new - FULL)[:, None])
             total = _scaled(total, alpha) + _sums(p, BN)
             m = m_new
             packed = _pack(p, BN, v.dtype)
+            # Where a tile lies is read two tiles early, its scale one.
             k0 = _key0(LISTS, at, gl.minimum(lead + 1, n - 1), BK, BN)
+            scale = gl.load(scales + k0 // BN)
+            k0 = _key0(LISTS, at, gl.minimum(lead + 2, n - 1), BK, BN)
             for j in range(lead + 1, n):
                 v_stage, v_phase = stage, phase
                 stage, phase = _next(stage, phase, STAGES)
-                c = by_row * gl.load(scales + k0 // BN)
-                k0 = _key0(LISTS, at, gl.minimum(j + 1, n - 1), BK, BN)
+                c = by_row * scale
                 before = gl.convert_layout(alpha, o_row)
                 base = none if PV8 else acc * before[:, None]
                 mbarrier.wait(k_full.index(stage), phase)
-                mbarrier.wait(v_full.index(v_stage), v_phase)
-                mbarrier.wait(turns.index(WHO), turn)
+                if not LAG:
+                    mbarrier.wait(v_full.index(v_stage), v_phase)
+                    mbarrier.wait(turns.index(WHO), turn)
                 s = _scores(mine, k, stage, zero, BN, D)
-                pv = _product(packed, v, v_stage, base, BN, D, pl)
-                mbarrier.arrive(turns.index(1 - WHO))
-                turn ^= 1
-                s = warpgroup_mma_wait(1, deps=[s])
-                s = s.to(gl.float32)
-                m_new = gl.maximum(m, gl.max(s, 1) * c)
-                p = gl.exp2(s * c[:, None] - (m_new - FULL)[:, None])
+                if not LAG:
+                    pv = _product(packed, v, v_stage, base, BN, D, pl)
+                    mbarrier.arrive(turns.index(1 - WHO))
+                    turn ^= 1
+                scale = gl.load(scales + k0 // BN)
+                k0 = _key0(LISTS, at, gl.minimum(j + 2, n - 1), BK, BN)
+                if LAG:
+                    s = warpgroup_mma_wait(0, deps=[s])
+                    mbarrier.arrive(k_empty.index(stage))
+                    mbarrier.wait(v_full.index(v_stage), v_phase)
+                    pv = _product(packed, v, v_stage, base, BN, D, pl)
+                else:
+                    s = warpgroup_mma_wait(1, deps=[s])
+                p, m_new = _softmax(s, c, m, FULL, INT)
                 alpha = gl.exp2(m - m_new)
                 total = _scaled(total, alpha) + _sums(p, BN)
                 m = m_new
                 following = _pack(p, BN, v.dtype)
                 total = _in_order(total)
                 pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-                mbarrier.arrive(k_empty.index(stage))
+                if not LAG:
+                    mbarrier.arrive(k_empty.index(stage))
                 mbarrier.arrive(v_empty.index(v_stage))
                 acc = _added(acc, before, pv, PV8)
                 packed = following
@@ -300,21 +341,17 @@ def _consume(
             stage, phase = _next(stage, phase, STAGES)
         mbarrier.arrive(q_empty.index(side))
         total = gl.convert_layout(gl.sum(total, 1), s_row)
-        alive = total > 0.0
-        safe = gl.where(alive, total, 1.0)
-        lse = (m - FULL + gl.log2(safe)) * 0.6931471805599453
+        m -= FULL
         if SMOOTH:
-            lse += gl.load(SHIFT + q_at + rows, mask=rows < n_q, other=0.0)
-        lse_at = LSE + b64 * s_lb + ho.to(gl.int64) * s_lh + rows.to(gl.int64) * s_ln
-        gl.store(lse_at, gl.where(alive, lse, -float("inf")), mask=rows < n_q)
-        acc = acc * gl.convert_layout(1.0 / safe, o_row)[:, None]
+            m += gl.load(SHIFT + q_at + rows, mask=rows < n_q, other=0.0) * 1.4426950408889634
         o_rows = m0 + WHO * _ROWS + gl.arange(0, _ROWS, layout=o_row)
         d = gl.arange(0, D, layout=gl.SliceLayout(0, ol))
         if PV8:
             channel = (b64 * n_kv + hk) * D + d
-            mean = gl.load(V_MEAN + channel)[None, :]
-            lives = gl.convert_layout(total, o_row)[:, None] > 0.0
-            acc = acc * gl.load(V_SCALE + channel)[None, :] + gl.where(lives, mean, 0.0)
+            mass = gl.convert_layout(total, o_row)[:, None]
+            acc = acc * gl.load(V_SCALE + channel)[None, :]
+            acc += mass * gl.load(V_MEAN + channel)[None, :]
+        acc = normalised(acc, LSE, s_lb, s_lh, s_ln, b, ho, rows, n_q, m, total)
         place = OUT + b64 * s_ob + ho.to(gl.int64) * s_oh + o_rows.to(gl.int64)[:, None] * s_on
         gl.store(place + d[None, :], acc.to(OUT.dtype.element_ty), mask=(o_rows < n_q)[:, None])
 

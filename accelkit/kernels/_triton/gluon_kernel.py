@@ -18,12 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from accelkit.kernels._triton.gluon_parts import load, normalised
 from accelkit.kernels._triton.lower import FIELDS
 
 TICKETS = gl.constexpr(4)
 """Items that the producer may have announced and the consumers not taken."""
 
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_load = load
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
@@ -50,10 +51,10 @@ def _announce(tickets, full, empty, number, place):
 
 
 @gluon.jit
-def _announced(tickets, full, empty, number):
+def _announced(tickets, full, empty, number, WARPS: gl.constexpr):
     """The item that the producer's number-th announcement names."""
     at = number % TICKETS
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     mbarrier.wait(full.index(at), (number // TICKETS) & 1)
     place = gl.max(tickets.index(at).load(one), 0)
     mbarrier.arrive(empty.index(at))
@@ -123,7 +124,8 @@ def _produce(
                     other=0,
                 )  # fmt: skip
                 later_place = 2 * width + gl.atomic_add(COUNTER, 1, sem="relaxed")
-                _announce(tickets, ticket_full, ticket_empty, round + 1, later_place)
+        # Not before the row's copies are under way: the counter's answer takes its time.
+        _announce(tickets, ticket_full, ticket_empty, round + 1, later_place)
         place, next_place, round = next_place, later_place, round + 1
         row, q_row, b, hq, hk, block = next_row, next_q_row, next_b, next_hq, next_hk, next_block
         masked, clean = next_masked, next_clean
@@ -173,7 +175,7 @@ def _products(
     if MODE == "turns":
         acc = warpgroup_mma(p, _flat(v_tile, BN, DV), acc, is_async=True)
         mbarrier.arrive(next_turn)
-        s, acc = warpgroup_mma_wait(0, deps=[s, acc])
+        s, acc, p = warpgroup_mma_wait(0, deps=[s, acc, p])
         mbarrier.arrive(k_empty, pred=k_there)
         mbarrier.arrive(v_empty)
     else:
@@ -184,10 +186,10 @@ def _products(
 
 
 @gluon.jit
-def _finished(acc, v_empty, MODE: gl.constexpr):
-    """The second product, done."""
+def _finished(p, acc, v_empty, MODE: gl.constexpr):
+    """The second product, done; until then it reads the registers of p."""
     if MODE == "lag":
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         mbarrier.arrive(v_empty)
     return acc
 
@@ -213,13 +215,7 @@ def _finish(
     ROWS: gl.constexpr, BDV: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Normalise and store a row; the copy to global memory may still read `staged` afterwards."""
-    ol: gl.constexpr = acc.type.layout
-    alive = total > 0.0
-    safe = gl.where(alive, total, 1.0)
-    lse = gl.where(alive, (m + gl.log2(safe)) * 0.6931471805599453, -float("inf"))
-    at = LSE + b.to(gl.int64) * s_lb + ho.to(gl.int64) * s_lh + rows.to(gl.int64) * s_ln
-    gl.store(at, lse, mask=rows < n_q)
-    acc = acc * gl.convert_layout(1.0 / safe, gl.SliceLayout(1, ol))[:, None]
+    acc = normalised(acc, LSE, s_lb, s_lh, s_ln, b, ho, rows, n_q, m, total)
     tma.store_wait(0)
     _sync()
     _flat(staged, ROWS, BDV).store(acc.to(dtype))
@@ -263,7 +259,7 @@ def _consume(
     limit = _limits(q_row + lane, masked + clean, n_k, q_start, CAUSAL)
     p16, m, total = _begin(s, block, limit, masked, clean, factor, BK, dtype, sl, pl)
     while place < n_items:
-        place = _announced(tickets, ticket_full, ticket_empty, round)
+        place = _announced(tickets, ticket_full, ticket_empty, round, 4)
         more = place < n_items
         next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
             ITEMS, place, n_items, BM, PER_ROW
@@ -287,7 +283,7 @@ def _consume(
                 )  # fmt: skip
                 s = _hide(s, k0, limit, BN, sl)
                 p, m, alpha, total = _softmax(s, m, total, factor)
-                acc = _finished(acc, v_empty.index(stage), MODE)
+                acc = _finished(p16, acc, v_empty.index(stage), MODE)
                 acc = acc * gl.convert_layout(alpha, o_row)[:, None]
                 p16 = gl.convert_layout(p.to(dtype), pl)
                 stage, phase, turn = k_stage, k_phase, turn ^ 1
@@ -299,7 +295,7 @@ def _consume(
                 phase, mine, other, turn, MODE, BN, BD, BDV,
             )  # fmt: skip
             p, m, alpha, total = _softmax(s, m, total, factor)
-            acc = _finished(acc, v_empty.index(stage), MODE)
+            acc = _finished(p16, acc, v_empty.index(stage), MODE)
             acc = acc * gl.convert_layout(alpha, o_row)[:, None]
             p16 = gl.convert_layout(p.to(dtype), pl)
             stage, phase, turn = k_stage, k_phase, turn ^ 1
@@ -320,7 +316,7 @@ def _consume(
         next_p16, next_m, next_total = _begin(
             s, block, limit, next_masked, next_clean, factor, BK, dtype, sl, pl
         )
-        acc = _finished(acc, v_empty.index(stage), MODE)
+        acc = _finished(p16, acc, v_empty.index(stage), MODE)
         stage, phase, turn = k_stage, k_phase, turn ^ 1
         _finish(
             o_desc, o.index(WHO), LSE, s_lb, s_lh, s_ln, b, ho, q_row + WHO * ROWS, q_row + lane,

@@ -1,10 +1,10 @@
 """Block-sparse attention for Hopper that drops tiles whose scores stay far below the running
 maximum.
 
-As `gluon_kernel`, but the producer warp loads Q and K only. Each consumer warpgroup votes on a tile
-for its own 64 rows as soon as the scores are there, and loads V itself for a tile that it keeps.
-The product with V of a kept tile comes with the next kept one, so that its load is hidden. Tiles
-are visited in list order.
+As `gluon_kernel`, with one warp that copies Q and K and another for V. Each consumer warpgroup
+votes on a tile for its own 64 rows as soon as the scores are there; V is copied when the first of
+them keeps the tile. The product with V is started together with the next tile's scores, which cover
+the copy. Tiles are visited in list order.
 """
 
 from __future__ import annotations
@@ -34,9 +34,14 @@ from accelkit.kernels._triton.gluon_kernel import (
     _sync,
 )
 
+VOTES = gl.constexpr(4)
+"""Tiles on which one warpgroup may have voted before the V warp has heard the other."""
+V_STAGES = gl.constexpr(2)
+"""Places for V: what one warpgroup still multiplies, and what the other asks for."""
+
 
 @gluon.jit
-def _produce(
+def _produce_k(
     q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k, q_full,
     q_empty, k_full, k_empty, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
@@ -55,9 +60,8 @@ def _produce(
         mbarrier.expect(q_full, q_desc.block_type.nbytes * 2)
         _load(q_desc, [b, hq, q_row, 0], q_full, q.index(0))
         _load(q_desc, [b, hq, q_row + ROWS, 0], q_full, q.index(1))
-        for j in range(gl.maximum((masked + clean) * R, 1)):
-            block = gl.load(at + j // R, mask=masked + clean > 0, other=0)
-            k0 = block * BK + (j % R) * BN
+        for j in range((masked + clean) * R):
+            k0 = gl.load(at + j // R) * BK + (j % R) * BN
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
@@ -66,25 +70,71 @@ def _produce(
 
 
 @gluon.jit
-def _any(votes, ballot):
-    """Whether one of the 64 rows says yes; a warp's 16 rows answer together."""
+def _listen(votes, voted, phase):
+    """Whether a warpgroup keeps the tile on which it votes here."""
+    each: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    mbarrier.wait(voted, phase)
+    return gl.max(votes.load(each), 0)
+
+
+@gluon.jit
+def _produce_v(
+    v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, v, v_full, votes, voted, heard, tickets,
+    ticket_full, ticket_empty,
+    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    R: gl.constexpr = BK // BN
+    stage, poll, phase = 0, 0, 0
+    place, round = gl.program_id(0), 0
+    while place < n_items:
+        row, _, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, BQ // BM)
+        hk = gl.load(KV_HEADS + slot)
+        at = LISTS + row.to(gl.int64) * capacity
+        for j in range((masked + clean) * R):
+            k0 = gl.load(at + j // R) * BK + (j % R) * BN
+            full = v_full.index(stage)
+            # Who votes on a tile is through with all products before, and the other was heard on
+            # the last tile: nobody reads this place any more.
+            first = _listen(votes.index(poll * 2), voted.index(poll * 2), phase)
+            if first > 0:
+                mbarrier.expect(full, v_desc.block_type.nbytes)
+                _load(v_desc, [b, hk, k0, 0], full, v.index(stage))
+            second = _listen(votes.index(poll * 2 + 1), voted.index(poll * 2 + 1), phase)
+            if first == 0:
+                if second > 0:
+                    mbarrier.expect(full, v_desc.block_type.nbytes)
+                    _load(v_desc, [b, hk, k0, 0], full, v.index(stage))
+                else:
+                    mbarrier.arrive(full)
+            mbarrier.arrive(heard.index(poll))
+            stage = (stage + 1) % V_STAGES
+            poll, phase = _next(poll, phase, VOTES)
+        place, round = _announced(tickets, ticket_full, ticket_empty, round, 1), round + 1
+
+
+@gluon.jit
+def _vote(keeps, votes, voted):
+    """Tell the V warp whether one of the 64 rows keeps the tile, and know it too."""
     every: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    ballot.store(gl.max(votes.to(gl.int32).reshape([4, 16]), 1))
-    return gl.max(ballot.load(every), 0)
+    votes.store(gl.max(keeps.to(gl.int32).reshape([4, 16]), 1))
+    keep = gl.max(votes.load(every), 0)
+    mbarrier.arrive(voted)
+    return keep
 
 
 @gluon.jit
 def _times_v(p, v_tile, v_full, phase, acc, BN: gl.constexpr, BDV: gl.constexpr):
     mbarrier.wait(v_full, phase)
     acc = warpgroup_mma(p, _flat(v_tile, BN, BDV), acc, is_async=True)
-    return warpgroup_mma_wait(0, deps=[acc])
+    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+    return acc
 
 
 @gluon.jit
 def _consume(
-    WHO: gl.constexpr, v_desc, o_desc, LSE, ITEMS, LISTS, KV_HEADS, OUT_HEADS, SKIP, s_lb, s_lh,
-    s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty,
-    k_full, k_empty, v_full, ballots, tickets, ticket_full, ticket_empty,
+    WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, SKIP, s_lb, s_lh,
+    s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
+    v_full, votes, voted, heard, turns, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -98,12 +148,13 @@ def _consume(
     o_row: gl.constexpr = gl.SliceLayout(1, ol)
     zero = gl.zeros([ROWS, BN], gl.float32, sl)
     own = _flat(q.index(WHO), ROWS, BD)
-    stage, phase = 0, 0
-    turn = 0  # V tiles asked for so far: they use two places in turns
+    mine, other = turns.index(WHO), turns.index(1 - WHO)
+    stage, phase, turn = 0, 0, 1 - WHO
+    v_stage, v_phase, poll, poll_phase = 0, 0, 0, 0
     place, round = gl.program_id(0), 0
     while place < n_items:
         row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, BQ // BM)
-        hk, ho = gl.load(KV_HEADS + slot), gl.load(OUT_HEADS + slot)
+        ho = gl.load(OUT_HEADS + slot)
         least = gl.load(SKIP + slot) * 1.4426950408889634
         at = LISTS + row.to(gl.int64) * capacity
         rows = q_row + WHO * ROWS + gl.arange(0, ROWS, layout=s_row)
@@ -116,32 +167,35 @@ def _consume(
         total = gl.zeros([ROWS], gl.float32, s_row)
         acc = gl.zeros([ROWS, BDV], gl.float32, ol)
         p16 = gl.zeros([ROWS, BN], dtype, pl)
-        kept = 0
+        kept, last_stage, last_phase = 0, 0, 0
+        n = (masked + clean) * R
+        block = gl.load(at, mask=n > 0, other=0)
         mbarrier.wait(q_full, round & 1)
-        for j in range((masked + clean) * R):
-            k0 = gl.load(at + j // R) * BK + (j % R) * BN
+        for j in range(n):
+            k0 = block * BK + (j % R) * BN
+            block = gl.load(at + (j + 1) // R, mask=j + 1 < n, other=0)
             mbarrier.wait(k_full.index(stage), phase)
-            s = warpgroup_mma(
+            mbarrier.wait(mine, turn)
+            scores = warpgroup_mma(
                 own, _flat(k.index(stage), BN, BD).permute((1, 0)), zero, use_acc=False,
                 is_async=True,
             )  # fmt: skip
-            s = warpgroup_mma_wait(0, deps=[s])
+            if kept > 0:
+                mbarrier.wait(v_full.index(last_stage), last_phase)
+                sums = warpgroup_mma(p16, _flat(v.index(last_stage), BN, BDV), acc, is_async=True)
+                mbarrier.arrive(other)
+                s, acc, p16 = warpgroup_mma_wait(0, deps=[scores, sums, p16])
+            else:
+                mbarrier.arrive(other)
+                s = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
             if k0 + BN > safe:
                 s = _hide(s, k0, limit, BN, sl)
             peak = gl.max(s, 1) * factor
-            votes = (rows < n_q) & (peak > -float("inf")) & ((peak - m >= least) | (m <= -1e30))
-            if _any(votes, ballots.index(WHO)) > 0:
-                now = WHO * 2 + turn % 2
-                mbarrier.expect(v_full.index(now), v_desc.block_type.nbytes)
-                _load(v_desc, [b, hk, k0, 0], v_full.index(now), v.index(now))
-                if kept > 0:
-                    before = WHO * 2 + (turn + 1) % 2
-                    acc = _times_v(
-                        p16, v.index(before), v_full.index(before), ((turn - 1) // 2) & 1, acc, BN,
-                        BDV,
-                    )  # fmt: skip
+            keeps = (rows < n_q) & (peak > -float("inf")) & ((peak - m >= least) | (m <= -1e30))
+            mbarrier.wait(heard.index(poll), poll_phase ^ 1)
+            keep = _vote(keeps, votes.index(poll * 2 + WHO), voted.index(poll * 2 + WHO))
+            if keep > 0:
                 m_new = gl.maximum(m, peak)
                 p = gl.exp2(s * factor - m_new[:, None])
                 alpha = gl.exp2(m - m_new)
@@ -149,16 +203,14 @@ def _consume(
                 acc = acc * gl.convert_layout(alpha, o_row)[:, None]
                 m = m_new
                 p16 = gl.convert_layout(p.to(dtype), pl)
-                kept = 1
-                turn += 1
-        if masked + clean == 0:  # the producer loads one tile for an empty row
-            mbarrier.wait(k_full.index(stage), phase)
-            mbarrier.arrive(k_empty.index(stage))
+            kept, last_stage, last_phase = keep, v_stage, v_phase
             stage, phase = _next(stage, phase, STAGES)
+            v_stage, v_phase = _next(v_stage, v_phase, V_STAGES)
+            poll, poll_phase = _next(poll, poll_phase, VOTES)
+            turn ^= 1
         if kept > 0:
-            before = WHO * 2 + (turn + 1) % 2
             acc = _times_v(
-                p16, v.index(before), v_full.index(before), ((turn - 1) // 2) & 1, acc, BN, BDV
+                p16, v.index(last_stage), v_full.index(last_stage), last_phase, acc, BN, BDV
             )
         # The output leaves through the place of the queries, which are done with.
         _finish(
@@ -168,7 +220,7 @@ def _consume(
         tma.store_wait(0)
         _sync()
         mbarrier.arrive(q_empty)
-        place, round = _announced(tickets, ticket_full, ticket_empty, round), round + 1
+        place, round = _announced(tickets, ticket_full, ticket_empty, round, 4), round + 1
 
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
@@ -183,35 +235,39 @@ def skipping(
     """
     q = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, BM // 2, BD], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, BD], k_desc.layout)
-    v = gl.allocate_shared_memory(v_desc.dtype, [4, 1, 1, BN, BDV], v_desc.layout)
-    ballots = gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    v = gl.allocate_shared_memory(v_desc.dtype, [V_STAGES, 1, 1, BN, BDV], v_desc.layout)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    votes = gl.allocate_shared_memory(gl.int32, [2 * VOTES, 4], flat)
     q_full, q_empty = _barriers(1, 1).index(0), _barriers(1, 2).index(0)
-    k_full, k_empty, v_full = _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(4, 1)
-    tickets = gl.allocate_shared_memory(
-        gl.int32, [TICKETS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )
-    ticket_full, ticket_empty = _barriers(TICKETS, 1), _barriers(TICKETS, 2)
+    k_full, k_empty, v_full = _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(V_STAGES, 1)
+    voted, heard, turns = _barriers(2 * VOTES, 1), _barriers(VOTES, 1), _barriers(2, 1)
+    tickets = gl.allocate_shared_memory(gl.int32, [TICKETS, 1], flat)
+    ticket_full, ticket_empty = _barriers(TICKETS, 1), _barriers(TICKETS, 3)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (
-                0, v_desc, o_desc, LSE, ITEMS, LISTS, KV_HEADS, OUT_HEADS, SKIP, s_lb, s_lh,
-                s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full,
-                q_empty, k_full, k_empty, v_full, ballots, tickets, ticket_full, ticket_empty, BQ,
-                BK, BM, BN, BD, BDV, CAUSAL, STAGES,
+                0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, SKIP, s_lb, s_lh, s_ln, n_items, n_q, n_k,
+                q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
+                votes, voted, heard, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD,
+                BDV, CAUSAL, STAGES,
             )),
             (_consume, (
-                1, v_desc, o_desc, LSE, ITEMS, LISTS, KV_HEADS, OUT_HEADS, SKIP, s_lb, s_lh,
-                s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full,
-                q_empty, k_full, k_empty, v_full, ballots, tickets, ticket_full, ticket_empty, BQ,
-                BK, BM, BN, BD, BDV, CAUSAL, STAGES,
+                1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, SKIP, s_lb, s_lh, s_ln, n_items, n_q, n_k,
+                q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
+                votes, voted, heard, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD,
+                BDV, CAUSAL, STAGES,
             )),
-            (_produce, (
+            (_produce_k, (
                 q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k,
                 q_full, q_empty, k_full, k_empty, tickets, ticket_full, ticket_empty, BQ, BK, BM,
                 BN, STAGES,
             )),
+            (_produce_v, (
+                v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, v, v_full, votes, voted,
+                heard, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN,
+            )),
         ],
-        [4, 1],
-        [232, 40],
+        [4, 1, 1],
+        [232, 40, 40],
     )  # fmt: skip

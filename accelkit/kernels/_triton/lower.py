@@ -18,7 +18,7 @@ from accelkit.kernels.index import ceil_div
 from accelkit.kernels.launch import END, FAR, Launch
 
 _KEEP_BYTES = 16 * 2**20
-_CACHE_BYTES = 32 * 2**20
+_CACHE_BYTES = 16 * 2**20
 _SECTIONS = 16
 _BINS = 256
 FIELDS = tl.constexpr(6)

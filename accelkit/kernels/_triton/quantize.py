@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accelkit.kernels._triton.tile import next_power_of_two
-from accelkit.kernels.quantize import DTYPE, TOP, Operands
+from accelkit.kernels.quantize import DTYPE, TOP, Operands, Rounding
 
 _LEAST = tl.constexpr(1e-20)
 
@@ -143,22 +143,12 @@ def _queries(
         tl.store(SHIFT + bh * n + rows, tl.sum(q * mean[None, :], 1) * scale, mask=rows < n)
 
 
-def quantize(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    qk: str,
-    pv: str,
-    smooth_k: bool,
-    block: int,
-    scale: float,
-    q_heads: Tensor,
-    kv_heads: Tensor,
-) -> Operands:
+def quantize(q: Tensor, k: Tensor, v: Tensor, how: Rounding) -> Operands:
     """`kernels.quantize.quantize` in a few launches."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     (batch, _, n_q, d), (_, kv, n, dv) = q.shape, v.shape
-    slots, pv8, device = q_heads.numel(), pv == "fp8", q.device
+    slots, pv8, device = how.q_heads.numel(), how.pv == "fp8", q.device
+    qk, block, smooth_k = how.qk, how.block, how.smooth_k
     bd, bdv = (max(16, next_power_of_two(x)) for x in (d, dv))
     count, wide = triton.cdiv(n, block), max(bd, bdv)
     fp32 = {"dtype": torch.float32, "device": device}
@@ -190,9 +180,9 @@ def quantize(
         q_scale = torch.empty((batch, slots, n_q), **fp32)
         shift = torch.empty_like(q_scale) if smooth_k else None
         _queries[(triton.cdiv(n_q, 64), batch * slots)](
-            q, facts[0], q8, q_scale, q_scale if shift is None else shift, q_heads, kv_heads,
-            *q.stride()[:3], slots, kv, n_q, scale, ROWS=64, D=d, BD=bd, WIDE=wide, TOP=TOP[qk],
-            INT=qk == "int8", SMOOTH=smooth_k, num_warps=4,
+            q, facts[0], q8, q_scale, q_scale if shift is None else shift, how.q_heads,
+            how.kv_heads, *q.stride()[:3], slots, kv, n_q, how.scale, ROWS=64, D=d, BD=bd,
+            WIDE=wide, TOP=TOP[qk], INT=qk == "int8", SMOOTH=smooth_k, num_warps=4,
         )  # fmt: skip
     v_mean, v_scale = (facts[1, ..., :dv], facts[2, ..., :dv]) if pv8 else (None, None)
     return Operands(q8, q_scale, k8, k_scale, shift, v8, v_scale, v_mean, block)

@@ -32,19 +32,23 @@ def padded_width(d: int) -> int:
 
 @triton.jit(do_not_specialize=["n_heads", "n", "nb"])
 def _pool(
-    X, HEADS, PLACES, OUT, s_xb, s_xh, s_xn, s_xd, s_pb, s_ph, s_pn, n_heads, n, nb,
+    X, HEADS, PLACES, BEGIN, OUT, s_xb, s_xh, s_xn, s_xd, s_pb, s_ph, s_pn, n_heads, n, nb,
     BLOCK: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    HAS_PLACES: tl.constexpr,
+    HAS_PLACES: tl.constexpr, HAS_BEGIN: tl.constexpr,
 ):  # fmt: skip
     block, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // n_heads).to(tl.int64), bh % n_heads
     d = tl.arange(0, BD)
     x0 = X + b * s_xb + tl.load(HEADS + h).to(tl.int64) * s_xh
+    first, size = block * BLOCK, BLOCK
+    if HAS_BEGIN:
+        first = tl.load(BEGIN + block)
+        size = tl.load(BEGIN + block + 1) - first
     total, count = tl.zeros([BD], tl.float32), 0
-    for i in range(0, BLOCK, BM):
+    for i in range(0, size, BM):
         at = i + tl.arange(0, BM)
-        row = (block * BLOCK + at).to(tl.int64)
-        real = (at < BLOCK) & (row < n)
+        row = (first + at).to(tl.int64)
+        real = (at < size) & (row < n)
         if HAS_PLACES:
             place = tl.load(PLACES + b * s_pb + h * s_ph + row * s_pn, mask=real, other=-1)
             real = real & (place >= 0)
@@ -57,23 +61,30 @@ def _pool(
 
 
 def pool(
-    x: Tensor, block: int, heads: tuple[int, ...] | Tensor | None, places: Tensor | None = None
+    x: Tensor,
+    block: int,
+    heads: tuple[int, ...] | Tensor | None,
+    places: Tensor | None = None,
+    begin: Tensor | None = None,
 ) -> Tensor:
     """Block means of some heads of x `[B, Hx, N, D]`, fp32 `[B, H, nb, D]`; one read, no copies.
-    Tokens with a place (`[B|1, H|1, N]`) of −1 do not count.
+    Tokens with a place (`[B|1, H|1, N]`) of −1 do not count. `begin` int32 `[nb + 1]`: blocks of
+    different lengths, from one number to the next.
     """
     if not isinstance(heads, Tensor):
         heads = head_table(tuple(range(x.shape[1])) if heads is None else heads, x.device)
-    (batch, _, n, d), nb = x.shape, ceil_div(x.shape[2], block)
+    batch, _, n, d = x.shape
+    nb = ceil_div(n, block) if begin is None else begin.numel() - 1
     out = torch.empty((batch, heads.numel(), nb, d), dtype=torch.float32, device=x.device)
     steps = (0, 0, 0)
     if places is not None:
         pairs = zip(places.stride(), places.shape, strict=True)
         steps = tuple(0 if number == 1 else step for step, number in pairs)
     _pool[(nb, batch * heads.numel())](
-        x, heads.int(), out if places is None else places, out, *x.stride(), *steps,
-        heads.numel(), n, nb, BLOCK=block, BM=min(64, max(16, triton.next_power_of_2(block))),
-        D=d, BD=padded_width(d), HAS_PLACES=places is not None, num_warps=4,
+        x, heads.int(), out if places is None else places, heads if begin is None else begin, out,
+        *x.stride(), *steps, heads.numel(), n, nb, BLOCK=block,
+        BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
+        HAS_PLACES=places is not None, HAS_BEGIN=begin is not None, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -1,4 +1,4 @@
-"""Selection without sorting, and compaction without scans over the whole map.
+"""Selection without sorting, compaction without scans over the whole map, and what a list counts.
 
 The greatest entries of a row up to a number or a mass are those above a threshold; it is found by
 bisection over the bit patterns of fp32, which are ordered like the numbers. Entries equal to the
@@ -7,14 +7,16 @@ threshold are taken in ascending order, as a stable sort would.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from accelkit.kernels.index import BlockIndex
+from accelkit.kernels.index import BlockIndex, Inputs
 
-_WAYS = 16
+_WAYS = 32
 
 
 @triton.jit
@@ -42,8 +44,15 @@ def compact(mask: Tensor, size: tuple[int, int]) -> BlockIndex:
         _compact[(rows,)](mask.view(torch.uint8), blocks, count, nk, CHUNK=chunk, num_warps=warps)
     else:
         count.zero_()
-    start = torch.arange(rows, device=device, dtype=torch.int64) * nk
-    return BlockIndex(start.view(batch, heads, nq), count, blocks, size)
+    return BlockIndex(starts(batch, heads, nq, nk, device), count, blocks, size)
+
+
+@lru_cache(maxsize=64)
+def starts(batch: int, heads: int, nq: int, nk: int, device: torch.device) -> Tensor:
+    """Where lists of at most nk blocks begin, int64 `[B, H, nq]`; the same tensor for all calls."""
+    with torch.inference_mode(False):
+        first = torch.arange(batch * heads * nq, device=device, dtype=torch.int64) * nk
+        return first.view(batch, heads, nq)
 
 
 @triton.jit
@@ -54,13 +63,8 @@ def _key(x):
 
 
 @triton.jit
-def _prefix(SCORES, TARGET, OUT, n, BY_MASS: tl.constexpr, N: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, N)
-    x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
-    target = tl.load(TARGET + row)
-    real = x > -float("inf")
-    value = tl.where(real, tl.maximum(x, 0.0), 0.0) if BY_MASS else real.to(tl.float32)
+def greatest(x, value, target):
+    """Which entries of a row are the greatest ones whose values reach a target together, int32."""
     key = _key(x)
     # Least threshold with less than the target above it. Without a target it stays above all.
     low, high = tl.min(key, 0) - 1, tl.max(key, 0) + 1
@@ -71,10 +75,19 @@ def _prefix(SCORES, TARGET, OUT, n, BY_MASS: tl.constexpr, N: tl.constexpr):
         high = tl.where(fits, middle, high)
         low = tl.where(fits, low, tl.minimum(middle + 1, high))
     above = tl.sum(tl.where(key > high, value, 0.0), 0)
-    tied = key == high
-    before = (tl.cumsum(tied.to(tl.int32), 0) - 1).to(tl.float32) * value
-    room = above + before < target
-    keep = real & ((key > high) | (tied & room))
+    tied = (key == high).to(tl.int32)
+    before = (tl.cumsum(tied, 0) - 1).to(tl.float32) * value
+    return tl.where(key > high, 1, tl.where(above + before < target, tied, 0))
+
+
+@triton.jit
+def _prefix(SCORES, TARGET, OUT, n, BY_MASS: tl.constexpr, N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, N)
+    x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
+    real = x > -float("inf")
+    value = tl.where(real, tl.maximum(x, 0.0), 0.0) if BY_MASS else real.to(tl.float32)
+    keep = tl.where(real, greatest(x, value, tl.load(TARGET + row)), 0)
     tl.store(OUT + row * n + at, keep.to(tl.uint8), mask=at < n)
 
 
@@ -96,45 +109,134 @@ def prefix(scores: Tensor, target: Tensor, by_mass: bool) -> Tensor:
 
 
 @triton.jit
-def _mass_above(SCORES, LIMITS, OUT, n, n_chunks, WAYS: tl.constexpr, CHUNK: tl.constexpr):
+def _limit(low, high, i, WAYS: tl.constexpr):
+    """Threshold i of WAYS between two keys."""
+    return low + (high.to(tl.int64) - low) * i // WAYS
+
+
+@triton.jit(do_not_specialize=["n", "n_chunks"])
+def _mass_above(
+    SCORES, RANGE, OUT, TIED, n, n_chunks, WAYS: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
     value, key = tl.maximum(x, 0.0), _key(x)
+    low, high = tl.load(RANGE + row * 2), tl.load(RANGE + row * 2 + 1)
     for i in tl.static_range(WAYS):
-        limit = tl.load(LIMITS + row * WAYS + i)
-        mass = tl.sum(tl.where(key > limit, value, 0.0), 0)
+        mass = tl.sum(tl.where(key > _limit(low, high, i, WAYS), value, 0.0), 0)
         tl.store(OUT + (row * WAYS + i) * n_chunks + chunk, mass)
+    tl.store(TIED + row * n_chunks + chunk, tl.sum((key == high).to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["n_chunks"])
+def _narrow(PART, GOAL, RANGE, n_chunks, WAYS: tl.constexpr, CHUNKS: tl.constexpr):
+    """The range between the last threshold with too much above it and the first with less."""
+    row = tl.program_id(0).to(tl.int64)
+    low, high = tl.load(RANGE + row * 2), tl.load(RANGE + row * 2 + 1)
+    way, chunk = tl.arange(0, WAYS), tl.arange(0, CHUNKS)
+    at = (row * WAYS + way)[:, None] * n_chunks + chunk[None, :]
+    mass = tl.sum(tl.load(PART + at, mask=chunk[None, :] < n_chunks, other=0.0).to(tl.float64), 1)
+    first = tl.sum((mass >= tl.load(GOAL + row)).to(tl.int32), 0)  # rising along the thresholds
+    below = tl.where(first > 0, _limit(low, high, first - 1, WAYS) + 1, low)
+    top = tl.where(first < WAYS, _limit(low, high, first, WAYS), high)
+    tl.store(RANGE + row * 2, tl.minimum(below, top).to(tl.int32))
+    tl.store(RANGE + row * 2 + 1, top.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["n", "n_chunks"])
+def _take(
+    SCORES, RANGE, PART, TIED, GOAL, OUT, n, n_chunks, WAYS: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
+    mine, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at, chunk = mine * CHUNK + tl.arange(0, CHUNK), tl.arange(0, CHUNKS)
+    x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
+    value, key = tl.maximum(x, 0.0), _key(x)
+    goal, high = tl.load(GOAL + row), tl.load(RANGE + row * 2 + 1)
+    inside = chunk < n_chunks
+    part = tl.load(PART + row * WAYS * n_chunks + chunk, mask=inside, other=0.0)
+    tied = tl.load(TIED + row * n_chunks + chunk, mask=inside & (chunk < mine), other=0)
+    same = (key == high).to(tl.int32)
+    before = tl.sum(tied, 0) + tl.cumsum(same, 0) - same
+    mass = tl.sum(part.to(tl.float64), 0) + before.to(tl.float64) * value
+    keep = tl.where(key > high, 1, tl.where(mass < goal, same, 0))
+    keep = tl.where(x > -float("inf"), keep, 0) * (goal > 0).to(tl.int32)
+    tl.store(OUT + row * n + at, keep.to(tl.uint8), mask=at < n)
 
 
 def long_prefix(scores: Tensor, target: Tensor) -> Tensor:
-    """`prefix` by mass for long rows: sixteen thresholds a pass, eight passes, no sort.
+    """`prefix` by mass for long rows: 32 thresholds a pass, seven passes, no sort.
 
     Scores are fp32 `[…, n]`, non-negative or −inf; sums are kept in fp64.
     """
     n = scores.shape[-1]
-    flat, goal = scores.float().reshape(-1, n).contiguous(), target.reshape(-1, 1).double()
-    rows, device = flat.shape[0], flat.device
-    chunk = 4096
+    flat, goal = scores.float().reshape(-1, n).contiguous(), target.reshape(-1).double()
+    rows, device, chunk = flat.shape[0], flat.device, 4096
     n_chunks = triton.cdiv(n, chunk)
     part = torch.empty((rows, _WAYS, n_chunks), dtype=torch.float32, device=device)
-    low = torch.zeros((rows, 1), dtype=torch.int64, device=device)
-    high = torch.full_like(low, 0x7F7FFFFF)  # the greatest finite number
-    step = torch.arange(_WAYS, device=device)
-    for _ in range(9):
-        limits = low + (high - low) * step // _WAYS
-        _mass_above[(n_chunks, rows)](
-            flat, limits.int(), part, n, n_chunks, WAYS=_WAYS, CHUNK=chunk, num_warps=4
-        )
-        short = part.sum(-1, dtype=torch.float64) < goal  # rising along the thresholds
-        first = (~short).sum(-1, keepdim=True)
-        found = limits.gather(1, first.clamp(max=_WAYS - 1))
-        below = limits.gather(1, (first - 1).clamp(min=0))
-        high = torch.where(first < _WAYS, found, high)
-        low = torch.minimum(torch.where(first > 0, below + 1, low), high)
-    key = flat.view(torch.int32)
-    tied = key == high
-    above = flat.clamp(min=0).masked_fill(key <= high, 0).sum(-1, keepdim=True, dtype=torch.float64)
-    before = (tied.cumsum(-1, dtype=torch.int32) - 1) * flat.clamp(min=0)
-    keep = (key > high) | (tied & (above + before < goal))
-    return (keep & (flat != -float("inf")) & (goal > 0)).view(scores.shape)
+    tied = torch.empty((rows, n_chunks), dtype=torch.int32, device=device)
+    bounds = torch.zeros((rows, 2), dtype=torch.int32, device=device)
+    bounds[:, 1] = 0x7F7FFFFF  # the greatest finite number
+    out = torch.empty(flat.shape, dtype=torch.bool, device=device)
+    sizes = {"WAYS": _WAYS, "num_warps": 4}
+    chunks = max(2, triton.next_power_of_2(n_chunks))
+    for last in (False,) * 7 + (True,):
+        _mass_above[(n_chunks, rows)](flat, bounds, part, tied, n, n_chunks, CHUNK=chunk, **sizes)
+        if not last:
+            _narrow[(rows,)](part, goal, bounds, n_chunks, CHUNKS=chunks, **sizes)
+    _take[(n_chunks, rows)](
+        flat, bounds, part, tied, goal, out.view(torch.uint8), n, n_chunks, CHUNK=chunk,
+        CHUNKS=chunks, **sizes,
+    )  # fmt: skip
+    return out.view(scores.shape)
+
+
+@triton.jit
+def _below(x, keys):
+    """Sum of min(u, keys) over 0 ≤ u < x."""
+    x = tl.maximum(x, 0)
+    m = tl.minimum(x, keys)
+    return m * (m - 1) // 2 + (x - m) * keys
+
+
+@triton.jit(do_not_specialize=["n_tiles", "n_blocks", "n_q", "n_k", "q_start"])
+def _listed(
+    START, COUNT, BLOCKS, OUT, n_tiles, n_blocks, n_q, n_k, q_start,
+    BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    tile = row % n_tiles
+    start, count = tl.load(START + row), tl.load(COUNT + row)
+    n = tl.where(count < 0, n_blocks, count)
+    rows = tl.minimum(n_q - tile * BQ, BQ)
+    total = tl.zeros([CHUNK], tl.int64)
+    for j in range(0, n, CHUNK):
+        lane = j + tl.arange(0, CHUNK)
+        block = tl.load(BLOCKS + start + lane, mask=lane < count, other=0)
+        block = tl.where(count < 0, lane, block)
+        real = (lane < n) & (block >= 0) & (block < n_blocks)
+        keys = tl.minimum(n_k - block * BK, BK).to(tl.int64)
+        if CAUSAL:
+            first = q_start + tile * BQ + 1 - block.to(tl.int64) * BK
+            pairs = _below(first + rows, keys) - _below(first, keys)
+        else:
+            pairs = rows * keys
+        total += tl.where(real, pairs, 0)
+    tl.store(OUT + row, tl.sum(total, 0))
+
+
+def listed_pairs(index: BlockIndex, call: Inputs) -> Tensor:
+    """Visible query-key pairs in the listed blocks of each row, int64 `[B|1, H, nq]`. Plain
+    positions and no level.
+    """
+    start, count = index.start.contiguous(), index.count.contiguous()
+    out = torch.empty(count.shape, dtype=torch.int64, device=count.device)
+    (bq, bk), (nq, nk) = index.size, call.tiles(index.size)
+    chunk = min(1024, max(16, triton.next_power_of_2(nk)))
+    blocks = index.blocks if index.blocks.numel() else count
+    _listed[(count.numel(),)](
+        start, count, blocks, out, nq, nk, call.n_q, call.n_k, call.q_start,
+        BQ=bq, BK=bk, CAUSAL=call.causal, CHUNK=chunk, num_warps=4 if chunk > 256 else 1,
+    )  # fmt: skip
+    return out

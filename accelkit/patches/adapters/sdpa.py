@@ -2,15 +2,17 @@
 before.
 
 Hooks on the attention modules open and close a site; without an open one the call goes on as it
-would have. Everything that depends on the plan happens inside one custom op, which is opaque to
-`torch.compile`: hooks, router and op are the same objects for all sites, and what differs between
-sites reaches the op as tensors of equal shape, so repeated blocks share one graph.
+would have. In a graph that is being compiled, everything that depends on the plan happens inside
+one custom op, which is opaque to `torch.compile`: hooks, router and op are the same objects for all
+sites, and what differs between sites reaches the op as tensors of equal shape, so repeated blocks
+share one graph. Otherwise the router calls the same function itself.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -32,14 +34,22 @@ WIDEST = 256
 """Channels of the widest head that a kernel takes."""
 
 
-class _Here(threading.local):
-    """What is open in this thread: the number of a site, what its denoiser was given, and how many
-    calls there were.
-    """
+@dataclass
+class _Open:
+    """The number of an open site, what its denoiser was given, and how many calls there were."""
 
     site: Tensor | None = None
     root: Root | None = None
-    calls = 0
+    calls: int = 0
+
+
+class _Here(threading.local):
+    """What is open in this thread. An object of its own: what compiled code writes on a
+    `threading.local` itself is lost.
+    """
+
+    def __init__(self) -> None:
+        self.now = _Open()
 
 
 @dataclass
@@ -107,7 +117,8 @@ class Door:
 
 
 _HERE = _Here()
-_DOORS: dict[int, Door] = {}
+# Doors live as long as the undo of their edits, which belongs to the model.
+_DOORS: weakref.WeakValueDictionary[int, Door] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count(1)
 _ORIGINAL: Callable[..., Tensor] = nn.functional.scaled_dot_product_attention
 _USERS = 0
@@ -117,7 +128,7 @@ def connect(module: nn.Module, door: Door, root: Root, undo: ExitStack) -> None:
     """Open `door` around every forward of `module`."""
     number = next(_NUMBERS)
     _DOORS[number] = door
-    undo.callback(_DOORS.pop, number, None)
+    undo.callback(_forget, number, door)
     # An attribute and no buffer: it stays on the CPU wherever the module's weights go.
     setattr(module, ATTRIBUTE, torch.tensor(number))
     undo.callback(delattr, module, ATTRIBUTE)
@@ -127,20 +138,30 @@ def connect(module: nn.Module, door: Door, root: Root, undo: ExitStack) -> None:
     undo.callback(module.register_forward_hook(_close).remove)
 
 
-def route(undo: ExitStack) -> None:
-    """Let the router stand in for the function while anyone needs it."""
+def _forget(number: int, door: Door) -> None:
+    _DOORS.pop(number, None)
+    here = _HERE.now
+    if here.site is not None and int(here.site) == number:
+        here.site = None  # an interrupt left it open
+
+
+def route(link: Connection, undo: ExitStack) -> None:
+    """Let the router stand in for the function until `undo`, or until `link` is gone with its
+    model.
+    """
     global _ORIGINAL, _USERS
     if _USERS == 0:
         _ORIGINAL = nn.functional.scaled_dot_product_attention
         nn.functional.scaled_dot_product_attention = _router
     _USERS += 1
-    undo.callback(_unroute)
+    gone = weakref.finalize(link, _unroute)
+    gone.atexit = False
+    undo.callback(gone)
 
 
 def _unroute() -> None:
     global _USERS
     _USERS -= 1
-    _HERE.site = None  # an exception may have left it open
     # Whoever replaced the function after us keeps it; the router then only passes calls on.
     if _USERS == 0 and nn.functional.scaled_dot_product_attention is _router:
         nn.functional.scaled_dot_product_attention = _ORIGINAL
@@ -155,25 +176,37 @@ def follow(root: nn.Module, given: Root, undo: ExitStack) -> None:
     undo.callback(root.register_forward_hook(_leave, always_call=True).remove)
 
 
+def shut(module: nn.Module, undo: ExitStack) -> None:
+    """Let every forward of `module`, which is no denoiser, find no site open."""
+    for part in (module, *module.children()):  # an autoencoder is not called itself
+        undo.callback(part.register_forward_pre_hook(_shut).remove)
+
+
+def _shut(module: nn.Module, args: Any) -> None:
+    _HERE.now.site = None
+
+
 def _enter(root: nn.Module, args: Any, kwargs: Any) -> None:
     getattr(root, ROOT).receive(args, kwargs)
 
 
 def _leave(root: nn.Module, args: Any, output: Any) -> None:
-    _HERE.site = None
+    _HERE.now.site = None
     getattr(root, ROOT).forget()
 
 
 def _open(module: nn.Module, args: Any) -> None:
-    _HERE.site, _HERE.root, _HERE.calls = getattr(module, ATTRIBUTE), getattr(module, ROOT), 0
+    here = _HERE.now
+    here.site, here.root, here.calls = getattr(module, ATTRIBUTE), getattr(module, ROOT), 0
 
 
 def _close(module: nn.Module, args: Any, output: Any) -> None:
-    if _HERE.calls == 0 and not torch.compiler.is_compiling():
-        door = _DOORS[int(getattr(module, ATTRIBUTE))]
-        if (reason := door.missed(module)) is not None:
+    here = _HERE.now
+    if here.calls == 0 and not torch.compiler.is_compiling():
+        door = _DOORS.get(int(getattr(module, ATTRIBUTE)))  # copies outlive the handle
+        if door is not None and (reason := door.missed(module)) is not None:
             door.to.runner.skipped(door.site.path, reason)
-    _HERE.site = None
+    here.site = None
 
 
 def _router(
@@ -186,19 +219,19 @@ def _router(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    site, root = _HERE.site, _HERE.root
+    here = _HERE.now
+    site, root = here.site, here.root
     if site is not None and root is not None and root.tensors:
-        ordinal = _HERE.calls
-        _HERE.calls = ordinal + 1
+        ordinal = here.calls
+        here.calls = ordinal + 1
         reason = _dense_reason(query, key, value, dropout_p, is_causal)
         if reason is None:
             scale = query.shape[-1] ** -0.5 if scale is None else scale
-            out = torch.ops.accelkit.sdpa(
-                query, key, value, attn_mask, scale, site, root.tensors, root.told, ordinal
-            )
-            return out.transpose(1, 2)
-        if not torch.compiler.is_compiling():
-            door = _DOORS[int(site)]
+            given = (query, key, value, attn_mask, scale, site, root.tensors, root.told, ordinal)
+            if torch.compiler.is_compiling():
+                return torch.ops.accelkit.sdpa(*given).transpose(1, 2)
+            return _attend(*given)
+        if not torch.compiler.is_compiling() and (door := _DOORS.get(int(site))) is not None:
             door.to.runner.skipped(door.site.path, reason)
     return _ORIGINAL(
         query,
@@ -228,8 +261,7 @@ def _dense_reason(
     return None
 
 
-@torch.library.custom_op("accelkit::sdpa", mutates_args=())
-def _sdpa(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -240,10 +272,12 @@ def _sdpa(
     told: Sequence[int],
     ordinal: int,
 ) -> Tensor:
-    """One attention call of an open site: `[B, Nq, Hq, Dv]` from q `[B, Hq, Nq, D]` and k, v
+    """One attention call of an open site: `[B, Hq, Nq, Dv]` from q `[B, Hq, Nq, D]` and k, v
     `[B, Hkv, Nk, D]`, dense as before where the plan says nothing.
     """
-    door = _DOORS[int(site)]
+    door = _DOORS.get(int(site))
+    if door is None:  # a copy of a model that is not patched any more
+        return _dense(query, key, value, mask, scale)
     door.to.arrive(door, ordinal, tensors, told)
     heads, n_q = query.shape[1], query.shape[2]
     if heads != door.heads:
@@ -268,11 +302,25 @@ def _sdpa(
         door.to.runner.skipped(door.site.path, door.reason)
     else:
         out = door.to.runner.run(_call(door, *cut, key_mask, scale, ordinal))
-    if out is None and not door.family.square:
-        return _dense(query, key, value, mask, scale)
-    if out is None:
+    if out is not None:
+        out = out.transpose(1, 2)
+    elif door.family.square:
         out = _dense(*cut, mask if key_mask is not None else None, scale)
-    return nn.functional.pad(out, (0, 0, 0, 0, 0, n_q - real)) if real < n_q else out.contiguous()
+    else:
+        return _dense(query, key, value, mask, scale)
+    return nn.functional.pad(out, (0, 0, 0, n_q - real)) if real < n_q else out
+
+
+# What runs is decided anew in every call; a replayed CUDA graph would repeat the first decision.
+@torch.library.custom_op(
+    "accelkit::sdpa",
+    mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe,),
+    schema=torch.library.infer_schema(_attend, mutates_args=()),
+)
+def _sdpa(*given: Any) -> Tensor:
+    """`_attend` as an operator, with its output laid out `[B, Nq, Hq, Dv]`."""
+    return _attend(*given).transpose(1, 2).contiguous()
 
 
 @_sdpa.register_fake
@@ -313,10 +361,9 @@ def _kv_of_head(heads: int, kv_heads: int, device: torch.device) -> Tensor:
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """What ran before, `[B, Nq, Hq, Dv]`."""
+    """What ran before, `[B, Hq, Nq, Dv]`."""
     gqa = query.shape[1] != key.shape[1]
-    out = _ORIGINAL(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
-    return out.transpose(1, 2).contiguous()
+    return _ORIGINAL(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
 
 
 def _pads(mask: Tensor, query: Tensor, key: Tensor) -> bool:

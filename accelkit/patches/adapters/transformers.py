@@ -6,7 +6,7 @@ Everything that depends on the plan happens inside one custom op, opaque to `tor
 
 Our mask function tells the attention function what it needs through the number of dimensions:
     None: first prefill · 1: no padding, queries at the end of the keys · 2: bool key mask, likewise
-    · 4: any other mask, which only the previous implementation understands.
+    · 4, or a `_Foreign`: any other mask, which only the previous implementation understands.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ VOLATILE = {
 }
 # Arguments of the attention function that change what is computed; accelkit's kernels do not know
 # them.
-MEANINGFUL = ("softcap", "s_aux", "position_bias", "sliding_window", "cache", "head_mask")
+MEANINGFUL = (
+    "softcap", "s_aux", "position_bias", "sliding_window", "cache", "head_mask", "cu_seq_lens_q",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,17 @@ class _Door:
     previous: Callable[..., Any]
 
 
-_DOORS: dict[int, _Door] = {}
+@dataclass(frozen=True)
+class _Foreign:
+    """What a previous mask function says about a mask that is none of ours and no tensor of four
+    dimensions: nothing at all (packed sequences of varlen kernels), a `BlockMask`, …
+    """
+
+    mask: Any
+
+
+# Doors live as long as the undo of their edits, which belongs to the model.
+_DOORS: weakref.WeakValueDictionary[int, _Door] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count(1)
 
 
@@ -164,11 +176,15 @@ def connect(model: PreTrainedModel, runner: Runner, undo: ExitStack) -> None:
         number = next(_NUMBERS)
         site = Site(path, order)
         previous = _implementation(module)
-        _DOORS[number] = _Door(weakref.ref(module), site, runner, previous)
-        undo.callback(_DOORS.pop, number, None)
+        door = _DOORS[number] = _Door(weakref.ref(module), site, runner, previous)
+        undo.callback(_forget, number, door)
         if reason is None:
             setattr(module, ATTRIBUTE, number)
             undo.callback(delattr, module, ATTRIBUTE)
+
+
+def _forget(number: int, door: _Door) -> None:
+    _DOORS.pop(number, None)
 
 
 def _ours(before: str) -> str:
@@ -208,8 +224,10 @@ def _mask(previous: Callable[..., Any], **kwargs: Any) -> Any:
         and isinstance(offset, int)
         and (padding is None or padding.ndim == 2)
     )
-    if not plain or q_length == 1:
+    if q_length == 1:
         return previous(**kwargs)
+    if not plain:
+        return _foreign(previous(**kwargs))
     if padding is not None and padding.shape[1] > kv_length:
         padding = padding[:, :kv_length]
     if padding is not None and not torch.compiler.is_compiling() and bool(padding.all()):
@@ -217,7 +235,7 @@ def _mask(previous: Callable[..., Any], **kwargs: Any) -> Any:
     if padding is None and offset == 0:
         return None
     if offset + q_length != kv_length:
-        return previous(**kwargs)
+        return _foreign(previous(**kwargs))
     if padding is None:
         return torch.empty(1, dtype=torch.bool, device=kwargs["device"])
     if padding.shape[1] < kv_length:
@@ -225,25 +243,30 @@ def _mask(previous: Callable[..., Any], **kwargs: Any) -> Any:
     return padding.to(torch.bool)
 
 
+def _foreign(mask: Any) -> Any:
+    return mask if isinstance(mask, Tensor) and mask.ndim == 4 else _Foreign(mask)
+
+
 def _forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function: the custom op where it may help, otherwise what ran before."""
     number = getattr(module, ATTRIBUTE, None)
+    if not torch.compiler.is_compiling() and number not in _DOORS:
+        number = None  # a copy of a model that is not patched any more
     reason = _dense_reason(module, query, attention_mask, dropout, kwargs)
     if number is not None and reason is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return torch.ops.accelkit.attention(query, key, value, attention_mask, scale, number), None
-    if number is not None and not torch.compiler.is_compiling():
-        door = _DOORS[number]
-        door.runner.skipped(door.site.path, reason or "")
+    if number is not None:
+        _skipped(number, reason or "")
     attention_mask = _full_mask(module, query, key, attention_mask)
     previous = _implementation(module)
     return previous(
@@ -251,13 +274,21 @@ def _forward(
     )
 
 
+@torch.compiler.assume_constant_result
+def _skipped(number: int, reason: str) -> bool:
+    """Count a dense call; in compiled code once, while it is traced."""
+    door = _DOORS[number]
+    door.runner.skipped(door.site.path, reason)
+    return True
+
+
 def _dense_reason(
-    module: nn.Module, query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+    module: nn.Module, query: Tensor, mask: Any, dropout: float, kwargs: dict[str, Any]
 ) -> str | None:
     """Why a call cannot be served, as far as shapes and arguments tell."""
     if query.shape[2] == 1:
         return "decode"
-    if mask is not None and mask.ndim == 4:
+    if isinstance(mask, _Foreign) or (mask is not None and mask.ndim == 4):
         return "attention mask other than causal"
     if dropout:
         return "dropout"
@@ -271,8 +302,12 @@ def _dense_reason(
     return None
 
 
-def _full_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> Any:
+def _full_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Any) -> Any:
     """The mask that the previous implementation would have been given for this call."""
+    if isinstance(mask, _Foreign):
+        return mask.mask
+    if mask is not None and not isinstance(mask, Tensor):  # one step of decoding
+        return mask
     first_prefill = mask is None and 1 < query.shape[2] == key.shape[2]
     if not first_prefill and (mask is None or mask.ndim == 4):
         return mask
@@ -294,7 +329,8 @@ def _full_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | Non
     )
 
 
-@torch.library.custom_op("accelkit::attention", mutates_args=())
+# What runs is decided anew in every call; a replayed CUDA graph would repeat the first decision.
+@torch.library.custom_op("accelkit::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, number: int
 ) -> Tensor:

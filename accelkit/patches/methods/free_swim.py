@@ -5,8 +5,9 @@ size away; at the borders the box is moved inwards, so that every token reads a 
 
     |y' − y| ≤ base_rows / 2,  |x' − x| ≤ base_columns / 2     (in tokens, box moved inwards)
 
-This is the window alone. The paper guides it by a dense twin whose cross-attention replaces its
-own; without the twin, pictures far above the training size repeat objects.
+This is the window alone. The paper also raises all logits by 5 % (an entropy scale for the size of
+its training) and guides the window by a dense twin whose cross-attention replaces its own; without
+the twin, pictures far above the training size repeat objects.
 """
 
 from __future__ import annotations

@@ -8,23 +8,30 @@ are rounded to int8 with a scale for each block, p and v to fp8.
     s = (q̂ · k̂ᵀ) · scale_q · scale_k         int8 products
     out = p̂ · v̂ · scale_v                     fp8 products, scale_v for each channel
 
-It answers with the arithmetic only and goes with any index.
+It answers with the arithmetic only and goes with any index. Calibration also tries the other pairs
+of precisions.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from accelkit.patches.method import AttentionMethod, Execution, Precision
+from accelkit.patches.method import AttentionMethod, Calibrator, Execution, Method, Precision
 
 if TYPE_CHECKING:
-    from accelkit.patches.call import AttentionCall, Phase
+    from accelkit.patches.call import AttentionCall, Phase, Site
+
+
+PRECISIONS: tuple[tuple[Precision, Precision], ...] = (
+    ("fp8", "fp8"), ("int8", "fp8"), ("fp8", "native"), ("int8", "native"),
+)  # fmt: skip
+"""Formats of QK and PV from the coarsest to the finest; the second is the paper's."""
 
 
 class SageAttention(AttentionMethod):
     """Int8 q and k without their mean, fp8 p and v."""
 
-    phases: ClassVar[tuple[Phase, ...]] = ("denoise",)
+    phases: ClassVar[tuple[Phase, ...]] = ("prefill", "denoise")
 
     qk: Precision = "int8"
     pv: Precision = "fp8"
@@ -32,3 +39,15 @@ class SageAttention(AttentionMethod):
 
     def execution(self, call: AttentionCall) -> Execution | None:
         return Execution(qk=self.qk, pv=self.pv, smooth_k=self.smooth_k)
+
+    def calibrator(self, site: Site) -> Calibrator:
+        return _Precisions(self)
+
+
+class _Precisions(Calibrator):
+    """All pairs of precisions: which is fastest depends on head size and causality, which is exact
+    enough on the data.
+    """
+
+    def settings(self) -> tuple[Method, ...]:
+        return tuple(self.method.model_copy(update={"qk": qk, "pv": pv}) for qk, pv in PRECISIONS)

@@ -67,12 +67,10 @@ class SpargeAttn(AttentionMethod):
         least = call.per_head(self.similarity)
         if not isinstance(least, float):
             least = least[:, None]
-        odd_rows = (q_similar <= least)[..., :, None]
-        odd_keys = (k_similar <= least)[..., None, :]
-        share = kernels.select.probabilities(pooled.masked_fill(odd_keys, -float("inf")))
-        mask = kernels.select.top_p(share, call.per_head(self.coverage)) | odd_keys | odd_rows
-        mask = kernels.select.force(parts.keep.text(mask, call, size), call, size)
-        return kernels.select.compact(mask, size)
+        odd_rows, odd_keys = q_similar <= least, k_similar <= least
+        kept = call.once(("kept", size), lambda: parts.keep.anyhow(call, size))
+        share = call.per_head(self.coverage)
+        return kernels.select.nucleus(pooled, share, odd_keys, odd_rows, kept, size)
 
     def execution(self, call: AttentionCall) -> Execution | None:
         if self.skip_log2 is None or call.n_k <= 2 * max(self.query_block, self.key_block):

@@ -67,7 +67,8 @@ class VMoBA(AttentionMethod):
         if self.coverage >= 1:
             chosen = chosen.fill_(True)
         mask = parts.keep.text(chunks.blocks(chosen), call, size)
-        return kernels.select.compact(kernels.select.force(mask, call, size, sink=0, local=0), size)
+        # A tile's own block lies in its own chunks: with it no row can be empty.
+        return kernels.select.compact(kernels.select.force(mask, call, size, sink=0, local=1), size)
 
     def _chunk(self, call: AttentionCall, where: Visual) -> Grid:
         f, y, x = where.grid

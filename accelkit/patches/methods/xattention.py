@@ -14,7 +14,7 @@ which counts them first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,13 +39,17 @@ class XAttention(AttentionMethod):
     coverage: Share | str = 0.9
     stride: int = Field(8, ge=1)
     block: int = Field(128, ge=16)
+    qk: Literal["native", "int8"] | None = None
+    """Precision of the score's products; None: int8 on a GPU, where it takes about half the time
+    and finds nearly the same blocks, else the inputs' own."""
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         if call.n_k <= 4 * self.block:
             return None
         size, stride = (self.block, self.block), self.stride
+        qk = self.qk or ("int8" if call.q.is_cuda else "native")
         score = call.once(
-            ("strided", stride, size), lambda: kernels.scores.strided(call, stride, size)
+            ("strided", stride, size, qk), lambda: kernels.scores.strided(call, stride, size, qk)
         )
         mask = kernels.select.top_p(score, call.per_head(self.coverage))
         mask = kernels.select.force(parts.keep.text(mask, call, size), call, size)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accelkit.kernels.index import Inputs
 from accelkit.kernels.positions import sees_all
-from accelkit.kernels.select import visible
+from accelkit.kernels.select import force, visible
 from accelkit.patches.call import AttentionCall, Span
 
 
@@ -22,6 +22,13 @@ def text(mask: Tensor, call: Inputs, size: tuple[int, int]) -> Tensor:
     if isinstance(call, AttentionCall) and call.clock.phase == "denoise":
         return spans(mask, call, size)
     return mask
+
+
+def anyhow(call: Inputs, size: tuple[int, int]) -> Tensor:
+    """What `force` and `text` keep whatever is selected, bool `[B|1, H|1, nq, nk]`: joined with a
+    selection it leaves no row empty that sees anything.
+    """
+    return force(text(torch.zeros_like(visible(call, size)), call, size), call, size)
 
 
 def spans(

@@ -15,7 +15,7 @@ from torch import Tensor
 from accelkit.errors import InvalidInputError
 from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
 from accelkit.kernels.positions import bounds, key_places, row_places
-from accelkit.kernels.select import compact, force, visible
+from accelkit.kernels.select import compact, force
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.parts import grids, keep
 from accelkit.patches.parts.grids import WHOLE, Axes, Grid, Visual
@@ -163,8 +163,3 @@ def nothing(call: Inputs, unit: tuple[int, int] = (128, 128)) -> BlockIndex:
 def dense(call: Inputs, unit: tuple[int, int] = (128, 128)) -> BlockIndex:
     """Every visible block, without a list (`count == ALL`)."""
     return BlockIndex.dense(len(call.heads), call.tiles(unit)[0], unit, call.q.device)
-
-
-def causal_all(call: Inputs, unit: tuple[int, int] = (128, 128)) -> BlockIndex:
-    """Every visible block, listed one by one."""
-    return _index(visible(call, unit), call, unit)

@@ -1,9 +1,15 @@
-"""Step caches that a model's library brings along: switched on together with their undo."""
+"""Step caches that a model's library brings along: switched on together with their undo.
+
+What a cache decides depends on data and on the step, so it never is part of a compiled graph.
+Blocks that are compiled one by one (`compile_repeated_blocks`) compile what lies inside the cache,
+the same graphs for all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -43,11 +49,53 @@ def enable(model: Any, config: str, undo: ExitStack, **fields: Any) -> None:
         raise UnsupportedModelError(f"{name}: {config} cannot be used here ({error})") from error
 
     def off() -> None:
+        inside.close()
         if model.is_cache_enabled:
             model.disable_cache()
         _restore(model, before, had)
 
+    inside = _compiling_inside(model)
     undo.callback(off)
+
+
+def _compiling_inside(model: Any) -> ExitStack:
+    """Let `compile` of a cached module compile what its cache calls, and `compile` of a module
+    around cached ones the pieces between them as well; closed, modules compile as before.
+    """
+    import torch  # methods are listed where there is none
+
+    undo = ExitStack()
+    cached = {m for m in model.modules() if getattr(vars(m).get("_diffusers_hook"), "hooks", None)}
+    for module in model.modules():
+        inside = [m for m in module.modules() if m in cached]
+        if module is model or not inside:
+            continue
+        if module in cached:
+            reference = module._diffusers_hook._fn_refs[-1]
+            for name in ("original_forward", "forward"):
+                undo.callback(setattr, reference, name, getattr(reference, name))
+            reference.forward = torch.compiler.disable(reference.forward)
+            module.compile = partial(_compile_cached, reference, reference.original_forward)
+        else:
+            module.compile = partial(_compile_around, module, inside)
+        undo.callback(vars(module).pop, "compile", None)
+    return undo
+
+
+def _compile_cached(reference: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """As `nn.Module.compile`, but for the function that a cache calls at computed steps."""
+    import torch
+
+    reference.original_forward = torch.compile(forward, *args, **kwargs)
+
+
+def _compile_around(module: Any, cached: list[Any], *args: Any, **kwargs: Any) -> None:
+    """As `nn.Module.compile`; cached modules inside are graphs of their own, so the one graph that
+    is asked for with `fullgraph` becomes one for each piece between them.
+    """
+    for inner in cached:
+        inner.compile(*args, **kwargs)
+    type(module).compile(module, *args, **{**kwargs, "fullgraph": False})
 
 
 @contextmanager

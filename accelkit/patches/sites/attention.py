@@ -176,11 +176,18 @@ def attend(
         if a.lane is not None:
             lanes.setdefault(a.lane, []).append(a)
             continue
-        result = compute(a)
-        out[:, device_ids(a.call.heads, out.device)] = result.out.to(out.dtype)
+        _write(compute(a).out, a.call.heads, out)
     for lane in lanes.values():
         _launch(lane, out)
     return True
+
+
+def _write(found: Tensor, heads: Sequence[int], out: Tensor) -> None:
+    """Heads into their places; all of them at once is a plain copy, several times as fast."""
+    if tuple(heads) == tuple(range(out.shape[1])):
+        out.copy_(found)
+    else:
+        out[:, device_ids(tuple(heads), out.device)] = found.to(out.dtype)
 
 
 @dataclass

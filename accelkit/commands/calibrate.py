@@ -1,0 +1,135 @@
+"""`accelkit calibrate`: measure a model and write a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from accelkit import console
+from accelkit.console import (
+    AsJson,
+    Device,
+    Dtype,
+    Frames,
+    Height,
+    Model,
+    Seed,
+    Steps,
+    Talk,
+    Width,
+    Yes,
+)
+
+
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for plan, journal and report.")] = Path(
+        "accelkit-plan"
+    ),
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Error that may be spent: 0.02 or 2%. Default: 2%, for pipelines 10%."),
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompt lengths such as 8k,32k. Default: by the device.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Text or JSON-lines file. Default: built-in tasks."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="For pipelines: a prompt a line, or JSON lines."
+        ),
+    ] = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    preset: Annotated[str, typer.Option(help="careful, balanced or fast.")] = "balanced",
+    methods: Annotated[
+        str | None, typer.Option(help="Methods to try, such as flex_prefill,window. Default: all.")
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(help="Prompts that will be prefilled together; costs are theirs.")
+    ] = 1,
+    seed: Seed = 0,
+    time_limit: Annotated[
+        str | None, typer.Option(help="Stop measuring after 90s, 15m or 1h.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the journal in --out.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show attention's share and the most that can be gained; write nothing.",
+        ),
+    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    yes: Yes = False,
+    as_json: AsJson = False,
+    talk: Talk = None,
+) -> None:
+    """Measure MODEL and write the fastest [bold]plan[/bold] that keeps within the error budget."""
+    console.verbosity(talk)
+    allowed = None if budget is None else console.ratio(budget, "--budget")
+    stop = console.seconds(time_limit)
+    size = console.given(height=height, width=width, num_frames=frames, steps=steps)
+    limits = console.sizes(lengths) if lengths else None
+    chosen = console.names(methods) or None
+    journal = out / "journal.jsonl"
+    from accelkit.patches.plan import Budget
+    from accelkit.patches.plan_file import FILE
+
+    if not dry_run and not resume and (out / FILE).exists():
+        console.replaces(out / FILE, yes)
+    from accelkit.calibration.calibrate import calibrate as measure
+    from accelkit.calibration.calibrate import dry_run as bound_of
+    from accelkit.calibration.pipelines import open_any
+
+    loaded, tokenizer = open_any(model, dtype=dtype, device=device)
+    if dry_run:
+        bound = bound_of(loaded, lengths=limits, tokenizer=tokenizer, **size)
+        console.emit(
+            bound,
+            as_json,
+            console.table("Attention's share, and what a free attention would gain", bound),
+        )
+        return
+    plan = measure(
+        loaded,
+        data or prompts,
+        tokenizer=tokenizer,
+        budget=None if allowed is None else Budget(max_rel_error=allowed),
+        lengths=limits,
+        **size,
+        methods=chosen,
+        preset=preset,
+        batch=batch,
+        seed=seed,
+        time_limit=stop,
+        journal=journal,
+        resume=resume,
+        progress=talk is not False,
+    )
+    path = plan.save_pretrained(out)
+    from accelkit.calibration import report
+
+    page = report.write_html(plan, out / "report.html")
+    files = {"plan": str(path), "journal": str(journal), "report": str(page)}
+    where = "\n".join(f"{name:8}{place}" for name, place in files.items())
+    console.emit(
+        report.summary(plan) | {"files": files},
+        as_json,
+        report.tables(plan, heads=False),
+        "",
+        where,
+    )

@@ -1,0 +1,143 @@
+"""`accelkit patch`: run a model with a plan, beside dense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from accelkit import console
+from accelkit.console import (
+    AsJson,
+    Device,
+    Dtype,
+    Frames,
+    Height,
+    Model,
+    PlanAt,
+    Seed,
+    Steps,
+    Talk,
+    Width,
+    Yes,
+)
+from accelkit.errors import InvalidInputError
+
+
+def patch(
+    model: Model,
+    plan: PlanAt = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue, to answer or to show.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the text.")] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="A long text with a question about one line of it.")
+    ] = False,
+    length: Annotated[
+        str | None, typer.Option(help="Length of the demo in tokens, such as 16k.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    compare: Annotated[
+        bool, typer.Option("--compare/--no-compare", help="Run the dense model as well.")
+    ] = True,
+    repeat: Annotated[
+        int | None, typer.Option(help="Runs behind each median. Default: 3, for pipelines 1.")
+    ] = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write a pipeline's video (.mp4) or picture (.png).")
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames a second of that video.")] = 16.0,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the model with its plan; accelkit.from_pretrained opens it patched."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    yes: Yes = False,
+    as_json: AsJson = False,
+    talk: Talk = None,
+) -> None:
+    """Run MODEL with a plan: its answer or video, its speed, and how far it agrees with dense."""
+    console.verbosity(talk)
+    from accelkit.calibration import pipelines
+
+    text = prompt if prompt_file is None else console.read_text(prompt_file)
+    where = {"dtype": dtype, "device": device}
+    if pipelines.is_pipeline(model):
+        size = console.given(height=height, width=width, num_frames=frames, steps=steps)
+        opened = pipelines.opened(model, plan, text and text.strip(), size, seed, **where)
+        document, shown = _show(
+            opened, save, yes, dense=compare, repeat=repeat or 1, output=output, fps=fps
+        )
+    else:
+        sources = [prompt is not None, prompt_file is not None, demo]
+        if sum(sources) > 1 or (not any(sources) and save is None):
+            raise InvalidInputError(
+                "give one of --prompt, --prompt-file and --demo (or only --save DIR)"
+            )
+        question = None
+        if any(sources):
+            question = text, console.size(length, "--length") if length else None, seed
+        if save is not None and (save / "config.json").exists():
+            console.replaces(save, yes)
+        document, shown = _answer(
+            *(model, plan, question, save, where),
+            max_new_tokens=max_new_tokens,
+            dense=compare,
+            repeat=3 if repeat is None else repeat,
+        )
+    console.emit(document, as_json, *shown)
+
+
+def _show(opened: Any, save: Path | None, yes: bool, **how: Any) -> tuple[dict[str, Any], Any]:
+    """A pipeline with its plan: videos, a contact sheet and what was gained."""
+    from accelkit.calibration import opening, pipelines, video_bench
+
+    pipe, plan, *_ = opened
+    for path in (how["output"], save and save / pipelines.INDEX):
+        if path and path.exists():
+            console.replaces(path, yes)
+    made = video_bench.compare(*opened, **how)
+    files = made.files()
+    if save is not None:
+        files["saved"] = str(opening.save_model(pipe, None, plan, save).parent)
+    lines = [f"{k:9}{v}" for k, v in files.items()]
+    return made.as_dict() | {"files": files}, [video_bench.table(made), *lines]
+
+
+def _answer(
+    name: str,
+    plan: str | None,
+    question: tuple[str | None, int | None, int] | None,
+    save: Path | None,
+    where: dict[str, str],
+    **how: Any,
+) -> tuple[dict[str, Any], Any]:
+    """A language model with its plan: both answers, if there is a question (text or None for the
+    demo, its length, its seed), and where things lie.
+    """
+    from accelkit.calibration import compare as sides
+    from accelkit.calibration import opening
+
+    model, tokenizer, read, place = opening.opened(name, plan, **where)
+    document: dict[str, Any] = {"plan": place, "report": opening.report_beside(place)}
+    shown: list[Any] = []
+    if question is not None:
+        opening.need_tokenizer(tokenizer, name)
+        ids, expected = sides.prompt(tokenizer, read, *question)
+        result = sides.compare(model, tokenizer, read, ids, expected=expected, **how)
+        document |= result.as_dict()
+        shown += [sides.table(result), *([f"note: {result.note}"] if result.note else [])]
+    if save is not None:
+        document["saved"] = str(opening.save_model(model, tokenizer, read, save).parent)
+    files = [f"{k:9}{document[k]}" for k in ("plan", "report", "saved") if document.get(k)]
+    return document, [*shown, *files]

@@ -1,0 +1,40 @@
+"""Device times of pieces of work that take turns."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+AHEAD = 2_000_000
+"""Clock cycles that the device waits before a timed piece: the host is ahead, as in a model."""
+
+
+def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dict[str, float]:
+    """Median device time of each piece of work, the pieces taking turns as often as the budget
+    allows: 3 to 15 rounds, once without a budget. A piece that cannot run is left out and says why.
+    """
+    able = {}
+    for name, run in work.items():
+        try:
+            run()
+            torch.cuda.synchronize()
+            able[name] = run
+        except Exception as error:
+            text = (str(error).splitlines() or [""])[0][:120]
+            print(f"    {name} cannot run: {type(error).__name__}: {text}", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in able}
+    spent, rounds = 0.0, 0
+    while rounds < (3 if budget_ms else 1) or (spent < budget_ms and rounds < 15):
+        for name, run in able.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(AHEAD)
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end))
+            spent += times[name][-1] + 1.0
+        rounds += 1
+    return {name: statistics.median(values) for name, values in times.items()}

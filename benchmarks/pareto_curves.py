@@ -1,0 +1,253 @@
+"""What the Pareto figure draws: every method alone, step caches, fewer steps, calibrated mixtures.
+
+Each function runs the held-out prompts of a `Subject` once and returns a row: what was set, its
+predicted cost at the target as a share of a dense denoising, and how close it comes to dense.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pareto_target import DENSE_STEPS, attention_ratio, denoising_ratio
+
+import accelkit
+from accelkit.calibration import denoise_check, denoise_measure, fit, video, video_bench
+from accelkit.calibration.candidates import Bench, Family, between, calibrated_settings, stored
+from accelkit.calibration.capture import dense_attention
+from accelkit.calibration.video import Settings, Shot, Take
+from accelkit.kernels.cost import CostTable
+from accelkit.patches.adapters import facts, sites, watch
+from accelkit.patches.method import AttentionMethod
+from accelkit.patches.parts import step_cache
+from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "train"))
+SETTINGS = 8
+HELD_OUT_SEED = 70_000
+"""Far from the seeds that calibration draws and checks with."""
+
+
+class Subject:
+    """The pipeline, the held-out prompts it draws all at once, and their dense results."""
+
+    def __init__(self, pipe: Any, settings: Settings, count: int, guidance: float) -> None:
+        import shapes
+
+        self.pipe, self.settings, self.shapes = pipe, settings, shapes
+        rng = random.Random(HELD_OUT_SEED)
+        self.scenes = [shapes.random_scene(rng, 1, True) for _ in range(count)]
+        prompts = [s.prompt for s in self.scenes]
+        self.shot = Shot("held out", {"prompt": prompts, "guidance_scale": guidance}, HELD_OUT_SEED)
+        self.one = replace(self.shot, arguments={**self.shot.arguments, "prompt": prompts[0]})
+        self.steps = settings.num_inference_steps or 20
+        self.dense, self.pictures = self.drawn()
+
+    def drawn(self, **changes: int) -> tuple[Take, np.ndarray]:
+        """Final latents `[B, …]`, and frames `[B, F, H, W, 3]`."""
+        take = video.run(self.pipe, replace(self.settings, **changes), self.shot)
+        with torch.inference_mode():
+            pictures = decoded(self.pipe, take.latents)
+        return take, pictures
+
+    def judged(self, take: Take, pictures: np.ndarray) -> dict[str, Any]:
+        """Fidelity to the dense results, and how many videos show what was asked."""
+        rows = []
+        for n in range(len(self.scenes)):
+            mine = Take(take.latents[n], pictures[n], 0.0)
+            true = Take(self.dense.latents[n], self.pictures[n], 0.0)
+            rows.append(video.fidelity(mine, true))
+        seen = [self.shapes.look(torch.from_numpy(p)) for p in pictures]
+        right = [self.shapes.score(a, s)["all"] for a, s in zip(self.scenes, seen, strict=True)]
+        keys = ("error", "latent_psnr", "psnr", "ssim")
+        mean = {k: statistics.fmean(r[k] for r in rows) for k in keys}
+        worst = {k: (max if k == "error" else min)(r[k] for r in rows) for k in keys}
+        return {"mean": mean, "worst": worst, "right": sum(right), "of": len(right)}
+
+
+def decoded(pipe: Any, latents: torch.Tensor) -> np.ndarray:
+    """What the pipeline does behind its last step."""
+    vae = pipe.vae
+    shape = (1, vae.config.z_dim, 1, 1, 1)
+    mean, std = (
+        torch.tensor(v, device=latents.device).view(shape)
+        for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    out = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+    return pipe.video_processor.postprocess_video(out, output_type="np")
+
+
+def variants(subject: Subject, methods: Sequence[AttentionMethod]) -> tuple[list[Family], dict]:
+    """Families as a calibrator names them after one dense run, with side tensors by site."""
+    tables: dict[str, torch.Tensor] = {}
+    found: dict[str, Family] = {}
+    middle = (subject.steps) // 2
+
+    def visit(call: Any) -> Any:
+        if call.clock.step != middle or call.clock.branch != "cond":
+            return None
+        dense = dense_attention(call)
+        families, mine = calibrated_settings(methods, call.site, call, dense)
+        tables.update({f"{call.site.path}/{k}": v.cpu() for k, v in mine.items()})
+        found.update({f.name: f for f in families})
+        return dense.out
+
+    with watch(subject.pipe, visit):
+        video.run(subject.pipe, subject.settings, subject.one)
+    return list(found.values()), tables
+
+
+def finer(family: Family) -> Family:
+    """A family with at least `SETTINGS` values of its dial where there are values between."""
+    settings = list(family.settings)
+    while family.field and len(settings) < SETTINGS:
+        values = [getattr(m, family.field) for m in settings]
+        gaps = [abs(np.log(b / a)) for a, b in pairwise(values)]
+        at = int(np.argmax(gaps))
+        value = between(values[at], values[at + 1])
+        if value in values:
+            break
+        settings.insert(at + 1, settings[at].model_copy(update={family.field: value}))
+    return Family(family.name, tuple(settings), family.field)
+
+
+def spread(settings: Sequence[Any]) -> list[Any]:
+    """Both ends first, then what lies farthest from those before."""
+    left, found = list(range(len(settings))), []
+    while left:
+        best = max(left, key=lambda i: (min((abs(i - j) for j in found), default=i == 0), -i))
+        left.remove(best)
+        found.append(best)
+    return [settings[i] for i in found]
+
+
+def alone(pipe: Any, method: AttentionMethod, tables: dict[str, torch.Tensor]) -> Plan:
+    """The method in every head behind the dense steps."""
+    fingerprint, heads = facts(pipe)
+    steps = (DENSE_STEPS, 1.0)
+    layers = {
+        s.path: LayerPlan(
+            rules=(Rule(phase="denoise", steps=steps, policies=(1,) * heads[s.path]),)
+        )
+        for s in sites(pipe)
+    }
+    policies = (Policy(), Policy(methods=(method,)))
+    return Plan(fingerprint=fingerprint, policies=policies, sites=layers).with_tables(tables)
+
+
+def run_alone(
+    subject: Subject, method: AttentionMethod, tables: dict, costs: CostTable, tokens: int,
+    share: float, size: tuple[int, int], timed: float | None,
+) -> dict[str, Any] | None:  # fmt: skip
+    plan = alone(subject.pipe, method, tables)
+    with accelkit.patch(subject.pipe, plan) as handle:
+        with handle.measuring():
+            # Few steps of one prompt tell the density: lists are read back for it.
+            video.run(subject.pipe, replace(subject.settings, num_inference_steps=4), subject.one)
+        densities = [s.density for s in handle.report().sites.values() if s.density is not None]
+        if not densities:
+            return None
+        take, pictures = subject.drawn()
+    density, renewed = (
+        statistics.fmean(densities),
+        method.renewed(subject.steps),
+    )
+    if renewed and density > 1 / 3:
+        density = (3 * density - 1) / 2  # one of these three sparse steps was a renewing one
+    ratio = attention_ratio(costs, tokens, method.kind, size, density)
+    if timed is not None:
+        ratio = timed / costs.dense_ms(tokens)
+    ratio = renewed + (1 - renewed) * ratio
+    cost = denoising_ratio(share, ratio)
+    return {
+        "setting": stored(method), "density": density, "cost": cost,
+        **subject.judged(take, pictures),
+    }  # fmt: skip
+
+
+def dialled(cache: Any, subject: Subject) -> Family:
+    """At least eight settings of a step cache, with the numbers of this model that it needs."""
+    if "ratios" in type(cache).model_fields:
+        noted: list[float] = []
+        with step_cache.magnitudes(subject.pipe.transformer, subject.steps) as ratios:
+            each = lambda done, latents: noted.__setitem__(slice(None), ratios())  # noqa: E731
+            video.run(subject.pipe, subject.settings, subject.one, each=each)
+        cache = cache.model_copy(update={"ratios": tuple(round(r, 5) for r in noted)})
+    field = cache.dial.field
+    some = tuple(cache.model_copy(update={field: v}) for v in cache.dial.values)
+    family = finer(Family(cache.kind, some, field))
+    return Family(cache.kind, tuple(spread(family.settings)), field)
+
+
+def run_cache(subject: Subject, cache: Any) -> dict[str, Any]:
+    """A step cache alone; its cost is the share of attention calls that it leaves."""
+    count = [0]
+
+    def add(_: Any) -> None:
+        count[0] += 1
+
+    plan = video_bench.cache_alone(subject.pipe, cache)
+    with watch(subject.pipe, add):
+        video.run(subject.pipe, subject.settings, subject.one)
+    whole, count[0] = count[0], 0
+    with accelkit.patch(subject.pipe, plan) as handle:
+        take, pictures = subject.drawn()
+        calls = handle.report().calls
+    return {"setting": stored(cache), "cost": calls / whole, **subject.judged(take, pictures)}
+
+
+def run_mixture(
+    subject: Subject, budget: float, costs: CostTable, about: dict[str, Any], prompts: list[dict],
+    journal: Path, preset: str, methods: list[str] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """A plan calibrated with the target's costs, drawn on the held-out prompts."""
+    original = denoise_measure.measured
+
+    def measured(*args: Any) -> Any:
+        # A step of the target takes attention's time ÷ attention's share.
+        found, seen = original(*args), args[1]
+        dense = sum(seen.calls.values()) * costs.dense_ms(args[-1])
+        return replace(found, step_seconds=dense / about["share"] / 1e3 / seen.total)
+
+    def speed(checker: Any, plan: Plan) -> dict[str, float]:
+        return {"ms": checker.cost(plan), "dense_ms": 1.0}
+
+    saved = fit.fit, denoise_measure.measured, denoise_check.Checker.speed, Bench._clock
+    fit.fit = lambda *args, **options: costs  # type: ignore[assignment]
+    Bench._clock = lambda bench, one: about["clocked"][repr(one.execution)]  # type: ignore[method-assign]
+    denoise_measure.measured = measured
+    denoise_check.Checker.speed = speed  # type: ignore[method-assign]
+    size = subject.settings
+    begin = time.perf_counter()
+    try:
+        plan = accelkit.calibrate(
+            subject.pipe, prompts, budget=budget, height=size.height, width=size.width,
+            num_frames=size.num_frames, steps=size.num_inference_steps, preset=preset,
+            journal=journal, resume=True, progress=False, methods=methods,
+        )  # fmt: skip
+    finally:
+        fit.fit, denoise_measure.measured, denoise_check.Checker.speed, Bench._clock = saved  # type: ignore[method-assign]
+    seconds = time.perf_counter() - begin
+    opened = accelkit.patch(subject.pipe, plan) if "note" not in plan.measured else nullcontext()
+    with opened:
+        take, pictures = subject.drawn()
+    return {
+        "budget": budget,
+        "cost": 1 / plan.measured.get("predicted_speedup", 1.0),
+        "seconds": seconds,
+        "measured": plan.measured,
+        "calibration": plan.calibration,
+        "policies": [p.label() for p in plan.policies],
+        **subject.judged(take, pictures),
+    }
