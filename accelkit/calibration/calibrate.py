@@ -79,7 +79,8 @@ def calibrate(
             built-in tasks and text, or built-in prompts.
         tokenizer: of a language model; needed unless `data` holds token ids.
         budget: of a language model, relative L1 error of the last hidden state at scored positions,
-            worst task (0.02); of a pipeline, of the final latents, worst prompt (0.1).
+            worst prompt with a margin for further ones (0.02); of a pipeline, of the final
+            latents, worst prompt (0.1).
         lengths: of a language model, prompt lengths in tokens; costs are those of the longest.
         height, width, num_frames, steps: of a pipeline, as in its call; None: its own defaults.
         methods: names, classes or instances to try; None: all.

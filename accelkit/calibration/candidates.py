@@ -270,11 +270,12 @@ class Bench:
 
     def _one(self, a: Answer) -> dict[str, Tensor]:
         at = [self.call.heads.index(h) for h in a.call.heads]
-        heights = {p.size[0] if isinstance(p, BlockIndex) else 0 for p in a.pieces}
+        # Pieces that are computed already have every row.
+        heights = {p.size[0] for p in a.pieces if isinstance(p, BlockIndex)}
         order = a.order if a.order is not None and a.order.q_table is not None else None
         # Rows that lie in another order are judged there, if all of them are there.
         there = order is not None and order.whole and not self.scored.numel()
-        partly = len(heights) == 1 and 0 not in heights and not a.finishers
+        partly = len(heights) == 1 and not a.finishers
         partly = partly and (order is None or there)
         rows, even, scored = self.tiles(max(heights) if partly else 128)
         part = compute(

@@ -61,17 +61,26 @@ class Proposal:
 
 @dataclass
 class Round:
-    """One proposal and its check. `rows` are the prompts that were run; a failure stops early."""
+    """One proposal and its check. `rows` are the prompts that were run; a failure stops early.
+
+    `measured` is the worst error of them; `bound`, at least that, what further ones may reach.
+    """
 
     epsilon: float
     proposal: Proposal
     rows: list[dict[str, Any]] = field(default_factory=list)
     measured: float = 0.0
+    bound: float = 0.0
     held: bool = False
 
     @property
     def plan(self) -> Plan:
         return self.proposal.plan
+
+    @property
+    def reach(self) -> float:
+        """The error that must stay within the budget."""
+        return max(self.measured, self.bound)
 
 
 class Checker(Protocol):
@@ -127,7 +136,7 @@ def in_turns(
         now = Round(epsilon, proposal)
         checker.check(now, allowed)
         rounds.append(now)
-        aim = epsilon * (MARGIN * allowed / max(now.measured, 1e-9)) ** (1 / _slope(rounds))
+        aim = epsilon * (MARGIN * allowed / max(now.reach, 1e-9)) ** (1 / _slope(rounds))
         if now.held:
             low = max(low, epsilon)
             epsilon = min(max(aim, epsilon * CLOSE), epsilon * WIDEN)
@@ -136,7 +145,7 @@ def in_turns(
         else:
             high = min(high, epsilon)
             # Right answers may be lost within the budget: then the error says nothing.
-            epsilon = aim if now.measured > allowed else epsilon / 2
+            epsilon = aim if now.reach > allowed else epsilon / 2
             if epsilon <= low:
                 epsilon = (low * high) ** 0.5
         if low and high / low < CLOSE:
@@ -162,7 +171,7 @@ def _slope(rounds: Sequence[Round]) -> float:
     """
     if len(rounds) < 2:
         return 1.0
-    (e0, m0), (e1, m1) = ((r.epsilon, max(r.measured, 1e-9)) for r in rounds[-2:])
+    (e0, m0), (e1, m1) = ((r.epsilon, max(r.reach, 1e-9)) for r in rounds[-2:])
     if e0 == e1:
         return 1.0
     return float(np.clip(np.log(m1 / m0) / np.log(e1 / e0), *SLOPES))
@@ -215,17 +224,22 @@ class _Checker:
             rows = self._rows(now.plan, f"check/{digest}/{n}", n)
             now.rows += [{**row, "prompt": n} for row in rows]
             tried += 1
-            if not quality.holds(quality.by_task(rows), allowed) and not self._averaged(n):
+            # What is over stays over, but answers that a task's other prompts may make up for.
+            over = quality.by_task(now.rows)
+            if any(t["bound"] > allowed for t in over.values()):
+                break
+            if not quality.holds(quality.by_task(rows), allowed) and not self._shared(n):
                 break
         tasks = quality.by_task(now.rows)
-        now.measured = max(t["error"] for t in tasks.values())
+        now.measured = max(t["worst"] for t in tasks.values())
+        now.bound = max(t["bound"] for t in tasks.values())
         now.held = tried == len(self.samples) and quality.holds(tasks, allowed)
         worst = sorted(now.rows, key=lambda r: -r["error"])
         first = list(dict.fromkeys(r["prompt"] for r in worst))
         self.order = first + [n for n in self.order if n not in first]
 
-    def _averaged(self, n: int) -> bool:
-        """Whether other prompts of the same task and length have a say as well."""
+    def _shared(self, n: int) -> bool:
+        """Whether other prompts of the same task and length have a say in what is lost."""
         mine = self.samples[n]
         return sum((s.task, len(s.ids)) == (mine.task, len(mine.ids)) for s in self.samples) > 1
 
@@ -305,6 +319,7 @@ def outcome_numbers(found: Outcome, dense_ms: float) -> dict[str, Any]:
     return {
         "predicted_error": _short(kappa * best.proposal.error),
         "measured_error": _short(best.measured),
+        "further_error": _short(best.reach),
         "composition": _short(kappa),
         "ms": _short(best.proposal.ms),
         "dense_ms": _short(dense_ms),
@@ -334,6 +349,7 @@ def _rounds(rounds: Sequence[Round]) -> list[dict[str, Any]]:
             "epsilon": _short(r.epsilon),
             "predicted_error": _short(r.proposal.error),
             "measured_error": _short(r.measured),
+            "further_error": _short(r.reach),
             "predicted_ms": _short(r.proposal.ms),
             "predicted_dense_ms": _short(r.proposal.dense_ms),
             "prompts": len(r.rows),

@@ -68,6 +68,7 @@ def summary(plan: Plan, phase: str | None = None) -> dict[str, Any]:
         "budget": plan.budget.max_rel_error if plan.budget else None,
         "predicted_error": measured.get("predicted_error"),
         "measured_error": measured.get("measured_error"),
+        "further_error": measured.get("further_error"),
         **{f"{phase}_{k}": measured.get(f"{phase}_{k}") for k in WHOLE},
         "step_cache": next((s.block.kind for s in plan.sites.values() if s.block), None),
         "note": measured.get("note"),
@@ -163,12 +164,13 @@ def headline(plan: Plan, phase: str | None = None) -> list[tuple[str, str]]:
             ("allowed", "budget"),
             ("predicted", "predicted_error"),
             ("measured", "measured_error"),
+            ("further prompts up to", "further_error"),
         )
         if is_number(s[key])
     ]
     if errors:
         of = "final latents, worst prompt"
-        of = of if phase == "denoise" else "last hidden state, worst task"
+        of = of if phase == "denoise" else "last hidden state, worst prompt"
         lines.append(("error", ", ".join(errors) + f" (relative L1, {of})"))
     if s["note"]:
         lines.append(("note", str(s["note"])))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 _MODULES = (
     "index",
     "dispatch",
+    "expansion",
     "block_sparse",
     "gather",
     "merge",
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         block_sparse,
         cost,
         dispatch,
+        expansion,
         gather,
         index,
         merge,

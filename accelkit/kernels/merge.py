@@ -50,7 +50,14 @@ def reference(parts: Sequence[Partial]) -> Partial:
     wide = torch.promote_types(parts[0].out.dtype, torch.float32)
     out = torch.zeros_like(parts[0].out, dtype=wide)
     for w, part in zip(weight, parts, strict=True):
-        # Where a piece is empty its output may hold anything: leave it out instead of multiplying
-        # by zero.
-        out += torch.where(w[..., None] > 0, part.out * w[..., None].to(wide), 0.0)
+        out.addcmul_(part.out.to(wide), w[..., None].to(wide))
+    # Where a piece is empty its output may hold anything: those rows leave it out, instead of
+    # multiplying it by zero.
+    some = (weight == 0).any(0)
+    if some.any():
+        safe = torch.zeros_like(out[some])
+        for w, part in zip(weight, parts, strict=True):
+            share = w[some][:, None].to(wide)
+            safe += torch.where(share > 0, part.out[some] * share, 0.0)
+        out[some] = safe
     return Partial(out.to(parts[0].out.dtype), total)

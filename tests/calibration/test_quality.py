@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,22 @@ def test_worst_task_decides() -> None:
     good, bad = {"task": "a", "error": 0.01, **row}, {"task": "b", "error": 0.03, **row}
     assert quality.holds(quality.by_task([good]), 0.02)
     assert not quality.holds(quality.by_task([good, bad]), 0.02)
-    # A task's prompts are averaged.
-    assert quality.holds(quality.by_task([good, {**bad, "task": "a"}]), 0.0201)
+
+
+def test_every_prompt_decides_and_their_spread() -> None:
+    """Errors e^±x of a task lie √2·x apart from each other: 1.645 of that is the margin."""
+    row = {"task": "a", "tokens": 512, "kl": 0.0, "right": 0, "dense_right": 0, "asked": 0}
+    even = [{**row, "error": 0.0199}] * 2
+    assert quality.holds(quality.by_task(even), 0.02)
+    spread = [{**row, "error": 0.01 * math.exp(x)} for x in (0.3, -0.3)]
+    assert quality.margin(spread) == pytest.approx(math.exp(1.645 * 0.3 * 2**0.5))
+    found = quality.by_task(spread)["a@512"]
+    assert found["worst"] == pytest.approx(0.01 * math.exp(0.3))
+    assert found["bound"] == pytest.approx(found["error"] * quality.margin(spread))
+    # Tasks with a single prompt get the margin of the others.
+    other = {**row, "task": "b", "error": 0.015}
+    assert not quality.holds(quality.by_task([*spread, other]), 0.02)
+    assert quality.holds(quality.by_task([other]), 0.02)
 
 
 def test_lost_answers_count() -> None:
