@@ -44,8 +44,10 @@ CALIBRATION = (
     "what it costs is not affected (`benchmarks/prefill_8b.py --calibrate`)."
 )
 KERNEL_COLUMNS = ("triton", "gluon", "fa4", "flex")
-SHORT = 14
+SHORT = 6
 """Rows of a table in README."""
+DETAILS = ("kernel-variants", "profiles", "video-target")
+"""Beginnings of the names of results that README leaves to docs/benchmarks.md."""
 MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
 
 
@@ -299,9 +301,13 @@ def title(data: dict[str, Any]) -> str | None:
 
 
 def benchmarks(most: int | None = None) -> str:
-    """Every shipped result with the machine it was measured on, in tables of `most` rows."""
+    """Shipped results with the machine they were measured on: all, or the main ones in tables of
+    `most` rows.
+    """
     parts = []
     for path, data in results():
+        if most and path.stem.startswith(DETAILS):
+            continue
         parts.append(
             f"**{title(data) or path.stem}**: {machine(data)} (`benchmarks/results/{path.name}`)"
         )
