@@ -116,7 +116,7 @@ def test_bench_dry_run_tells_steps_apart(pipe, plan, tmp_path):
 def test_show_draws_steps_and_layers(pipe, plan, tmp_path):
     picture = tmp_path / "plan.svg"
     text = run("show", plan, "--plot", str(picture)).stdout
-    assert "final latents, worst prompt" in text
+    assert "final latents, worst prompt" in " ".join(text.split())
     assert "3 × 8 × 8 tokens, 4 denoising steps" in text
     assert "transformer.blocks.1.attn1" in text
     assert "Density over steps" in picture.read_text() or picture.stat().st_size > 10_000

@@ -166,7 +166,7 @@ def headline(plan: Plan, phase: str | None = None) -> list[tuple[str, str]]:
             ("measured", "measured_error"),
             ("further prompts up to", "further_error"),
         )
-        if is_number(s[key])
+        if is_number(s[key]) and not (key == "further_error" and s[key] == s["measured_error"])
     ]
     if errors:
         of = "final latents, worst prompt"
