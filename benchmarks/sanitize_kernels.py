@@ -7,8 +7,9 @@
 Lengths are ragged and lists have dense, empty and clipped rows. Without the caching allocator every
 tensor is an allocation of its own, so that a read beyond one is seen.
 
-`--tool racecheck` names one read and two writes in warp-specialised kernels: the byte by which
-Triton hands their parts to the warps. Named barriers of the whole block stand between them.
+`--tool racecheck` reports one read and two writes in warp-specialised kernels. They look like the
+byte by which Triton hands their parts to the warps, with barriers of the whole block in between;
+this was read off machine code of another Triton version and is not proven.
 """
 
 from __future__ import annotations
