@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-import triton
+from attention.report import machine
 from attention.shapes import D64, LLM, VIDEO, Shape, random_call, random_mask
 from attention.timing import milliseconds
 from torch import Tensor
@@ -176,13 +175,7 @@ def main() -> None:
     torch.manual_seed(0)
     report = {
         "title": "Attention in 8 bits, quantisation included (`benchmarks/eight_bit.py`)",
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-        "dtype": "bfloat16",
+        **machine(),
         "budget_ms": args.budget_ms,
         "errors": [],
         "rows": [],

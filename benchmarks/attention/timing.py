@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-AHEAD = 2_000_000
-"""Clock cycles that the device waits before a timed piece: the host is ahead, as in a model."""
+from accelkit.calibration.fit import device_ms
 
 
 def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dict[str, float]:
@@ -28,13 +27,7 @@ def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dic
     spent, rounds = 0.0, 0
     while rounds < (3 if budget_ms else 1) or (spent < budget_ms and rounds < 15):
         for name, run in able.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(AHEAD)
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end))
+            times[name] += device_ms(run, 1)
             spent += times[name][-1] + 1.0
         rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}
