@@ -77,6 +77,12 @@ def _strided(qk: str) -> Callable[[], object]:
     return lambda: scores.strided(call, 8, BLOCK, qk)
 
 
+def _rounded(qk: str, pv: str) -> Callable[[], object]:
+    q, k, v = random_call(FULL, "cuda", torch.bfloat16)
+    index = BlockIndex.dense(FULL.heads, FULL.tokens // 128, BLOCK, q.device)
+    return lambda: attend(q, k, v, index, causal=False, qk=qk, pv=pv, smooth_k=True)
+
+
 CASES: dict[str, tuple[str, Callable[[], Callable[[], object]]]] = {
     "skip 75 %": ("skipping", lambda: _skip(3)),
     "skip 0 %": ("skipping", lambda: _skip(0)),
@@ -85,6 +91,7 @@ CASES: dict[str, tuple[str, Callable[[], Callable[[], object]]]] = {
     "cudnn": (".*", _dense),
     "strided 8": ("_strided", lambda: _strided("native")),
     "strided 8, int8": ("_strided", lambda: _strided("int8")),
+    "8 bits": ("_eight_bit", lambda: _rounded("fp8", "fp8")),
 }
 """By name: the kernel that is meant, and what prepares its launch."""
 
