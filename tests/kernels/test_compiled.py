@@ -47,6 +47,12 @@ def test_no_product_is_serialised(reports) -> None:
     assert [r["name"] for r in reports if r["waits"] > r["groups"]] == []
 
 
+def test_a_vote_is_one_instruction(reports) -> None:
+    """Each of two warpgroups votes on its scores without another exchange among threads."""
+    found = {r["name"]: (r["votes"], r["exchanges"]) for r in reports if "skip" in r["name"]}
+    assert found and set(found.values()) == {(2, 0)}
+
+
 def test_programs_share_a_multiprocessor_as_promised(reports) -> None:
     found = {r["name"]: r["programs"] for r in reports}
     assert set(TOGETHER) <= set(found)
