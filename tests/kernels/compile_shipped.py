@@ -86,6 +86,7 @@ def report(name: str, kernel: Any, tile: tuple[int, int], width: int) -> dict[st
         "products": len(re.findall(r"HGMMA\.", code.stdout)),
         "groups": len(re.findall(r"HGMMA\..*gsb0", code.stdout)),
         "waits": code.stdout.count("WARPGROUP.DEPBAR"),
+        "barriers": max(map(int, re.findall(r"\.sync\s+(\d+)", kernel.asm["ptx"])), default=-1),
         "votes": len(votes),
         "exchanges": len(re.findall(r"\b(?:SHFL|BAR\.SYNC|LDS)\b", "".join(votes))),
         "steps": min(width, tile[1]) // 16,
