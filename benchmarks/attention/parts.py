@@ -11,9 +11,9 @@ from torch import Tensor
 
 from accelkit.kernels import dispatch, scores, select
 from accelkit.kernels.dispatch import attend
-from accelkit.kernels.index import BlockIndex, plain_inputs
+from accelkit.kernels.index import BlockIndex, ceil_div, plain_inputs
 from attention.peers import dense_paths
-from attention.shapes import BLOCK, FULL, LLM, LONG, random_call, visible_blocks
+from attention.shapes import BLOCK, D64, FULL, LLM, LONG, Shape, random_call, visible_blocks
 from attention.sparse import able, check, right
 from attention.timing import milliseconds
 
@@ -36,12 +36,15 @@ def _part(what: str, ms: dict[str, float], dense: float, target: str) -> dict[st
 
 def skipping(budget_ms: float) -> Iterator[dict[str, Any]]:
     """Three quarters of the key blocks lie far below the row maximum; lists are dense."""
-    shape = FULL
+    yield from (_skipping(shape, budget_ms) for shape in (FULL, D64))
+
+
+def _skipping(shape: Shape, budget_ms: float) -> dict[str, Any]:
     q, k, v = random_call(shape, "cuda", torch.bfloat16)
     weak = torch.arange(shape.tokens, device="cuda") // 128 % 4 != 0
     q[..., 0] = 4.0
     k[..., 0] = torch.where(weak, -5.0 * shape.head_size**0.5, 0.0).to(k.dtype)
-    index = BlockIndex.dense(shape.heads, shape.tokens // 128, BLOCK, q.device)
+    index = BlockIndex.dense(shape.heads, ceil_div(shape.tokens, 128), BLOCK, q.device)
     exact = attend(q, k, v, index, causal=False, backend="triton").out.float()
     work: dict[str, Callable[[], object]] = {"cudnn": dense_paths(shape, q, k, v)["cudnn"]}
     for name in able(q, k, v, index, causal=False, skip=1e-3):
@@ -51,7 +54,8 @@ def skipping(budget_ms: float) -> Iterator[dict[str, Any]]:
             raise ValueError(f"skipping by {name} is wrong: relative error {error}")
         work[name] = run
     ms = milliseconds(work, budget_ms)
-    yield _part("softmax-skip, 75 % of the tiles skippable, full 32K", ms, ms.pop("cudnn"), "1.5 ×")
+    what = f"softmax-skip, 75 % of the tiles skippable, {shape.name}"
+    return _part(what, ms, ms.pop("cudnn"), "1.5 ×")
 
 
 def gathering(budget_ms: float) -> Iterator[dict[str, Any]]:

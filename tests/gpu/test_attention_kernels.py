@@ -220,6 +220,33 @@ def test_the_same_call_gives_the_same_bits(backend: str, skip: float | None) -> 
         assert torch.equal(out, found[0][0]) and torch.equal(lse, found[0][1])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_halves_drop_tiles_alone(head_size: int, causal: bool) -> None:
+    """Sixteen features say which halves of the query tiles see which key blocks weakly."""
+    n_q, n_k, skip = 1000, 1500, 0.3
+    q, k, v = tensors(2, 8, 2, n_q, n_k, head_size, torch.bfloat16, device="cuda")
+    kind = torch.arange(n_q, device="cuda") // 64 % 16
+    weak = torch.rand(12, 16, device="cuda").repeat_interleave(128, 0)[:n_k] < 0.6
+    q *= 0.2
+    q[..., :16] = 4.0 * torch.nn.functional.one_hot(kind, 16)
+    k[..., :16] = -2.5 / 4 * head_size**0.5 * weak
+    index = random_index(2, 8, n_q, n_k, (128, 128), 0.7, (1,), (2,), "cuda")
+    args: dict[str, Any] = {"causal": causal, "q_start": n_k - n_q if causal else 0}
+    out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:3], math.nan, device="cuda")
+    serve("gluon", q, k, v, index, **args, skip=skip, out=out, lse=lse)
+    halves, wide = votes_of_halves(index, n_q), [t.double() for t in (q, k, v)]
+    want = attend(*wide, halves, **args, skip=skip, backend="reference")
+    whole = attend(*wide, index, **args, skip=skip, backend="reference")
+    exact = attend(*wide, index, **args, backend="reference")
+    size = float(want.out.norm())
+    assert float((out - want.out).norm()) / size < 2 * TOLERANCE[torch.bfloat16]
+    assert all(float((t.out - want.out).norm()) / size > 0.02 for t in (whole, exact))
+    assert torch.equal(lse.isinf(), want.lse.isinf())
+    seen = want.lse.isfinite()
+    torch.testing.assert_close(lse[seen], want.lse[seen].float(), atol=2e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("pieces", [2, 3])
 def test_merge_agrees_with_torch(pieces: int) -> None:
     parts = []

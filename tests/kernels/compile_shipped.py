@@ -77,6 +77,8 @@ def report(name: str, kernel: Any, tile: tuple[int, int], width: int) -> dict[st
     use = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
     threads = int(re.search(r"\.reqntid\s+(\d+)", kernel.asm["ptx"])[1])
     registers = -(-int(use[1]) // 8) * 8
+    # From the scores to a vote on the tile; the V warp's votes stand behind a whole item.
+    votes = re.findall(r"WARPGROUP\.DEPBAR((?:(?!WARPGROUP|STSM).)*?)BAR\.RED", code.stdout, re.S)
     return {
         "name": name,
         "local": len(re.findall(r"\b(?:LDL|STL)\b", code.stdout)),
@@ -84,6 +86,9 @@ def report(name: str, kernel: Any, tile: tuple[int, int], width: int) -> dict[st
         "products": len(re.findall(r"HGMMA\.", code.stdout)),
         "groups": len(re.findall(r"HGMMA\..*gsb0", code.stdout)),
         "waits": code.stdout.count("WARPGROUP.DEPBAR"),
+        "barriers": max(map(int, re.findall(r"\.sync\s+(\d+)", kernel.asm["ptx"])), default=-1),
+        "votes": len(votes),
+        "exchanges": len(re.findall(r"\b(?:SHFL|BAR\.SYNC|LDS)\b", "".join(votes))),
         "steps": min(width, tile[1]) // 16,
         "registers": registers,
         "programs": min(65536 // (threads * registers), 233_472 // (kernel.metadata.shared + 1024)),
