@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,16 @@ from accelkit.kernels import dispatch, scores, select
 from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import BlockIndex, plain_inputs
 from attention.peers import dense_paths
-from attention.shapes import BLOCK, FULL, LLM, LONG, random_call, visible_blocks
+from attention.shapes import (
+    BLOCK,
+    FULL,
+    LLM,
+    LONG,
+    NARROW,
+    random_call,
+    stripes,
+    visible_blocks,
+)
 from attention.sparse import able, check, right
 from attention.timing import milliseconds
 
@@ -56,24 +66,25 @@ def skipping(budget_ms: float) -> Iterator[dict[str, Any]]:
 
 def gathering(budget_ms: float) -> Iterator[dict[str, Any]]:
     """1,024 single keys for every 2,048 queries."""
-    shape, tall = LLM, 2048
-    q, k, v = random_call(shape, "cuda", torch.bfloat16)
-    rows = shape.tokens // tall
-    noise = torch.rand(1, shape.heads, rows, shape.tokens, device="cuda")
-    before = torch.arange(rows, device="cuda")[:, None] * tall
-    noise.masked_fill_(torch.arange(shape.tokens, device="cuda") >= before, -1.0)
-    best = noise.topk(1024, -1)
-    mask = torch.zeros_like(noise, dtype=torch.bool).scatter_(-1, best.indices, best.values >= 0)
-    index = BlockIndex.from_mask(mask, (tall, 1))
-    errors = check(q, k, v, index, True, ["triton"])
-    work = {
-        "cudnn": dense_paths(shape, q, k, v)["cudnn"],
-        "gather": lambda: attend(q, k, v, index),
-    }
-    ms = milliseconds(work, budget_ms)
-    pairs = float(mask.sum()) * tall
-    row = _part("gather, 1,024 stripes for 2,048 queries, 32K", ms, ms.pop("cudnn"), "rate 0.6")
-    yield row | {"rate": pairs / ms["gather"] / (shape.pairs / row["dense_ms"]), "errors": errors}
+    for shape in (LLM, LONG, NARROW):
+        (q, k, v), index, pairs = stripes(shape, 1024)
+        choice = dispatch.explain(q, k, v, index)
+        names = able(q, k, v, index)
+        errors = check(q, k, v, index, True, names)
+        work: dict[str, Callable[[], object]] = {"cudnn": dense_paths(shape, q, k, v)["cudnn"]}
+        for name in right(errors):  # lists are new to the kernel each time, as in a model
+            work[name] = lambda name=name: attend(q, k, v, replace(index), backend=name)
+        ms = milliseconds(work, budget_ms)
+        row = _part(f"gather, 1,024 stripes for 2,048 queries, {shape.name}", ms, ms.pop("cudnn"),
+                    "rate 0.6")  # fmt: skip
+        dense = shape.pairs / row["dense_ms"]
+        rates = {name: pairs / t / dense for name, t in ms.items()}
+        print("    rate " + "  ".join(f"{n} {r:.3f}" for n, r in rates.items()), flush=True)
+        yield row | {
+            "backend": choice.backend, "why": choice.reason, "rate": rates[choice.backend],
+            "rates": rates, "unit": list(index.size), "head_size": shape.head_size,
+            "causal": True, "errors": errors,
+        }  # fmt: skip
 
 
 class Estimates:
