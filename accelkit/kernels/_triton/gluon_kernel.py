@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from accelkit.kernels._triton.gluon_parts import listed, load, normalised
+from accelkit.kernels._triton.gluon_parts import load, normalised
 from accelkit.kernels._triton.lower import FIELDS
 
 TICKETS = gl.constexpr(4)
@@ -162,13 +162,10 @@ def _first_block(LISTS, row, capacity, masked, clean, BK: gl.constexpr):
 
 
 @gluon.jit
-def _hide_keys(
-    s, tile, limit, LISTS, STARTS, row, masked, clean, n_k, BN: gl.constexpr, layout: gl.constexpr
-):  # fmt: skip
-    """Scores of the tile-th tile of a row of single keys; a key is its own position."""
-    lane = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-    start = gl.load(STARTS + row)
-    col = listed(LISTS, start, tile * BN + lane, clean * BN + masked, n_k)
+def _hide_keys(s, places, there, phase, pred, limit, layout: gl.constexpr):
+    """Scores of a tile of single keys, whose positions come with its values."""
+    mbarrier.wait(there, phase, pred=pred)
+    col = places.load(gl.SliceLayout(0, layout))
     return gl.where(col[None, :] <= limit[:, None], s, -float("inf"))
 
 
@@ -240,7 +237,7 @@ def _finished(p, acc, v_empty, MODE: gl.constexpr):
 
 @gluon.jit
 def _begin(
-    s, block, limit, LISTS, STARTS, row, masked, clean, n_k, factor,
+    s, block, places, there, phase, more, limit, masked, clean, factor,
     BK: gl.constexpr, dtype: gl.constexpr, sl: gl.constexpr, pl: gl.constexpr,
 ):  # fmt: skip
     """Probabilities, maximum and sum of a row's first tile."""
@@ -249,8 +246,7 @@ def _begin(
     per_row: gl.constexpr = gl.SliceLayout(1, sl)
     if (masked > 0) | (clean == 0):
         if BK == 1:
-            last = _tiles(masked, clean, BK, BN)[1] - 1
-            s = _hide_keys(s, last, limit, LISTS, STARTS, row, masked, clean, n_k, BN, sl)
+            s = _hide_keys(s, places, there, phase, more, limit, sl)
         else:
             s = _hide(s, block * BK, limit, BN, sl)
     m = gl.full([ROWS], -1e30, gl.float32, per_row)  # finite: an empty row meets no inf − inf
@@ -275,9 +271,9 @@ def _finish(
 
 @gluon.jit
 def _consume(
-    WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, STARTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-    q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    turns, tickets, ticket_full, ticket_empty,
+    WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
+    q_start, capacity, factor, q, k, v, places, o, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, turns, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr, MODE: gl.constexpr,
@@ -307,8 +303,9 @@ def _consume(
     mbarrier.arrive(k_empty.index(0))
     limit = _limits(q_row + lane, masked + clean, n_k, q_start, CAUSAL)
     p16, m, total = _begin(
-        s, block, limit, LISTS, STARTS, row, masked, clean, n_k, factor, BK, dtype, sl, pl
-    )
+        s, block, places.index(0), v_full.index(0), 0, True, limit, masked, clean, factor, BK,
+        dtype, sl, pl,
+    )  # fmt: skip
     while place < n_items:
         place = _announced(tickets, ticket_full, ticket_empty, round, 4)
         more = place < n_items
@@ -336,8 +333,9 @@ def _consume(
                     v_empty.index(stage), phase, mine, other, turn, MODE, BK, BN, BD, BDV,
                 )  # fmt: skip
                 if BK == 1:
-                    at = n - 1 - j
-                    s = _hide_keys(s, at, limit, LISTS, STARTS, row, masked, clean, n_k, BN, sl)
+                    s = _hide_keys(
+                        s, places.index(k_stage), v_full.index(k_stage), k_phase, True, limit, sl
+                    )
                 else:
                     s = _hide(s, k0, limit, BN, sl)
                 p, m, alpha, total = _softmax(s, m, total, factor)
@@ -371,8 +369,8 @@ def _consume(
             BDV,
         )  # fmt: skip
         next_p16, next_m, next_total = _begin(
-            s, block, limit, LISTS, STARTS, next_row, next_masked, next_clean, n_k, factor, BK,
-            dtype, sl, pl,
+            s, block, places.index(k_stage), v_full.index(k_stage), k_phase, more, limit,
+            next_masked, next_clean, factor, BK, dtype, sl, pl,
         )  # fmt: skip
         acc = _finished(p16, acc, v_empty.index(stage), MODE)
         stage, phase, turn = k_stage, k_phase, turn ^ 1
@@ -420,14 +418,14 @@ def block_sparse(
     gl.warp_specialize(
         [
             (_consume, (
-                0, o_desc, LSE, ITEMS, LISTS, ITEMS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full,
+                0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
+                q_start, capacity, factor, q, k, v, v, o, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
                 CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
             )),
             (_consume, (
-                1, o_desc, LSE, ITEMS, LISTS, ITEMS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full,
+                1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
+                q_start, capacity, factor, q, k, v, v, o, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
                 CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
             )),

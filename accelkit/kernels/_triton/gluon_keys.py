@@ -42,13 +42,13 @@ def _copy(T, key, n_k, step, tile, full, ROWS: gl.constexpr, D: gl.constexpr, BD
         there = there & (d < D)[None, :]
     row = T + (gl.where(key < n_k, key, 0).to(gl.int64) * step * 8)[:, None]
     gather(_flat(tile, ROWS, BD), row + d[None, :], mask=there)
-    async_copy.mbarrier_arrive(full, increment_count=False)
+    async_copy.mbarrier_arrive(full, increment_count=False)  # by every thread, when it is there
 
 
 @gluon.jit
 def _produce(
     q_desc, K, V, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, COUNTER, n_items, n_k, s_kb, s_kh, s_kn,
-    s_vb, s_vh, s_vn, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets,
+    s_vb, s_vh, s_vn, q, k, v, places, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets,
     ticket_full, ticket_empty,
     BQ: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     BD: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
@@ -62,18 +62,10 @@ def _produce(
     next_place = place + width
     _announce(tickets, ticket_full, ticket_empty, 0, next_place, WARPS)
     row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
-    start = gl.load(STARTS + row)
-    hq, hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
+    hq, hk, start = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot), gl.load(STARTS + row)
     stage, phase = 0, 1
     while place < n_items:
-        # As in `gluon_kernel`: what a row needs is asked for a row early.
-        next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
-            ITEMS, next_place, n_items, BM, PER_ROW
-        )
-        next_hq, next_hk = gl.load(Q_HEADS + next_slot), gl.load(KV_HEADS + next_slot)
-        next_start = gl.load(STARTS + next_row)
-        later_place = 2 * width + gl.atomic_add(COUNTER, 1, sem="relaxed")
-        half = round % Q_STAGES
+        later_place, half = next_place, round % Q_STAGES
         n, count = _tiles(masked, clean, 1, BN)[1], clean * BN + masked
         k_at = K + (b.to(gl.int64) * s_kb + hk.to(gl.int64) * s_kh) * 8
         v_at = V + (b.to(gl.int64) * s_vb + hk.to(gl.int64) * s_vh) * 8
@@ -90,13 +82,18 @@ def _produce(
                 _load(q_desc, [b, hq, q_row, 0], q_full.index(half), q.index(half * 2))
                 _load(q_desc, [b, hq, q_row + ROWS, 0], q_full.index(half), q.index(half * 2 + 1))
             mbarrier.wait(v_empty.index(stage), phase)
+            places.index(stage).store(key)
+            mbarrier.arrive(v_full.index(stage))
             _copy(v_at, key, n_k, s_vn, v.index(stage), v_full.index(stage), BN, DV, BDV)
             stage, phase = _next(stage, phase, STAGES)
             key = next_key
+            if j == 0:
+                later_place = 2 * width + gl.atomic_add(COUNTER, 1, sem="relaxed")
         _announce(tickets, ticket_full, ticket_empty, round + 1, later_place, WARPS)
+        # The tiles in the rings give time to look up the next row.
         place, next_place, round = next_place, later_place, round + 1
-        row, q_row, b, hq, hk, start = next_row, next_q_row, next_b, next_hq, next_hk, next_start
-        masked, clean = next_masked, next_clean
+        row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
+        hq, hk, start = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot), gl.load(STARTS + row)
 
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start"])
@@ -114,10 +111,13 @@ def attend_keys(
     q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
     k = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, BD], LAYOUT_K)
     v = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, BDV], LAYOUT_V)
+    places = gl.allocate_shared_memory(
+        gl.int32, [STAGES, BN], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     o = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, BM // 2, BDV], o_desc.layout)
     q_full, q_empty, turns = _barriers(Q_STAGES, 1), _barriers(Q_STAGES, 2), _barriers(2, 1)
     k_full, k_empty = _barriers(STAGES, 32 * WARPS), _barriers(STAGES, 2)
-    v_full, v_empty = _barriers(STAGES, 32 * WARPS), _barriers(STAGES, 2)
+    v_full, v_empty = _barriers(STAGES, 32 * WARPS + 1), _barriers(STAGES, 2)
     tickets = gl.allocate_shared_memory(
         gl.int32, [TICKETS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
@@ -126,22 +126,21 @@ def attend_keys(
     gl.warp_specialize(
         [
             (_consume, (
-                0, o_desc, LSE, ITEMS, LISTS, STARTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q,
-                n_k, q_start, 1, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full,
+                0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
+                q_start, 1, factor, q, k, v, places, o, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, turns, tickets, ticket_full, ticket_empty, BQ, 1, BM, BN, BD, BDV, CAUSAL,
                 True, STAGES, Q_STAGES, MODE,
             )),
             (_consume, (
-                1, o_desc, LSE, ITEMS, LISTS, STARTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q,
-                n_k, q_start, 1, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full,
+                1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
+                q_start, 1, factor, q, k, v, places, o, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, turns, tickets, ticket_full, ticket_empty, BQ, 1, BM, BN, BD, BDV, CAUSAL,
                 True, STAGES, Q_STAGES, MODE,
             )),
             (_produce, (
                 q_desc, K, V, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, COUNTER, n_items, n_k, s_kb,
-                s_kh, s_kn, s_vb, s_vh, s_vn, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, tickets, ticket_full, ticket_empty, BQ, BM, BN, D, DV, BD, BDV, STAGES,
-                Q_STAGES,
+                s_kh, s_kn, s_vb, s_vh, s_vn, q, k, v, places, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                tickets, ticket_full, ticket_empty, BQ, BM, BN, D, DV, BD, BDV, STAGES, Q_STAGES,
             )),
         ],
         [4, WARPS],
