@@ -65,15 +65,16 @@ def _produce(
     hq, hk, start = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot), gl.load(STARTS + row)
     stage, phase = 0, 1
     while place < n_items:
+        # As in `gluon_kernel`: what an item says is asked for a row early.
+        next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
+            ITEMS, next_place, n_items, BM, PER_ROW
+        )
         later_place, half = next_place, round % Q_STAGES
         n, count = _tiles(masked, clean, 1, BN)[1], clean * BN + masked
         k_at = K + (b.to(gl.int64) * s_kb + hk.to(gl.int64) * s_kh) * 8
         v_at = V + (b.to(gl.int64) * s_vb + hk.to(gl.int64) * s_vh) * 8
-        key = listed(LISTS, start, (n - 1) * BN + lane, count, n_k)
         for j in range(n):
-            # Behind the last tile places are negative: no list has them.
-            after = (n - 2 - j) * BN + lane
-            next_key = listed(LISTS, start, gl.where(after < 0, count, after), count, n_k)
+            key = listed(LISTS, start, (n - 1 - j) * BN + lane, count, n_k)
             mbarrier.wait(k_empty.index(stage), phase)
             _copy(k_at, key, n_k, s_kn, k.index(stage), k_full.index(stage), BN, D, BD)
             if j == 0:
@@ -81,18 +82,16 @@ def _produce(
                 mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes * 2)
                 _load(q_desc, [b, hq, q_row, 0], q_full.index(half), q.index(half * 2))
                 _load(q_desc, [b, hq, q_row + ROWS, 0], q_full.index(half), q.index(half * 2 + 1))
+                later_place = 2 * width + gl.atomic_add(COUNTER, 1, sem="relaxed")
             mbarrier.wait(v_empty.index(stage), phase)
             places.index(stage).store(key)
             mbarrier.arrive(v_full.index(stage))
             _copy(v_at, key, n_k, s_vn, v.index(stage), v_full.index(stage), BN, DV, BDV)
             stage, phase = _next(stage, phase, STAGES)
-            key = next_key
-            if j == 0:
-                later_place = 2 * width + gl.atomic_add(COUNTER, 1, sem="relaxed")
         _announce(tickets, ticket_full, ticket_empty, round + 1, later_place, WARPS)
-        # The tiles in the rings give time to look up the next row.
         place, next_place, round = next_place, later_place, round + 1
-        row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
+        row, q_row, b, slot = next_row, next_q_row, next_b, next_slot
+        masked, clean = next_masked, next_clean
         hq, hk, start = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot), gl.load(STARTS + row)
 
 
