@@ -88,7 +88,7 @@ CASES: dict[str, tuple[str, Callable[[], Callable[[], object]]]] = {
     "full 0.5": ("block_sparse", lambda: _listed(0.5, "gluon")),
     "full 0.05": ("block_sparse", lambda: _listed(0.05, "gluon")),
     "gather, triton": ("_gather", lambda: _gather("triton")),
-    "gather, gluon": ("attend_keys", lambda: _gather("gluon")),
+    "gather, gluon": ("key_gather", lambda: _gather("gluon")),
     "cudnn": (".*", _dense),
     "strided 8": ("_strided", lambda: _strided("native")),
     "strided 8, int8": ("_strided", lambda: _strided("int8")),

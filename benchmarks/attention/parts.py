@@ -20,6 +20,7 @@ from attention.shapes import (
     LLM,
     LONG,
     NARROW,
+    Shape,
     random_call,
     stripes,
     visible_blocks,
@@ -67,24 +68,26 @@ def skipping(budget_ms: float) -> Iterator[dict[str, Any]]:
 def gathering(budget_ms: float) -> Iterator[dict[str, Any]]:
     """1,024 single keys for every 2,048 queries."""
     for shape in (LLM, LONG, NARROW):
-        (q, k, v), index, pairs = stripes(shape, 1024)
-        choice = dispatch.explain(q, k, v, index)
-        names = able(q, k, v, index)
-        errors = check(q, k, v, index, True, names)
-        work: dict[str, Callable[[], object]] = {"cudnn": dense_paths(shape, q, k, v)["cudnn"]}
-        for name in right(errors):  # lists are new to the kernel each time, as in a model
-            work[name] = lambda name=name: attend(q, k, v, replace(index), backend=name)
-        ms = milliseconds(work, budget_ms)
-        row = _part(f"gather, 1,024 stripes for 2,048 queries, {shape.name}", ms, ms.pop("cudnn"),
-                    "rate 0.6")  # fmt: skip
-        dense = shape.pairs / row["dense_ms"]
-        rates = {name: pairs / t / dense for name, t in ms.items()}
-        print("    rate " + "  ".join(f"{n} {r:.3f}" for n, r in rates.items()), flush=True)
-        yield row | {
-            "backend": choice.backend, "why": choice.reason, "rate": rates[choice.backend],
-            "rates": rates, "unit": list(index.size), "head_size": shape.head_size,
-            "causal": True, "errors": errors,
-        }  # fmt: skip
+        yield _gathered(shape, budget_ms)
+
+
+def _gathered(shape: Shape, budget_ms: float) -> dict[str, Any]:
+    call, index, pairs = stripes(shape, 1024)
+    choice = dispatch.explain(*call, index)
+    errors = check(*call, index, True, able(*call, index))
+    work: dict[str, Callable[[], object]] = {"cudnn": dense_paths(shape, *call)["cudnn"]}
+    for name in right(errors):  # each call orders its rows anew, as the first layer does
+        work[name] = lambda name=name: attend(*call, replace(index), backend=name)
+    ms = milliseconds(work, budget_ms)
+    dense = ms.pop("cudnn")
+    rates = {name: pairs / t / (shape.pairs / dense) for name, t in ms.items()}
+    print("    rate " + "  ".join(f"{n} {r:.3f}" for n, r in rates.items()), flush=True)
+    what = f"gather, 1,024 stripes for 2,048 queries, {shape.name}"
+    return _part(what, ms, dense, "rate 0.6") | {
+        "backend": choice.backend, "why": choice.reason, "rate": rates[choice.backend],
+        "rates": rates, "unit": list(index.size), "head_size": shape.head_size, "causal": True,
+        "errors": errors,
+    }  # fmt: skip
 
 
 class Estimates:

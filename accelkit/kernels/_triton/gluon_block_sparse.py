@@ -165,6 +165,7 @@ def _processors(device: torch.device) -> int:
 
 @lru_cache(maxsize=16)
 def layout(rows: int, width: int, dtype: torch.dtype):
+    """How a tile lies in shared memory."""
     from triton.experimental.gluon import language as gl
 
     kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
@@ -172,6 +173,7 @@ def layout(rows: int, width: int, dtype: torch.dtype):
 
 
 def descriptor(t: Tensor, rows: int, width: int):
+    """What the bulk copy engine needs to know of `[B, H, N, D]`, in boxes of `rows × width`."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     return TensorDescriptor(

@@ -27,9 +27,7 @@ def refusal(launch: Launch) -> str | None:
     return refused_here(launch)
 
 
-def gather(
-    launch: Launch, stages: int | None = None, mode: str = "lag", q_stages: int = 2
-) -> None:
+def gather(launch: Launch, stages: int | None = None, mode: str = "lag", q_stages: int = 2) -> None:
     """Write `launch.out` and `launch.lse`."""
     from accelkit.kernels._triton import gluon_keys
 
@@ -39,7 +37,7 @@ def gather(
         stages, q_stages, mode = tuned("gluon_gather", q.device, max(bd, bdv), (BM, BN))
     with torch.cuda.device_of(q):
         work, starts = lower_keys(launch, BN)
-        gluon_keys.attend_keys[grid(launch, work)](
+        gluon_keys.key_gather[grid(launch, work)](
             descriptor(q, BM // 2, bd), k, v, descriptor(launch.out, BM // 2, bdv), launch.lse,
             work.items, work.lists, starts, launch.q_heads, launch.kv_heads, launch.out_heads,
             torch.zeros(1, dtype=torch.int32, device=q.device),

@@ -96,7 +96,7 @@ def _produce(
 
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start"])
-def attend_keys(
+def key_gather(
     q_desc, K, V, o_desc, LSE, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER, s_kb,
     s_kh, s_kn, s_vb, s_vh, s_vn, s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, factor,
     BQ: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
@@ -139,7 +139,8 @@ def attend_keys(
             (_produce, (
                 q_desc, K, V, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, COUNTER, n_items, n_k, s_kb,
                 s_kh, s_kn, s_vb, s_vh, s_vn, q, k, v, places, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                tickets, ticket_full, ticket_empty, BQ, BM, BN, D, DV, BD, BDV, STAGES, Q_STAGES,
+                tickets, ticket_full, ticket_empty, BQ, BM, BN, D, DV, BD, BDV, STAGES,
+                Q_STAGES,
             )),
         ],
         [4, WARPS],
