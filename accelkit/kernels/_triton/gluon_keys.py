@@ -138,8 +138,8 @@ def key_gather(
             )),
             (_produce, (
                 q_desc, K, V, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, COUNTER, n_items, n_k, s_kb,
-                s_kh, s_kn, s_vb, s_vh, s_vn, q, k, v, places, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                tickets, ticket_full, ticket_empty, BQ, BM, BN, D, DV, BD, BDV, STAGES,
+                s_kh, s_kn, s_vb, s_vh, s_vn, q, k, v, places, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, tickets, ticket_full, ticket_empty, BQ, BM, BN, D, DV, BD, BDV, STAGES,
                 Q_STAGES,
             )),
         ],
