@@ -55,26 +55,34 @@ def _produce(
 ):  # fmt: skip
     ROWS: gl.constexpr = BM // 2
     PER_ROW: gl.constexpr = BQ // BM
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    lane = gl.arange(0, BN, layout=gl.SliceLayout(1, layout))
+    copied: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))
+    lane = gl.arange(0, BN, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     width = gl.num_programs(0)
     place, round = gl.program_id(0), 0
     next_place = place + width
     _announce(tickets, ticket_full, ticket_empty, 0, next_place, WARPS)
     row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
     hq, hk, start = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot), gl.load(STARTS + row)
+    n, count = _tiles(masked, clean, 1, BN)[1], clean * BN + masked
+    later = listed(LISTS, start, (n - 1) * BN + lane, count, n_k)
     stage, phase = 0, 1
     while place < n_items:
-        # As in `gluon_kernel`: what an item says is asked for a row early.
-        next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
+        # As in `gluon_kernel`: what a row needs is asked for a row early, a tile's keys a tile.
+        row, next_q_row, next_b, slot, masked, clean = _item(
             ITEMS, next_place, n_items, BM, PER_ROW
         )
+        next_hq, next_hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
+        next_start = gl.load(STARTS + row)
+        next_n, next_count = _tiles(masked, clean, 1, BN)[1], clean * BN + masked
         later_place, half = next_place, round % Q_STAGES
-        n, count = _tiles(masked, clean, 1, BN)[1], clean * BN + masked
         k_at = K + (b.to(gl.int64) * s_kb + hk.to(gl.int64) * s_kh) * 8
         v_at = V + (b.to(gl.int64) * s_vb + hk.to(gl.int64) * s_vh) * 8
         for j in range(n):
-            key = listed(LISTS, start, (n - 1 - j) * BN + lane, count, n_k)
+            key = gl.convert_layout(later, copied)
+            if j == n - 1:
+                start, count = next_start, next_count
+            tile = gl.where(j == n - 1, next_n - 1, n - 2 - j)
+            later = listed(LISTS, start, tile * BN + lane, count, n_k)
             mbarrier.wait(k_empty.index(stage), phase)
             _copy(k_at, key, n_k, s_kn, k.index(stage), k_full.index(stage), BN, D, BD)
             if j == 0:
@@ -90,9 +98,7 @@ def _produce(
             stage, phase = _next(stage, phase, STAGES)
         _announce(tickets, ticket_full, ticket_empty, round + 1, later_place, WARPS)
         place, next_place, round = next_place, later_place, round + 1
-        row, q_row, b, slot = next_row, next_q_row, next_b, next_slot
-        masked, clean = next_masked, next_clean
-        hq, hk, start = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot), gl.load(STARTS + row)
+        q_row, b, hq, hk, n = next_q_row, next_b, next_hq, next_hk, next_n
 
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start"])
