@@ -233,9 +233,11 @@ def gluon_refusal(launch: Launch) -> str | None:
     """Why the warp-specialised kernel cannot serve a launch, or None."""
     if reason := triton_missing(launch.q.device) or _low_bits(launch):
         return reason
-    from accelkit.kernels._triton import gluon_block_sparse
-
-    return gluon_block_sparse.refusal(launch)
+    if launch.index.size[1] == 1:
+        from accelkit.kernels._triton import gluon_gather as kernel
+    else:
+        from accelkit.kernels._triton import gluon_block_sparse as kernel
+    return kernel.refusal(launch)
 
 
 def fa4_refusal(launch: Launch) -> str | None:
@@ -288,8 +290,10 @@ def _run(launch: Launch, backend: str) -> None:
 
         eight_bit(launch)
     elif launch.index.size[1] == 1:
-        from accelkit.kernels._triton.gather import gather
-
+        if backend == "gluon":
+            from accelkit.kernels._triton.gluon_gather import gather
+        else:
+            from accelkit.kernels._triton.gather import gather
         gather(launch)
     elif backend == "fa4":
         from accelkit.kernels._extern import fa4

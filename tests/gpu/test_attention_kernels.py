@@ -12,7 +12,7 @@ from attention_cases import permutation, random_index, tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from accelkit.kernels._triton import gluon_block_sparse
+from accelkit.kernels._triton import gluon_block_sparse, gluon_gather
 from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.merge import merge
@@ -97,9 +97,10 @@ def serve(backend: str, q, k, v, index: BlockIndex, **options: Any) -> None:
         attend(q, k, v, index, backend="triton", **options)
         return
     launch = prepare(q, k, v, index, **options)
-    if index.size[1] == 1 or (reason := gluon_block_sparse.refusal(launch)):
-        pytest.skip(reason if index.size[1] > 1 else "single keys")
-    gluon_block_sparse.block_sparse(launch)
+    kernel = gluon_gather if index.size[1] == 1 else gluon_block_sparse
+    if reason := kernel.refusal(launch):
+        pytest.skip(reason)
+    (kernel.gather if index.size[1] == 1 else kernel.block_sparse)(launch)
 
 
 def votes_of_halves(index: BlockIndex, n_q: int) -> BlockIndex:

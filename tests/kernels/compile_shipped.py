@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from accelkit.kernels._triton import block_sparse, gluon_block_sparse, lower
+from accelkit.kernels._triton import block_sparse, gluon_block_sparse, gluon_gather, lower
 from accelkit.kernels._triton.tile import Tile
 from accelkit.kernels._triton.tuned import _table
 from accelkit.kernels.index import BlockIndex
@@ -103,10 +103,13 @@ def shipped() -> list[dict[str, Any]]:
         for width, tiles in widths.items():
             for text in tiles:
                 bm, bn = map(int, text.split("x"))
-                launch = call(kernel, (bm, bn), int(width))
-                work = lower.lower(launch)
+                keys = kernel == "gluon_gather"
+                launch = call(kernel, (bm, 1 if keys else bn), int(width))
+                work = None if keys else lower.lower(launch)
                 found.clear()
-                if kernel == "triton":
+                if keys:
+                    gluon_gather.gather(launch)
+                elif kernel == "triton":
                     tile = block_sparse._tile(launch)
                     if (tile.bm, tile.bn) != (bm, bn):
                         raise SystemExit(f"{text} at {width} is in the table and never chosen")

@@ -27,6 +27,18 @@ BM = 128
 
 def refusal(launch: Launch) -> str | None:
     """Why this kernel cannot serve a launch, or None."""
+    q, v = launch.q, launch.v
+    if reason := refused_here(launch):
+        return reason
+    if launch.index.size[1] % 64:
+        return f"units of {launch.index.size} tokens do not divide into tiles of {BM} × 64"
+    if launch.skip is not None and padded(q) != padded(v):
+        return f"it skips at equal head sizes and these are {q.shape[3]} and {v.shape[3]}"
+    return None
+
+
+def refused_here(launch: Launch) -> str | None:
+    """Why no warp-specialised kernel can serve a launch, or None."""
     (bq, bk), q, v = launch.index.size, launch.q, launch.v
     reason = missing() or common_refusal(launch)
     if reason is None and (not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9):
@@ -37,8 +49,8 @@ def refusal(launch: Launch) -> str | None:
         return f"it takes and gives fp16 or bf16, not {q.dtype} and {launch.out.dtype}"
     if launch.qk != "native":
         return "it multiplies in the inputs' own precision"
-    if bq % BM or bk % 64:
-        return f"units of {bq} × {bk} tokens do not divide into tiles of {BM} × 64"
+    if bq % BM:
+        return f"units of {bq} × {bk} tokens do not divide into tiles of {BM} rows"
     if max(q.shape[3], v.shape[3]) > 128:
         return f"head size {max(q.shape[3], v.shape[3])} is above 128"
     if launch.q_pos is not None or launch.k_pos is not None:
@@ -47,8 +59,6 @@ def refusal(launch: Launch) -> str | None:
         return "it takes no bias of single keys"
     if launch.scale <= 0:
         return f"the scale {launch.scale} is not positive"
-    if launch.skip is not None and _padded(q) != _padded(v):
-        return f"it skips at equal head sizes and these are {q.shape[3]} and {v.shape[3]}"
     if not all(describable(t) for t in (q, launch.k, v, launch.out)):
         return "q, k, v or out is not aligned to 16 bytes"
     return None
@@ -90,7 +100,7 @@ def run(
         stages, q_stages, mode = _tuned(
             "gluon" if launch.causal else "gluon_full", launch, constants
         )
-    gluon_kernel.block_sparse[_grid(launch, work)](
+    gluon_kernel.block_sparse[grid(launch, work)](
         *common, *_sizes(launch, work), **constants, EXTRA_MASKED=not one_masked(launch, bn),
         STAGES=stages, Q_STAGES=q_stages, MODE=mode, num_warps=4,
     )  # fmt: skip
@@ -101,7 +111,7 @@ def run_skipping(launch: Launch, work: Work, stages: int | None = None) -> None:
     from accelkit.kernels._triton import gluon_skip
 
     _, common, constants = _arguments(launch, work)
-    gluon_skip.skipping[_grid(launch, work)](
+    gluon_skip.skipping[grid(launch, work)](
         *common, launch.skip, *_sizes(launch, work), **constants,
         STAGES=stages or _tuned("gluon_skip", launch, constants), num_warps=4,
     )  # fmt: skip
@@ -112,26 +122,26 @@ def _tuned(kernel: str, launch: Launch, constants: dict[str, Any]) -> Any:
     return tuned(kernel, launch.q.device, width, (BM, constants["BN"]))
 
 
-def _padded(t: Tensor) -> int:
+def padded(t: Tensor) -> int:
     return max(64, next_power_of_two(t.shape[3]))
 
 
-def _grid(launch: Launch, work: Work) -> tuple[int]:
-    return (min(_items(launch, work), _processors(launch.q.device)),)
+def grid(launch: Launch, work: Work) -> tuple[int]:
+    return (min(items(launch, work), _processors(launch.q.device)),)
 
 
-def _items(launch: Launch, work: Work) -> int:
+def items(launch: Launch, work: Work) -> int:
     return work.items.shape[0] * (launch.index.size[0] // BM)
 
 
 def _arguments(launch: Launch, work: Work) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
     """Key rows of a tile; the tensors and the constants that both kernels take."""
     (bq, bk), q, k, v = launch.index.size, launch.q, launch.k, launch.v
-    bd, bdv = _padded(q), _padded(v)
+    bd, bdv = padded(q), padded(v)
     bn = 128 if bk % 128 == 0 else 64
     tensors = (
-        _descriptor(q, BM // 2, bd), _descriptor(k, bn, bd), _descriptor(v, bn, bdv),
-        _descriptor(launch.out, BM // 2, bdv), launch.lse, work.items, work.lists,
+        descriptor(q, BM // 2, bd), descriptor(k, bn, bd), descriptor(v, bn, bdv),
+        descriptor(launch.out, BM // 2, bdv), launch.lse, work.items, work.lists,
         launch.q_heads, launch.kv_heads, launch.out_heads,
         torch.zeros(1, dtype=torch.int32, device=q.device),
     )  # fmt: skip
@@ -143,7 +153,7 @@ def _arguments(launch: Launch, work: Work) -> tuple[int, tuple[Any, ...], dict[s
 
 def _sizes(launch: Launch, work: Work) -> tuple[Any, ...]:
     return (
-        *launch.lse.stride(), _items(launch, work), launch.n_q,
+        *launch.lse.stride(), items(launch, work), launch.n_q,
         launch.n_k, launch.q_start, work.capacity, launch.scale * LOG2E,
     )  # fmt: skip
 
@@ -154,16 +164,18 @@ def _processors(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=16)
-def _layout(rows: int, width: int, dtype: torch.dtype):
+def layout(rows: int, width: int, dtype: torch.dtype):
+    """How a tile lies in shared memory."""
     from triton.experimental.gluon import language as gl
 
     kind = gl.float16 if dtype == torch.float16 else gl.bfloat16
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], kind)
 
 
-def _descriptor(t: Tensor, rows: int, width: int):
+def descriptor(t: Tensor, rows: int, width: int):
+    """What the bulk copy engine needs to know of `[B, H, N, D]`, in boxes of `rows × width`."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     return TensorDescriptor(
-        t, list(t.shape), list(t.stride()), [1, 1, rows, width], _layout(rows, width, t.dtype)
+        t, list(t.shape), list(t.stride()), [1, 1, rows, width], layout(rows, width, t.dtype)
     )

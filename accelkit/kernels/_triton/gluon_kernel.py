@@ -41,10 +41,10 @@ def _item(ITEMS, place, n_items, BM: gl.constexpr, PER_ROW: gl.constexpr):
 
 
 @gluon.jit
-def _announce(tickets, full, empty, number, place):
+def _announce(tickets, full, empty, number, place, WARPS: gl.constexpr = 1):
     """Tell the consumers, for the number-th time, which item comes next."""
     at = number % TICKETS
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     mbarrier.wait(empty.index(at), ((number // TICKETS) & 1) ^ 1)
     tickets.index(at).store(gl.full([1], 0, gl.int32, one) + place)
     mbarrier.arrive(full.index(at))
@@ -138,6 +138,38 @@ def _hide(s, k0, limit, BN: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def _tiles(masked, clean, BK: gl.constexpr, BN: gl.constexpr):
+    """Masked tiles of a row, and all; an empty row reads one and hides all of it. Rows of single
+    keys count masked keys, not blocks.
+    """
+    if BK == 1:
+        lead = gl.cdiv(masked, BN)
+        n = lead + clean
+    else:
+        lead = masked * (BK // BN)
+        n = lead + clean * (BK // BN)
+    return gl.maximum(lead, 1), gl.maximum(n, 1)
+
+
+@gluon.jit
+def _first_block(LISTS, row, capacity, masked, clean, BK: gl.constexpr):
+    """First block of a row's list, asked for early; rows of single keys need none."""
+    block = row * 0
+    if BK > 1:
+        at = LISTS + row.to(gl.int64) * capacity
+        block = gl.load(at, mask=masked + clean > 0, other=0)
+    return block
+
+
+@gluon.jit
+def _hide_keys(s, places, there, phase, pred, limit, layout: gl.constexpr):
+    """Scores of a tile of single keys, whose positions come with its values."""
+    mbarrier.wait(there, phase, pred=pred)
+    col = places.load(gl.SliceLayout(0, layout))
+    return gl.where(col[None, :] <= limit[:, None], s, -float("inf"))
+
+
+@gluon.jit
 def _limits(rows, count, n_k, q_start, CAUSAL: gl.constexpr):
     """Last key that each row may see; −1 in an empty row."""
     limit = rows * 0 + n_k - 1
@@ -155,10 +187,17 @@ def _softmax(s, m, total, factor):
 
 
 @gluon.jit
+def _copied(BK: gl.constexpr):
+    """Keys that threads have copied one by one are made visible to the tensor cores."""
+    if BK == 1:
+        fence_async_shared()
+
+
+@gluon.jit
 def _products(
     q, k_tile, v_tile, p, acc, zero, k_full, k_empty, k_phase, k_there, v_full, v_empty, v_phase,
-    my_turn, next_turn, turn, MODE: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-    DV: gl.constexpr,
+    my_turn, next_turn, turn, MODE: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr,
 ):  # fmt: skip
     """Scores of the next tile, and the product of the present probabilities with V.
 
@@ -166,12 +205,14 @@ def _products(
     time. "lag": the scores come first, and their softmax runs under the second product.
     """
     mbarrier.wait(k_full, k_phase, pred=k_there)
+    _copied(BK)
     if MODE == "turns":
         mbarrier.wait(my_turn, turn)
     s = warpgroup_mma(
         q, _flat(k_tile, BN, D).permute((1, 0)), zero, use_acc=False, is_async=True
     )  # fmt: skip
     mbarrier.wait(v_full, v_phase)
+    _copied(BK)
     if MODE == "turns":
         acc = warpgroup_mma(p, _flat(v_tile, BN, DV), acc, is_async=True)
         mbarrier.arrive(next_turn)
@@ -196,16 +237,20 @@ def _finished(p, acc, v_empty, MODE: gl.constexpr):
 
 @gluon.jit
 def _begin(
-    s, block, limit, masked, clean, factor,
+    s, block, places, there, phase, more, limit, masked, clean, factor,
     BK: gl.constexpr, dtype: gl.constexpr, sl: gl.constexpr, pl: gl.constexpr,
 ):  # fmt: skip
     """Probabilities, maximum and sum of a row's first tile."""
     ROWS: gl.constexpr = s.shape[0]
-    row: gl.constexpr = gl.SliceLayout(1, sl)
+    BN: gl.constexpr = s.shape[1]
+    per_row: gl.constexpr = gl.SliceLayout(1, sl)
     if (masked > 0) | (clean == 0):
-        s = _hide(s, block * BK, limit, s.shape[1], sl)
-    m = gl.full([ROWS], -1e30, gl.float32, row)  # finite: an empty row meets no inf − inf
-    p, m, _, total = _softmax(s, m, gl.zeros([ROWS], gl.float32, row), factor)
+        if BK == 1:
+            s = _hide_keys(s, places, there, phase, more, limit, sl)
+        else:
+            s = _hide(s, block * BK, limit, BN, sl)
+    m = gl.full([ROWS], -1e30, gl.float32, per_row)  # finite: an empty row meets no inf − inf
+    p, m, _, total = _softmax(s, m, gl.zeros([ROWS], gl.float32, per_row), factor)
     return gl.convert_layout(p.to(dtype), pl), m, total
 
 
@@ -227,13 +272,12 @@ def _finish(
 @gluon.jit
 def _consume(
     WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-    q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    turns, tickets, ticket_full, ticket_empty,
+    q_start, capacity, factor, q, k, v, places, o, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, turns, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
-    R: gl.constexpr = BK // BN
     PER_ROW: gl.constexpr = BQ // BM
     ROWS: gl.constexpr = BM // 2
     dtype: gl.constexpr = v.dtype
@@ -247,9 +291,10 @@ def _consume(
     stage, phase, turn = 0, 0, 1 - WHO
     place, round = gl.program_id(0), 0
     row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
-    block = gl.load(LISTS + row.to(gl.int64) * capacity, mask=masked + clean > 0, other=0)
+    block = _first_block(LISTS, row, capacity, masked, clean, BK)
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
+    _copied(BK)
     s = warpgroup_mma(
         _flat(q.index(WHO), ROWS, BD), _flat(k.index(0), BN, BD).permute((1, 0)), zero,
         use_acc=False, is_async=True,
@@ -257,7 +302,10 @@ def _consume(
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(0))
     limit = _limits(q_row + lane, masked + clean, n_k, q_start, CAUSAL)
-    p16, m, total = _begin(s, block, limit, masked, clean, factor, BK, dtype, sl, pl)
+    p16, m, total = _begin(
+        s, block, places.index(0), v_full.index(0), 0, True, limit, masked, clean, factor, BK,
+        dtype, sl, pl,
+    )  # fmt: skip
     while place < n_items:
         place = _announced(tickets, ticket_full, ticket_empty, round, 4)
         more = place < n_items
@@ -266,22 +314,30 @@ def _consume(
         )
         ho = gl.load(OUT_HEADS + slot)
         half = round % Q_STAGES
-        n = gl.maximum((masked + clean) * R, 1)
+        lead, n = _tiles(masked, clean, BK, BN)
         acc = gl.zeros([ROWS, BDV], gl.float32, ol)
         own = _flat(q.index(half * 2 + WHO), ROWS, BD)
         first_clean = 1
         if EXTRA_MASKED:
-            first_clean = gl.maximum(masked * R, 1)
+            first_clean = lead
             limit = _limits(q_row + lane, masked + clean, n_k, q_start, CAUSAL)
             for j in range(1, first_clean):
-                k0 = gl.load(LISTS + row.to(gl.int64) * capacity + j // R) * BK + (j % R) * BN
+                k0 = 0
+                if BK > 1:
+                    R: gl.constexpr = BK // BN
+                    k0 = gl.load(LISTS + row.to(gl.int64) * capacity + j // R) * BK + (j % R) * BN
                 k_stage, k_phase = _next(stage, phase, STAGES)
                 s, acc = _products(
                     own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
                     k_empty.index(k_stage), k_phase, True, v_full.index(stage),
-                    v_empty.index(stage), phase, mine, other, turn, MODE, BN, BD, BDV,
+                    v_empty.index(stage), phase, mine, other, turn, MODE, BK, BN, BD, BDV,
                 )  # fmt: skip
-                s = _hide(s, k0, limit, BN, sl)
+                if BK == 1:
+                    s = _hide_keys(
+                        s, places.index(k_stage), v_full.index(k_stage), k_phase, True, limit, sl
+                    )
+                else:
+                    s = _hide(s, k0, limit, BN, sl)
                 p, m, alpha, total = _softmax(s, m, total, factor)
                 acc = _finished(p16, acc, v_empty.index(stage), MODE)
                 acc = acc * gl.convert_layout(alpha, o_row)[:, None]
@@ -292,7 +348,7 @@ def _consume(
             s, acc = _products(
                 own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
                 k_empty.index(k_stage), k_phase, True, v_full.index(stage), v_empty.index(stage),
-                phase, mine, other, turn, MODE, BN, BD, BDV,
+                phase, mine, other, turn, MODE, BK, BN, BD, BDV,
             )  # fmt: skip
             p, m, alpha, total = _softmax(s, m, total, factor)
             acc = _finished(p16, acc, v_empty.index(stage), MODE)
@@ -300,9 +356,7 @@ def _consume(
             p16 = gl.convert_layout(p.to(dtype), pl)
             stage, phase, turn = k_stage, k_phase, turn ^ 1
         # The last product of this row goes with the first tile of the next.
-        block = gl.load(
-            LISTS + next_row.to(gl.int64) * capacity, mask=next_masked + next_clean > 0, other=0
-        )
+        block = _first_block(LISTS, next_row, capacity, next_masked, next_clean, BK)
         limit = _limits(next_q_row + lane, next_masked + next_clean, n_k, q_start, CAUSAL)
         mbarrier.arrive(q_empty.index(half))
         next_half = (round + 1) % Q_STAGES
@@ -311,11 +365,13 @@ def _consume(
         s, acc = _products(
             _flat(q.index(next_half * 2 + WHO), ROWS, BD), k.index(k_stage), v.index(stage), p16,
             acc, zero, k_full.index(k_stage), k_empty.index(k_stage), k_phase, more,
-            v_full.index(stage), v_empty.index(stage), phase, mine, other, turn, MODE, BN, BD, BDV,
+            v_full.index(stage), v_empty.index(stage), phase, mine, other, turn, MODE, BK, BN, BD,
+            BDV,
         )  # fmt: skip
         next_p16, next_m, next_total = _begin(
-            s, block, limit, next_masked, next_clean, factor, BK, dtype, sl, pl
-        )
+            s, block, places.index(k_stage), v_full.index(k_stage), k_phase, more, limit,
+            next_masked, next_clean, factor, BK, dtype, sl, pl,
+        )  # fmt: skip
         acc = _finished(p16, acc, v_empty.index(stage), MODE)
         stage, phase, turn = k_stage, k_phase, turn ^ 1
         _finish(
@@ -363,13 +419,13 @@ def block_sparse(
         [
             (_consume, (
                 0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full,
+                q_start, capacity, factor, q, k, v, v, o, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
                 CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
             )),
             (_consume, (
                 1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full,
+                q_start, capacity, factor, q, k, v, v, o, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
                 CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
             )),
