@@ -97,10 +97,10 @@ def handing_over() -> Iterator[tuple[str, Callable[[], object]]]:
         return
     from attention import warps
 
-    out = torch.empty(256, dtype=torch.int32, device="cuda")
+    out = torch.empty(2, dtype=torch.int32, device="cuda")
     yield "warps, nothing shared", lambda: warps.apart[(2,)](out)
-    yield "warps, one tile handed over", lambda: warps.handed[(2,)](out)
-    yield "warps, one tile relayed", lambda: warps.relayed[(2,)](out)
+    yield "warps, one number handed over", lambda: warps.handed[(2,)](out)
+    yield "warps, one number relayed", lambda: warps.relayed[(2,)](out)
 
 
 def main() -> None:

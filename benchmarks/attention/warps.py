@@ -1,6 +1,6 @@
 """Warp-specialised kernels that do next to nothing: what a race checker says of Triton's own code.
 
-`apart` shares nothing between its parts. `handed` hands one tile over by an mbarrier, `relayed`
+`apart` shares nothing between its parts. `handed` hands one number over by an mbarrier, `relayed`
 also to a single warp that comes for it late.
 """
 
@@ -10,72 +10,65 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-N = gl.constexpr(128)
-
 
 @gluon.jit
-def _places(WARPS: gl.constexpr):
-    return gl.arange(0, N, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-
-
-@gluon.jit
-def _write(OUT, add, WARPS: gl.constexpr):
-    at = _places(WARPS)
-    gl.store(OUT + at, at + add)
+def _write(OUT, number):
+    gl.store(OUT, number)
 
 
 @gluon.jit
 def apart(OUT):
-    """Either part writes its half of OUT, int32 [256]."""
-    gl.warp_specialize([(_write, (OUT, 0, 4)), (_write, (OUT + N, N, 1))], [1], [40])
+    """Each part writes its number to OUT, int32 [2]."""
+    gl.warp_specialize([(_write, (OUT, 1)), (_write, (OUT + 1, 2))], [1], [40])
 
 
 @gluon.jit
-def _give(tile, full):
-    tile.store(_places(1))
+def _give(place, full):
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    place.store(gl.full([1], 3, gl.int32, one))
     mbarrier.arrive(full)
 
 
 @gluon.jit
-def _take(OUT, tile, full, taken, WARPS: gl.constexpr):
+def _take(OUT, place, full, taken, WARPS: gl.constexpr):
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     mbarrier.wait(full, 0)
-    at = _places(WARPS)
-    gl.store(OUT + at, tile.load(at.type.layout))
+    gl.store(OUT, gl.max(place.load(one), 0))
     mbarrier.arrive(taken)
 
 
 @gluon.jit
-def _take_late(OUT, tile, full, taken):
+def _take_late(OUT, place, full, taken):
     mbarrier.wait(taken, 0)
-    _take(OUT, tile, full, taken, 1)
+    _take(OUT, place, full, taken, 1)
 
 
 @gluon.jit
 def _shared():
-    tile = gl.allocate_shared_memory(gl.int32, [N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    place = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(full, count=1)
     mbarrier.init(taken, count=1)
-    return tile, full, taken
+    return place, full, taken
 
 
 @gluon.jit
 def handed(OUT):
-    """One warp makes 0 … 127, four write them to OUT, int32 [128]."""
-    tile, full, taken = _shared()
-    gl.warp_specialize([(_take, (OUT, tile, full, taken, 4)), (_give, (tile, full))], [1], [40])
+    """One warp gives a number, four write it to OUT, int32 [1]."""
+    place, full, taken = _shared()
+    gl.warp_specialize([(_take, (OUT, place, full, taken, 4)), (_give, (place, full))], [1], [40])
 
 
 @gluon.jit
 def relayed(OUT):
-    """The same, and another warp writes them to the second half of OUT, int32 [256]."""
-    tile, full, taken = _shared()
+    """The same, and another warp writes it to the second place of OUT, int32 [2]."""
+    place, full, taken = _shared()
     gl.warp_specialize(
         [
-            (_take, (OUT, tile, full, taken, 4)),
-            (_give, (tile, full)),
-            (_take_late, (OUT + N, tile, full, taken)),
+            (_take, (OUT, place, full, taken, 4)),
+            (_give, (place, full)),
+            (_take_late, (OUT + 1, place, full, taken)),
         ],
         [1, 1],
         [40, 40],
