@@ -130,10 +130,12 @@ def key_gather(
     BD: gl.constexpr, BDV: gl.constexpr, LAYOUT_K: gl.constexpr, LAYOUT_V: gl.constexpr,
     CAUSAL: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
-    """The kernel, with the arguments of `gluon_kernel.block_sparse`. ITEMS count clean tiles and
+    """The kernel, with the arguments of `gluon_kernel.block_sparse`. Two stages of queries at least:
+    a row's values may have to wait for the queries of the next. ITEMS count clean tiles and
     masked keys, LISTS are the index's own, STARTS (int64) say where each row's list begins. Strides
     of K and V count 16 bytes.
     """
+    gl.static_assert(Q_STAGES > 1)
     q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
     k = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, BD], LAYOUT_K)
     v = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, BDV], LAYOUT_V)
@@ -165,9 +167,9 @@ def key_gather(
             )),
             (_produce, (
                 q_desc, K, V, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, COUNTER, n_items, n_k, s_kb,
-                s_kh, s_kn, s_vb, s_vh, s_vn, q, k, v, places, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, tickets, ticket_full, ticket_empty, BQ, BM, BN, D, DV, BD, BDV, STAGES,
-                Q_STAGES,
+                s_kh, s_kn, s_vb, s_vh, s_vn, q, k, v, places, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, tickets, ticket_full, ticket_empty, BQ, BM, BN, D, DV, BD, BDV,
+                STAGES, Q_STAGES,
             )),
         ],
         [4, WARPS],
