@@ -130,10 +130,10 @@ def key_gather(
     BD: gl.constexpr, BDV: gl.constexpr, LAYOUT_K: gl.constexpr, LAYOUT_V: gl.constexpr,
     CAUSAL: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
-    """The kernel, with the arguments of `gluon_kernel.block_sparse`. Two stages of queries at least:
-    a row's values may have to wait for the queries of the next. ITEMS count clean tiles and
+    """The kernel, with the arguments of `gluon_kernel.block_sparse`. ITEMS count clean tiles and
     masked keys, LISTS are the index's own, STARTS (int64) say where each row's list begins. Strides
-    of K and V count 16 bytes.
+    of K and V count 16 bytes. The last values of a row come after the first queries of the next, so
+    there are two stages of queries at least.
     """
     gl.static_assert(Q_STAGES > 1)
     q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
