@@ -24,6 +24,10 @@ from accelkit.kernels._triton.lower import FIELDS
 TICKETS = gl.constexpr(4)
 """Items that the producer may have announced and the consumers not taken."""
 
+WIDTH = gl.constexpr(64)
+"""Columns that one swizzle of shared memory spans."""
+NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
 _load = load
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -76,13 +80,60 @@ def _flat(tile, ROWS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def _tiles(entries, BK: gl.constexpr, BN: gl.constexpr):
+    """Tiles of a row, and how many entries the first one lacks: a tile holds two that are half as
+    wide. An empty row reads one tile and hides all of it.
+    """
+    n = gl.maximum((entries * BK + BN - 1) // BN, 1)
+    return n, n * (BN // BK) - entries
+
+
+@gluon.jit
+def _entry(tile, lacks, BK: gl.constexpr, BN: gl.constexpr):
+    """Place in its list of a tile's first entry."""
+    place = tile // (BK // BN) if BK >= BN else gl.maximum(tile * (BN // BK) - lacks, 0)
+    return place
+
+
+@gluon.jit
+def _fetch(
+    desc, full, ring, stage, b, head, first, second, BK: gl.constexpr, BN: gl.constexpr,
+    D: gl.constexpr,
+):  # fmt: skip
+    """Copy a tile into a stage of a ring: BN rows from `first` on, or BK from there and BK from
+    `second` on, then in columns of one swizzle each, as they lie in a tile.
+    """
+    if BK >= BN:
+        mbarrier.expect(full, desc.block_type.nbytes)
+        _load(desc, [b, head, first, 0], full, ring.index(stage))
+    else:
+        PARTS: gl.constexpr = D // WIDTH
+        mbarrier.expect(full, desc.block_type.nbytes * 2 * PARTS)
+        for i in gl.static_range(PARTS):
+            part = ring.index((stage * PARTS + i) * 2)
+            _load(desc, [b, head, first, i * WIDTH], full, part)
+            part = ring.index((stage * PARTS + i) * 2 + 1)
+            _load(desc, [b, head, second, i * WIDTH], full, part)
+
+
+@gluon.jit
+def _first_blocks(at, entries, BK: gl.constexpr, BN: gl.constexpr):
+    """Blocks of a row's first tile; what it lacks is read from its first block, and hidden."""
+    block = gl.load(at, mask=entries > 0, other=0)
+    other = block
+    if BK < BN:
+        other = gl.load(at + 1, mask=(entries > 0) & (entries % 2 == 0), other=0)
+        other = gl.where(entries % 2 == 0, other, block)
+    return block, other
+
+
+@gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k, v,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets, ticket_full, ticket_empty,
-    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr,
+    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
+    BDV: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
-    R: gl.constexpr = BK // BN
     ROWS: gl.constexpr = BM // 2
     PER_ROW: gl.constexpr = BQ // BM
     width = gl.num_programs(0)
@@ -91,44 +142,47 @@ def _produce(
     next_place = place + width
     _announce(tickets, ticket_full, ticket_empty, 0, next_place)
     row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
-    block = gl.load(LISTS + row.to(gl.int64) * capacity, mask=masked + clean > 0, other=0)
+    block, other = _first_blocks(LISTS + row.to(gl.int64) * capacity, masked + clean, BK, BN)
     hq, hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
     stage, phase = 0, 1
     while place < n_items:
         next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
             ITEMS, next_place, n_items, BM, PER_ROW
         )
-        next_hq, next_hk, next_block, later_place = hq, hk, block, next_place
+        next_hq, next_hk, later_place = hq, hk, next_place
+        next_block, next_other = block, other
         half = round % Q_STAGES
         at = LISTS + row.to(gl.int64) * capacity
-        n = gl.maximum((masked + clean) * R, 1)  # an empty row reads one tile and hides all of it
+        n, lacks = _tiles(masked + clean, BK, BN)
         for j in range(n):
-            k0 = block * BK + (j % R) * BN
-            block = gl.load(at + (j + 1) // R, mask=j + 1 < n, other=0)
+            k0, k1 = block * BK, other * BK
+            if BK >= BN:
+                k0 += (j % (BK // BN)) * BN
+            then = at + _entry(j + 1, lacks, BK, BN)
+            block = gl.load(then, mask=j + 1 < n, other=0)
+            if BK < BN:
+                other = gl.load(then + 1, mask=j + 1 < n, other=0)
             mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
+            _fetch(k_desc, k_full.index(stage), k, stage, b, hk, k0, k1, BK, BN, BD)
             if j == 0:
                 mbarrier.wait(q_empty.index(half), ((round // Q_STAGES) & 1) ^ 1)
                 mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes * 2)
                 _load(q_desc, [b, hq, q_row, 0], q_full.index(half), q.index(half * 2))
                 _load(q_desc, [b, hq, q_row + ROWS, 0], q_full.index(half), q.index(half * 2 + 1))
             mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-            _load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
+            _fetch(v_desc, v_full.index(stage), v, stage, b, hk, k0, k1, BK, BN, BDV)
             stage, phase = _next(stage, phase, STAGES)
             if j == 0:
                 next_hq, next_hk = gl.load(Q_HEADS + next_slot), gl.load(KV_HEADS + next_slot)
-                next_block = gl.load(
-                    LISTS + next_row.to(gl.int64) * capacity, mask=next_masked + next_clean > 0,
-                    other=0,
-                )  # fmt: skip
+                next_block, next_other = _first_blocks(
+                    LISTS + next_row.to(gl.int64) * capacity, next_masked + next_clean, BK, BN
+                )
                 later_place = 2 * width + gl.atomic_add(COUNTER, 1, sem="relaxed")
         # Not before the row's copies are under way: the counter's answer takes its time.
         _announce(tickets, ticket_full, ticket_empty, round + 1, later_place)
         place, next_place, round = next_place, later_place, round + 1
-        row, q_row, b, hq, hk, block = next_row, next_q_row, next_b, next_hq, next_hk, next_block
-        masked, clean = next_masked, next_clean
+        row, q_row, b, hq, hk = next_row, next_q_row, next_b, next_hq, next_hk
+        masked, clean, block, other = next_masked, next_clean, next_block, next_other
 
 
 @gluon.jit
@@ -138,12 +192,41 @@ def _hide(s, k0, limit, BN: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def _hide_half(
+    s, k0, limit, lacks, BK: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """The same for a first tile of two entries, of which the second is whole or not there."""
+    col = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+    seen = (col < BK)[None, :] & ((k0 + col)[None, :] <= limit[:, None])
+    return gl.where(seen | ((col >= BK) & (lacks == 0))[None, :], s, -float("inf"))
+
+
+@gluon.jit
 def _limits(rows, count, n_k, q_start, CAUSAL: gl.constexpr):
     """Last key that each row may see; −1 in an empty row."""
     limit = rows * 0 + n_k - 1
     if CAUSAL:
         limit = gl.minimum(limit, rows + q_start)
     return gl.where(count > 0, limit, -1)
+
+
+@gluon.jit
+def _bias(
+    BIAS, s_bn, LISTS, tile, entries, lacks, n_k, BK: gl.constexpr, BN: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """What the base-2 scores of a tile's keys get besides, from lists and bias of its row."""
+    col = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+    if BK < BN:
+        place = tile * (BN // BK) + col // BK
+        place -= gl.where(tile > 0, lacks, 0)
+        key = gl.load(LISTS + place, mask=place < entries, other=0) * BK + col % BK
+    else:
+        R: gl.constexpr = BK // BN
+        block = gl.load(LISTS + tile // R, mask=entries > 0, other=0)
+        key = block * BK + (tile % R) * BN + col
+    bias = gl.load(BIAS + key.to(gl.int64) * s_bn, mask=key < n_k, other=0.0)
+    return bias * 1.4426950408889634
 
 
 @gluon.jit
@@ -196,16 +279,26 @@ def _finished(p, acc, v_empty, MODE: gl.constexpr):
 
 @gluon.jit
 def _begin(
-    s, block, limit, masked, clean, factor,
+    s, BIAS, s_bn, LISTS, block, limit, masked, clean, n_k, factor,
     BK: gl.constexpr, dtype: gl.constexpr, sl: gl.constexpr, pl: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Probabilities, maximum and sum of a row's first tile."""
     ROWS: gl.constexpr = s.shape[0]
+    BN: gl.constexpr = s.shape[1]
     row: gl.constexpr = gl.SliceLayout(1, sl)
-    if (masked > 0) | (clean == 0):
-        s = _hide(s, block * BK, limit, s.shape[1], sl)
+    lacks = _tiles(masked + clean, BK, BN)[1]
+    if HAS_BIAS:
+        s = s * factor
+        s += _bias(BIAS, s_bn, LISTS, 0, masked + clean, lacks, n_k, BK, BN, sl)[None, :]
+    if BK < BN:
+        if (masked > 0) | (lacks > 0):
+            s = _hide_half(s, block * BK, limit, lacks, BK, BN, sl)
+    elif (masked > 0) | (clean == 0):
+        s = _hide(s, block * BK, limit, BN, sl)
     m = gl.full([ROWS], -1e30, gl.float32, row)  # finite: an empty row meets no inf − inf
-    p, m, _, total = _softmax(s, m, gl.zeros([ROWS], gl.float32, row), factor)
+    weight = 1.0 if HAS_BIAS else factor
+    p, m, _, total = _softmax(s, m, gl.zeros([ROWS], gl.float32, row), weight)
     return gl.convert_layout(p.to(dtype), pl), m, total
 
 
@@ -226,14 +319,13 @@ def _finish(
 
 @gluon.jit
 def _consume(
-    WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-    q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
+    s_bn, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     turns, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, MODE: gl.constexpr,
+    Q_STAGES: gl.constexpr, MODE: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    R: gl.constexpr = BK // BN
     PER_ROW: gl.constexpr = BQ // BM
     ROWS: gl.constexpr = BM // 2
     dtype: gl.constexpr = v.dtype
@@ -247,7 +339,10 @@ def _consume(
     stage, phase, turn = 0, 0, 1 - WHO
     place, round = gl.program_id(0), 0
     row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
-    block = gl.load(LISTS + row.to(gl.int64) * capacity, mask=masked + clean > 0, other=0)
+    at = LISTS + row.to(gl.int64) * capacity
+    block = gl.load(at, mask=masked + clean > 0, other=0)
+    bias_at = BIAS + b.to(gl.int64) * s_bb + slot.to(gl.int64) * s_bh
+    weight = 1.0 if HAS_BIAS else factor
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(
@@ -257,7 +352,9 @@ def _consume(
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(0))
     limit = _limits(q_row + lane, masked + clean, n_k, q_start, CAUSAL)
-    p16, m, total = _begin(s, block, limit, masked, clean, factor, BK, dtype, sl, pl)
+    p16, m, total = _begin(
+        s, bias_at, s_bn, at, block, limit, masked, clean, n_k, factor, BK, dtype, sl, pl, HAS_BIAS
+    )
     while place < n_items:
         place = _announced(tickets, ticket_full, ticket_empty, round, 4)
         more = place < n_items
@@ -266,43 +363,51 @@ def _consume(
         )
         ho = gl.load(OUT_HEADS + slot)
         half = round % Q_STAGES
-        n = gl.maximum((masked + clean) * R, 1)
+        n, lacks = _tiles(masked + clean, BK, BN)
         acc = gl.zeros([ROWS, BDV], gl.float32, ol)
         own = _flat(q.index(half * 2 + WHO), ROWS, BD)
         first_clean = 1
         if EXTRA_MASKED:
+            R: gl.constexpr = BK // BN
             first_clean = gl.maximum(masked * R, 1)
             limit = _limits(q_row + lane, masked + clean, n_k, q_start, CAUSAL)
             for j in range(1, first_clean):
-                k0 = gl.load(LISTS + row.to(gl.int64) * capacity + j // R) * BK + (j % R) * BN
+                k0 = gl.load(at + j // R) * BK + (j % R) * BN
                 k_stage, k_phase = _next(stage, phase, STAGES)
                 s, acc = _products(
                     own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
                     k_empty.index(k_stage), k_phase, True, v_full.index(stage),
                     v_empty.index(stage), phase, mine, other, turn, MODE, BN, BD, BDV,
                 )  # fmt: skip
+                if HAS_BIAS:
+                    s = s * factor
+                    s += _bias(bias_at, s_bn, at, j, masked, lacks, n_k, BK, BN, sl)[None, :]
                 s = _hide(s, k0, limit, BN, sl)
-                p, m, alpha, total = _softmax(s, m, total, factor)
+                p, m, alpha, total = _softmax(s, m, total, weight)
                 acc = _finished(p16, acc, v_empty.index(stage), MODE)
                 acc = acc * gl.convert_layout(alpha, o_row)[:, None]
                 p16 = gl.convert_layout(p.to(dtype), pl)
                 stage, phase, turn = k_stage, k_phase, turn ^ 1
-        for _j in range(first_clean, n):
+        for j in range(first_clean, n):
             k_stage, k_phase = _next(stage, phase, STAGES)
+            if HAS_BIAS:  # asked for here, so that the product covers the time it takes
+                bias = _bias(bias_at, s_bn, at, j, masked + clean, lacks, n_k, BK, BN, sl)
             s, acc = _products(
                 own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
                 k_empty.index(k_stage), k_phase, True, v_full.index(stage), v_empty.index(stage),
                 phase, mine, other, turn, MODE, BN, BD, BDV,
             )  # fmt: skip
-            p, m, alpha, total = _softmax(s, m, total, factor)
+            if HAS_BIAS:
+                s = s * factor + bias[None, :]
+            p, m, alpha, total = _softmax(s, m, total, weight)
             acc = _finished(p16, acc, v_empty.index(stage), MODE)
             acc = acc * gl.convert_layout(alpha, o_row)[:, None]
             p16 = gl.convert_layout(p.to(dtype), pl)
             stage, phase, turn = k_stage, k_phase, turn ^ 1
         # The last product of this row goes with the first tile of the next.
-        block = gl.load(
-            LISTS + next_row.to(gl.int64) * capacity, mask=next_masked + next_clean > 0, other=0
-        )
+        at = LISTS + next_row.to(gl.int64) * capacity
+        block = gl.load(at, mask=next_masked + next_clean > 0, other=0)
+        bias_at = BIAS + next_b.to(gl.int64) * s_bb + next_slot.to(gl.int64) * s_bh
         limit = _limits(next_q_row + lane, next_masked + next_clean, n_k, q_start, CAUSAL)
         mbarrier.arrive(q_empty.index(half))
         next_half = (round + 1) % Q_STAGES
@@ -314,8 +419,9 @@ def _consume(
             v_full.index(stage), v_empty.index(stage), phase, mine, other, turn, MODE, BN, BD, BDV,
         )  # fmt: skip
         next_p16, next_m, next_total = _begin(
-            s, block, limit, next_masked, next_clean, factor, BK, dtype, sl, pl
-        )
+            s, bias_at, s_bn, at, block, limit, next_masked, next_clean, n_k, factor, BK, dtype, sl,
+            pl, HAS_BIAS,
+        )  # fmt: skip
         acc = _finished(p16, acc, v_empty.index(stage), MODE)
         stage, phase, turn = k_stage, k_phase, turn ^ 1
         _finish(
@@ -336,20 +442,38 @@ def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
     return bars
 
 
+@gluon.jit
+def _ring(
+    desc, STAGES: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr
+):  # fmt: skip
+    """Shared memory for some tiles, as they are multiplied and as they are copied."""
+    if BK >= BN:
+        tiles = gl.allocate_shared_memory(desc.dtype, [STAGES, 1, 1, BN, D], desc.layout)
+        parts = tiles
+    else:
+        shape: gl.constexpr = [STAGES * (D // WIDTH) * 2, 1, 1, BK, WIDTH]
+        parts = gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
+        if NAMED:
+            tiles = parts.reinterpret(desc.dtype, [STAGES, 1, 1, BN, D], desc.layout)
+        else:
+            tiles = parts._reinterpret(desc.dtype, [STAGES, 1, 1, BN, D], desc.layout)
+    return tiles, parts
+
+
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
 def block_sparse(
-    q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER, s_lb,
-    s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
+    q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER, BIAS,
+    s_lb, s_lh, s_ln, s_bb, s_bh, s_bn, n_items, n_q, n_k, q_start, capacity, factor,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
-    BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, MODE: gl.constexpr,
+    BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """The kernel. Descriptors have boxes `[1, 1, rows, head size]`, ITEMS and LISTS are lowered
     work, COUNTER is a zero, strides count elements, `factor` is the scale in base 2.
     """
     q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
-    k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, BD], k_desc.layout)
-    v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BN, BDV], v_desc.layout)
+    k, k_parts = _ring(k_desc, STAGES, BK, BN, BD)
+    v, v_parts = _ring(v_desc, STAGES, BK, BN, BDV)
     o = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, BM // 2, BDV], o_desc.layout)
     q_full, q_empty, turns = _barriers(Q_STAGES, 1), _barriers(Q_STAGES, 2), _barriers(2, 1)
     k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
@@ -362,21 +486,21 @@ def block_sparse(
     gl.warp_specialize(
         [
             (_consume, (
-                0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
-                CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
+                0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh, s_bn,
+                n_items, n_q, n_k, q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full,
+                k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM,
+                BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, HAS_BIAS,
             )),
             (_consume, (
-                1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
-                CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
+                1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh, s_bn,
+                n_items, n_q, n_k, q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full,
+                k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM,
+                BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, HAS_BIAS,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items,
-                capacity, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets,
-                ticket_full, ticket_empty, BQ, BK, BM, BN, STAGES, Q_STAGES,
+                capacity, q, k_parts, v_parts, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV, STAGES, Q_STAGES,
             )),
         ],
         [4, 1],
