@@ -160,10 +160,9 @@ def expected(a: attention.Answer, head: int, rows: torch.Tensor) -> torch.Tensor
     for piece in a.pieces:
         assert isinstance(piece, BlockIndex)
         k, v, index = a.call.k, a.call.v, piece
-        bias = torch.zeros(1, 1, k.shape[2], device=k.device)
-        if piece.level is not None:
+        if piece.pyramid:
             k, v, index = pyramid.lower(k, v, piece)
-        bias = bias[..., : k.shape[2]] + index.bias
+        bias = torch.zeros(1, 1, k.shape[2], device=k.device) + index.bias
         if a.call.k_pos is not None:
             bias = bias.masked_fill(a.call.k_pos < 0, -math.inf)
         keys = k[0, int(a.call.kv_of_head[head])].float()

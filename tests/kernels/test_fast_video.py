@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from accelkit.kernels import attend, dispatch, permute, scores, scores_blocks, select
+from accelkit.kernels import attend, dispatch, permute, pyramid, scores, scores_blocks, select
 from accelkit.kernels.index import BlockIndex, plain_inputs
 
 pytest.importorskip("triton")
@@ -48,12 +48,13 @@ def test_means_of_runs():
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("of", [2, 8])
-def test_means_of_neighbours(of: int):
-    """Tokens behind the last whole mean are left out."""
-    x = rows(2, 3, 91, 24)
-    expected = x[:, :, : 91 // of * of].unflatten(2, (-1, of)).mean(3)
-    torch.testing.assert_close(fast_pyramid.means(x, of), expected, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize(("n", "unit"), [(91, 4), (205, 16), (64, 8)])
+def test_the_levels_of_a_pyramid(n: int, unit: int):
+    """Means behind the last whole entry of a level are left out."""
+    x = rows(2, 3, n, 24)
+    torch.testing.assert_close(
+        fast_pyramid.levels(x, unit), pyramid._levels(x, unit), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_prefix_of_all_rows_of_a_head():
@@ -125,15 +126,37 @@ def test_sampled_maxima():
 
 
 def test_a_pyramid():
-    """Lists with levels: Triton gives what the reference gives, text and ragged end included."""
+    """Lists over levels: Triton gives what the reference gives, text and ragged end included."""
     q, k, v = rows(1, 4, 270, 32), rows(1, 2, 270, 32), rows(1, 2, 270, 32)
     levels = torch.randint(-1, 4, (1, 4, 9, 9), generator=torch.Generator().manual_seed(0))
     levels[..., 0], levels[:, :, 0] = 0, 0
-    for piece in select.compact_levels(levels.to(torch.int8).to(DEVICE), 270, (32, 32), 16):
-        slow = attend(q, k, v, piece, causal=False, backend="reference")
-        found = attend(q, k, v, piece, causal=False, backend="triton")
-        torch.testing.assert_close(found.out, slow.out, atol=2e-4, rtol=2e-4)
-        torch.testing.assert_close(found.lse, slow.lse, atol=2e-4, rtol=2e-4)
+    index = select.compact_levels(levels.to(torch.int8).to(DEVICE), 270, (32, 32), 16)
+    slow = attend(q, k, v, index, causal=False, backend="reference")
+    found = attend(q, k, v, index, causal=False, backend="triton")
+    torch.testing.assert_close(found.out, slow.out, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(found.lse, slow.lse, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("by_energy", [False, True])
+@pytest.mark.parametrize(("block", "unit"), [(32, 16), (32, 32), (64, 16)])
+def test_from_scores_to_a_pyramid(by_energy: bool, block: int, unit: int):
+    """One launch lists what selecting level by level lists."""
+    tokens = 11 * block - 5
+    scores_ = rows(2, 3, 7, 11).exp()
+    scores_[0, 0, 0] = 0.5  # ties go to the lower block
+    kept = torch.zeros(1, 1, 7, 11, dtype=torch.bool, device=DEVICE)
+    kept[..., 3] = kept[:, :, 2] = True
+    ends = (0.05, 0.3, 0.5, 0.9)
+    least = 0.2 if by_energy else 0.0
+    level = select.levels(scores_, ends, by_energy=by_energy, least=least).masked_fill_(kept, 0)
+    slow = select.compact_levels(level, tokens, (16, block), unit)
+    found = fast_pyramid.listed(
+        scores_, ends, kept, tokens, (16, block), unit, by_energy, least
+    )  # fmt: skip
+    assert found.size == slow.size and found.pyramid
+    entries = pyramid.firsts(tokens, unit)[-1]
+    assert torch.equal(found.count, slow.count)
+    assert torch.equal(found.to_mask(entries), slow.to_mask(entries))
 
 
 def test_holes_as_keys_without_weight():

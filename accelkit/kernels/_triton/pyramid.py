@@ -1,42 +1,154 @@
-"""Means of a few neighbouring keys or values, in one read."""
+"""Key pyramids: all levels of keys or values in one read, and from scores to lists in one launch."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from accelkit.kernels._triton.tile import next_power_of_two
+from accelkit.kernels import pyramid
+from accelkit.kernels._triton.select import greatest, starts
+from accelkit.kernels._triton.tile import next_power_of_two, table
+from accelkit.kernels.index import BlockIndex
 
-_ROWS = 32
+_ROWS = 64
 
 
-@triton.jit(do_not_specialize=["n_heads", "n"])
-def _means(
-    X, OUT, s_xb, s_xh, s_xn, n_heads, n, OF: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr,
+@triton.jit(do_not_specialize=["n_heads", "n", "first2", "first1", "first0", "rows"])
+def _levels(
+    X, OUT, s_xb, s_xh, s_xn, n_heads, n, first2, first1, first0, rows,
+    ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    row, bh = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    block, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // n_heads).to(tl.int64), bh % n_heads
-    d = tl.arange(0, BD)
-    inside = (row < n)[:, None] & (d < D)[None, :]
-    total = tl.zeros([ROWS, BD], tl.float32)
-    for j in tl.static_range(OF):
-        at = b * s_xb + h * s_xh + (row * OF + j)[:, None] * s_xn + d[None, :]
-        total += tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
-    at = (bh.to(tl.int64) * n + row)[:, None] * D + d[None, :]
-    tl.store(OUT + at, (total / OF).to(OUT.dtype.element_ty), mask=inside)
+    d, row = tl.arange(0, BD), block * ROWS + tl.arange(0, ROWS)
+    at = X + b * s_xb + h * s_xh + row.to(tl.int64)[:, None] * s_xn + d[None, :]
+    x = tl.load(at, mask=(row < n)[:, None] & (d < D)[None, :], other=0.0)
+    out = OUT + bh.to(tl.int64) * rows * D
+    to = (first0 + row).to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(out + to, x, mask=(row < n)[:, None] & (d < D)[None, :])
+    total = x.to(tl.float32)
+    for level in tl.static_range(1, 4):
+        first = (first1, first2, 0)[level - 1]
+        end = (first0, first1, first2)[level - 1]
+        total = tl.sum(total.reshape(ROWS >> level, 2, BD), 1)
+        to = first + block * (ROWS >> level) + tl.arange(0, ROWS >> level)
+        whole = (to < end)[:, None] & (d < D)[None, :]
+        mean = (total / (1 << level)).to(OUT.dtype.element_ty)
+        tl.store(out + to.to(tl.int64)[:, None] * D + d[None, :], mean, mask=whole)
 
 
-def means(x: Tensor, of: int) -> Tensor:
-    """Means of `of` tokens each, `[B, H, N // of, D]` in x's dtype from x `[B, H, N, D]`."""
+def levels(x: Tensor, unit: int) -> Tensor:
+    """Tokens of x `[B, H, N, D]` and their means as `kernels.pyramid` lays them out."""
     batch, heads, n, d = x.shape
-    out = x.new_empty((batch, heads, n // of, d))
+    first = [f * unit for f in pyramid.firsts(n, unit)]
+    out = x.new_empty((batch, heads, pyramid.rows(n, unit), d))
     if out.numel():
         with torch.cuda.device_of(x):
-            _means[(triton.cdiv(n // of, _ROWS), batch * heads)](
-                x, out, *x.stride()[:3], heads, n // of, OF=of, ROWS=_ROWS, D=d,
-                BD=next_power_of_two(d), num_warps=4,
+            _levels[(triton.cdiv(n, _ROWS), batch * heads)](
+                x, out, *x.stride()[:3], heads, n, first[2], first[1], first[0], out.shape[2],
+                ROWS=_ROWS, D=d, BD=next_power_of_two(d), num_warps=4,
             )  # fmt: skip
     return out
+
+
+@triton.jit
+def _spread(x, N: tl.constexpr, GROUP: tl.constexpr):
+    """Each of N // GROUP values GROUP times."""
+    return tl.broadcast_to(x[:, None], [N // GROUP, GROUP]).reshape(N)
+
+
+@triton.jit
+def _put(BLOCKS, done, chosen, first, most, N: tl.constexpr, EACH: tl.constexpr):
+    """Append EACH entries from `first + EACH · i` on for every chosen i, as far as they are below
+    `most`; how many are listed then.
+    """
+    i, place = tl.arange(0, N), done + (tl.cumsum(chosen, 0) - chosen) * EACH
+    for j in tl.static_range(EACH):
+        there = (chosen > 0) & (i * EACH + j < most)
+        tl.store(BLOCKS + place + j, first + i * EACH + j, mask=there)
+        done += tl.sum(there.to(tl.int32), 0)
+    return done
+
+
+@triton.jit(do_not_specialize=["n_heads", "nq", "nk", "n", "first2", "first1", "first0", "most"])
+def _list(
+    SCORES, KEPT, s_tb, s_th, s_tn, BLOCKS, COUNT, n_heads, nq, nk, n, first2, first1, first0, most,
+    end0, end1, end2, end3, least,
+    N: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, BY_ENERGY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    bh, tile = row // nq, row % nq
+    b, h = bh // n_heads, bh % n_heads
+    at = tl.arange(0, N)
+    x = tl.load(SCORES + row * nk + at, mask=at < nk, other=-float("inf"))
+    kept = KEPT + b * s_tb + h * s_th + tile * s_tn + at
+    kept = tl.load(kept, mask=at < nk, other=0)
+    real = x > -float("inf")
+    one = real.to(tl.float32)
+    value = tl.where(real, tl.maximum(x, 0.0), 0.0) if BY_ENERGY else one
+    total = tl.sum(value, 0)
+    whole = tl.zeros([N], tl.int32)
+    if BY_ENERGY:
+        number = tl.maximum(tl.ceil(least * tl.sum(one, 0) - 1e-4), 1.0)
+        whole = tl.where((least > 0) & real, greatest(x, one, number), 0)
+    level = tl.zeros([N], tl.int32) + 4
+    for i in tl.static_range(4):
+        end = (end0, end1, end2, end3)[i]
+        if BY_ENERGY:
+            chosen = tl.where(end >= 1.0, 1, greatest(x, value, end * total))
+        else:
+            chosen = greatest(x, value, tl.maximum(tl.ceil(end * total - 1e-4), 1.0))
+        chosen = tl.where(real, chosen, 0) | whole
+        if i == 0:
+            whole = chosen
+        level -= chosen
+    level = tl.where((kept > 0) & (at < nk), 0, level)
+    blocks, done = BLOCKS + row * most, 0
+    for j in tl.static_range(3):
+        wish: tl.constexpr = 3 - j
+        first = (0, first2, first1)[j]
+        span: tl.constexpr = UNIT << wish
+        group: tl.constexpr = max(1, span // BK)
+        each: tl.constexpr = max(1, BK // span)
+        cells: tl.constexpr = N // group
+        finest = tl.min(level.reshape(cells, group), 1)
+        behind = (tl.arange(0, cells) + 1) * (span if span > BK else BK)
+        chosen = ((finest == wish) & (behind <= n)).to(tl.int32)
+        done = _put(blocks, done, chosen, first, cells * each, cells, each)
+        level = tl.where(level == wish, wish - 1, level)
+        level = tl.where(_spread(chosen, N, group) > 0, 4, level)
+    most_keys = (n + UNIT - 1) // UNIT
+    done = _put(blocks, done, (level == 0).to(tl.int32), first0, most_keys, N, BK // UNIT)
+    tl.store(COUNT + row, done)
+
+
+def listed(
+    scores: Tensor,
+    ends: Sequence[float],
+    kept: Tensor,
+    tokens: int,
+    size: tuple[int, int],
+    unit: int,
+    by_energy: bool,
+    least: float,
+) -> BlockIndex:
+    """`kernels.select.pyramid`; a row of scores lies in registers."""
+    batch, heads, nq, nk = scores.shape
+    most, device, width = nk * (size[1] // unit), scores.device, max(16, next_power_of_two(nk))
+    blocks = torch.empty(batch * heads * nq * most, dtype=torch.int32, device=device)
+    count = torch.empty((batch, heads, nq), dtype=torch.int32, device=device)
+    if kept.stride(-1) != 1:
+        kept = kept.contiguous()
+    if count.numel():
+        _list[(count.numel(),)](
+            scores.contiguous(), *table(kept.view(torch.uint8)[..., 0], count), blocks, count,
+            heads, nq, nk, tokens, *pyramid.firsts(tokens, unit)[2::-1], most,
+            *map(float, ends), least, N=width, BK=size[1], UNIT=unit, BY_ENERGY=by_energy,
+            num_warps=1 if width <= 256 else 4,
+        )  # fmt: skip
+    first = starts(batch, heads, nq, most, device)
+    return BlockIndex(first, count, blocks, (size[0], unit), pyramid=True)

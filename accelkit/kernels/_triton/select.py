@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accelkit.kernels.index import BlockIndex, Inputs
+from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
 
 _WAYS = 32
 
@@ -226,17 +226,17 @@ def _listed(
     tl.store(OUT + row, tl.sum(total, 0))
 
 
-def listed_pairs(index: BlockIndex, call: Inputs) -> Tensor:
-    """Visible query-key pairs in the listed blocks of each row, int64 `[B|1, H, nq]`. Plain
-    positions and no level.
+def listed_pairs(index: BlockIndex, call: Inputs, keys: int) -> Tensor:
+    """Visible query-key pairs in the listed blocks of each row, int64 `[B|1, H, nq]`, where blocks
+    count through `keys` keys. Plain positions.
     """
     start, count = index.start.contiguous(), index.count.contiguous()
     out = torch.empty(count.shape, dtype=torch.int64, device=count.device)
-    (bq, bk), (nq, nk) = index.size, call.tiles(index.size)
+    (bq, bk), nq, nk = index.size, count.shape[-1], ceil_div(keys, index.size[1])
     chunk = min(1024, max(16, triton.next_power_of_2(nk)))
     blocks = index.blocks if index.blocks.numel() else count
     _listed[(count.numel(),)](
-        start, count, blocks, out, nq, nk, call.n_q, call.n_k, call.q_start,
+        start, count, blocks, out, nq, nk, call.n_q, keys, call.q_start,
         BQ=bq, BK=bk, CAUSAL=call.causal, CHUNK=chunk, num_warps=4 if chunk > 256 else 1,
     )  # fmt: skip
     return out

@@ -54,7 +54,7 @@ class Answer:
         alone = (
             len(self.pieces) > 1
             or not isinstance(index, BlockIndex)
-            or index.level is not None
+            or index.pyramid
             or not isinstance(index.bias, float)
             or bool(self.finishers)
         )
