@@ -116,13 +116,15 @@ def test_block_mass(size: tuple[int, int]):
     torch.testing.assert_close(found, scores.block_mass(call, lse, size), atol=2e-4, rtol=1e-3)
 
 
-def test_sampled_maxima():
+def test_sampled_maxima(monkeypatch: pytest.MonkeyPatch):
     call = plain_inputs(rows(1, 4, 270, 24), rows(1, 2, 270, 24), rows(1, 2, 270, 24), causal=False)
     slow = scores.sampled_max(call, (64, 64), every=4)
-    q = scores_blocks._sampled(call.q, 64, 4, 0)
-    k = scores_blocks._sampled(call.k, 64, 4, 1)
-    found = scores_blocks._fast_sampled_max(call, q, k)
+    places = (scores_blocks._drawn(64, 4, seed, call.q.device) for seed in (0, 1))
+    found = fast.sampled_max(call, (64, 64), *places)
     torch.testing.assert_close(found, slow, atol=5e-3, rtol=5e-3)
+    monkeypatch.setattr(fast, "SCRATCH_BYTES", 1)  # head by head
+    places = (scores_blocks._drawn(64, 4, seed, call.q.device) for seed in (0, 1))
+    assert torch.equal(found, fast.sampled_max(call, (64, 64), *places))
 
 
 def test_a_pyramid():
