@@ -74,6 +74,24 @@ def _put(BLOCKS, done, chosen, first, most, N: tl.constexpr, EACH: tl.constexpr)
     return done
 
 
+@triton.jit
+def _take(
+    BLOCKS, done, level, n, first, WISH: tl.constexpr, N: tl.constexpr, BK: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """List what can be read at a level; blocks that cannot move one down, listed ones out."""
+    SPAN: tl.constexpr = UNIT << WISH
+    GROUP: tl.constexpr = max(1, SPAN // BK)
+    EACH: tl.constexpr = max(1, BK // SPAN)
+    CELLS: tl.constexpr = N // GROUP
+    finest = tl.min(level.reshape(CELLS, GROUP), 1)
+    end = (tl.arange(0, CELLS) + 1) * (SPAN if SPAN > BK else BK)
+    chosen = ((finest == WISH) & (end <= n)).to(tl.int32)
+    done = _put(BLOCKS, done, chosen, first, CELLS * EACH, CELLS, EACH)
+    level = tl.where(level == WISH, WISH - 1, level)
+    return tl.where(_spread(chosen, N, GROUP) > 0, 4, level), done
+
+
 @triton.jit(do_not_specialize=["n_heads", "nq", "nk", "n", "first2", "first1", "first0", "most"])
 def _list(
     SCORES, KEPT, s_tb, s_th, s_tn, BLOCKS, COUNT, n_heads, nq, nk, n, first2, first1, first0, most,
@@ -108,19 +126,9 @@ def _list(
         level -= chosen
     level = tl.where((kept > 0) & (at < nk), 0, level)
     blocks, done = BLOCKS + row * most, 0
-    for j in tl.static_range(3):
-        wish: tl.constexpr = 3 - j
-        first = (0, first2, first1)[j]
-        span: tl.constexpr = UNIT << wish
-        group: tl.constexpr = max(1, span // BK)
-        each: tl.constexpr = max(1, BK // span)
-        cells: tl.constexpr = N // group
-        finest = tl.min(level.reshape(cells, group), 1)
-        behind = (tl.arange(0, cells) + 1) * (span if span > BK else BK)
-        chosen = ((finest == wish) & (behind <= n)).to(tl.int32)
-        done = _put(blocks, done, chosen, first, cells * each, cells, each)
-        level = tl.where(level == wish, wish - 1, level)
-        level = tl.where(_spread(chosen, N, group) > 0, 4, level)
+    level, done = _take(blocks, done, level, n, 0, 3, N, BK, UNIT)
+    level, done = _take(blocks, done, level, n, first2, 2, N, BK, UNIT)
+    level, done = _take(blocks, done, level, n, first1, 1, N, BK, UNIT)
     most_keys = (n + UNIT - 1) // UNIT
     done = _put(blocks, done, (level == 0).to(tl.int32), first0, most_keys, N, BK // UNIT)
     tl.store(COUNT + row, done)
