@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 
 from accelkit.kernels._triton import permute as fast_permute
 from accelkit.kernels._triton import pyramid as fast_pyramid
+from accelkit.kernels._triton import rows as fast_rows
 from accelkit.kernels._triton import scores as fast
 from accelkit.kernels._triton import select as fast_select
 
@@ -125,6 +126,21 @@ def test_sampled_maxima(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fast, "SCRATCH_BYTES", 1)  # head by head
     places = (scores_blocks._drawn(64, 4, seed, call.q.device) for seed in (0, 1))
     assert torch.equal(found, fast.sampled_max(call, (64, 64), *places))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_few_rows_under_masks(number: int):
+    """Pieces of keys, joined: with rows that read nothing in some of them."""
+    n = 700
+    call = plain_inputs(rows(2, 4, n, 24), rows(2, 2, n, 24), rows(2, 2, n, 16), causal=False)
+    call = replace(call, heads=(3, 0), kv_of_head=call.kv_of_head[[3, 0]])
+    places = torch.tensor([0, 77, 300, 699, 5], device=DEVICE)
+    masks = torch.rand(2, 5, n, device=DEVICE)[:number] < 0.3
+    masks[:, 1, :400] = False
+    slow = scores.masked_rows(call, places, masks)
+    assert slow.shape == (2, 2, 1 + number, 5, 16)
+    found = fast_rows.masked_rows(call, places, masks)
+    torch.testing.assert_close(found, slow, atol=2e-4, rtol=2e-3)
 
 
 def test_a_pyramid():

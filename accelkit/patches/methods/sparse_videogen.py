@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from pydantic import Field
 
 from accelkit import kernels
@@ -59,16 +60,17 @@ class SparseVideoGen(AttentionMethod):
 
     def _temporal(self, call: AttentionCall, where: Visual, order: Tensor) -> Tensor:
         """Which heads lose less in the temporal order, bool `[B, H]`."""
-        spatial, temporal = call.remember(
-            (self, "rows"), lambda: self._masks(where, order, call.q.device)
+        rows, masks = call.remember(
+            (self, "rows"), lambda: self._rows(where, order, call.q.device)
         )
-        rows = parts.grids.spread(where.start, where.stop, self.sampled_rows, call.q.device)
-        exact, *masked = kernels.scores.masked_rows(call, rows, (spatial, temporal))
-        loss = [(o - exact).square().mean((-2, -1)) for o in masked]
-        return loss[1] < loss[0]
+        found = kernels.scores.masked_rows(call, rows, masks)
+        loss = (found[:, :, 1:] - found[:, :, :1]).square().mean((-2, -1))
+        return loss[..., 1] < loss[..., 0]
 
-    def _masks(self, where: Visual, order: Tensor, device: Any) -> tuple[Tensor, Tensor]:
-        """What the sampled rows read in either order, bool `[R, N]`, keys in token order."""
+    def _rows(self, where: Visual, order: Tensor, device: Any) -> tuple[Tensor, Tensor]:
+        """Places of the sampled rows, and what they read in the spatial and in the temporal order,
+        bool `[2, R, N]`, keys in token order.
+        """
         rows = parts.grids.spread(where.start, where.stop, self.sampled_rows, device)
         place = order.argsort()
         sink, width = where.start + where.frame, self._width(where)
@@ -76,7 +78,7 @@ class SparseVideoGen(AttentionMethod):
         for at in (place.sort().values, place):
             band = (at - at[rows][:, None]).abs() < width
             masks.append(band | (at < sink) | (at >= where.stop))
-        return masks[0], masks[1]
+        return rows, torch.stack(masks)
 
     def _width(self, where: Visual) -> int:
         text = (where.tokens - where.count) / where.tokens
