@@ -120,7 +120,7 @@ def masked_rows(call: Inputs, rows: Tensor, masks: Tensor) -> Tensor:
         *call.v.stride()[:3], heads, len(rows), call.n_k, per, parts, call.scale * LOG2E,
         R=r, BN=bn, D=d, DV=dv, BD=padded_width(d), BDV=bdv, N_MASKS=number - 1,
         DTYPE=getattr(tl, str(call.v.dtype).removeprefix("torch.")),
-        PREC=precision(call.q.dtype), num_warps=4, num_stages=2 if wide else 3,
+        PREC=precision(call.q.dtype), num_warps=8, num_stages=2 if wide else 3,
     )  # fmt: skip
     _join[(number, batch * heads)](
         acc, total, top, out, len(rows), parts, R=r, DV=dv, BDV=bdv,
