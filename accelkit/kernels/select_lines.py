@@ -24,9 +24,7 @@ def compact(mask: Tensor, size: tuple[int, int]) -> BlockIndex:
     return BlockIndex.from_mask(mask, size)
 
 
-def compact_levels(
-    levels: Tensor, tokens: int, size: tuple[int, int], unit: int
-) -> BlockIndex:
+def compact_levels(levels: Tensor, tokens: int, size: tuple[int, int], unit: int) -> BlockIndex:
     """Lists over a key pyramid from a level for each block: int8 `[B|1, H, nq, nk]`, 0 … 3, −1 is
     left out.
 

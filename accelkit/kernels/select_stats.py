@@ -72,7 +72,9 @@ def density(index: BlockIndex | Sequence[BlockIndex], call: Inputs) -> Tensor:
     if plain and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import select as fast
 
-        found = [fast.listed_pairs(p, call, _keys(p, call)).sum(-1).double().mean(0) for p in pieces]
+        found = [
+            fast.listed_pairs(p, call, _keys(p, call)).sum(-1).double().mean(0) for p in pieces
+        ]
         return (sum(found) / max(_visible_pairs(call), 1)).float()
     whole = pair_counts(call, (128, 128)).sum((-1, -2)).expand(batch, heads).double()
     listed = torch.zeros((batch, heads), dtype=torch.float64, device=call.q.device)

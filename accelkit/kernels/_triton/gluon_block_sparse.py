@@ -27,7 +27,7 @@ BM = 128
 WIDEST = 128
 """Most keys of a tile."""
 SWIZZLE = 64
-"""Columns that one swizzle of shared memory spans (`gluon_kernel.WIDTH`)."""
+"""Columns that one swizzle of shared memory spans (`gluon_tiles.WIDTH`)."""
 
 
 def refusal(launch: Launch) -> str | None:

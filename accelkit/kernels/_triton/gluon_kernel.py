@@ -19,14 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from accelkit.kernels._triton.gluon_parts import load, normalised
+from accelkit.kernels._triton.gluon_tiles import entry, fetch, ring, tiles
 from accelkit.kernels._triton.lower import FIELDS
 
 TICKETS = gl.constexpr(4)
 """Items that the producer may have announced and the consumers not taken."""
-
-WIDTH = gl.constexpr(64)
-"""Columns that one swizzle of shared memory spans."""
-NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 _load = load
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -80,43 +77,6 @@ def _flat(tile, ROWS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _tiles(entries, BK: gl.constexpr, BN: gl.constexpr):
-    """Tiles of a row, and how many entries the first one lacks: a tile holds two that are half as
-    wide. An empty row reads one tile and hides all of it.
-    """
-    n = gl.maximum((entries * BK + BN - 1) // BN, 1)
-    return n, n * (BN // BK) - entries
-
-
-@gluon.jit
-def _entry(tile, lacks, BK: gl.constexpr, BN: gl.constexpr):
-    """Place in its list of a tile's first entry."""
-    place = tile // (BK // BN) if BK >= BN else gl.maximum(tile * (BN // BK) - lacks, 0)
-    return place
-
-
-@gluon.jit
-def _fetch(
-    desc, full, ring, stage, b, head, first, second, BK: gl.constexpr, BN: gl.constexpr,
-    D: gl.constexpr,
-):  # fmt: skip
-    """Copy a tile into a stage of a ring: BN rows from `first` on, or BK from there and BK from
-    `second` on, then in columns of one swizzle each, as they lie in a tile.
-    """
-    if BK >= BN:
-        mbarrier.expect(full, desc.block_type.nbytes)
-        _load(desc, [b, head, first, 0], full, ring.index(stage))
-    else:
-        PARTS: gl.constexpr = D // WIDTH
-        mbarrier.expect(full, desc.block_type.nbytes * 2 * PARTS)
-        for i in gl.static_range(PARTS):
-            part = ring.index((stage * PARTS + i) * 2)
-            _load(desc, [b, head, first, i * WIDTH], full, part)
-            part = ring.index((stage * PARTS + i) * 2 + 1)
-            _load(desc, [b, head, second, i * WIDTH], full, part)
-
-
-@gluon.jit
 def _first_blocks(at, entries, BK: gl.constexpr, BN: gl.constexpr):
     """Blocks of a row's first tile; what it lacks is read from its first block, and hidden."""
     block = gl.load(at, mask=entries > 0, other=0)
@@ -153,24 +113,24 @@ def _produce(
         next_block, next_other = block, other
         half = round % Q_STAGES
         at = LISTS + row.to(gl.int64) * capacity
-        n, lacks = _tiles(masked + clean, BK, BN)
+        n, lacks = tiles(masked + clean, BK, BN)
         for j in range(n):
             k0, k1 = block * BK, other * BK
             if BK >= BN:
                 k0 += (j % (BK // BN)) * BN
-            then = at + _entry(j + 1, lacks, BK, BN)
+            then = at + entry(j + 1, lacks, BK, BN)
             block = gl.load(then, mask=j + 1 < n, other=0)
             if BK < BN:
                 other = gl.load(then + 1, mask=j + 1 < n, other=0)
             mbarrier.wait(k_empty.index(stage), phase)
-            _fetch(k_desc, k_full.index(stage), k, stage, b, hk, k0, k1, BK, BN, BD)
+            fetch(k_desc, k_full.index(stage), k, stage, b, hk, k0, k1, BK, BN, BD)
             if j == 0:
                 mbarrier.wait(q_empty.index(half), ((round // Q_STAGES) & 1) ^ 1)
                 mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes * 2)
                 _load(q_desc, [b, hq, q_row, 0], q_full.index(half), q.index(half * 2))
                 _load(q_desc, [b, hq, q_row + ROWS, 0], q_full.index(half), q.index(half * 2 + 1))
             mbarrier.wait(v_empty.index(stage), phase)
-            _fetch(v_desc, v_full.index(stage), v, stage, b, hk, k0, k1, BK, BN, BDV)
+            fetch(v_desc, v_full.index(stage), v, stage, b, hk, k0, k1, BK, BN, BDV)
             stage, phase = _next(stage, phase, STAGES)
             if j == 0:
                 next_hq, next_hk = gl.load(Q_HEADS + next_slot), gl.load(KV_HEADS + next_slot)
@@ -287,7 +247,7 @@ def _begin(
     ROWS: gl.constexpr = s.shape[0]
     BN: gl.constexpr = s.shape[1]
     row: gl.constexpr = gl.SliceLayout(1, sl)
-    lacks = _tiles(masked + clean, BK, BN)[1]
+    lacks = tiles(masked + clean, BK, BN)[1]
     if HAS_BIAS:
         s = s * factor
         s += _bias(BIAS, s_bn, LISTS, 0, masked + clean, lacks, n_k, BK, BN, sl)[None, :]
@@ -320,8 +280,8 @@ def _finish(
 @gluon.jit
 def _consume(
     WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
-    s_bn, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    turns, tickets, ticket_full, ticket_empty,
+    s_bn, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full,
+    k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr, MODE: gl.constexpr, HAS_BIAS: gl.constexpr,
@@ -363,7 +323,7 @@ def _consume(
         )
         ho = gl.load(OUT_HEADS + slot)
         half = round % Q_STAGES
-        n, lacks = _tiles(masked + clean, BK, BN)
+        n, lacks = tiles(masked + clean, BK, BN)
         acc = gl.zeros([ROWS, BDV], gl.float32, ol)
         own = _flat(q.index(half * 2 + WHO), ROWS, BD)
         first_clean = 1
@@ -442,24 +402,6 @@ def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
     return bars
 
 
-@gluon.jit
-def _ring(
-    desc, STAGES: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr
-):  # fmt: skip
-    """Shared memory for some tiles, as they are multiplied and as they are copied."""
-    if BK >= BN:
-        tiles = gl.allocate_shared_memory(desc.dtype, [STAGES, 1, 1, BN, D], desc.layout)
-        parts = tiles
-    else:
-        shape: gl.constexpr = [STAGES * (D // WIDTH) * 2, 1, 1, BK, WIDTH]
-        parts = gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
-        if NAMED:
-            tiles = parts.reinterpret(desc.dtype, [STAGES, 1, 1, BN, D], desc.layout)
-        else:
-            tiles = parts._reinterpret(desc.dtype, [STAGES, 1, 1, BN, D], desc.layout)
-    return tiles, parts
-
-
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
 def block_sparse(
     q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER, BIAS,
@@ -472,8 +414,8 @@ def block_sparse(
     work, COUNTER is a zero, strides count elements, `factor` is the scale in base 2.
     """
     q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
-    k, k_parts = _ring(k_desc, STAGES, BK, BN, BD)
-    v, v_parts = _ring(v_desc, STAGES, BK, BN, BDV)
+    k, k_parts = ring(k_desc, STAGES, BK, BN, BD)
+    v, v_parts = ring(v_desc, STAGES, BK, BN, BDV)
     o = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, BM // 2, BDV], o_desc.layout)
     q_full, q_empty, turns = _barriers(Q_STAGES, 1), _barriers(Q_STAGES, 2), _barriers(2, 1)
     k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)

@@ -1,4 +1,4 @@
-"""Key pyramids: all levels of keys or values in one read, and from scores to lists in one launch."""
+"""Key pyramids: all levels in one read of keys or values, from scores to lists in one launch."""
 
 from __future__ import annotations
 

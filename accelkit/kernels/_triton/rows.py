@@ -32,7 +32,8 @@ def _keep(ACC, TOTAL, part, acc, total, lane, d, R: tl.constexpr, BDV: tl.conste
 @triton.jit(do_not_specialize=["n_heads", "n_rows", "n_k", "per", "n_parts"])
 def _masked_rows(
     Q, K, V, HEADS, KV_HEADS, ROWS, MASKS, ACC, TOTAL, TOP,
-    s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, n_heads, n_rows, n_k, per, n_parts, factor,
+    s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn,
+    n_heads, n_rows, n_k, per, n_parts, factor,
     R: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, N_MASKS: tl.constexpr, DTYPE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip

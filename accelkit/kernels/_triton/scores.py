@@ -240,7 +240,7 @@ def probe(call: Inputs, q: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["n_heads", "n", "nb"])
 def _alike(
-    X, HEADS, PLACES, CENTRE, OUT, s_xb, s_xh, s_xn, s_xd, s_pb, s_pn, n_heads, n, nb,
+    X, HEADS, PLACES, CENTRE, OUT, MEANS, s_xb, s_xh, s_xn, s_xd, s_pb, s_pn, n_heads, n, nb,
     BLOCK: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     HAS_PLACES: tl.constexpr, HAS_CENTRE: tl.constexpr,
 ):  # fmt: skip
@@ -251,7 +251,7 @@ def _alike(
     centre = tl.zeros([BD], tl.float32)
     if HAS_CENTRE:
         centre = tl.load(CENTRE + bh.to(tl.int64) * D + d, mask=d < D, other=0.0)
-    total, count = tl.zeros([BD], tl.float32), 0
+    total, plain, count = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32), 0
     for i in range(0, BLOCK, BM):
         at = i + tl.arange(0, BM)
         row = (block * BLOCK + at).to(tl.int64)
@@ -261,33 +261,38 @@ def _alike(
         inside = real[:, None] & (d < D)[None, :]
         x = tl.load(x0 + row[:, None] * s_xn + d[None, :] * s_xd, mask=inside, other=0.0)
         x = tl.where(inside, x.to(tl.float32) - centre[None, :], 0.0)
+        plain += tl.sum(x, 0)
         size = tl.sqrt(tl.sum(x * x, 1))
         total += tl.sum(x / tl.maximum(size, 1e-12)[:, None], 0)
         count += tl.sum(real.to(tl.int32), 0)
     alike = tl.sum(total * total, 0) / (count * count).to(tl.float32)
     tl.store(OUT + bh.to(tl.int64) * nb + block, tl.where(count > 0, alike, 1.0))
+    if not HAS_CENTRE:
+        mean = plain / tl.maximum(count, 1)
+        tl.store(MEANS + (bh.to(tl.int64) * nb + block) * D + d, mean, mask=d < D)
 
 
 def self_similarity(
     x: Tensor, block: int, heads: tuple[int, ...], places: Tensor | None, centre: Tensor | None
-) -> Tensor:
-    """`kernels.scores.self_similarity` of some heads of x `[B, Hx, N, D]`, fp32 `[B, H, nb]`, in
-    one read. Tokens with a place (`[B|1, 1, N]`) of −1 do not count; `centre` fp32 `[B, H, D]` is
-    taken off first.
+) -> tuple[Tensor, Tensor | None]:
+    """Self-similarity of the blocks of some heads of x `[B, Hx, N, D]`, fp32 `[B, H, nb]`, and
+    their means `[B, H, nb, D]`, in one read. Tokens with a place (`[B|1, 1, N]`) of −1 do not
+    count; `centre` fp32 `[B, H, D]` is taken off first, and no means are given then.
     """
     ids = head_table(tuple(heads), x.device)
     (batch, _, n, d), nb = x.shape, ceil_div(x.shape[2], block)
     out = torch.empty((batch, ids.numel(), nb), dtype=torch.float32, device=x.device)
+    means = None if centre is not None else out.new_empty((*out.shape, d))
     steps = (0, 0)
     if places is not None:
         steps = (places.stride(0) if places.shape[0] > 1 else 0, places.stride(2))
     _alike[(nb, batch * ids.numel())](
         x, ids, out if places is None else places, out if centre is None else centre.contiguous(),
-        out, *x.stride(), *steps, ids.numel(), n, nb, BLOCK=block,
+        out, out if means is None else means, *x.stride(), *steps, ids.numel(), n, nb, BLOCK=block,
         BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
         HAS_PLACES=places is not None, HAS_CENTRE=centre is not None, num_warps=4,
     )  # fmt: skip
-    return out
+    return out, means
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "nk"])
@@ -414,9 +419,9 @@ def sampled_max(
         peaks = torch.empty(batch * mine * parts * nk * tq * pq, dtype=torch.float16, device=device)
         _sampled_max[(parts, batch * mine)](
             call.q, call.k, q_heads[i:], kv[i:], q_places, k_places, peaks, found,
-            *call.q.stride()[:3], *call.k.stride()[:3], mine, call.n_q, call.n_k, nq, nk, call.scale,
-            BQ=size[0], BK=size[1], TQ=tq, PQ=pq, TK=tk, PK=pk, D=d, BD=padded_width(d), CHUNK=32,
-            PREC=precision(call.q.dtype), STAGES=2 if wide else 3, num_warps=8,
+            *call.q.stride()[:3], *call.k.stride()[:3], mine, call.n_q, call.n_k, nq, nk,
+            call.scale, BQ=size[0], BK=size[1], TQ=tq, PQ=pq, TK=tk, PK=pk, D=d,
+            BD=padded_width(d), CHUNK=32, PREC=precision(call.q.dtype), STAGES=2 if wide else 3, num_warps=8,
         )  # fmt: skip
         if found is not out:
             out[:, i : i + mine] = found

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
 
-_WAYS = 32
+_WAYS = 8
+"""Thresholds of a pass: more make passes dearer than they save passes."""
+_PASSES = 11
+"""What narrows 2³¹ keys to one."""
 
 
 @triton.jit
@@ -166,7 +169,7 @@ def _take(
 
 
 def long_prefix(scores: Tensor, target: Tensor) -> Tensor:
-    """`prefix` by mass for long rows: 32 thresholds a pass, seven passes, no sort.
+    """`prefix` by mass for long rows: a few thresholds a pass, no sort.
 
     Scores are fp32 `[…, n]`, non-negative or −inf; sums are kept in fp64.
     """
@@ -181,7 +184,7 @@ def long_prefix(scores: Tensor, target: Tensor) -> Tensor:
     out = torch.empty(flat.shape, dtype=torch.bool, device=device)
     sizes = {"WAYS": _WAYS, "num_warps": 4}
     chunks = max(2, triton.next_power_of_2(n_chunks))
-    for last in (False,) * 7 + (True,):
+    for last in (False,) * _PASSES + (True,):
         _mass_above[(n_chunks, rows)](flat, bounds, part, tied, n, n_chunks, CHUNK=chunk, **sizes)
         if not last:
             _narrow[(rows,)](part, goal, bounds, n_chunks, CHUNKS=chunks, **sizes)

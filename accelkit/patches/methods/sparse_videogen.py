@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pydantic import Field
 
 from accelkit import kernels
@@ -60,9 +59,7 @@ class SparseVideoGen(AttentionMethod):
 
     def _temporal(self, call: AttentionCall, where: Visual, order: Tensor) -> Tensor:
         """Which heads lose less in the temporal order, bool `[B, H]`."""
-        rows, masks = call.remember(
-            (self, "rows"), lambda: self._rows(where, order, call.q.device)
-        )
+        rows, masks = call.remember((self, "rows"), lambda: self._rows(where, order, call.q.device))
         found = kernels.scores.masked_rows(call, rows, masks)
         loss = (found[:, :, 1:] - found[:, :, :1]).square().mean((-2, -1))
         return loss[..., 1] < loss[..., 0]
@@ -74,11 +71,10 @@ class SparseVideoGen(AttentionMethod):
         rows = parts.grids.spread(where.start, where.stop, self.sampled_rows, device)
         place = order.argsort()
         sink, width = where.start + where.frame, self._width(where)
-        masks = []
-        for at in (place.sort().values, place):
-            band = (at - at[rows][:, None]).abs() < width
-            masks.append(band | (at < sink) | (at >= where.stop))
-        return rows, torch.stack(masks)
+        at = place.new_empty((2, 1, where.tokens))
+        at[0], at[1] = place.sort().values, place
+        band = (at - at[:, 0, rows, None]).abs() < width
+        return rows, band | (at < sink) | (at >= where.stop)
 
     def _width(self, where: Visual) -> int:
         text = (where.tokens - where.count) / where.tokens

@@ -406,8 +406,8 @@ def _launch(lane: list[Answer], out: Tensor) -> None:
         run(joined, index, execution, out=out)
         return
     part = run(joined, index, execution)
-    if not order.whole:
-        out[:, device_ids(heads, out.device)] = 0  # tokens that the order leaves out
+    if not order.whole:  # tokens that the order leaves out
+        out.index_fill_(1, device_ids(heads, out.device, torch.int64), 0)
     put_rows(out, part.out, order.q_table, None if _common(order) else order.row, heads)
 
 
