@@ -421,7 +421,8 @@ def sampled_max(
             call.q, call.k, q_heads[i:], kv[i:], q_places, k_places, peaks, found,
             *call.q.stride()[:3], *call.k.stride()[:3], mine, call.n_q, call.n_k, nq, nk,
             call.scale, BQ=size[0], BK=size[1], TQ=tq, PQ=pq, TK=tk, PK=pk, D=d,
-            BD=padded_width(d), CHUNK=32, PREC=precision(call.q.dtype), STAGES=2 if wide else 3, num_warps=8,
+            BD=padded_width(d), CHUNK=32, PREC=precision(call.q.dtype),
+            STAGES=2 if wide else 3, num_warps=8,
         )  # fmt: skip
         if found is not out:
             out[:, i : i + mine] = found
