@@ -177,12 +177,15 @@ def timed(
 
 ATTENTION = ("sdpa", "flash", "fmha")
 """Names that dense attention kernels contain."""
+LOOK = 5
+"""Steps of the run that the profiler sees."""
 
 
 def attention_share(pipe: Any, size: Settings, shot: Shot) -> dict[str, Any]:
-    """Share of self-attention kernels in a run. Those of cross-attention and of a text refiner are
-    more than ten times as short.
+    """Share of self-attention kernels in a short run. Those of cross-attention and of a text refiner
+    are more than ten times as short.
     """
+    size = replace(size, num_inference_steps=min(LOOK, size.num_inference_steps))
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         seconds = video.run(pipe, size, shot).ends[-1]
     ms = [

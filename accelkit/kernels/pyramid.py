@@ -47,7 +47,8 @@ def lower(k: Tensor, v: Tensor, index: BlockIndex) -> tuple[Tensor, Tensor, Bloc
     if isinstance(index.bias, Tensor) or index.bias:
         raise UnsupportedConfigurationError("pyramid: an index over levels takes no other bias")
     unit = index.size[1]
-    counted = replace(index, pyramid=False, bias=_bias(k.shape[2], unit, k.device))
+    bias = _bias(k.shape[2], unit, k.device)
+    counted = replace(index, pyramid=False, bias=bias, bias_by_entry=True)
     return _levels(k, unit), _levels(v, unit), counted
 
 

@@ -55,7 +55,7 @@ def compile_only(found: list[Any]) -> None:
     gluon_block_sparse._processors = lambda device: 132
 
 
-def call(kernel: str, unit: tuple[int, int], width: int, bias: bool = False) -> Any:
+def call(kernel: str, unit: tuple[int, int], width: int, bias: str = "") -> Any:
     """A call that a kernel serves; its tensors are never read."""
     skip = 0.01 if kernel == "gluon_skip" else None
     q, k, v = (
@@ -63,7 +63,8 @@ def call(kernel: str, unit: tuple[int, int], width: int, bias: bool = False) -> 
     )
     index = BlockIndex.dense(8, 1024 // unit[0], unit, q.device)
     if bias:
-        index = replace(index, bias=torch.zeros(1, 1, 1024))
+        bias_of = torch.zeros(1, 1, 1024)
+        index = replace(index, bias=bias_of, bias_by_entry=bias == "entry")
     return prepare(q, k, v, index, causal=kernel != "gluon_full", skip=skip)
 
 
@@ -118,10 +119,10 @@ def shipped() -> list[dict[str, Any]]:
                 name = f"{kernel} d{width} {text}"
                 reports.append(report(name, found[-1], (bm, bn), int(width)))
     for width in (64, 128):
-        for bk, bias in ((64, False), (64, True), (128, True)):
+        for bk, bias in ((64, ""), (64, "key"), (64, "entry"), (128, "key"), (128, "entry")):
             launch = call("gluon_full", (128, bk), width, bias)
             gluon_block_sparse.run(launch, lower.lower(launch))
-            name = f"gluon_full d{width} entries of {bk}{' with a bias' if bias else ''}"
+            name = f"gluon_full d{width} entries of {bk} {bias}"
             reports.append(report(name, found[-1], (128, 128), width))
     return reports
 

@@ -94,16 +94,19 @@ def run(
     # a tile can share one.
     pairs = launch.index.size[1] == WIDEST // 2 and not launch.causal
     common, constants = _arguments(launch, work, WIDEST if pairs else _keys(launch))
-    bias = launch.bias if isinstance(launch.bias, Tensor) else None
+    bias, by = None, ""
+    if isinstance(launch.bias, Tensor):
+        bias, by = launch.bias, "entry" if launch.index.bias_by_entry else "key"
+        bias = bias if bias.stride(2) == 1 else bias.contiguous()
     where, *steps = table(bias, launch.lse)
     if stages is None:
         stages, q_stages, mode = _tuned(
             "gluon" if launch.causal else "gluon_full", launch, constants
         )
     gluon_kernel.block_sparse[_grid(launch, work)](
-        *common, where, *launch.lse.stride(), *steps, *_sizes(launch, work), **constants,
+        *common, where, *launch.lse.stride(), *steps[:2], *_sizes(launch, work), **constants,
         EXTRA_MASKED=not (pairs or one_masked(launch, constants["BN"])),
-        HAS_BIAS=bias is not None, STAGES=stages, Q_STAGES=q_stages, MODE=mode, num_warps=4,
+        BIAS_BY=by, STAGES=stages, Q_STAGES=q_stages, MODE=mode, num_warps=4,
     )  # fmt: skip
 
 

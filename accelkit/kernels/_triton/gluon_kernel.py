@@ -172,27 +172,54 @@ def _limits(rows, count, n_k, q_start, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def _bias(
-    BIAS, s_bn, LISTS, tile, entries, lacks, n_k, BK: gl.constexpr, BN: gl.constexpr,
-    layout: gl.constexpr,
+    BIAS, LISTS, tile, entries, lacks, n_k, BK: gl.constexpr, BN: gl.constexpr,
+    layout: gl.constexpr, BIAS_BY: gl.constexpr,
 ):  # fmt: skip
-    """What the base-2 scores of a tile's keys get besides, from lists and bias of its row."""
-    col = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-    if BK < BN:
-        place = tile * (BN // BK) + col // BK
-        place -= gl.where(tile > 0, lacks, 0)
-        key = gl.load(LISTS + place, mask=place < entries, other=0) * BK + col % BK
-    else:
-        R: gl.constexpr = BK // BN
-        block = gl.load(LISTS + tile // R, mask=entries > 0, other=0)
-        key = block * BK + (tile % R) * BN + col
-    bias = gl.load(BIAS + key.to(gl.int64) * s_bn, mask=key < n_k, other=0.0)
-    return bias * 1.4426950408889634
+    """What the base-2 scores of a tile get besides, from lists and bias of its row: numbers for its
+    one or two entries, and one for each key. What there is none of is 0.
+    """
+    first, second, keys = 0.0, 0.0, 0.0
+    if BIAS_BY != "":
+        place = LISTS + entry(tile, lacks, BK, BN)
+        k0 = gl.load(place, mask=entries > 0, other=0) * BK
+        k1 = k0
+        if BK < BN:
+            k1 = gl.load(place + 1, mask=entries > lacks + 1, other=0) * BK
+        if BIAS_BY == "entry":
+            first = gl.load(BIAS + k0) * 1.4426950408889634
+            second = gl.load(BIAS + k1) * 1.4426950408889634
+        else:
+            col = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+            if BK < BN:
+                key = gl.where(col < BK, k0, k1 - BK) + col
+            else:
+                key = k0 + (tile % (BK // BN)) * BN + col
+            keys = gl.load(BIAS + key, mask=key < n_k, other=0.0) * 1.4426950408889634
+    return first, second, keys
 
 
 @gluon.jit
-def _softmax(s, m, total, factor):
-    m_new = gl.maximum(m, gl.max(s, 1) * factor)
-    p = gl.exp2(s * factor - m_new[:, None])
+def _softmax(s, m, total, factor, bias, BK: gl.constexpr, BIAS_BY: gl.constexpr):
+    BN: gl.constexpr = s.shape[1]
+    first, second, keys = bias
+    if BIAS_BY == "key":
+        s = s * factor + keys[None, :]
+        m_new = gl.maximum(m, gl.max(s, 1))
+        p = gl.exp2(s - m_new[:, None])
+    elif BIAS_BY == "entry" and BK < BN:
+        # Each half has its own shift, which costs its elements nothing.
+        half = (gl.arange(0, BN, layout=gl.SliceLayout(0, s.type.layout)) < BK)[None, :]
+        top = gl.max(gl.where(half, s, -float("inf")), 1) * factor + first
+        top = gl.maximum(top, gl.max(gl.where(half, -float("inf"), s), 1) * factor + second)
+        m_new = gl.maximum(m, top)
+        shift = gl.where(half, (m_new - first)[:, None], (m_new - second)[:, None])
+        p = gl.exp2(s * factor - shift)
+    elif BIAS_BY == "entry":
+        m_new = gl.maximum(m, gl.max(s, 1) * factor + first)
+        p = gl.exp2(s * factor - (m_new - first)[:, None])
+    else:
+        m_new = gl.maximum(m, gl.max(s, 1) * factor)
+        p = gl.exp2(s * factor - m_new[:, None])
     alpha = gl.exp2(m - m_new)
     return p, m_new, alpha, total * alpha + gl.sum(p, 1)
 
@@ -239,26 +266,23 @@ def _finished(p, acc, v_empty, MODE: gl.constexpr):
 
 @gluon.jit
 def _begin(
-    s, BIAS, s_bn, LISTS, block, limit, masked, clean, n_k, factor,
+    s, BIAS, LISTS, block, limit, masked, clean, n_k, factor,
     BK: gl.constexpr, dtype: gl.constexpr, sl: gl.constexpr, pl: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    BIAS_BY: gl.constexpr,
 ):  # fmt: skip
     """Probabilities, maximum and sum of a row's first tile."""
     ROWS: gl.constexpr = s.shape[0]
     BN: gl.constexpr = s.shape[1]
     row: gl.constexpr = gl.SliceLayout(1, sl)
     lacks = tiles(masked + clean, BK, BN)[1]
-    if HAS_BIAS:
-        s = s * factor
-        s += _bias(BIAS, s_bn, LISTS, 0, masked + clean, lacks, n_k, BK, BN, sl)[None, :]
+    bias = _bias(BIAS, LISTS, 0, masked + clean, lacks, n_k, BK, BN, sl, BIAS_BY)
     if BK < BN:
         if (masked > 0) | (lacks > 0):
             s = _hide_half(s, block * BK, limit, lacks, BK, BN, sl)
     elif (masked > 0) | (clean == 0):
         s = _hide(s, block * BK, limit, BN, sl)
     m = gl.full([ROWS], -1e30, gl.float32, row)  # finite: an empty row meets no inf − inf
-    weight = 1.0 if HAS_BIAS else factor
-    p, m, _, total = _softmax(s, m, gl.zeros([ROWS], gl.float32, row), weight)
+    p, m, _, total = _softmax(s, m, gl.zeros([ROWS], gl.float32, row), factor, bias, BK, BIAS_BY)
     return gl.convert_layout(p.to(dtype), pl), m, total
 
 
@@ -280,11 +304,11 @@ def _finish(
 @gluon.jit
 def _consume(
     WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
-    s_bn, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full,
+    n_items, n_q, n_k, q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full,
     k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, MODE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    Q_STAGES: gl.constexpr, MODE: gl.constexpr, BIAS_BY: gl.constexpr,
 ):  # fmt: skip
     PER_ROW: gl.constexpr = BQ // BM
     ROWS: gl.constexpr = BM // 2
@@ -302,7 +326,6 @@ def _consume(
     at = LISTS + row.to(gl.int64) * capacity
     block = gl.load(at, mask=masked + clean > 0, other=0)
     bias_at = BIAS + b.to(gl.int64) * s_bb + slot.to(gl.int64) * s_bh
-    weight = 1.0 if HAS_BIAS else factor
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(
@@ -313,7 +336,7 @@ def _consume(
     mbarrier.arrive(k_empty.index(0))
     limit = _limits(q_row + lane, masked + clean, n_k, q_start, CAUSAL)
     p16, m, total = _begin(
-        s, bias_at, s_bn, at, block, limit, masked, clean, n_k, factor, BK, dtype, sl, pl, HAS_BIAS
+        s, bias_at, at, block, limit, masked, clean, n_k, factor, BK, dtype, sl, pl, BIAS_BY
     )
     while place < n_items:
         place = _announced(tickets, ticket_full, ticket_empty, round, 4)
@@ -339,27 +362,23 @@ def _consume(
                     k_empty.index(k_stage), k_phase, True, v_full.index(stage),
                     v_empty.index(stage), phase, mine, other, turn, MODE, BN, BD, BDV,
                 )  # fmt: skip
-                if HAS_BIAS:
-                    s = s * factor
-                    s += _bias(bias_at, s_bn, at, j, masked, lacks, n_k, BK, BN, sl)[None, :]
                 s = _hide(s, k0, limit, BN, sl)
-                p, m, alpha, total = _softmax(s, m, total, weight)
+                bias = _bias(bias_at, at, j, masked, lacks, n_k, BK, BN, sl, BIAS_BY)
+                p, m, alpha, total = _softmax(s, m, total, factor, bias, BK, BIAS_BY)
                 acc = _finished(p16, acc, v_empty.index(stage), MODE)
                 acc = acc * gl.convert_layout(alpha, o_row)[:, None]
                 p16 = gl.convert_layout(p.to(dtype), pl)
                 stage, phase, turn = k_stage, k_phase, turn ^ 1
         for j in range(first_clean, n):
             k_stage, k_phase = _next(stage, phase, STAGES)
-            if HAS_BIAS:  # asked for here, so that the product covers the time it takes
-                bias = _bias(bias_at, s_bn, at, j, masked + clean, lacks, n_k, BK, BN, sl)
+            # Asked for here, so that the product covers the time it takes.
+            bias = _bias(bias_at, at, j, masked + clean, lacks, n_k, BK, BN, sl, BIAS_BY)
             s, acc = _products(
                 own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
                 k_empty.index(k_stage), k_phase, True, v_full.index(stage), v_empty.index(stage),
                 phase, mine, other, turn, MODE, BN, BD, BDV,
             )  # fmt: skip
-            if HAS_BIAS:
-                s = s * factor + bias[None, :]
-            p, m, alpha, total = _softmax(s, m, total, weight)
+            p, m, alpha, total = _softmax(s, m, total, factor, bias, BK, BIAS_BY)
             acc = _finished(p16, acc, v_empty.index(stage), MODE)
             acc = acc * gl.convert_layout(alpha, o_row)[:, None]
             p16 = gl.convert_layout(p.to(dtype), pl)
@@ -379,8 +398,8 @@ def _consume(
             v_full.index(stage), v_empty.index(stage), phase, mine, other, turn, MODE, BN, BD, BDV,
         )  # fmt: skip
         next_p16, next_m, next_total = _begin(
-            s, bias_at, s_bn, at, block, limit, next_masked, next_clean, n_k, factor, BK, dtype, sl,
-            pl, HAS_BIAS,
+            s, bias_at, at, block, limit, next_masked, next_clean, n_k, factor, BK, dtype, sl, pl,
+            BIAS_BY,
         )  # fmt: skip
         acc = _finished(p16, acc, v_empty.index(stage), MODE)
         stage, phase, turn = k_stage, k_phase, turn ^ 1
@@ -405,13 +424,14 @@ def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
 def block_sparse(
     q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER, BIAS,
-    s_lb, s_lh, s_ln, s_bb, s_bh, s_bn, n_items, n_q, n_k, q_start, capacity, factor,
+    s_lb, s_lh, s_ln, s_bb, s_bh, n_items, n_q, n_k, q_start, capacity, factor,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
-    BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, BIAS_BY: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """The kernel. Descriptors have boxes `[1, 1, rows, head size]`, ITEMS and LISTS are lowered
-    work, COUNTER is a zero, strides count elements, `factor` is the scale in base 2.
+    work, COUNTER is a zero, strides count elements, `factor` is the scale in base 2. A bias is
+    there for each "key", or the same for all keys of an "entry".
     """
     q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
     k, k_parts = ring(k_desc, STAGES, BK, BN, BD)
@@ -428,16 +448,16 @@ def block_sparse(
     gl.warp_specialize(
         [
             (_consume, (
-                0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh, s_bn,
+                0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
                 n_items, n_q, n_k, q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full,
                 k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM,
-                BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, HAS_BIAS,
+                BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
             )),
             (_consume, (
-                1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh, s_bn,
+                1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
                 n_items, n_q, n_k, q_start, capacity, factor, q, k, v, o, q_full, q_empty, k_full,
                 k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM,
-                BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, HAS_BIAS,
+                BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items,

@@ -14,31 +14,53 @@ from accelkit.kernels._triton.select import greatest, starts
 from accelkit.kernels._triton.tile import next_power_of_two, table
 from accelkit.kernels.index import BlockIndex
 
-_ROWS = 64
+_GROUPS = 16
+"""Groups of eight tokens that a program averages."""
+
+
+@triton.jit
+def _row(X, first, j: tl.constexpr, s_xn, n, group, d, D: tl.constexpr):
+    """Token j of each group of eight."""
+    row = first + group * 8 + j
+    at = X + row.to(tl.int64)[:, None] * s_xn + d[None, :]
+    return tl.load(at, mask=(row < n)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(
+    OUT, x, first, begin, end, STEP: tl.constexpr, j: tl.constexpr, group, d, D: tl.constexpr
+):
+    """The j-th of STEP rows of each group, from row `first` of a level on, as far as it goes."""
+    to = begin + first + group * STEP + j
+    inside = (to < end)[:, None] & (d < D)[None, :]
+    at = OUT + to.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(at, x.to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_heads", "n", "first2", "first1", "first0", "rows"])
 def _levels(
     X, OUT, s_xb, s_xh, s_xn, n_heads, n, first2, first1, first0, rows,
-    ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    GROUPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     block, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // n_heads).to(tl.int64), bh % n_heads
-    d, row = tl.arange(0, BD), block * ROWS + tl.arange(0, ROWS)
-    at = X + b * s_xb + h * s_xh + row.to(tl.int64)[:, None] * s_xn + d[None, :]
-    x = tl.load(at, mask=(row < n)[:, None] & (d < D)[None, :], other=0.0)
-    out = OUT + bh.to(tl.int64) * rows * D
-    to = (first0 + row).to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(out + to, x, mask=(row < n)[:, None] & (d < D)[None, :])
-    total = x.to(tl.float32)
-    for level in tl.static_range(1, 4):
-        first = (first1, first2, 0)[level - 1]
-        end = (first0, first1, first2)[level - 1]
-        total = tl.sum(total.reshape(ROWS >> level, 2, BD), 1)
-        to = first + block * (ROWS >> level) + tl.arange(0, ROWS >> level)
-        whole = (to < end)[:, None] & (d < D)[None, :]
-        mean = (total / (1 << level)).to(OUT.dtype.element_ty)
-        tl.store(out + to.to(tl.int64)[:, None] * D + d[None, :], mean, mask=whole)
+    x0, out = X + b * s_xb + h * s_xh, OUT + bh.to(tl.int64) * rows * D
+    group, d = tl.arange(0, GROUPS), tl.arange(0, BD)
+    eighth = block * GROUPS
+    all_of = tl.zeros([GROUPS, BD], tl.float32)
+    for i in tl.static_range(2):
+        half = tl.zeros([GROUPS, BD], tl.float32)
+        for j in tl.static_range(2):
+            left = _row(x0, eighth * 8, 4 * i + 2 * j, s_xn, n, group, d, D)
+            right = _row(x0, eighth * 8, 4 * i + 2 * j + 1, s_xn, n, group, d, D)
+            _store(out, left, eighth * 8, first0, rows, 8, 4 * i + 2 * j, group, d, D)
+            _store(out, right, eighth * 8, first0, rows, 8, 4 * i + 2 * j + 1, group, d, D)
+            pair = left.to(tl.float32) + right.to(tl.float32)
+            _store(out, pair / 2, eighth * 4, first1, first0, 4, 2 * i + j, group, d, D)
+            half += pair
+        _store(out, half / 4, eighth * 2, first2, first1, 2, i, group, d, D)
+        all_of += half
+    _store(out, all_of / 8, eighth, 0, first2, 1, 0, group, d, D)
 
 
 def levels(x: Tensor, unit: int) -> Tensor:
@@ -48,9 +70,9 @@ def levels(x: Tensor, unit: int) -> Tensor:
     out = x.new_empty((batch, heads, pyramid.rows(n, unit), d))
     if out.numel():
         with torch.cuda.device_of(x):
-            _levels[(triton.cdiv(n, _ROWS), batch * heads)](
+            _levels[(triton.cdiv(n, 8 * _GROUPS), batch * heads)](
                 x, out, *x.stride()[:3], heads, n, first[2], first[1], first[0], out.shape[2],
-                ROWS=_ROWS, D=d, BD=next_power_of_two(d), num_warps=4,
+                GROUPS=_GROUPS, D=d, BD=next_power_of_two(d), num_warps=4,
             )  # fmt: skip
     return out
 
@@ -156,7 +178,7 @@ def listed(
             scores.contiguous(), *table(kept.view(torch.uint8)[..., 0], count), blocks, count,
             heads, nq, nk, tokens, *pyramid.firsts(tokens, unit)[2::-1], most,
             *map(float, ends), least, N=width, BK=size[1], UNIT=unit, BY_ENERGY=by_energy,
-            num_warps=1 if width <= 256 else 4,
+            num_warps=1 if width <= 512 else 2 if width <= 1024 else 4,
         )  # fmt: skip
     first = starts(batch, heads, nq, most, device)
     return BlockIndex(first, count, blocks, (size[0], unit), pyramid=True)

@@ -48,18 +48,14 @@ class Answer:
     @property
     def lane(self) -> Hashable | None:
         """Answers of equal lane share a launch: one list each, of one unit, in one order, with one
-        arithmetic and nothing afterwards. None: several pieces, or a method that finishes.
+        arithmetic and nothing afterwards; lists over a pyramid or with a bias for each key run by
+        themselves. None: several pieces, or a method that finishes.
         """
         index, order = self.pieces[0], self.order
-        alone = (
-            len(self.pieces) > 1
-            or not isinstance(index, BlockIndex)
-            or index.pyramid
-            or not isinstance(index.bias, float)
-            or bool(self.finishers)
-        )
-        if alone:
+        if len(self.pieces) > 1 or not isinstance(index, BlockIndex) or self.finishers:
             return None
+        if index.pyramid or not isinstance(index.bias, float):
+            return id(self)
         tables: Hashable = None
         if order is not None:  # rows that differ by head are laid out for one answer
             tables = (id(order.q_table), id(order.k_table)) if _common(order) else id(order)
@@ -68,8 +64,8 @@ class Answer:
 
     @property
     def plain(self) -> bool:
-        """One list in token order and nothing afterwards."""
-        return self.lane is not None and self.order is None
+        """One list in token order, which others may join, and nothing afterwards."""
+        return isinstance(self.lane, tuple) and self.order is None
 
     @property
     def index(self) -> BlockIndex:
