@@ -182,8 +182,8 @@ LOOK = 5
 
 
 def attention_share(pipe: Any, size: Settings, shot: Shot) -> dict[str, Any]:
-    """Share of self-attention kernels in a short run. Those of cross-attention and of a text refiner
-    are more than ten times as short.
+    """Share of self-attention kernels in a short run. Those of cross-attention and of a text
+    refiner are more than ten times as short.
     """
     size = replace(size, num_inference_steps=min(LOOK, size.num_inference_steps))
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
