@@ -163,7 +163,6 @@ def _arguments(launch: Launch, work: Work, bn: int) -> tuple[tuple[Any, ...], di
         descriptor(q, BM // 2, bd), descriptor(k, *box[:2]), descriptor(v, *box[::2]),
         descriptor(launch.out, BM // 2, bdv), launch.lse, work.items, work.lists,
         launch.q_heads, launch.kv_heads, launch.out_heads,
-        torch.zeros(1, dtype=torch.int32, device=q.device),
     )  # fmt: skip
     constants = {
         "BQ": bq, "BK": bk, "BM": BM, "BN": bn, "BD": bd, "BDV": bdv, "CAUSAL": launch.causal,

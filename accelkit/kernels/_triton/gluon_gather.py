@@ -43,7 +43,6 @@ def gather(launch: Launch, stages: int | None = None, mode: str = "lag", q_stage
         gluon_keys.key_gather[grid(launch, work)](
             descriptor(q, BM // 2, bd), k, v, descriptor(launch.out, BM // 2, bdv), launch.lse,
             work.items, work.lists, starts, launch.q_heads, launch.kv_heads, launch.out_heads,
-            torch.zeros(1, dtype=torch.int32, device=q.device),
             *(step // 8 for t in (k, v) for step in t.stride()[:3]), *launch.lse.stride(),
             items(launch, work), launch.n_q, launch.n_k, launch.q_start, launch.scale * LOG2E,
             BQ=launch.index.size[0], BM=BM, BN=BN, D=q.shape[3], DV=v.shape[3], BD=bd, BDV=bdv,

@@ -92,7 +92,7 @@ def _first_blocks(at, entries, BK: gl.constexpr, BN: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k, v,
+    q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items, capacity, q, k, v,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
@@ -101,8 +101,10 @@ def _produce(
     PER_ROW: gl.constexpr = BQ // BM
     width = gl.num_programs(0)
     place, round = gl.program_id(0), 0
-    # What a row needs is asked for a row early, its place in the work list two rows early.
-    next_place = place + width
+    # What a row needs is asked for a row early. Places go to and fro: who has the longest row of
+    # one round has the shortest of the next. Taking them from a counter in global memory lost rows
+    # where several processes took turns on the GPU.
+    next_place = 2 * width - 1 - place
     _announce(tickets, ticket_full, ticket_empty, 0, next_place)
     row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
     block, other = _first_blocks(LISTS + row.to(gl.int64) * capacity, masked + clean, BK, BN)
@@ -112,7 +114,7 @@ def _produce(
         next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
             ITEMS, next_place, n_items, BM, PER_ROW
         )
-        next_hq, next_hk, later_place = hq, hk, next_place
+        next_hq, next_hk, later_place = hq, hk, place + 2 * width
         next_block, next_other = block, other
         half = round % Q_STAGES
         at = LISTS + row.to(gl.int64) * capacity
@@ -140,8 +142,6 @@ def _produce(
                 next_block, next_other = _first_blocks(
                     LISTS + next_row.to(gl.int64) * capacity, next_masked + next_clean, BK, BN
                 )
-                later_place = 2 * width + gl.atomic_add(COUNTER, 1, sem="relaxed")
-        # Not before the row's copies are under way: the counter's answer takes its time.
         _announce(tickets, ticket_full, ticket_empty, round + 1, later_place)
         place, next_place, round = next_place, later_place, round + 1
         row, q_row, b, hq, hk = next_row, next_q_row, next_b, next_hq, next_hk
@@ -392,14 +392,14 @@ def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
 def block_sparse(
-    q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER, BIAS,
+    q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, BIAS,
     s_lb, s_lh, s_ln, s_bb, s_bh, n_items, n_q, n_k, q_start, capacity, factor,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, BIAS_BY: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """The kernel. Descriptors have boxes `[1, 1, rows, head size]`, ITEMS and LISTS are lowered
-    work, COUNTER is a zero, strides count elements, `factor` is the scale in base 2. A bias is
+    work, strides count elements, `factor` is the scale in base 2. A bias is
     there for each "key", or the same for all keys of an "entry".
     """
     q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
@@ -429,7 +429,7 @@ def block_sparse(
                 BK, BM, BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items,
+                q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items,
                 capacity, q, k_parts, v_parts, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV, STAGES, Q_STAGES,
             )),

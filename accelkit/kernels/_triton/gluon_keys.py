@@ -61,7 +61,7 @@ def _values(
 
 @gluon.jit
 def _produce(
-    q_desc, K, V, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, COUNTER, n_items, n_k, s_kb, s_kh, s_kn,
+    q_desc, K, V, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, n_items, n_k, s_kb, s_kh, s_kn,
     s_vb, s_vh, s_vn, q, k, v, places, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets,
     ticket_full, ticket_empty,
     BQ: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
@@ -73,7 +73,7 @@ def _produce(
     lane = gl.arange(0, BN, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     width = gl.num_programs(0)
     place, round = gl.program_id(0), 0
-    next_place = place + width
+    next_place = 2 * width - 1 - place
     _announce(tickets, ticket_full, ticket_empty, 0, next_place, WARPS)
     row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
     hq, hk, start = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot), gl.load(STARTS + row)
@@ -89,7 +89,7 @@ def _produce(
         next_hq, next_hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
         next_start = gl.load(STARTS + row)
         next_n, next_count = _tiles(masked, clean, 1, BN)[1], clean * BN + masked
-        later_place, half = next_place, round % Q_STAGES
+        later_place, half = place + 2 * width, round % Q_STAGES
         k_at = K + (b.to(gl.int64) * s_kb + hk.to(gl.int64) * s_kh) * 8
         for j in range(n):
             key, flat = gl.convert_layout(later, copied), later
@@ -104,7 +104,6 @@ def _produce(
                 mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes * 2)
                 _load(q_desc, [b, hq, q_row, 0], q_full.index(half), q.index(half * 2))
                 _load(q_desc, [b, hq, q_row + ROWS, 0], q_full.index(half), q.index(half * 2 + 1))
-                later_place = 2 * width + gl.atomic_add(COUNTER, 1, sem="relaxed")
             if ready > 0:
                 _values(
                     v_at, before, n_k, s_vn, places.index(v_stage), v.index(v_stage),
@@ -124,7 +123,7 @@ def _produce(
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start"])
 def key_gather(
-    q_desc, K, V, o_desc, LSE, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER, s_kb,
+    q_desc, K, V, o_desc, LSE, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, OUT_HEADS, s_kb,
     s_kh, s_kn, s_vb, s_vh, s_vn, s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, factor,
     BQ: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     BD: gl.constexpr, BDV: gl.constexpr, LAYOUT_K: gl.constexpr, LAYOUT_V: gl.constexpr,
@@ -166,7 +165,7 @@ def key_gather(
                 CAUSAL, True, STAGES, Q_STAGES, MODE, "",
             )),
             (_produce, (
-                q_desc, K, V, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, COUNTER, n_items, n_k, s_kb,
+                q_desc, K, V, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, n_items, n_k, s_kb,
                 s_kh, s_kn, s_vb, s_vh, s_vn, q, k, v, places, q_full, q_empty, k_full, k_empty,
                 v_full, v_empty, tickets, ticket_full, ticket_empty, BQ, BM, BN, D, DV, BD, BDV,
                 STAGES, Q_STAGES,

@@ -64,7 +64,7 @@ def _take(place):
 
 @gluon.jit
 def _produce_k(
-    q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k, q_full,
+    q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items, capacity, q, k, q_full,
     q_empty, k_full, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -72,8 +72,10 @@ def _produce_k(
     ROWS: gl.constexpr = BM // 2
     stage, copied = 0, 0
     place, round = gl.program_id(0), 0
+    step = 2 * (gl.num_programs(0) - place) - 1  # to and fro, as in `gluon_kernel`
     while place < n_items:
-        next_place = gl.num_programs(0) + gl.atomic_add(COUNTER, 1, sem="relaxed")
+        next_place = place + step
+        step = 2 * gl.num_programs(0) - step
         _announce(tickets, ticket_full, ticket_empty, round, next_place)
         row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, BQ // BM)
         hq, hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
@@ -267,7 +269,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
 def skipping(
-    q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER,
+    q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS,
     SKIP, s_lb, s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
@@ -297,7 +299,7 @@ def skipping(
                 ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV, CAUSAL, STAGES,
             )),
             (_produce_k, (
-                q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k,
+                q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items, capacity, q, k,
                 q_full, q_empty, k_full, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, STAGES,
             )),
             (_produce_v, (
