@@ -48,7 +48,7 @@ class Unchecked(denoise.Checker):
 
 def guided(layers: int, device: str) -> tuple[WanPipeline, Settings, dict[str, Any]]:
     """The pipeline with guidance, as it runs by default: two forwards a step."""
-    pipe, size, shot = built("wan", layers, device)
+    pipe, size, shot = built("wan", (layers,), device)
     other = torch.randn(1, 512, 4096, device=device)
     return pipe, size, {
         **shot.arguments, "negative_prompt_embeds": other, "guidance_scale": 5.0

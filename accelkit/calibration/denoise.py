@@ -233,11 +233,16 @@ def _plan(
 
 def _plain(shot: video.Shot) -> bytes:
     """What tells a shot from another, tensors among its arguments included."""
-    parts = [
-        f"{k}={v.tolist() if isinstance(v, torch.Tensor) else v}"
-        for k, v in sorted(shot.arguments.items())
-    ]
-    return "\n".join([*parts, str(shot.seed)]).encode()
+
+    def told(value: Any) -> bytes:
+        if not isinstance(value, torch.Tensor):
+            return str(value).encode()
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        bare = flat.view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype} {tuple(value.shape)} ".encode() + bare
+
+    parts = [k.encode() + b"=" + told(v) for k, v in sorted(shot.arguments.items())]
+    return b"\n".join([*parts, str(shot.seed).encode()])
 
 
 def _units(places: int, prompts: int, preset: Preset, caches: int, check: int) -> int:
