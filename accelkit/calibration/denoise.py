@@ -39,6 +39,17 @@ from accelkit.patches.patch import handle_of
 from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 
 log = logging.getLogger("accelkit")
+STAGES = {
+    "looking": "look",
+    "fit": "fit",
+    "measuring": "run/",
+    "weighing": "weight/",
+    "influence": "influence/",
+    "composition": "composition/",
+    "step caches": "cache/",
+    "checking": "check/",
+}
+"""Stages by the beginning of their units' keys in the journal."""
 BUDGET = 0.1
 PRESETS = {
     "fast": (Preset(2, 3, 4, 0, 4, ()), 1, 1),
@@ -117,6 +128,7 @@ def calibrate(
     }
     with session.compile_clock() as compiled, session.Bar(progress) as bar:
         book = Journal(journal, belongs, resume, compiled)
+        watch = session.Stopwatch(book, begun)
         bar.expect(_units(len(places), len(shots.measure), chosen, len(caches), len(shots.check)))
         device = torch.device(pipe._execution_device)
         run = Run(
@@ -128,20 +140,11 @@ def calibrate(
             for root in roots.values():
                 root.eval()
             plan = _plan(run, settings, shots, roots, tried, caches, fingerprint, budget)
+            took = watch.read(budget)
         finally:
             for root, was in zip(roots.values(), training, strict=True):
                 root.train(was)
             book.close()
-    stages = {
-        "looking": "look",
-        "fit": "fit",
-        "measuring": "run/",
-        "weighing": "weight/",
-        "influence": "influence/",
-        "composition": "composition/",
-        "step caches": "cache/",
-        "checking": "check/",
-    }
     about = {
         "data": shots.about,
         "prompts": [s.name for s in shots.measure],
@@ -151,11 +154,7 @@ def calibrate(
         "preset": preset,
         "methods": [m.kind for m in (*tried, *caches)],
         "skipped": run.skipped,
-        "seconds": {
-            stage: round(book.seconds(prefix) - book.compiling(prefix), 2)
-            for stage, prefix in stages.items()
-        }
-        | {"compiling": round(book.compiling(), 2)},
+        **_cost(book, took, plan.calibration["steps"], shots),
     }
     made = session.producer("diffusers")
     update = {"calibration": about | plan.calibration, "producer": made}
@@ -216,7 +215,7 @@ def _plan(
     )  # fmt: skip
     planner.compose(small)
     checker = Checker(run, settings, shots.check, planner.ratio)
-    outcome = refine.in_turns(run, planner.propose, checker, allowed, FIRST, checker.spent)
+    outcome = refine.in_turns(run, planner.propose, checker, allowed, FIRST, checker.pace)
     plan = planner.finished(outcome)
     about = {
         "refused": {**costs.refused, **refused},
@@ -229,6 +228,23 @@ def _plan(
         "weighed_on": vars(seen.settings),
     }
     return plan.model_copy(update={"calibration": about}).with_tables(plan.tables)
+
+
+def _cost(
+    book: Journal, took: Mapping[str, float], steps: int, shots: video.Shots
+) -> dict[str, Any]:
+    """What calibration took in seconds by stage and, without compiling, in dense denoising runs:
+    the search, and for each prompt the check.
+    """
+    seconds = session.by_stage(book, STAGES) | took
+    whole = book["measure/step"] * steps
+    checking = seconds["checking"]
+    return {
+        "dense_run_s": round(whole, 3),
+        "dense_runs": round((took["whole"] - took["compiling"] - checking) / whole, 2),
+        "check_dense_runs": round(checking / whole / len(shots.check), 2),
+        "seconds": seconds,
+    }
 
 
 def _plain(shot: video.Shot) -> bytes:

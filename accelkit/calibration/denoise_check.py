@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from accelkit.calibration import video
@@ -18,12 +19,18 @@ from accelkit.calibration.video import Enough, Settings, Shot, Take
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 
-HOPELESS = 2.0
+HOPELESS = 1.25
 """A run whose latents have this multiple of the budget is not finished."""
 MOST_RUNS = 2.0
 """Dense runs for each prompt that the check may be worth."""
+CAREFUL = 0.75
+"""Share of its ε that the last round takes which the check can afford, if none held before."""
 WATCHED = 4
 """Latents are compared on the way at one step in so many."""
+AGAIN = 3
+"""Dense steps that are timed once more behind the checks: a machine that was busy during the
+reference would make every plan look fast.
+"""
 
 
 class Checker:
@@ -55,18 +62,40 @@ class Checker:
         worst = [r["prompt"] for r in sorted(now.rows, key=lambda r: -r["error"])]
         self.order = worst + [n for n in self.order if n not in worst]
 
-    def spent(self, rounds: Sequence[Round]) -> bool:
-        """Whether another round would be worth more dense runs than the check may take."""
-        if not any(r.held for r in rounds):
-            return False
-        runs = sum(self.cost(r.plan) * row["done"] for r in rounds for row in r.rows)
-        return 1 + (runs + self.cost(rounds[-1].plan)) / len(self.shots) > MOST_RUNS
+    def pace(self, rounds: Sequence[Round]) -> float:
+        """The share of ε that the next round may take: 0 where another whole round could be worth
+        more dense runs than the check may take, and less than 1 where none after it will be.
+        """
+        if not rounds:
+            return 1.0
+        prompts, whole = len(self.shots), self.cost(rounds[-1].plan)
+        used = 1 + sum(self.cost(r.plan) * row["done"] for r in rounds for row in r.rows) / prompts
+        if used + whole > MOST_RUNS:
+            return 0.0
+        last = used + whole / prompts + whole > MOST_RUNS
+        return CAREFUL if last and not any(r.held for r in rounds) else 1.0
 
     def speed(self, plan: Plan) -> dict[str, float]:
-        """Milliseconds of the denoising, dense and patched: the fastest of the checked runs."""
+        """Milliseconds of the denoising, dense and patched: the least of each step over the
+        prompts, and dense ones no slower than some that are timed again.
+        """
         digest = plan_digest(plan)
         rows = [self.run.journal[f"check/{digest}/{n}"] for n in range(len(self.shots))]
-        return {k: min(r[k] for r in rows) for k in ("ms", "dense_ms")}
+        dense, patched = (
+            np.min([row[side] for row in rows], 0) for side in ("dense_steps_ms", "steps_ms")
+        )
+        again = self.run.journal.unit("check/again", self._again)
+        slower = dense[: len(again)].sum() / sum(again)
+        return {"ms": float(patched.sum()), "dense_ms": float(dense.sum() / max(slower, 1.0))}
+
+    def _again(self) -> list[float]:
+        """Milliseconds of the first dense steps, timed once more."""
+
+        def each(done: int, latents: Tensor) -> None:
+            if done + 1 == AGAIN:
+                raise Enough
+
+        return _steps_ms(video.run(self.run.model, self.settings, self.shots[0], each=each))
 
     def reference(self, n: int) -> tuple[Take, dict[int, Tensor]]:
         """A dense run, with its latents on the way."""
@@ -104,6 +133,11 @@ class Checker:
             "seed": self.shots[n].seed,
             **found,
             "done": (done + 1) / len(true.ends),
-            "ms": 1e3 * take.ends[-1],
-            "dense_ms": 1e3 * true.ends[done],
+            "steps_ms": _steps_ms(take),
+            "dense_steps_ms": _steps_ms(true)[: done + 1],
         }
+
+
+def _steps_ms(take: Take) -> list[float]:
+    """Milliseconds of each step of a run; what comes before the first one counts as its own."""
+    return [round(1e3 * float(s), 3) for s in np.diff([0.0, *take.ends])]

@@ -115,14 +115,18 @@ def in_turns(
     checker: Checker,
     allowed: float,
     first: float = FIRST,
-    spent: Callable[[Sequence[Round]], bool] = lambda rounds: False,
+    pace: Callable[[Sequence[Round]], float] = lambda rounds: 1.0,
 ) -> Outcome:
-    """Propose and check until ε is found; the first one is `first` · `allowed`. `spent` ends it."""
+    """Propose and check until ε is found; the first one is `first` · `allowed`. Every round takes
+    the share `pace` of its ε; 0 ends the rounds.
+    """
     rounds: list[Round] = []
     low, high, epsilon = 0.0, float("inf"), first * allowed
     for turn in range(run.preset.rounds):
-        if spent(rounds):
+        share = pace(rounds)
+        if not share:
             break
+        epsilon *= share
         if turn and run.late(0.9, f"round {turn + 1} of the end-to-end check"):
             break
         proposal = propose(epsilon)

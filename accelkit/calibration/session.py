@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
+from accelkit.calibration.journal import Journal
 from accelkit.calibration.results import installed
 from accelkit.errors import InvalidInputError
 from accelkit.patches.plan import Budget
@@ -81,6 +83,32 @@ def compile_clock() -> AbstractContextManager[Callable[[], float]]:
     from accelkit.kernels._triton import compiling
 
     return compiling.clock()
+
+
+class Stopwatch:
+    """Seconds in all and in compiling, with those that a resumed journal has spent before."""
+
+    def __init__(self, book: Journal, begun: float) -> None:
+        self.book, self.begun = book, begun
+        self.before = book.seconds(), book.compiling()
+
+    def read(self, budget: Budget) -> dict[str, float]:
+        """`whole` and `compiling`, kept in the journal for this budget."""
+        return self.book.unit(
+            f"took/{budget.max_rel_error}",
+            lambda: {
+                "compiling": round(self.book.compiled() + self.before[1], 2),
+                "whole": round(time.monotonic() - self.begun + self.before[0], 2),
+            },
+        )
+
+
+def by_stage(book: Journal, stages: Mapping[str, str]) -> dict[str, float]:
+    """Seconds of the units of each stage, by the prefix of their keys, without compiling."""
+    return {
+        stage: round(book.seconds(prefix) - book.compiling(prefix), 2)
+        for stage, prefix in stages.items()
+    }
 
 
 class Bar:
