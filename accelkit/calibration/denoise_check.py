@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accelkit.calibration import video
 from accelkit.calibration.measure import Run
-from accelkit.calibration.quality import relative
+from accelkit.calibration.quality import geometric_mean, relative
 from accelkit.calibration.refine import Round, plan_digest
 from accelkit.calibration.video import Enough, Settings, Shot, Take
 from accelkit.patches.patch import patch
@@ -29,13 +29,20 @@ WATCHED = 4
 class Checker:
     """Runs plans on held-out shots; the dense side of each is run once, and only if it is needed.
 
-    `cost(plan)` predicts a run's time ÷ the dense one's.
+    `cost(plan)` predicts a run's time ÷ the dense one's. Further prompts hardly exceed the mean
+    error times `margin`.
     """
 
     def __init__(
-        self, run: Run, settings: Settings, shots: Sequence[Shot], cost: Callable[[Plan], float]
+        self,
+        run: Run,
+        settings: Settings,
+        shots: Sequence[Shot],
+        cost: Callable[[Plan], float],
+        margin: float,
     ) -> None:
         self.run, self.settings, self.shots, self.cost = run, settings, shots, cost
+        self.margin = margin
         self.order = list(range(len(shots)))
         self.references: dict[int, tuple[Take, dict[int, Tensor]]] = {}
 
@@ -50,17 +57,21 @@ class Checker:
             if row["error"] > allowed:
                 break
         # The error of a run that was not finished would have grown further.
-        now.measured = max(r["error"] / r["done"] for r in now.rows)
-        now.held = len(now.rows) == len(self.shots) and now.measured <= allowed
+        errors = [r["error"] / r["done"] for r in now.rows]
+        now.measured = max(errors)
+        now.bound = self.margin * geometric_mean(errors)
+        now.held = len(now.rows) == len(self.shots) and now.reach <= allowed
         worst = [r["prompt"] for r in sorted(now.rows, key=lambda r: -r["error"])]
         self.order = worst + [n for n in self.order if n not in worst]
 
-    def spent(self, rounds: Sequence[Round]) -> bool:
-        """Whether another round would be worth more dense runs than the check may take."""
+    def spent(self, rounds: Sequence[Round], plan: Plan) -> bool:
+        """Whether another round, of this plan, would be worth more dense runs than the check may
+        take.
+        """
         if not any(r.held for r in rounds):
             return False
         runs = sum(self.cost(r.plan) * row["done"] for r in rounds for row in r.rows)
-        return 1 + (runs + self.cost(rounds[-1].plan)) / len(self.shots) > MOST_RUNS
+        return 1 + runs / len(self.shots) + self.cost(plan) > MOST_RUNS
 
     def speed(self, plan: Plan) -> dict[str, float]:
         """Milliseconds of the denoising, dense and patched: the fastest of the checked runs."""
