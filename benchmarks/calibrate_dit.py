@@ -43,8 +43,8 @@ class Unchecked(denoise.Checker):
     def check(self, now: Round, allowed: float) -> None:
         now.measured, now.held = allowed, True
 
-    def pace(self, rounds: Any) -> float:
-        return 0.0 if rounds else 1.0
+    def spent(self, rounds: Any, plan: Any) -> bool:
+        return bool(rounds)
 
     def speed(self, plan: Any) -> dict[str, float]:
         return {"ms": self.cost(plan), "dense_ms": 1.0}

@@ -20,7 +20,6 @@ from accelkit.calibration import (
     denoise_measure,
     fit,
     measure,
-    refine,
     session,
     video,
 )
@@ -59,8 +58,6 @@ PRESETS = {
 """How much is measured; and how many prompts to measure on and to check on."""
 LEAST = 1e-3
 """Least share of a bucket's errors that arrives in the latents; less is not believed."""
-FIRST = 0.8
-"""First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
 
 
 def calibrate(
@@ -214,9 +211,8 @@ def _plan(
         ),
     )  # fmt: skip
     planner.compose(small)
-    checker = Checker(run, settings, shots.check, planner.ratio)
-    outcome = refine.in_turns(run, planner.propose, checker, allowed, FIRST, checker.pace)
-    plan = planner.finished(outcome)
+    checker = Checker(run, settings, shots.check, planner.ratio, small.margin())
+    plan = planner.finished(planner.settle(run, checker))
     about = {
         "refused": {**costs.refused, **refused},
         "fit_error": round(costs.error(), 4),
@@ -225,14 +221,13 @@ def _plan(
         "buckets": [list(b) for b in small.shares],
         "influence": [float(f"{i:.4g}") for i in influence],
         "composition": float(f"{planner.kappa:.4g}"),
+        "margin": float(f"{checker.margin:.4g}"),
         "weighed_on": vars(seen.settings),
     }
     return plan.model_copy(update={"calibration": about}).with_tables(plan.tables)
 
 
-def _cost(
-    book: Journal, took: Mapping[str, float], steps: int, shots: video.Shots
-) -> dict[str, Any]:
+def _cost(book: Journal, took: dict[str, float], steps: int, shots: video.Shots) -> dict[str, Any]:
     """What calibration took in seconds by stage and, without compiling, in dense denoising runs:
     the search, and for each prompt the check.
     """

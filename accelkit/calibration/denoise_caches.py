@@ -1,7 +1,7 @@
 """Step caches, planned together with sparsity: what each setting saves and what it costs.
 
-A technique's dial is bisected on whole runs at the small geometry, with nothing else changed; every
-setting that was run and held the budget may be chosen later, beside what attention spends.
+The dial of each variant of a technique is bisected on whole runs at the small geometry, with
+nothing else changed; every setting that was run may be chosen later, beside what attention spends.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelkit.calibration import video
-from accelkit.calibration.candidates import between, stored
+from accelkit.calibration.candidates import stored
 from accelkit.calibration.denoise_look import bucket_of, place_of
 from accelkit.calibration.denoise_weights import Small
 from accelkit.calibration.measure import Run
-from accelkit.calibration.quality import relative
+from accelkit.calibration.quality import geometric_mean, relative
 from accelkit.errors import AccelkitError, UnsupportedModelError
 from accelkit.patches import method as registry
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import BlockMethod, Method, load
 
-RUNS = 3
-"""Most settings of a technique that are run."""
-AIM = 0.5
-"""Share of the budget that bisection aims at: attention wants some of it as well."""
+RUNS = 4
+"""Most settings of a variant that are run."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ def _is_cache(cls: type[Method]) -> bool:
 def options(
     run: Run, small: Small, caches: Sequence[BlockMethod], allowed: float
 ) -> tuple[list[Cached], dict[str, str]]:
-    """None at all, and every setting of a technique that held the budget alone; and why others
-    were refused.
+    """None at all, and the settings around the budget that skip something; and why others were
+    refused.
     """
     found = [Cached(None, 0.0, dict.fromkeys(small.seen.places, 1.0))]
     refused: dict[str, str] = {}
@@ -73,7 +71,8 @@ def options(
         if run.late(0.75, f"step cache {cache.kind}"):
             break
         try:
-            found += _bisected(run, small, _fitted(run, small, cache), allowed)
+            for variant in _fitted(run, small, cache).variants():
+                found += _bisected(run, small, variant, allowed)
         except AccelkitError as error:
             refused[cache.kind] = str(error)
     # Only what no other beats in both error and work; and none at all, which comes first.
@@ -88,33 +87,32 @@ def options(
 
 
 def _bisected(run: Run, small: Small, cache: BlockMethod, allowed: float) -> list[Cached]:
-    """Settings by bisection for the sparsest within the aim; those within the budget are kept."""
+    """By bisection the sparsest setting within the budget; what is left of the runs goes to denser
+    ones, for attention wants some of the error as well.
+    """
     assert cache.dial is not None
-    field = cache.dial.field
-    values: list[Any] = list(cache.dial.values)
+    field, values = cache.dial.field, cache.dial.values
+    tried: dict[int, Cached] = {}
+
+    def error(n: int) -> float:
+        tried[n] = _run(run, small, cache.model_copy(update={field: values[n]}))
+        return tried[n].error
+
     low, high = 0, len(values) - 1
-    tried: dict[Any, Cached] = {}
-    while len(tried) < RUNS:
+    while low <= high and len(tried) < RUNS:
         middle = (low + high) // 2
-        value = values[middle]
-        if value in tried:
-            break
-        one = tried[value] = _run(run, small, cache.model_copy(update={field: value}))
-        if one.error <= AIM * allowed:
-            high = max(middle - 1, 0)
+        if error(middle) <= allowed:
+            high = middle - 1
         else:
-            low = min(middle + 1, len(values) - 1)
-    good = [v for v in tried if tried[v].error <= AIM * allowed]
-    bad = [v for v in tried if tried[v].error > AIM * allowed]
-    if good and bad and len(tried) < RUNS:
-        value = between(good[-1], bad[-1])
-        if value not in tried:
-            tried[value] = _run(run, small, cache.model_copy(update={field: value}))
-    return [c for c in tried.values() if c.error <= allowed and min(c.left.values()) < 1]
+            low = middle + 1
+    for n in range(low, len(values)):
+        if n not in tried and len(tried) < RUNS:
+            error(n)
+    return [c for c in tried.values() if min(c.left.values()) < 1]
 
 
 def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:
-    """A whole run with this cache alone."""
+    """A whole run with this cache alone; the geometric mean over its results."""
 
     def work() -> dict[str, Any]:
         calls: dict[str, int] = Counter()
@@ -125,9 +123,10 @@ def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:
         with watch(run.model, count), ExitStack() as undo:
             for root in small.roots.values():
                 cache.rewire(root, undo)
-            take = video.run(run.model, small.seen.settings, small.shot)
+            take = video.run(run.model, small.seen.settings, small.shots[0])
         left = {p: calls.get(p, 0) / n for p, n in small.seen.calls.items()}
-        return {"error": relative(take.latents, small.whole[0]), "left": left}
+        errors = [relative(f, t) for f, t in zip(take.latents, small.whole[0], strict=True)]
+        return {"error": geometric_mean(errors), "left": left}
 
     run.tell(f"step cache {cache.kind}")
     settings = {k: v for k, v in stored(cache).items() if k not in ("kind", "ratios")}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from accelkit.calibration import video
 from accelkit.calibration.measure import Run
-from accelkit.calibration.quality import relative
+from accelkit.calibration.quality import geometric_mean, relative
 from accelkit.calibration.refine import Round, plan_digest
 from accelkit.calibration.video import Enough, Settings, Shot, Take
 from accelkit.patches.patch import patch
@@ -36,13 +36,20 @@ reference would make every plan look fast.
 class Checker:
     """Runs plans on held-out shots; the dense side of each is run once, and only if it is needed.
 
-    `cost(plan)` predicts a run's time ÷ the dense one's.
+    `cost(plan)` predicts a run's time ÷ the dense one's. Further prompts hardly exceed the mean
+    error times `margin`.
     """
 
     def __init__(
-        self, run: Run, settings: Settings, shots: Sequence[Shot], cost: Callable[[Plan], float]
+        self,
+        run: Run,
+        settings: Settings,
+        shots: Sequence[Shot],
+        cost: Callable[[Plan], float],
+        margin: float,
     ) -> None:
         self.run, self.settings, self.shots, self.cost = run, settings, shots, cost
+        self.margin = margin
         self.order = list(range(len(shots)))
         self.references: dict[int, tuple[Take, dict[int, Tensor]]] = {}
 
@@ -57,23 +64,31 @@ class Checker:
             if row["error"] > allowed:
                 break
         # The error of a run that was not finished would have grown further.
-        now.measured = max(r["error"] / r["done"] for r in now.rows)
-        now.held = len(now.rows) == len(self.shots) and now.measured <= allowed
+        errors = [r["error"] / r["done"] for r in now.rows]
+        now.measured = max(errors)
+        now.bound = self.margin * geometric_mean(errors)
+        now.held = len(now.rows) == len(self.shots) and now.reach <= allowed
         worst = [r["prompt"] for r in sorted(now.rows, key=lambda r: -r["error"])]
         self.order = worst + [n for n in self.order if n not in worst]
 
-    def pace(self, rounds: Sequence[Round]) -> float:
-        """The share of ε that the next round may take: 0 where another whole round could be worth
-        more dense runs than the check may take, and less than 1 where none after it will be.
+    def used(self, rounds: Sequence[Round]) -> float:
+        """Dense runs for each prompt that the rounds are worth, the dense side included."""
+        runs = sum(self.cost(r.plan) * row["done"] for r in rounds for row in r.rows)
+        return 1 + runs / len(self.shots)
+
+    def spent(self, rounds: Sequence[Round], plan: Plan) -> bool:
+        """Whether a whole round of this plan could be worth more dense runs than the check may
+        take.
         """
-        if not rounds:
+        return bool(rounds) and self.used(rounds) + self.cost(plan) > MOST_RUNS
+
+    def care(self, rounds: Sequence[Round]) -> float:
+        """The share of its ε that the next round shall take: less where it will be the last."""
+        if not rounds or any(r.held for r in rounds):
             return 1.0
-        prompts, whole = len(self.shots), self.cost(rounds[-1].plan)
-        used = 1 + sum(self.cost(r.plan) * row["done"] for r in rounds for row in r.rows) / prompts
-        if used + whole > MOST_RUNS:
-            return 0.0
-        last = used + whole / prompts + whole > MOST_RUNS
-        return CAREFUL if last and not any(r.held for r in rounds) else 1.0
+        whole = self.cost(rounds[-1].plan)
+        last = self.used(rounds) + whole / len(self.shots) + whole > MOST_RUNS
+        return CAREFUL if last else 1.0
 
     def speed(self, plan: Plan) -> dict[str, float]:
         """Milliseconds of the denoising, dense and patched: the least of each step over the

@@ -12,22 +12,46 @@ import torch
 from accelkit.calibration import refine
 from accelkit.calibration.assemble import assemble, site_data
 from accelkit.calibration.denoise_caches import Cached
+from accelkit.calibration.denoise_check import Checker
 from accelkit.calibration.denoise_look import Look, bucket_of, buckets, site_of
 from accelkit.calibration.denoise_measure import Measurements
 from accelkit.calibration.denoise_weights import Small, grown
-from accelkit.calibration.search import DENSE, Choice, Solution, Table, composed, search
+from accelkit.calibration.measure import Run
+from accelkit.calibration.search import (
+    DENSE,
+    Choice,
+    Solution,
+    Table,
+    composed,
+    cost,
+    predicted,
+    search,
+)
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, LayerPlan, Limits, Plan, Schedule
 
 TURNS = 2
 """Plans that are run at the small geometry to see how errors compose."""
 MOST_KAPPA = 16.0
+FIRST = 0.8
+"""First aim ÷ budget, at most."""
+BELIEVED = 4.0
+"""Most by which one check may change what is predicted."""
+CHEAP = 0.5
+"""A step cache is checked alone, first, where that takes at most this share of a dense run."""
+WORTH = 0.98
+"""A plan is checked only if it takes at most this share of the time of the best one that held."""
 log = logging.getLogger("accelkit")
 
 
 @dataclass
 class Planner:
-    """Searches attention and step cache together for the fastest denoising within some error."""
+    """Searches attention and step cache together for the fastest denoising within some error.
+
+    `kappa` is how errors of attention compose, `scale` the error of a step cache ÷ that at the
+    small geometry; both follow what checks measure. `known` has the errors of the step caches that
+    were checked alone.
+    """
 
     seen: Look
     found: Measurements
@@ -39,6 +63,8 @@ class Planner:
     budget: Budget
     limits: Limits
     kappa: float = 1.0
+    scale: float = 1.0
+    known: dict[int, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,22 +95,89 @@ class Planner:
             for low, high in shares
         ]
 
-    def propose(self, epsilon: float) -> refine.Proposal:
-        """The fastest denoising whose predicted error, the step cache's included, is ε."""
+    def settle(self, run: Run, checker: Checker) -> refine.Outcome:
+        """Checks the fastest step cache alone if that is cheap, then what step caches and attention
+        make together, and predicts anew after every check. The fastest plan that held wins.
+        """
+        allowed, rounds = self.budget.max_rel_error, list[refine.Round]()
+        # A first round that fails would cost nearly as much as one that holds.
+        aim, cautious = min(FIRST, refine.MARGIN / checker.margin) * allowed, True
+        while len(rounds) < run.preset.rounds:
+            if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
+                break
+            epsilon = checker.care(rounds) * aim
+            proposal = self.propose(epsilon, alone=cautious)
+            known = any(r.proposal.choice == proposal.choice for r in rounds)
+            if cautious and proposal.ms > CHEAP * proposal.dense_ms:
+                cautious = False
+                continue
+            if proposal.dense and not rounds and self.kappa > 1 / MOST_KAPPA:
+                self.kappa /= BELIEVED  # what is predicted may be far too much
+                continue
+            best = min((r.proposal.ms for r in rounds if r.held), default=float("inf"))
+            done = proposal.dense or known or proposal.ms > WORTH * best
+            if done or checker.spent(rounds, proposal.plan):
+                break
+            now = refine.Round(epsilon, proposal)
+            checker.check(now, allowed)
+            rounds.append(now)
+            self.learn(now)
+            aim = refine.MARGIN * allowed * now.measured / max(now.reach, 1e-12)
+            cautious = False
+        return refine.fastest(rounds, checker)
+
+    def propose(self, epsilon: float, alone: bool = False) -> refine.Proposal:
+        """The fastest denoising whose predicted error, the step cache's included, is ε; `alone`:
+        with dense attention.
+        """
         ways = []
         for n, cache in enumerate(self.caches):
-            if n and cache.error > min(epsilon, refine.MARGIN * self.budget.max_rel_error):
+            error = self.cached_error(n)
+            if n and error > epsilon:
                 continue
-            room = max(epsilon**2 - cache.error**2, 0.0) ** 0.5
-            solution = search(self.tables[n], room / self.kappa, self.fronts[n])
+            room = max(epsilon**2 - error**2, 0.0) ** 0.5
+            solution = self.still(n) if alone else self._searched(n, room / self.kappa)
             ways.append((solution.ms + self._rest(cache), n, solution))
         ms, n, solution = min(ways, key=lambda w: w[:2])
         plan = self._assembled(self.caches[n], solution)
         dense_ms = self.dense_ms + self._rest(self.caches[0])
         self.ratios[refine.plan_digest(plan)] = ms / dense_ms
-        error = composed([self.kappa * solution.error, self.caches[n].error])
+        error = composed([self.kappa * solution.error, self.cached_error(n)])
         dense = n == 0 and all(c.dense for c in solution.choices)
-        return refine.Proposal(plan, (n, solution), ms, dense_ms, error, dense)
+        return refine.Proposal(plan, (n, solution.choices), ms, dense_ms, error, dense)
+
+    def cached_error(self, n: int) -> float:
+        """Error of the n-th step cache at the whole geometry, as measured or predicted."""
+        return self.known.get(n, self.scale * self.caches[n].error)
+
+    def learn(self, now: refine.Round) -> None:
+        """Predict what was measured: what the step cache does not explain is attention's."""
+        n, choices = now.proposal.choice
+        cache, attention = self.cached_error(n), predicted(self.tables[n], choices)
+        if all(c.dense for c in choices):
+            self.known[n] = now.measured
+            self.scale = _believed(self.scale, now.measured / max(self.caches[n].error, 1e-12))
+        elif n == 0 or n in self.known:
+            rest = max(now.measured**2 - cache**2, 0.0) ** 0.5
+            self.kappa = _believed(self.kappa, rest / max(attention, 1e-12))
+        else:
+            share = now.measured / max(now.proposal.error, 1e-12)
+            self.kappa = _believed(self.kappa, self.kappa * share)
+            self.scale = _believed(self.scale, self.scale * share)
+
+    def still(self, n: int) -> Solution:
+        """Dense attention in the steps that the n-th step cache leaves."""
+        choices = tuple(Choice((DENSE,) * t.heads) for t in self.tables[n])
+        return Solution(choices, sum(t.dense_ms for t in self.tables[n]), 0.0)
+
+    def _searched(self, n: int, error: float) -> Solution:
+        if n and "layers" not in self.fronts[n]:
+            # A step cache leaves a share of every choice's time.
+            shares = [self.caches[n].left[t.site] for t in self.tables[n]]
+            fronts = zip(self.fronts[0]["layers"], shares, strict=True)
+            scaled = [replace(f, ms=share * f.ms) for f, share in fronts]
+            self.fronts[n] |= {"layers": scaled, "segments": self.fronts[0]["segments"]}
+        return search(self.tables[n], error, self.fronts[n])
 
     def compose(self, small: Small) -> None:
         """Find κ, how errors compose in the plans that search picks: it is fond of what looks
@@ -146,20 +239,22 @@ class Planner:
         best, speed = outcome.best, outcome.speed
         if best is None:
             log.warning("the plan is dense: %s", outcome.why)
-            still = tuple(Choice((DENSE,) * d.table.heads) for d in self.data)
-            plan = self._assembled(self.caches[0], Solution(still, self.dense_ms, 0.0))
+            plan = self._assembled(self.caches[0], self.still(0))
             return plan.model_copy(update={"measured": measured})
-        n, solution = best.proposal.choice
+        n, choices = best.proposal.choice
         cache = self.caches[n].method
+        ms = sum(cost(t, c) for t, c in zip(self.tables[n], choices, strict=True))
         keep = ("error", "latent_psnr", "psnr", "ssim", "lpips")
         measured |= {
-            "ms": solution.ms,
-            "attention_speedup": self.dense_ms / max(solution.ms, 1e-9),
+            "predicted_error": best.proposal.error,
+            "composition": self.kappa,
+            "ms": ms,
+            "attention_speedup": self.dense_ms / max(ms, 1e-9),
             "attention_share": min(
                 1.0, self.dense_ms / (1e3 * self.found.step_seconds * self.seen.total)
             ),
             "step_cache": None if cache is None else cache.kind,
-            "step_cache_error": self.caches[n].error,
+            "step_cache_error": self.cached_error(n),
             "per_task": {
                 f"{r['task']} (seed {r['seed']})": {k: r[k] for k in keep if r.get(k) is not None}
                 for r in best.rows
@@ -174,6 +269,10 @@ class Planner:
         return best.plan.model_copy(update={"measured": _short(measured)}).with_tables(
             best.plan.tables
         )
+
+
+def _believed(now: float, found: float) -> float:
+    return min(max(found, now / BELIEVED), now * BELIEVED)
 
 
 def _grown(table: Table) -> Table:

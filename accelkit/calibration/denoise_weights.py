@@ -21,7 +21,15 @@ from accelkit.calibration.capture import See, dense_attention
 from accelkit.calibration.denoise_look import Look, bucket_of, buckets, scaled, site_of
 from accelkit.calibration.denoise_measure import Measurements
 from accelkit.calibration.measure import Run
-from accelkit.calibration.quality import NOISE, LeftOut, Show, noise_like, relative
+from accelkit.calibration.quality import (
+    NOISE,
+    ONE_IN_TWENTY,
+    LeftOut,
+    Show,
+    geometric_mean,
+    noise_like,
+    relative,
+)
 from accelkit.calibration.search import composed
 from accelkit.calibration.video import Shot
 from accelkit.errors import AccelkitError
@@ -58,7 +66,7 @@ class Small:
     def __init__(
         self, run: Run, seen: Look, shots: Sequence[Shot], roots: Mapping[str, Any]
     ) -> None:
-        self.run, self.seen, self.shot, self.roots = run, seen, shots[0], dict(roots)
+        self.run, self.seen, self.roots = run, seen, dict(roots)
         some = [shots[n % len(shots)] for n in range(SEEDS)]
         together = video.together(some)
         apart = [replace(s, seed=s.seed + SEEDS * n) for n, s in enumerate(some)]
@@ -66,6 +74,7 @@ class Small:
         self.shares = buckets(seen.total)
         self.total = min(seen.total, FEW)
         self.settings = replace(seen.settings, num_inference_steps=self.total)
+        self.spreads: list[np.ndarray] = []
         self._few: dict[int, Tensor] = {}
 
     def bucket(self, step: int, total: int) -> int:
@@ -89,7 +98,7 @@ class Small:
             def each(done: int, latents: Tensor) -> None:
                 noted[:] = ratios()
 
-            take = video.run(self.run.model, self.seen.settings, self.shot, each=each)
+            take = video.run(self.run.model, self.seen.settings, self.shots[0], each=each)
         return take.latents, [round(r, 5) for r in noted]
 
     @cached_property
@@ -197,8 +206,17 @@ class Small:
             some = self.run.journal.unit(f"{name}/{n}", partial(work, n))
             if some is None:
                 return None
-            found += [max(one, 1e-12) for one in some]
-        return float(np.exp(np.mean(np.log(found))))
+            found += some
+        self.spreads.append(np.log(np.maximum(found, 1e-12)))
+        return geometric_mean(found)
+
+    def margin(self) -> float:
+        """By which factor a result's error exceeds the mean in one case of twenty, from the spread
+        of the logarithms among the results of every change so far; 1 without any.
+        """
+        freedom = sum(len(logs) - 1 for logs in self.spreads)
+        squares = sum(float(((logs - logs.mean()) ** 2).sum()) for logs in self.spreads)
+        return float(np.exp(ONE_IN_TWENTY * (squares / freedom) ** 0.5)) if freedom else 1.0
 
     def _noisy(self, bucket: int) -> float:
         """Relative change of the final latents by 5 % noise on all heads, the same at every step

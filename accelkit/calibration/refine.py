@@ -114,24 +114,16 @@ def in_turns(
     propose: Callable[[float], Proposal],
     checker: Checker,
     allowed: float,
-    first: float = FIRST,
-    pace: Callable[[Sequence[Round]], float] = lambda rounds: 1.0,
 ) -> Outcome:
-    """Propose and check until ε is found; the first one is `first` · `allowed`. Every round takes
-    the share `pace` of its ε; 0 ends the rounds.
-    """
+    """Propose and check until ε is found."""
     rounds: list[Round] = []
-    low, high, epsilon = 0.0, float("inf"), first * allowed
+    low, high, epsilon = 0.0, float("inf"), FIRST * allowed
     for turn in range(run.preset.rounds):
-        share = pace(rounds)
-        if not share:
-            break
-        epsilon *= share
         if turn and run.late(0.9, f"round {turn + 1} of the end-to-end check"):
             break
         proposal = propose(epsilon)
         if proposal.dense:
-            if low or epsilon > 100 * first * allowed:
+            if low or epsilon > 100 * FIRST * allowed:
                 break
             low, epsilon = epsilon, epsilon * WIDEN
             continue
@@ -154,6 +146,11 @@ def in_turns(
                 epsilon = (low * high) ** 0.5
         if low and high / low < CLOSE:
             break
+    return fastest(rounds, checker)
+
+
+def fastest(rounds: Sequence[Round], checker: Checker) -> Outcome:
+    """Of the rounds that held the one with the fastest plan, if it beats dense."""
     held = sorted((r for r in rounds if r.held), key=lambda r: r.proposal.ms)
     for best in held:
         speed = checker.speed(best.plan)

@@ -176,7 +176,7 @@ def follow(root: nn.Module, given: Root, undo: ExitStack) -> None:
     # Even after an exception, so that no later call of another model finds a site open.
     undo.callback(root.register_forward_hook(_leave, always_call=True).remove)
     # What `nn.Module.__call__` calls; bound, so that a deep copy gets its own.
-    root._call_impl = MethodType(_whole, root)
+    root._call_impl = MethodType(_whole, root)  # type: ignore[method-assign]
     undo.callback(delattr, root, "_call_impl")
 
 
