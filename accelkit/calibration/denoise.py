@@ -56,6 +56,12 @@ PRESETS = {
     "careful": (Preset(5, 5, 8, 0, 6, ()), 3, 4),
 }
 """How much is measured; and how many prompts to measure on and to check on."""
+CACHES = 0.35
+"""Dense runs that the search for step caches may be worth."""
+SHORT = 4
+"""Where the small geometry is not as much smaller, the search takes what it takes: all runs are
+short.
+"""
 LEAST = 1e-3
 """Least share of a bucket's errors that arrives in the latents; less is not believed."""
 
@@ -200,7 +206,11 @@ def _plan(
         for b, tried in enumerate(trials):
             influence[b] = max(small.influence(b, tried, sensitive), LEAST)
         weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
-    cached, refused = denoise_caches.options(run, small, caches, allowed)
+    afford = float("inf")
+    if caches and SHORT * seen.tokens <= tokens:
+        short = run.journal.unit("cache/whole", lambda: small.whole[2])
+        afford = CACHES * found.step_seconds * seen.total / short
+    cached, refused = denoise_caches.options(run, small, caches, allowed, afford)
     planner = Planner(
         seen, found, weights, costs, tokens, cached, fingerprint, budget,
         Limits(
@@ -260,5 +270,5 @@ def _units(places: int, prompts: int, preset: Preset, caches: int, check: int) -
     """The most units of work: looking, the fit, each place by stage, caches, and every check."""
     bucket = len(denoise_look.EDGES) - 1
     by_place = places * bucket * (2 + prompts)
-    runs = bucket + 1 + caches * denoise_caches.RUNS
+    runs = bucket + 1 + caches * denoise_caches.RUNS[1]
     return 3 + by_place + runs + (preset.rounds + 1) * check

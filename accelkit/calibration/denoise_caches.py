@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from accelkit.calibration import video
@@ -24,8 +25,8 @@ from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import BlockMethod, Method, load
 
-RUNS = 4
-"""Most settings of a variant that are run."""
+RUNS = (2, 4)
+"""Least and most settings of a variant that are run."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Cached:
         """Share of the work of a bucket's steps that is left."""
         mine = [v for place, v in self.left.items() if bucket_of(place) == bucket]
         return sum(mine) / len(mine)
+
+    def work(self, calls: Mapping[str, int]) -> float:
+        """Share of the work of a whole run that is left, by the calls of each place."""
+        return sum(n * self.left[p] for p, n in calls.items()) / sum(calls.values())
 
 
 def chosen_caches(methods: Sequence[Any] | None) -> tuple[list[BlockMethod], list[Any] | None]:
@@ -60,33 +65,46 @@ def _is_cache(cls: type[Method]) -> bool:
 
 
 def options(
-    run: Run, small: Small, caches: Sequence[BlockMethod], allowed: float
+    run: Run, small: Small, caches: Sequence[BlockMethod], allowed: float, afford: float
 ) -> tuple[list[Cached], dict[str, str]]:
     """None at all, and the settings around the budget that skip something; and why others were
-    refused.
+    refused. `afford` is how many whole dense runs at the small geometry the search may be worth.
     """
     found = [Cached(None, 0.0, dict.fromkeys(small.seen.places, 1.0))]
+    tried: list[list[BlockMethod]] = []
     refused: dict[str, str] = {}
     for cache in caches:
         if run.late(0.75, f"step cache {cache.kind}"):
             break
         try:
-            for variant in _fitted(run, small, cache).variants():
-                found += _bisected(run, small, variant, allowed)
+            tried.append([*_fitted(run, small, cache).variants()])
         except AccelkitError as error:
             refused[cache.kind] = str(error)
+    # The first variant of every technique comes before the second of any.
+    turns = [v for turn in zip_longest(*tried) for v in turn if v is not None]
+    most = int(min(max(afford / max(len(tried), 1), RUNS[0]), RUNS[1]))
+    calls = small.seen.calls
+    for n, variant in enumerate(turns):
+        if n >= len(tried) and sum(c.work(calls) for c in found[1:]) + most > afford:
+            break
+        try:
+            found += _bisected(run, small, variant, allowed, most)
+        except AccelkitError as error:
+            refused[variant.kind] = str(error)
     # Only what no other beats in both error and work; and none at all, which comes first.
-    work = {id(c): sum(n * c.left[p] for p, n in small.seen.calls.items()) for c in found}
+    some = [c for c in found if c.method is None or min(c.left.values()) < 1]
     best = [
         c
-        for c in found
+        for c in some
         if c.method is None
-        or not any(o.error <= c.error and work[id(o)] < work[id(c)] for o in found)
+        or not any(o.error <= c.error and o.work(calls) < c.work(calls) for o in some)
     ]
     return best, refused
 
 
-def _bisected(run: Run, small: Small, cache: BlockMethod, allowed: float) -> list[Cached]:
+def _bisected(
+    run: Run, small: Small, cache: BlockMethod, allowed: float, most: int
+) -> list[Cached]:
     """By bisection the sparsest setting within the budget; what is left of the runs goes to denser
     ones, for attention wants some of the error as well.
     """
@@ -99,16 +117,16 @@ def _bisected(run: Run, small: Small, cache: BlockMethod, allowed: float) -> lis
         return tried[n].error
 
     low, high = 0, len(values) - 1
-    while low <= high and len(tried) < RUNS:
+    while low <= high and len(tried) < most:
         middle = (low + high) // 2
         if error(middle) <= allowed:
             high = middle - 1
         else:
             low = middle + 1
     for n in range(low, len(values)):
-        if n not in tried and len(tried) < RUNS:
+        if n not in tried and len(tried) < most:
             error(n)
-    return [c for c in tried.values() if min(c.left.values()) < 1]
+    return [*tried.values()]
 
 
 def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:

@@ -42,7 +42,10 @@ from accelkit.patches.sites.attention import Answer, answer
 STATIC = 0.95
 """Lists that still hold this share of the mass that fresh ones hold may be kept for some steps."""
 GAP = 3
-"""Steps between the two looks at a place."""
+"""Steps that are run between the two looks at a place, at most."""
+PART = (4, 6)
+"""One in so many steps is run, for the first prompt and for further ones."""
+LEAST_STEPS = 8
 SCREENED = 16
 """Most places at which every method is tried, but for those of small models."""
 FEW = 40
@@ -77,8 +80,8 @@ def measured(
     costs: CostTable,
     tokens: int,
 ) -> Measurements:
-    """Dense runs of the prompts; the first one also screens. Runs have a third or a quarter of
-    the steps and end behind the last one that is looked at.
+    """Dense runs of the prompts; the first one also screens. Runs have a part of the steps and end
+    behind the last one that is looked at.
     """
     screen: dict[str, Any] = {}
     families: dict[str, list[Family]] = {}
@@ -104,8 +107,8 @@ def measured(
 
 
 class _DenseRun:
-    """One dense run of the n-th prompt, in a third of the steps (the first one) or a quarter:
-    early and late are the same shares of them.
+    """One dense run of the n-th prompt in few of the steps: early and late are the same shares of
+    them.
     """
 
     def __init__(
@@ -118,8 +121,9 @@ class _DenseRun:
         tokens: int,
     ) -> None:
         self.run, self.n, self.methods, self.costs, self.tokens = run, n, methods, costs, tokens
-        self.total = min(seen.total, max(8, seen.total // (4 if n else 3)))
+        self.total = min(seen.total, max(LEAST_STEPS, seen.total // PART[min(n, 1)]))
         self.branch = seen.branches[n % len(seen.branches)]
+        self.of = seen.total
         self.stands_for = screened_by(seen.places)
         self.late = {
             p: scaled(s[len(s) // 2], seen.total, self.total) for p, s in seen.steps.items()
@@ -172,6 +176,10 @@ class _DenseRun:
             free = [t for i, t in enumerate(spent) if i and i not in looked]
             book.put("measure/step", float(np.median(free)) if free else min(spent), 0.0)
 
+    def gap(self, place: str) -> int:
+        """How many of all steps lie between the two looks at a place."""
+        return (self.late[place] - self.early[place]) * self.of // self.total
+
     def first(self, place: str, call: AttentionCall, dense: Partial) -> _Begun:
         """Screen the methods on the first prompt, and begin what lives over several steps."""
         book, suffix = self.run.journal, f"_{bucket_of(place)}"
@@ -218,7 +226,7 @@ class _DenseRun:
             return {
                 "families": _without_none(rows),
                 "loans": [],
-                "lists": _aged(fresh, then, self.late[place] - self.early[place]),
+                "lists": _aged(fresh, then, self.gap(place)),
                 "tables": _packed(then.tables, then.families),
             }
 

@@ -83,9 +83,9 @@ class Small:
         return next(b for b, (low, high) in enumerate(self.shares) if low <= at < high)
 
     @cached_property
-    def whole(self) -> tuple[Tensor, list[float]]:
-        """Final latents in all steps, and the sizes of the residuals that MagCache lives on (empty
-        where they cannot be had).
+    def whole(self) -> tuple[Tensor, list[float], float]:
+        """Final latents in all steps, the sizes of the residuals that MagCache lives on (empty
+        where they cannot be had), and the seconds of the run.
         """
         noted: list[float] = []
         with ExitStack() as undo:
@@ -99,7 +99,7 @@ class Small:
                 noted[:] = ratios()
 
             take = video.run(self.run.model, self.seen.settings, self.shots[0], each=each)
-        return take.latents, [round(r, 5) for r in noted]
+        return take.latents, [round(r, 5) for r in noted], take.ends[-1]
 
     @cached_property
     def kept_calls(self) -> dict[tuple[str, int], tuple[Any, Any]]:
