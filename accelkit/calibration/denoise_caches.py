@@ -18,7 +18,7 @@ from accelkit.calibration.candidates import stored
 from accelkit.calibration.denoise_look import bucket_of, place_of
 from accelkit.calibration.denoise_weights import Small
 from accelkit.calibration.measure import Run
-from accelkit.calibration.quality import geometric_mean, relative
+from accelkit.calibration.quality import relative
 from accelkit.errors import AccelkitError, UnsupportedModelError
 from accelkit.patches import method as registry
 from accelkit.patches.adapters import watch
@@ -130,7 +130,7 @@ def _bisected(
 
 
 def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:
-    """A whole run with this cache alone; the geometric mean over its results."""
+    """A whole run with this cache alone; the root mean square over its results."""
 
     def work() -> dict[str, Any]:
         calls: dict[str, int] = Counter()
@@ -144,7 +144,7 @@ def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:
             take = video.run(run.model, small.seen.settings, small.shots[0])
         left = {p: calls.get(p, 0) / n for p, n in small.seen.calls.items()}
         errors = [relative(f, t) for f, t in zip(take.latents, small.whole[0], strict=True)]
-        return {"error": geometric_mean(errors), "left": left}
+        return {"error": sum(e**2 / len(errors) for e in errors) ** 0.5, "left": left}
 
     run.tell(f"step cache {cache.kind}")
     settings = {k: v for k, v in stored(cache).items() if k not in ("kind", "ratios")}

@@ -34,9 +34,9 @@ TURNS = 2
 """Plans that are run at the small geometry to see how errors compose."""
 MOST_KAPPA = 16.0
 FIRST = 0.8
-"""First aim ÷ budget, at most."""
-BELIEVED = 4.0
-"""Most by which one check may change what is predicted."""
+"""First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
+BELIEVED = 2.0
+"""Most by which one check may change what is predicted of all plans."""
 CHEAP = 0.5
 """A step cache is checked alone, first, where that takes at most this share of a dense run."""
 WORTH = 0.98
@@ -100,8 +100,7 @@ class Planner:
         make together, and predicts anew after every check. The fastest plan that held wins.
         """
         allowed, rounds = self.budget.max_rel_error, list[refine.Round]()
-        # A first round that fails would cost nearly as much as one that holds.
-        aim, cautious = min(FIRST, refine.MARGIN / checker.margin) * allowed, True
+        aim, cautious = FIRST * allowed / checker.margin, True
         while len(rounds) < run.preset.rounds:
             if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
                 break
@@ -112,7 +111,7 @@ class Planner:
                 cautious = False
                 continue
             if proposal.dense and not rounds and self.kappa > 1 / MOST_KAPPA:
-                self.kappa /= BELIEVED  # what is predicted may be far too much
+                self.kappa /= BELIEVED  # what is predicted may be too much
                 continue
             best = min((r.proposal.ms for r in rounds if r.held), default=float("inf"))
             done = proposal.dense or known or proposal.ms > WORTH * best
@@ -121,9 +120,9 @@ class Planner:
             now = refine.Round(epsilon, proposal)
             checker.check(now, allowed)
             rounds.append(now)
-            self.learn(now)
-            aim = refine.MARGIN * allowed * now.measured / max(now.reach, 1e-12)
-            cautious = False
+            typical = max(now.bound / checker.margin, 1e-12)
+            self.learn(now, typical)
+            aim, cautious = refine.MARGIN * allowed * typical / max(now.reach, 1e-12), False
         return refine.fastest(rounds, checker)
 
     def propose(self, epsilon: float, alone: bool = False) -> refine.Proposal:
@@ -150,20 +149,23 @@ class Planner:
         """Error of the n-th step cache at the whole geometry, as measured or predicted."""
         return self.known.get(n, self.scale * self.caches[n].error)
 
-    def learn(self, now: refine.Round) -> None:
-        """Predict what was measured: what the step cache does not explain is attention's."""
+    def learn(self, now: refine.Round, typical: float) -> None:
+        """Predict what was measured on a typical prompt. What the step cache is known to do is
+        subtracted; one that was never checked alone is to blame for an error beyond belief.
+        """
         n, choices = now.proposal.choice
-        cache, attention = self.cached_error(n), predicted(self.tables[n], choices)
+        attention, wrong = predicted(self.tables[n], choices), typical / now.proposal.error
         if all(c.dense for c in choices):
-            self.known[n] = now.measured
-            self.scale = _believed(self.scale, now.measured / max(self.caches[n].error, 1e-12))
+            self.known[n] = typical
+            self.scale *= wrong**0.5  # others may be predicted better, or worse
         elif n == 0 or n in self.known:
-            rest = max(now.measured**2 - cache**2, 0.0) ** 0.5
-            self.kappa = _believed(self.kappa, rest / max(attention, 1e-12))
+            rest = max(typical**2 - self.cached_error(n) ** 2, 0.0) ** 0.5
+            self.kappa = _believed(self.kappa, rest / attention)
+        elif wrong > BELIEVED:
+            self.known[n] = (typical**2 - (self.kappa * attention) ** 2) ** 0.5
         else:
-            share = now.measured / max(now.proposal.error, 1e-12)
-            self.kappa = _believed(self.kappa, self.kappa * share)
-            self.scale = _believed(self.scale, self.scale * share)
+            self.kappa *= wrong**0.5
+            self.scale *= wrong**0.5
 
     def still(self, n: int) -> Solution:
         """Dense attention in the steps that the n-th step cache leaves."""
