@@ -85,14 +85,15 @@ def test_further_prompts_count_with_the_spread() -> None:
     assert now.reach == now.bound
 
 
-def test_checks_end_after_two_dense_runs_once_a_plan_held() -> None:
+def test_checks_end_after_two_dense_runs() -> None:
     checker = Checker(None, None, [None] * 2, lambda plan: plan, 1.0)  # type: ignore[arg-type]
 
     def turn(cost: float, held: bool, prompts: int = 2) -> Round:
         rows = [{"done": 1.0}] * prompts
         return Round(0.1, Proposal(cost, None, 1.0, 2.0, 0.1, False), rows, held=held)  # type: ignore[arg-type]
 
-    assert not checker.spent([turn(0.9, False)], 0.9), "without a plan it goes on"
+    assert not checker.spent([], 0.9)
+    assert checker.spent([turn(0.9, False)], 0.9), "without a plan as well"
     assert not checker.spent([turn(0.4, False, 1), turn(0.4, True)], 0.4)
     assert checker.spent([turn(0.4, False), turn(0.4, True)], 0.4)
 
