@@ -56,7 +56,7 @@ PRESETS = {
     "careful": (Preset(5, 5, 8, 0, 6, ()), 3, 4),
 }
 """How much is measured; and how many prompts to measure on and to check on."""
-CACHES = 0.35
+CACHES = 0.25
 """Dense runs that the search for step caches may be worth."""
 SHORT = 4
 """Where the small geometry is not as much smaller, the search takes what it takes: all runs are
@@ -270,5 +270,5 @@ def _units(places: int, prompts: int, preset: Preset, caches: int, check: int) -
     """The most units of work: looking, the fit, each place by stage, caches, and every check."""
     bucket = len(denoise_look.EDGES) - 1
     by_place = places * bucket * (2 + prompts)
-    runs = bucket + 1 + caches * denoise_caches.RUNS[1]
+    runs = bucket + 1 + caches * denoise_caches.RUNS
     return 3 + by_place + runs + (preset.rounds + 1) * check

@@ -7,7 +7,7 @@ nothing else changed; every setting that was run may be chosen later, beside wha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -25,8 +25,8 @@ from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import BlockMethod, Method, load
 
-RUNS = (2, 4)
-"""Least and most settings of a variant that are run."""
+RUNS = 4
+"""Most settings of a variant that are run."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +74,27 @@ def options(
     tried: list[list[BlockMethod]] = []
     refused: dict[str, str] = {}
     for cache in caches:
-        if run.late(0.75, f"step cache {cache.kind}"):
-            break
         try:
             tried.append([*_fitted(run, small, cache).variants()])
         except AccelkitError as error:
             refused[cache.kind] = str(error)
-    # The first variant of every technique comes before the second of any.
-    turns = [v for turn in zip_longest(*tried) for v in turn if v is not None]
-    most = int(min(max(afford / max(len(tried), 1), RUNS[0]), RUNS[1]))
+    # In turns: the first variant of every technique, then their second ones, while it is worth it.
+    turns = [[v for v in turn if v is not None] for turn in zip_longest(*tried)]
     calls = small.seen.calls
-    for n, variant in enumerate(turns):
-        if n >= len(tried) and sum(c.work(calls) for c in found[1:]) + most > afford:
-            break
-        try:
-            found += _bisected(run, small, variant, allowed, most)
-        except AccelkitError as error:
-            refused[variant.kind] = str(error)
+    for variants in turns:
+        searches = [(v, _bisected(run, small, v, allowed)) for v in variants]
+        while searches and sum(c.work(calls) for c in found[1:]) < afford:
+            variant, search = searches.pop(0)
+            if run.late(0.75, f"step cache {variant.kind}"):
+                continue
+            try:
+                one = next(search, None)
+            except AccelkitError as error:
+                refused[variant.kind] = str(error)
+                continue
+            if one is not None:
+                found.append(one)
+                searches.append((variant, search))
     # Only what no other beats in both error and work; and none at all, which comes first.
     some = [c for c in found if c.method is None or min(c.left.values()) < 1]
     best = [
@@ -102,31 +106,25 @@ def options(
     return best, refused
 
 
-def _bisected(
-    run: Run, small: Small, cache: BlockMethod, allowed: float, most: int
-) -> list[Cached]:
+def _bisected(run: Run, small: Small, cache: BlockMethod, allowed: float) -> Iterator[Cached]:
     """By bisection the sparsest setting within the budget; what is left of the runs goes to denser
     ones, for attention wants some of the error as well.
     """
     assert cache.dial is not None
     field, values = cache.dial.field, cache.dial.values
-    tried: dict[int, Cached] = {}
-
-    def error(n: int) -> float:
-        tried[n] = _run(run, small, cache.model_copy(update={field: values[n]}))
-        return tried[n].error
-
+    tried: set[int] = set()
     low, high = 0, len(values) - 1
-    while low <= high and len(tried) < most:
+    while low <= high and len(tried) < RUNS:
         middle = (low + high) // 2
-        if error(middle) <= allowed:
+        tried.add(middle)
+        one = _run(run, small, cache.model_copy(update={field: values[middle]}))
+        if one.error <= allowed:
             high = middle - 1
         else:
             low = middle + 1
-    for n in range(low, len(values)):
-        if n not in tried and len(tried) < most:
-            error(n)
-    return [*tried.values()]
+        yield one
+    for n in [n for n in range(low, len(values)) if n not in tried][: RUNS - len(tried)]:
+        yield _run(run, small, cache.model_copy(update={field: values[n]}))
 
 
 def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:

@@ -82,11 +82,13 @@ class Checker:
         """
         return bool(rounds) and self.used(rounds) + self.cost(plan) > MOST_RUNS
 
-    def care(self, rounds: Sequence[Round]) -> float:
-        """The share of its ε that the next round shall take: less where it will be the last."""
-        if not rounds or any(r.held for r in rounds):
+    def care(self, rounds: Sequence[Round], plan: Plan) -> float:
+        """The share of ε that a round shall take which takes this plan's time: less where no other
+        could follow and none has held.
+        """
+        if any(r.held for r in rounds):
             return 1.0
-        whole = self.cost(rounds[-1].plan)
+        whole = self.cost(plan)
         last = self.used(rounds) + whole / len(self.shots) + whole > MOST_RUNS
         return CAREFUL if last else 1.0
 

@@ -86,12 +86,13 @@ def measured(
     screen: dict[str, Any] = {}
     families: dict[str, list[Family]] = {}
     units: list[dict[str, Any]] = []
+    shelf: dict[Any, Any] = {}
     for n, shot in enumerate(shots):
         if n and run.late(0.6, f"prompt {n + 1} of {len(shots)}"):
             break
         keys = {p: f"measure/{n}/{p}" for p in looked_at(seen.places, n)}
         if any(k not in run.journal for k in keys.values()):
-            _DenseRun(run, seen, n, methods, costs, tokens).go(settings, shot)
+            _DenseRun(run, seen, n, methods, costs, tokens, shelf).go(settings, shot)
         units.append({p: run.journal[k] for p, k in keys.items() if k in run.journal})
         if not n:
             by = screened_by(seen.places)
@@ -108,7 +109,7 @@ def measured(
 
 class _DenseRun:
     """One dense run of the n-th prompt in few of the steps: early and late are the same shares of
-    them.
+    them. `shelf` is that of all runs, for they have one geometry.
     """
 
     def __init__(
@@ -119,8 +120,10 @@ class _DenseRun:
         methods: Sequence[AttentionMethod],
         costs: CostTable,
         tokens: int,
+        shelf: dict[Any, Any],
     ) -> None:
         self.run, self.n, self.methods, self.costs, self.tokens = run, n, methods, costs, tokens
+        self.shelf = shelf
         self.total = min(seen.total, max(LEAST_STEPS, seen.total // PART[min(n, 1)]))
         self.branch = seen.branches[n % len(seen.branches)]
         self.of = seen.total
@@ -140,7 +143,6 @@ class _DenseRun:
                     self.looks.setdefault((site_of(p), places[p]), []).append(p)
         self.heavy: dict[int, dict[str, Tensor]] = {}
         self.begun: dict[str, _Begun] = {}
-        self.shelf: dict[Any, Any] = {}
 
     def go(self, settings: Settings, shot: Shot) -> None:
         """Run it; it ends behind the last look."""

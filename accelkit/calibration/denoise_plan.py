@@ -104,8 +104,10 @@ class Planner:
         while len(rounds) < run.preset.rounds:
             if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
                 break
-            epsilon = checker.care(rounds) * aim
-            proposal = self.propose(epsilon, alone=cautious)
+            epsilon, proposal = aim, self.propose(aim, alone=cautious)
+            if (share := checker.care(rounds, proposal.plan)) < 1:
+                epsilon = share * aim
+                proposal = self.propose(epsilon, alone=cautious)
             known = any(r.proposal.choice == proposal.choice for r in rounds)
             if cautious and proposal.ms > CHEAP * proposal.dense_ms:
                 cautious = False

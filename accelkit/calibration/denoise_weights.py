@@ -46,7 +46,7 @@ TYPICAL = 0.1
 """Error of a head that plans are fond of."""
 GROWTH = 1.5
 """Power of errors above that."""
-FEW = 20
+FEW = 12
 """Most steps of the disturbed runs; buckets are the same shares of them as of all."""
 MOST_WEIGHED = 40
 """Most places that are weighed apart."""

@@ -39,7 +39,7 @@ def rounds_of(one: Checker, errors: Sequence[float], allowed: float = 0.1) -> li
     """
     order, rounds, aim = [0, 1], list[Round](), 0.8 * allowed
     while len(rounds) < 9:
-        now = Round(one.care(rounds) * aim, proposal(aim))
+        now = Round(one.care(rounds, proposal(aim).plan) * aim, proposal(aim))
         if one.spent(rounds, now.plan):
             break
         for n in order:
@@ -67,11 +67,12 @@ def test_the_check_is_worth_two_dense_runs_a_prompt_at_most(cost, errors) -> Non
 
 
 def test_the_last_round_that_can_be_afforded_is_careful() -> None:
-    dear, cheap = (rounds_of(checker(cost), (1.6, 1.9)) for cost in (0.6, 0.1))
+    dearest, dear, cheap = (rounds_of(checker(cost), (1.6, 1.9)) for cost in (0.8, 0.6, 0.1))
     assert [now.held for now in dear] == [False, True]
     aim = 0.9 * 0.1 * dear[0].epsilon / dear[0].measured
     assert dear[1].epsilon == pytest.approx(CAREFUL * aim)
     assert cheap[1].epsilon == pytest.approx(aim)
+    assert dearest[0].epsilon == pytest.approx(CAREFUL * dear[0].epsilon)
 
 
 def take(steps: list[float]) -> Take:
