@@ -211,7 +211,7 @@ def _plan(
             steps=seen.total,
         ),
     )  # fmt: skip
-    planner.compose(small)
+    planner.rehearse(small)
     checker = Checker(run, settings, shots.check, planner.ratio, small.margin())
     plan = planner.finished(planner.settle(run, checker))
     about = {
@@ -221,7 +221,7 @@ def _plan(
         "steps": seen.total,
         "buckets": [list(b) for b in small.shares],
         "influence": [float(f"{i:.4g}") for i in influence],
-        "composition": float(f"{planner.kappa:.4g}"),
+        "composition": float(f"{planner.kappas[None]:.4g}"),
         "margin": float(f"{checker.margin:.4g}"),
         "weighed_on": vars(seen.settings),
     }
