@@ -107,7 +107,6 @@ class Planner:
             if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
                 break
             proposal = self.propose(aim, alone=cautious)
-            known = any(r.proposal.choice == proposal.choice for r in rounds)
             if cautious and proposal.ms > CHEAP * proposal.dense_ms:
                 cautious = False
                 continue
@@ -115,8 +114,12 @@ class Planner:
                 self.believe(None, self.kappas[None] / BELIEVED)  # it may be too much
                 continue
             best = min((r.proposal.ms for r in rounds if r.held), default=float("inf"))
-            done = proposal.dense or known or proposal.ms > WORTH * best
-            if done or checker.spent(rounds, proposal.plan):
+            if proposal.dense or proposal.ms > WORTH * best:
+                break
+            if any(r.proposal.choice == proposal.choice for r in rounds):
+                aim *= refine.MARGIN  # it did not hold
+                continue
+            if checker.spent(rounds, proposal.plan):
                 break
             now = refine.Round(aim, proposal)
             checker.check(now, allowed)
