@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -205,6 +206,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--costs", type=Path, help="costs measured before; made if not there")
     parser.add_argument("--layers", type=int, default=4, help="of the target, to measure shares")
     parser.add_argument("--journal", type=Path, help="of calibrations; made if not there")
+    parser.add_argument("--skip", type=int, default=0, help="so many points of each single curve")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after these")
     parser.add_argument(
         "--part", type=int, nargs=2, default=[0, 1], metavar=("I", "N"),
@@ -247,6 +249,7 @@ def main() -> None:
         "model": Path(args.model).name, "tokens": tokens, **vars(size), "share": about["share"],
         "dense_steps": DENSE_STEPS, "target_tokens": big.dense[-1][0], "refused": dict(big.refused),
         "confirmed": about.get("confirmed", []), "prompts": args.prompts,
+        "kernel": os.environ.get("ACCELKIT_KERNEL", "auto"),
         "environment": environment(torch.device(device)), "curves": {},
         "caches": [c.kind for c in caches],
         "dense": subject.judged(subject.dense, subject.pictures),
@@ -275,6 +278,7 @@ def main() -> None:
             others.append([(family.name, partial(run_cache, subject, s)) for s in family.settings])
         others += singles(subject, [m for m in methods if m.kind in costs.methods], costs, about,
                           tokens)  # fmt: skip
+    others = [row[args.skip :] for row in others]
     if parts > 1:
         waiting = others[index - 1 :: parts - 1] if index else mixtures
     else:

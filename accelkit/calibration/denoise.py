@@ -220,7 +220,7 @@ def _plan(
             steps=seen.total,
         ),
     )  # fmt: skip
-    planner.compose(small)
+    planner.rehearse(small)
     checker = Checker(run, settings, shots.check, planner.ratio, small.margin())
     plan = planner.finished(planner.settle(run, checker))
     about = {
@@ -230,7 +230,7 @@ def _plan(
         "steps": seen.total,
         "buckets": [list(b) for b in small.shares],
         "influence": [float(f"{i:.4g}") for i in influence],
-        "composition": float(f"{planner.kappa:.4g}"),
+        "composition": float(f"{planner.kappas[None]:.4g}"),
         "margin": float(f"{checker.margin:.4g}"),
         "weighed_on": vars(seen.settings),
     }
@@ -254,15 +254,7 @@ def _cost(book: Journal, took: dict[str, float], steps: int, shots: video.Shots)
 
 def _plain(shot: video.Shot) -> bytes:
     """What tells a shot from another, tensors among its arguments included."""
-
-    def told(value: Any) -> bytes:
-        if not isinstance(value, torch.Tensor):
-            return str(value).encode()
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        bare = flat.view(torch.uint8).numpy().tobytes()
-        return f"{value.dtype} {tuple(value.shape)} ".encode() + bare
-
-    parts = [k.encode() + b"=" + told(v) for k, v in sorted(shot.arguments.items())]
+    parts = [k.encode() + b"=" + session.bare(v) for k, v in sorted(shot.arguments.items())]
     return b"\n".join([*parts, str(shot.seed).encode()])
 
 

@@ -30,12 +30,14 @@ from accelkit.calibration.search import (
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, LayerPlan, Limits, Plan, Schedule
 
-TURNS = 2
-"""Plans that are run at the small geometry to see how errors compose."""
+REHEARSALS = 6
+"""Most plans that are run at the small geometry to see how errors compose."""
+NEAR = 1.15
+"""A rehearsed plan whose error is within this factor of the predicted one ends rehearsals."""
 MOST_KAPPA = 16.0
 FIRST = 0.8
 """First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
-BELIEVED = 2.0
+BELIEVED = 3.0
 """Most by which one check may change what is predicted of all plans."""
 CHEAP = 0.5
 """A step cache is checked alone, first, where that takes at most this share of a dense run."""
@@ -48,9 +50,9 @@ log = logging.getLogger("accelkit")
 class Planner:
     """Searches attention and step cache together for the fastest denoising within some error.
 
-    `kappa` is how errors of attention compose, `scale` the error of a step cache ÷ that at the
-    small geometry; both follow what checks measure. `known` has the errors of the step caches that
-    were checked alone.
+    `kappas` say how errors of attention compose beside each step cache, the last of them stands for
+    the others; `scale` is the error of a step cache ÷ that at the small geometry. Both follow what
+    checks measure. `known` has the errors of the step caches that were checked alone.
     """
 
     seen: Look
@@ -62,7 +64,7 @@ class Planner:
     fingerprint: Fingerprint
     budget: Budget
     limits: Limits
-    kappa: float = 1.0
+    kappas: dict[int | None, float] = field(default_factory=lambda: {None: 1.0})
     scale: float = 1.0
     known: dict[int, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
@@ -108,16 +110,19 @@ class Planner:
             if (share := checker.care(rounds, proposal.plan)) < 1:
                 epsilon = share * aim
                 proposal = self.propose(epsilon, alone=cautious)
-            known = any(r.proposal.choice == proposal.choice for r in rounds)
             if cautious and proposal.ms > CHEAP * proposal.dense_ms:
                 cautious = False
                 continue
-            if proposal.dense and not rounds and self.kappa > 1 / MOST_KAPPA:
-                self.kappa /= BELIEVED  # what is predicted may be too much
+            if proposal.dense and not rounds and self.kappas[None] > 1 / MOST_KAPPA:
+                self.believe(None, self.kappas[None] / BELIEVED)  # it may be too much
                 continue
             best = min((r.proposal.ms for r in rounds if r.held), default=float("inf"))
-            done = proposal.dense or known or proposal.ms > WORTH * best
-            if done or checker.spent(rounds, proposal.plan):
+            if proposal.dense or proposal.ms > WORTH * best:
+                break
+            if any(r.proposal.choice == proposal.choice for r in rounds):
+                aim *= refine.MARGIN  # it did not hold
+                continue
+            if checker.spent(rounds, proposal.plan):
                 break
             now = refine.Round(epsilon, proposal)
             checker.check(now, allowed)
@@ -137,15 +142,25 @@ class Planner:
             if n and error > epsilon:
                 continue
             room = max(epsilon**2 - error**2, 0.0) ** 0.5
-            solution = self.still(n) if alone else self._searched(n, room / self.kappa)
+            solution = self.still(n) if alone else self._searched(n, room / self.kappa(n))
             ways.append((solution.ms + self._rest(cache), n, solution))
         ms, n, solution = min(ways, key=lambda w: w[:2])
         plan = self._assembled(self.caches[n], solution)
         dense_ms = self.dense_ms + self._rest(self.caches[0])
         self.ratios[refine.plan_digest(plan)] = ms / dense_ms
-        error = composed([self.kappa * solution.error, self.cached_error(n)])
+        error = composed([self.kappa(n) * solution.error, self.cached_error(n)])
         dense = n == 0 and all(c.dense for c in solution.choices)
         return refine.Proposal(plan, (n, solution.choices), ms, dense_ms, error, dense)
+
+    def kappa(self, n: int) -> float:
+        """How errors of attention compose beside the n-th step cache."""
+        return self.kappas.get(n, self.kappas[None])
+
+    def believe(self, n: int | None, found: float) -> None:
+        """Let κ follow what was found beside the n-th step cache."""
+        now = self.kappas.get(n, self.kappas[None])
+        kappa = min(max(found, now / BELIEVED), now * BELIEVED)
+        self.kappas[n] = self.kappas[None] = kappa
 
     def cached_error(self, n: int) -> float:
         """Error of the n-th step cache at the whole geometry, as measured or predicted."""
@@ -162,11 +177,11 @@ class Planner:
             self.scale *= wrong**0.5  # others may be predicted better, or worse
         elif n == 0 or n in self.known:
             rest = max(typical**2 - self.cached_error(n) ** 2, 0.0) ** 0.5
-            self.kappa = _believed(self.kappa, rest / attention)
+            self.believe(n, rest / attention)
         elif wrong > BELIEVED:
-            self.known[n] = (typical**2 - (self.kappa * attention) ** 2) ** 0.5
+            self.known[n] = (typical**2 - (self.kappa(n) * attention) ** 2) ** 0.5
         else:
-            self.kappa *= wrong**0.5
+            self.believe(n, self.kappa(n) * wrong**0.5)
             self.scale *= wrong**0.5
 
     def still(self, n: int) -> Solution:
@@ -183,21 +198,26 @@ class Planner:
             self.fronts[n] |= {"layers": scaled, "segments": self.fronts[0]["segments"]}
         return search(self.tables[n], error, self.fronts[n])
 
-    def compose(self, small: Small) -> None:
-        """Find κ, how errors compose in the plans that search picks: it is fond of what looks
-        harmless, and some of it only looks so.
+    def rehearse(self, small: Small) -> None:
+        """Run what would be proposed at the small geometry, until the error is what was predicted:
+        search is fond of what looks harmless, and some of it only looks so.
         """
-        aim = refine.MARGIN * self.budget.max_rel_error
-        for turn in range(TURNS):
-            solution = search(self.tables[0], aim / self.kappa, self.fronts[0])
-            if not solution.error:
+        aim = FIRST * self.budget.max_rel_error / small.margin()
+        seen: list[Any] = []
+        while len(seen) < REHEARSALS:
+            proposal = self.propose(aim)
+            n, choices = proposal.choice
+            if proposal.choice in seen or all(c.dense for c in choices):
                 break
-            plan = self._assembled(self.caches[0], solution)
-            change = small.change(f"composition/{turn}", plan)
+            seen.append(proposal.choice)
+            plan = proposal.plan
+            change = small.change(f"composition/{refine.plan_digest(plan)}", plan)
             if change is None:
                 break
-            self.kappa = max(change / solution.error, 1 / MOST_KAPPA)
-            self.kappa = min(self.kappa, MOST_KAPPA)
+            rest = max(change**2 - self.caches[n].error ** 2, 0.0) ** 0.5
+            self.believe(n, rest / predicted(self.tables[n], choices))
+            if 1 / NEAR < change / proposal.error < NEAR:
+                break
 
     def ratio(self, plan: Plan) -> float:
         """Predicted time of a plan's denoising ÷ that of the dense one."""
@@ -251,7 +271,7 @@ class Planner:
         keep = ("error", "latent_psnr", "psnr", "ssim", "lpips")
         measured |= {
             "predicted_error": best.proposal.error,
-            "composition": self.kappa,
+            "composition": self.kappa(n),
             "ms": ms,
             "attention_speedup": self.dense_ms / max(ms, 1e-9),
             "attention_share": min(
@@ -273,10 +293,6 @@ class Planner:
         return best.plan.model_copy(update={"measured": _short(measured)}).with_tables(
             best.plan.tables
         )
-
-
-def _believed(now: float, found: float) -> float:
-    return min(max(found, now / BELIEVED), now * BELIEVED)
 
 
 def _grown(table: Table) -> Table:

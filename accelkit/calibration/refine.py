@@ -7,7 +7,6 @@ none was faster, the plan is dense and says so.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from accelkit.calibration import quality
+from accelkit.calibration import quality, session
 from accelkit.calibration.assemble import SiteData, assemble, crossover
 from accelkit.calibration.capture import forward
 from accelkit.calibration.data import Inputs
@@ -369,9 +368,9 @@ def _tasks(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def plan_digest(plan: Plan) -> str:
     """Key of a plan's choices: policies, rules and side tensors."""
-    parts = [plan.model_dump_json(include={"policies", "sites", "limits"})]
-    parts += [f"{k} {v.tolist()}" for k, v in sorted(plan.tables.items())]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    parts = [plan.model_dump_json(include={"policies", "sites", "limits"}).encode()]
+    parts += [k.encode() + session.bare(v) for k, v in sorted(plan.tables.items())]
+    return session.digest(parts)
 
 
 def _short(value: float) -> float:

@@ -11,6 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.results import installed
 from accelkit.errors import InvalidInputError
@@ -61,6 +64,16 @@ def digest(parts: Sequence[bytes]) -> str:
     for part in parts:
         total.update(part)
     return total.hexdigest()[:16]
+
+
+def bare(value: Any) -> bytes:
+    """A tensor's numbers as they lie in memory, or the text of anything else: what tells it from
+    others.
+    """
+    if not isinstance(value, Tensor):
+        return str(value).encode()
+    flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return f"{value.dtype} {tuple(value.shape)} ".encode() + flat.numpy().tobytes()
 
 
 def version() -> str:

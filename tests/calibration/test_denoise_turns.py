@@ -31,7 +31,7 @@ def planner(**facts) -> Planner:
         [Table("a@0", np.ones(1), 10.0 * c.left["a@0"], 10.0 * c.left["a@0"], (option,))]
         for c in one.caches
     ]
-    one.kappa, one.scale, one.known = 1.0, 1.0, {}
+    one.kappas, one.scale, one.known = {None: 1.0}, 1.0, {}
     for name, value in facts.items():
         setattr(one, name, value)
     return one
@@ -46,28 +46,28 @@ def test_a_step_cache_alone_is_known_afterwards() -> None:
     one.learn(checked(1, STILL, 0.05), 0.2)
     assert one.cached_error(1) == 0.2
     assert 0.2 < one.cached_error(2) < 0.8, "another one is believed in only half as much"
-    assert one.kappa == 1.0
+    assert one.kappa(1) == 1.0
 
 
 def test_what_a_known_step_cache_does_not_explain_is_attention() -> None:
     one = planner(known={1: 0.06})
     one.learn(checked(1, SPARSE, (0.06**2 + 0.1**2) ** 0.5), 0.1)
-    assert one.kappa == pytest.approx(0.8)
+    assert one.kappa(1) == pytest.approx(0.8)
     one = planner()
     one.learn(checked(0, SPARSE, 0.1), 0.15)
-    assert one.kappa == pytest.approx(1.5)
+    assert one.kappa(1) == pytest.approx(1.5)
     one.learn(checked(0, SPARSE, 0.1), 9.0)
-    assert one.kappa == pytest.approx(1.5 * denoise_plan.BELIEVED), "one check is not everything"
+    assert one.kappa(1) == pytest.approx(1.5 * denoise_plan.BELIEVED), "one check is not everything"
 
 
 def test_an_unknown_step_cache_is_blamed_for_what_is_beyond_belief() -> None:
     one = planner()
     one.learn(checked(2, SPARSE, 0.22), 0.9)
     assert one.cached_error(2) == pytest.approx((0.81 - 0.01) ** 0.5)
-    assert (one.kappa, one.scale) == (1.0, 1.0)
+    assert (one.kappa(2), one.scale) == (1.0, 1.0)
     one = planner()
     one.learn(checked(2, SPARSE, 0.22), 0.22 * 1.44)
-    assert one.kappa == one.scale == pytest.approx(1.2)
+    assert one.kappa(2) == one.scale == pytest.approx(1.2)
 
 
 def test_further_prompts_count_with_the_spread() -> None:
