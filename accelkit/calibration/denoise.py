@@ -208,8 +208,8 @@ def _plan(
         weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
     afford = float("inf")
     if caches and SHORT * seen.tokens <= tokens:
-        short = run.journal.unit("cache/whole", lambda: small.whole[2])
-        afford = CACHES * found.step_seconds * seen.total / short
+        afford = CACHES * found.step_seconds * seen.total
+        afford -= run.journal.unit("cache/whole", lambda: small.whole.seconds)
     cached, refused = denoise_caches.options(run, small, caches, allowed, afford)
     planner = Planner(
         seen, found, weights, costs, tokens, cached, fingerprint, budget,

@@ -31,13 +31,14 @@ RUNS = 4
 
 @dataclass(frozen=True)
 class Cached:
-    """A step cache (None: none), its error on the final latents, and the share of each place's
-    calls that it leaves.
+    """A step cache (None: none), its error on the final latents, the share of each place's calls
+    that it leaves, and the seconds of the run that told so.
     """
 
     method: BlockMethod | None
     error: float
     left: Mapping[str, float]
+    seconds: float = 0.0
 
     def share(self, bucket: int) -> float:
         """Share of the work of a bucket's steps that is left."""
@@ -68,7 +69,7 @@ def options(
     run: Run, small: Small, caches: Sequence[BlockMethod], allowed: float, afford: float
 ) -> tuple[list[Cached], dict[str, str]]:
     """None at all, and the settings around the budget that skip something; and why others were
-    refused. `afford` is how many whole dense runs at the small geometry the search may be worth.
+    refused. No run begins behind `afford` seconds of runs.
     """
     found = [Cached(None, 0.0, dict.fromkeys(small.seen.places, 1.0))]
     tried: list[list[BlockMethod]] = []
@@ -83,7 +84,7 @@ def options(
     calls = small.seen.calls
     for variants in turns:
         searches = [(v, _bisected(run, small, v, allowed)) for v in variants]
-        while searches and sum(c.work(calls) for c in found[1:]) < afford:
+        while searches and sum(c.seconds for c in found) < afford:
             variant, search = searches.pop(0)
             if run.late(0.75, f"step cache {variant.kind}"):
                 continue
@@ -140,15 +141,17 @@ def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:
             for root in small.roots.values():
                 cache.rewire(root, undo)
             take = video.run(run.model, small.seen.settings, small.shots[0])
-        left = {p: calls.get(p, 0) / n for p, n in small.seen.calls.items()}
-        errors = [relative(f, t) for f, t in zip(take.latents, small.whole[0], strict=True)]
-        return {"error": sum(e**2 / len(errors) for e in errors) ** 0.5, "left": left}
+        # Some denoisers take the results of a batch one by one: counted beside a run of as many.
+        left = {p: calls.get(p, 0) / n for p, n in small.whole.calls.items()}
+        errors = [relative(f, t) for f, t in zip(take.latents, small.whole.latents, strict=True)]
+        error = sum(e**2 / len(errors) for e in errors) ** 0.5
+        return {"error": error, "left": left, "seconds": take.ends[-1]}
 
     run.tell(f"step cache {cache.kind}")
     settings = {k: v for k, v in stored(cache).items() if k not in ("kind", "ratios")}
     key = f"cache/{cache.kind}/" + ",".join(f"{k}={v}" for k, v in settings.items())
     found = run.journal.unit(key, work)
-    return Cached(cache, found["error"], found["left"])
+    return Cached(cache, found["error"], found["left"], found["seconds"])
 
 
 def _fitted(run: Run, small: Small, cache: BlockMethod) -> BlockMethod:
@@ -160,7 +163,7 @@ def _fitted(run: Run, small: Small, cache: BlockMethod) -> BlockMethod:
     if "ratios" not in type(cache).model_fields:
         return cache
     run.tell("sizes of residuals")
-    ratios = run.journal.unit("cache/ratios", lambda: small.whole[1])
+    ratios = run.journal.unit("cache/ratios", lambda: small.whole.ratios)
     if not ratios:
         raise UnsupportedModelError(
             f"{', '.join(small.roots)}: the sizes of residuals cannot be measured; that needs one "

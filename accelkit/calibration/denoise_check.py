@@ -25,6 +25,8 @@ MOST_RUNS = 2.0
 """Dense runs for each prompt that the check may be worth."""
 CAREFUL = 0.75
 """Share of its ε that the last round takes which the check can afford, if none held before."""
+CLEAR = 1.5
+"""A bound that is this multiple of the budget is not mended by further prompts."""
 WATCHED = 4
 """Latents are compared on the way at one step in so many."""
 AGAIN = 3
@@ -61,12 +63,12 @@ class Checker:
             key = f"check/{digest}/{n}"
             row = self.run.journal.unit(key, partial(self._row, now.plan, n, allowed))
             now.rows.append({**row, "prompt": n})
-            if row["error"] > allowed:
+            # The error of a run that was not finished would have grown further.
+            errors = [r["error"] / r["done"] for r in now.rows]
+            now.measured = max(errors)
+            now.bound = self.margin * geometric_mean(errors)
+            if now.measured > allowed or now.bound > CLEAR * allowed:
                 break
-        # The error of a run that was not finished would have grown further.
-        errors = [r["error"] / r["done"] for r in now.rows]
-        now.measured = max(errors)
-        now.bound = self.margin * geometric_mean(errors)
         now.held = len(now.rows) == len(self.shots) and now.reach <= allowed
         worst = [r["prompt"] for r in sorted(now.rows, key=lambda r: -r["error"])]
         self.order = worst + [n for n in self.order if n not in worst]

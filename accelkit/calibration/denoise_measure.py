@@ -46,7 +46,7 @@ GAP = 3
 PART = (4, 6)
 """One in so many steps is run, for the first prompt and for further ones."""
 LEAST_STEPS = 8
-SCREENED = 16
+SCREENED = 12
 """Most places at which every method is tried, but for those of small models."""
 FEW = 40
 """So many places are all screened, on every prompt; of more, further prompts look at those that

@@ -6,6 +6,7 @@ output during a bucket carries into the final latents.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from accelkit.calibration import video
 from accelkit.calibration.capture import See, dense_attention
-from accelkit.calibration.denoise_look import Look, bucket_of, buckets, scaled, site_of
+from accelkit.calibration.denoise_look import (
+    Look,
+    bucket_of,
+    buckets,
+    place_of,
+    scaled,
+    site_of,
+)
 from accelkit.calibration.denoise_measure import Measurements
 from accelkit.calibration.measure import Run
 from accelkit.calibration.quality import (
@@ -56,6 +64,18 @@ into another picture, or not.
 """
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A dense run at the small geometry in all steps: final latents, the sizes of the residuals
+    that MagCache lives on (empty where they cannot be had), seconds, and calls of each place.
+    """
+
+    latents: Tensor
+    ratios: list[float]
+    seconds: float
+    calls: Mapping[str, int]
+
+
 class Small:
     """The small geometry in few steps: a dense reference, kept calls of the denoisers, disturbed
     runs; and in all steps, what step caches are compared with.
@@ -83,11 +103,14 @@ class Small:
         return next(b for b, (low, high) in enumerate(self.shares) if low <= at < high)
 
     @cached_property
-    def whole(self) -> tuple[Tensor, list[float], float]:
-        """Final latents in all steps, the sizes of the residuals that MagCache lives on (empty
-        where they cannot be had), and the seconds of the run.
-        """
+    def whole(self) -> Whole:
+        """The dense run in all steps."""
         noted: list[float] = []
+        calls: dict[str, int] = Counter()
+
+        def count(call: AttentionCall) -> None:
+            calls[place_of(call.site.path, self.bucket(call.clock.step, self.seen.total))] += 1
+
         with ExitStack() as undo:
             ratios: Callable[[], list[float]] = list
             if len(self.roots) == 1:
@@ -98,8 +121,9 @@ class Small:
             def each(done: int, latents: Tensor) -> None:
                 noted[:] = ratios()
 
+            undo.enter_context(watch(self.run.model, count))
             take = video.run(self.run.model, self.seen.settings, self.shots[0], each=each)
-        return take.latents, [round(r, 5) for r in noted], take.ends[-1]
+        return Whole(take.latents, [round(r, 5) for r in noted], take.ends[-1], calls)
 
     @cached_property
     def kept_calls(self) -> dict[tuple[str, int], tuple[Any, Any]]:
