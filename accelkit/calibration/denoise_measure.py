@@ -135,6 +135,7 @@ class _DenseRun:
             p: max(scaled(s[0], seen.total, self.total), self.late[p] - GAP)
             for p, s in seen.steps.items()
         }
+        self.steps = {p: len(s) for p, s in seen.steps.items()}
         self.looks: dict[tuple[str, int], list[str]] = {}
         for places in (self.early, self.late):
             for p in looked_at(seen.places, n):
@@ -193,21 +194,24 @@ class _DenseRun:
             key = f"screen/{self.stands_for[place]}"
             if self.stands_for[place] == place:
                 self.run.tell(f"screening {len(self.methods)} methods")
-                book.unit(key, partial(self._screen, call, dense, bucket_of(place), suffix))
+                book.unit(key, partial(self._screen, place, call, dense, suffix))
             most = self.run.preset.families
             families = kept(book[key], self.costs, self.tokens, self.tokens, most)
             kinds = {f.settings[0].kind for f in families}
             some = [m for m in self.methods if m.kind in kinds]
             _, tables = calibrated_settings(some, call.site, call, dense, suffix)
+        if self.early[place] == self.late[place]:
+            # Nothing says what a memory is worth some steps later.
+            families = [f for f in families if not _renews(f)]
         return _begin(families, replace(call, tables=tables, memory={}))
 
     def _screen(
-        self, call: AttentionCall, dense: Partial, bucket: int, suffix: str
+        self, place: str, call: AttentionCall, dense: Partial, suffix: str
     ) -> dict[str, Any]:
         wanted, tables = calibrated_settings(self.methods, call.site, call, dense, suffix)
         there = replace(call, tables=tables, memory={})
-        bench = Bench(there, dense, NO_ROWS, shelf=self.shelf)
-        alike = self.heavy.setdefault(bucket, {})
+        bench = Bench(there, dense, NO_ROWS, shelf=self.shelf, steps=self.steps[place])
+        alike = self.heavy.setdefault(bucket_of(place), {})
         found, alike[call.site.path] = profile(call, dense, bench.tiles(UNIT[0])[0], alike)
         few = [thinned(f, self.run.preset.settings) for f in wanted]
         rows = {f.name: bench.family(f, len(f.settings)) for f in few}
@@ -217,7 +221,10 @@ class _DenseRun:
         """Measure the best families; those that live over several steps with what they began."""
         there = replace(call, tables=then.tables, memory={})
         fresh = Bench(there, dense, NO_ROWS, shelf=self.shelf)
-        later = Bench(replace(there, memory=then.memory), dense, NO_ROWS, primed=True)
+        later = Bench(
+            replace(there, memory=then.memory), dense, NO_ROWS, primed=True,
+            steps=self.steps[place],
+        )  # fmt: skip
         finest = 0 if self.n else self.run.preset.finest
 
         def work() -> dict[str, Any]:

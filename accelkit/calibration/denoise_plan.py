@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from accelkit.calibration import refine
-from accelkit.calibration.assemble import assemble, site_data
+from accelkit.calibration.assemble import SiteData, assemble, site_data
 from accelkit.calibration.denoise_caches import Cached
 from accelkit.calibration.denoise_check import Checker
 from accelkit.calibration.denoise_look import Look, bucket_of, buckets, site_of
@@ -35,6 +36,8 @@ REHEARSALS = 6
 NEAR = 1.15
 """A rehearsed plan whose error is within this factor of the predicted one ends rehearsals."""
 MOST_KAPPA = 16.0
+LEAST = 1e-6
+"""Share of its calls that any step cache leaves a place, so that choices there are ranked."""
 FIRST = 0.8
 """First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
 BELIEVED = 3.0
@@ -86,7 +89,7 @@ class Planner:
             )
             for d in data
         ]
-        self.tables = [[_left(d.table, c) for d in self.data] for c in self.caches]
+        self.tables = [[_left(d, c) for d in self.data] for c in self.caches]
         self.fronts: list[dict[str, Any]] = [{} for _ in self.caches]
         self.dense_ms = sum(d.table.dense_ms for d in self.data)
         whole = 1e3 * self.found.step_seconds * self.seen.total
@@ -190,12 +193,12 @@ class Planner:
         return Solution(choices, sum(t.dense_ms for t in self.tables[n]), 0.0)
 
     def _searched(self, n: int, error: float) -> Solution:
-        if n and "layers" not in self.fronts[n]:
-            # A step cache leaves a share of every choice's time.
-            shares = [self.caches[n].left[t.site] for t in self.tables[n]]
-            fronts = zip(self.fronts[0]["layers"], shares, strict=True)
-            scaled = [replace(f, ms=share * f.ms) for f, share in fronts]
-            self.fronts[n] |= {"layers": scaled, "segments": self.fronts[0]["segments"]}
+        like = next((m for m, f in enumerate(self.fronts) if m and "layers" in f), 0)
+        if n and like and n != like:
+            # Step caches differ by the share that they leave of every choice's time.
+            ways = zip(self.fronts[like]["layers"], self.tables[like], self.tables[n], strict=True)
+            layers = [replace(f, ms=f.ms * b.dense_ms / a.dense_ms) for f, a, b in ways]
+            self.fronts[n] |= {"layers": layers, "segments": {}}
         return search(self.tables[n], error, self.fronts[n])
 
     def rehearse(self, small: Small) -> None:
@@ -300,14 +303,24 @@ def _grown(table: Table) -> Table:
     return replace(table, options=options)
 
 
-def _left(table: Table, cache: Cached) -> Table:
-    """A table with the calls that a step cache leaves."""
-    share = cache.left[table.site]
+def _left(data: SiteData, cache: Cached) -> Table:
+    """A table with the calls that a step cache leaves. What methods that live over several steps
+    remember would be too old beside it: they are as slow as dense there.
+    """
+    table = data.table
+    if cache.method is None:
+        return table
+    share = max(cache.left[table.site], LEAST)
+    lasting = [table.dense_ms * (one.method.renewed(2) > 0) for one in data.options]
+    options = tuple(
+        replace(o, ms=share * np.maximum(o.ms, least))
+        for o, least in zip(table.options, lasting, strict=True)
+    )
     return replace(
         table,
         dense_ms=share * table.dense_ms,
         ride_ms=share * table.ride_ms,
-        options=tuple(replace(o, ms=share * o.ms) for o in table.options),
+        options=options,
         fixed={k: share * v for k, v in table.fixed.items()},
     )
 
