@@ -6,6 +6,7 @@ predicted cost at the target as a share of a dense denoising, and how close it c
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 import sys
@@ -22,7 +23,14 @@ import torch
 from pareto_target import DENSE_STEPS, attention_ratio, denoising_ratio
 
 import accelkit
-from accelkit.calibration import denoise_check, denoise_measure, fit, video, video_bench
+from accelkit.calibration import (
+    denoise_check,
+    denoise_measure,
+    fit,
+    quality,
+    video,
+    video_bench,
+)
 from accelkit.calibration.candidates import Bench, Family, between, calibrated_settings, stored
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.video import Settings, Shot, Take
@@ -73,7 +81,10 @@ class Subject:
         keys = ("error", "latent_psnr", "psnr", "ssim")
         mean = {k: statistics.fmean(r[k] for r in rows) for k in keys}
         worst = {k: (max if k == "error" else min)(r[k] for r in rows) for k in keys}
-        return {"mean": mean, "worst": worst, "right": sum(right), "of": len(right)}
+        finite = all(r["error"] < quality.BROKEN for r in rows)
+        return {
+            "mean": mean, "worst": worst, "right": sum(right), "of": len(right), "finite": finite,
+        }  # fmt: skip
 
 
 def decoded(pipe: Any, latents: torch.Tensor) -> np.ndarray:
@@ -176,18 +187,27 @@ def run_alone(
     }  # fmt: skip
 
 
-def dialled(cache: Any, subject: Subject) -> Family:
-    """At least eight settings of a step cache, with the numbers of this model that it needs."""
-    if "ratios" in type(cache).model_fields:
-        noted: list[float] = []
-        with step_cache.magnitudes(subject.pipe.transformer, subject.steps) as ratios:
-            each = lambda done, latents: noted.__setitem__(slice(None), ratios())  # noqa: E731
-            video.run(subject.pipe, subject.settings, subject.one, each=each)
-        cache = cache.model_copy(update={"ratios": tuple(round(r, 5) for r in noted)})
-    field = cache.dial.field
+def measured_cache(cache: Any, subject: Subject) -> Any:
+    """A step cache with the numbers of this model that it needs."""
+    if "ratios" not in type(cache).model_fields:
+        return cache
+    noted: list[float] = []
+    with step_cache.magnitudes(subject.pipe.transformer, subject.steps) as ratios:
+        each = lambda done, latents: noted.__setitem__(slice(None), ratios())  # noqa: E731
+        video.run(subject.pipe, subject.settings, subject.one, each=each)
+    return cache.model_copy(update={"ratios": tuple(round(r, 5) for r in noted)})
+
+
+def dialled(cache: Any) -> Family:
+    """At least eight settings of a step cache, named as `families` names variants."""
+    field, usual = cache.dial.field, type(cache)()
+    own = {
+        k: v for k, v in cache if k not in (field, "ratios") and v != getattr(usual, k)
+    }  # fmt: skip
+    name = cache.kind + (json.dumps(own) if own else "")
     some = tuple(cache.model_copy(update={field: v}) for v in cache.dial.values)
-    family = finer(Family(cache.kind, some, field))
-    return Family(cache.kind, tuple(spread(family.settings)), field)
+    family = finer(Family(name, some, field))
+    return Family(name, tuple(spread(family.settings)), field)
 
 
 def run_cache(subject: Subject, cache: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -25,12 +26,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pareto_curves import (
     ROOT,
     Subject,
     dialled,
     finer,
+    measured_cache,
     run_alone,
     run_cache,
     run_mixture,
@@ -82,51 +85,78 @@ def fewer(subject: Subject, steps: int) -> dict[str, Any]:
     return {"setting": {"steps": steps}, "cost": steps / subject.steps, **row}
 
 
+KEYS = {"psnr": (60.0, "PSNR (dB)"), "ssim": (1.0, "SSIM"), "right": (1.0, "share shown right")}
+"""What is drawn: where the dense point stands, and its words."""
+LEVELS = (40, 35, 30, 25, 20)
+"""PSNR at which the table tells each curve's speed-up."""
+
+
+def quality(row: dict[str, Any], key: str) -> float:
+    return row["right"] / row["of"] if key == "right" else row["mean"][key]
+
+
+def front(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Costs and qualities of a curve's best points, rising, the dense one last."""
+    points = sorted((r["cost"], quality(r, key)) for r in rows if r["finite"] and r["cost"] < 1)
+    costs, best = [], list[float]()
+    for cost, value in [*points, (1.0, KEYS[key][0])]:
+        if not best or value > best[-1]:
+            costs.append(cost)
+            best.append(value)
+    return costs, best
+
+
 def beaten(curves: dict[str, list[dict[str, Any]]], key: str = "psnr") -> list[dict[str, Any]]:
-    """Points of other curves that lie above the mixture's: faster and truer than all of its points
-    that are as fast or as true. The mixture's curve runs through its points and the dense one.
+    """Points of other curves above the mixture's, which runs straight through its points and the
+    dense one; `by` is how far, None where no mixture is as fast.
     """
-    mixture = [(r["cost"], r["mean"][key]) for r in curves.get("mixture", ())] + [(1.0, 100.0)]
-    mixture.sort()
-    front = [(c, max(q for d, q in mixture if d <= c)) for c, _ in mixture]
+    costs, best = front(curves.get("mixture", ()), key)
     found = []
     for name, rows in curves.items():
         for row in rows if name != "mixture" else ():
-            cost, quality = row["cost"], row["mean"][key]
-            left = [p for p in front if p[0] <= cost]
-            right = [p for p in front if p[0] > cost]
-            best = left[-1][1] if left else None
-            if left and right:  # a straight line in log cost
-                (a, p), (b, q) = left[-1], right[0]
-                best = p + (min(q, 60.0) - p) * (cost - a) / (b - a) if q > p else p
-            if best is None or quality > best:
-                gap = None if best is None else quality - best
-                found.append({"curve": name, "setting": row["setting"], "cost": cost, "by": gap})
+            value, cost = min(quality(row, key), KEYS[key][0]), row["cost"]
+            if not row["finite"] or cost >= 1:
+                continue
+            by = value - float(np.interp(cost, costs, best)) if cost >= costs[0] else None
+            if by is None or by > 0:
+                found.append({"curve": name, "setting": row["setting"], "cost": cost, "by": by})
     return found
 
 
-def draw(found: dict[str, Any], path: Path, key: str = "psnr") -> None:
-    """PSNR against predicted speed-up: every method, the mixture, fewer steps and step caches."""
+def speed_at(rows: Sequence[dict[str, Any]], level: float) -> float | None:
+    """Speed-up of a curve where its PSNR is `level`; None where it has no such point."""
+    costs, best = front(rows, "psnr")
+    return 1 / float(np.interp(level, best, costs)) if best[0] <= level else None
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """PSNR, SSIM and the detector's score against predicted speed-up, a line for every curve."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(18, 8), layout="constrained")
+    panels = figure.subplots(1, len(KEYS))
     marks = "osv^<>DPX*hp"
-    for n, (name, rows) in enumerate(found["curves"].items()):
-        points = sorted((1 / r["cost"], r["mean"][key]) for r in rows)
-        special = name in ("mixture", "fewer steps")
-        cache = name in found["caches"]
-        axes.plot(
-            *zip(*points, strict=True),
-            marker=marks[n % len(marks)], markersize=5 if not special else 8,
-            linewidth=2.5 if special else 1.0, linestyle="--" if cache or special else "-",
-            color={"mixture": "black", "fewer steps": "grey"}.get(name), label=name,
-        )  # fmt: skip
-    axes.set_xlabel("predicted speed-up of the whole denoising, Wan2.1-1.3B 480p")
-    axes.set_ylabel(f"{key.upper()} against dense, mean over held-out prompts (dB)")
-    axes.legend(fontsize=7, ncols=2)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    for axes, (key, (_, words)) in zip(panels, KEYS.items(), strict=True):
+        for n, (name, rows) in enumerate(found["curves"].items()):
+            points = sorted((1 / r["cost"], quality(r, key)) for r in rows if r["finite"])
+            special = name in ("mixture", "fewer steps")
+            cache = name.partition("{")[0] in found["caches"]
+            axes.plot(
+                *zip(*points, strict=True),
+                marker=marks[n % len(marks)], markersize=8 if special else 4,
+                linewidth=2.5 if special else 1.0, linestyle="--" if cache or special else "-",
+                color={"mixture": "black", "fewer steps": "grey"}.get(name), label=name[:60],
+                zorder=3 if special else 2,
+            )  # fmt: skip
+        axes.set_xlabel("predicted speed-up of the whole denoising, Wan2.1-1.3B 480p")
+        axes.set_ylabel(f"{words}, mean over {found['prompts']} held-out prompts")
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set_ylim(10, 60)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), fontsize=7, ncols=5, loc="outside lower center"
+    )
+    figure.savefig(path, dpi=110)
 
 
 def join(paths: Sequence[Path], out: Path) -> None:
@@ -136,13 +166,22 @@ def join(paths: Sequence[Path], out: Path) -> None:
     for part in parts[1:]:
         for name, rows in part["curves"].items():
             found["curves"].setdefault(name, []).extend(rows)
-    above = found["above_the_mixture"] = beaten(found["curves"])
+    first = ("mixture", "fewer steps")
+    names = [*(n for n in first if n in found["curves"]),
+             *sorted(n for n in found["curves"] if n not in first)]  # fmt: skip
+    found["curves"] = {name: found["curves"][name] for name in names}
+    above = {key: beaten(found["curves"], key) for key in ("psnr", "ssim")}
+    found["above_the_mixture"] = above
     found["title"] = "Fidelity against predicted speed, every method alone and calibrated mixtures"
     found["rows"] = [
         {
             "curve": name,
             "points": len(rows),
-            "above the mixture": sum(r["curve"] == name for r in above),
+            **{f"× at {level} dB": speed_at(rows, level) for level in LEVELS},
+            **{
+                f"above in {key.upper()}": sum(r["curve"] == name for r in some)
+                for key, some in above.items()
+            },
         }
         for name, rows in found["curves"].items()
     ]
@@ -166,6 +205,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--costs", type=Path, help="costs measured before; made if not there")
     parser.add_argument("--layers", type=int, default=4, help="of the target, to measure shares")
+    parser.add_argument("--journal", type=Path, help="of calibrations; made if not there")
+    parser.add_argument("--skip", type=int, default=0, help="so many points of each single curve")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after these")
     parser.add_argument(
         "--part", type=int, nargs=2, default=[0, 1], metavar=("I", "N"),
@@ -208,6 +249,7 @@ def main() -> None:
         "model": Path(args.model).name, "tokens": tokens, **vars(size), "share": about["share"],
         "dense_steps": DENSE_STEPS, "target_tokens": big.dense[-1][0], "refused": dict(big.refused),
         "confirmed": about.get("confirmed", []), "prompts": args.prompts,
+        "kernel": os.environ.get("ACCELKIT_KERNEL", "auto"),
         "environment": environment(torch.device(device)), "curves": {},
         "caches": [c.kind for c in caches],
         "dense": subject.judged(subject.dense, subject.pictures),
@@ -218,7 +260,7 @@ def main() -> None:
          "guidance_scale": args.guidance}
         for _ in range(8)
     ]  # fmt: skip
-    journal = args.out.with_suffix(".journal.jsonl")
+    journal = args.journal or args.out.with_suffix(".journal.jsonl")
     mixtures: list[list[Job]] = [
         [
             ("mixture", partial(run_mixture, subject, budget, costs, about, prompts, journal,
@@ -231,11 +273,12 @@ def main() -> None:
     if index or parts == 1:
         steps = sorted({max(2, round(args.steps * s)) for s in FEWER})
         others.append([("fewer steps", partial(fewer, subject, n)) for n in steps])
-        for cache in caches:
-            family = dialled(cache, subject)
-            others.append([(cache.kind, partial(run_cache, subject, s)) for s in family.settings])
+        for cache in (v for c in caches for v in measured_cache(c, subject).variants()):
+            family = dialled(cache)
+            others.append([(family.name, partial(run_cache, subject, s)) for s in family.settings])
         others += singles(subject, [m for m in methods if m.kind in costs.methods], costs, about,
                           tokens)  # fmt: skip
+    others = [row[args.skip :] for row in others]
     if parts > 1:
         waiting = others[index - 1 :: parts - 1] if index else mixtures
     else:

@@ -21,7 +21,9 @@ from accelkit.calibration.measure import PRESETS, PROBE_TOKENS, Run
 from accelkit.calibration.refine import refined
 from accelkit.calibration.session import (
     Bar,
+    Stopwatch,
     as_budget,
+    by_stage,
     checked_limit,
     compile_clock,
     digest,
@@ -150,7 +152,7 @@ def calibrate(
         Bar(progress) as bar,
         closing(Journal(journal, settings, resume, compiled)) as book,
     ):
-        before = book.seconds(), book.compiling()
+        watch = Stopwatch(book, begun)
         bar.expect(_units(len(places), inputs, PRESETS[preset]))
         run = Run(
             bare,
@@ -170,13 +172,7 @@ def calibrate(
             plan = _plan(run, inputs, screen_on, tried, fingerprint, budget, seed, tokenizer)
         finally:
             bare.train(was)
-        took = book.unit(
-            f"took/{budget.max_rel_error}",
-            lambda: {
-                "compiling": round(compiled() + before[1], 2),
-                "whole": round(time.monotonic() - begun + before[0], 2),
-            },
-        )
+        took = watch.read(budget)
     about = {
         "data": inputs.about,
         "prompts": [f"{s.task}@{len(s.ids)}" for s in inputs.measure],
@@ -190,11 +186,7 @@ def calibrate(
         "dense_prefills": round(
             1e3 * (took["whole"] - took["compiling"]) / plan.calibration["dense_prefill_ms"], 1
         ),
-        "seconds": {
-            stage: round(book.seconds(prefix) - book.compiling(prefix), 2)
-            for stage, prefix in STAGES.items()
-        }
-        | took,
+        "seconds": by_stage(book, STAGES) | took,
     }
     update = {"calibration": about | plan.calibration, "producer": producer("transformers")}
     done = plan.model_copy(update=update)

@@ -146,7 +146,8 @@ class Bench:
     """One site's dense call, on which candidates are measured.
 
     A method that now and then runs dense to renew its memory is measured at a later step; `primed`
-    says that the call's memory is that of an earlier one. `shelf` keeps what follows from geometry
+    says that the call's memory is that of an earlier one, and it renews itself within `steps`
+    (None: all of the run's). `shelf` keeps what follows from geometry
     alone for other calls of the same shape. Clocked milliseconds are those of `batch` such calls.
     """
 
@@ -158,8 +159,10 @@ class Bench:
         primed: bool = False,
         shelf: dict[Any, Any] | None = None,
         batch: int = 1,
+        steps: int | None = None,
     ) -> None:
         self.call, self.dense, self.primed = call, dense, primed
+        self.steps = call.clock.total if steps is None else steps
         self.shelf, self.batch = shelf, batch
         self.scored = torch.from_numpy(scored).to(call.q.device)
         self._tiles: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -212,7 +215,7 @@ class Bench:
         }
 
     def _setting(self, method: AttentionMethod) -> dict[str, Any] | None:
-        renewed = method.renewed(self.call.clock.total)
+        renewed = method.renewed(self.steps)
         answers = self._answers(method)
         if answers is not None and renewed and not self.primed:
             prime(answers)

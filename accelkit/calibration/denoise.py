@@ -20,7 +20,6 @@ from accelkit.calibration import (
     denoise_measure,
     fit,
     measure,
-    refine,
     session,
     video,
 )
@@ -39,6 +38,17 @@ from accelkit.patches.patch import handle_of
 from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 
 log = logging.getLogger("accelkit")
+STAGES = {
+    "looking": "look",
+    "fit": "fit",
+    "measuring": "run/",
+    "weighing": "weight/",
+    "influence": "influence/",
+    "composition": "composition/",
+    "step caches": "cache/",
+    "checking": "check/",
+}
+"""Stages by the beginning of their units' keys in the journal."""
 BUDGET = 0.1
 PRESETS = {
     "fast": (Preset(2, 3, 4, 0, 4, ()), 1, 1),
@@ -46,10 +56,14 @@ PRESETS = {
     "careful": (Preset(5, 5, 8, 0, 6, ()), 3, 4),
 }
 """How much is measured; and how many prompts to measure on and to check on."""
+CACHES = 0.25
+"""Dense runs that the search for step caches may be worth."""
+SHORT = 4
+"""Where the small geometry is not as much smaller, the search takes what it takes: all runs are
+short.
+"""
 LEAST = 1e-3
 """Least share of a bucket's errors that arrives in the latents; less is not believed."""
-FIRST = 0.8
-"""First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
 
 
 def calibrate(
@@ -117,6 +131,7 @@ def calibrate(
     }
     with session.compile_clock() as compiled, session.Bar(progress) as bar:
         book = Journal(journal, belongs, resume, compiled)
+        watch = session.Stopwatch(book, begun)
         bar.expect(_units(len(places), len(shots.measure), chosen, len(caches), len(shots.check)))
         device = torch.device(pipe._execution_device)
         run = Run(
@@ -128,20 +143,11 @@ def calibrate(
             for root in roots.values():
                 root.eval()
             plan = _plan(run, settings, shots, roots, tried, caches, fingerprint, budget)
+            took = watch.read(budget)
         finally:
             for root, was in zip(roots.values(), training, strict=True):
                 root.train(was)
             book.close()
-    stages = {
-        "looking": "look",
-        "fit": "fit",
-        "measuring": "run/",
-        "weighing": "weight/",
-        "influence": "influence/",
-        "composition": "composition/",
-        "step caches": "cache/",
-        "checking": "check/",
-    }
     about = {
         "data": shots.about,
         "prompts": [s.name for s in shots.measure],
@@ -151,11 +157,7 @@ def calibrate(
         "preset": preset,
         "methods": [m.kind for m in (*tried, *caches)],
         "skipped": run.skipped,
-        "seconds": {
-            stage: round(book.seconds(prefix) - book.compiling(prefix), 2)
-            for stage, prefix in stages.items()
-        }
-        | {"compiling": round(book.compiling(), 2)},
+        **_cost(book, took, plan.calibration["steps"], shots),
     }
     made = session.producer("diffusers")
     update = {"calibration": about | plan.calibration, "producer": made}
@@ -204,7 +206,11 @@ def _plan(
         for b, tried in enumerate(trials):
             influence[b] = max(small.influence(b, tried, sensitive), LEAST)
         weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
-    cached, refused = denoise_caches.options(run, small, caches, allowed)
+    afford = float("inf")
+    if caches and SHORT * seen.tokens <= tokens:
+        afford = CACHES * found.step_seconds * seen.total
+        afford -= run.journal.unit("cache/whole", lambda: small.whole.seconds)
+    cached, refused = denoise_caches.options(run, small, caches, allowed, afford)
     planner = Planner(
         seen, found, weights, costs, tokens, cached, fingerprint, budget,
         Limits(
@@ -214,10 +220,9 @@ def _plan(
             steps=seen.total,
         ),
     )  # fmt: skip
-    planner.compose(small)
-    checker = Checker(run, settings, shots.check, planner.ratio)
-    outcome = refine.in_turns(run, planner.propose, checker, allowed, FIRST, checker.spent)
-    plan = planner.finished(outcome)
+    planner.rehearse(small)
+    checker = Checker(run, settings, shots.check, planner.ratio, small.margin())
+    plan = planner.finished(planner.settle(run, checker))
     about = {
         "refused": {**costs.refused, **refused},
         "fit_error": round(costs.error(), 4),
@@ -225,19 +230,32 @@ def _plan(
         "steps": seen.total,
         "buckets": [list(b) for b in small.shares],
         "influence": [float(f"{i:.4g}") for i in influence],
-        "composition": float(f"{planner.kappa:.4g}"),
+        "composition": float(f"{planner.kappas[None]:.4g}"),
+        "margin": float(f"{checker.margin:.4g}"),
         "weighed_on": vars(seen.settings),
     }
     return plan.model_copy(update={"calibration": about}).with_tables(plan.tables)
 
 
+def _cost(book: Journal, took: dict[str, float], steps: int, shots: video.Shots) -> dict[str, Any]:
+    """What calibration took in seconds by stage and, without compiling, in dense denoising runs:
+    the search, and for each prompt the check.
+    """
+    seconds = session.by_stage(book, STAGES) | took
+    whole = book["measure/step"] * steps
+    checking = seconds["checking"]
+    return {
+        "dense_run_s": round(whole, 3),
+        "dense_runs": round((took["whole"] - took["compiling"] - checking) / whole, 2),
+        "check_dense_runs": round(checking / whole / len(shots.check), 2),
+        "seconds": seconds,
+    }
+
+
 def _plain(shot: video.Shot) -> bytes:
     """What tells a shot from another, tensors among its arguments included."""
-    parts = [
-        f"{k}={v.tolist() if isinstance(v, torch.Tensor) else v}"
-        for k, v in sorted(shot.arguments.items())
-    ]
-    return "\n".join([*parts, str(shot.seed)]).encode()
+    parts = [k.encode() + b"=" + session.bare(v) for k, v in sorted(shot.arguments.items())]
+    return b"\n".join([*parts, str(shot.seed).encode()])
 
 
 def _units(places: int, prompts: int, preset: Preset, caches: int, check: int) -> int:

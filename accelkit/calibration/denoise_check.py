@@ -8,34 +8,50 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from accelkit.calibration import video
 from accelkit.calibration.measure import Run
-from accelkit.calibration.quality import relative
+from accelkit.calibration.quality import geometric_mean, relative
 from accelkit.calibration.refine import Round, plan_digest
 from accelkit.calibration.video import Enough, Settings, Shot, Take
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 
-HOPELESS = 2.0
+HOPELESS = 1.25
 """A run whose latents have this multiple of the budget is not finished."""
 MOST_RUNS = 2.0
 """Dense runs for each prompt that the check may be worth."""
+CAREFUL = 0.75
+"""Share of its ε that the last round takes which the check can afford, if none held before."""
+CLEAR = 1.5
+"""A bound that is this multiple of the budget is not mended by further prompts."""
 WATCHED = 4
 """Latents are compared on the way at one step in so many."""
+AGAIN = 3
+"""Dense steps that are timed once more behind the checks: a machine that was busy during the
+reference would make every plan look fast.
+"""
 
 
 class Checker:
     """Runs plans on held-out shots; the dense side of each is run once, and only if it is needed.
 
-    `cost(plan)` predicts a run's time ÷ the dense one's.
+    `cost(plan)` predicts a run's time ÷ the dense one's. Further prompts hardly exceed the mean
+    error times `margin`.
     """
 
     def __init__(
-        self, run: Run, settings: Settings, shots: Sequence[Shot], cost: Callable[[Plan], float]
+        self,
+        run: Run,
+        settings: Settings,
+        shots: Sequence[Shot],
+        cost: Callable[[Plan], float],
+        margin: float,
     ) -> None:
         self.run, self.settings, self.shots, self.cost = run, settings, shots, cost
+        self.margin = margin
         self.order = list(range(len(shots)))
         self.references: dict[int, tuple[Take, dict[int, Tensor]]] = {}
 
@@ -47,26 +63,58 @@ class Checker:
             key = f"check/{digest}/{n}"
             row = self.run.journal.unit(key, partial(self._row, now.plan, n, allowed))
             now.rows.append({**row, "prompt": n})
-            if row["error"] > allowed:
+            # The error of a run that was not finished would have grown further.
+            errors = [r["error"] / r["done"] for r in now.rows]
+            now.measured = max(errors)
+            now.bound = self.margin * geometric_mean(errors)
+            if now.measured > allowed or now.bound > CLEAR * allowed:
                 break
-        # The error of a run that was not finished would have grown further.
-        now.measured = max(r["error"] / r["done"] for r in now.rows)
-        now.held = len(now.rows) == len(self.shots) and now.measured <= allowed
+        now.held = len(now.rows) == len(self.shots) and now.reach <= allowed
         worst = [r["prompt"] for r in sorted(now.rows, key=lambda r: -r["error"])]
         self.order = worst + [n for n in self.order if n not in worst]
 
-    def spent(self, rounds: Sequence[Round]) -> bool:
-        """Whether another round would be worth more dense runs than the check may take."""
-        if not any(r.held for r in rounds):
-            return False
+    def used(self, rounds: Sequence[Round]) -> float:
+        """Dense runs for each prompt that the rounds are worth, the dense side included."""
         runs = sum(self.cost(r.plan) * row["done"] for r in rounds for row in r.rows)
-        return 1 + (runs + self.cost(rounds[-1].plan)) / len(self.shots) > MOST_RUNS
+        return 1 + runs / len(self.shots)
+
+    def spent(self, rounds: Sequence[Round], plan: Plan) -> bool:
+        """Whether a whole round of this plan could be worth more dense runs than the check may
+        take.
+        """
+        return bool(rounds) and self.used(rounds) + self.cost(plan) > MOST_RUNS
+
+    def care(self, rounds: Sequence[Round], plan: Plan) -> float:
+        """The share of ε that a round shall take which takes this plan's time: less where no other
+        could follow and none has held.
+        """
+        if any(r.held for r in rounds):
+            return 1.0
+        whole = self.cost(plan)
+        last = self.used(rounds) + whole / len(self.shots) + whole > MOST_RUNS
+        return CAREFUL if last else 1.0
 
     def speed(self, plan: Plan) -> dict[str, float]:
-        """Milliseconds of the denoising, dense and patched: the fastest of the checked runs."""
+        """Milliseconds of the denoising, dense and patched: the least of each step over the
+        prompts, and dense ones no slower than some that are timed again.
+        """
         digest = plan_digest(plan)
         rows = [self.run.journal[f"check/{digest}/{n}"] for n in range(len(self.shots))]
-        return {k: min(r[k] for r in rows) for k in ("ms", "dense_ms")}
+        dense, patched = (
+            np.min([row[side] for row in rows], 0) for side in ("dense_steps_ms", "steps_ms")
+        )
+        again = self.run.journal.unit("check/again", self._again)
+        slower = dense[: len(again)].sum() / sum(again)
+        return {"ms": float(patched.sum()), "dense_ms": float(dense.sum() / max(slower, 1.0))}
+
+    def _again(self) -> list[float]:
+        """Milliseconds of the first dense steps, timed once more."""
+
+        def each(done: int, latents: Tensor) -> None:
+            if done + 1 == AGAIN:
+                raise Enough
+
+        return _steps_ms(video.run(self.run.model, self.settings, self.shots[0], each=each))
 
     def reference(self, n: int) -> tuple[Take, dict[int, Tensor]]:
         """A dense run, with its latents on the way."""
@@ -104,6 +152,11 @@ class Checker:
             "seed": self.shots[n].seed,
             **found,
             "done": (done + 1) / len(true.ends),
-            "ms": 1e3 * take.ends[-1],
-            "dense_ms": 1e3 * true.ends[done],
+            "steps_ms": _steps_ms(take),
+            "dense_steps_ms": _steps_ms(true)[: done + 1],
         }
+
+
+def _steps_ms(take: Take) -> list[float]:
+    """Milliseconds of each step of a run; what comes before the first one counts as its own."""
+    return [round(1e3 * float(s), 3) for s in np.diff([0.0, *take.ends])]

@@ -42,8 +42,11 @@ from accelkit.patches.sites.attention import Answer, answer
 STATIC = 0.95
 """Lists that still hold this share of the mass that fresh ones hold may be kept for some steps."""
 GAP = 3
-"""Steps between the two looks at a place."""
-SCREENED = 16
+"""Steps that are run between the two looks at a place, at most."""
+PART = (4, 6)
+"""One in so many steps is run, for the first prompt and for further ones."""
+LEAST_STEPS = 8
+SCREENED = 12
 """Most places at which every method is tried, but for those of small models."""
 FEW = 40
 """So many places are all screened, on every prompt; of more, further prompts look at those that
@@ -77,18 +80,19 @@ def measured(
     costs: CostTable,
     tokens: int,
 ) -> Measurements:
-    """Dense runs of the prompts; the first one also screens. Runs have a third or a quarter of
-    the steps and end behind the last one that is looked at.
+    """Dense runs of the prompts; the first one also screens. Runs have a part of the steps and end
+    behind the last one that is looked at.
     """
     screen: dict[str, Any] = {}
     families: dict[str, list[Family]] = {}
     units: list[dict[str, Any]] = []
+    shelf: dict[Any, Any] = {}
     for n, shot in enumerate(shots):
         if n and run.late(0.6, f"prompt {n + 1} of {len(shots)}"):
             break
         keys = {p: f"measure/{n}/{p}" for p in looked_at(seen.places, n)}
         if any(k not in run.journal for k in keys.values()):
-            _DenseRun(run, seen, n, methods, costs, tokens).go(settings, shot)
+            _DenseRun(run, seen, n, methods, costs, tokens, shelf).go(settings, shot)
         units.append({p: run.journal[k] for p, k in keys.items() if k in run.journal})
         if not n:
             by = screened_by(seen.places)
@@ -104,8 +108,8 @@ def measured(
 
 
 class _DenseRun:
-    """One dense run of the n-th prompt, in a third of the steps (the first one) or a quarter:
-    early and late are the same shares of them.
+    """One dense run of the n-th prompt in few of the steps: early and late are the same shares of
+    them. `shelf` is that of all runs, for they have one geometry.
     """
 
     def __init__(
@@ -116,10 +120,13 @@ class _DenseRun:
         methods: Sequence[AttentionMethod],
         costs: CostTable,
         tokens: int,
+        shelf: dict[Any, Any],
     ) -> None:
         self.run, self.n, self.methods, self.costs, self.tokens = run, n, methods, costs, tokens
-        self.total = min(seen.total, max(8, seen.total // (4 if n else 3)))
+        self.shelf = shelf
+        self.total = min(seen.total, max(LEAST_STEPS, seen.total // PART[min(n, 1)]))
         self.branch = seen.branches[n % len(seen.branches)]
+        self.of = seen.total
         self.stands_for = screened_by(seen.places)
         self.late = {
             p: scaled(s[len(s) // 2], seen.total, self.total) for p, s in seen.steps.items()
@@ -128,6 +135,7 @@ class _DenseRun:
             p: max(scaled(s[0], seen.total, self.total), self.late[p] - GAP)
             for p, s in seen.steps.items()
         }
+        self.steps = {p: len(s) for p, s in seen.steps.items()}
         self.looks: dict[tuple[str, int], list[str]] = {}
         for places in (self.early, self.late):
             for p in looked_at(seen.places, n):
@@ -136,7 +144,6 @@ class _DenseRun:
                     self.looks.setdefault((site_of(p), places[p]), []).append(p)
         self.heavy: dict[int, dict[str, Tensor]] = {}
         self.begun: dict[str, _Begun] = {}
-        self.shelf: dict[Any, Any] = {}
 
     def go(self, settings: Settings, shot: Shot) -> None:
         """Run it; it ends behind the last look."""
@@ -172,6 +179,10 @@ class _DenseRun:
             free = [t for i, t in enumerate(spent) if i and i not in looked]
             book.put("measure/step", float(np.median(free)) if free else min(spent), 0.0)
 
+    def gap(self, place: str) -> int:
+        """How many of all steps lie between the two looks at a place."""
+        return (self.late[place] - self.early[place]) * self.of // self.total
+
     def first(self, place: str, call: AttentionCall, dense: Partial) -> _Begun:
         """Screen the methods on the first prompt, and begin what lives over several steps."""
         book, suffix = self.run.journal, f"_{bucket_of(place)}"
@@ -183,21 +194,24 @@ class _DenseRun:
             key = f"screen/{self.stands_for[place]}"
             if self.stands_for[place] == place:
                 self.run.tell(f"screening {len(self.methods)} methods")
-                book.unit(key, partial(self._screen, call, dense, bucket_of(place), suffix))
+                book.unit(key, partial(self._screen, place, call, dense, suffix))
             most = self.run.preset.families
             families = kept(book[key], self.costs, self.tokens, self.tokens, most)
             kinds = {f.settings[0].kind for f in families}
             some = [m for m in self.methods if m.kind in kinds]
             _, tables = calibrated_settings(some, call.site, call, dense, suffix)
+        if self.early[place] == self.late[place]:
+            # Nothing says what a memory is worth some steps later.
+            families = [f for f in families if not _renews(f)]
         return _begin(families, replace(call, tables=tables, memory={}))
 
     def _screen(
-        self, call: AttentionCall, dense: Partial, bucket: int, suffix: str
+        self, place: str, call: AttentionCall, dense: Partial, suffix: str
     ) -> dict[str, Any]:
         wanted, tables = calibrated_settings(self.methods, call.site, call, dense, suffix)
         there = replace(call, tables=tables, memory={})
-        bench = Bench(there, dense, NO_ROWS, shelf=self.shelf)
-        alike = self.heavy.setdefault(bucket, {})
+        bench = Bench(there, dense, NO_ROWS, shelf=self.shelf, steps=self.steps[place])
+        alike = self.heavy.setdefault(bucket_of(place), {})
         found, alike[call.site.path] = profile(call, dense, bench.tiles(UNIT[0])[0], alike)
         few = [thinned(f, self.run.preset.settings) for f in wanted]
         rows = {f.name: bench.family(f, len(f.settings)) for f in few}
@@ -207,7 +221,10 @@ class _DenseRun:
         """Measure the best families; those that live over several steps with what they began."""
         there = replace(call, tables=then.tables, memory={})
         fresh = Bench(there, dense, NO_ROWS, shelf=self.shelf)
-        later = Bench(replace(there, memory=then.memory), dense, NO_ROWS, primed=True)
+        later = Bench(
+            replace(there, memory=then.memory), dense, NO_ROWS, primed=True,
+            steps=self.steps[place],
+        )  # fmt: skip
         finest = 0 if self.n else self.run.preset.finest
 
         def work() -> dict[str, Any]:
@@ -218,7 +235,7 @@ class _DenseRun:
             return {
                 "families": _without_none(rows),
                 "loans": [],
-                "lists": _aged(fresh, then, self.late[place] - self.early[place]),
+                "lists": _aged(fresh, then, self.gap(place)),
                 "tables": _packed(then.tables, then.families),
             }
 

@@ -7,27 +7,56 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from accelkit.calibration import refine
-from accelkit.calibration.assemble import assemble, site_data
+from accelkit.calibration.assemble import SiteData, assemble, site_data
 from accelkit.calibration.denoise_caches import Cached
+from accelkit.calibration.denoise_check import Checker
 from accelkit.calibration.denoise_look import Look, bucket_of, buckets, site_of
 from accelkit.calibration.denoise_measure import Measurements
 from accelkit.calibration.denoise_weights import Small, grown
-from accelkit.calibration.search import DENSE, Choice, Solution, Table, composed, search
+from accelkit.calibration.measure import Run
+from accelkit.calibration.search import (
+    DENSE,
+    Choice,
+    Solution,
+    Table,
+    composed,
+    cost,
+    predicted,
+    search,
+)
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, LayerPlan, Limits, Plan, Schedule
 
-TURNS = 2
-"""Plans that are run at the small geometry to see how errors compose."""
+REHEARSALS = 6
+"""Most plans that are run at the small geometry to see how errors compose."""
+NEAR = 1.15
+"""A rehearsed plan whose error is within this factor of the predicted one ends rehearsals."""
 MOST_KAPPA = 16.0
+LEAST = 1e-6
+"""Share of its calls that any step cache leaves a place, so that choices there are ranked."""
+FIRST = 0.8
+"""First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
+BELIEVED = 3.0
+"""Most by which one check may change what is predicted of all plans."""
+CHEAP = 0.5
+"""A step cache is checked alone, first, where that takes at most this share of a dense run."""
+WORTH = 0.98
+"""A plan is checked only if it takes at most this share of the time of the best one that held."""
 log = logging.getLogger("accelkit")
 
 
 @dataclass
 class Planner:
-    """Searches attention and step cache together for the fastest denoising within some error."""
+    """Searches attention and step cache together for the fastest denoising within some error.
+
+    `kappas` say how errors of attention compose beside each step cache, the last of them stands for
+    the others; `scale` is the error of a step cache ÷ that at the small geometry. Both follow what
+    checks measure. `known` has the errors of the step caches that were checked alone.
+    """
 
     seen: Look
     found: Measurements
@@ -38,7 +67,9 @@ class Planner:
     fingerprint: Fingerprint
     budget: Budget
     limits: Limits
-    kappa: float = 1.0
+    kappas: dict[int | None, float] = field(default_factory=lambda: {None: 1.0})
+    scale: float = 1.0
+    known: dict[int, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,7 +89,7 @@ class Planner:
             )
             for d in data
         ]
-        self.tables = [[_left(d.table, c) for d in self.data] for c in self.caches]
+        self.tables = [[_left(d, c) for d in self.data] for c in self.caches]
         self.fronts: list[dict[str, Any]] = [{} for _ in self.caches]
         self.dense_ms = sum(d.table.dense_ms for d in self.data)
         whole = 1e3 * self.found.step_seconds * self.seen.total
@@ -69,38 +100,127 @@ class Planner:
             for low, high in shares
         ]
 
-    def propose(self, epsilon: float) -> refine.Proposal:
-        """The fastest denoising whose predicted error, the step cache's included, is ε."""
+    def settle(self, run: Run, checker: Checker) -> refine.Outcome:
+        """Checks the fastest step cache alone if that is cheap, then what step caches and attention
+        make together, and predicts anew after every check. The fastest plan that held wins.
+        """
+        allowed, rounds = self.budget.max_rel_error, list[refine.Round]()
+        aim, cautious = FIRST * allowed / checker.margin, True
+        while len(rounds) < run.preset.rounds:
+            if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
+                break
+            epsilon, proposal = aim, self.propose(aim, alone=cautious)
+            if (share := checker.care(rounds, proposal.plan)) < 1:
+                epsilon = share * aim
+                proposal = self.propose(epsilon, alone=cautious)
+            if cautious and proposal.ms > CHEAP * proposal.dense_ms:
+                cautious = False
+                continue
+            if proposal.dense and not rounds and self.kappas[None] > 1 / MOST_KAPPA:
+                self.believe(None, self.kappas[None] / BELIEVED)  # it may be too much
+                continue
+            best = min((r.proposal.ms for r in rounds if r.held), default=float("inf"))
+            if proposal.dense or proposal.ms > WORTH * best:
+                break
+            if any(r.proposal.choice == proposal.choice for r in rounds):
+                aim *= refine.MARGIN  # it did not hold
+                continue
+            if checker.spent(rounds, proposal.plan):
+                break
+            now = refine.Round(epsilon, proposal)
+            checker.check(now, allowed)
+            rounds.append(now)
+            typical = max(now.bound / checker.margin, 1e-12)
+            self.learn(now, typical)
+            aim, cautious = refine.MARGIN * allowed * typical / max(now.reach, 1e-12), False
+        return refine.fastest(rounds, checker)
+
+    def propose(self, epsilon: float, alone: bool = False) -> refine.Proposal:
+        """The fastest denoising whose predicted error, the step cache's included, is ε; `alone`:
+        with dense attention.
+        """
         ways = []
         for n, cache in enumerate(self.caches):
-            if n and cache.error > min(epsilon, refine.MARGIN * self.budget.max_rel_error):
+            error = self.cached_error(n)
+            if n and error > epsilon:
                 continue
-            room = max(epsilon**2 - cache.error**2, 0.0) ** 0.5
-            solution = search(self.tables[n], room / self.kappa, self.fronts[n])
+            room = max(epsilon**2 - error**2, 0.0) ** 0.5
+            solution = self.still(n) if alone else self._searched(n, room / self.kappa(n))
             ways.append((solution.ms + self._rest(cache), n, solution))
         ms, n, solution = min(ways, key=lambda w: w[:2])
         plan = self._assembled(self.caches[n], solution)
         dense_ms = self.dense_ms + self._rest(self.caches[0])
         self.ratios[refine.plan_digest(plan)] = ms / dense_ms
-        error = composed([self.kappa * solution.error, self.caches[n].error])
+        error = composed([self.kappa(n) * solution.error, self.cached_error(n)])
         dense = n == 0 and all(c.dense for c in solution.choices)
-        return refine.Proposal(plan, (n, solution), ms, dense_ms, error, dense)
+        return refine.Proposal(plan, (n, solution.choices), ms, dense_ms, error, dense)
 
-    def compose(self, small: Small) -> None:
-        """Find κ, how errors compose in the plans that search picks: it is fond of what looks
-        harmless, and some of it only looks so.
+    def kappa(self, n: int) -> float:
+        """How errors of attention compose beside the n-th step cache."""
+        return self.kappas.get(n, self.kappas[None])
+
+    def believe(self, n: int | None, found: float) -> None:
+        """Let κ follow what was found beside the n-th step cache."""
+        now = self.kappas.get(n, self.kappas[None])
+        kappa = min(max(found, now / BELIEVED), now * BELIEVED)
+        self.kappas[n] = self.kappas[None] = kappa
+
+    def cached_error(self, n: int) -> float:
+        """Error of the n-th step cache at the whole geometry, as measured or predicted."""
+        return self.known.get(n, self.scale * self.caches[n].error)
+
+    def learn(self, now: refine.Round, typical: float) -> None:
+        """Predict what was measured on a typical prompt. What the step cache is known to do is
+        subtracted; one that was never checked alone is to blame for an error beyond belief.
         """
-        aim = refine.MARGIN * self.budget.max_rel_error
-        for turn in range(TURNS):
-            solution = search(self.tables[0], aim / self.kappa, self.fronts[0])
-            if not solution.error:
+        n, choices = now.proposal.choice
+        attention, wrong = predicted(self.tables[n], choices), typical / now.proposal.error
+        if all(c.dense for c in choices):
+            self.known[n] = typical
+            self.scale *= wrong**0.5  # others may be predicted better, or worse
+        elif n == 0 or n in self.known:
+            rest = max(typical**2 - self.cached_error(n) ** 2, 0.0) ** 0.5
+            self.believe(n, rest / attention)
+        elif wrong > BELIEVED:
+            self.known[n] = (typical**2 - (self.kappa(n) * attention) ** 2) ** 0.5
+        else:
+            self.believe(n, self.kappa(n) * wrong**0.5)
+            self.scale *= wrong**0.5
+
+    def still(self, n: int) -> Solution:
+        """Dense attention in the steps that the n-th step cache leaves."""
+        choices = tuple(Choice((DENSE,) * t.heads) for t in self.tables[n])
+        return Solution(choices, sum(t.dense_ms for t in self.tables[n]), 0.0)
+
+    def _searched(self, n: int, error: float) -> Solution:
+        like = next((m for m, f in enumerate(self.fronts) if m and "layers" in f), 0)
+        if n and like and n != like:
+            # Step caches differ by the share that they leave of every choice's time.
+            ways = zip(self.fronts[like]["layers"], self.tables[like], self.tables[n], strict=True)
+            layers = [replace(f, ms=f.ms * b.dense_ms / a.dense_ms) for f, a, b in ways]
+            self.fronts[n] |= {"layers": layers, "segments": {}}
+        return search(self.tables[n], error, self.fronts[n])
+
+    def rehearse(self, small: Small) -> None:
+        """Run what would be proposed at the small geometry, until the error is what was predicted:
+        search is fond of what looks harmless, and some of it only looks so.
+        """
+        aim = FIRST * self.budget.max_rel_error / small.margin()
+        seen: list[Any] = []
+        while len(seen) < REHEARSALS:
+            proposal = self.propose(aim)
+            n, choices = proposal.choice
+            if proposal.choice in seen or all(c.dense for c in choices):
                 break
-            plan = self._assembled(self.caches[0], solution)
-            change = small.change(f"composition/{turn}", plan)
+            seen.append(proposal.choice)
+            plan = proposal.plan
+            change = small.change(f"composition/{refine.plan_digest(plan)}", plan)
             if change is None:
                 break
-            self.kappa = max(change / solution.error, 1 / MOST_KAPPA)
-            self.kappa = min(self.kappa, MOST_KAPPA)
+            rest = max(change**2 - self.caches[n].error ** 2, 0.0) ** 0.5
+            self.believe(n, rest / predicted(self.tables[n], choices))
+            if 1 / NEAR < change / proposal.error < NEAR:
+                break
 
     def ratio(self, plan: Plan) -> float:
         """Predicted time of a plan's denoising ÷ that of the dense one."""
@@ -146,20 +266,22 @@ class Planner:
         best, speed = outcome.best, outcome.speed
         if best is None:
             log.warning("the plan is dense: %s", outcome.why)
-            still = tuple(Choice((DENSE,) * d.table.heads) for d in self.data)
-            plan = self._assembled(self.caches[0], Solution(still, self.dense_ms, 0.0))
+            plan = self._assembled(self.caches[0], self.still(0))
             return plan.model_copy(update={"measured": measured})
-        n, solution = best.proposal.choice
+        n, choices = best.proposal.choice
         cache = self.caches[n].method
+        ms = sum(cost(t, c) for t, c in zip(self.tables[n], choices, strict=True))
         keep = ("error", "latent_psnr", "psnr", "ssim", "lpips")
         measured |= {
-            "ms": solution.ms,
-            "attention_speedup": self.dense_ms / max(solution.ms, 1e-9),
+            "predicted_error": best.proposal.error,
+            "composition": self.kappa(n),
+            "ms": ms,
+            "attention_speedup": self.dense_ms / max(ms, 1e-9),
             "attention_share": min(
                 1.0, self.dense_ms / (1e3 * self.found.step_seconds * self.seen.total)
             ),
             "step_cache": None if cache is None else cache.kind,
-            "step_cache_error": self.caches[n].error,
+            "step_cache_error": self.cached_error(n),
             "per_task": {
                 f"{r['task']} (seed {r['seed']})": {k: r[k] for k in keep if r.get(k) is not None}
                 for r in best.rows
@@ -181,14 +303,24 @@ def _grown(table: Table) -> Table:
     return replace(table, options=options)
 
 
-def _left(table: Table, cache: Cached) -> Table:
-    """A table with the calls that a step cache leaves."""
-    share = cache.left[table.site]
+def _left(data: SiteData, cache: Cached) -> Table:
+    """A table with the calls that a step cache leaves. What methods that live over several steps
+    remember would be too old beside it: they are as slow as dense there.
+    """
+    table = data.table
+    if cache.method is None:
+        return table
+    share = max(cache.left[table.site], LEAST)
+    lasting = [table.dense_ms * (one.method.renewed(2) > 0) for one in data.options]
+    options = tuple(
+        replace(o, ms=share * np.maximum(o.ms, least))
+        for o, least in zip(table.options, lasting, strict=True)
+    )
     return replace(
         table,
         dense_ms=share * table.dense_ms,
         ride_ms=share * table.ride_ms,
-        options=tuple(replace(o, ms=share * o.ms) for o in table.options),
+        options=options,
         fixed={k: share * v for k, v in table.fixed.items()},
     )
 

@@ -6,6 +6,7 @@ output during a bucket carries into the final latents.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -18,10 +19,25 @@ from torch import Tensor
 
 from accelkit.calibration import video
 from accelkit.calibration.capture import See, dense_attention
-from accelkit.calibration.denoise_look import Look, bucket_of, buckets, scaled, site_of
+from accelkit.calibration.denoise_look import (
+    Look,
+    bucket_of,
+    buckets,
+    place_of,
+    scaled,
+    site_of,
+)
 from accelkit.calibration.denoise_measure import Measurements
 from accelkit.calibration.measure import Run
-from accelkit.calibration.quality import NOISE, LeftOut, Show, noise_like, relative
+from accelkit.calibration.quality import (
+    NOISE,
+    ONE_IN_TWENTY,
+    LeftOut,
+    Show,
+    geometric_mean,
+    noise_like,
+    relative,
+)
 from accelkit.calibration.search import composed
 from accelkit.calibration.video import Shot
 from accelkit.errors import AccelkitError
@@ -38,7 +54,7 @@ TYPICAL = 0.1
 """Error of a head that plans are fond of."""
 GROWTH = 1.5
 """Power of errors above that."""
-FEW = 20
+FEW = 12
 """Most steps of the disturbed runs; buckets are the same shares of them as of all."""
 MOST_WEIGHED = 40
 """Most places that are weighed apart."""
@@ -46,6 +62,18 @@ SEEDS = 3
 """Results that are disturbed, drawn at once where that can be: one alone may be about to tip over
 into another picture, or not.
 """
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A dense run at the small geometry in all steps: final latents, the sizes of the residuals
+    that MagCache lives on (empty where they cannot be had), seconds, and calls of each place.
+    """
+
+    latents: Tensor
+    ratios: list[float]
+    seconds: float
+    calls: Mapping[str, int]
 
 
 class Small:
@@ -58,7 +86,7 @@ class Small:
     def __init__(
         self, run: Run, seen: Look, shots: Sequence[Shot], roots: Mapping[str, Any]
     ) -> None:
-        self.run, self.seen, self.shot, self.roots = run, seen, shots[0], dict(roots)
+        self.run, self.seen, self.roots = run, seen, dict(roots)
         some = [shots[n % len(shots)] for n in range(SEEDS)]
         together = video.together(some)
         apart = [replace(s, seed=s.seed + SEEDS * n) for n, s in enumerate(some)]
@@ -66,6 +94,7 @@ class Small:
         self.shares = buckets(seen.total)
         self.total = min(seen.total, FEW)
         self.settings = replace(seen.settings, num_inference_steps=self.total)
+        self.spreads: list[np.ndarray] = []
         self._few: dict[int, Tensor] = {}
 
     def bucket(self, step: int, total: int) -> int:
@@ -74,11 +103,14 @@ class Small:
         return next(b for b, (low, high) in enumerate(self.shares) if low <= at < high)
 
     @cached_property
-    def whole(self) -> tuple[Tensor, list[float]]:
-        """Final latents in all steps, and the sizes of the residuals that MagCache lives on (empty
-        where they cannot be had).
-        """
+    def whole(self) -> Whole:
+        """The dense run in all steps."""
         noted: list[float] = []
+        calls: dict[str, int] = Counter()
+
+        def count(call: AttentionCall) -> None:
+            calls[place_of(call.site.path, self.bucket(call.clock.step, self.seen.total))] += 1
+
         with ExitStack() as undo:
             ratios: Callable[[], list[float]] = list
             if len(self.roots) == 1:
@@ -89,8 +121,9 @@ class Small:
             def each(done: int, latents: Tensor) -> None:
                 noted[:] = ratios()
 
-            take = video.run(self.run.model, self.seen.settings, self.shot, each=each)
-        return take.latents, [round(r, 5) for r in noted]
+            undo.enter_context(watch(self.run.model, count))
+            take = video.run(self.run.model, self.seen.settings, self.shots[0], each=each)
+        return Whole(take.latents, [round(r, 5) for r in noted], take.ends[-1], calls)
 
     @cached_property
     def kept_calls(self) -> dict[tuple[str, int], tuple[Any, Any]]:
@@ -197,8 +230,17 @@ class Small:
             some = self.run.journal.unit(f"{name}/{n}", partial(work, n))
             if some is None:
                 return None
-            found += [max(one, 1e-12) for one in some]
-        return float(np.exp(np.mean(np.log(found))))
+            found += some
+        self.spreads.append(np.log(np.maximum(found, 1e-12)))
+        return geometric_mean(found)
+
+    def margin(self) -> float:
+        """By which factor a result's error exceeds the mean in one case of twenty, from the spread
+        of the logarithms among the results of every change so far; 1 without any.
+        """
+        freedom = sum(len(logs) - 1 for logs in self.spreads)
+        squares = sum(float(((logs - logs.mean()) ** 2).sum()) for logs in self.spreads)
+        return float(np.exp(ONE_IN_TWENTY * (squares / freedom) ** 0.5)) if freedom else 1.0
 
     def _noisy(self, bucket: int) -> float:
         """Relative change of the final latents by 5 % noise on all heads, the same at every step

@@ -134,6 +134,11 @@ def relative(found: Tensor, true: Tensor) -> float:
     return float(gap.nan_to_num(BROKEN, BROKEN))
 
 
+def geometric_mean(errors: Sequence[float]) -> float:
+    """Of errors, of which none counts as nothing."""
+    return float(np.exp(np.mean(np.log(np.maximum(errors, 1e-12)))))
+
+
 def synchronise(device: torch.device) -> None:
     """Wait for the device, so that the clock tells the truth."""
     if device.type == "cuda":

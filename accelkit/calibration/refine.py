@@ -7,7 +7,6 @@ none was faster, the plan is dense and says so.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from accelkit.calibration import quality
+from accelkit.calibration import quality, session
 from accelkit.calibration.assemble import SiteData, assemble, crossover
 from accelkit.calibration.capture import forward
 from accelkit.calibration.data import Inputs
@@ -114,20 +113,16 @@ def in_turns(
     propose: Callable[[float], Proposal],
     checker: Checker,
     allowed: float,
-    first: float = FIRST,
-    spent: Callable[[Sequence[Round]], bool] = lambda rounds: False,
 ) -> Outcome:
-    """Propose and check until ε is found; the first one is `first` · `allowed`. `spent` ends it."""
+    """Propose and check until ε is found."""
     rounds: list[Round] = []
-    low, high, epsilon = 0.0, float("inf"), first * allowed
+    low, high, epsilon = 0.0, float("inf"), FIRST * allowed
     for turn in range(run.preset.rounds):
-        if spent(rounds):
-            break
         if turn and run.late(0.9, f"round {turn + 1} of the end-to-end check"):
             break
         proposal = propose(epsilon)
         if proposal.dense:
-            if low or epsilon > 100 * first * allowed:
+            if low or epsilon > 100 * FIRST * allowed:
                 break
             low, epsilon = epsilon, epsilon * WIDEN
             continue
@@ -150,6 +145,11 @@ def in_turns(
                 epsilon = (low * high) ** 0.5
         if low and high / low < CLOSE:
             break
+    return fastest(rounds, checker)
+
+
+def fastest(rounds: Sequence[Round], checker: Checker) -> Outcome:
+    """Of the rounds that held the one with the fastest plan, if it beats dense."""
     held = sorted((r for r in rounds if r.held), key=lambda r: r.proposal.ms)
     for best in held:
         speed = checker.speed(best.plan)
@@ -368,9 +368,9 @@ def _tasks(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def plan_digest(plan: Plan) -> str:
     """Key of a plan's choices: policies, rules and side tensors."""
-    parts = [plan.model_dump_json(include={"policies", "sites", "limits"})]
-    parts += [f"{k} {v.tolist()}" for k, v in sorted(plan.tables.items())]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    parts = [plan.model_dump_json(include={"policies", "sites", "limits"}).encode()]
+    parts += [k.encode() + session.bare(v) for k, v in sorted(plan.tables.items())]
+    return session.digest(parts)
 
 
 def _short(value: float) -> float:

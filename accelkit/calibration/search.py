@@ -23,6 +23,8 @@ MOST_FAMILIES = 2
 """Families besides dense that a layer may use."""
 POINTS = 300
 """Points that a front keeps; they lie closer together where errors are small."""
+MANY = 3000
+"""Points of which those that no grain keeps are dropped before they are sorted."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ def _pruned(error: np.ndarray, ms: np.ndarray, budget: float | None) -> np.ndarr
         places = places[error <= budget]
     if not len(places):
         return places
+    if budget is not None and len(places) > MANY:
+        places = _cheapest(error, ms, places, budget)
     places = places[np.lexsort((ms[places], error[places]))]
     least = np.minimum.accumulate(ms[places])
     better = np.concatenate([[True], least[1:] < least[:-1]])
@@ -188,6 +192,17 @@ def _pruned(error: np.ndarray, ms: np.ndarray, budget: float | None) -> np.ndarr
     last = np.concatenate([grain[1:] != grain[:-1], [True]])
     last[0] = True
     return places[last]
+
+
+def _cheapest(error: np.ndarray, ms: np.ndarray, places: np.ndarray, budget: float) -> np.ndarray:
+    """Those of many points that are the cheapest of their grain, and those of least error: no
+    other one would be kept, and sorting them all takes long.
+    """
+    grain = (error[places] / max(budget, 1e-30) * (POINTS - 1)).astype(np.int64)
+    least = np.full(POINTS, np.inf)
+    np.minimum.at(least, grain, ms[places])
+    first = error[places] == error[places].min()
+    return places[(ms[places] == least[grain]) | first]
 
 
 def _merge(a: _Front, b: _Front, budget: float | None = None) -> _Front:

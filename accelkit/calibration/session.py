@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from accelkit.calibration.journal import Journal
 from accelkit.calibration.results import installed
 from accelkit.errors import InvalidInputError
 from accelkit.patches.plan import Budget
@@ -61,6 +66,16 @@ def digest(parts: Sequence[bytes]) -> str:
     return total.hexdigest()[:16]
 
 
+def bare(value: Any) -> bytes:
+    """A tensor's numbers as they lie in memory, or the text of anything else: what tells it from
+    others.
+    """
+    if not isinstance(value, Tensor):
+        return str(value).encode()
+    flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return f"{value.dtype} {tuple(value.shape)} ".encode() + flat.numpy().tobytes()
+
+
 def version() -> str:
     """accelkit's own."""
     from accelkit import __version__
@@ -81,6 +96,32 @@ def compile_clock() -> AbstractContextManager[Callable[[], float]]:
     from accelkit.kernels._triton import compiling
 
     return compiling.clock()
+
+
+class Stopwatch:
+    """Seconds in all and in compiling, with those that a resumed journal has spent before."""
+
+    def __init__(self, book: Journal, begun: float) -> None:
+        self.book, self.begun = book, begun
+        self.before = book.seconds(), book.compiling()
+
+    def read(self, budget: Budget) -> dict[str, float]:
+        """`whole` and `compiling`, kept in the journal for this budget."""
+        return self.book.unit(
+            f"took/{budget.max_rel_error}",
+            lambda: {
+                "compiling": round(self.book.compiled() + self.before[1], 2),
+                "whole": round(time.monotonic() - self.begun + self.before[0], 2),
+            },
+        )
+
+
+def by_stage(book: Journal, stages: Mapping[str, str]) -> dict[str, float]:
+    """Seconds of the units of each stage, by the prefix of their keys, without compiling."""
+    return {
+        stage: round(book.seconds(prefix) - book.compiling(prefix), 2)
+        for stage, prefix in stages.items()
+    }
 
 
 class Bar:

@@ -8,7 +8,7 @@ have none.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -214,6 +214,10 @@ class BlockMethod(Method):
     def run(self, call: BlockCall, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """Around a block or its FFN."""
         return forward(call.hidden)
+
+    def variants(self) -> Sequence[BlockMethod]:
+        """Settings that are worth turning the dial of, each apart."""
+        return (self,)
 
     def rewire(self, model: Any, undo: Any) -> None:
         """A structural change; every edit pushes its reverse onto `undo` (an `ExitStack`)."""

@@ -168,3 +168,21 @@ def test_anchor_segment_of_known_optimum() -> None:
 def test_nothing_to_choose_from() -> None:
     table = Table("s", np.ones(2), 8.0, 4.0)
     assert search([table], 0.5).choices[0].dense
+
+
+def test_points_that_are_dropped_unsorted_change_nothing(monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    tables = []
+    for n in range(12):
+        noise = rng.lognormal(0, 0.4, (6, 4)), rng.random((6, 4))
+        options = tuple(
+            Option(f"f{k % 2}", k, 0.6 * 0.5**k * noise[0][k], 0.2 * k + noise[1][k])
+            for k in range(6)
+        )
+        tables.append(Table(f"site{n}", rng.random(4), 9.0, 2.3, options, {"f0": 0.3}))
+    found = []
+    for many in (0, 10**9):
+        monkeypatch.setattr("accelkit.calibration.search.MANY", many)
+        found.append([search(tables, e) for e in (0.05, 0.4, 1.5)])
+    assert found[0] == found[1]
+    assert len({s.ms for s in found[0]}) == 3

@@ -353,6 +353,23 @@ def test_an_exception_in_a_forward_closes_the_site(wan, sparse, error):
         assert handle.report().calls == 12
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_in_a_bare_denoiser_closes_the_site(wan, error):
+    """Without a pipeline nobody knows which model runs next."""
+
+    def fail(*_):
+        raise error
+
+    given = torch.randn(1, 16, 3, 16, 16), torch.randn(1, 5, 16)
+    with accelkit.patch(wan.transformer, NARROW) as handle:
+        hook = wan.transformer.blocks[0].attn1.to_q.register_forward_pre_hook(fail)
+        with pytest.raises(error), torch.no_grad():
+            wan.transformer(given[0], timestep=torch.tensor([9.0]), encoder_hidden_states=given[1])
+        hook.remove()
+        functional.scaled_dot_product_attention(*torch.randn(3, 1, 3, 8, 16))
+        assert handle.report().calls == 0
+
+
 def test_positional_timestep_is_refused(wan):
     with accelkit.patch(wan, NARROW), pytest.raises(InvalidInputError, match="timestep="):
         wan.transformer(torch.randn(1, 16, 3, 16, 16), torch.tensor([1.0]), torch.randn(1, 5, 16))

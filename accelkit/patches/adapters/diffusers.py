@@ -187,10 +187,6 @@ def connect(model: DiffusionPipeline | ModelMixin, runner: Runner, undo: ExitSta
     link = sdpa.Connection(runner, DenoiseClock(pipe, runner.begin, undo))
     sdpa.route(link, undo)
     roots = {name: Root() for name in denoisers(model)}
-    # Ctrl-C in a denoiser skips even the hooks that torch always calls.
-    for name, part in pipe.components.items() if pipe else ():
-        if isinstance(part, nn.Module) and name not in roots:
-            sdpa.shut(part, undo)
     for name, root in denoisers(model).items():
         sdpa.follow(root, roots[name], undo)
         link.clock.follow(root, undo)

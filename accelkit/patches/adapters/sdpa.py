@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -174,16 +175,20 @@ def follow(root: nn.Module, given: Root, undo: ExitStack) -> None:
     undo.callback(root.register_forward_pre_hook(_enter, with_kwargs=True).remove)
     # Even after an exception, so that no later call of another model finds a site open.
     undo.callback(root.register_forward_hook(_leave, always_call=True).remove)
+    # What `nn.Module.__call__` calls; bound, so that a deep copy gets its own.
+    root._call_impl = MethodType(_whole, root)  # type: ignore[method-assign]
+    undo.callback(delattr, root, "_call_impl")
 
 
-def shut(module: nn.Module, undo: ExitStack) -> None:
-    """Let every forward of `module`, which is no denoiser, find no site open."""
-    for part in (module, *module.children()):  # an autoencoder is not called itself
-        undo.callback(part.register_forward_pre_hook(_shut).remove)
-
-
-def _shut(module: nn.Module, args: Any) -> None:
-    _HERE.now.site = None
+def _whole(root: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A forward of a denoiser that closes the site whatever ends it. Ctrl-C is no `Exception`, and
+    torch then skips even the hooks that it always calls.
+    """
+    try:
+        return nn.Module._call_impl(root, *args, **kwargs)
+    except BaseException:
+        _HERE.now.site = None
+        raise
 
 
 def _enter(root: nn.Module, args: Any, kwargs: Any) -> None:

@@ -33,6 +33,11 @@ class MagCache(BlockMethod):
     ratios: tuple[float, ...] = (1.0,)
     """Mean of ‖r_t‖ ÷ ‖r_{t−1}‖ over tokens at every step; the first is 1."""
 
+    def variants(self) -> tuple[MagCache, ...]:
+        longer = self.model_copy(update={"max_skip_steps": 2 * self.max_skip_steps})
+        earlier = longer.model_copy(update={"retention_ratio": self.retention_ratio / 2})
+        return self, longer, earlier
+
     def rewire(self, model: Any, undo: ExitStack) -> None:
         step_cache.enable(
             model,

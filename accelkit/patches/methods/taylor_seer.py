@@ -34,6 +34,9 @@ class TaylorSeer(BlockMethod):
     order: int = Field(1, ge=0)
     lite: bool = False
 
+    def variants(self) -> tuple[TaylorSeer, ...]:
+        return self, self.model_copy(update={"lite": not self.lite})
+
     def rewire(self, model: Any, undo: ExitStack) -> None:
         step_cache.enable(
             model,

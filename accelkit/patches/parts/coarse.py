@@ -23,19 +23,18 @@ def maps(
     n, tokens, device = min(cells, call.n_k), call.n_k, call.q.device
     tables = orders.axes(where, device).long()
     cell = torch.arange(tokens, device=device) * n // tokens
-    of = torch.nn.functional.one_hot(cell, n).float()
+    # Cells of tokens in each order, one-hot: all orders of a row of masses in one product.
+    of = torch.stack([torch.nn.functional.one_hot(cell[t.argsort()], n).float() for t in tables])
+    sums = of.transpose(0, 1).reshape(tokens, 6 * n)
     chance = torch.Generator().manual_seed(0)
     drawn = torch.randperm(tokens, generator=chance)[:rows].to(device)
     total = torch.zeros(6, len(call.heads), n, n, device=device)
-    weight = torch.zeros(6, n, device=device)
-    cell_of = torch.stack([cell[t.argsort()] for t in tables])  # cells of tokens, in each order
     for part in drawn.split(step):
         for kv, slots in groups(call):
             q = take_heads(call.q, [call.heads[s] for s in slots])[:, :, part]
             p = logits(q, key_head(call, kv), call.scale)
             p = (p - take_heads(lse, slots)[:, :, part, None]).exp_().mean(0)  # [g, R, N]
-            for i in range(6):
-                to = torch.nn.functional.one_hot(cell_of[i, part], n).float()  # [R, n]
-                total[i, slots] += to.T @ (p[..., tables[i]] @ of)
-        weight += torch.stack([c[part].bincount(minlength=n) for c in cell_of])
+            mass = (p @ sums).unflatten(-1, (6, n))
+            total[:, slots] += torch.einsum("irm,grin->igmn", of[:, part], mass)
+    weight = of[:, drawn].sum(1)
     return total / weight.clamp(min=1)[:, None, :, None]

@@ -1,0 +1,61 @@
+"""The search for step caches: which settings are run, in which order, and when it ends."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from accelkit.calibration import denoise_caches
+from accelkit.calibration.denoise_caches import Cached
+from accelkit.errors import UnsupportedModelError
+from accelkit.patches.method import load
+
+PLACES = {"a@0": 2, "a@1": 2}
+SECONDS = 3.0
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[Any]:
+    """Runs whose error follows the dial: the third densest value holds a budget of 0.1."""
+    seen: list[Any] = []
+
+    def run(_: Any, small: Any, cache: Any) -> Cached:
+        if cache.kind == "mag_cache":
+            raise UnsupportedModelError("not here")
+        seen.append(cache)
+        values = cache.dial.values
+        at = len(values) - values.index(getattr(cache, cache.dial.field))
+        return Cached(cache, 0.03 * at, dict.fromkeys(PLACES, 1 / (1 + at)), SECONDS)
+
+    monkeypatch.setattr(denoise_caches, "_run", run)
+    monkeypatch.setattr(denoise_caches, "_fitted", lambda run, small, cache: cache)
+    return seen
+
+
+def options(afford: float) -> tuple[list[Cached], dict[str, str]]:
+    run = SimpleNamespace(late=lambda share, what: False)
+    small = SimpleNamespace(seen=SimpleNamespace(calls=PLACES, places=[*PLACES]))
+    names = ("first_block_cache", "mag_cache", "taylor_seer")
+    return denoise_caches.options(run, small, [load(n)() for n in names], 0.1, afford)  # type: ignore[arg-type]
+
+
+def test_techniques_take_turns_and_end_when_the_time_is_up(ran) -> None:
+    found, refused = options(4 * SECONDS)
+    assert [c.kind for c in ran] == ["first_block_cache", "taylor_seer"] * 2
+    assert refused == {"mag_cache": "not here"}
+    assert found[0].method is None
+    ran.clear()
+    options(0.5 * SECONDS)
+    assert len(ran) == 1, "one is run in any case"
+
+
+def test_without_a_limit_every_variant_is_bisected(ran) -> None:
+    found, _ = options(float("inf"))
+    assert [c.kind for c in ran].count("first_block_cache") == denoise_caches.RUNS
+    assert {c.lite for c in ran if c.kind == "taylor_seer"} == {True, False}
+    values = load("first_block_cache").dial.values
+    assert any(c.method and c.method.kind == "first_block_cache" for c in found)
+    best = min(c.left["a@0"] for c in found if c.error <= 0.1)
+    assert best == 1 / 4, f"the sparsest of {values} that holds was found"

@@ -1,0 +1,116 @@
+"""What checks of a pipeline's plans teach: whom an error is blamed on, and when checks end."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from accelkit.calibration import denoise_plan
+from accelkit.calibration.denoise_caches import Cached
+from accelkit.calibration.denoise_check import Checker
+from accelkit.calibration.denoise_plan import Planner
+from accelkit.calibration.denoise_weights import Small
+from accelkit.calibration.refine import Proposal, Round
+from accelkit.calibration.search import DENSE, Choice, Option, Table
+from accelkit.patches.method import load
+
+SPARSE, STILL = (Choice((0,)),), (Choice((DENSE,)),)
+
+
+def planner(**facts) -> Planner:
+    """One site with one head, whose only option has error 0.1 and halves the time; two caches."""
+    one = object.__new__(Planner)
+    option = Option("window", 0, np.array([0.1]), np.array([5.0]))
+    one.caches = [Cached(None, 0.0, {"a@0": 1.0})] + [
+        Cached(load("first_block_cache")(threshold=t), error, {"a@0": left})
+        for t, error, left in ((0.1, 0.05, 0.6), (0.2, 0.2, 0.3))
+    ]
+    one.tables = [
+        [Table("a@0", np.ones(1), 10.0 * c.left["a@0"], 10.0 * c.left["a@0"], (option,))]
+        for c in one.caches
+    ]
+    one.kappas, one.scale, one.known = {None: 1.0}, 1.0, {}
+    for name, value in facts.items():
+        setattr(one, name, value)
+    return one
+
+
+def checked(n: int, choices, error: float) -> Round:
+    return Round(0.1, Proposal(None, (n, choices), 1.0, 2.0, error, False))
+
+
+def test_a_step_cache_alone_is_known_afterwards() -> None:
+    one = planner()
+    one.learn(checked(1, STILL, 0.05), 0.2)
+    assert one.cached_error(1) == 0.2
+    assert 0.2 < one.cached_error(2) < 0.8, "another one is believed in only half as much"
+    assert one.kappa(1) == 1.0
+
+
+def test_what_a_known_step_cache_does_not_explain_is_attention() -> None:
+    one = planner(known={1: 0.06})
+    one.learn(checked(1, SPARSE, (0.06**2 + 0.1**2) ** 0.5), 0.1)
+    assert one.kappa(1) == pytest.approx(0.8)
+    one = planner()
+    one.learn(checked(0, SPARSE, 0.1), 0.15)
+    assert one.kappa(1) == pytest.approx(1.5)
+    one.learn(checked(0, SPARSE, 0.1), 9.0)
+    assert one.kappa(1) == pytest.approx(1.5 * denoise_plan.BELIEVED), "one check is not everything"
+
+
+def test_an_unknown_step_cache_is_blamed_for_what_is_beyond_belief() -> None:
+    one = planner()
+    one.learn(checked(2, SPARSE, 0.22), 0.9)
+    assert one.cached_error(2) == pytest.approx((0.81 - 0.01) ** 0.5)
+    assert (one.kappa(2), one.scale) == (1.0, 1.0)
+    one = planner()
+    one.learn(checked(2, SPARSE, 0.22), 0.22 * 1.44)
+    assert one.kappa(2) == one.scale == pytest.approx(1.2)
+
+
+def test_further_prompts_count_with_the_spread() -> None:
+    """Two prompts within the budget do not hold where others spread widely."""
+    checker = Checker(None, None, [None] * 2, lambda plan: 0.5, 1.5)  # type: ignore[arg-type]
+    rows = iter([{"error": 0.06, "done": 1.0}, {"error": 0.09, "done": 1.0}])
+    journal = SimpleNamespace(unit=lambda key, work: next(rows))
+    checker.run = SimpleNamespace(tell=lambda what: None, journal=journal)
+    plan = SimpleNamespace(model_dump_json=lambda include: "", tables={})
+    now = Round(0.1, Proposal(plan, None, 1.0, 2.0, 0.1, False))  # type: ignore[arg-type]
+    checker.check(now, 0.1)
+    assert now.measured == 0.09
+    assert now.bound == pytest.approx(1.5 * (0.06 * 0.09) ** 0.5)
+    assert not now.held
+    assert now.reach == now.bound
+
+
+def test_checks_end_after_two_dense_runs() -> None:
+    checker = Checker(None, None, [None] * 2, lambda plan: plan, 1.0)  # type: ignore[arg-type]
+
+    def turn(cost: float, held: bool, prompts: int = 2) -> Round:
+        rows = [{"done": 1.0}] * prompts
+        return Round(0.1, Proposal(cost, None, 1.0, 2.0, 0.1, False), rows, held=held)  # type: ignore[arg-type]
+
+    assert not checker.spent([], 0.9)
+    assert checker.spent([turn(0.9, False)], 0.9), "without a plan as well"
+    assert not checker.spent([turn(0.4, False, 1), turn(0.4, True)], 0.4)
+    assert checker.spent([turn(0.4, False), turn(0.4, True)], 0.4)
+
+
+def test_the_spread_is_that_between_results_of_one_change() -> None:
+    small = object.__new__(Small)
+    small.spreads = []
+    assert small.margin() == 1.0
+    small.spreads = [np.log([0.1, 0.1, 0.1]), np.log([0.4, 0.4])]
+    assert small.margin() == pytest.approx(1.0)
+    small.spreads = [np.log([0.1, 0.2]), np.log([0.01, 0.02])]
+    assert small.margin() == pytest.approx(np.exp(1.645 * np.log(2) / 2**0.5))
+
+
+def test_variants_of_step_caches() -> None:
+    own = load("mag_cache")()
+    assert [v.max_skip_steps for v in own.variants()] == [3, 6, 6]
+    assert own.variants()[2].retention_ratio == own.retention_ratio / 2
+    assert [v.lite for v in load("taylor_seer")().variants()] == [False, True]
+    assert load("first_block_cache")().variants() == (load("first_block_cache")(),)
