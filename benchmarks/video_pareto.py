@@ -126,7 +126,7 @@ def beaten(curves: dict[str, list[dict[str, Any]]], key: str = "psnr") -> list[d
 def speed_at(rows: Sequence[dict[str, Any]], level: float) -> float | None:
     """Speed-up of a curve where its PSNR is `level`; None where it has no such point."""
     costs, best = front(rows, "psnr")
-    return 1 / float(np.interp(level, best, costs)) if best[0] <= level else None
+    return round(1 / float(np.interp(level, best, costs)), 2) if best[0] <= level else None
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
