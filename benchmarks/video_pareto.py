@@ -126,7 +126,7 @@ def beaten(curves: dict[str, list[dict[str, Any]]], key: str = "psnr") -> list[d
 def speed_at(rows: Sequence[dict[str, Any]], level: float) -> float | None:
     """Speed-up of a curve where its PSNR is `level`; None where it has no such point."""
     costs, best = front(rows, "psnr")
-    return 1 / float(np.interp(level, best, costs)) if best[0] <= level else None
+    return round(1 / float(np.interp(level, best, costs)), 2) if best[0] <= level else None
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -170,9 +170,11 @@ def join(paths: Sequence[Path], out: Path) -> None:
     names = [*(n for n in first if n in found["curves"]),
              *sorted(n for n in found["curves"] if n not in first)]  # fmt: skip
     found["curves"] = {name: found["curves"][name] for name in names}
-    above = {key: beaten(found["curves"], key) for key in ("psnr", "ssim")}
+    mixed = "mixture" in found["curves"]  # without it there is nothing to be above of
+    above = {key: beaten(found["curves"], key) for key in ("psnr", "ssim") if mixed}
     found["above_the_mixture"] = above
-    found["title"] = "Fidelity against predicted speed, every method alone and calibrated mixtures"
+    found["title"] = "Fidelity against predicted speed: every method alone, caches, fewer steps"
+    found["title"] += ", calibrated mixtures" if mixed else ""
     found["rows"] = [
         {
             "curve": name,

@@ -18,6 +18,7 @@ from accelkit.calibration.denoise_look import Look, bucket_of, buckets, site_of
 from accelkit.calibration.denoise_measure import Measurements
 from accelkit.calibration.denoise_weights import Small, grown
 from accelkit.calibration.measure import Run
+from accelkit.calibration.quality import geometric_mean
 from accelkit.calibration.search import (
     DENSE,
     Choice,
@@ -207,6 +208,7 @@ class Planner:
         """
         aim = FIRST * self.budget.max_rel_error / small.margin()
         seen: list[Any] = []
+        found: dict[int, list[float]] = {}
         while len(seen) < REHEARSALS:
             proposal = self.propose(aim)
             n, choices = proposal.choice
@@ -217,8 +219,10 @@ class Planner:
             change = small.change(f"composition/{refine.plan_digest(plan)}", plan)
             if change is None:
                 break
-            rest = max(change**2 - self.caches[n].error ** 2, 0.0) ** 0.5
-            self.believe(n, rest / predicted(self.tables[n], choices))
+            # However well the step cache explains a change, a part of it is attention's.
+            rest = max(change**2 - self.caches[n].error ** 2, (change / 4) ** 2) ** 0.5
+            found.setdefault(n, []).append(rest / predicted(self.tables[n], choices))
+            self.believe(n, geometric_mean(found[n]))
             if 1 / NEAR < change / proposal.error < NEAR:
                 break
 

@@ -6,8 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from planted import video as planted_video
 
-from accelkit.calibration import denoise_plan
+from accelkit.calibration import denoise_measure, denoise_plan
+from accelkit.calibration.candidates import Bench, Family
+from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.denoise_caches import Cached
 from accelkit.calibration.denoise_check import Checker
 from accelkit.calibration.denoise_plan import Planner
@@ -114,3 +117,31 @@ def test_variants_of_step_caches() -> None:
     assert own.variants()[2].retention_ratio == own.retention_ratio / 2
     assert [v.lite for v in load("taylor_seer")().variants()] == [False, True]
     assert load("first_block_cache")().variants() == (load("first_block_cache")(),)
+
+
+def test_beside_a_step_cache_old_memories_are_worth_nothing() -> None:
+    methods = [load("re_ttention")(), load("window")()]
+    options = tuple(
+        Option(m.kind, 0, np.array([0.1]), np.array([2.0 + n])) for n, m in enumerate(methods)
+    )
+    table = Table("a@0", np.ones(1), 10.0, 10.0, options, {"window": 1.0})
+    data = SimpleNamespace(table=table, options=[SimpleNamespace(method=m) for m in methods])
+    assert denoise_plan._left(data, Cached(None, 0.0, {"a@0": 1.0})) is table
+    cache = Cached(load("first_block_cache")(), 0.1, {"a@0": 0.5})
+    left = denoise_plan._left(data, cache)
+    assert left.dense_ms == left.ride_ms == 5.0
+    assert [float(o.ms[0]) for o in left.options] == [5.0, 1.5]
+    assert left.fixed == {"window": 0.5}
+
+
+def test_a_short_bucket_renews_memories_more_often() -> None:
+    call = planted_video(text_first=True, grid=(8, 12, 12))
+    family = Family("re_ttention", (load("re_ttention")(window=0.25, block=32),), "window")
+    dense = dense_attention(call)
+    long, short = (
+        Bench(call, dense, denoise_measure.NO_ROWS, steps=steps).family(family, 0)["density"]
+        for steps in (50, 2)
+    )
+    for a, b in zip(long[0], short[0], strict=True):
+        assert (b - 0.5) / 0.5 == pytest.approx((a - 0.2) / 0.8, abs=1e-4)
+        assert b > 0.5 > a > 0.2
