@@ -31,7 +31,7 @@ from accelkit.calibration.session import (
 )
 from accelkit.calibration.tasks import MIN_LENGTH
 from accelkit.errors import InvalidInputError, NothingPatchedError
-from accelkit.patches.adapters import adapter_for, facts, sites
+from accelkit.patches.adapters import adapter_for, facts, sites, trimmable
 from accelkit.patches.method import Method
 from accelkit.patches.patch import handle_of
 from accelkit.patches.plan import Budget, Fingerprint, Plan
@@ -64,6 +64,7 @@ def calibrate(
     methods: Sequence[str | Method | type[Method]] | None = None,
     preset: str = "balanced",
     batch: int = 1,
+    every_row: bool = False,
     seed: int = 0,
     time_limit: float | None = None,
     journal: str | os.PathLike[str] | None = None,
@@ -86,6 +87,9 @@ def calibrate(
         methods: names, classes or instances to try; None: all.
         preset: "fast", "balanced" or "careful".
         batch: prompts that will be prefilled together; costs are those of such a batch.
+        every_row: of a language model, whether it will be asked for the logits of every row.
+            Otherwise its last layer is computed for the rows that are asked for, as `generate`
+            asks for the last one; that is exact, and all methods are for the other layers.
         time_limit: seconds, after which the best plan that was checked is returned.
         journal, resume: file of finished units, and whether to take up an older one.
 
@@ -102,8 +106,8 @@ def calibrate(
     if "denoise" in adapter.PHASES:
         from accelkit.calibration import denoise
 
-        several = batch if batch != 1 else None
-        _unused({"tokenizer": tokenizer, "lengths": lengths, "batch": several}, "a pipeline")
+        others = {"batch": batch if batch != 1 else None, "every_row": every_row or None}
+        _unused({"tokenizer": tokenizer, "lengths": lengths, **others}, "a pipeline")
         return denoise.calibrate(
             bare, data, budget=budget, methods=methods, preset=preset, seed=seed,
             time_limit=time_limit, journal=journal, resume=resume, progress=progress, **size,
@@ -120,6 +124,11 @@ def calibrate(
     places = sites(model)
     if not places:
         raise NothingPatchedError(f"{type(bare).__name__}: no attention that could run sparse")
+    trimmed = None if every_row else trimmable(bare)
+    if any(s.path != trimmed for s in places):
+        places = tuple(s for s in places if s.path != trimmed)
+    else:
+        trimmed = None  # the only layer
     if handle_of(model) is not None:
         raise InvalidInputError(
             "the model is patched; call its handle's remove() before calibrating"
@@ -143,6 +152,7 @@ def calibrate(
         "methods": [f"{m.kind} {m.model_dump_json()}" for m in tried],
         "preset": preset,
         "batch": batch,
+        "trimmed": trimmed,
         "seed": seed,
     }
     with (
@@ -163,6 +173,7 @@ def calibrate(
             batch,
             time_limit,
             begun,
+            trimmed=trimmed,
         )
         try:
             was = bare.training
