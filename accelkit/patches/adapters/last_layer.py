@@ -66,9 +66,12 @@ class Trim(threading.local):
         prompt = _prompt(args, kwargs)
         self.rows, self.due, self.open = self.due, 0, None
         self.total = 0 if prompt is None else prompt.shape[1]
+        if not 0 < MOST * self.rows < self.total:
+            self.rows = 0
+            return
         past = kwargs.get("past_key_values")
         seen = 0 if past is None else int(past.get_seq_length())
-        if MOST * self.rows >= self.total or not self.runner.trims(seen + self.total):
+        if not self.runner.trims(seen + self.total):
             self.rows = 0
 
     def end(self, module: nn.Module, args: Any, out: Any) -> None:
