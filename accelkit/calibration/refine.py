@@ -21,9 +21,9 @@ import torch
 
 from accelkit.calibration import quality
 from accelkit.calibration.assemble import SiteData, assemble, crossover, kept_row, trimmed
-from accelkit.calibration.bench import prefill
+from accelkit.calibration.bench import prefill, times_ms
 from accelkit.calibration.data import Inputs
-from accelkit.calibration.fit import clock, device_ms
+from accelkit.calibration.fit import device_ms
 from accelkit.calibration.measure import Run
 from accelkit.calibration.search import DENSE, Choice, Solution, search
 from accelkit.calibration.tasks import Sample
@@ -34,10 +34,12 @@ from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 log = logging.getLogger("accelkit")
 MARGIN = 0.9
 """Share of the budget that the next round aims at."""
-FIRST = 1.0
-"""ε of the first round ÷ the budget; a plan that is over the budget is found out on its first
-prompt.
+FIRST = 0.75
+"""ε of the first round ÷ the budget: predictions are for a typical prompt, and the worst one, with
+a margin for further ones, is to stay within the budget.
 """
+ENOUGH = 0.85
+"""Share of the budget whose use ends the rounds: the next one would cost more than it finds."""
 CLOSE = 1.15
 """Rounds end when the largest ε that held and the smallest that failed are this close."""
 SLOPES = (0.4, 1.0)
@@ -152,7 +154,8 @@ def in_turns(
             epsilon = aim if now.reach > allowed else epsilon / 2
             if epsilon <= low:
                 epsilon = (low * high) ** 0.5
-        if low and high / low < CLOSE:
+        enough = now.held and now.reach >= ENOUGH * allowed
+        if enough or (low and high / low < CLOSE):
             break
     held = sorted((r for r in rounds if r.held), key=lambda r: r.proposal.ms)
     for best in held:
@@ -305,7 +308,7 @@ class _Checker:
 
         def once(side: Plan | None) -> float:
             with nullcontext() if side is None else patch(model, side):
-                return device_ms(run, 1)[0] if on_gpu else clock(run, 1, device)
+                return device_ms(run, 1)[0] if on_gpu else times_ms(run, 1, 0, device)[0]
 
         def work() -> dict[str, float]:
             # In turns, so that a drifting clock meets all sides; the first turn warms a GPU up.
