@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from accelkit.calibration import assemble, fit, measure, memory
 from accelkit.calibration import data as prompts
@@ -241,13 +240,7 @@ def _plan(
     families, units = measure.measured(run, inputs.measure, screen, families)
     probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
     heads = {s.path: run.heads[s.path] for s in run.sites}
-    weights = measure.weighed(
-        run,
-        heads,
-        [measure.probe_of(run.model, p) for p in probes],
-        lambda path: measure.leaves_out(families.get(path, ())),
-        [torch.from_numpy(prompts.scored_rows(p)) for p in probes],
-    )
+    weights = measure.weighed(run, heads, [measure.probe_of(run.model, p) for p in probes])
     lengths = [len(s.ids) for s in inputs.measure][: len(units)]
     found = assemble.site_data(
         [s.path for s in run.sites], families, screen, list(zip(lengths, units, strict=True)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.patches.call import AttentionCall, Site
 from accelkit.patches.method import AttentionMethod, load
 from accelkit.patches.plan import Policy
-from accelkit.patches.sites.attention import answer, compute
+from accelkit.patches.sites.attention import answer
 
 TOLERANCES = (0.02, 0.05, 0.1, 0.2)
 """Errors of a head at which families are compared after screening."""
@@ -313,11 +313,9 @@ def weighed(
     heads: Mapping[str, int],
     probes: Sequence[Callable[[str], quality.Show]],
     left_out: Callable[[str], quality.LeftOut | None] = lambda place: None,
-    rows: Sequence[torch.Tensor | None] = (),
 ) -> dict[str, list[float]]:
     """Weight of every head of each place, the worst over the probes; `probe(place)` is what runs,
-    `left_out(place)` what disturbs there instead of noise, `rows` the scored rows of each probe.
-    Places that time did not allow get the
+    `left_out(place)` what disturbs there instead of noise. Places that time did not allow get the
     median.
     """
     every = max(1, -(-sum(heads.values()) // PROBES))
@@ -329,8 +327,7 @@ def weighed(
             if key not in run.journal and run.late(0.7, "weights of some sites"):
                 continue
             run.tell("weighing heads")
-            scored = rows[n] if rows else None
-            work = partial(_weigh, probe, place, groups, left_out(place), scored)
+            work = partial(_weigh, probe, place, groups, left_out(place))
             weights = run.journal.unit(key, work)
             spread = [weights[h // every] for h in range(count)]
             found[place] = np.maximum(found.get(place, spread), spread).tolist()
@@ -348,40 +345,8 @@ def _weigh(
     place: str,
     groups: Sequence[Sequence[int]],
     left_out: quality.LeftOut | None,
-    rows: torch.Tensor | None,
 ) -> list[float]:
-    return quality.site_weights(probe(place), groups, left_out, rows)
-
-
-def leaves_out(families: Sequence[Family]) -> quality.LeftOut | None:
-    """What the best family of a site leaves out of a call: for each head by the setting whose error
-    there is nearest to that of the noise. What is left out points the same way in many rows, and
-    goes further than noise of its size.
-    """
-    if not families:
-        return None
-
-    def gap(call: AttentionCall, dense: Partial) -> torch.Tensor | None:
-        mask = None if call.key_mask is None else call.key_mask[:1]
-        alone = replace(
-            call, q=call.q[:1], k=call.k[:1], v=call.v[:1], key_mask=mask, memory={}, _shared={}
-        )
-        true, best, found = dense.out[0].float(), None, None
-        for method in families[0].settings:
-            answers = answer(alone, Policy(methods=(method,)))
-            if answers is None:
-                continue
-            here = compute(answers[0]).out[0].float() - true
-            size = here.abs().sum((1, 2)) / true.abs().sum((1, 2)).clamp(min=1e-30)
-            far = (size.clamp(min=quality.FAINT) / quality.NOISE).log().abs()
-            if found is None or best is None:
-                found, best = here, far
-            nearer = far < best
-            found = torch.where(nearer[:, None, None], here, found)
-            best = torch.where(nearer, far, best)
-        return found
-
-    return gap
+    return quality.site_weights(probe(place), groups, left_out)
 
 
 def probe_of(model: Any, sample: Sample) -> Callable[[str], quality.Show]:

@@ -154,15 +154,11 @@ returns what to compare, `[copies, …]`.
 
 
 def site_weights(
-    show: Show,
-    groups: Sequence[Sequence[int]],
-    left_out: LeftOut | None = None,
-    rows: Tensor | None = None,
+    show: Show, groups: Sequence[Sequence[int]], left_out: LeftOut | None = None
 ) -> list[float]:
     """Change of the budget error ÷ the noise when the heads of each group get some on their output:
     5 % in fp32, more in half precision. With `left_out`, what a method leaves out of a head takes
-    the place of noise, brought to the same size; of the sizes among all rows and among `rows` the
-    larger counts, as it does in a candidate's error.
+    the place of noise, brought to the same size.
 
     All groups share one forward: entry g of the batch has the noise of group g, the last two have
     none and the noise of rounding. What rounding alone does in half precision is subtracted in
@@ -176,10 +172,8 @@ def site_weights(
         noise = noise_like(dense.out[0])
         gap = None if left_out is None else left_out(call, dense)
         if gap is not None:
-            true = dense.out[0].float()
-            share = _size(gap, true)
-            if rows is not None:
-                share = torch.maximum(share, _size(gap[:, rows], true[:, rows]))
+            true = dense.out[0].float().abs().sum((1, 2))
+            share = gap.abs().sum((1, 2)) / true.clamp(min=1e-30)
             real = (share > FAINT)[:, None, None]
             noise = torch.where(real, gap / share.clamp(min=FAINT)[:, None, None], noise)
         for g, heads in enumerate(groups):
@@ -196,11 +190,6 @@ def site_weights(
         change = relative(found[g], true)
         out.append(max(change**2 - floor**2, 0.0) ** 0.5 / size / len(heads) ** 0.5)
     return out
-
-
-def _size(gap: Tensor, true: Tensor) -> Tensor:
-    """Relative L1 size of a gap `[H, N, D]` in each head."""
-    return gap.abs().sum((1, 2)) / true.abs().sum((1, 2)).clamp(min=1e-30)
 
 
 def noise_like(values: Tensor, seed: int = 0) -> Tensor:
