@@ -173,9 +173,14 @@ class _Rows:
         kv = launch.kv_heads[slots].long()
         self.kv = (torch.arange(launch.batch)[:, None] * launch.k.shape[1] + kv).flatten()
         self.base = (self.kv * blocks).repeat_interleave(self.tiles)
-        self.out = torch.zeros((len(self.q), bq, launch.v.shape[3]), dtype=self.dtype)
-        self.lse = torch.full((len(self.q), bq), -math.inf, dtype=self.dtype)
+        self.out = torch.empty((len(self.q), bq, launch.v.shape[3]), dtype=self.dtype)
+        self.lse = torch.empty((len(self.q), bq), dtype=self.dtype)
         self.empty = True
+
+    def clear(self) -> None:
+        """Nothing was computed so far; to begin with, unless `squares` does."""
+        self.out.zero_()
+        self.lse.fill_(-math.inf)
 
     def squares(self, own: Tensor) -> None:
         """Tiles over the keys at their own positions, as triangles, where `own` (bool
@@ -307,11 +312,12 @@ def _listed(launch: Launch, slots: Tensor) -> None:
     rows = _Rows(launch, slots, max(heights))
     clean, masked = _seen(launch, slots)  # bool [B · S, tiles, nk]
     own = _own_square(launch)
-    if own is not None:
-        complete = (masked | ~own).all(-1)
-        if complete.any():
-            rows.squares(complete)
-            masked = masked & ~complete[..., None]
+    complete = None if own is None else (masked | ~own).all(-1)
+    if complete is not None and complete.any():
+        rows.squares(complete)
+        masked = masked & ~complete[..., None]
+    else:
+        rows.clear()
     # Tiles that fill up a run agree to everything.
     clean = pad(clean, (0, 0, 0, rows.tiles - tiles), value=True)
     for height in heights:
