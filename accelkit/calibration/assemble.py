@@ -224,6 +224,26 @@ def assemble(
     return plan.with_tables(tables)
 
 
+def kept_row(heads: int, costs: CostTable, tokens: int) -> Evidence:
+    """The last layer when only the last row of `tokens` is computed, as the costs predict it."""
+    density, dense_ms = 2 / (tokens + 1), costs.dense_ms(tokens)
+    return Evidence(
+        tokens=tokens,
+        error=(0.0,) * heads,
+        recall=(1.0,) * heads,
+        density=_rounded((density,) * heads),
+        ms=round(density * dense_ms, 5),
+        dense_ms=round(dense_ms, 5),
+    )
+
+
+def trimmed(plan: Plan, path: str, seen: Evidence) -> Plan:
+    """The plan, with the last layer, whose attention is at `path`, trimmed."""
+    sites = {**plan.sites, path: LayerPlan(evidence={"prefill": seen})}
+    update = {"trim_last_layer": True, "sites": sites}
+    return plan.model_copy(update=update).with_tables(plan.tables)
+
+
 def _with_whole(seen: dict[str, Evidence], phase: str) -> dict[str, Evidence]:
     """Beside what was seen in shares of the steps, the sum: worst errors, mean densities."""
     if phase in seen:

@@ -159,7 +159,7 @@ def evaluate(
 def need_sparse(handle: PatchHandle, longest: int) -> None:
     """Raise `NothingPatchedError`, with the reason, if no call ran sparse."""
     report = handle.report()
-    if report.sparse_calls or not handle.enabled:
+    if report.sparse_calls or report.trimmed_calls or not handle.enabled:
         return
     minimum = handle.plan.limits.min_length
     if longest < minimum:

@@ -51,7 +51,10 @@ MOST_SINGLE_KEYS = 8192
 """Length up to which lists of single keys are measured."""
 GOOD_FIT = 0.1
 ROUNDS = 5
-"""Measuring ends when the error on held-out points is below `GOOD_FIT`, or after so many rounds."""
+"""Measuring ends when the error on held-out points is below `GOOD_FIT`, when another round mended
+little of it, or after so many rounds.
+"""
+MENDED = 0.8
 MOST = 0.8
 """A method whose estimate alone takes this share of dense attention is refused."""
 UNIT = (128, 128)
@@ -399,8 +402,10 @@ def _kernel(calls: dict[int, AttentionCall], size: tuple[int, int], until: float
     for turn in range(ROUNDS):
         runs = [_least(partial(_anew, a), device, warmup=not turn) for _, _, a in points]
         spent = [min(pair) for pair in zip(spent, runs, strict=True)]
+        before = kernel.error
         kernel = _solve([(out, f, t) for (out, f, _), t in zip(points, spent, strict=True)])
-        if turn and (kernel.error < GOOD_FIT or time.monotonic() > until):
+        settled = kernel.error < GOOD_FIT or kernel.error > MENDED * before
+        if turn and (settled or time.monotonic() > until):
             break
     return replace(kernel, backend=backend)
 

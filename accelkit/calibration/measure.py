@@ -84,6 +84,8 @@ class Run:
     deadline: float | None = None
     begun: float = field(default_factory=time.monotonic)
     skipped: list[str] = field(default_factory=list)
+    trimmed: str | None = None
+    """Attention of the last layer where that is computed for the kept rows only; not a site."""
 
     def late(self, share: float, what: str) -> bool:
         """Whether this share of the time limit is used up, in which case `what` is skipped. Part of

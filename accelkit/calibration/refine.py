@@ -10,17 +10,19 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from accelkit.calibration import quality, session
-from accelkit.calibration.assemble import SiteData, assemble, crossover
-from accelkit.calibration.capture import forward
+from accelkit.calibration.assemble import SiteData, assemble, crossover, kept_row, trimmed
+from accelkit.calibration.bench import prefill, times_ms
 from accelkit.calibration.data import Inputs
-from accelkit.calibration.fit import clock, device_ms
+from accelkit.calibration.fit import device_ms
 from accelkit.calibration.measure import Run
 from accelkit.calibration.search import DENSE, Choice, Solution, search
 from accelkit.calibration.tasks import Sample
@@ -31,10 +33,12 @@ from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 log = logging.getLogger("accelkit")
 MARGIN = 0.9
 """Share of the budget that the next round aims at."""
-FIRST = 1.0
-"""ε of the first round ÷ the budget; a plan that is over the budget is found out on its first
-prompt.
+FIRST = 0.75
+"""ε of the first round ÷ the budget: predictions are for a typical prompt, and the worst one, with
+a margin for further ones, is to stay within the budget.
 """
+ENOUGH = 0.85
+"""Share of the budget whose use ends the rounds: the next one would cost more than it finds."""
 CLOSE = 1.15
 """Rounds end when the largest ε that held and the smallest that failed are this close."""
 SLOPES = (0.4, 1.0)
@@ -89,7 +93,9 @@ class Checker(Protocol):
         """Fill in the round's rows, its measured error, and whether it held."""
 
     def speed(self, plan: Plan) -> dict[str, float]:
-        """`ms` and `dense_ms` of the whole run."""
+        """`ms` and `dense_ms` of the whole run; `trimmed_ms`, where the plan trims the last layer
+        beside its rules, of that alone.
+        """
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,8 @@ def in_turns(
             epsilon = aim if now.reach > allowed else epsilon / 2
             if epsilon <= low:
                 epsilon = (low * high) ** 0.5
-        if low and high / low < CLOSE:
+        enough = now.held and now.reach >= ENOUGH * allowed
+        if enough or (low and high / low < CLOSE):
             break
     return fastest(rounds, checker)
 
@@ -153,7 +160,7 @@ def fastest(rounds: Sequence[Round], checker: Checker) -> Outcome:
     held = sorted((r for r in rounds if r.held), key=lambda r: r.proposal.ms)
     for best in held:
         speed = checker.speed(best.plan)
-        if speed["dense_ms"] > speed["ms"]:
+        if min(speed["dense_ms"], speed.get("trimmed_ms", np.inf)) > speed["ms"]:
             return Outcome(tuple(rounds), best, speed)
     why = (
         "no plan was faster than dense attention"
@@ -190,6 +197,13 @@ def refined(
     dense_ms = sum(t.dense_ms for t in tables)
     tokens = inputs.longest
     fronts: dict[str, Any] = {}
+    last = None if run.trimmed is None else kept_row(run.heads[run.trimmed], costs, tokens)
+    rest_ms = 0.0 if last is None else last.ms
+    dense_ms += 0.0 if last is None else last.dense_ms
+
+    def planned(solution: Solution, limits: Limits) -> Plan:
+        plan = assemble(data, solution, fingerprint, budget, tokens, limits)
+        return plan if last is None else trimmed(plan, str(run.trimmed), last)
 
     def propose(epsilon: float) -> Proposal:
         solution = search(tables, epsilon, fronts)
@@ -197,15 +211,22 @@ def refined(
             min_length=max(crossover(data, solution, costs, tokens), inputs.shortest // 2),
             max_length=tokens,
         )
-        plan = assemble(data, solution, fingerprint, budget, tokens, limits)
         dense = all(c.dense for c in solution.choices)
-        return Proposal(plan, solution, solution.ms, dense_ms, solution.error, dense)
+        ms = solution.ms + rest_ms
+        return Proposal(planned(solution, limits), solution, ms, dense_ms, solution.error, dense)
 
-    found = in_turns(run, propose, _Checker(run, inputs), budget.max_rel_error)
+    checker = _Checker(run, inputs)
+    found = in_turns(run, propose, checker, budget.max_rel_error)
     if found.best is not None:
-        return _finished(found, dense_ms)
+        return _measured(found.best.plan, outcome_numbers(found, dense_ms), found.speed, found.best)
     log.warning("the plan is dense: %s at %d tokens", found.why, tokens)
-    return _dense(data, fingerprint, budget, tokens, found)
+    choices = tuple(Choice((DENSE,) * d.table.heads) for d in data)
+    dense_plan = planned(Solution(choices, dense_ms, 0.0), Limits(max_length=tokens))
+    numbers = outcome_numbers(found, dense_ms)
+    if last is None:
+        return _measured(dense_plan, numbers, {})
+    numbers["ms"] = _short(dense_ms - last.dense_ms + last.ms)
+    return _measured(dense_plan, numbers, checker.speed(dense_plan))
 
 
 class _Checker:
@@ -271,41 +292,48 @@ class _Checker:
         return self.run.journal.unit(key, work)
 
     def speed(self, plan: Plan) -> dict[str, float]:
-        """Milliseconds of a whole prefill, dense and patched, on the longest prompt."""
+        """Milliseconds of a whole prefill as `generate` does it, dense and patched, on the longest
+        prompt.
+        """
         sample = max(self.samples, key=lambda s: len(s.ids))
         model, device = self.run.model, self.run.device
-        ids = np.repeat(sample.ids[None], self.run.batch, 0)
+        ids = np.repeat(sample.ids[None].astype(np.int64), self.run.batch, 0)
 
         on_gpu = device.type == "cuda"
-        run = partial(forward, model, ids)
+        run = partial(prefill, model, torch.from_numpy(ids).to(device))
+        sides: dict[str, Plan | None] = {"dense_ms": None, "ms": plan}
+        if plan.trim_last_layer and any(s.rules for s in plan.sites.values()):
+            bare = {p: s.model_copy(update={"rules": ()}) for p, s in plan.sites.items()}
+            sides["trimmed_ms"] = plan.model_copy(update={"sites": bare})
 
-        def once() -> float:
-            return device_ms(run, 1)[0] if on_gpu else clock(run, 1, device)
+        def once(side: Plan | None) -> float:
+            with nullcontext() if side is None else patch(model, side):
+                return device_ms(run, 1)[0] if on_gpu else times_ms(run, 1, 0, device)[0]
 
         def work() -> dict[str, float]:
-            dense, sparse = [], []
-            # In turns, so that a drifting clock meets both sides; the first turn warms a GPU up.
-            for _ in range(3 if on_gpu else 2):
-                dense.append(once())
-                with patch(model, plan):
-                    sparse.append(once())
-            return {"dense_ms": min(dense), "ms": min(sparse), "tokens": len(sample.ids)}
+            # In turns, so that a drifting clock meets all sides; the first turn warms a GPU up.
+            turns = [{k: once(s) for k, s in sides.items()} for _ in range(3 if on_gpu else 2)]
+            return {k: min(t[k] for t in turns) for k in sides} | {"tokens": len(sample.ids)}
 
         self.run.tell("timing the plan")
         return self.run.journal.unit(f"speed/{plan_digest(plan)}", work)
 
 
-def _finished(found: Outcome, dense_ms: float) -> Plan:
-    best, speed = found.best, found.speed
-    assert best is not None
-    measured = outcome_numbers(found, dense_ms) | {
-        "per_task": _tasks(best.rows),
-        "prefill_tokens": speed["tokens"],
-        "prefill_ms": _short(speed["ms"]),
-        "prefill_dense_ms": _short(speed["dense_ms"]),
-        "prefill_speedup": _short(speed["dense_ms"] / speed["ms"]),
-    }
-    return best.plan.model_copy(update={"measured": measured}).with_tables(best.plan.tables)
+def _measured(
+    plan: Plan, numbers: dict[str, Any], speed: dict[str, float], best: Round | None = None
+) -> Plan:
+    """The plan with what its check and its timing found."""
+    measured = numbers | ({"per_task": _tasks(best.rows)} if best else {})
+    if speed:
+        measured |= {
+            "prefill_tokens": speed["tokens"],
+            "prefill_ms": _short(speed["ms"]),
+            "prefill_dense_ms": _short(speed["dense_ms"]),
+            "prefill_speedup": _short(speed["dense_ms"] / speed["ms"]),
+        }
+    if "trimmed_ms" in speed:
+        measured["prefill_trimmed_ms"] = _short(speed["trimmed_ms"])
+    return plan.model_copy(update={"measured": measured}).with_tables(plan.tables)
 
 
 def outcome_numbers(found: Outcome, dense_ms: float) -> dict[str, Any]:
@@ -326,21 +354,6 @@ def outcome_numbers(found: Outcome, dense_ms: float) -> dict[str, Any]:
         "attention_speedup": _short(dense_ms / best.proposal.ms),
         "rounds": rounds,
     }
-
-
-def _dense(
-    data: Sequence[SiteData],
-    fingerprint: Fingerprint,
-    budget: Budget,
-    tokens: int,
-    found: Outcome,
-) -> Plan:
-    ms = sum(d.table.dense_ms for d in data)
-    choices = tuple(Choice((DENSE,) * d.table.heads) for d in data)
-    plan = assemble(
-        data, Solution(choices, ms, 0.0), fingerprint, budget, tokens, Limits(max_length=tokens)
-    )
-    return plan.model_copy(update={"measured": outcome_numbers(found, ms)})
 
 
 def _rounds(rounds: Sequence[Round]) -> list[dict[str, Any]]:

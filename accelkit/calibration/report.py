@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+TRIMMED = "prefill_trimmed_ms"
 WHOLE = ("tokens", "ms", "dense_ms", "speedup")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -147,6 +148,10 @@ def headline(plan: Plan, phase: str | None = None) -> list[tuple[str, str]]:
                 f"(predicted{f' at {at} tokens' if at else ''})",
             )
         )
+    if plan.trim_last_layer:
+        whole, trimmed = plan.measured.get("prefill_dense_ms"), plan.measured.get(TRIMMED)
+        gain = f": {trimmed:.2f} ms, dense {whole:.2f} ms, by itself" if whole and trimmed else ""
+        lines.append(("last layer", f"for the rows alone whose logits are asked for{gain}"))
     if s["step_cache"]:
         lines.append(("step cache", str(s["step_cache"])))
     if is_number(s[f"{phase}_speedup"]):

@@ -58,6 +58,13 @@ def calibrate(
     batch: Annotated[
         int, typer.Option(help="Prompts that will be prefilled together; costs are theirs.")
     ] = 1,
+    every_row: Annotated[
+        bool,
+        typer.Option(
+            "--every-row",
+            help="Logits of every row will be asked for: do not trim the last layer.",
+        ),
+    ] = False,
     seed: Seed = 0,
     time_limit: Annotated[
         str | None, typer.Option(help="Stop measuring after 90s, 15m or 1h.")
@@ -114,6 +121,7 @@ def calibrate(
         methods=chosen,
         preset=preset,
         batch=batch,
+        every_row=every_row,
         seed=seed,
         time_limit=stop,
         journal=journal,

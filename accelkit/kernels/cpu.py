@@ -116,15 +116,16 @@ def _dense(launch: Launch, slots: Tensor) -> None:
     k, v = (
         _wide(_take(t, launch.kv_heads[slots]), launch.n_k, width) for t in (launch.k, launch.v)
     )
-    heads = launch.out_heads[slots].long()
+    heads = launch.out_heads[slots].tolist()
 
     def write(rows: slice, pieces: list[tuple[Tensor, Tensor]]) -> None:
         """The first piece's rows; the others reach their last ones."""
         (out, lse), *more = pieces
         for o, s in more:
             _join(out[:, :, -o.shape[2] :], lse[:, :, -o.shape[2] :], o, s)
-        launch.out[:, heads, rows] = out[..., : launch.v.shape[3]].to(launch.out.dtype)
-        launch.lse[:, heads, rows] = lse.float()
+        for slot, head in enumerate(heads):  # several times as fast as all at once by their ids
+            launch.out[:, head, rows] = out[:, slot, :, : launch.v.shape[3]]
+            launch.lse[:, head, rows] = lse[:, slot]
 
     if not launch.causal:
         write(slice(None), [_fused(q, k, v, launch.scale)])
@@ -167,13 +168,19 @@ class _Rows:
         blocks = ceil_div(launch.key_blocks, whole) * whole
         k, v = (_wide(t, blocks * bk, self.width) for t in (launch.k, launch.v))
         self.k, self.v = (t.reshape(-1, bk * self.width) for t in (k, v))
+        self.rooms: list[Tensor] = []
         self.key_bytes = 2 * self.width * k.element_size()
         kv = launch.kv_heads[slots].long()
         self.kv = (torch.arange(launch.batch)[:, None] * launch.k.shape[1] + kv).flatten()
         self.base = (self.kv * blocks).repeat_interleave(self.tiles)
-        self.out = torch.zeros((len(self.q), bq, launch.v.shape[3]), dtype=self.dtype)
-        self.lse = torch.full((len(self.q), bq), -math.inf, dtype=self.dtype)
+        self.out = torch.empty((len(self.q), bq, launch.v.shape[3]), dtype=self.dtype)
+        self.lse = torch.empty((len(self.q), bq), dtype=self.dtype)
         self.empty = True
+
+    def clear(self) -> None:
+        """Nothing was computed so far; to begin with, unless `squares` does."""
+        self.out.zero_()
+        self.lse.fill_(-math.inf)
 
     def squares(self, own: Tensor) -> None:
         """Tiles over the keys at their own positions, as triangles, where `own` (bool
@@ -191,7 +198,8 @@ class _Rows:
             out[line, : len(tiles)] = piece[0][:, 0, :, : out.shape[3]]
             lse[line, : len(tiles)] = piece[1][:, 0]
         not_own = pad(~own, (0, self.tiles - len(tiles)), value=True).flatten()
-        self.out[not_own], self.lse[not_own] = 0.0, -math.inf
+        if not_own.any():
+            self.out[not_own], self.lse[not_own] = 0.0, -math.inf
         self.empty = False
 
     def pieces(self, lists: _Lists, height: int = 1) -> None:
@@ -223,10 +231,22 @@ class _Rows:
         """Out `[R, h · bq, Dv]` and LSE of the runs `at` over gathered blocks `[R, C]`."""
         one = len(at) == 1
         q = queries[int(at)][None] if one else queries.index_select(0, at)
-        shape, flat = (len(at), 1, -1, self.width), blocks.flatten()
-        k, v = (t.index_select(0, flat).view(shape) for t in (self.k, self.v))
+        shape = (len(at), 1, -1, self.width)
+        k, v = (t.view(shape) for t in self._gathered(blocks.flatten()))
         out, lse = _fused(q[:, None], k, v, self.launch.scale, mask=mask)
         return out[:, 0, :, : self.out.shape[2]].to(self.dtype), lse[:, 0].to(self.dtype)
+
+    def _gathered(self, blocks: Tensor) -> list[Tensor]:
+        """Keys and values of some blocks: where they lie if they are neighbours, else in memory
+        that every piece uses again, for fresh memory costs as much as the copy.
+        """
+        first, n = int(blocks[0]), len(blocks)
+        if int(blocks[-1]) - first == n - 1 and bool((blocks.diff() == 1).all()):
+            return [t[first : first + n] for t in (self.k, self.v)]
+        if not self.rooms or len(self.rooms[0]) < n:
+            self.rooms = [t.new_empty(n, t.shape[1]) for t in (self.k, self.v)]
+        pairs = zip((self.k, self.v), self.rooms, strict=True)
+        return [torch.index_select(t, 0, blocks, out=room[:n]) for t, room in pairs]
 
     def _join(self, at: Tensor, out: Tensor, lse: Tensor) -> None:
         mine, mine_lse = self.out.view(-1, *out.shape[1:]), self.lse.view(-1, lse.shape[1])
@@ -292,11 +312,12 @@ def _listed(launch: Launch, slots: Tensor) -> None:
     rows = _Rows(launch, slots, max(heights))
     clean, masked = _seen(launch, slots)  # bool [B · S, tiles, nk]
     own = _own_square(launch)
-    if own is not None:
-        complete = (masked | ~own).all(-1)
-        if complete.any():
-            rows.squares(complete)
-            masked = masked & ~complete[..., None]
+    complete = None if own is None else (masked | ~own).all(-1)
+    if complete is not None and complete.any():
+        rows.squares(complete)
+        masked = masked & ~complete[..., None]
+    else:
+        rows.clear()
     # Tiles that fill up a run agree to everything.
     clean = pad(clean, (0, 0, 0, rows.tiles - tiles), value=True)
     for height in heights:

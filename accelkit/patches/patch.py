@@ -34,6 +34,8 @@ from accelkit.patches.state import PatchState, SiteCount
 log = logging.getLogger("accelkit")
 HANDLE = "accelkit_handle"
 """Where a patched model keeps its handle, so that both go when nobody needs the model any more."""
+TRIMMED = "kept rows only"
+"""Reason of dense calls of a trimmed last layer."""
 _EXPECTED = ("decode", "no policy")
 """Reasons for dense calls that nobody needs to be warned about."""
 
@@ -55,6 +57,11 @@ class Report:
         return sum(s.sparse for s in self.sites.values())
 
     @property
+    def trimmed_calls(self) -> int:
+        """Dense calls of the last layer for the rows alone whose logits were asked for."""
+        return self.dense.get(TRIMMED, 0)
+
+    @property
     def dense(self) -> dict[str, int]:
         """Dense calls by reason."""
         total: dict[str, int] = {}
@@ -65,15 +72,16 @@ class Report:
 
     @property
     def density(self) -> float | None:
-        """Mean computed ÷ visible pairs over all sites and heads, dense sites counted as 1; None
-        if not measured.
+        """Mean computed ÷ visible pairs over all sites and heads, dense sites counted as 1, a
+        trimmed last layer as what it computed; None if not measured.
         """
         measured = [(s.density, s) for s in self.sites.values() if s.density is not None]
         if not measured:
             return None
         dense = sum(n for s in self.sites.values() for r, n in s.dense.items() if r != "decode")
         sparse = sum(s.sparse for _, s in measured)
-        return (sum(d * s.sparse for d, s in measured if d is not None) + dense) / (sparse + dense)
+        computed = sum(d * s.sparse for d, s in measured if d is not None) + dense
+        return (computed - sum(s.left_out for s in self.sites.values())) / (sparse + dense)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -140,6 +148,19 @@ class PatchHandle:
 
     def _dense(self, site: str, reason: str) -> None:
         self.state.count(site, reason)
+
+    @property
+    def trims_last(self) -> bool:
+        """Whether the plan trims the last layer."""
+        return self.plan.trim_last_layer
+
+    def trims(self, tokens: int) -> bool:
+        """Whether it does so in a forward over `tokens` tokens."""
+        return self.trims_last and self.enabled and tokens >= self.plan.limits.min_length
+
+    def trimmed(self, site: str, left_out: float) -> None:
+        """The adapter left out `left_out` of a call's visible pairs and ran the rest dense."""
+        self.state.count(site, TRIMMED, left_out)
 
     def skipped(self, site: str, reason: str) -> None:
         """The adapter ran `site` dense by itself."""

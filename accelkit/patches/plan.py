@@ -249,7 +249,12 @@ class HeadGroup:
 
 
 class Plan(_Part):
-    """Everything that `patch` needs and everything that calibration learnt."""
+    """Everything that `patch` needs and everything that calibration learnt.
+
+    `trim_last_layer`: in calls that ask for the logits of a few rows at the end (`generate` asks
+    for the last one), the last layer is computed for these rows alone, dense, whatever the rules
+    say of it. Nothing is lost by that; keys and values of all rows are still made.
+    """
 
     schema_version: int = plan_file.SCHEMA_VERSION
     producer: dict[str, str | None] = {}
@@ -258,6 +263,7 @@ class Plan(_Part):
     policies: tuple[Policy, ...]
     sites: dict[str, LayerPlan]
     limits: Limits = Limits()
+    trim_last_layer: bool = False
     budget: Budget | None = None
     measured: dict[str, Any] = {}
     tables_file: TablesFile | None = None

@@ -18,12 +18,14 @@ from accelkit.errors import PlanCorruptError, PlanError, PlanVersionError
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE = "accelkit_plan.json"
 TABLES_FILE = "accelkit_plan.safetensors"
 
 # From version N to N+1, pure dict → dict, kept for ever.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda plan: {"trim_last_layer": False, **plan},
+}
 
 
 def parse(text: str, where: str) -> dict[str, Any]:

@@ -27,13 +27,14 @@ GEOMETRIES = 32
 @dataclass
 class SiteCount:
     """Calls of one site: how many ran sparse, why the others did not, and densities if they were
-    measured.
+    measured; `left_out` is what trimmed calls left out, in whole dense calls.
     """
 
     calls: int = 0
     sparse: int = 0
     dense: Counter[str] = field(default_factory=Counter)
     densities: list[Tensor] = field(default_factory=list)
+    left_out: float = 0.0
 
     @property
     def density(self) -> float | None:
@@ -116,9 +117,12 @@ class PatchState:
         """What a list depends on besides the tensors' values."""
         return (call.n_q, call.n_k, call.q.shape[0], call.q.device, call.geometry)
 
-    def count(self, site: str, reason: str | None = None) -> None:
-        """One more call of `site`; `reason` says why it ran dense."""
+    def count(self, site: str, reason: str | None = None, left_out: float = 0.0) -> None:
+        """One more call of `site`; `reason` says why it ran dense, `left_out` which share of its
+        visible pairs was not computed.
+        """
         entry = self.counts.setdefault(site, SiteCount())
+        entry.left_out += left_out
         entry.calls += 1
         if reason is None:
             entry.sparse += 1

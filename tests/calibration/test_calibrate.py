@@ -66,7 +66,7 @@ def prompts(count: int = 4, length: int = LENGTH) -> list[torch.Tensor]:
 def run(model, **changes) -> Plan:
     options = {
         "budget": 0.05, "lengths": [LENGTH], "methods": ["probe_window"], "preset": "fast",
-        "progress": False,
+        "progress": False, "every_row": True,
     }  # fmt: skip
     return flow.calibrate(model, prompts(), **{**options, **changes})
 
@@ -91,6 +91,30 @@ def test_planted_patterns_are_found() -> None:
     with patch(model, plan) as handle, torch.no_grad():
         model(prompts(1)[0][None])
         assert handle.report().sparse_calls == 2
+
+
+def test_the_last_layer_is_trimmed_and_no_site() -> None:
+    """Unless every row is asked for: all of the budget is for the other layers."""
+    model = planted()
+    plan = run(model, every_row=False)
+    first, last = plan.sites.values()
+    assert plan.trim_last_layer
+    assert first.rules and not last.rules
+    assert last.evidence["prefill"].error == (0.0,) * 4
+    assert last.evidence["prefill"].ms < last.evidence["prefill"].dense_ms / 100
+    whole = run(model)
+    assert plan.measured["dense_ms"] == whole.measured["dense_ms"]
+    assert plan.measured["ms"] < whole.measured["ms"]
+    assert plan.measured["measured_error"] < whole.measured["measured_error"]
+    ids = prompts(1)[0][None]
+    with patch(model, plan) as handle, torch.no_grad():
+        model(ids, logits_to_keep=1)
+        assert (handle.report().sparse_calls, handle.report().trimmed_calls) == (1, 1)
+    only = planted(slice(None))
+    nothing = run(only, every_row=False, budget=1e-5)
+    assert nothing.measured["note"].startswith("dense")
+    assert nothing.trim_last_layer
+    assert nothing.measured["prefill_speedup"] == 2.0  # the fixture's
 
 
 def test_a_small_budget_stays_dense() -> None:

@@ -101,6 +101,19 @@ def test_dense_fallback_is_bit_identical(llama, ids, implementation):
         assert handle.report().dense["shorter than the minimum length"] > 0
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_dense_fallback_over_a_static_cache(llama, ids, implementation):
+    """Its room behind the prompt is hidden by a mask, which is made anew for the fallback."""
+    llama.set_attn_implementation(implementation)
+    settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    dense = llama.generate(ids, **settings)
+    plan = plan_of(llama, NARROW).model_copy(update={"limits": Limits(min_length=10_000)})
+    with accelkit.patch(llama, plan):
+        found = llama.generate(ids, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, dense.logits, strict=True))
+
+
 def varlen(module, query, key, value, attention_mask, scaling=None, position_ids=None, **kwargs):
     """As kernels for packed sequences do: positions tell documents apart, and no mask does."""
     n = query.shape[2]

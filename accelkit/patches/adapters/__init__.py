@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 class Runner(Protocol):
     """What an adapter calls at every site."""
 
+    @property
+    def trims_last(self) -> bool:
+        """Whether the last layer may be computed for the rows alone whose logits are asked for."""
+
+    def trims(self, tokens: int) -> bool:
+        """Whether that is wished in a forward over `tokens` tokens, earlier ones included."""
+
+    def trimmed(self, site: str, left_out: float) -> None:
+        """The adapter left out this share of a call's visible pairs, and ran the rest dense."""
+
     def run(self, call: AttentionCall) -> Tensor | None:
         """The output `[B, Nq, Hq, Dv]` of one call; None: run what ran before, already counted."""
 
@@ -38,6 +48,7 @@ class Adapter(Protocol):
 
     def facts(self, model: Any) -> tuple[Fingerprint, dict[str, int]]: ...
     def sites(self, model: Any) -> tuple[Site, ...]: ...
+    def trimmable(self, model: Any) -> str | None: ...
     def connect(self, model: Any, runner: Runner, undo: ExitStack) -> None: ...
 
 
@@ -81,9 +92,25 @@ def sites(model: Any) -> tuple[Site, ...]:
     return adapter.sites(bare)
 
 
+def trimmable(model: Any) -> str | None:
+    """Path of the last layer's attention, if the layer can be computed for the rows alone whose
+    logits are asked for.
+    """
+    adapter, bare = adapter_for(model)
+    return adapter.trimmable(bare)
+
+
 class _Watcher:
+    trims_last = False
+
     def __init__(self, see: Callable[[AttentionCall], Tensor | None]) -> None:
         self.see = see
+
+    def trims(self, tokens: int) -> bool:
+        return False
+
+    def trimmed(self, site: str, left_out: float) -> None:
+        pass
 
     def run(self, call: AttentionCall) -> Tensor | None:
         out = self.see(call)

@@ -168,6 +168,10 @@ def _plain_config(root: nn.Module) -> dict[str, Any]:
     return json.loads(json.dumps(kept, sort_keys=True, default=str))
 
 
+def trimmable(model: DiffusionPipeline | ModelMixin) -> None:
+    """None: every row of a denoiser's output is read."""
+
+
 def connect(model: DiffusionPipeline | ModelMixin, runner: Runner, undo: ExitStack) -> None:
     """Route the denoisers' attention to `runner`; every edit pushes its reverse onto `undo`.
 

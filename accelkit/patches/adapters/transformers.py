@@ -30,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from accelkit.errors import NothingPatchedError, ParallelNotSupportedError, UnsupportedModelError
 from accelkit.kernels.index import device_ids
-from accelkit.patches.adapters import Runner
+from accelkit.patches.adapters import Runner, last_layer
 from accelkit.patches.call import AttentionCall, Clock, Geometry, Site
 from accelkit.patches.plan import Component, Fingerprint
 
@@ -67,6 +67,7 @@ class _Door:
     site: Site
     runner: Runner
     previous: Callable[..., Any]
+    trim: last_layer.Trim | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,12 @@ def sites(model: PreTrainedModel) -> tuple[Site, ...]:
     return tuple(
         Site(path, order) for order, (path, _, reason) in enumerate(found) if reason is None
     )
+
+
+def trimmable(model: PreTrainedModel) -> str | None:
+    """Path of the attention of the last layer, if that can be trimmed."""
+    *_, (path, _, _) = attention_modules(model)
+    return None if last_layer.trimmed_layer(model, path) is None else path
 
 
 def facts(model: PreTrainedModel) -> tuple[Fingerprint, dict[str, int]]:
@@ -170,13 +177,20 @@ def connect(model: PreTrainedModel, runner: Runner, undo: ExitStack) -> None:
         _register(before)
         undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
         config._attn_implementation_internal = _ours(before)
+    last = modules[-1][0]
+    trim = last_layer.connect(model, last, runner, undo) if runner.trims_last else None
     for order, (path, module, reason) in enumerate(modules):
         if hasattr(module, ATTRIBUTE):
             raise RuntimeError(f"{path} is connected already")
         number = next(_NUMBERS)
         site = Site(path, order)
-        previous = _implementation(module)
-        door = _DOORS[number] = _Door(weakref.ref(module), site, runner, previous)
+        door = _DOORS[number] = _Door(
+            weakref.ref(module),
+            site,
+            runner,
+            _implementation(module),
+            trim if path == last else None,
+        )
         undo.callback(_forget, number, door)
         if reason is None:
             setattr(module, ATTRIBUTE, number)
@@ -262,6 +276,10 @@ def _forward(
     if not torch.compiler.is_compiling() and number not in _DOORS:
         number = None  # a copy of a model that is not patched any more
     reason = _dense_reason(module, query, attention_mask, dropout, kwargs)
+    if number is not None and not torch.compiler.is_compiling():
+        kept = _kept_rows(_DOORS[number], query, key, value, attention_mask, scaling, kwargs)
+        if kept is not None:
+            return kept, None
     if number is not None and reason is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return torch.ops.accelkit.attention(query, key, value, attention_mask, scale, number), None
@@ -272,6 +290,41 @@ def _forward(
     return previous(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
     )
+
+
+def _kept_rows(
+    door: _Door,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """The last layer's attention for the rows that somebody reads, dense, behind zeros. None: all
+    rows are needed, or the call is none that rows can be cut from.
+    """
+    rows = query.shape[2]
+    first = 0 if door.trim is None else door.trim.left_out(rows)
+    module = door.module()
+    if not first or module is None:
+        return None
+    before = key.shape[2] - rows
+    full = isinstance(mask, Tensor) and mask.ndim == 4
+    if _dense_reason(module, query, None if full else mask, 0.0, kwargs) is not None:
+        return None
+    if mask is not None and mask.ndim == 4:
+        mask = mask[:, :, first:] if mask.shape[2] == rows else mask
+    elif mask is None:
+        # An empty static cache is longer than the prompt; the kept rows are at the prompt's end.
+        key, value, before = key[:, :, :rows], value[:, :, :rows], 0
+        mask = torch.empty(1, dtype=torch.bool, device=query.device)
+    visible, left_out = (n * before + n * (n + 1) / 2 for n in (rows, first))
+    door.runner.trimmed(door.site.path, left_out / visible)
+    query = query[:, :, first:]
+    mask = _full_mask(module, query, key, mask)
+    out, _ = door.previous(module, query, key, value, mask, scaling=scaling, dropout=0.0, **kwargs)
+    return nn.functional.pad(out, (0, 0, 0, 0, first, 0))
 
 
 @torch.compiler.assume_constant_result
@@ -308,8 +361,7 @@ def _full_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Any) -> Any:
         return mask.mask
     if mask is not None and not isinstance(mask, Tensor):  # one step of decoding
         return mask
-    first_prefill = mask is None and 1 < query.shape[2] == key.shape[2]
-    if not first_prefill and (mask is None or mask.ndim == 4):
+    if query.shape[2] == 1 if mask is None else mask.ndim == 4:
         return mask
     config = module.config
     previous = ALL_MASK_ATTENTION_FUNCTIONS[_theirs(config._attn_implementation)]
@@ -317,7 +369,8 @@ def _full_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Any) -> Any:
         batch_size=query.shape[0],
         q_length=query.shape[2],
         kv_length=key.shape[2],
-        q_offset=key.shape[2] - query.shape[2],
+        # A static cache has room behind a first prompt.
+        q_offset=0 if mask is None else key.shape[2] - query.shape[2],
         kv_offset=0,
         mask_function=causal_mask_function,
         attention_mask=mask if mask is not None and mask.ndim == 2 else None,

@@ -182,9 +182,12 @@ def attend(
 
 
 def _write(found: Tensor, heads: Sequence[int], out: Tensor) -> None:
-    """Heads into their places; all of them at once is a plain copy, several times as fast."""
+    """Heads into their places; plain copies are several times as fast as places by their ids."""
     if tuple(heads) == tuple(range(out.shape[1])):
         out.copy_(found)
+    elif not out.is_cuda:
+        for n, head in enumerate(heads):
+            out[:, head] = found[:, n]
     else:
         out[:, device_ids(tuple(heads), out.device)] = found.to(out.dtype)
 
