@@ -7,7 +7,8 @@ the last hidden state at scored positions); speed is the median prefill of a bat
 estimate and selection included, with dense beside it in the same process.
 
 A setting that is slower than dense, or that spoils a prompt beyond anything a mixture may do, is no
-rival: it is not followed further, and says so (`complete`). Methods that calibration refuses on a
+rival: its other prompts are left out, and it says so (`complete`). One that leaves nothing out is
+dense attention. Methods that calibration refuses on a
 device, because choosing alone takes longer than dense attention, are left out with that reason.
 
     python benchmarks/mixture.py --length 8192 --out benchmarks/results/mixture-cpu.json
@@ -29,7 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ HELD_OUT_SEED = 9_000
 """Far from the seeds that calibration draws and checks with."""
 SLOW = 1.1
 """Settings that take longer than this share of dense are not followed further."""
+WHOLE = 0.999
+"""Settings that compute this share of the visible pairs are dense attention, not its rivals."""
+OPTIONS = {"qk": ("fp8", "int8"), "pv": ("fp8", "native"), "smooth_k": (False, True)}
+"""Settings of methods that answer with the arithmetic only."""
 FIRST = ("text", "key_value", "variables")
 """Tasks that sparse attention fails first."""
 
@@ -62,17 +67,13 @@ def settings_of(name: str) -> list[Method]:
     """
     cls = load(name)
     if cls.dial is None:
-        return [cls()]
+        return [cls(**dict(zip(OPTIONS, v, strict=True))) for v in product(*OPTIONS.values())]
     values = sorted(cls.dial.values)
     whole = all(isinstance(v, int) for v in values)
     while len(values) < SETTINGS:
-        gaps = [math.log(b / a) for a, b in pairwise(values)]
-        widest = gaps.index(max(gaps))
-        between = math.sqrt(values[widest] * values[widest + 1])
-        between = round(between) if whole else between
-        if between in values:
-            break
-        values.insert(widest + 1, between)
+        between = [(b / a, math.sqrt(a * b)) for a, b in pairwise(values)]
+        between = [(gap, round(v) if whole else v) for gap, v in between]
+        values = sorted([*values, max(m for m in between if m[1] not in values)[1]])
     if cls.dial.values[0] > cls.dial.values[-1]:
         values.reverse()
     return [cls(**{cls.dial.field: v}) for v in values]
@@ -95,7 +96,7 @@ class Bench:
         self.references = [quality.reference(self.model, p) for p in prompts]
         self.dense_ms = [self.prefill_ms(self.repeat)]
 
-    def prefill_ms(self, repeat: int) -> float:
+    def prefill_ms(self, repeat: int = 1) -> float:
         """Median milliseconds of a prefill of the batch."""
         times = []
         for _ in range(repeat):
@@ -106,39 +107,57 @@ class Bench:
             times.append(1e3 * (time.perf_counter() - begin))
         return statistics.median(times)
 
-    def again(self) -> None:
-        """Another dense reading, so that a drifting clock shows."""
-        self.dense_ms.append(self.prefill_ms(self.repeat))
+    def in_turns_ms(self, plan: Plan) -> tuple[float, float]:
+        """Median milliseconds with the plan and dense, in turns, so that a drifting clock meets
+        both.
+        """
+        times: list[tuple[float, float]] = []
+        for _ in range(self.repeat):
+            dense = self.prefill_ms()
+            with patch(self.model, plan):
+                if self.model.device.type == "cuda":
+                    self.prefill_ms()  # warm
+                times.append((self.prefill_ms(), dense))
+        ms, dense = (statistics.median(side) for side in zip(*times, strict=True))
+        self.dense_ms.append(dense)
+        return ms, dense
+
+    def slow(self, ms: float) -> bool:
+        """Whether this reading tells that a setting is no rival; asks the clock again in doubt."""
+        if ms > SLOW * min(self.dense_ms):
+            self.dense_ms.append(self.prefill_ms())
+            return ms > SLOW * self.dense_ms[-1]
+        return False
 
     def measure(self, plan: Plan, most_error: float | None = None) -> dict[str, Any]:
         """Speed and quality of a plan. `worst_error` of one that is not complete is that of the
         prompts it ran on, None if it was too slow for any. Without `most_error` every prompt runs.
         """
         rows: list[dict[str, Any]] = []
-        density, ms = None, 0.0
+        ms, dense_ms, density, slow = 0.0, self.dense_ms[-1], None, False
         if len(self.ids) > 1 or self.model.device.type == "cuda":
             with patch(self.model, plan):
-                self.prefill_ms(1)  # compiles
-                ms = self.prefill_ms(1)
-        for reference in self.references:
-            spoilt = bool(rows) and most_error is not None and rows[-1]["error"] > most_error
-            if spoilt or (most_error is not None and ms > SLOW * self.dense_ms[0]):
-                break
+                self.prefill_ms()  # compiles
+                ms = self.prefill_ms()
+            slow = most_error is not None and self.slow(ms)
+        for reference in [] if slow else self.references:
             rows.append(quality.check(self.model, plan, reference))
             ms = ms or rows[0]["ms"]  # the first prompt alone tells as much
+            slow = most_error is not None and len(rows) == 1 and self.slow(ms)
+            if slow or (most_error is not None and rows[-1]["error"] > most_error):
+                break
         complete = len(rows) == len(self.references)
         if complete:
-            with patch(self.model, plan) as handle:
-                ms = self.prefill_ms(self.repeat)
-                with handle.measuring():
-                    forward(self.model, self.ids[:1])
+            ms, dense_ms = self.in_turns_ms(plan)
+            with patch(self.model, plan) as handle, handle.measuring():
+                forward(self.model, self.ids[:1])
                 density = handle.report().density
         tasks = quality.by_task(rows)
         drops = [t["dense_accuracy"] - t["accuracy"] for t in tasks.values() if t["asked"]]
         return {
             "complete": complete,
             "ms": ms,
-            "dense_ms": self.dense_ms[-1],
+            "dense_ms": dense_ms if complete else self.dense_ms[-1],
             "density": density,
             "worst_error": max((t["error"] for t in tasks.values()), default=None),
             "worst_drop": max(drops, default=None),
@@ -162,7 +181,6 @@ def mixture(bench: Bench, args: argparse.Namespace, budget: float) -> tuple[Plan
     about = {k: plan.calibration[k] for k in (*kept, "seconds", "methods")}
     row = {"budget": budget, "seconds": seconds, "policies": used, "calibration": about}
     row |= {"measured": plan.measured, **bench.measure(plan)}
-    bench.again()
     tell(f"mixture {budget}", row)
     return plan, row
 
@@ -179,17 +197,16 @@ def answers(bench: Bench, plan: Plan, args: argparse.Namespace) -> list[dict[str
 
 
 def singles(bench: Bench, name: str, most_error: float) -> list[dict[str, Any]]:
-    """All settings of a method, as long as they are not slower than dense."""
+    """All settings of a method."""
     found: list[dict[str, Any]] = []
     for method in settings_of(name):
-        if len(found) > 1 and all(r["worst_error"] is None for r in found[-2:]):
-            break
         row = bench.measure(plan_of(bench.model, method), most_error)
-        field = type(method).dial.field if type(method).dial else ""
-        setting = f"{name}({field}={getattr(method, field):.4g})" if field else name
+        dial = type(method).dial
+        values = {k: getattr(method, k) for k in ((dial.field,) if dial else OPTIONS)}
+        shown = ", ".join(f"{k}={v:.4g}" if dial else f"{k}={v}" for k, v in values.items())
+        setting = f"{name}({shown})"
         found.append({"method": name, "setting": setting, **row})
         tell(setting, row)
-    bench.again()
     return found
 
 
@@ -199,6 +216,12 @@ def tell(what: str, row: dict[str, Any]) -> None:
           f"complete {row['complete']}", file=sys.stderr, flush=True)  # fmt: skip
 
 
+def rival(single: dict[str, Any]) -> bool:
+    """Whether a setting was followed to the end and left anything out."""
+    exact = single["density"] is not None and single["density"] >= WHOLE
+    return single["complete"] and not (exact and load(single["method"]).dial)
+
+
 def verdict(found: dict[str, Any]) -> list[dict[str, Any]]:
     """For each mixture the fastest single setting whose worst-task error is no larger."""
     table, whole = [], statistics.median(found["dense_ms"])
@@ -206,7 +229,7 @@ def verdict(found: dict[str, Any]) -> list[dict[str, Any]]:
         rivals = [
             s
             for s in found["singles"]
-            if s["complete"] and s["worst_error"] <= mixture["worst_error"]
+            if rival(s) and s["worst_error"] <= mixture["worst_error"]
         ]
         share = min((s["ms"] / s["dense_ms"] for s in rivals), default=1.0)
         best = next((s for s in rivals if s["ms"] / s["dense_ms"] == share), None)
@@ -231,7 +254,7 @@ def losses(found: dict[str, Any]) -> list[dict[str, Any]]:
     lost = []
     for s in found["singles"]:
         share = s["ms"] / s["dense_ms"]
-        if not s["complete"] or share >= 1:
+        if not rival(s) or share >= 1:
             continue
         mine = [
             m["ms"] / m["dense_ms"]
