@@ -3,8 +3,8 @@
 Every method runs at eight settings or more in all heads of all layers, with the same dense
 fall-back as the mixtures, which are calibrated at several budgets. All of them answer the same
 held-out prompts of every task. Quality is the worst task's budget error (relative L1 error of the
-last hidden state at scored positions, mean of the task's prompts); speed is the median prefill of a batch of prompts,
-estimate and selection included, with dense beside it in the same process.
+last hidden state at scored positions, mean of the task's prompts); speed is the median prefill of
+a batch of prompts, estimate and selection included, with dense beside it in the same process.
 
 A setting that is slower than dense, or that spoils a prompt beyond anything a mixture may do, is no
 rival: its other prompts are left out, and it says so (`complete`). One that leaves nothing out is
@@ -18,7 +18,8 @@ Parts may be measured in several runs on one kind of machine and put together: `
 some of the methods, `--budgets` without a value leaves the mixtures out, and `--join` reads the
 parts. Times are compared by their ratio to the dense prefills of their own run.
 
-`--answers N` also scores each mixture as `accelkit eval` does, with N answers a task or more.
+`--answers N` also scores each mixture as `accelkit eval` does, with N answers a task or more. With
+`--plans` a second run goes on with the plans of a first one, for instance to ask about other tasks.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from accelkit.calibration import quality
 from accelkit.calibration.capture import forward
 from accelkit.calibration.corpus import source_corpus
 from accelkit.calibration.evaluate import evaluate
+from accelkit.calibration.refine import plan_digest
 from accelkit.calibration.results import environment
 from accelkit.calibration.tasks import TASKS, make
 from accelkit.patches.method import Method, load, names
@@ -178,31 +180,36 @@ def mixture(bench: Bench, args: argparse.Namespace, budget: float) -> tuple[Plan
     """A calibrated plan; later budgets share the first one's measurements and only search and
     check.
     """
+    folder = args.plans / f"{budget:g}" if args.plans else None
     begin = time.perf_counter()
-    plan = accelkit.calibrate(
-        bench.model, tokenizer=bench.tokenizer, budget=budget, lengths=[args.length],
-        methods=args.among, preset=args.preset, batch=args.batch, journal=args.journal,
-        resume=args.resume or budget != args.budgets[0], progress=False,
-    )  # fmt: skip
+    if folder is not None and folder.exists():
+        plan = Plan.from_pretrained(folder)
+    else:
+        plan = accelkit.calibrate(
+            bench.model, tokenizer=bench.tokenizer, budget=budget, lengths=[args.length],
+            methods=args.among, preset=args.preset, batch=args.batch, journal=args.journal,
+            resume=args.resume or budget != args.budgets[0], progress=False,
+        )  # fmt: skip
+        if folder is not None:
+            plan.save_pretrained(folder)
     seconds = time.perf_counter() - begin
     used = sorted({p.label() for p in plan.policies})
     kept = ("dense_prefills", "dense_prefill_ms", "dense_peak_bytes", "peak_bytes", "refused")
     about = {k: plan.calibration[k] for k in (*kept, "seconds", "methods")}
     row = {"budget": budget, "seconds": seconds, "policies": used, "calibration": about}
-    row |= {"measured": plan.measured, **bench.measure(plan)}
+    row |= {"plan": plan_digest(plan), "measured": plan.measured, **bench.measure(plan)}
     tell(f"mixture {budget}", row)
     return plan, row
 
 
-def answers(bench: Bench, plan: Plan, args: argparse.Namespace) -> list[dict[str, Any]]:
+def answers(bench: Bench, plan: Plan, args: argparse.Namespace, task: str) -> dict[str, Any]:
     """Right answers with a plan and dense, as `accelkit eval` finds them on prompts of its own."""
-    found = evaluate(
-        bench.model, bench.tokenizer, plan, lengths=[args.length], answers=args.answers
-    )
-    scores = [score.as_dict() for score in found]
-    worst = max(s["drop_points"] or 0.0 for s in scores)
-    print(f"{worst:.2f} points lost on the worst task", file=sys.stderr, flush=True)
-    return scores
+    (score,) = evaluate(
+        bench.model, bench.tokenizer, plan,
+        names=[task], lengths=[args.length], answers=args.answers,
+    )  # fmt: skip
+    print(f"{task}: {score.drop or 0:.2f} points lost", file=sys.stderr, flush=True)
+    return score.as_dict()
 
 
 def singles(bench: Bench, name: str, most_error: float) -> list[dict[str, Any]]:
@@ -282,7 +289,13 @@ def joined(paths: Sequence[Path]) -> dict[str, Any]:
         if any(p[key] != parts[0][key] for p in parts):
             raise SystemExit(f"--join: {key} differs between the parts")
     lists = ("dense_ms", "mixtures", "singles")
-    return parts[0] | {k: [row for p in parts for row in p[k]] for k in lists}
+    whole = parts[0] | {k: [row for p in parts for row in p[k]] for k in lists}
+    mixtures: dict[str, dict[str, Any]] = {}
+    for row in whole["mixtures"]:  # one plan may have been asked for its answers in parts
+        first = mixtures.setdefault(f"{row['budget']} {row['plan']}", row)
+        if first is not row:
+            first["answers"] += row["answers"]
+    return whole | {"mixtures": list(mixtures.values())}
 
 
 def save(found: dict[str, Any], path: Path) -> None:
@@ -305,7 +318,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--most-error", type=float, default=0.12, help="of rivals")
     parser.add_argument("--journal", type=Path, help="of the calibration; kept if it is named")
     parser.add_argument("--resume", action="store_true", help="take up the named journal")
+    parser.add_argument("--plans", type=Path, help="folder of the mixtures' plans, kept or read")
     parser.add_argument("--answers", type=int, default=0, help="for each task and mixture; 0: none")
+    parser.add_argument("--asked", nargs="*", default=TASKS, help="tasks that answers are for")
     parser.add_argument("--join", type=Path, nargs="*", help="results to put together")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
@@ -333,8 +348,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found["singles"] += singles(bench, name, args.most_error)
             save(found, args.out)
         for plan, row in zip(plans, found["mixtures"], strict=True):
-            if args.answers and not all(p.dense for p in plan.policies):
-                row["answers"] = answers(bench, plan, args)
+            row["answers"] = []
+            asked = args.answers and not all(p.dense for p in plan.policies)
+            for task in args.asked if asked else ():
+                row["answers"].append(answers(bench, plan, args, task))
                 save(found, args.out)
         if own is None:
             args.journal.unlink(missing_ok=True)
