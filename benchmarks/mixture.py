@@ -197,7 +197,12 @@ def mixture(bench: Bench, args: argparse.Namespace, budget: float) -> tuple[Plan
     kept = ("dense_prefills", "dense_prefill_ms", "dense_peak_bytes", "peak_bytes", "refused")
     about = {k: plan.calibration[k] for k in (*kept, "seconds", "methods")}
     row = {"budget": budget, "seconds": seconds, "policies": used, "calibration": about}
-    row |= {"plan": plan_digest(plan), "measured": plan.measured, **bench.measure(plan)}
+    row |= {
+        "answers": [],
+        "plan": plan_digest(plan),
+        "measured": plan.measured,
+        **bench.measure(plan),
+    }
     tell(f"mixture {budget}", row)
     return plan, row
 
@@ -238,6 +243,15 @@ def rival(single: dict[str, Any]) -> bool:
     return single["complete"] and (density < WHOLE or load(single["method"]).dial is None)
 
 
+def asked(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Fewest answers of a task, and the points that the worst one lost; empty if none was asked."""
+    right = [a["dense"] for a in answers if a["dense"]]
+    if not right:
+        return {}
+    drops = [a["drop_points"] for a in answers if a["dense"]]
+    return {"answers": min(r["asked"] for r in right), "points_lost": max(drops)}
+
+
 def verdict(found: dict[str, Any]) -> list[dict[str, Any]]:
     """For each mixture the fastest single setting whose worst-task error is no larger."""
     table, whole = [], statistics.median(found["dense_ms"])
@@ -252,7 +266,9 @@ def verdict(found: dict[str, Any]) -> list[dict[str, Any]]:
             {
                 "budget": mixture["budget"],
                 "worst_error": mixture["worst_error"],
+                "worst_prompt": mixture["worst_prompt"],
                 "worst_drop": mixture["worst_drop"],
+                **asked(mixture["answers"]),
                 "mixture_ms": whole * mine,
                 "dense_ms": whole,
                 "best_single": best["setting"] if best and share < 1 else "dense",
@@ -348,9 +364,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found["singles"] += singles(bench, name, args.most_error)
             save(found, args.out)
         for plan, row in zip(plans, found["mixtures"], strict=True):
-            row["answers"] = []
-            asked = args.answers and not all(p.dense for p in plan.policies)
-            for task in args.asked if asked else ():
+            sparse = not all(p.dense for p in plan.policies)
+            for task in args.asked if args.answers and sparse else ():
                 row["answers"].append(answers(bench, plan, args, task))
                 save(found, args.out)
         if own is None:
