@@ -150,16 +150,16 @@ def device_ms(run: Callable[[], Any], times: int, warmup: int = 0) -> list[float
     """
     for _ in range(warmup):
         run()
-    found = []
+    marks = []
     for _ in range(times):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(AHEAD)
         begin.record()
         run()
         end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end))
-    return found
+        marks.append((begin, end))
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in marks]
 
 
 def random_call(
