@@ -36,6 +36,8 @@ FIRST = 1.0
 """ε of the first round ÷ the budget; a plan that is over the budget is found out on its first
 prompt.
 """
+FEW = 2
+"""Most lost answers that are asked about on further prompts: near ties fall either way."""
 CLOSE = 1.15
 """Rounds end when the largest ε that held and the smallest that failed are this close."""
 SLOPES = (0.4, 1.0)
@@ -244,7 +246,7 @@ class _Checker:
         return sum((s.task, len(s.ids)) == (mine.task, len(mine.ids)) for s in self.samples) > 1
 
     def _rows(self, plan: Plan, key: str, n: int) -> list[dict[str, Any]]:
-        """One prompt, and further ones of its task when a single lost answer leaves it open whether
+        """One prompt, and further ones of its task when a few lost answers leave it open whether
         more than one in a hundred are lost.
         """
         sample = self.samples[n]
@@ -259,7 +261,7 @@ class _Checker:
     def _open(rows: Sequence[dict[str, Any]]) -> bool:
         lost = sum(r["dense_right"] - r["right"] for r in rows)
         asked = sum(r["asked"] for r in rows)
-        return lost == 1 and lost > quality.MOST_DROP * asked
+        return 0 < lost <= FEW and lost > quality.MOST_DROP * asked
 
     def _row(self, plan: Plan, key: str, name: str, make: Callable[[], Sample]) -> dict[str, Any]:
         def work() -> dict[str, Any]:
@@ -284,10 +286,12 @@ class _Checker:
 
         def work() -> dict[str, float]:
             dense, sparse = [], []
-            # In turns, so that a drifting clock meets both sides; the first turn warms a GPU up.
-            for _ in range(3 if on_gpu else 2):
+            # In turns, so that a drifting clock meets both sides.
+            for _ in range(2):
                 dense.append(once())
                 with patch(model, plan):
+                    if on_gpu:
+                        run()  # lists that follow from geometry are made once in a patch's life
                     sparse.append(once())
             return {"dense_ms": min(dense), "ms": min(sparse), "tokens": len(sample.ids)}
 

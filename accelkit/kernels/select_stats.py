@@ -14,6 +14,10 @@ from accelkit.kernels.index import ALL, BlockIndex, Inputs
 from accelkit.kernels.positions import key_places, row_limits
 
 
+TILES = 16
+"""Query tiles whose pairs are counted at once: more take more memory, fewer more launches."""
+
+
 def pair_counts(call: Inputs, size: tuple[int, int]) -> Tensor:
     """Visible query-key pairs in each block, int64 `[B|1, H|1, nq, nk]`. For block units: with
     `size[1] == 1` this has one number per tile and key.
@@ -28,18 +32,17 @@ def pair_counts(call: Inputs, size: tuple[int, int]) -> Tensor:
             return (rows * keys)[None, None]
         return staircase(call.q_start + tile[:, None] + 1 - block, rows, keys)[None, None]
     places, limit = key_places(call), row_limits(call)
+    # Rows that see key j: those whose limit is not below its place. Rows behind the end see none.
+    limits = pad(limit, (0, nq * bq - limit.shape[-1]), value=-1).unflatten(-1, (nq, bq))
+    lead = torch.broadcast_shapes(limits.shape[:2], places.shape[:2])
     out = []
-    for t in range(nq):
-        some = limit[..., t * bq : (t + 1) * bq].contiguous()
-        # Rows that see key j: those whose limit is not below its place.
-        order = some.sort(-1).values
-        lead = torch.broadcast_shapes(order.shape[:2], places.shape[:2])
-        order = order.expand(*lead, -1).contiguous()
-        place = places.expand(*lead, -1).contiguous()
+    for some in limits.sort(-1).values.split(TILES, 2):
+        order = some.expand(*lead, -1, -1).contiguous()
+        place = places[:, :, None].expand(*lead, order.shape[2], -1).contiguous()
         blind = torch.searchsorted(order, place)
-        seen = torch.where(place >= 0, order.shape[-1] - blind, 0)
+        seen = torch.where(place >= 0, bq - blind, 0)
         out.append(pad(seen, (0, -call.n_k % bk)).unflatten(-1, (-1, bk)).sum(-1))
-    return torch.stack(out, 2)
+    return torch.cat(out, 2)
 
 
 def staircase(first: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
