@@ -13,7 +13,6 @@ from accelkit.kernels import dispatch
 from accelkit.kernels.index import ALL, BlockIndex, Inputs
 from accelkit.kernels.positions import key_places, row_limits
 
-
 TILES = 16
 """Query tiles whose pairs are counted at once: more take more memory, fewer more launches."""
 
@@ -77,11 +76,12 @@ def density(index: BlockIndex | Sequence[BlockIndex], call: Inputs) -> Tensor:
 
         found = [fast.listed_pairs(p, call).sum(-1).double().mean(0) for p in pieces]
         return (sum(found) / max(_visible_pairs(call), 1)).float()
-    whole = pair_counts(call, (128, 128)).sum((-1, -2)).expand(batch, heads).double()
+    counts = {(128, 128): pair_counts(call, (128, 128))}
+    whole = counts[128, 128].sum((-1, -2)).expand(batch, heads).double()
     listed = torch.zeros((batch, heads), dtype=torch.float64, device=call.q.device)
     for piece in pieces:
         for b in range(batch):
-            listed[b] += _listed_pairs(piece, call, b, whole[b])
+            listed[b] += _listed_pairs(piece, call, b, whole[b], counts)
     return (listed.sum(0) / whole.sum(0).clamp(min=1)).float()
 
 
@@ -93,8 +93,12 @@ def _visible_pairs(call: Inputs) -> int:
     return int(staircase(first, torch.tensor(call.n_q), keys))
 
 
-def _listed_pairs(piece: BlockIndex, call: Inputs, b: int, whole: Tensor) -> Tensor:
-    """Visible pairs in the lists of one sequence, fp64 `[H]`, one entry at a time."""
+def _listed_pairs(
+    piece: BlockIndex, call: Inputs, b: int, whole: Tensor, known: dict[tuple[int, int], Tensor]
+) -> Tensor:
+    """Visible pairs in the lists of one sequence, fp64 `[H]`, one entry at a time; `known` keeps
+    the pairs of each block by unit.
+    """
     heads, (bq, bk), device = len(call.heads), piece.size, call.q.device
     nq, nk = call.tiles(piece.size)
     own = b if piece.count.shape[0] > 1 else 0
@@ -123,7 +127,9 @@ def _listed_pairs(piece: BlockIndex, call: Inputs, b: int, whole: Tensor) -> Ten
         if call.causal:
             pairs = staircase(call.q_start + tile * bq + 1 - block * bk, rows, keys)
     else:
-        counts = pair_counts(call, piece.size)
+        if piece.size not in known:
+            known[piece.size] = pair_counts(call, piece.size)
+        counts = known[piece.size]
         counts = counts[b if counts.shape[0] > 1 else 0].expand(heads, -1, -1)
         pairs = counts[head, tile, block]
     total = torch.zeros(heads, dtype=torch.float64, device=device)
