@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from attention.peers import dense_paths
-from attention.shapes import FULL, LONG, random_call, random_mask
+from attention.shapes import FULL, LLM, LONG, random_call, random_mask, stripes
 
 from accelkit.kernels import scores
 from accelkit.kernels.dispatch import attend
@@ -77,14 +77,28 @@ def _strided(qk: str) -> Callable[[], object]:
     return lambda: scores.strided(call, 8, BLOCK, qk)
 
 
+def _rounded(qk: str, pv: str) -> Callable[[], object]:
+    q, k, v = random_call(FULL, "cuda", torch.bfloat16)
+    index = BlockIndex.dense(FULL.heads, FULL.tokens // 128, BLOCK, q.device)
+    return lambda: attend(q, k, v, index, causal=False, qk=qk, pv=pv, smooth_k=True)
+
+
+def _gather(backend: str) -> Callable[[], object]:
+    call, index, _ = stripes(LLM, 1024)
+    return lambda: attend(*call, index, backend=backend)
+
+
 CASES: dict[str, tuple[str, Callable[[], Callable[[], object]]]] = {
     "skip 75 %": ("skipping", lambda: _skip(3)),
     "skip 0 %": ("skipping", lambda: _skip(0)),
     "full 0.5": ("block_sparse", lambda: _listed(0.5, "gluon")),
     "full 0.05": ("block_sparse", lambda: _listed(0.05, "gluon")),
+    "gather, triton": ("_gather", lambda: _gather("triton")),
+    "gather, gluon": ("key_gather", lambda: _gather("gluon")),
     "cudnn": (".*", _dense),
     "strided 8": ("_strided", lambda: _strided("native")),
     "strided 8, int8": ("_strided", lambda: _strided("int8")),
+    "8 bits": ("_eight_bit", lambda: _rounded("fp8", "fp8")),
 }
 """By name: the kernel that is meant, and what prepares its launch."""
 

@@ -71,7 +71,7 @@ def estimators() -> Iterator[tuple[str, Callable[[], object]]]:
     probe, anchor = scores.probe(call), scores.anchor_max(call, 128, 256)
     columns, offsets = probe.columns.topk(20).indices, probe.diagonals.topk(20).indices
     order = torch.randperm(N, device="cuda").int()[None]
-    parts = [attend(q, k, v, lists(size)) for _ in range(2)]
+    parts = [attend(q, k, v, lists(size), backend="triton") for _ in range(2)]
     yield "helper, pooled", lambda: scores.pooled(call, size)
     yield "helper, probe", lambda: scores.probe(call)
     yield "helper, rows by block mean", lambda: scores.rows_by_block_mean(call, size)
@@ -91,13 +91,25 @@ def estimators() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "helper, permute", lambda: put_rows(q.clone(), take_rows(q, order), order)
 
 
+def handing_over() -> Iterator[tuple[str, Callable[[], object]]]:
+    """What Triton does around the parts of a warp-specialised kernel, without a kernel."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        return
+    from attention import warps
+
+    out = torch.empty(2, dtype=torch.int32, device="cuda")
+    yield "warps, nothing shared", lambda: warps.apart[(2,)](out)
+    yield "warps, one number handed over", lambda: warps.handed[(2,)](out)
+    yield "warps, one number relayed", lambda: warps.relayed[(2,)](out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="launches whose name contains this")
     parser.add_argument("--width", type=int, nargs="+", default=[64, 128])
     args = parser.parse_args()
     torch.manual_seed(0)
-    work = [case for d in args.width for case in attention(d)] + list(estimators())
+    work = [*handing_over(), *(case for d in args.width for case in attention(d)), *estimators()]
     ran, begin = 0, time.monotonic()
     for name, run in work:
         if args.only not in name:

@@ -13,14 +13,16 @@ import argparse
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from attention.shapes import Shape, random_call, random_mask
+from attention.shapes import Shape, random_call, random_mask, stripes
 from attention.timing import milliseconds
 
-from accelkit.kernels._triton import block_sparse, gluon_block_sparse
+from accelkit.kernels import dispatch
+from accelkit.kernels._triton import block_sparse, gluon_block_sparse, gluon_gather
 from accelkit.kernels._triton import tuned as table
 from accelkit.kernels._triton.lower import lower
 from accelkit.kernels._triton.tile import Tile
@@ -29,7 +31,9 @@ from accelkit.kernels.launch import Launch
 from accelkit.kernels.prepare import prepare
 
 DENSITIES = (0.5, 0.1, 0.05)
-KERNELS = ("triton", "gluon", "gluon_full", "gluon_skip")
+KERNELS = ("triton", "gluon", "gluon_full", "gluon_gather", "gluon_skip")
+RINGS = ((2, 1), (2, 2), (3, 2), (4, 2), (5, 2))
+"""Stages of keys and of queries."""
 UNITS = ((128, 128), (128, 64), (64, 128), (64, 64))
 TABLE = Path(table.__file__).with_name("tuned.json")
 Run = Callable[[], object]
@@ -49,10 +53,13 @@ def candidates(kernel: str, launch: Launch) -> dict[str, tuple[Any, Run]]:
                 )
     elif kernel in ("gluon", "gluon_full") and bq == 128:
         work = lower(launch)
-        for stages, q_stages in ((2, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
-            for mode in ("lag", "turns"):
-                run = partial(gluon_block_sparse.run, launch, work, stages, mode, q_stages)
-                found[f"{stages} {q_stages} {mode}"] = ([stages, q_stages, mode], run)
+        for (stages, q_stages), mode in product(RINGS, ("lag", "turns")):
+            run = partial(gluon_block_sparse.run, launch, work, stages, mode, q_stages)
+            found[f"{stages} {q_stages} {mode}"] = ([stages, q_stages, mode], run)
+    elif kernel == "gluon_gather":
+        for (stages, q_stages), mode in product(RINGS[1:], ("lag", "turns")):
+            run = partial(gluon_gather.gather, launch, stages, mode, q_stages)
+            found[f"{stages} {q_stages} {mode}"] = ([stages, q_stages, mode], run)
     elif kernel == "gluon_skip" and bq == 128:
         work = lower(launch, in_order=True)
         for stages in (2, 3, 4):
@@ -61,17 +68,27 @@ def candidates(kernel: str, launch: Launch) -> dict[str, tuple[Any, Run]]:
     return found
 
 
-def best(kernel: str, width: int, unit: tuple[int, int]) -> Any:
-    """The table's entry for a kernel, head size and unit."""
-    shape = Shape("", 1, 16, 4, 16384, width, kernel != "gluon_full")
+def listed(kernel: str, shape: Shape, unit: tuple[int, int], density: float) -> Launch:
+    """A call over random lists that a kernel is tuned on."""
+    if kernel == "gluon_gather":
+        (q, k, v), index, _ = stripes(shape, round(density * 2048))
+        return prepare(q, k, v, index)
     q, k, v = random_call(shape, "cuda", torch.bfloat16)
+    index = BlockIndex.from_mask(random_mask(shape, unit, density, "cuda"), unit)
+    skip = 1e-4 if kernel == "gluon_skip" else None
+    return prepare(q, k, v, index, causal=shape.causal, skip=skip)
+
+
+def best(kernel: str, width: int, unit: tuple[int, int]) -> Any:
+    """The table's entry for a kernel, head size and tile."""
+    shape = Shape("", 1, 16, 4, 16384, width, kernel != "gluon_full")
+    if kernel == "gluon_gather" and unit != UNITS[0]:
+        return None
     losses: dict[str, float] = {}
     entries: dict[str, Any] = {}
     for density in DENSITIES:
-        index = BlockIndex.from_mask(random_mask(shape, unit, density, "cuda"), unit)
-        skip = 1e-4 if kernel == "gluon_skip" else None
-        launch = prepare(q, k, v, index, causal=shape.causal, skip=skip)
-        if kernel != "triton" and gluon_block_sparse.refusal(launch) is not None:
+        launch = listed(kernel, shape, unit, density)
+        if kernel != "triton" and dispatch.gluon_refusal(launch) is not None:
             return None
         runs = candidates(kernel, launch)
         times = milliseconds({n: c[1] for n, c in runs.items()}, 60)

@@ -101,10 +101,10 @@ def attend(
         UnsupportedConfigurationError: no backend runs this combination.
         KernelUnavailableError: the backend that was asked for cannot serve the call.
     """
-    if index.level is not None:
+    if index.pyramid:
         if causal or k_pos is not None or key_mask is not None:
             raise UnsupportedConfigurationError(
-                "attend: mean keys have no position; index.level needs a call without "
+                "attend: mean keys have no position; a pyramid needs a call without "
                 "causality, k_pos and key_mask"
             )
         k, v, index = pyramid.lower(k, v, index)
@@ -233,9 +233,11 @@ def gluon_refusal(launch: Launch) -> str | None:
     """Why the warp-specialised kernel cannot serve a launch, or None."""
     if reason := triton_missing(launch.q.device) or _low_bits(launch):
         return reason
-    from accelkit.kernels._triton import gluon_block_sparse
-
-    return gluon_block_sparse.refusal(launch)
+    if launch.index.size[1] == 1:
+        from accelkit.kernels._triton import gluon_gather as kernel
+    else:
+        from accelkit.kernels._triton import gluon_block_sparse as kernel
+    return kernel.refusal(launch)
 
 
 def fa4_refusal(launch: Launch) -> str | None:
@@ -288,8 +290,10 @@ def _run(launch: Launch, backend: str) -> None:
 
         eight_bit(launch)
     elif launch.index.size[1] == 1:
-        from accelkit.kernels._triton.gather import gather
-
+        if backend == "gluon":
+            from accelkit.kernels._triton.gluon_gather import gather
+        else:
+            from accelkit.kernels._triton.gather import gather
         gather(launch)
     elif backend == "fa4":
         from accelkit.kernels._extern import fa4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,20 @@ from torch import Tensor
 
 from accelkit.kernels import dispatch, scores, select
 from accelkit.kernels.dispatch import attend
-from accelkit.kernels.index import BlockIndex, plain_inputs
+from accelkit.kernels.index import BlockIndex, ceil_div, plain_inputs
 from attention.peers import dense_paths
-from attention.shapes import BLOCK, FULL, LLM, LONG, random_call, visible_blocks
+from attention.shapes import (
+    BLOCK,
+    D64,
+    FULL,
+    LLM,
+    LONG,
+    NARROW,
+    Shape,
+    random_call,
+    stripes,
+    visible_blocks,
+)
 from attention.sparse import able, check, right
 from attention.timing import milliseconds
 
@@ -36,12 +48,15 @@ def _part(what: str, ms: dict[str, float], dense: float, target: str) -> dict[st
 
 def skipping(budget_ms: float) -> Iterator[dict[str, Any]]:
     """Three quarters of the key blocks lie far below the row maximum; lists are dense."""
-    shape = FULL
+    yield from (_skipping(shape, budget_ms) for shape in (FULL, D64))
+
+
+def _skipping(shape: Shape, budget_ms: float) -> dict[str, Any]:
     q, k, v = random_call(shape, "cuda", torch.bfloat16)
     weak = torch.arange(shape.tokens, device="cuda") // 128 % 4 != 0
     q[..., 0] = 4.0
     k[..., 0] = torch.where(weak, -5.0 * shape.head_size**0.5, 0.0).to(k.dtype)
-    index = BlockIndex.dense(shape.heads, shape.tokens // 128, BLOCK, q.device)
+    index = BlockIndex.dense(shape.heads, ceil_div(shape.tokens, 128), BLOCK, q.device)
     exact = attend(q, k, v, index, causal=False, backend="triton").out.float()
     work: dict[str, Callable[[], object]] = {"cudnn": dense_paths(shape, q, k, v)["cudnn"]}
     for name in able(q, k, v, index, causal=False, skip=1e-3):
@@ -51,29 +66,33 @@ def skipping(budget_ms: float) -> Iterator[dict[str, Any]]:
             raise ValueError(f"skipping by {name} is wrong: relative error {error}")
         work[name] = run
     ms = milliseconds(work, budget_ms)
-    yield _part("softmax-skip, 75 % of the tiles skippable, full 32K", ms, ms.pop("cudnn"), "1.5 ×")
+    what = f"softmax-skip, 75 % of the tiles skippable, {shape.name}"
+    return _part(what, ms, ms.pop("cudnn"), "1.5 ×")
 
 
 def gathering(budget_ms: float) -> Iterator[dict[str, Any]]:
     """1,024 single keys for every 2,048 queries."""
-    shape, tall = LLM, 2048
-    q, k, v = random_call(shape, "cuda", torch.bfloat16)
-    rows = shape.tokens // tall
-    noise = torch.rand(1, shape.heads, rows, shape.tokens, device="cuda")
-    before = torch.arange(rows, device="cuda")[:, None] * tall
-    noise.masked_fill_(torch.arange(shape.tokens, device="cuda") >= before, -1.0)
-    best = noise.topk(1024, -1)
-    mask = torch.zeros_like(noise, dtype=torch.bool).scatter_(-1, best.indices, best.values >= 0)
-    index = BlockIndex.from_mask(mask, (tall, 1))
-    errors = check(q, k, v, index, True, ["triton"])
-    work = {
-        "cudnn": dense_paths(shape, q, k, v)["cudnn"],
-        "gather": lambda: attend(q, k, v, index),
-    }
+    for shape in (LLM, LONG, NARROW):
+        yield _gathered(shape, budget_ms)
+
+
+def _gathered(shape: Shape, budget_ms: float) -> dict[str, Any]:
+    call, index, pairs = stripes(shape, 1024)
+    choice = dispatch.explain(*call, index)
+    errors = check(*call, index, True, able(*call, index))
+    work: dict[str, Callable[[], object]] = {"cudnn": dense_paths(shape, *call)["cudnn"]}
+    for name in right(errors):  # each call orders its rows anew, as the first layer does
+        work[name] = lambda name=name: attend(*call, replace(index), backend=name)
     ms = milliseconds(work, budget_ms)
-    pairs = float(mask.sum()) * tall
-    row = _part("gather, 1,024 stripes for 2,048 queries, 32K", ms, ms.pop("cudnn"), "rate 0.6")
-    yield row | {"rate": pairs / ms["gather"] / (shape.pairs / row["dense_ms"]), "errors": errors}
+    dense = ms.pop("cudnn")
+    rates = {name: pairs / t / (shape.pairs / dense) for name, t in ms.items()}
+    print("    rate " + "  ".join(f"{n} {r:.3f}" for n, r in rates.items()), flush=True)
+    what = f"gather, 1,024 stripes for 2,048 queries, {shape.name}"
+    return _part(what, ms, dense, "rate 0.6") | {
+        "backend": choice.backend, "why": choice.reason, "rate": rates[choice.backend],
+        "rates": rates, "unit": list(index.size), "head_size": shape.head_size, "causal": True,
+        "errors": errors,
+    }  # fmt: skip
 
 
 class Estimates:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from accelkit.kernels import dispatch
+from accelkit.kernels.speeds import TILE
 
 Report = dict[str, Any]
 
@@ -56,16 +58,18 @@ def write(path: Path, report: Report) -> None:
 
 
 def speeds(report: Report, known: list[Report] | None = None) -> list[Report]:
-    """The table by which `dispatch` chooses: each kernel's mean rate relative to dense cuDNN. What
-    the report says nothing about stays as `known` has it.
+    """The table by which `dispatch` chooses: each kernel's mean rate relative to dense cuDNN, units
+    larger than a tile under the tile's. What the report says nothing about stays as `known` has it.
     """
     found: dict[tuple, list[float]] = {_key(row): [row["speed"]] for row in known or []}
     measured: dict[tuple, list[float]] = {}
-    for row in report["results"]:
-        for name in (n for n in row["ratio"] if n in dispatch.KERNELS):
+    for row in chain(report["results"], report["parts"]):
+        ratio = row.get("ratio") or row.get("rates") or {}
+        for name in (n for n in ratio if n in dispatch.KERNELS):
             about = {"backend": name, "capability": report["capability"]}
-            about |= {"head_dim": row["head_size"], "unit": row["unit"], "causal": row["causal"]}
-            measured.setdefault(_key(about), []).append(row["ratio"][name])
+            unit = [min(n, TILE) for n in row["unit"]]
+            about |= {"head_dim": row["head_size"], "unit": unit, "causal": row["causal"]}
+            measured.setdefault(_key(about), []).append(ratio[name])
     return [
         {
             "backend": name,

@@ -34,6 +34,7 @@ LONG = Shape("causal 128K, 32/8 heads, d128", 1, 32, 8, 131072, 128, True)
 FULL = Shape("full 32K, 32/8 heads, d128", 1, 32, 8, 32768, 128, False)
 VIDEO = Shape("full 118,800, 24 heads, d128", 1, 24, 24, 118800, 128, False)
 D64 = Shape("full 17,776, 48 heads, d64", 1, 48, 48, 17776, 64, False)
+NARROW = Shape("causal 32K, 32/8 heads, d64", 1, 32, 8, 32768, 64, True)
 LAPTOP = Shape("causal 8K, 4/2 heads, d64, CPU", 1, 4, 2, 8192, 64, True)
 
 
@@ -63,6 +64,30 @@ def random_mask(shape: Shape, size: tuple[int, int], density: float, device: str
         edge = seen.sum(-1, keepdim=True) - 1
         mask = mask | (torch.arange(seen.shape[1], device=device) == edge)
     return mask & seen
+
+
+def stripes(
+    shape: Shape, keys: int, rows: int = 2048, device: str = "cuda"
+) -> tuple[list[Tensor], BlockIndex, float]:
+    """A call, random earlier keys for every `rows` queries of each head (all where there are
+    fewer), and the query-key pairs that they make.
+    """
+    tiles = shape.tokens // rows
+    ids = torch.arange(shape.tokens, device=device)
+    listed, counts = [], []
+    for _ in range(shape.batch * shape.heads):
+        noise = torch.rand(tiles, shape.tokens, device=device)
+        noise.masked_fill_(ids >= torch.arange(tiles, device=device)[:, None] * rows, -1.0)
+        best = noise.topk(keys, -1)
+        there = best.values >= 0
+        found = torch.where(there, best.indices, shape.tokens).sort(-1).values
+        listed.append(found.int())
+        counts.append(there.sum(-1, dtype=torch.int32))
+    count = torch.stack(counts).view(shape.batch, shape.heads, tiles)
+    start = torch.arange(count.numel(), device=device).view_as(count) * keys
+    index = BlockIndex(start, count, torch.stack(listed).flatten(), (rows, 1))
+    call = random_call(shape, device, torch.bfloat16)
+    return call, index, float(count.sum()) * rows
 
 
 def mixed(index: BlockIndex, share: int) -> BlockIndex:

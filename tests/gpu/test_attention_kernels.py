@@ -12,7 +12,7 @@ from attention_cases import permutation, random_index, tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from accelkit.kernels._triton import gluon_block_sparse
+from accelkit.kernels._triton import gluon_block_sparse, gluon_gather
 from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.merge import merge
@@ -75,6 +75,16 @@ CASES = [
     Case(lengths=RAGGED, causal=False, options={"positions": True}, head_size=64),
     Case(lengths=RAGGED, options={"rows": True}),
     Case(lengths=RAGGED, options={"bias": True}),
+    Case(lengths=RAGGED, options={"bias": True}, size=(128, 64)),
+    Case(lengths=RAGGED, options={"bias": True}, causal=False),
+    Case(lengths=CHUNKED, options={"bias": True}, causal=False, head_size=64, dtype=F16),
+    # Two entries of 64 keys share a tile.
+    Case(size=(128, 64), lengths=RAGGED, causal=False),
+    Case(size=(128, 64), lengths=RAGGED, causal=False, head_size=64),
+    Case(size=(256, 64), lengths=CHUNKED, causal=False, dtype=F16, options={"heads": True}),
+    Case(size=(128, 64), lengths=RAGGED, causal=False, options={"bias": True}),
+    Case(size=(128, 64), lengths=CHUNKED, causal=False, options={"rows": True}, head_size=96),
+    Case(size=(128, 64), lengths=RAGGED, causal=False, options={"bias": True}, head_size=64),
     Case(lengths=RAGGED, options={"skip": 0.2}),
     Case(lengths=RAGGED, options={"skip": 0.2}, causal=False, dtype=F16),
     Case(lengths=CHUNKED, options={"skip": 0.2}, size=(128, 64)),
@@ -97,9 +107,10 @@ def serve(backend: str, q, k, v, index: BlockIndex, **options: Any) -> None:
         attend(q, k, v, index, backend="triton", **options)
         return
     launch = prepare(q, k, v, index, **options)
-    if index.size[1] == 1 or (reason := gluon_block_sparse.refusal(launch)):
-        pytest.skip(reason if index.size[1] > 1 else "single keys")
-    gluon_block_sparse.block_sparse(launch)
+    kernel = gluon_gather if index.size[1] == 1 else gluon_block_sparse
+    if reason := kernel.refusal(launch):
+        pytest.skip(reason)
+    (kernel.gather if index.size[1] == 1 else kernel.block_sparse)(launch)
 
 
 def votes_of_halves(index: BlockIndex, n_q: int) -> BlockIndex:
@@ -218,6 +229,33 @@ def test_the_same_call_gives_the_same_bits(backend: str, skip: float | None) -> 
     assert not found[0][0].isnan().any()
     for out, lse in found[1:]:
         assert torch.equal(out, found[0][0]) and torch.equal(lse, found[0][1])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_halves_drop_tiles_alone(head_size: int, causal: bool) -> None:
+    """Sixteen features say which halves of the query tiles see which key blocks weakly."""
+    n_q, n_k, skip = 1000, 1500, 0.3
+    q, k, v = tensors(2, 8, 2, n_q, n_k, head_size, torch.bfloat16, device="cuda")
+    kind = torch.arange(n_q, device="cuda") // 64 % 16
+    weak = torch.rand(12, 16, device="cuda").repeat_interleave(128, 0)[:n_k] < 0.6
+    q *= 0.2
+    q[..., :16] = 4.0 * torch.nn.functional.one_hot(kind, 16)
+    k[..., :16] = -2.5 / 4 * head_size**0.5 * weak
+    index = random_index(2, 8, n_q, n_k, (128, 128), 0.7, (1,), (2,), "cuda")
+    args: dict[str, Any] = {"causal": causal, "q_start": n_k - n_q if causal else 0}
+    out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:3], math.nan, device="cuda")
+    serve("gluon", q, k, v, index, **args, skip=skip, out=out, lse=lse)
+    halves, wide = votes_of_halves(index, n_q), [t.double() for t in (q, k, v)]
+    want = attend(*wide, halves, **args, skip=skip, backend="reference")
+    whole = attend(*wide, index, **args, skip=skip, backend="reference")
+    exact = attend(*wide, index, **args, backend="reference")
+    size = float(want.out.norm())
+    assert float((out - want.out).norm()) / size < 2 * TOLERANCE[torch.bfloat16]
+    assert all(float((t.out - want.out).norm()) / size > 0.02 for t in (whole, exact))
+    assert torch.equal(lse.isinf(), want.lse.isinf())
+    seen = want.lse.isfinite()
+    torch.testing.assert_close(lse[seen], want.lse[seen].float(), atol=2e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("pieces", [2, 3])

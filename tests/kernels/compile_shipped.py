@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from accelkit.kernels._triton import block_sparse, gluon_block_sparse, lower
+from accelkit.kernels._triton import block_sparse, gluon_block_sparse, gluon_gather, lower
 from accelkit.kernels._triton.tile import Tile
 from accelkit.kernels._triton.tuned import _table
 from accelkit.kernels.index import BlockIndex
@@ -54,13 +55,16 @@ def compile_only(found: list[Any]) -> None:
     gluon_block_sparse._processors = lambda device: 132
 
 
-def call(kernel: str, unit: tuple[int, int], width: int) -> Any:
+def call(kernel: str, unit: tuple[int, int], width: int, bias: str = "") -> Any:
     """A call that a kernel serves; its tensors are never read."""
     skip = 0.01 if kernel == "gluon_skip" else None
     q, k, v = (
         torch.empty(1, 1024, h, width, dtype=torch.bfloat16).transpose(1, 2) for h in (8, 2, 2)
     )
     index = BlockIndex.dense(8, 1024 // unit[0], unit, q.device)
+    if bias:
+        bias_of = torch.zeros(1, 1, 1024)
+        index = replace(index, bias=bias_of, bias_by_entry=bias == "entry")
     return prepare(q, k, v, index, causal=kernel != "gluon_full", skip=skip)
 
 
@@ -77,6 +81,8 @@ def report(name: str, kernel: Any, tile: tuple[int, int], width: int) -> dict[st
     use = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
     threads = int(re.search(r"\.reqntid\s+(\d+)", kernel.asm["ptx"])[1])
     registers = -(-int(use[1]) // 8) * 8
+    # From the scores to a vote on the tile; the V warp's votes stand behind a whole item.
+    votes = re.findall(r"WARPGROUP\.DEPBAR((?:(?!WARPGROUP|STSM).)*?)BAR\.RED", code.stdout, re.S)
     return {
         "name": name,
         "local": len(re.findall(r"\b(?:LDL|STL)\b", code.stdout)),
@@ -84,6 +90,9 @@ def report(name: str, kernel: Any, tile: tuple[int, int], width: int) -> dict[st
         "products": len(re.findall(r"HGMMA\.", code.stdout)),
         "groups": len(re.findall(r"HGMMA\..*gsb0", code.stdout)),
         "waits": code.stdout.count("WARPGROUP.DEPBAR"),
+        "barriers": max(map(int, re.findall(r"\.sync\s+(\d+)", kernel.asm["ptx"])), default=-1),
+        "votes": len(votes),
+        "exchanges": len(re.findall(r"\b(?:SHFL|BAR\.SYNC|LDS)\b", "".join(votes))),
         "steps": min(width, tile[1]) // 16,
         "registers": registers,
         "programs": min(65536 // (threads * registers), 233_472 // (kernel.metadata.shared + 1024)),
@@ -98,10 +107,15 @@ def shipped() -> list[dict[str, Any]]:
         for width, tiles in widths.items():
             for text in tiles:
                 bm, bn = map(int, text.split("x"))
-                launch = call(kernel, (bm, bn), int(width))
-                work = lower.lower(launch)
+                keys = kernel == "gluon_gather"
+                # Without a causal edge, entries of 64 keys fill tiles of 128 by twos.
+                unit_keys = 3 * bn if (kernel, bn) == ("gluon_full", 64) else bn
+                launch = call(kernel, (bm, 1 if keys else unit_keys), int(width))
+                work = None if keys else lower.lower(launch)
                 found.clear()
-                if kernel == "triton":
+                if keys:
+                    gluon_gather.gather(launch)
+                elif kernel == "triton":
                     tile = block_sparse._tile(launch)
                     if (tile.bm, tile.bn) != (bm, bn):
                         raise SystemExit(f"{text} at {width} is in the table and never chosen")
@@ -112,6 +126,12 @@ def shipped() -> list[dict[str, Any]]:
                     gluon_block_sparse.run_skipping(launch, work)
                 name = f"{kernel} d{width} {text}"
                 reports.append(report(name, found[-1], (bm, bn), int(width)))
+    for width in (64, 128):
+        for bk, bias in ((64, ""), (64, "key"), (64, "entry"), (128, "key"), (128, "entry")):
+            launch = call("gluon_full", (128, bk), width, bias)
+            gluon_block_sparse.run(launch, lower.lower(launch))
+            name = f"gluon_full d{width} entries of {bk} {bias}"
+            reports.append(report(name, found[-1], (128, 128), width))
     return reports
 
 

@@ -42,3 +42,11 @@ def test_speeds_are_means_over_densities(report: ModuleType) -> None:
     assert rows[0]["capability"] == "9.0" and rows[0]["unit"] == [128, 128]
     newer = report.speeds(made(case("a", 0.7)), rows)
     assert [r["speed"] for r in newer] == [0.5, 0.7]
+
+
+def test_single_keys_have_a_speed_of_their_own(report: ModuleType) -> None:
+    whole = made(case("a", 0.8))
+    shape = {"head_size": 128, "unit": [2048, 1], "causal": True}
+    whole["parts"] = [{"part": "gather", **shape, "rates": {"gluon": 0.7, "triton": 0.3}}]
+    found = {(r["backend"], *r["unit"]): r["speed"] for r in report.speeds(whole)}
+    assert found == {("gluon", 128, 128): 0.8, ("gluon", 128, 1): 0.7, ("triton", 128, 1): 0.3}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton")
+gluon_skip = pytest.importorskip("accelkit.kernels._triton.gluon_skip")
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 missing = [tool for tool in ("ptxas", "cuobjdump") if not (TOOLS / tool).exists()]
@@ -45,6 +46,15 @@ def test_no_product_is_serialised(reports) -> None:
     assert all(r["products"] for r in reports)
     assert [r["name"] for r in reports if r["groups"] * r["steps"] > r["products"]] == []
     assert [r["name"] for r in reports if r["waits"] > r["groups"]] == []
+
+
+def test_a_vote_is_one_instruction(reports) -> None:
+    """Each of two warpgroups votes on its scores without another exchange among threads, and the
+    kernel's processor barriers are none of Triton's own.
+    """
+    found = [r for r in reports if "skip" in r["name"]]
+    assert found and all((r["votes"], r["exchanges"]) == (2, 0) for r in found)
+    assert all(r["barriers"] < int(gluon_skip.K_FREE.value) for r in found)
 
 
 def test_programs_share_a_multiprocessor_as_promised(reports) -> None:

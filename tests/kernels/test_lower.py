@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import random_index, tensors
 
 from accelkit.kernels._triton import lower as module
-from accelkit.kernels._triton.lower import lower
+from accelkit.kernels._triton.lower import lower, lower_keys
 from accelkit.kernels.dispatch import attend
+from accelkit.kernels.index import ALL, BlockIndex
 from accelkit.kernels.prepare import prepare
 
 pytestmark = pytest.mark.interpreter
@@ -69,3 +72,37 @@ def test_kept_work_serves_other_heads_of_the_same_index() -> None:
         want = attend(q, k, v, index, heads=heads, backend="reference")
         torch.testing.assert_close(got.out, want.out, atol=1e-5, rtol=1e-5)
     assert len(index.lowered) == 1
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_lists_of_single_keys_end_in_what_not_every_row_sees(causal) -> None:
+    q, k, v = tensors(2, 4, 2, 300, 500, 16)
+    mask = torch.rand(1, 4, 3, 500, generator=torch.Generator().manual_seed(0))
+    mask = mask < torch.tensor([0.9, 0.3, 0.0, 1.0]).view(1, 4, 1, 1)
+    index = BlockIndex.from_mask(mask, (128, 1))
+    count = index.count.clone()
+    count[:, 1] = ALL
+    launch = prepare(q, k, v, replace(index, count=count), causal=causal, q_start=150)
+    work, starts = lower_keys(launch, 32)
+    for row in range(2 * 4 * 3):
+        head, tile = row // 3 % 4, row % 3
+        low = min(499, 150 + tile * 128) if causal else 499
+        end = min(500, 150 + min(300, tile * 128 + 128)) if causal else 500
+        keys = mask[0, head, tile].nonzero().flatten() if head != 1 else torch.arange(end)
+        seen = int((keys <= low).sum())
+        assert int(work.clean[row]) == seen // 32
+        assert int(work.masked[row]) == len(keys) - seen // 32 * 32
+        assert int(starts[row]) == (-1 if head == 1 else index.start[0, head, tile])
+    assert work.order.sort().values.tolist() == list(range(24))
+    tiles = work.clean + (work.masked + 31) // 32
+    assert (tiles[work.order.long()].diff() <= 0).all()
+
+
+def test_keys_in_any_order_are_masked_from_the_first_that_a_row_does_not_see() -> None:
+    q, k, v = tensors(1, 1, 1, 64, 200, 16)
+    keys = torch.arange(96, dtype=torch.int32)
+    keys[40] = 150
+    start, count = torch.zeros(1, 1, 1, dtype=torch.int64), torch.full((1, 1, 1), 96).int()
+    launch = prepare(q, k, v, BlockIndex(start, count, keys, (64, 1)), q_start=100)
+    work, _ = lower_keys(launch, 32)
+    assert (int(work.clean), int(work.masked)) == (1, 64)

@@ -13,6 +13,8 @@ Int8 scores are added up from the integer that is the float 1.5 · 2²³: the su
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -68,20 +70,22 @@ def _produce(
     q_desc, k_desc, v_desc, ITEMS, LISTS, KV_HEADS, n_items,
     capacity, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, PV8: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
+    BM: gl.constexpr = GROUPS * _ROWS
     stage, phase = 0, 1
     for round in range(_rounds(n_items)):
-        row, m0, b, slot, masked, clean = _item(
-            ITEMS, _place(round), n_items, 2 * _ROWS, BQ // (2 * _ROWS)
-        )
+        row, m0, b, slot, masked, clean = _item(ITEMS, _place(round), n_items, BM, BQ // BM)
         hk = gl.load(KV_HEADS + slot)
         at = row.to(gl.int64) * capacity
         side = round % 2
         mbarrier.wait(q_empty.index(side), ((round // 2) & 1) ^ 1)
-        mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes * 2)
-        load(q_desc, [b, slot, m0, 0], q_full.index(side), q.index(side * 2))
-        load(q_desc, [b, slot, m0 + _ROWS, 0], q_full.index(side), q.index(side * 2 + 1))
+        mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes * GROUPS)
+        for i in gl.static_range(GROUPS):
+            load(
+                q_desc, [b, slot, m0 + i * _ROWS, 0], q_full.index(side), q.index(side * GROUPS + i)
+            )
         for j in range((masked + clean) * R):
             k0 = _key0(LISTS, at, j, BK, BN)
             mbarrier.wait(k_empty.index(stage), phase)
@@ -391,7 +395,7 @@ def _eight_bit(
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, q, k, v, q_full,
-                q_empty, k_full, k_empty, v_full, v_empty, BQ, BK, BN, PV8, STAGES,
+                q_empty, k_full, k_empty, v_full, v_empty, BQ, BK, BN, PV8, STAGES, 2,
             )),
         ],
         [4, 1],
@@ -418,12 +422,14 @@ def stages(pv8: bool) -> int:
     return 4 if pv8 else 3
 
 
-def run(launch: Launch, ops: Operands, work: Work) -> None:
-    """Start the kernel over lowered work."""
+def arguments(
+    launch: Launch, ops: Operands, work: Work, rows: int
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """Programs, arguments and constants of a kernel whose items have so many rows."""
     (bq, bk), d, pv8 = launch.index.size, launch.q.shape[3], ops.v_scale is not None
-    bn, some, n_items = ops.block, ops.q_scale, work.items.shape[0] * (bq // 128)
+    bn, some, n_items = ops.block, ops.q_scale, work.items.shape[0] * (bq // rows)
     processors = torch.cuda.get_device_properties(launch.q.device).multi_processor_count
-    _eight_bit[(min(n_items, processors),)](
+    found = (
         describe(ops.q, (64, d)), describe(ops.k, (bn, d)),
         describe(ops.v, (d, bn) if pv8 else (bn, d)),
         launch.out, launch.lse, ops.q_scale, ops.k_scale,
@@ -432,7 +438,18 @@ def run(launch: Launch, ops: Operands, work: Work) -> None:
         launch.out_heads, *launch.out.stride()[:3], *launch.lse.stride(), n_items, launch.heads,
         ops.k.shape[1], launch.n_q, launch.n_k, ops.k_scale.shape[2],
         launch.q_start, work.capacity, launch.scale * LOG2E,
-        BQ=bq, BK=bk, BN=bn, D=d, PV8=pv8, CAUSAL=launch.causal,
-        EXTRA_MASKED=not one_masked(launch, bn), SMOOTH=ops.shift is not None,
-        STAGES=stages(pv8), num_warps=4,
+    )  # fmt: skip
+    constants = {
+        "BQ": bq, "BK": bk, "BN": bn, "D": d, "CAUSAL": launch.causal,
+        "SMOOTH": ops.shift is not None, "STAGES": stages(pv8),
+    }  # fmt: skip
+    return min(n_items, processors), found, constants
+
+
+def run(launch: Launch, ops: Operands, work: Work) -> None:
+    """Start the kernel over lowered work."""
+    programs, found, constants = arguments(launch, ops, work, 2 * 64)
+    _eight_bit[(programs,)](
+        *found, **constants, PV8=ops.v_scale is not None,
+        EXTRA_MASKED=not one_masked(launch, ops.block), num_warps=4,
     )  # fmt: skip

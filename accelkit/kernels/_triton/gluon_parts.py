@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
+
+gather = (
+    async_copy.async_load
+    if hasattr(async_copy, "async_load")
+    else async_copy.async_copy_global_to_shared
+)
+"""The copy of rows by pointer into shared memory, by the name that this Triton has for it."""
 
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 """The copy of a tile into shared memory, by the name that this Triton has for it."""
+
+
+@gluon.jit
+def listed(LISTS, start, place, count, n_k):
+    """Keys at some places of a list of single keys, int32; `FAR` behind its end and where there is
+    none. A row with `start < 0` lists every key.
+    """
+    inside = place < count
+    key = gl.load(LISTS + start + place, mask=inside & (start >= 0), other=-1)
+    key = gl.where(start < 0, place, key)
+    return gl.where(inside & (key >= 0) & (key < n_k), key, 2147483647)
 
 
 @gluon.jit

@@ -5,6 +5,10 @@ As `gluon_kernel`, with one warp that copies Q and K and another for V. Each con
 votes on a tile for its own 64 rows as soon as the scores are there; V is copied when the first of
 them keeps the tile. The product with V is started together with the next tile's scores, which cover
 the copy. Tiles are visited in list order.
+
+A vote is one instruction: a barrier of the processor that also tells everyone at it whether one
+thread said yes, the V warp included. Such barriers say that a place for K is free, too: unlike an
+arrival at an mbarrier they need no barrier of the warpgroup before.
 """
 
 from __future__ import annotations
@@ -34,21 +38,39 @@ from accelkit.kernels._triton.gluon_kernel import (
     _sync,
 )
 
-VOTES = gl.constexpr(4)
-"""Tiles on which one warpgroup may have voted before the V warp has heard the other."""
+K_FREE = gl.constexpr(3)
+"""Processor barrier of the first place for K; those of the others follow. Triton uses 0 to 2."""
+VOTE = gl.constexpr(14)
+"""Processor barrier on which the first warpgroup votes, before that of the second."""
 V_STAGES = gl.constexpr(2)
 """Places for V: what one warpgroup still multiplies, and what the other asks for."""
 
 
 @gluon.jit
+def _give(place):
+    """A warpgroup is through with this place for K. Threads: two warpgroups and the K warp."""
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, 288; mov.b32 $0, 0;", "=r,r", [K_FREE + place], gl.int32, False, 1
+    )
+
+
+@gluon.jit
+def _take(place):
+    """The K warp waits until both warpgroups have given a place."""
+    gl.inline_asm_elementwise(
+        "bar.sync $1, 288; mov.b32 $0, 0;", "=r,r", [K_FREE + place], gl.int32, False, 1
+    )
+
+
+@gluon.jit
 def _produce_k(
     q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k, q_full,
-    q_empty, k_full, k_empty, tickets, ticket_full, ticket_empty,
+    q_empty, k_full, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     ROWS: gl.constexpr = BM // 2
-    stage, phase = 0, 1
+    stage, copied = 0, 0
     place, round = gl.program_id(0), 0
     while place < n_items:
         next_place = gl.num_programs(0) + gl.atomic_add(COUNTER, 1, sem="relaxed")
@@ -62,29 +84,34 @@ def _produce_k(
         _load(q_desc, [b, hq, q_row + ROWS, 0], q_full, q.index(1))
         for j in range((masked + clean) * R):
             k0 = gl.load(at + j // R) * BK + (j % R) * BN
-            mbarrier.wait(k_empty.index(stage), phase)
+            if copied >= STAGES:
+                _take(stage)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
+            stage, copied = (stage + 1) % STAGES, copied + 1
         place, round = next_place, round + 1
+    for i in range(gl.minimum(copied, STAGES)):  # no barrier is left half full
+        _take((copied - 1 - i) % STAGES)
 
 
 @gluon.jit
-def _listen(votes, voted, phase):
+def _listen(WHO: gl.constexpr):
     """Whether a warpgroup keeps the tile on which it votes here."""
-    each: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    mbarrier.wait(voted, phase)
-    return gl.max(votes.load(each), 0)
+    return gl.inline_asm_elementwise(
+        f"{{ .reg .pred any; setp.ne.b32 any, $1, $1; bar.red.or.pred any, {VOTE + WHO}, 160, any;"
+        " vote.sync.any.pred any, any, 0xffffffff; selp.b32 $0, 1, 0, any; }",
+        "=r,r", [gl.program_id(0)], gl.int32, False, 1,
+    )  # fmt: skip
 
 
 @gluon.jit
 def _produce_v(
-    v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, v, v_full, votes, voted, heard, tickets,
-    ticket_full, ticket_empty,
+    v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, v, v_full, tickets, ticket_full,
+    ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
-    stage, poll, phase = 0, 0, 0
+    stage = 0
     place, round = gl.program_id(0), 0
     while place < n_items:
         row, _, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, BQ // BM)
@@ -95,31 +122,46 @@ def _produce_v(
             full = v_full.index(stage)
             # Who votes on a tile is through with all products before, and the other was heard on
             # the last tile: nobody reads this place any more.
-            first = _listen(votes.index(poll * 2), voted.index(poll * 2), phase)
+            first = _listen(0)
             if first > 0:
                 mbarrier.expect(full, v_desc.block_type.nbytes)
                 _load(v_desc, [b, hk, k0, 0], full, v.index(stage))
-            second = _listen(votes.index(poll * 2 + 1), voted.index(poll * 2 + 1), phase)
+            second = _listen(1)
             if first == 0:
                 if second > 0:
                     mbarrier.expect(full, v_desc.block_type.nbytes)
                     _load(v_desc, [b, hk, k0, 0], full, v.index(stage))
                 else:
                     mbarrier.arrive(full)
-            mbarrier.arrive(heard.index(poll))
             stage = (stage + 1) % V_STAGES
-            poll, phase = _next(poll, phase, VOTES)
         place, round = _announced(tickets, ticket_full, ticket_empty, round, 1), round + 1
 
 
 @gluon.jit
-def _vote(keeps, votes, voted):
-    """Tell the V warp whether one of the 64 rows keeps the tile, and know it too."""
-    every: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    votes.store(gl.max(keeps.to(gl.int32).reshape([4, 16]), 1))
-    keep = gl.max(votes.load(every), 0)
-    mbarrier.arrive(voted)
-    return keep
+def _ballot(n, WHO: gl.constexpr):
+    """Declare the predicate in which a thread holds its warpgroup's last vote: no tensor of one
+    element per thread becomes a scalar without an exchange among threads.
+    """
+    gl.inline_asm_elementwise(
+        f".reg .pred keeps{WHO}; mov.b32 $0, 0;", "=r,r", [n], gl.int32, False, 1
+    )
+
+
+@gluon.jit
+def _vote(excess, WHO: gl.constexpr):
+    """Whether one of the excesses over the threshold, two a thread, is not negative."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred a, b; setp.ge.f32 a, $2, 0f00000000; setp.ge.f32 b, $3, 0f00000000;"
+        f" or.pred a, a, b; bar.red.or.pred keeps{WHO}, {VOTE + WHO}, 160, a;"
+        " mov.b32 $0, $2; mov.b32 $1, $3; }",
+        "=f,=f,f,f", [excess], gl.float32, False, 2,
+    )  # fmt: skip
+    # All lanes hold the same; the second vote tells the compiler so.
+    return gl.inline_asm_elementwise(
+        f"{{ .reg .pred any; vote.sync.any.pred any, keeps{WHO}, 0xffffffff;"
+        " selp.b32 $0, 1, 0, any; }",
+        "=r,r", [gl.program_id(0)], gl.int32, False, 1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -133,8 +175,8 @@ def _times_v(p, v_tile, v_full, phase, acc, BN: gl.constexpr, BDV: gl.constexpr)
 @gluon.jit
 def _consume(
     WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, SKIP, s_lb, s_lh,
-    s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty,
-    v_full, votes, voted, heard, turns, tickets, ticket_full, ticket_empty,
+    s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full,
+    tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -148,9 +190,8 @@ def _consume(
     o_row: gl.constexpr = gl.SliceLayout(1, ol)
     zero = gl.zeros([ROWS, BN], gl.float32, sl)
     own = _flat(q.index(WHO), ROWS, BD)
-    mine, other = turns.index(WHO), turns.index(1 - WHO)
-    stage, phase, turn = 0, 0, 1 - WHO
-    v_stage, v_phase, poll, poll_phase = 0, 0, 0, 0
+    _ballot(n_items, WHO)
+    stage, phase, v_stage, v_phase = 0, 0, 0, 0
     place, round = gl.program_id(0), 0
     while place < n_items:
         row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, BQ // BM)
@@ -163,7 +204,8 @@ def _consume(
         safe = n_k
         if CAUSAL:
             safe = gl.minimum(n_k, q_start + q_row + WHO * ROWS + 1)
-        m = gl.full([ROWS], -1e30, gl.float32, s_row)  # finite: an empty row meets no inf − inf
+        # Finite: an empty row meets no inf − inf. Rows behind the last keep no tile.
+        m = gl.where(rows < n_q, -1e30, 1e30)
         total = gl.zeros([ROWS], gl.float32, s_row)
         acc = gl.zeros([ROWS, BDV], gl.float32, ol)
         p16 = gl.zeros([ROWS, BN], dtype, pl)
@@ -171,32 +213,35 @@ def _consume(
         n = (masked + clean) * R
         block = gl.load(at, mask=n > 0, other=0)
         mbarrier.wait(q_full, round & 1)
+        mbarrier.wait(k_full.index(stage), phase, pred=n > 0)
         for j in range(n):
             k0 = block * BK + (j % R) * BN
-            block = gl.load(at + (j + 1) // R, mask=j + 1 < n, other=0)
-            mbarrier.wait(k_full.index(stage), phase)
-            mbarrier.wait(mine, turn)
+            k_stage = stage
+            stage, phase = _next(stage, phase, STAGES)
             scores = warpgroup_mma(
-                own, _flat(k.index(stage), BN, BD).permute((1, 0)), zero, use_acc=False,
+                own, _flat(k.index(k_stage), BN, BD).permute((1, 0)), zero, use_acc=False,
                 is_async=True,
             )  # fmt: skip
+            # What the next tile needs is asked and awaited while the products run.
             if kept > 0:
                 mbarrier.wait(v_full.index(last_stage), last_phase)
                 sums = warpgroup_mma(p16, _flat(v.index(last_stage), BN, BDV), acc, is_async=True)
-                mbarrier.arrive(other)
+                block = gl.load(at + (j + 1) // R, mask=j + 1 < n, other=0)
+                mbarrier.wait(k_full.index(stage), phase, pred=j + 1 < n)
                 s, acc, p16 = warpgroup_mma_wait(0, deps=[scores, sums, p16])
             else:
-                mbarrier.arrive(other)
+                block = gl.load(at + (j + 1) // R, mask=j + 1 < n, other=0)
+                mbarrier.wait(k_full.index(stage), phase, pred=j + 1 < n)
                 s = warpgroup_mma_wait(0, deps=[scores])
-            mbarrier.arrive(k_empty.index(stage))
+            _give(k_stage)
             if k0 + BN > safe:
                 s = _hide(s, k0, limit, BN, sl)
-            peak = gl.max(s, 1) * factor
-            keeps = (rows < n_q) & (peak > -float("inf")) & ((peak - m >= least) | (m <= -1e30))
-            mbarrier.wait(heard.index(poll), poll_phase ^ 1)
-            keep = _vote(keeps, votes.index(poll * 2 + WHO), voted.index(poll * 2 + WHO))
+            # Maxima of what each of a row's four threads holds: enough to vote.
+            peaks = gl.max(gl.max(s.reshape([ROWS, BN // 8, 4, 2]), 3), 1) * factor
+            least_peak = gl.convert_layout(m + least, gl.SliceLayout(1, peaks.type.layout))
+            keep = _vote(peaks - least_peak[:, None], WHO)
             if keep > 0:
-                m_new = gl.maximum(m, peak)
+                m_new = gl.maximum(m, gl.convert_layout(gl.max(peaks, 1), s_row))
                 p = gl.exp2(s * factor - m_new[:, None])
                 alpha = gl.exp2(m - m_new)
                 total = total * alpha + gl.sum(p, 1)
@@ -204,10 +249,7 @@ def _consume(
                 m = m_new
                 p16 = gl.convert_layout(p.to(dtype), pl)
             kept, last_stage, last_phase = keep, v_stage, v_phase
-            stage, phase = _next(stage, phase, STAGES)
             v_stage, v_phase = _next(v_stage, v_phase, V_STAGES)
-            poll, poll_phase = _next(poll, poll_phase, VOTES)
-            turn ^= 1
         if kept > 0:
             acc = _times_v(
                 p16, v.index(last_stage), v_full.index(last_stage), last_phase, acc, BN, BDV
@@ -237,10 +279,8 @@ def skipping(
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, BD], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [V_STAGES, 1, 1, BN, BDV], v_desc.layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    votes = gl.allocate_shared_memory(gl.int32, [2 * VOTES, 4], flat)
     q_full, q_empty = _barriers(1, 1).index(0), _barriers(1, 2).index(0)
-    k_full, k_empty, v_full = _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(V_STAGES, 1)
-    voted, heard, turns = _barriers(2 * VOTES, 1), _barriers(VOTES, 1), _barriers(2, 1)
+    k_full, v_full = _barriers(STAGES, 1), _barriers(V_STAGES, 1)
     tickets = gl.allocate_shared_memory(gl.int32, [TICKETS, 1], flat)
     ticket_full, ticket_empty = _barriers(TICKETS, 1), _barriers(TICKETS, 3)
     fence_async_shared()
@@ -248,24 +288,21 @@ def skipping(
         [
             (_consume, (
                 0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, SKIP, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
-                votes, voted, heard, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD,
-                BDV, CAUSAL, STAGES,
+                q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full, tickets,
+                ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV, CAUSAL, STAGES,
             )),
             (_consume, (
                 1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, SKIP, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
-                votes, voted, heard, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD,
-                BDV, CAUSAL, STAGES,
+                q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full, tickets,
+                ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV, CAUSAL, STAGES,
             )),
             (_produce_k, (
                 q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k,
-                q_full, q_empty, k_full, k_empty, tickets, ticket_full, ticket_empty, BQ, BK, BM,
-                BN, STAGES,
+                q_full, q_empty, k_full, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, STAGES,
             )),
             (_produce_v, (
-                v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, v, v_full, votes, voted,
-                heard, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN,
+                v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, v, v_full, tickets, ticket_full,
+                ticket_empty, BQ, BK, BM, BN,
             )),
         ],
         [4, 1, 1],

@@ -6,6 +6,7 @@ Everything stays on the device: no host reads, lists by capacity (rows × key bl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accelkit.kernels._triton.tile import table
-from accelkit.kernels.index import ceil_div
+from accelkit.kernels.index import BlockIndex, ceil_div
 from accelkit.kernels.launch import END, FAR, Launch
 
 _KEEP_BYTES = 16 * 2**20
@@ -22,6 +23,8 @@ _CACHE_BYTES = 16 * 2**20
 _SECTIONS = 16
 _BINS = 256
 FIELDS = tl.constexpr(6)
+Sort = tuple[Tensor, Tensor, Tensor, int]
+"""Bin and rank of each row, rows in each bin, KV heads of a section: what orders the rows."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,14 @@ class Work:
 
 
 _SIZES = ["n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity", "step", "n_kv", "section"]
+
+
+@triton.jit
+def _bin(length, section, BINS: tl.constexpr):
+    """Where rows of a length belong: the longest of a section first."""
+    # Exponent and four leading bits of the length: exact to 32, then in steps of a sixteenth.
+    steps = length.to(tl.float32).to(tl.int32, bitcast=True) >> 19
+    return section * BINS + BINS - 1 - tl.minimum(tl.maximum(steps - 2031, 0), BINS - 1)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -110,10 +121,7 @@ def _lower(
     tl.store(MASKED + pid, n_masked)
     tl.store(CLEAN + pid, n_clean)
     if SORT:
-        # Exponent and four leading bits of the length: exact to 32, then in steps of a sixteenth.
-        steps = (n_masked + n_clean).to(tl.float32).to(tl.int32, bitcast=True) >> 19
-        size = tl.minimum(tl.maximum(steps - 2031, 0), BINS - 1)
-        bin = (b * n_kv + tl.load(KV_HEADS + h)) // section * BINS + BINS - 1 - size
+        bin = _bin(n_masked + n_clean, (b * n_kv + tl.load(KV_HEADS + h)) // section, BINS)
         tl.store(BIN + pid, bin)
         tl.store(RANK + pid, tl.atomic_add(FILL + bin, 1))
 
@@ -174,21 +182,30 @@ def lists_of(
         dtype=torch.int32,
         device=launch.q.device,
     )
-    lists = _fill_lists(launch, launch.tiles, counts, plain, in_order, apart, None)
-    return lists, counts[0], counts[1]
+    masked, clean = counts
+    lists = _fill_lists(launch, launch.tiles, (masked, clean), plain, in_order, apart, None)
+    return lists, masked, clean
 
 
 def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
-    tiles, device = launch.tiles, launch.q.device
-    rows = launch.batch * launch.heads * tiles.numel()
-    table_ = torch.empty((5, rows), dtype=torch.int32, device=device)
-    masked, clean, bins, rank, order = table_
+    tiles = launch.tiles
+
+    def fill(masked: Tensor, clean: Tensor, sort: Sort) -> Tensor:
+        return _fill_lists(launch, tiles, (masked, clean), plain, in_order, 0, sort)
+
+    return _ordered(launch, tiles, fill)
+
+
+def _ordered(launch: Launch, tiles: Tensor, fill: Callable[[Tensor, Tensor, Sort], Tensor]) -> Work:
+    """Work in the order in which it should run; `fill` writes counts, bins and ranks of its rows
+    and returns the lists.
+    """
+    device, rows = launch.q.device, launch.batch * launch.heads * tiles.numel()
+    masked, clean, bins, rank, order = torch.empty((5, rows), dtype=torch.int32, device=device)
     items = torch.empty((rows, FIELDS.value), dtype=torch.int32, device=device)
     section, sections = _sections(launch)
     filled = torch.zeros(triton.next_power_of_2(sections) * _BINS, dtype=torch.int32, device=device)
-    lists = _fill_lists(
-        launch, tiles, table_[:2], plain, in_order, 0, (bins, rank, filled, section)
-    )
+    lists = fill(masked, clean, (bins, rank, filled, section))
     _place[(triton.cdiv(rows, 16),)](
         masked, clean, tiles, bins, rank, filled, order, items, rows, launch.heads, tiles.numel(),
         BQ=launch.index.size[0], ALL_BINS=filled.numel(), ROWS=16,
@@ -199,29 +216,26 @@ def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
 def _fill_lists(
     launch: Launch,
     tiles: Tensor,
-    counts: Tensor,
+    counts: tuple[Tensor, Tensor],
     plain: bool,
     in_order: bool,
     apart: int,
-    sort: tuple[Tensor, Tensor, Tensor, int] | None,
+    sort: Sort | None,
 ) -> Tensor:
     """Write each row's list and counts, and with `sort` its bin and place in the bin."""
-    index, device, rows = launch.index, launch.q.device, counts.shape[1]
+    index, device, rows = launch.index, launch.q.device, counts[0].numel()
     capacity = launch.key_blocks
     step = capacity + apart
     lists = torch.empty(rows * step, dtype=torch.int32, device=device)
     bounds = (index.start,) * 4 if plain else (*launch.key_bounds(), *launch.row_bounds())
     tables = [table(None if plain else t, index.start) for t in bounds]
-    start, count = index.start, index.count
-    if start.stride() != count.stride():
-        start, count = start.contiguous(), count.contiguous()
-    steps = [0 if n == 1 else s for s, n in zip(start.stride(), start.shape, strict=True)]
+    start, count, steps = _strided(index)
     chunk = min(1024, max(16, triton.next_power_of_2(capacity)))
     assert END == 2147483646 and FAR == END + 1  # as written in the kernel
     bins, rank, filled, section = sort or (tiles, tiles, tiles, 1)
     _lower[(rows,)](
         start, count, index.blocks if index.blocks.numel() else tiles, tiles,
-        *(t[0] for t in tables), lists, counts[0], counts[1], launch.kv_heads, bins, rank, filled,
+        *(t[0] for t in tables), lists, *counts, launch.kv_heads, bins, rank, filled,
         *steps, *(s for t in tables for s in t[1:]),
         launch.heads, tiles.numel(), capacity, launch.n_q, launch.n_k, launch.q_start, capacity,
         step, launch.k.shape[1], section,
@@ -232,6 +246,15 @@ def _fill_lists(
     return lists
 
 
+def _strided(index: BlockIndex) -> tuple[Tensor, Tensor, list[int]]:
+    """Starts and counts of the rows, and the strides that they have in common."""
+    start, count = index.start, index.count
+    if start.stride() != count.stride():
+        start, count = start.contiguous(), count.contiguous()
+    steps = [0 if n == 1 else s for s, n in zip(start.stride(), start.shape, strict=True)]
+    return start, count, steps
+
+
 def _sections(launch: Launch) -> tuple[int, int]:
     """KV heads of a section, and sections: rows that run at one time should read keys and values
     that stay in the second-level cache.
@@ -240,6 +263,75 @@ def _sections(launch: Launch) -> tuple[int, int]:
     kept = launch.n_k * (launch.k.shape[3] + launch.v.shape[3]) * launch.k.element_size()
     section = max(1, _CACHE_BYTES // max(kept, 1), ceil_div(heads, _SECTIONS))
     return section, ceil_div(heads, section)
+
+
+@triton.jit(do_not_specialize=["n_tiles", "n_q", "n_k", "q_start", "n_kv", "section"])
+def _lower_keys(
+    START, COUNT, BLOCKS, TILES, STARTS, MASKED, CLEAN, KV_HEADS, BIN, RANK, FILL,
+    s_ib, s_ih, s_ir, n_heads, n_tiles, n_q, n_k, q_start, n_kv, section,
+    BQ: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
+    BINS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    h, b = (pid // n_tiles) % n_heads, pid // (n_tiles * n_heads)
+    tile = tl.load(TILES + pid % n_tiles)
+    at = b * s_ib + h * s_ih + tile * s_ir
+    start, count = tl.load(START + at), tl.load(COUNT + at)
+    low, end = n_k - 1, n_k
+    if CAUSAL:
+        low = tl.minimum(low, (q_start + tile * BQ).to(tl.int32))
+        end = tl.minimum(end, (q_start + tl.minimum((tile + 1) * BQ, n_q)).to(tl.int32))
+    n = tl.where(count < 0, end, count)
+    clean = n // BN
+    if count < 0:
+        clean = tl.minimum(clean, (low + 1) // BN)
+    for j in range(0, count, CHUNK):
+        lane = j + tl.arange(0, CHUNK)
+        key = tl.load(BLOCKS + start + lane, mask=lane < count, other=0)
+        hidden = (key < 0) | (key > low)
+        clean = tl.minimum(clean, tl.min(tl.where(hidden, lane // BN, clean), 0))
+    masked = n - clean * BN
+    tl.store(STARTS + pid, tl.where(count < 0, -1, start))
+    tl.store(MASKED + pid, masked)
+    tl.store(CLEAN + pid, clean)
+    bin = _bin(
+        clean + tl.cdiv(masked, BN), (b * n_kv + tl.load(KV_HEADS + h)) // section, BINS
+    )  # fmt: skip
+    tl.store(BIN + pid, bin)
+    tl.store(RANK + pid, tl.atomic_add(FILL + bin, 1))
+
+
+def lower_keys(launch: Launch, bn: int) -> tuple[Work, Tensor]:
+    """Work over lists of single keys, and where each row's list begins (int64, −1: every key).
+
+    `lists` are the index's own. `clean` counts the tiles of `bn` keys at the beginning of a list
+    that every query of the row sees whole, `masked` the keys behind them.
+    """
+    index, device = launch.index, launch.q.device
+    key = ("keys", launch.batch, launch.n_q, launch.n_k, launch.causal, launch.q_start, bn)
+    if launch.rows is None and (known := index.lowered.get(key)) is not None:
+        return known
+    tiles, lists = launch.tiles, index.blocks
+    rows = launch.batch * launch.heads * tiles.numel()
+    starts = torch.empty(rows, dtype=torch.int64, device=device)
+    start, count, steps = _strided(index)
+    if not lists.numel():
+        lists = tiles.int()
+
+    def fill(masked: Tensor, clean: Tensor, sort: Sort) -> Tensor:
+        bins, rank, filled, section = sort
+        _lower_keys[(rows,)](
+            start, count, lists, tiles, starts, masked, clean, launch.kv_heads, bins, rank, filled,
+            *steps, launch.heads, tiles.numel(), launch.n_q, launch.n_k, launch.q_start,
+            launch.k.shape[1], section, BQ=index.size[0], BN=bn, CAUSAL=launch.causal, CHUNK=1024,
+            BINS=_BINS, num_warps=4,
+        )  # fmt: skip
+        return lists
+
+    found = _ordered(launch, tiles, fill), starts
+    if launch.rows is None:
+        index.lowered[key] = found
+    return found
 
 
 def longest_first(length: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 def tuned(kernel: str, device: torch.device, width: int, tile: tuple[int, int]) -> Any:
     """How to compile a kernel for padded head size `width` and a tile on a device, or None where
     nobody measured: `[warps, stages]` of "triton", `[stages, query stages, mode]` of "gluon"
-    (causal) and "gluon_full", stages of "gluon_skip".
+    (causal), "gluon_full" and "gluon_gather", stages of "gluon_skip".
     """
     return _table().get(_capability(device), {}).get(kernel, {}).get(str(width), {}).get(
         f"{tile[0]}x{tile[1]}"
