@@ -231,7 +231,9 @@ def mixture_row(m: dict[str, Any]) -> dict[str, Any]:
     return {
         "budget": m["budget"],
         "worst error": m["worst_error"],
-        "answers lost": m["worst_drop"],
+        "on one prompt": m["worst_prompt"],
+        "answers a task": m.get("answers"),
+        "points lost": m.get("points_lost"),
         "mixture, ms": m["mixture_ms"],
         "dense, ms": m["dense_ms"],
         "best single": m["best_single"],

@@ -39,6 +39,8 @@ a margin for further ones, is to stay within the budget.
 """
 ENOUGH = 0.85
 """Share of the budget whose use ends the rounds: the next one would cost more than it finds."""
+FEW = 2
+"""Most lost answers that are asked about on further prompts: near ties fall either way."""
 CLOSE = 1.15
 """Rounds end when the largest ε that held and the smallest that failed are this close."""
 SLOPES = (0.4, 1.0)
@@ -265,7 +267,7 @@ class _Checker:
         return sum((s.task, len(s.ids)) == (mine.task, len(mine.ids)) for s in self.samples) > 1
 
     def _rows(self, plan: Plan, key: str, n: int) -> list[dict[str, Any]]:
-        """One prompt, and further ones of its task when a single lost answer leaves it open whether
+        """One prompt, and further ones of its task when a few lost answers leave it open whether
         more than one in a hundred are lost.
         """
         sample = self.samples[n]
@@ -280,7 +282,7 @@ class _Checker:
     def _open(rows: Sequence[dict[str, Any]]) -> bool:
         lost = sum(r["dense_right"] - r["right"] for r in rows)
         asked = sum(r["asked"] for r in rows)
-        return lost == 1 and lost > quality.MOST_DROP * asked
+        return 0 < lost <= FEW and lost > quality.MOST_DROP * asked
 
     def _row(self, plan: Plan, key: str, name: str, make: Callable[[], Sample]) -> dict[str, Any]:
         def work() -> dict[str, Any]:
@@ -308,11 +310,13 @@ class _Checker:
 
         def once(side: Plan | None) -> float:
             with nullcontext() if side is None else patch(model, side):
+                if on_gpu:
+                    run()  # lists that follow from geometry are made once in a patch's life
                 return device_ms(run, 1)[0] if on_gpu else times_ms(run, 1, 0, device)[0]
 
         def work() -> dict[str, float]:
-            # In turns, so that a drifting clock meets all sides; the first turn warms a GPU up.
-            turns = [{k: once(s) for k, s in sides.items()} for _ in range(3 if on_gpu else 2)]
+            # In turns, so that a drifting clock meets all sides.
+            turns = [{k: once(s) for k, s in sides.items()} for _ in range(2)]
             return {k: min(t[k] for t in turns) for k in sides} | {"tokens": len(sample.ids)}
 
         self.run.tell("timing the plan")

@@ -323,7 +323,12 @@ _DENSE = {"key_value": _key_value, "common_words": _common_words}  # given the n
 
 def _tokenise(segments: Sequence[Segment], tokenizer: Any) -> tuple[list[np.ndarray], int]:
     """Each segment's token ids, and the tokens of the whole prompt."""
-    pieces = [np.asarray(tokenizer.encode(s.text, add_special_tokens=False)) for s in segments]
+    texts = [s.text for s in segments]
+    if callable(tokenizer):  # all at once: on several cores, where the tokenizer can
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    else:
+        ids = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
+    pieces = [np.asarray(i) for i in ids]
     return pieces, sum(map(len, pieces)) + len(_prefix(tokenizer))
 
 

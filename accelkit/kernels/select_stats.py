@@ -13,6 +13,9 @@ from accelkit.kernels import dispatch, pyramid
 from accelkit.kernels.index import ALL, BlockIndex, Inputs, ceil_div
 from accelkit.kernels.positions import key_places, row_limits
 
+TILES = 16
+"""Query tiles whose pairs are counted at once: more take more memory, fewer more launches."""
+
 
 def pair_counts(call: Inputs, size: tuple[int, int]) -> Tensor:
     """Visible query-key pairs in each block, int64 `[B|1, H|1, nq, nk]`. For block units: with
@@ -28,18 +31,17 @@ def pair_counts(call: Inputs, size: tuple[int, int]) -> Tensor:
             return (rows * keys)[None, None]
         return staircase(call.q_start + tile[:, None] + 1 - block, rows, keys)[None, None]
     places, limit = key_places(call), row_limits(call)
+    # Rows that see key j: those whose limit is not below its place. Rows behind the end see none.
+    limits = pad(limit, (0, nq * bq - limit.shape[-1]), value=-1).unflatten(-1, (nq, bq))
+    lead = torch.broadcast_shapes(limits.shape[:2], places.shape[:2])
     out = []
-    for t in range(nq):
-        some = limit[..., t * bq : (t + 1) * bq].contiguous()
-        # Rows that see key j: those whose limit is not below its place.
-        order = some.sort(-1).values
-        lead = torch.broadcast_shapes(order.shape[:2], places.shape[:2])
-        order = order.expand(*lead, -1).contiguous()
-        place = places.expand(*lead, -1).contiguous()
+    for some in limits.sort(-1).values.split(TILES, 2):
+        order = some.expand(*lead, -1, -1).contiguous()
+        place = places[:, :, None].expand(*lead, order.shape[2], -1).contiguous()
         blind = torch.searchsorted(order, place)
-        seen = torch.where(place >= 0, order.shape[-1] - blind, 0)
+        seen = torch.where(place >= 0, bq - blind, 0)
         out.append(pad(seen, (0, -call.n_k % bk)).unflatten(-1, (-1, bk)).sum(-1))
-    return torch.stack(out, 2)
+    return torch.cat(out, 2)
 
 
 def staircase(first: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
@@ -76,11 +78,12 @@ def density(index: BlockIndex | Sequence[BlockIndex], call: Inputs) -> Tensor:
             fast.listed_pairs(p, call, _keys(p, call)).sum(-1).double().mean(0) for p in pieces
         ]
         return (sum(found) / max(_visible_pairs(call), 1)).float()
-    whole = pair_counts(call, (128, 128)).sum((-1, -2)).expand(batch, heads).double()
+    counts = {(128, 128): pair_counts(call, (128, 128))}
+    whole = counts[128, 128].sum((-1, -2)).expand(batch, heads).double()
     listed = torch.zeros((batch, heads), dtype=torch.float64, device=call.q.device)
     for piece in pieces:
         for b in range(batch):
-            listed[b] += _listed_pairs(piece, call, b, whole[b])
+            listed[b] += _listed_pairs(piece, call, b, whole[b], counts)
     return (listed.sum(0) / whole.sum(0).clamp(min=1)).float()
 
 
@@ -97,8 +100,12 @@ def _visible_pairs(call: Inputs) -> int:
     return int(staircase(first, torch.tensor(call.n_q), keys))
 
 
-def _listed_pairs(piece: BlockIndex, call: Inputs, b: int, whole: Tensor) -> Tensor:
-    """Visible pairs in the lists of one sequence, fp64 `[H]`, one entry at a time."""
+def _listed_pairs(
+    piece: BlockIndex, call: Inputs, b: int, whole: Tensor, known: dict[tuple[int, int], Tensor]
+) -> Tensor:
+    """Visible pairs in the lists of one sequence, fp64 `[H]`, one entry at a time; `known` keeps
+    the pairs of each block by unit.
+    """
     heads, (bq, bk), device = len(call.heads), piece.size, call.q.device
     nq, keys_in_all = call.tiles(piece.size)[0], _keys(piece, call)
     nk = ceil_div(keys_in_all, bk)
@@ -123,7 +130,9 @@ def _listed_pairs(piece: BlockIndex, call: Inputs, b: int, whole: Tensor) -> Ten
         if call.causal:
             pairs = staircase(call.q_start + tile * bq + 1 - block * bk, rows, keys)
     else:
-        counts = pair_counts(call, piece.size)
+        if piece.size not in known:
+            known[piece.size] = pair_counts(call, piece.size)
+        counts = known[piece.size]
         counts = counts[b if counts.shape[0] > 1 else 0].expand(heads, -1, -1)
         pairs = counts[head, tile, block]
     total = torch.zeros(heads, dtype=torch.float64, device=device)
