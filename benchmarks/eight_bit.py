@@ -175,7 +175,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--budget-ms", type=float, default=1000, help="device time for a shape")
-    parser.add_argument("--only", choices=("errors", "speed"))
+    parser.add_argument(
+        "--only", choices=("errors", "speed", "dense"), help="dense: d128, full lists"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     report = {
@@ -186,9 +188,12 @@ def main() -> None:
         "rows": [],
         "sparse": [],
     }
-    if args.only != "speed":
+    if args.only in (None, "errors"):
         report["errors"] = errors(8, 2, 4096, 128, True) + errors(8, 8, 4096, 64, False)
-    plan = [(s, DENSITIES, PRECISIONS, args.budget_ms) for s in (LLM, DIT, D64)]
+    shapes, densities = (LLM, DIT, D64), DENSITIES
+    if args.only == "dense":
+        shapes, densities = (LLM, DIT), (1.0,)
+    plan = [(s, densities, PRECISIONS, args.budget_ms) for s in shapes]
     for job in () if args.only == "errors" else (*plan, (VIDEO, (1.0,), PRECISIONS, 0)):
         for row in speed(*job):
             report["rows" if row["density"] == 1.0 else "sparse"].append(row)
