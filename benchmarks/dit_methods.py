@@ -7,7 +7,9 @@ heads (own frame, own place in time, around, own row). Each method runs at a set
 density asked for. For each: milliseconds of the whole call (order, estimate, select, kernel, order
 back), what of it the device spends on attention, on orders and on the rest (estimate, selection,
 lists), beside cuDNN's dense attention, and the error of sampled rows against softmax in fp32 over
-exactly the keys that the method chose. `host_ms` is what the host needs to issue the call.
+exactly the keys that the method chose. `host_ms` is what the host needs to issue the call. With
+`--fused`, `fused_ms` is the attention of methods with an order where the kernel gathers keys and
+values by itself, key by key: to be compared with the kernel over blocks and the order of a call.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
-from accelkit.kernels import pyramid, select
+from accelkit.kernels import attend, pyramid, select
 from accelkit.kernels.index import BlockIndex
 from accelkit.patches.call import AttentionCall, Clock, Geometry, Site, Span
 from accelkit.patches.method import load
@@ -53,10 +55,11 @@ SETTINGS: dict[str, list[dict]] = {
     "paro_attention": [{"density": 0.2}],
     "ada_spa": [{}, {"block": 128}],
     "vmoba": [{"coverage": 0.3}, {"coverage": 0.3, "key_block": 128}],
-    "psa": [{}, {"ends": (0.05, 0.12, 0.2, 0.5), "every": 8}],
+    "psa": [{}, {"every": 8}, {"ends": (0.05, 0.13, 0.22, 0.55), "every": 8}],
     "sparge_attn": [
         {"hilbert": True, "similarity": -0.1, "coverage": 0.995},
         {"hilbert": True, "similarity": -0.1, "coverage": 0.99, "key_block": 128},
+        {"hilbert": True, "similarity": -0.1, "coverage": 0.998},
         {"similarity": -0.1, "coverage": 0.995},
     ],
     "flash_prefill": [{"alpha": 0.02}],
@@ -160,10 +163,9 @@ def expected(a: attention.Answer, head: int, rows: torch.Tensor) -> torch.Tensor
     for piece in a.pieces:
         assert isinstance(piece, BlockIndex)
         k, v, index = a.call.k, a.call.v, piece
-        bias = torch.zeros(1, 1, k.shape[2], device=k.device)
-        if piece.level is not None:
+        if piece.pyramid:
             k, v, index = pyramid.lower(k, v, piece)
-        bias = bias[..., : k.shape[2]] + index.bias
+        bias = torch.zeros(1, 1, k.shape[2], device=k.device) + index.bias
         if a.call.k_pos is not None:
             bias = bias.masked_fill(a.call.k_pos < 0, -math.inf)
         keys = k[0, int(a.call.kv_of_head[head])].float()
@@ -198,7 +200,31 @@ def error(a: attention.Answer, out: torch.Tensor, dense: torch.Tensor) -> float:
     return worst
 
 
-def measure(call: AttentionCall, name: str, fields: dict, dense: torch.Tensor) -> dict:
+def fused_ms(a: attention.Answer, call: AttentionCall) -> float | None:
+    """Milliseconds where no key is moved: lists of single keys name the tokens of each block."""
+    (piece,) = a.pieces
+    if a.order is None or a.order.k_table is None or piece.pyramid:
+        return None
+    (bq, bk), keys = piece.size, a.order.k_table
+    mask, ids, counts = piece.to_mask(-(-a.call.n_k // bk))[0], [], []
+    for head, listed in enumerate(mask):
+        row, place = listed.repeat_interleave(bk, -1)[:, : a.call.n_k].nonzero(as_tuple=True)
+        token = keys[int(a.order.row.flatten()[head]) if len(keys) > 1 else 0][place]
+        ids.append(token[token >= 0])
+        counts.append(torch.bincount(row[token >= 0], minlength=len(listed)))
+    count = torch.stack(counts)[None]
+    start = count.flatten().cumsum(0).view_as(count) - count
+    index = BlockIndex(start, count.int(), torch.cat(ids).int(), (bq, 1))
+    run = lambda: attend(a.call.q, call.k, call.v, index, causal=False)  # noqa: E731
+    torch.testing.assert_close(
+        run().out, attention.compute(replace(a, order=None, finishers=())).out, atol=0.03, rtol=0.03
+    )
+    return time_ms(run, 3)
+
+
+def measure(
+    call: AttentionCall, name: str, fields: dict, dense: torch.Tensor, fused: bool = False
+) -> dict:
     name, *others = name.split("+")
     method = load(name)(**fields)
     if name == "paro_attention":
@@ -230,6 +256,8 @@ def measure(call: AttentionCall, name: str, fields: dict, dense: torch.Tensor) -
     row["host_ms"] = 1e3 * (time.perf_counter() - begin)
     torch.cuda.synchronize()
     row["search_ms"] = search_ms
+    if fused:
+        row["fused_ms"] = fused_ms(a, call)
     return row
 
 
@@ -239,6 +267,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["wan", "cogvideox"], choices=SHAPES)
     parser.add_argument("--methods", nargs="+", default=list(SETTINGS))
     parser.add_argument("--list-kernels", action="store_true", help="of every call, with their ms")
+    parser.add_argument("--fused", action="store_true", help="time kernels that gather as well")
     args = parser.parse_args()
     global LIST_KERNELS
     LIST_KERNELS = args.list_kernels
@@ -256,7 +285,7 @@ def main() -> None:
             for fields in SETTINGS[name]:
                 try:
                     with torch.inference_mode():
-                        row = measure(call, name, fields, dense)
+                        row = measure(call, name, fields, dense, args.fused)
                 except Exception as reason:
                     traceback.print_exc(file=sys.stderr)
                     print(f"  {name} {fields}: {type(reason).__name__}: {str(reason)[:90]}")
@@ -269,7 +298,8 @@ def main() -> None:
                     f"{row['estimate_ms']:5.2f} host {row['host_ms']:5.2f} launches "
                     f"{row['launches']:.0f} gain {row['gain']:4.2f} err {row['error']:.4f} "
                     f"agree {row['recall_of_output']:.3f} "
-                    + (f"search {row['search_ms']:.1f}" if row["search_ms"] else "")
+                    + (f"search {row['search_ms']:.1f} " if row["search_ms"] else "")
+                    + (f"fused {row['fused_ms']:.2f}" if row.get("fused_ms") else "")
                 )
                 args.output.write_text(
                     json.dumps(

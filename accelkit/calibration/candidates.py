@@ -227,7 +227,7 @@ class Bench:
             # Skipping and low precision save what no index shows: only the clock tells.
             row["ms"] = self._clock(one)
         piece = one.pieces[0]
-        in_order = one.lane is not None and one.order is None
+        in_order = one.plain
         if in_order and isinstance(piece, BlockIndex) and piece.size[1] >= REUSE_UNIT:
             self.lent[method] = piece
         return row

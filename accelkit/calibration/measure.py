@@ -279,7 +279,7 @@ def _offer(
     index = bench.lent.get(method)
     if index is None:
         answers = answer(call, Policy(methods=(method,)))
-        if answers is None or answers[0].lane is None or answers[0].order is not None:
+        if answers is None or not answers[0].plain:
             return None
         piece = answers[0].pieces[0]
         index = piece if isinstance(piece, BlockIndex) else None

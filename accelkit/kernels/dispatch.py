@@ -101,10 +101,10 @@ def attend(
         UnsupportedConfigurationError: no backend runs this combination.
         KernelUnavailableError: the backend that was asked for cannot serve the call.
     """
-    if index.level is not None:
+    if index.pyramid:
         if causal or k_pos is not None or key_mask is not None:
             raise UnsupportedConfigurationError(
-                "attend: mean keys have no position; index.level needs a call without "
+                "attend: mean keys have no position; a pyramid needs a call without "
                 "causality, k_pos and key_mask"
             )
         k, v, index = pyramid.lower(k, v, index)

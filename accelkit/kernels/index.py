@@ -39,17 +39,19 @@ class BlockIndex:
     `start` is int64 and `count` int32, both `[B|1, H, nq]` for the call's heads; `blocks` is one
     flat int32 list, so padded and ragged rows are the same type and joining head groups is `cat`
     and an offset. `size` is `(bq, bk)` in tokens and independent of any kernel's tile; `bk == 1`
-    means single keys. `level` says that the entries are blocks of means of `2**level` keys each
-    (`kernels.pyramid`); `bias` is added to the logits of the whole piece (float) or of each key
-    (`[B|1, H|1, Nk]`), for merged or sampled keys that stand for several.
+    means single keys. With `pyramid` the entries run through means of 8, 4 and 2 keys and the keys
+    themselves (`kernels.pyramid`); `bias` is added to the logits of the whole piece (float) or of
+    each key (`[B|1, H|1, Nk]`), for merged or sampled keys that stand for several;
+    `bias_by_entry` says that all keys of an entry have the same one, which kernels apply for less.
     """
 
     start: Tensor
     count: Tensor
     blocks: Tensor
     size: tuple[int, int]
-    level: int | None = None
+    pyramid: bool = False
     bias: Tensor | float = 0.0
+    bias_by_entry: bool = False
     lowered: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What kernels derived from this index, kept with it because reuse layers and steps ask again.
     """
@@ -99,9 +101,9 @@ class BlockIndex:
             raise ValueError(
                 f"cat needs one unit size and one number of query tiles, found {found}"
             )
-        if any(p.level is not None or not isinstance(p.bias, float) for p in parts):
+        if any(p.pyramid or not isinstance(p.bias, float) for p in parts):
             raise ValueError(
-                "cat joins plain pieces only; pieces with levels or key biases run alone"
+                "cat joins plain pieces only; pyramids and pieces with key biases run alone"
             )
         batch = max(p.count.shape[0] for p in parts)
         offset, starts = 0, []

@@ -69,10 +69,10 @@ def _check_index(index: BlockIndex, batch: int, heads: int, n_q: int, device: to
     bq, bk = index.size
     if bq < 1 or bk < 1:
         raise _fail("index.size", index.size, "two positive numbers of tokens")
-    if index.level is not None:
+    if index.pyramid:
         raise UnsupportedConfigurationError(
-            "attend: index.level is set, but kernels read keys and no levels; lower the call with "
-            "`pyramid.lower` first"
+            "attend: the index speaks of a pyramid, but kernels read keys and no levels; lower the "
+            "call with `pyramid.lower` first"
         )
     shape = (batch, heads, ceil_div(n_q, bq))
     if index.count.shape[1:] != shape[1:] or index.count.shape[0] not in (1, batch):

@@ -20,6 +20,7 @@ from accelkit.kernels.positions import (
     bounds,
     groups,
     hide,
+    in_place,
     key_head,
     key_places,
     logits,
@@ -128,12 +129,41 @@ def pooled(call: Inputs, size: tuple[int, int], mode: str = "mean") -> Tensor:
     of MInference (2407.02490). A key mean of the diagonal block includes keys that the tile's first
     rows do not see; the selectors force that block anyway.
     """
-    q = pool_queries(call, size[0], mode)
-    k = pool_keys(call, size[1], mode)
+    return _pooled(call, size, pool_queries(call, size[0], mode), pool_keys(call, size[1], mode))
+
+
+def _pooled(call: Inputs, size: tuple[int, int], q: Tensor, k: Tensor) -> Tensor:
     s = torch.matmul(q * call.scale, k.transpose(-1, -2))
     if sees_all(call):
         return s
     return s.masked_fill_(~visible_blocks(call, size), -float("inf"))
+
+
+def pooled_alike(call: Inputs, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """`pooled`, and `self_similarity` of query blocks `[B, H, nq]` and, without the mean key, of
+    key blocks `[B, H, nk]`: what SpargeAttn (2502.18137) looks at. Padding does not count.
+    """
+    if in_place(call) and dispatch.fast_device(call.q):
+        from accelkit.kernels._triton import scores as fast
+
+        heads = tuple(range(call.k.shape[1]))
+        rows, q = fast.self_similarity(call.q, size[0], call.heads, None, None)
+        k = fast.pool(call.k, size[1], heads)
+        centre = torch.matmul(_shares(call.n_k, size[1], k.device), k)
+        keys, _ = fast.self_similarity(call.k, size[1], heads, None, centre)
+        return _pooled(call, size, q, k[:, call.kv_of_head]), rows, keys[:, call.kv_of_head]
+    real = None if call.key_mask is None else call.key_mask[:, None]
+    rows = self_similarity(take_heads(call.q, call.heads), size[0], voting_rows(call))
+    keys = self_similarity(call.k, size[1], real, center=True)
+    return pooled(call, size), rows, keys[:, call.kv_of_head]
+
+
+@lru_cache(maxsize=64)
+def _shares(tokens: int, block: int, device: torch.device) -> Tensor:
+    """Share of each block in the mean token, fp32 `[nb]`."""
+    with torch.inference_mode(False):
+        first = torch.arange(0, tokens, block, device=device)
+        return (tokens - first).clamp(max=block).float() / tokens
 
 
 def self_similarity(
@@ -169,16 +199,13 @@ def _fast_self_similarity(x: Tensor, block: int, mask: Tensor | None, center: bo
 
     centre = None
     if center and mask is None:
-        means = fast.pool(x, block, None)
-        length = x.new_full((means.shape[2], 1), block, dtype=torch.float32)
-        length[-1] -= -x.shape[2] % block
-        centre = (means * length).sum(2) / x.shape[2]
+        centre = torch.matmul(_shares(x.shape[2], block, x.device), fast.pool(x, block, None))
     elif center:
         assert mask is not None
         number = mask.sum(-1, keepdim=True).clamp(min=1)
         centre = torch.matmul((mask / number).to(x.dtype)[:, :, None], x)[:, :, 0].float()
     places = None if mask is None else torch.where(mask, 0, -1).int()
-    return fast.self_similarity(x, block, tuple(range(x.shape[1])), places, centre)
+    return fast.self_similarity(x, block, tuple(range(x.shape[1])), places, centre)[0]
 
 
 def rows_by_block_mean(call: Inputs, size: tuple[int, int]) -> Tensor:
@@ -370,14 +397,21 @@ def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int =
             "sampled_max draws the same places in all blocks: it needs a call without causality, "
             "padding and permuted positions"
         )
-    (nq, nk), batch = call.tiles(size), call.q.shape[0]
-    q = take_heads(_sampled(call.q, size[0], every, seed), call.heads)  # [B, H, nq, r, D]
-    k = _sampled(call.k, size[1], every, seed + 1)  # [B, Hkv, nk, c, D]
-    rows, keys = q.shape[3], k.shape[3]
-    if dispatch.fast_device(q) and keys & (keys - 1) == 0 and keys <= 128:
-        return _fast_sampled_max(call, q, k)
+    (nq, nk), batch, device = call.tiles(size), call.q.shape[0], call.q.device
+    q_places, k_places = (
+        _drawn(size[0], every, seed, device),
+        _drawn(size[1], every, seed + 1, device),
+    )
+    if dispatch.fast_device(call.q) and all(
+        n & (n - 1) == 0 and n <= 128 for n in (q_places.numel(), k_places.numel())
+    ):
+        from accelkit.kernels._triton import scores as fast
+
+        return fast.sampled_max(call, size, q_places, k_places)
+    q = take_heads(_sampled(call.q, size[0], q_places), call.heads)  # [B, H, nq, r, D]
+    k, rows = _sampled(call.k, size[1], k_places), q.shape[3]  # [B, Hkv, nk, c, D]
     q, k = q.float() * call.scale, k[:, call.kv_of_head].flatten(2, 3).float().transpose(-1, -2)
-    out = torch.empty((batch, len(call.heads), nq, nk), dtype=torch.float32, device=q.device)
+    out = torch.empty((batch, len(call.heads), nq, nk), dtype=torch.float32, device=device)
     step = max(1, _rows_per_chunk(call, k.shape[-1] * batch * len(call.heads), 1, 1) // rows)
     for i in range(0, nq, step):
         part = q[:, :, i : i + step].flatten(2, 3)
@@ -387,33 +421,17 @@ def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int =
     return out
 
 
-def _fast_sampled_max(call: Inputs, q: Tensor, k: Tensor) -> Tensor:
-    from accelkit.kernels._triton import scores as fast
-
-    # Samples of a tile lie apart: the maximum over them then runs along the memory.
-    q, k = q.transpose(2, 3).contiguous(), k.contiguous()
-    (batch, heads, rows, nq), nk = q.shape[:4], k.shape[2]
-    out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=q.device)
-    some = max(1, fast.SCRATCH_BYTES // (2 * batch * nq * rows * nk))
-    for i in range(0, heads, some):
-        part = slice(i, i + some)
-        kv = call.kv_of_head[part]
-        peak = fast.peaks(q[:, part].flatten(2, 3), k.flatten(2, 3), kv, call.scale, k.shape[3])
-        peak = (peak - peak.amax(2, keepdim=True)).unflatten(-1, (rows, nq)).amax(-2)
-        out[:, part] = peak.float().exp_().transpose(-1, -2)
-    return out
-
-
-def _sampled(x: Tensor, block: int, every: int, seed: int) -> Tensor:
-    """Some tokens of each block, `[B, H, nb, block / every, D]`."""
-    places = _drawn(x.shape[2], block, every, seed, x.device)
-    return x.index_select(2, places.flatten()).unflatten(2, places.shape)
+def _sampled(x: Tensor, block: int, places: Tensor) -> Tensor:
+    """Some tokens of each block, `[B, H, nb, len(places), D]`."""
+    first = torch.arange(0, x.shape[2], block, device=x.device)[:, None]
+    at = (first + places).clamp(max=x.shape[2] - 1)
+    return x.index_select(2, at.flatten()).unflatten(2, at.shape)
 
 
 @lru_cache(maxsize=64)
-def _drawn(n: int, block: int, every: int, seed: int, device: torch.device) -> Tensor:
+def _drawn(block: int, every: int, seed: int, device: torch.device) -> Tensor:
+    """Places of the sampled tokens in a block, int32, ascending."""
     with torch.inference_mode(False):
         chance = torch.Generator().manual_seed(seed)
-        inside = torch.randperm(block, generator=chance)[: max(1, block // every)].sort().values
-        first = torch.arange(0, n, block)[:, None]
-        return (first + inside).clamp(max=n - 1).to(device)
+        inside = torch.randperm(block, generator=chance)[: max(1, block // every)]
+        return inside.sort().values.int().to(device)

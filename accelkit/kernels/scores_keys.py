@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -344,12 +343,17 @@ def tile_top_k(
     return BlockIndex(starts[:, at], counts[:, at], lists.flatten(), (tile, 1))
 
 
-def masked_rows(call: Inputs, rows: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:
+def masked_rows(call: Inputs, rows: Tensor, masks: Tensor) -> Tensor:
     """Attention of a few query rows over all keys and under each of some masks, fp32
-    `[B, H, R, Dv]`; the exact one comes first.
+    `[B, H, 1 + M, R, Dv]`; the exact one comes first.
 
-    `rows` int64 `[R]` are places, `masks` bool `[R, Nk]`. Every row sees a key of every mask.
+    `rows` int64 `[R]` are places, `masks` bool `[M, R, Nk]`. Every row sees a key of every mask.
     """
+    if call.key_mask is None and dispatch.fast_device(call.q):
+        from accelkit.kernels._triton import rows as fast
+
+        if len(rows) <= fast.MOST_ROWS and len(masks) in range(1, fast.MOST_MASKS + 1):
+            return fast.masked_rows(call, rows, masks)
     mha = call.q.shape[1] == call.k.shape[1]
     k, v = (take_heads(x, call.heads) if mha else x[:, call.kv_of_head] for x in (call.k, call.v))
     wide = torch.float32 if call.q.device.type == "cpu" else call.q.dtype
@@ -359,8 +363,8 @@ def masked_rows(call: Inputs, rows: Tensor, masks: Sequence[Tensor]) -> list[Ten
         s = s.masked_fill(~call.key_mask[:, None, None], -float("inf"))
     p = s.softmax(-1)
     # All of them side by side, so that the values are read once.
-    every = torch.stack([torch.ones_like(masks[0]), *masks]).to(wide)  # [1 + masks, R, Nk]
+    every = torch.cat([torch.ones_like(masks[:1]), masks]).to(wide)  # [1 + M, R, Nk]
     weight = (p[:, :, None] * every).flatten(2, 3)
     total = weight.sum(-1, keepdim=True, dtype=torch.float32)
     out = torch.matmul(weight, v.to(wide)).float() / total.clamp(min=1e-30)
-    return list(out.split(len(rows), 2))
+    return out.unflatten(2, (-1, len(rows)))

@@ -40,6 +40,7 @@ __all__ = [
     "nucleus",
     "pair_counts",
     "probabilities",
+    "pyramid",
     "ratio_of_max",
     "recall",
     "threshold",
@@ -198,6 +199,28 @@ def levels(scores: Tensor, ends: Sequence[float], *, by_energy: bool, least: flo
         chosen = [m | chosen[0] for m in chosen]
     inside = torch.stack(chosen).sum(0)
     return torch.where(inside > 0, len(chosen) - inside, -1).to(torch.int8)
+
+
+def pyramid(
+    scores: Tensor,
+    ends: Sequence[float],
+    kept: Tensor,
+    tokens: int,
+    size: tuple[int, int],
+    unit: int,
+    *,
+    by_energy: bool = False,
+    least: float = 0.0,
+) -> BlockIndex:
+    """Lists over a pyramid of `tokens` keys: `compact_levels` of `levels`, where the blocks of
+    `kept` (bool `[B|1, H|1, nq, nk]`) are read key by key. On a GPU all of it is one launch.
+    """
+    if dispatch.fast_device(scores) and scores.shape[-1] <= LONGEST_ROW // 4:
+        from accelkit.kernels._triton import pyramid as fast
+
+        return fast.listed(scores, ends, kept, tokens, size, unit, by_energy, least)
+    level = levels(scores, ends, by_energy=by_energy, least=least).masked_fill_(kept, 0)
+    return compact_levels(level, tokens, size, unit)
 
 
 def ratio_of_max(scores: Tensor, alpha: float | Tensor) -> Tensor:

@@ -24,18 +24,16 @@ def compact(mask: Tensor, size: tuple[int, int]) -> BlockIndex:
     return BlockIndex.from_mask(mask, size)
 
 
-def compact_levels(
-    levels: Tensor, tokens: int, size: tuple[int, int], unit: int
-) -> tuple[BlockIndex, ...]:
-    """Lists of each level from a level for each block: int8 `[B|1, H, nq, nk]`, 0 … 3, −1 is left
-    out. The pieces are disjoint, one for each level.
+def compact_levels(levels: Tensor, tokens: int, size: tuple[int, int], unit: int) -> BlockIndex:
+    """Lists over a key pyramid from a level for each block: int8 `[B|1, H, nq, nk]`, 0 … 3, −1 is
+    left out.
 
     `size` is the block `(bq, bk)` of the levels. An entry is `unit` keys or means, `unit ·
     2**level` tokens. One that spans several blocks is taken where none of them asks for a finer
     level; elsewhere, and at the ragged end, its blocks move one level down. So no block is read
     more coarsely than asked for, and no block less.
     """
-    (bq, bk), wish, pieces = size, levels, []
+    (bq, bk), wish, masks = size, levels, []
     for level in reversed(range(1, LEVELS)):
         span = unit << level
         group = max(1, span // bk)
@@ -46,9 +44,9 @@ def compact_levels(
         cell = torch.where(cell == level, level - 1, cell)
         wish = torch.where(mask[..., None], -1, cell).flatten(-2)[..., : levels.shape[-1]]
         mask = mask.repeat_interleave(max(1, bk // span), -1)
-        pieces.append(replace(compact(mask, (bq, unit)), level=level))
-    mask = (wish == 0).repeat_interleave(bk // unit, -1)[..., : ceil_div(tokens, unit)]
-    return compact(mask, (bq, unit)), *pieces[::-1]
+        masks.append(mask[..., : tokens // span])
+    masks.append((wish == 0).repeat_interleave(bk // unit, -1)[..., : ceil_div(tokens, unit)])
+    return replace(compact(torch.cat(masks, -1), (bq, unit)), pyramid=True)
 
 
 def _plain(call: Inputs, name: str) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from accelkit.errors import InvalidInputError
-from accelkit.kernels import dispatch
-from accelkit.kernels.index import ALL, BlockIndex, Inputs
+from accelkit.kernels import dispatch, pyramid
+from accelkit.kernels.index import ALL, BlockIndex, Inputs, ceil_div
 from accelkit.kernels.positions import key_places, row_limits
 
 
@@ -69,10 +69,12 @@ def density(index: BlockIndex | Sequence[BlockIndex], call: Inputs) -> Tensor:
                 f"{heads} heads and {call.tiles(piece.size)[0]} tiles of {piece.size[0]}"
             )
     plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
-    if plain and dispatch.fast_device(call.q) and all(p.level is None for p in pieces):
+    if plain and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import select as fast
 
-        found = [fast.listed_pairs(p, call).sum(-1).double().mean(0) for p in pieces]
+        found = [
+            fast.listed_pairs(p, call, _keys(p, call)).sum(-1).double().mean(0) for p in pieces
+        ]
         return (sum(found) / max(_visible_pairs(call), 1)).float()
     whole = pair_counts(call, (128, 128)).sum((-1, -2)).expand(batch, heads).double()
     listed = torch.zeros((batch, heads), dtype=torch.float64, device=call.q.device)
@@ -80,6 +82,11 @@ def density(index: BlockIndex | Sequence[BlockIndex], call: Inputs) -> Tensor:
         for b in range(batch):
             listed[b] += _listed_pairs(piece, call, b, whole[b])
     return (listed.sum(0) / whole.sum(0).clamp(min=1)).float()
+
+
+def _keys(piece: BlockIndex, call: Inputs) -> int:
+    """Keys that the entries of a piece count through, means among them."""
+    return pyramid.rows(call.n_k, piece.size[1]) if piece.pyramid else call.n_k
 
 
 def _visible_pairs(call: Inputs) -> int:
@@ -93,7 +100,8 @@ def _visible_pairs(call: Inputs) -> int:
 def _listed_pairs(piece: BlockIndex, call: Inputs, b: int, whole: Tensor) -> Tensor:
     """Visible pairs in the lists of one sequence, fp64 `[H]`, one entry at a time."""
     heads, (bq, bk), device = len(call.heads), piece.size, call.q.device
-    nq, nk = call.tiles(piece.size)
+    nq, keys_in_all = call.tiles(piece.size)[0], _keys(piece, call)
+    nk = ceil_div(keys_in_all, bk)
     own = b if piece.count.shape[0] > 1 else 0
     start, count = piece.start[own].reshape(-1), piece.count[own].reshape(-1).long()
     if bool((count == ALL).all()):
@@ -106,16 +114,11 @@ def _listed_pairs(piece: BlockIndex, call: Inputs, b: int, whole: Tensor) -> Ten
     source = piece.blocks if piece.blocks.numel() else piece.blocks.new_zeros(1)
     place = torch.where(free[line], 0, start[line] + at).clamp(max=source.numel() - 1)
     block = torch.where(free[line], at, source[place].long())
-    if piece.level is not None:  # an entry is a whole tile of keys, whatever they stand for
-        pairs = (call.n_q - line % nq * bq).clamp(max=bq) * bk
-        return torch.zeros(heads, dtype=torch.float64, device=device).index_add_(
-            0, line // nq, pairs.double()
-        )
     real = (block >= 0) & (block < nk)
     block, head, tile = block.clamp(0, nk - 1), line // nq, line % nq
     if call.q_pos is None and call.k_pos is None and call.key_mask is None:
         rows = (call.n_q - tile * bq).clamp(max=bq)
-        keys = (call.n_k - block * bk).clamp(max=bk)
+        keys = (keys_in_all - block * bk).clamp(max=bk)
         pairs = rows * keys
         if call.causal:
             pairs = staircase(call.q_start + tile * bq + 1 - block * bk, rows, keys)

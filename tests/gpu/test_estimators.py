@@ -64,10 +64,29 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+def under_masks(call):
+    rows = torch.arange(32, device="cuda") * 29
+    masks = torch.rand(2, 32, call.n_k, generator=torch.Generator().manual_seed(0)) < 0.2
+    return scores.masked_rows(call, rows, masks.to("cuda"))
+
+
+FULL = {
+    "sampled maxima": lambda c: scores.sampled_max(c, SIZE, 8),
+    "rows under masks": under_masks,
+    "pooled, beside": lambda c: scores.pooled_alike(c, (128, 64))[0],
+    "alike rows": lambda c: scores.pooled_alike(c, (128, 64))[1],
+    "alike keys": lambda c: scores.pooled_alike(c, (128, 64))[2],
+}
+"""Estimators of diffusion: without a causal edge."""
+PAIRS = [(n, e) for n in CALLS for e in ESTIMATORS] + [
+    (n, e) for n in ("ragged", "narrow", "some heads") for e in FULL
+]
+
+
+@pytest.mark.parametrize(("name", "estimator"), PAIRS)
 def test_bf16_inputs_against_fp32_torch(name, estimator, monkeypatch):
-    call, estimate = CALLS[name](), ESTIMATORS[estimator]
+    call, estimate = CALLS[name](), (ESTIMATORS | FULL)[estimator]
+    call = replace(call, causal=estimator not in FULL)
     found = estimate(call)
     slow(monkeypatch)
     expected = estimate(in_fp32(call))

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,16 @@ def compile_only(found: list[Any]) -> None:
     gluon_block_sparse._processors = lambda device: 132
 
 
-def call(kernel: str, unit: tuple[int, int], width: int) -> Any:
+def call(kernel: str, unit: tuple[int, int], width: int, bias: str = "") -> Any:
     """A call that a kernel serves; its tensors are never read."""
     skip = 0.01 if kernel == "gluon_skip" else None
     q, k, v = (
         torch.empty(1, 1024, h, width, dtype=torch.bfloat16).transpose(1, 2) for h in (8, 2, 2)
     )
     index = BlockIndex.dense(8, 1024 // unit[0], unit, q.device)
+    if bias:
+        bias_of = torch.zeros(1, 1, 1024)
+        index = replace(index, bias=bias_of, bias_by_entry=bias == "entry")
     return prepare(q, k, v, index, causal=kernel != "gluon_full", skip=skip)
 
 
@@ -104,7 +108,9 @@ def shipped() -> list[dict[str, Any]]:
             for text in tiles:
                 bm, bn = map(int, text.split("x"))
                 keys = kernel == "gluon_gather"
-                launch = call(kernel, (bm, 1 if keys else bn), int(width))
+                # Without a causal edge, entries of 64 keys fill tiles of 128 by twos.
+                unit_keys = 3 * bn if (kernel, bn) == ("gluon_full", 64) else bn
+                launch = call(kernel, (bm, 1 if keys else unit_keys), int(width))
                 work = None if keys else lower.lower(launch)
                 found.clear()
                 if keys:
@@ -120,6 +126,12 @@ def shipped() -> list[dict[str, Any]]:
                     gluon_block_sparse.run_skipping(launch, work)
                 name = f"{kernel} d{width} {text}"
                 reports.append(report(name, found[-1], (bm, bn), int(width)))
+    for width in (64, 128):
+        for bk, bias in ((64, ""), (64, "key"), (64, "entry"), (128, "key"), (128, "entry")):
+            launch = call("gluon_full", (128, bk), width, bias)
+            gluon_block_sparse.run(launch, lower.lower(launch))
+            name = f"gluon_full d{width} entries of {bk} {bias}"
+            reports.append(report(name, found[-1], (128, 128), width))
     return reports
 
 

@@ -284,8 +284,8 @@ def test_errors_say_what_was_expected() -> None:
     for change, message in wrong:
         with pytest.raises(InvalidInputError, match=message):
             attend(**(good | change))
-    levels = replace(index, level=torch.zeros(index.blocks.numel(), dtype=torch.int8))
-    with pytest.raises(UnsupportedConfigurationError, match="level"):
+    levels = replace(index, pyramid=True)
+    with pytest.raises(UnsupportedConfigurationError, match="pyramid"):
         attend(q, k, v, levels)
 
 

@@ -193,10 +193,10 @@ def test_listed_pairs(name, size):
     g = torch.Generator().manual_seed(3)
     mask = (torch.rand(2, len(call.heads), nq, nk, generator=g) < 0.3).to(DEVICE)
     pairs = select.pair_counts(call, size)
-    found = fast_select.listed_pairs(BlockIndex.from_mask(mask, size), call)
+    found = fast_select.listed_pairs(BlockIndex.from_mask(mask, size), call, call.n_k)
     assert torch.equal(found, (mask * pairs).sum(-1))
     dense = BlockIndex.dense(len(call.heads), nq, size, mask.device)
-    found = fast_select.listed_pairs(dense, call)
+    found = fast_select.listed_pairs(dense, call, call.n_k)
     assert torch.equal(found, pairs.sum(-1).expand(1, len(call.heads), nq))
     assert int(found[0, 0].sum()) == select_stats._visible_pairs(call)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from accelkit.kernels import attend, dispatch, permute, scores, scores_blocks, select
+from accelkit.kernels import attend, dispatch, permute, pyramid, scores, scores_blocks, select
 from accelkit.kernels.index import BlockIndex, plain_inputs
 
 pytest.importorskip("triton")
@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 
 from accelkit.kernels._triton import permute as fast_permute
 from accelkit.kernels._triton import pyramid as fast_pyramid
+from accelkit.kernels._triton import rows as fast_rows
 from accelkit.kernels._triton import scores as fast
 from accelkit.kernels._triton import select as fast_select
 
@@ -48,12 +49,13 @@ def test_means_of_runs():
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("of", [2, 8])
-def test_means_of_neighbours(of: int):
-    """Tokens behind the last whole mean are left out."""
-    x = rows(2, 3, 91, 24)
-    expected = x[:, :, : 91 // of * of].unflatten(2, (-1, of)).mean(3)
-    torch.testing.assert_close(fast_pyramid.means(x, of), expected, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize(("n", "unit"), [(91, 4), (205, 16), (64, 8)])
+def test_the_levels_of_a_pyramid(n: int, unit: int):
+    """Means behind the last whole entry of a level are left out."""
+    x = rows(2, 3, n, 24)
+    torch.testing.assert_close(
+        fast_pyramid.levels(x, unit), pyramid._levels(x, unit), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_prefix_of_all_rows_of_a_head():
@@ -115,25 +117,64 @@ def test_block_mass(size: tuple[int, int]):
     torch.testing.assert_close(found, scores.block_mass(call, lse, size), atol=2e-4, rtol=1e-3)
 
 
-def test_sampled_maxima():
+def test_sampled_maxima(monkeypatch: pytest.MonkeyPatch):
     call = plain_inputs(rows(1, 4, 270, 24), rows(1, 2, 270, 24), rows(1, 2, 270, 24), causal=False)
     slow = scores.sampled_max(call, (64, 64), every=4)
-    q = scores_blocks._sampled(call.q, 64, 4, 0)
-    k = scores_blocks._sampled(call.k, 64, 4, 1)
-    found = scores_blocks._fast_sampled_max(call, q, k)
+    places = (scores_blocks._drawn(64, 4, seed, call.q.device) for seed in (0, 1))
+    found = fast.sampled_max(call, (64, 64), *places)
     torch.testing.assert_close(found, slow, atol=5e-3, rtol=5e-3)
+    monkeypatch.setattr(fast, "SCRATCH_BYTES", 1)  # head by head
+    places = (scores_blocks._drawn(64, 4, seed, call.q.device) for seed in (0, 1))
+    assert torch.equal(found, fast.sampled_max(call, (64, 64), *places))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_few_rows_under_masks(number: int):
+    """Pieces of keys, joined: with rows that read nothing in some of them."""
+    n = 700
+    call = plain_inputs(rows(2, 4, n, 24), rows(2, 2, n, 24), rows(2, 2, n, 16), causal=False)
+    call = replace(call, heads=(3, 0), kv_of_head=call.kv_of_head[[3, 0]])
+    places = torch.tensor([0, 77, 300, 699, 5], device=DEVICE)
+    masks = torch.rand(2, 5, n, device=DEVICE)[:number] < 0.3
+    masks[:, 1, :400] = False
+    slow = scores.masked_rows(call, places, masks)
+    assert slow.shape == (2, 2, 1 + number, 5, 16)
+    found = fast_rows.masked_rows(call, places, masks)
+    torch.testing.assert_close(found, slow, atol=2e-4, rtol=2e-3)
 
 
 def test_a_pyramid():
-    """Lists with levels: Triton gives what the reference gives, text and ragged end included."""
+    """Lists over levels: Triton gives what the reference gives, text and ragged end included."""
     q, k, v = rows(1, 4, 270, 32), rows(1, 2, 270, 32), rows(1, 2, 270, 32)
     levels = torch.randint(-1, 4, (1, 4, 9, 9), generator=torch.Generator().manual_seed(0))
     levels[..., 0], levels[:, :, 0] = 0, 0
-    for piece in select.compact_levels(levels.to(torch.int8).to(DEVICE), 270, (32, 32), 16):
-        slow = attend(q, k, v, piece, causal=False, backend="reference")
-        found = attend(q, k, v, piece, causal=False, backend="triton")
-        torch.testing.assert_close(found.out, slow.out, atol=2e-4, rtol=2e-4)
-        torch.testing.assert_close(found.lse, slow.lse, atol=2e-4, rtol=2e-4)
+    index = select.compact_levels(levels.to(torch.int8).to(DEVICE), 270, (32, 32), 16)
+    slow = attend(q, k, v, index, causal=False, backend="reference")
+    found = attend(q, k, v, index, causal=False, backend="triton")
+    torch.testing.assert_close(found.out, slow.out, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(found.lse, slow.lse, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("by_energy", [False, True])
+@pytest.mark.parametrize(("block", "unit"), [(32, 16), (32, 32), (64, 16)])
+def test_from_scores_to_a_pyramid(by_energy: bool, block: int, unit: int):
+    """One launch lists what selecting level by level lists."""
+    tokens = 11 * block - 5
+    scores_ = rows(2, 3, 7, 11).exp()
+    scores_[0, 0, 0] = 0.5  # ties go to the lower block
+    kept = torch.zeros(1, 1, 7, 11, dtype=torch.bool, device=DEVICE)
+    kept[..., 3] = kept[:, :, 2] = True
+    ends = (0.05, 0.3, 0.5, 0.9)
+    least = 0.2 if by_energy else 0.0
+    level = select.levels(scores_, ends, by_energy=by_energy, least=least).masked_fill_(kept, 0)
+    slow = select.compact_levels(level, tokens, (16, block), unit)
+    found = fast_pyramid.listed(
+        scores_, ends, kept, tokens, (16, block), unit, by_energy, least
+    )  # fmt: skip
+    assert found.size == slow.size and found.pyramid
+    entries = pyramid.firsts(tokens, unit)[-1]
+    assert torch.equal(found.count, slow.count)
+    assert torch.equal(found.to_mask(entries), slow.to_mask(entries))
 
 
 def test_holes_as_keys_without_weight():

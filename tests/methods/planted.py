@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelkit.kernels import BlockIndex
+from accelkit.kernels import BlockIndex, pyramid
 from accelkit.patches.call import AttentionCall, Clock, Geometry, Span
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.parts import visiting
@@ -220,7 +220,7 @@ def expand(piece: BlockIndex, found: attention.Answer, rows: Tensor, n_k: int) -
         for h in range(heads):
             at = place[b, h][holes[b, h] + rows]  # rows of the kernel
             keys = counts[h, at // bq]
-            if piece.level is None:
+            if not piece.pyramid:
                 keys = keys.repeat_interleave(bk, -1)
             keys = keys[:, : call.n_k]
             out[b, h].scatter_add_(-1, ids[b, h].expand_as(keys), keys)
@@ -237,8 +237,8 @@ def token_ids(found: attention.Answer, side: str, batch: int, heads: int, n: int
 
 
 def listed(piece: BlockIndex, call: AttentionCall, b: int, nk: int) -> Tensor:
-    """How often each key block is listed, int32 `[H, nq, nk]`; with levels, each key."""
-    if piece.level is not None:
+    """How often each key block is listed, int32 `[H, nq, nk]`; in a pyramid, each key."""
+    if piece.pyramid:
         return covered(piece, call, b)
     b = b if piece.count.shape[0] > 1 else 0
     heads, nq = piece.count.shape[1:]
@@ -258,13 +258,16 @@ def listed(piece: BlockIndex, call: AttentionCall, b: int, nk: int) -> Tensor:
 def covered(piece: BlockIndex, call: AttentionCall, b: int) -> Tensor:
     """How often each key is listed, itself or behind a mean, int32 `[H, nq, Nk]`."""
     heads, nq = piece.count.shape[1:]
+    firsts = pyramid.firsts(call.n_k, piece.size[1])
     out = torch.zeros((heads, nq, call.n_k), dtype=torch.int32)
     for h in range(heads):
         for i in range(nq):
             start, count = int(piece.start[b, h, i]), int(piece.count[b, h, i])
             for e in range(start, start + count):
-                span = piece.size[1] << piece.level
-                first = int(piece.blocks[e]) * span
+                entry = int(piece.blocks[e])
+                level = next(i for i, f in enumerate(firsts) if f <= entry)
+                span = piece.size[1] << level
+                first = (entry - firsts[level]) * span
                 out[h, i, first : first + span] += 1
     return out
 

@@ -10,7 +10,6 @@ import torch
 
 from accelkit.kernels import attend, pyramid, select
 from accelkit.kernels.index import BlockIndex
-from accelkit.kernels.merge import merge
 from accelkit.patches.methods.psa import PSA
 from accelkit.patches.sites import attention
 
@@ -25,24 +24,25 @@ def test_levels_by_rank_and_energy():
 
 def test_entries_are_whole_tiles():
     """Blocks of 16, entries of 8 keys: level 1 takes one, level 2 a pair, level 3 four blocks; a
-    block is never read more coarsely than asked for.
+    block is never read more coarsely than asked for. Coarse levels lie in front.
     """
     levels = torch.tensor([[0, 1, 2, 2, 2, 1, 3, -1, 3, 3, -1, 3]]).to(torch.int8)[None, None]
-    pieces = select.compact_levels(levels, 12 * 16, (16, 16), 8)
-    assert [p.level for p in pieces] == [None, 1, 2, 3]
-    assert [hand.rows(p)[0] for p in pieces] == [
-        [0, 1],  # block 0 itself
-        [1, 4, 5],  # blocks 1, 4 (beside a finer one) and 5
-        [1, 3],  # blocks 2 and 3; 6 and 7, whose four blocks hold finer ones
-        [2],  # blocks 8 … 11
+    index = select.compact_levels(levels, 12 * 16, (16, 16), 8)
+    assert pyramid.firsts(12 * 16, 8) == (21, 9, 3, 0, 45)
+    assert hand.rows(index)[0] == [
+        *(0 + i for i in [2]),  # blocks 8 … 11
+        *(3 + i for i in [1, 3]),  # blocks 2 and 3; 6 and 7, whose four blocks hold finer ones
+        *(9 + i for i in [1, 4, 5]),  # blocks 1, 4 (beside a finer one) and 5
+        *(21 + i for i in [0, 1]),  # block 0 itself
     ]
 
 
 def test_the_ragged_end_is_read_itself():
     """Four blocks and a few keys: level 3 is whole, the end comes key by key."""
     levels = torch.full((1, 1, 1, 5), 3, dtype=torch.int8)
-    pieces = select.compact_levels(levels, 4 * 16 + 5, (16, 16), 8)
-    assert [hand.rows(p)[0] for p in pieces] == [[8], [], [], [0]]
+    index = select.compact_levels(levels, 4 * 16 + 5, (16, 16), 8)
+    assert pyramid.firsts(4 * 16 + 5, 8)[0] == 7
+    assert hand.rows(index)[0] == [0, 7 + 8]
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -53,27 +53,27 @@ def test_means_of_equal_keys_are_exact(backend: str):
     q = torch.randn(1, 4, n, 16, generator=g)
     k, v = (torch.randn(1, 2, 24, 16, generator=g).repeat_interleave(8, 2)[:, :, :n] for _ in "kv")
     levels = torch.randint(0, 4, (1, 4, 12, 12), generator=g).to(torch.int8)
-    pieces = select.compact_levels(levels, n, (16, 16), 8)
-    out = merge([attend(q, k, v, p, causal=False, backend=backend) for p in pieces])
+    index = select.compact_levels(levels, n, (16, 16), 8)
+    out = attend(q, k, v, index, causal=False, backend=backend)
     dense = attend(q, k, v, BlockIndex.dense(4, 12, (16, 16), q.device), causal=False)
     torch.testing.assert_close(out.out, dense.out, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(out.lse, dense.lse, atol=1e-5, rtol=1e-5)
 
 
 def test_backends_agree():
-    """On keys that differ; a level is a launch over its means, each for several keys."""
+    """On keys that differ: means lie in front of the keys, each for several of them."""
     q, k, v = planted.noise(150, width=16)
     levels = torch.randint(-1, 4, (1, 4, 10, 10), generator=torch.Generator().manual_seed(1))
     levels[..., 0] = 0
-    for piece in select.compact_levels(levels.to(torch.int8), 150, (16, 16), 8):
-        slow, fast = (
-            attend(q, k, v, piece, causal=False, backend=b) for b in ("reference", "torch")
-        )
-        torch.testing.assert_close(slow.out, fast.out, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(slow.lse, fast.lse, atol=1e-5, rtol=1e-5)
-    keys, _, lowered = pyramid.lower(k, v, piece)
-    assert keys.shape[2] == 150 // 8 and lowered.bias == pytest.approx(math.log(8))
+    index = select.compact_levels(levels.to(torch.int8), 150, (16, 16), 8)
+    slow, fast = (attend(q, k, v, index, causal=False, backend=b) for b in ("reference", "torch"))
+    torch.testing.assert_close(slow.out, fast.out, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(slow.lse, fast.lse, atol=1e-5, rtol=1e-5)
+    keys, _, lowered = pyramid.lower(k, v, index)
+    assert keys.shape[2] == 150 + 9 * 8 + 4 * 8 + 2 * 8
+    assert lowered.bias.unique().tolist() == pytest.approx([math.log(2**i) for i in range(4)])
     torch.testing.assert_close(keys[:, :, 2], k[:, :, 16:24].mean(2))
+    torch.testing.assert_close(keys[:, :, -150:], k)
 
 
 def test_ends_must_rise():
@@ -85,8 +85,7 @@ def test_runs_are_equal():
     """The sampled places are drawn with a seed."""
     call = planted.video()
     first, second = (PSA().index(replace(call, _shared={})) for _ in range(2))
-    assert all(torch.equal(a.count, b.count) for a, b in zip(first, second, strict=True))
-    assert all(torch.equal(a.blocks, b.blocks) for a, b in zip(first, second, strict=True))
+    assert torch.equal(first.count, second.count) and torch.equal(first.blocks, second.blocks)
 
 
 def test_means_are_better_than_nothing():

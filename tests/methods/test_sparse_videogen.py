@@ -40,7 +40,8 @@ def test_sampled_rows_are_exact():
     ones = torch.ones(3, call.n_k, dtype=torch.bool)
     half = ones.clone()
     half[:, 1000:] = False
-    exact, same, part = scores.masked_rows(call, rows, (ones, half))
+    found = scores.masked_rows(call, rows, torch.stack([ones, half]))
+    exact, same, part = found.unbind(2)
     torch.testing.assert_close(exact, planted.dense(call)[:, :, rows], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(exact, same)
     p = planted.probabilities(call, rows) * half

@@ -17,12 +17,17 @@ from accelkit.kernels._triton.tile import (
     describable,
     next_power_of_two,
     one_masked,
+    table,
 )
 from accelkit.kernels._triton.tuned import tuned
 from accelkit.kernels.launch import Launch
 
 BM = 128
 """Query rows of a tile: 64 for each of two consumer warpgroups."""
+WIDEST = 128
+"""Most keys of a tile."""
+SWIZZLE = 64
+"""Columns that one swizzle of shared memory spans (`gluon_tiles.WIDTH`)."""
 
 
 def refusal(launch: Launch) -> str | None:
@@ -55,8 +60,8 @@ def refused_here(launch: Launch) -> str | None:
         return f"head size {max(q.shape[3], v.shape[3])} is above 128"
     if launch.q_pos is not None or launch.k_pos is not None:
         return "it takes no positions and no key mask"
-    if isinstance(launch.bias, Tensor):
-        return "it takes no bias of single keys"
+    if isinstance(launch.bias, Tensor) and launch.skip is not None:
+        return "it takes no bias of single keys where it skips"
     if launch.scale <= 0:
         return f"the scale {launch.scale} is not positive"
     if not all(describable(t) for t in (q, launch.k, v, launch.out)):
@@ -95,14 +100,23 @@ def run(
     """Start the kernel over lowered work."""
     from accelkit.kernels._triton import gluon_kernel
 
-    bn, common, constants = _arguments(launch, work)
+    # Without a causal edge a row has one partly visible entry at most, so that two entries of half
+    # a tile can share one.
+    pairs = launch.index.size[1] == WIDEST // 2 and not launch.causal
+    common, constants = _arguments(launch, work, WIDEST if pairs else _keys(launch))
+    bias, by = None, ""
+    if isinstance(launch.bias, Tensor):
+        bias, by = launch.bias, "entry" if launch.index.bias_by_entry else "key"
+        bias = bias if bias.stride(2) == 1 else bias.contiguous()
+    where, *steps = table(bias, launch.lse)
     if stages is None:
         stages, q_stages, mode = _tuned(
             "gluon" if launch.causal else "gluon_full", launch, constants
         )
     gluon_kernel.block_sparse[grid(launch, work)](
-        *common, *_sizes(launch, work), **constants, EXTRA_MASKED=not one_masked(launch, bn),
-        STAGES=stages, Q_STAGES=q_stages, MODE=mode, num_warps=4,
+        *common, where, *launch.lse.stride(), *steps[:2], *_sizes(launch, work), **constants,
+        EXTRA_MASKED=not (pairs or one_masked(launch, constants["BN"])),
+        BIAS_BY=by, STAGES=stages, Q_STAGES=q_stages, MODE=mode, num_warps=4,
     )  # fmt: skip
 
 
@@ -110,9 +124,9 @@ def run_skipping(launch: Launch, work: Work, stages: int | None = None) -> None:
     """Start the kernel that skips over work lowered in list order."""
     from accelkit.kernels._triton import gluon_skip
 
-    _, common, constants = _arguments(launch, work)
+    common, constants = _arguments(launch, work, _keys(launch))
     gluon_skip.skipping[grid(launch, work)](
-        *common, launch.skip, *_sizes(launch, work), **constants,
+        *common, launch.skip, *launch.lse.stride(), *_sizes(launch, work), **constants,
         STAGES=stages or _tuned("gluon_skip", launch, constants), num_warps=4,
     )  # fmt: skip
 
@@ -134,13 +148,19 @@ def items(launch: Launch, work: Work) -> int:
     return work.items.shape[0] * (launch.index.size[0] // BM)
 
 
-def _arguments(launch: Launch, work: Work) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """Key rows of a tile; the tensors and the constants that both kernels take."""
+def _keys(launch: Launch) -> int:
+    """Keys of a tile, which divides an entry."""
+    return WIDEST if launch.index.size[1] % WIDEST == 0 else WIDEST // 2
+
+
+def _arguments(launch: Launch, work: Work, bn: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The tensors and the constants that both kernels take, for tiles of `bn` keys."""
     (bq, bk), q, k, v = launch.index.size, launch.q, launch.k, launch.v
     bd, bdv = padded(q), padded(v)
-    bn = 128 if bk % 128 == 0 else 64
+    # A tile of two entries is copied by halves, and in columns as it lies in shared memory.
+    box = (bn, bd, bdv) if bk >= bn else (bk, SWIZZLE, SWIZZLE)
     tensors = (
-        descriptor(q, BM // 2, bd), descriptor(k, bn, bd), descriptor(v, bn, bdv),
+        descriptor(q, BM // 2, bd), descriptor(k, *box[:2]), descriptor(v, *box[::2]),
         descriptor(launch.out, BM // 2, bdv), launch.lse, work.items, work.lists,
         launch.q_heads, launch.kv_heads, launch.out_heads,
         torch.zeros(1, dtype=torch.int32, device=q.device),
@@ -148,13 +168,13 @@ def _arguments(launch: Launch, work: Work) -> tuple[int, tuple[Any, ...], dict[s
     constants = {
         "BQ": bq, "BK": bk, "BM": BM, "BN": bn, "BD": bd, "BDV": bdv, "CAUSAL": launch.causal,
     }  # fmt: skip
-    return bn, tensors, constants
+    return tensors, constants
 
 
 def _sizes(launch: Launch, work: Work) -> tuple[Any, ...]:
     return (
-        *launch.lse.stride(), items(launch, work), launch.n_q,
-        launch.n_k, launch.q_start, work.capacity, launch.scale * LOG2E,
+        items(launch, work), launch.n_q, launch.n_k, launch.q_start, work.capacity,
+        launch.scale * LOG2E,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from accelkit.kernels._triton.gluon_block_sparse import (
     BM,
@@ -24,6 +25,8 @@ BN = 128
 
 def refusal(launch: Launch) -> str | None:
     """Why this kernel cannot serve a launch, or None."""
+    if isinstance(launch.bias, Tensor):
+        return "it takes no bias of single keys"
     return refused_here(launch)
 
 

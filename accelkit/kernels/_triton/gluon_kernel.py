@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from accelkit.kernels._triton.gluon_parts import load, normalised
+from accelkit.kernels._triton.gluon_tiles import entry, fetch, ring, tiles
 from accelkit.kernels._triton.lower import FIELDS
 
 TICKETS = gl.constexpr(4)
@@ -76,13 +77,23 @@ def _flat(tile, ROWS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def _first_blocks(at, entries, BK: gl.constexpr, BN: gl.constexpr):
+    """Blocks of a row's first tile; what it lacks is read from its first block, and hidden."""
+    block = gl.load(at, mask=entries > 0, other=0)
+    other = block
+    if BK < BN:
+        other = gl.load(at + 1, mask=(entries > 0) & (entries % 2 == 0), other=0)
+        other = gl.where(entries % 2 == 0, other, block)
+    return block, other
+
+
+@gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items, capacity, q, k, v,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets, ticket_full, ticket_empty,
-    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr,
+    BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
+    BDV: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
-    R: gl.constexpr = BK // BN
     ROWS: gl.constexpr = BM // 2
     PER_ROW: gl.constexpr = BQ // BM
     width = gl.num_programs(0)
@@ -91,44 +102,47 @@ def _produce(
     next_place = place + width
     _announce(tickets, ticket_full, ticket_empty, 0, next_place)
     row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
-    block = gl.load(LISTS + row.to(gl.int64) * capacity, mask=masked + clean > 0, other=0)
+    block, other = _first_blocks(LISTS + row.to(gl.int64) * capacity, masked + clean, BK, BN)
     hq, hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
     stage, phase = 0, 1
     while place < n_items:
         next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
             ITEMS, next_place, n_items, BM, PER_ROW
         )
-        next_hq, next_hk, next_block, later_place = hq, hk, block, next_place
+        next_hq, next_hk, later_place = hq, hk, next_place
+        next_block, next_other = block, other
         half = round % Q_STAGES
         at = LISTS + row.to(gl.int64) * capacity
-        n = gl.maximum((masked + clean) * R, 1)  # an empty row reads one tile and hides all of it
+        n, lacks = tiles(masked + clean, BK, BN)
         for j in range(n):
-            k0 = block * BK + (j % R) * BN
-            block = gl.load(at + (j + 1) // R, mask=j + 1 < n, other=0)
+            k0, k1 = block * BK, other * BK
+            if BK >= BN:
+                k0 += (j % (BK // BN)) * BN
+            then = at + entry(j + 1, lacks, BK, BN)
+            block = gl.load(then, mask=j + 1 < n, other=0)
+            if BK < BN:
+                other = gl.load(then + 1, mask=j + 1 < n, other=0)
             mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
+            fetch(k_desc, k_full.index(stage), k, stage, b, hk, k0, k1, BK, BN, BD)
             if j == 0:
                 mbarrier.wait(q_empty.index(half), ((round // Q_STAGES) & 1) ^ 1)
                 mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes * 2)
                 _load(q_desc, [b, hq, q_row, 0], q_full.index(half), q.index(half * 2))
                 _load(q_desc, [b, hq, q_row + ROWS, 0], q_full.index(half), q.index(half * 2 + 1))
             mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-            _load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
+            fetch(v_desc, v_full.index(stage), v, stage, b, hk, k0, k1, BK, BN, BDV)
             stage, phase = _next(stage, phase, STAGES)
             if j == 0:
                 next_hq, next_hk = gl.load(Q_HEADS + next_slot), gl.load(KV_HEADS + next_slot)
-                next_block = gl.load(
-                    LISTS + next_row.to(gl.int64) * capacity, mask=next_masked + next_clean > 0,
-                    other=0,
-                )  # fmt: skip
+                next_block, next_other = _first_blocks(
+                    LISTS + next_row.to(gl.int64) * capacity, next_masked + next_clean, BK, BN
+                )
                 later_place = 2 * width + gl.atomic_add(COUNTER, 1, sem="relaxed")
         # Not before the row's copies are under way: the counter's answer takes its time.
         _announce(tickets, ticket_full, ticket_empty, round + 1, later_place)
         place, next_place, round = next_place, later_place, round + 1
-        row, q_row, b, hq, hk, block = next_row, next_q_row, next_b, next_hq, next_hk, next_block
-        masked, clean = next_masked, next_clean
+        row, q_row, b, hq, hk = next_row, next_q_row, next_b, next_hq, next_hk
+        masked, clean, block, other = next_masked, next_clean, next_block, next_other
 
 
 @gluon.jit
@@ -138,25 +152,34 @@ def _hide(s, k0, limit, BN: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _tiles(masked, clean, BK: gl.constexpr, BN: gl.constexpr):
-    """Masked tiles of a row, and all; an empty row reads one and hides all of it. Rows of single
-    keys count masked keys, not blocks.
-    """
-    if BK == 1:
-        lead = gl.cdiv(masked, BN)
-        n = lead + clean
-    else:
-        lead = masked * (BK // BN)
-        n = lead + clean * (BK // BN)
-    return gl.maximum(lead, 1), gl.maximum(n, 1)
+def _hide_half(
+    s, k0, limit, lacks, BK: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """The same for a first tile of two entries, of which the second is whole or not there."""
+    col = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+    seen = (col < BK)[None, :] & ((k0 + col)[None, :] <= limit[:, None])
+    return gl.where(seen | ((col >= BK) & (lacks == 0))[None, :], s, -float("inf"))
 
 
 @gluon.jit
-def _first_block(LISTS, row, capacity, masked, clean, BK: gl.constexpr):
+def _tiles(masked, clean, BK: gl.constexpr, BN: gl.constexpr):
+    """Masked tiles of a row, all of them, and how many entries the first lacks; an empty row reads
+    one tile and hides all of it. Rows of single keys count masked keys, not blocks.
+    """
+    if BK == 1:
+        lead, lacks = gl.cdiv(masked, BN), masked * 0
+        n = gl.maximum(lead + clean, 1)
+    else:
+        lead = masked * (BK // BN)
+        n, lacks = tiles(masked + clean, BK, BN)
+    return gl.maximum(lead, 1), n, lacks
+
+
+@gluon.jit
+def _first_block(at, masked, clean, BK: gl.constexpr):
     """First block of a row's list, asked for early; rows of single keys need none."""
-    block = row * 0
+    block = masked * 0
     if BK > 1:
-        at = LISTS + row.to(gl.int64) * capacity
         block = gl.load(at, mask=masked + clean > 0, other=0)
     return block
 
@@ -179,9 +202,55 @@ def _limits(rows, count, n_k, q_start, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m, total, factor):
-    m_new = gl.maximum(m, gl.max(s, 1) * factor)
-    p = gl.exp2(s * factor - m_new[:, None])
+def _bias(
+    BIAS, LISTS, tile, entries, lacks, n_k, BK: gl.constexpr, BN: gl.constexpr,
+    layout: gl.constexpr, BIAS_BY: gl.constexpr,
+):  # fmt: skip
+    """What the base-2 scores of a tile get besides, from lists and bias of its row: numbers for its
+    one or two entries, and one for each key. What there is none of is 0.
+    """
+    first, second, keys = 0.0, 0.0, 0.0
+    if BIAS_BY != "":
+        place = LISTS + entry(tile, lacks, BK, BN)
+        k0 = gl.load(place, mask=entries > 0, other=0) * BK
+        k1 = k0
+        if BK < BN:
+            k1 = gl.load(place + 1, mask=entries > lacks + 1, other=0) * BK
+        if BIAS_BY == "entry":
+            first = gl.load(BIAS + k0) * 1.4426950408889634
+            second = gl.load(BIAS + k1) * 1.4426950408889634
+        else:
+            col = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+            if BK < BN:
+                key = gl.where(col < BK, k0, k1 - BK) + col
+            else:
+                key = k0 + (tile % (BK // BN)) * BN + col
+            keys = gl.load(BIAS + key, mask=key < n_k, other=0.0) * 1.4426950408889634
+    return first, second, keys
+
+
+@gluon.jit
+def _softmax(s, m, total, factor, bias, BK: gl.constexpr, BIAS_BY: gl.constexpr):
+    BN: gl.constexpr = s.shape[1]
+    first, second, keys = bias
+    if BIAS_BY == "key":
+        s = s * factor + keys[None, :]
+        m_new = gl.maximum(m, gl.max(s, 1))
+        p = gl.exp2(s - m_new[:, None])
+    elif BIAS_BY == "entry" and BK < BN:
+        # Each half has its own shift, which costs its elements nothing.
+        half = (gl.arange(0, BN, layout=gl.SliceLayout(0, s.type.layout)) < BK)[None, :]
+        top = gl.max(gl.where(half, s, -float("inf")), 1) * factor + first
+        top = gl.maximum(top, gl.max(gl.where(half, -float("inf"), s), 1) * factor + second)
+        m_new = gl.maximum(m, top)
+        shift = gl.where(half, (m_new - first)[:, None], (m_new - second)[:, None])
+        p = gl.exp2(s * factor - shift)
+    elif BIAS_BY == "entry":
+        m_new = gl.maximum(m, gl.max(s, 1) * factor + first)
+        p = gl.exp2(s * factor - (m_new - first)[:, None])
+    else:
+        m_new = gl.maximum(m, gl.max(s, 1) * factor)
+        p = gl.exp2(s * factor - m_new[:, None])
     alpha = gl.exp2(m - m_new)
     return p, m_new, alpha, total * alpha + gl.sum(p, 1)
 
@@ -237,20 +306,26 @@ def _finished(p, acc, v_empty, MODE: gl.constexpr):
 
 @gluon.jit
 def _begin(
-    s, block, places, there, phase, more, limit, masked, clean, factor,
+    s, BIAS, LISTS, block, places, there, phase, more, limit, masked, clean, n_k, factor,
     BK: gl.constexpr, dtype: gl.constexpr, sl: gl.constexpr, pl: gl.constexpr,
+    BIAS_BY: gl.constexpr,
 ):  # fmt: skip
     """Probabilities, maximum and sum of a row's first tile."""
     ROWS: gl.constexpr = s.shape[0]
     BN: gl.constexpr = s.shape[1]
-    per_row: gl.constexpr = gl.SliceLayout(1, sl)
-    if (masked > 0) | (clean == 0):
-        if BK == 1:
+    row: gl.constexpr = gl.SliceLayout(1, sl)
+    lacks = _tiles(masked, clean, BK, BN)[2]
+    bias = _bias(BIAS, LISTS, 0, masked + clean, lacks, n_k, BK, BN, sl, BIAS_BY)
+    if BK == 1:
+        if (masked > 0) | (clean == 0):
             s = _hide_keys(s, places, there, phase, more, limit, sl)
-        else:
-            s = _hide(s, block * BK, limit, BN, sl)
-    m = gl.full([ROWS], -1e30, gl.float32, per_row)  # finite: an empty row meets no inf − inf
-    p, m, _, total = _softmax(s, m, gl.zeros([ROWS], gl.float32, per_row), factor)
+    elif BK < BN:
+        if (masked > 0) | (lacks > 0):
+            s = _hide_half(s, block * BK, limit, lacks, BK, BN, sl)
+    elif (masked > 0) | (clean == 0):
+        s = _hide(s, block * BK, limit, BN, sl)
+    m = gl.full([ROWS], -1e30, gl.float32, row)  # finite: an empty row meets no inf − inf
+    p, m, _, total = _softmax(s, m, gl.zeros([ROWS], gl.float32, row), factor, bias, BK, BIAS_BY)
     return gl.convert_layout(p.to(dtype), pl), m, total
 
 
@@ -271,12 +346,12 @@ def _finish(
 
 @gluon.jit
 def _consume(
-    WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-    q_start, capacity, factor, q, k, v, places, o, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, turns, tickets, ticket_full, ticket_empty,
+    WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
+    n_items, n_q, n_k, q_start, capacity, factor, q, k, v, places, o, q_full, q_empty, k_full,
+    k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, MODE: gl.constexpr,
+    Q_STAGES: gl.constexpr, MODE: gl.constexpr, BIAS_BY: gl.constexpr,
 ):  # fmt: skip
     PER_ROW: gl.constexpr = BQ // BM
     ROWS: gl.constexpr = BM // 2
@@ -291,7 +366,9 @@ def _consume(
     stage, phase, turn = 0, 0, 1 - WHO
     place, round = gl.program_id(0), 0
     row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
-    block = _first_block(LISTS, row, capacity, masked, clean, BK)
+    at = LISTS + row.to(gl.int64) * capacity
+    block = _first_block(at, masked, clean, BK)
+    bias_at = BIAS + b.to(gl.int64) * s_bb + slot.to(gl.int64) * s_bh
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
     _copied(BK)
@@ -303,8 +380,8 @@ def _consume(
     mbarrier.arrive(k_empty.index(0))
     limit = _limits(q_row + lane, masked + clean, n_k, q_start, CAUSAL)
     p16, m, total = _begin(
-        s, block, places.index(0), v_full.index(0), 0, True, limit, masked, clean, factor, BK,
-        dtype, sl, pl,
+        s, bias_at, at, block, places.index(0), v_full.index(0), 0, True, limit, masked, clean,
+        n_k, factor, BK, dtype, sl, pl, BIAS_BY,
     )  # fmt: skip
     while place < n_items:
         place = _announced(tickets, ticket_full, ticket_empty, round, 4)
@@ -314,7 +391,7 @@ def _consume(
         )
         ho = gl.load(OUT_HEADS + slot)
         half = round % Q_STAGES
-        lead, n = _tiles(masked, clean, BK, BN)
+        lead, n, lacks = _tiles(masked, clean, BK, BN)
         acc = gl.zeros([ROWS, BDV], gl.float32, ol)
         own = _flat(q.index(half * 2 + WHO), ROWS, BD)
         first_clean = 1
@@ -325,7 +402,7 @@ def _consume(
                 k0 = 0
                 if BK > 1:
                     R: gl.constexpr = BK // BN
-                    k0 = gl.load(LISTS + row.to(gl.int64) * capacity + j // R) * BK + (j % R) * BN
+                    k0 = gl.load(at + j // R) * BK + (j % R) * BN
                 k_stage, k_phase = _next(stage, phase, STAGES)
                 s, acc = _products(
                     own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
@@ -338,25 +415,30 @@ def _consume(
                     )
                 else:
                     s = _hide(s, k0, limit, BN, sl)
-                p, m, alpha, total = _softmax(s, m, total, factor)
+                bias = _bias(bias_at, at, j, masked, lacks, n_k, BK, BN, sl, BIAS_BY)
+                p, m, alpha, total = _softmax(s, m, total, factor, bias, BK, BIAS_BY)
                 acc = _finished(p16, acc, v_empty.index(stage), MODE)
                 acc = acc * gl.convert_layout(alpha, o_row)[:, None]
                 p16 = gl.convert_layout(p.to(dtype), pl)
                 stage, phase, turn = k_stage, k_phase, turn ^ 1
-        for _j in range(first_clean, n):
+        for j in range(first_clean, n):
             k_stage, k_phase = _next(stage, phase, STAGES)
+            # Asked for here, so that the product covers the time it takes.
+            bias = _bias(bias_at, at, j, masked + clean, lacks, n_k, BK, BN, sl, BIAS_BY)
             s, acc = _products(
                 own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
                 k_empty.index(k_stage), k_phase, True, v_full.index(stage), v_empty.index(stage),
                 phase, mine, other, turn, MODE, BK, BN, BD, BDV,
             )  # fmt: skip
-            p, m, alpha, total = _softmax(s, m, total, factor)
+            p, m, alpha, total = _softmax(s, m, total, factor, bias, BK, BIAS_BY)
             acc = _finished(p16, acc, v_empty.index(stage), MODE)
             acc = acc * gl.convert_layout(alpha, o_row)[:, None]
             p16 = gl.convert_layout(p.to(dtype), pl)
             stage, phase, turn = k_stage, k_phase, turn ^ 1
         # The last product of this row goes with the first tile of the next.
-        block = _first_block(LISTS, next_row, capacity, next_masked, next_clean, BK)
+        at = LISTS + next_row.to(gl.int64) * capacity
+        block = _first_block(at, next_masked, next_clean, BK)
+        bias_at = BIAS + next_b.to(gl.int64) * s_bb + next_slot.to(gl.int64) * s_bh
         limit = _limits(next_q_row + lane, next_masked + next_clean, n_k, q_start, CAUSAL)
         mbarrier.arrive(q_empty.index(half))
         next_half = (round + 1) % Q_STAGES
@@ -369,8 +451,8 @@ def _consume(
             BDV,
         )  # fmt: skip
         next_p16, next_m, next_total = _begin(
-            s, block, places.index(k_stage), v_full.index(k_stage), k_phase, more, limit,
-            next_masked, next_clean, factor, BK, dtype, sl, pl,
+            s, bias_at, at, block, places.index(k_stage), v_full.index(k_stage), k_phase, more,
+            limit, next_masked, next_clean, n_k, factor, BK, dtype, sl, pl, BIAS_BY,
         )  # fmt: skip
         acc = _finished(p16, acc, v_empty.index(stage), MODE)
         stage, phase, turn = k_stage, k_phase, turn ^ 1
@@ -394,18 +476,19 @@ def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
 def block_sparse(
-    q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER, s_lb,
-    s_lh, s_ln, n_items, n_q, n_k, q_start, capacity, factor,
+    q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, COUNTER, BIAS,
+    s_lb, s_lh, s_ln, s_bb, s_bh, n_items, n_q, n_k, q_start, capacity, factor,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
-    BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, MODE: gl.constexpr,
+    BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, BIAS_BY: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """The kernel. Descriptors have boxes `[1, 1, rows, head size]`, ITEMS and LISTS are lowered
-    work, COUNTER is a zero, strides count elements, `factor` is the scale in base 2.
+    work, COUNTER is a zero, strides count elements, `factor` is the scale in base 2. A bias is
+    there for each "key", or the same for all keys of an "entry".
     """
     q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
-    k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, BD], k_desc.layout)
-    v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BN, BDV], v_desc.layout)
+    k, k_parts = ring(k_desc, STAGES, BK, BN, BD)
+    v, v_parts = ring(v_desc, STAGES, BK, BN, BDV)
     o = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, BM // 2, BDV], o_desc.layout)
     q_full, q_empty, turns = _barriers(Q_STAGES, 1), _barriers(Q_STAGES, 2), _barriers(2, 1)
     k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
@@ -418,21 +501,21 @@ def block_sparse(
     gl.warp_specialize(
         [
             (_consume, (
-                0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, capacity, factor, q, k, v, v, o, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
-                CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
+                0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
+                n_items, n_q, n_k, q_start, capacity, factor, q, k, v, v, o, q_full, q_empty, k_full,
+                k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM,
+                BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
             )),
             (_consume, (
-                1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, capacity, factor, q, k, v, v, o, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV,
-                CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE,
+                1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
+                n_items, n_q, n_k, q_start, capacity, factor, q, k, v, v, o, q_full, q_empty, k_full,
+                k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM,
+                BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items,
-                capacity, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets,
-                ticket_full, ticket_empty, BQ, BK, BM, BN, STAGES, Q_STAGES,
+                capacity, q, k_parts, v_parts, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV, STAGES, Q_STAGES,
             )),
         ],
         [4, 1],

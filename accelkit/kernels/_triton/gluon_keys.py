@@ -154,16 +154,16 @@ def key_gather(
     gl.warp_specialize(
         [
             (_consume, (
-                0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, 1, factor, q, k, v, places, o, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turns, tickets, ticket_full, ticket_empty, BQ, 1, BM, BN, BD, BDV, CAUSAL,
-                True, STAGES, Q_STAGES, MODE,
+                0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, LSE, s_lb, s_lh, s_ln, 0, 0, n_items,
+                n_q, n_k, q_start, 1, factor, q, k, v, places, o, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, 1, BM, BN, BD, BDV,
+                CAUSAL, True, STAGES, Q_STAGES, MODE, "",
             )),
             (_consume, (
-                1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, 1, factor, q, k, v, places, o, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turns, tickets, ticket_full, ticket_empty, BQ, 1, BM, BN, BD, BDV, CAUSAL,
-                True, STAGES, Q_STAGES, MODE,
+                1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, LSE, s_lb, s_lh, s_ln, 0, 0, n_items,
+                n_q, n_k, q_start, 1, factor, q, k, v, places, o, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, 1, BM, BN, BD, BDV,
+                CAUSAL, True, STAGES, Q_STAGES, MODE, "",
             )),
             (_produce, (
                 q_desc, K, V, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, COUNTER, n_items, n_k, s_kb,

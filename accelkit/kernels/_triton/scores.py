@@ -240,7 +240,7 @@ def probe(call: Inputs, q: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["n_heads", "n", "nb"])
 def _alike(
-    X, HEADS, PLACES, CENTRE, OUT, s_xb, s_xh, s_xn, s_xd, s_pb, s_pn, n_heads, n, nb,
+    X, HEADS, PLACES, CENTRE, OUT, MEANS, s_xb, s_xh, s_xn, s_xd, s_pb, s_pn, n_heads, n, nb,
     BLOCK: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     HAS_PLACES: tl.constexpr, HAS_CENTRE: tl.constexpr,
 ):  # fmt: skip
@@ -251,7 +251,7 @@ def _alike(
     centre = tl.zeros([BD], tl.float32)
     if HAS_CENTRE:
         centre = tl.load(CENTRE + bh.to(tl.int64) * D + d, mask=d < D, other=0.0)
-    total, count = tl.zeros([BD], tl.float32), 0
+    total, plain, count = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32), 0
     for i in range(0, BLOCK, BM):
         at = i + tl.arange(0, BM)
         row = (block * BLOCK + at).to(tl.int64)
@@ -261,33 +261,38 @@ def _alike(
         inside = real[:, None] & (d < D)[None, :]
         x = tl.load(x0 + row[:, None] * s_xn + d[None, :] * s_xd, mask=inside, other=0.0)
         x = tl.where(inside, x.to(tl.float32) - centre[None, :], 0.0)
+        plain += tl.sum(x, 0)
         size = tl.sqrt(tl.sum(x * x, 1))
         total += tl.sum(x / tl.maximum(size, 1e-12)[:, None], 0)
         count += tl.sum(real.to(tl.int32), 0)
     alike = tl.sum(total * total, 0) / (count * count).to(tl.float32)
     tl.store(OUT + bh.to(tl.int64) * nb + block, tl.where(count > 0, alike, 1.0))
+    if not HAS_CENTRE:
+        mean = plain / tl.maximum(count, 1)
+        tl.store(MEANS + (bh.to(tl.int64) * nb + block) * D + d, mean, mask=d < D)
 
 
 def self_similarity(
     x: Tensor, block: int, heads: tuple[int, ...], places: Tensor | None, centre: Tensor | None
-) -> Tensor:
-    """`kernels.scores.self_similarity` of some heads of x `[B, Hx, N, D]`, fp32 `[B, H, nb]`, in
-    one read. Tokens with a place (`[B|1, 1, N]`) of −1 do not count; `centre` fp32 `[B, H, D]` is
-    taken off first.
+) -> tuple[Tensor, Tensor | None]:
+    """Self-similarity of the blocks of some heads of x `[B, Hx, N, D]`, fp32 `[B, H, nb]`, and
+    their means `[B, H, nb, D]`, in one read. Tokens with a place (`[B|1, 1, N]`) of −1 do not
+    count; `centre` fp32 `[B, H, D]` is taken off first, and no means are given then.
     """
     ids = head_table(tuple(heads), x.device)
     (batch, _, n, d), nb = x.shape, ceil_div(x.shape[2], block)
     out = torch.empty((batch, ids.numel(), nb), dtype=torch.float32, device=x.device)
+    means = None if centre is not None else out.new_empty((*out.shape, d))
     steps = (0, 0)
     if places is not None:
         steps = (places.stride(0) if places.shape[0] > 1 else 0, places.stride(2))
     _alike[(nb, batch * ids.numel())](
         x, ids, out if places is None else places, out if centre is None else centre.contiguous(),
-        out, *x.stride(), *steps, ids.numel(), n, nb, BLOCK=block,
+        out, out if means is None else means, *x.stride(), *steps, ids.numel(), n, nb, BLOCK=block,
         BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
         HAS_PLACES=places is not None, HAS_CENTRE=centre is not None, num_warps=4,
     )  # fmt: skip
-    return out
+    return out, means
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "nk"])
@@ -351,44 +356,74 @@ def block_mass(call: Inputs, lse: Tensor, size: tuple[int, int]) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_rows", "nk"])
-def _peaks(
-    Q, K, KV_HEADS, OUT, s_qb, s_qh, s_kb, s_kh, n_heads, n_rows, nk, factor,
-    BM: tl.constexpr, BN: tl.constexpr, PER: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    PREC: tl.constexpr, STAGES: tl.constexpr,
+@triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "nq", "nk"])
+def _sampled_max(
+    Q, K, HEADS, KV_HEADS, Q_PLACES, K_PLACES, PEAKS, OUT, s_qb, s_qh, s_qn, s_kb, s_kh, s_kn,
+    n_heads, n_q, n_k, nq, nk, factor,
+    BQ: tl.constexpr, BK: tl.constexpr, TQ: tl.constexpr, PQ: tl.constexpr, TK: tl.constexpr,
+    PK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, PREC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    tile, bh = tl.program_id(0), tl.program_id(1)
+    part, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // n_heads).to(tl.int64), bh % n_heads
-    row, d = tile * BM + tl.arange(0, BM), tl.arange(0, BD)
-    q_at = row.to(tl.int64)[:, None] * D + d[None, :]
-    inside = (row < n_rows)[:, None] & (d < D)[None, :]
-    q = tl.load(Q + b * s_qb + h * s_qh + q_at, mask=inside, other=0.0)
+    M: tl.constexpr = TQ * PQ
+    lane, col, d = tl.arange(0, M), tl.arange(0, TK * PK), tl.arange(0, BD)
+    row = tl.minimum((part * TQ + lane // PQ) * BQ + tl.load(Q_PLACES + lane % PQ), n_q - 1)
+    q0 = Q + b * s_qb + tl.load(HEADS + h).to(tl.int64) * s_qh
+    q_at = row.to(tl.int64)[:, None] * s_qn + d[None, :]
+    q = tl.load(q0 + q_at, mask=(d < D)[None, :], other=0.0)
     k0 = K + b * s_kb + tl.load(KV_HEADS + h).to(tl.int64) * s_kh
-    out = OUT + bh.to(tl.int64) * nk * n_rows
-    col, each = tl.arange(0, BN), tl.arange(0, BN // PER)
-    for j in tl.range(0, nk, BN // PER, num_stages=STAGES):
-        key = j * PER + col
-        k_at = key.to(tl.int64)[:, None] * D + d[None, :]
-        real = (key < nk * PER)[:, None] & (d < D)[None, :]
-        k = tl.load(k0 + k_at, mask=real, other=0.0)
+    place = tl.load(K_PLACES + col % PK)
+    # A program's own scratch: peaks first, since their maximum is known only at the end.
+    peaks = PEAKS + (bh.to(tl.int64) * tl.num_programs(0) + part) * nk * M
+    top = tl.full([M], -float("inf"), tl.float32)
+    for j in tl.range(0, nk, TK, num_stages=STAGES):
+        key = tl.minimum((j + col // PK) * BK + place, n_k - 1)
+        k_at = key.to(tl.int64)[:, None] * s_kn + d[None, :]
+        k = tl.load(k0 + k_at, mask=(d < D)[None, :], other=0.0)
         s = tl.dot(q, k.T, out_dtype=tl.float32, input_precision=PREC)
-        peak = tl.max(s.reshape(BM, BN // PER, PER), 2) * factor
-        # Rows side by side: along a row of the map the stores would scatter.
-        at = (j + each)[None, :] * n_rows + row[:, None]
-        fits = (row < n_rows)[:, None] & (j + each < nk)[None, :]
-        tl.store(out + at, peak.to(OUT.dtype.element_ty), mask=fits)
+        peak = (tl.max(s.reshape(M, TK, PK), 2) * factor).to(PEAKS.dtype.element_ty)
+        block = j + tl.arange(0, TK)
+        real = (block < nk)[None, :]
+        tl.store(peaks + block[None, :] * M + lane[:, None], peak, mask=real)
+        top = tl.maximum(top, tl.max(tl.where(real, peak.to(tl.float32), -float("inf")), 1))
+    tl.debug_barrier()
+    tile = part * TQ + tl.arange(0, TQ)
+    line = (bh.to(tl.int64) * nq + tile) * nk
+    for j in range(0, nk, CHUNK):
+        block = j + tl.arange(0, CHUNK)
+        at = peaks + block[None, :] * M + lane[:, None]
+        peak = tl.load(at, mask=(block < nk)[None, :], other=-float("inf")).to(tl.float32)
+        best = tl.max(tl.exp(peak - top[:, None]).reshape(TQ, PQ, CHUNK), 1)
+        there = (tile < nq)[:, None] & (block < nk)[None, :]
+        tl.store(OUT + line[:, None] + block[None, :], best, mask=there)
 
 
-def peaks(q: Tensor, k: Tensor, kv_of_head: Tensor, scale: float, per_block: int) -> Tensor:
-    """Greatest logit of each row with each block of `per_block` keys, fp16 `[B, H, nk, R]` from
-    contiguous q `[B, H, R, D]` and k `[B, Hkv, nk · per_block, D]`. `per_block` is a power of two.
+def sampled_max(
+    call: Inputs, size: tuple[int, int], q_places: Tensor, k_places: Tensor
+) -> Tensor:  # fmt: skip
+    """`kernels.scores.sampled_max` at the given places of a block, int32, powers of two of them up
+    to 128.
     """
-    batch, heads, rows, d = q.shape
-    nk, wide = k.shape[2] // per_block, q.dtype == torch.float32
-    out = torch.empty((batch, heads, nk, rows), dtype=torch.float16, device=q.device)
-    _peaks[(ceil_div(rows, 128), batch * heads)](
-        q, k, kv_of_head.int(), out, *q.stride()[:2], *k.stride()[:2], heads, rows, nk, scale,
-        BM=128, BN=max(per_block, 64 if wide else 128), PER=per_block, D=d, BD=padded_width(d),
-        PREC=precision(q.dtype), STAGES=2 if wide else 3, num_warps=8,
-    )  # fmt: skip
+    (nq, nk), batch, heads = call.tiles(size), call.q.shape[0], len(call.heads)
+    d, device, wide = call.q.shape[3], call.q.device, call.q.dtype == torch.float32
+    pq, pk = q_places.numel(), k_places.numel()
+    tq, tk = 128 // pq, max(1, (64 if wide else 128) // pk)
+    parts = ceil_div(nq, tq)
+    out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=device)
+    q_heads, kv = head_table(call.heads, device), call.kv_of_head.int()
+    some = max(1, SCRATCH_BYTES // (2 * batch * parts * nk * tq * pq))
+    for i in range(0, heads, some):
+        mine = min(some, heads - i)
+        found = out if mine == heads else out.new_empty((batch, mine, nq, nk))
+        peaks = torch.empty(batch * mine * parts * nk * tq * pq, dtype=torch.float16, device=device)
+        _sampled_max[(parts, batch * mine)](
+            call.q, call.k, q_heads[i:], kv[i:], q_places, k_places, peaks, found,
+            *call.q.stride()[:3], *call.k.stride()[:3], mine, call.n_q, call.n_k, nq, nk,
+            call.scale, BQ=size[0], BK=size[1], TQ=tq, PQ=pq, TK=tk, PK=pk, D=d,
+            BD=padded_width(d), CHUNK=32, PREC=precision(call.q.dtype),
+            STAGES=2 if wide else 3, num_warps=8,
+        )  # fmt: skip
+        if found is not out:
+            out[:, i : i + mine] = found
     return out

@@ -14,9 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accelkit.kernels.index import BlockIndex, Inputs
+from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
 
-_WAYS = 32
+_WAYS = 8
+"""Thresholds of a pass: more make passes dearer than they save passes."""
+_PASSES = 11
+"""What narrows 2³¹ keys to one."""
 
 
 @triton.jit
@@ -166,7 +169,7 @@ def _take(
 
 
 def long_prefix(scores: Tensor, target: Tensor) -> Tensor:
-    """`prefix` by mass for long rows: 32 thresholds a pass, seven passes, no sort.
+    """`prefix` by mass for long rows: a few thresholds a pass, no sort.
 
     Scores are fp32 `[…, n]`, non-negative or −inf; sums are kept in fp64.
     """
@@ -181,7 +184,7 @@ def long_prefix(scores: Tensor, target: Tensor) -> Tensor:
     out = torch.empty(flat.shape, dtype=torch.bool, device=device)
     sizes = {"WAYS": _WAYS, "num_warps": 4}
     chunks = max(2, triton.next_power_of_2(n_chunks))
-    for last in (False,) * 7 + (True,):
+    for last in (False,) * _PASSES + (True,):
         _mass_above[(n_chunks, rows)](flat, bounds, part, tied, n, n_chunks, CHUNK=chunk, **sizes)
         if not last:
             _narrow[(rows,)](part, goal, bounds, n_chunks, CHUNKS=chunks, **sizes)
@@ -226,17 +229,17 @@ def _listed(
     tl.store(OUT + row, tl.sum(total, 0))
 
 
-def listed_pairs(index: BlockIndex, call: Inputs) -> Tensor:
-    """Visible query-key pairs in the listed blocks of each row, int64 `[B|1, H, nq]`. Plain
-    positions and no level.
+def listed_pairs(index: BlockIndex, call: Inputs, keys: int) -> Tensor:
+    """Visible query-key pairs in the listed blocks of each row, int64 `[B|1, H, nq]`, where blocks
+    count through `keys` keys. Plain positions.
     """
     start, count = index.start.contiguous(), index.count.contiguous()
     out = torch.empty(count.shape, dtype=torch.int64, device=count.device)
-    (bq, bk), (nq, nk) = index.size, call.tiles(index.size)
+    (bq, bk), nq, nk = index.size, count.shape[-1], ceil_div(keys, index.size[1])
     chunk = min(1024, max(16, triton.next_power_of_2(nk)))
     blocks = index.blocks if index.blocks.numel() else count
     _listed[(count.numel(),)](
-        start, count, blocks, out, nq, nk, call.n_q, call.n_k, call.q_start,
+        start, count, blocks, out, nq, nk, call.n_q, keys, call.q_start,
         BQ=bq, BK=bk, CAUSAL=call.causal, CHUNK=chunk, num_warps=4 if chunk > 256 else 1,
     )  # fmt: skip
     return out

@@ -63,7 +63,7 @@ class PSA(AttentionMethod):
             return None
         return parts.orders.hilbert(call, where)
 
-    def index(self, call: AttentionCall) -> tuple[BlockIndex, ...] | None:
+    def index(self, call: AttentionCall) -> BlockIndex | None:
         size = (self.block, self.block)
         if parts.grids.visual(call) is None or call.key_mask is not None:
             return None
@@ -72,10 +72,11 @@ class PSA(AttentionMethod):
             lambda: kernels.scores.sampled_max(call, size, self.every),
         )
         least = LEAST if self.by_energy else 0.0
-        level = kernels.select.levels(score, self.ends, by_energy=self.by_energy, least=least)
-        exact = parts.keep.text(level == 0, call, size)
-        level = level.masked_fill_(exact, 0)
-        return kernels.select.compact_levels(level, call.n_k, size, UNIT)
+        seen = kernels.select.visible(call, size)
+        text = call.remember((self, "text"), lambda: parts.keep.text(seen & False, call, size))
+        return kernels.select.pyramid(
+            score, self.ends, text, call.n_k, size, UNIT, by_energy=self.by_energy, least=least
+        )
 
     def calibrator(self, site: Site) -> Calibrator:
         return _Tables(self)

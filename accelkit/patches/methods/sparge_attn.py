@@ -60,9 +60,8 @@ class SpargeAttn(AttentionMethod):
         if call.n_k <= 2 * max(size):
             return None
         # The mean key shifts all logits of a row alike, so the softmax needs no smoothing.
-        pooled = call.once(("pooled", size), lambda: kernels.scores.pooled(call, size))
-        q_similar, k_similar = call.once(
-            ("alike", size), lambda: parts.ranking.self_similarity(call, size)
+        pooled, q_similar, k_similar = call.once(
+            ("alike", size), lambda: kernels.scores.pooled_alike(call, size)
         )
         least = call.per_head(self.similarity)
         if not isinstance(least, float):

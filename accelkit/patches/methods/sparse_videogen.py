@@ -59,24 +59,22 @@ class SparseVideoGen(AttentionMethod):
 
     def _temporal(self, call: AttentionCall, where: Visual, order: Tensor) -> Tensor:
         """Which heads lose less in the temporal order, bool `[B, H]`."""
-        spatial, temporal = call.remember(
-            (self, "rows"), lambda: self._masks(where, order, call.q.device)
-        )
-        rows = parts.grids.spread(where.start, where.stop, self.sampled_rows, call.q.device)
-        exact, *masked = kernels.scores.masked_rows(call, rows, (spatial, temporal))
-        loss = [(o - exact).square().mean((-2, -1)) for o in masked]
-        return loss[1] < loss[0]
+        rows, masks = call.remember((self, "rows"), lambda: self._rows(where, order, call.q.device))
+        found = kernels.scores.masked_rows(call, rows, masks)
+        loss = (found[:, :, 1:] - found[:, :, :1]).square().mean((-2, -1))
+        return loss[..., 1] < loss[..., 0]
 
-    def _masks(self, where: Visual, order: Tensor, device: Any) -> tuple[Tensor, Tensor]:
-        """What the sampled rows read in either order, bool `[R, N]`, keys in token order."""
+    def _rows(self, where: Visual, order: Tensor, device: Any) -> tuple[Tensor, Tensor]:
+        """Places of the sampled rows, and what they read in the spatial and in the temporal order,
+        bool `[2, R, N]`, keys in token order.
+        """
         rows = parts.grids.spread(where.start, where.stop, self.sampled_rows, device)
         place = order.argsort()
         sink, width = where.start + where.frame, self._width(where)
-        masks = []
-        for at in (place.sort().values, place):
-            band = (at - at[rows][:, None]).abs() < width
-            masks.append(band | (at < sink) | (at >= where.stop))
-        return masks[0], masks[1]
+        at = place.new_empty((2, 1, where.tokens))
+        at[0], at[1] = place.sort().values, place
+        band = (at - at[:, 0, rows, None]).abs() < width
+        return rows, band | (at < sink) | (at >= where.stop)
 
     def _width(self, where: Visual) -> int:
         text = (where.tokens - where.count) / where.tokens

@@ -1,13 +1,11 @@
-"""Counting and comparing: how many entries hold a share, the best few, how alike, whose own."""
+"""Counting and comparing: how many entries hold a share, the best few, whose own."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from accelkit.kernels import scores
 from accelkit.kernels.index import Inputs
-from accelkit.kernels.positions import take_heads, voting_rows
 
 
 def held_by(mass: Tensor, share: float | Tensor) -> Tensor:
@@ -61,13 +59,3 @@ def own_tables(ids: Tensor) -> tuple[Tensor, Tensor]:
     """An order for every head of every sequence, `[B, H, n]`, as `(table [B·H, n], row [B, H])`."""
     row = torch.arange(ids.shape[0] * ids.shape[1], device=ids.device)
     return ids.flatten(0, 1), row.view(ids.shape[:2])
-
-
-def self_similarity(call: Inputs, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Mean cosine between the tokens of each query block `[B, H, nq]` and, without the mean key, of
-    each head's key blocks `[B, H, nk]`. Padding does not count.
-    """
-    real = None if call.key_mask is None else call.key_mask[:, None]
-    rows = scores.self_similarity(take_heads(call.q, call.heads), size[0], voting_rows(call))
-    keys = scores.self_similarity(call.k, size[1], real, center=True)
-    return rows, keys[:, call.kv_of_head]

@@ -50,18 +50,14 @@ class Answer:
     @property
     def lane(self) -> Hashable | None:
         """Answers of equal lane share a launch: one list each, of one unit, in one order, with one
-        arithmetic and nothing afterwards. None: several pieces, or a method that finishes.
+        arithmetic and nothing afterwards; lists over a pyramid or with a bias for each key run by
+        themselves. None: several pieces, or a method that finishes.
         """
         index, order = self.pieces[0], self.order
-        alone = (
-            len(self.pieces) > 1
-            or not isinstance(index, BlockIndex)
-            or index.level is not None
-            or not isinstance(index.bias, float)
-            or bool(self.finishers)
-        )
-        if alone:
+        if len(self.pieces) > 1 or not isinstance(index, BlockIndex) or self.finishers:
             return None
+        if index.pyramid or not isinstance(index.bias, float):
+            return id(self)
         tables: Hashable = None
         if order is not None:  # rows that differ by head are laid out for one answer
             tables = (id(order.q_table), id(order.k_table)) if _common(order) else id(order)
@@ -70,8 +66,8 @@ class Answer:
 
     @property
     def plain(self) -> bool:
-        """One list in token order and nothing afterwards."""
-        return self.lane is not None and self.order is None
+        """One list in token order, which others may join, and nothing afterwards."""
+        return isinstance(self.lane, tuple) and self.order is None
 
     @property
     def index(self) -> BlockIndex:
@@ -409,8 +405,8 @@ def _launch(lane: list[Answer], out: Tensor) -> None:
         run(joined, index, execution, out=out)
         return
     part = run(joined, index, execution)
-    if not order.whole:
-        out[:, device_ids(heads, out.device)] = 0  # tokens that the order leaves out
+    if not order.whole:  # tokens that the order leaves out
+        out.index_fill_(1, device_ids(heads, out.device, torch.int64), 0)
     put_rows(out, part.out, order.q_table, None if _common(order) else order.row, heads)
 
 
