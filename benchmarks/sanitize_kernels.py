@@ -7,8 +7,8 @@
 Lengths are ragged and lists have dense, empty and clipped rows. Without the caching allocator every
 tensor is an allocation of its own, so that a read beyond one is seen.
 
-`--tool racecheck` reports hazards in every warp-specialised kernel, and the same ones in the kernels
-of `attention.warps`, which do nothing else: see `docs/kernel-limits.md`.
+`--tool racecheck` reports hazards in all warp-specialised kernels, and the same in the kernels of
+`attention.warps`, which do nothing else: see `docs/kernel-limits.md`.
 """
 
 from __future__ import annotations
