@@ -4,9 +4,9 @@ A producer warp reads the lists and copies Q, K and V tiles into shared memory; 
 warpgroups of 64 query rows each multiply them. A softmax runs under the PV of the tile before. It
 starts when the scores are there ("lag"), or, with fp8 QK and 16-bit PV, together with them, the
 groups taking turns: whichever was measured to be faster. With fp8 PV the groups take turns at their
-exponentials, and sums are added up while the next scores are on their way. A program stays on its multiprocessor and
-walks over rows, longest first. Scales, the factor 2⁸ of P and fresh accumulators are those of
-`eight_bit`.
+exponentials, and sums are added up while the next scores are on their way. A program stays on its
+multiprocessor and walks over rows, longest first. Scales, the factor 2⁸ of P and fresh accumulators
+are those of `eight_bit`.
 
 Int8 scores are added up from the integer that is the float 1.5 · 2²³: the sums, whole numbers below
 2²², are floats without a conversion.
