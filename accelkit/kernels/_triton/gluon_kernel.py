@@ -502,14 +502,14 @@ def block_sparse(
         [
             (_consume, (
                 0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
-                n_items, n_q, n_k, q_start, capacity, factor, q, k, v, v, o, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM,
+                n_items, n_q, n_k, q_start, capacity, factor, q, k, v, v, o, q_full, q_empty, k_full,
+                k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM,
                 BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
             )),
             (_consume, (
                 1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
-                n_items, n_q, n_k, q_start, capacity, factor, q, k, v, v, o, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM,
+                n_items, n_q, n_k, q_start, capacity, factor, q, k, v, v, o, q_full, q_empty, k_full,
+                k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM,
                 BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
             )),
             (_produce, (
