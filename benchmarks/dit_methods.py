@@ -59,6 +59,7 @@ SETTINGS: dict[str, list[dict]] = {
     "sparge_attn": [
         {"hilbert": True, "similarity": -0.1, "coverage": 0.995},
         {"hilbert": True, "similarity": -0.1, "coverage": 0.99, "key_block": 128},
+        {"hilbert": True, "similarity": -0.1, "coverage": 0.993},
         {"hilbert": True, "similarity": -0.1, "coverage": 0.998},
         {"similarity": -0.1, "coverage": 0.995},
     ],

@@ -19,6 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from accelkit.kernels._triton.gluon_parts import load, normalised
+from accelkit.kernels._triton.gluon_scores import bias_of, hide_half, hide_keys, softmax
+from accelkit.kernels._triton.gluon_scores import hide as _hide
+from accelkit.kernels._triton.gluon_scores import limits as _limits
 from accelkit.kernels._triton.gluon_tiles import entry, fetch, ring, tiles
 from accelkit.kernels._triton.lower import FIELDS
 
@@ -146,22 +149,6 @@ def _produce(
 
 
 @gluon.jit
-def _hide(s, k0, limit, BN: gl.constexpr, layout: gl.constexpr):
-    col = k0 + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-    return gl.where(col[None, :] <= limit[:, None], s, -float("inf"))
-
-
-@gluon.jit
-def _hide_half(
-    s, k0, limit, lacks, BK: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr
-):  # fmt: skip
-    """The same for a first tile of two entries, of which the second is whole or not there."""
-    col = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-    seen = (col < BK)[None, :] & ((k0 + col)[None, :] <= limit[:, None])
-    return gl.where(seen | ((col >= BK) & (lacks == 0))[None, :], s, -float("inf"))
-
-
-@gluon.jit
 def _tiles(masked, clean, BK: gl.constexpr, BN: gl.constexpr):
     """Masked tiles of a row, all of them, and how many entries the first lacks; an empty row reads
     one tile and hides all of it. Rows of single keys count masked keys, not blocks.
@@ -182,77 +169,6 @@ def _first_block(at, masked, clean, BK: gl.constexpr):
     if BK > 1:
         block = gl.load(at, mask=masked + clean > 0, other=0)
     return block
-
-
-@gluon.jit
-def _hide_keys(s, places, there, phase, pred, limit, layout: gl.constexpr):
-    """Scores of a tile of single keys, whose positions come with its values."""
-    mbarrier.wait(there, phase, pred=pred)
-    col = places.load(gl.SliceLayout(0, layout))
-    return gl.where(col[None, :] <= limit[:, None], s, -float("inf"))
-
-
-@gluon.jit
-def _limits(rows, count, n_k, q_start, CAUSAL: gl.constexpr):
-    """Last key that each row may see; −1 in an empty row."""
-    limit = rows * 0 + n_k - 1
-    if CAUSAL:
-        limit = gl.minimum(limit, rows + q_start)
-    return gl.where(count > 0, limit, -1)
-
-
-@gluon.jit
-def _bias(
-    BIAS, LISTS, tile, entries, lacks, n_k, BK: gl.constexpr, BN: gl.constexpr,
-    layout: gl.constexpr, BIAS_BY: gl.constexpr,
-):  # fmt: skip
-    """What the base-2 scores of a tile get besides, from lists and bias of its row: numbers for its
-    one or two entries, and one for each key. What there is none of is 0.
-    """
-    first, second, keys = 0.0, 0.0, 0.0
-    if BIAS_BY != "":
-        place = LISTS + entry(tile, lacks, BK, BN)
-        k0 = gl.load(place, mask=entries > 0, other=0) * BK
-        k1 = k0
-        if BK < BN:
-            k1 = gl.load(place + 1, mask=entries > lacks + 1, other=0) * BK
-        if BIAS_BY == "entry":
-            first = gl.load(BIAS + k0) * 1.4426950408889634
-            second = gl.load(BIAS + k1) * 1.4426950408889634
-        else:
-            col = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-            if BK < BN:
-                key = gl.where(col < BK, k0, k1 - BK) + col
-            else:
-                key = k0 + (tile % (BK // BN)) * BN + col
-            keys = gl.load(BIAS + key, mask=key < n_k, other=0.0) * 1.4426950408889634
-    return first, second, keys
-
-
-@gluon.jit
-def _softmax(s, m, total, factor, bias, BK: gl.constexpr, BIAS_BY: gl.constexpr):
-    BN: gl.constexpr = s.shape[1]
-    first, second, keys = bias
-    if BIAS_BY == "key":
-        s = s * factor + keys[None, :]
-        m_new = gl.maximum(m, gl.max(s, 1))
-        p = gl.exp2(s - m_new[:, None])
-    elif BIAS_BY == "entry" and BK < BN:
-        # Each half has its own shift, which costs its elements nothing.
-        half = (gl.arange(0, BN, layout=gl.SliceLayout(0, s.type.layout)) < BK)[None, :]
-        top = gl.max(gl.where(half, s, -float("inf")), 1) * factor + first
-        top = gl.maximum(top, gl.max(gl.where(half, -float("inf"), s), 1) * factor + second)
-        m_new = gl.maximum(m, top)
-        shift = gl.where(half, (m_new - first)[:, None], (m_new - second)[:, None])
-        p = gl.exp2(s * factor - shift)
-    elif BIAS_BY == "entry":
-        m_new = gl.maximum(m, gl.max(s, 1) * factor + first)
-        p = gl.exp2(s * factor - (m_new - first)[:, None])
-    else:
-        m_new = gl.maximum(m, gl.max(s, 1) * factor)
-        p = gl.exp2(s * factor - m_new[:, None])
-    alpha = gl.exp2(m - m_new)
-    return p, m_new, alpha, total * alpha + gl.sum(p, 1)
 
 
 @gluon.jit
@@ -315,17 +231,17 @@ def _begin(
     BN: gl.constexpr = s.shape[1]
     row: gl.constexpr = gl.SliceLayout(1, sl)
     lacks = _tiles(masked, clean, BK, BN)[2]
-    bias = _bias(BIAS, LISTS, 0, masked + clean, lacks, n_k, BK, BN, sl, BIAS_BY)
+    bias = bias_of(BIAS, LISTS, 0, masked + clean, lacks, n_k, BK, BN, sl, BIAS_BY)
     if BK == 1:
         if (masked > 0) | (clean == 0):
-            s = _hide_keys(s, places, there, phase, more, limit, sl)
+            s = hide_keys(s, places, there, phase, more, limit, sl)
     elif BK < BN:
         if (masked > 0) | (lacks > 0):
-            s = _hide_half(s, block * BK, limit, lacks, BK, BN, sl)
+            s = hide_half(s, block * BK, limit, lacks, BK, BN, sl)
     elif (masked > 0) | (clean == 0):
         s = _hide(s, block * BK, limit, BN, sl)
     m = gl.full([ROWS], -1e30, gl.float32, row)  # finite: an empty row meets no inf − inf
-    p, m, _, total = _softmax(s, m, gl.zeros([ROWS], gl.float32, row), factor, bias, BK, BIAS_BY)
+    p, m, _, total = softmax(s, m, gl.zeros([ROWS], gl.float32, row), factor, bias, BK, BIAS_BY)
     return gl.convert_layout(p.to(dtype), pl), m, total
 
 
@@ -410,13 +326,13 @@ def _consume(
                     v_empty.index(stage), phase, mine, other, turn, MODE, BK, BN, BD, BDV,
                 )  # fmt: skip
                 if BK == 1:
-                    s = _hide_keys(
+                    s = hide_keys(
                         s, places.index(k_stage), v_full.index(k_stage), k_phase, True, limit, sl
                     )
                 else:
                     s = _hide(s, k0, limit, BN, sl)
-                bias = _bias(bias_at, at, j, masked, lacks, n_k, BK, BN, sl, BIAS_BY)
-                p, m, alpha, total = _softmax(s, m, total, factor, bias, BK, BIAS_BY)
+                bias = bias_of(bias_at, at, j, masked, lacks, n_k, BK, BN, sl, BIAS_BY)
+                p, m, alpha, total = softmax(s, m, total, factor, bias, BK, BIAS_BY)
                 acc = _finished(p16, acc, v_empty.index(stage), MODE)
                 acc = acc * gl.convert_layout(alpha, o_row)[:, None]
                 p16 = gl.convert_layout(p.to(dtype), pl)
@@ -424,13 +340,13 @@ def _consume(
         for j in range(first_clean, n):
             k_stage, k_phase = _next(stage, phase, STAGES)
             # Asked for here, so that the product covers the time it takes.
-            bias = _bias(bias_at, at, j, masked + clean, lacks, n_k, BK, BN, sl, BIAS_BY)
+            bias = bias_of(bias_at, at, j, masked + clean, lacks, n_k, BK, BN, sl, BIAS_BY)
             s, acc = _products(
                 own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
                 k_empty.index(k_stage), k_phase, True, v_full.index(stage), v_empty.index(stage),
                 phase, mine, other, turn, MODE, BK, BN, BD, BDV,
             )  # fmt: skip
-            p, m, alpha, total = _softmax(s, m, total, factor, bias, BK, BIAS_BY)
+            p, m, alpha, total = softmax(s, m, total, factor, bias, BK, BIAS_BY)
             acc = _finished(p16, acc, v_empty.index(stage), MODE)
             acc = acc * gl.convert_layout(alpha, o_row)[:, None]
             p16 = gl.convert_layout(p.to(dtype), pl)
@@ -502,15 +418,15 @@ def block_sparse(
         [
             (_consume, (
                 0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
-                n_items, n_q, n_k, q_start, capacity, factor, q, k, v, v, o, q_full, q_empty, k_full,
-                k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM,
-                BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
+                n_items, n_q, n_k, q_start, capacity, factor, q, k, v, v, o, q_full, q_empty,
+                k_full, k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ,
+                BK, BM, BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
             )),
             (_consume, (
                 1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
-                n_items, n_q, n_k, q_start, capacity, factor, q, k, v, v, o, q_full, q_empty, k_full,
-                k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, BK, BM,
-                BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
+                n_items, n_q, n_k, q_start, capacity, factor, q, k, v, v, o, q_full, q_empty,
+                k_full, k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ,
+                BK, BM, BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, COUNTER, n_items,
