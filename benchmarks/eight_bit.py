@@ -30,7 +30,6 @@ from accelkit.kernels._triton.lower import lower
 from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import BlockIndex
 from accelkit.kernels.prepare import prepare
-from accelkit.patches.sites.attention import TALL_UNIT
 
 DIT = Shape("full 32,760, 2 × 12 heads, d128", 2, 12, 12, 32760, 128, False)
 PRECISIONS = (("fp8", "fp8"), ("int8", "fp8"), ("fp8", "native"), ("int8", "native"))
@@ -47,19 +46,18 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         )
 
 
-def every_block(shape: Shape, pv: str = "native") -> BlockIndex:
-    """Every block, in the units in which a patched model asks for them."""
-    unit = TALL_UNIT if pv == "fp8" and shape.head_size == 128 else UNIT
-    rows = -(-shape.tokens // unit[0])
-    return BlockIndex.dense(shape.heads, rows, unit, torch.device("cuda"))
+def index_of(shape: Shape, density: float) -> BlockIndex:
+    if density < 1.0:
+        return BlockIndex.from_mask(random_mask(shape, UNIT, density, "cuda"), UNIT)
+    rows = -(-shape.tokens // UNIT[0])
+    return BlockIndex.dense(shape.heads, rows, UNIT, torch.device("cuda"))
 
 
 def jobs_of(shape: Shape, qkv: list[Tensor], density: float, precisions) -> dict[str, Callable]:
     """Everything that is timed for one density; a kernel that is wrong ends the run."""
     q, k, v = qkv
-    causal, index = shape.causal, every_block(shape)
-    if density < 1.0:
-        index = BlockIndex.from_mask(random_mask(shape, UNIT, density, "cuda"), UNIT)
+    causal, index = shape.causal, index_of(shape, density)
+    work = lower(prepare(q, k, v, index, causal=causal))
     jobs: dict[str, Callable[[], object]] = {"cudnn dense": lambda: cudnn(q, k, v, causal)}
     for name in NATIVE:
         jobs[f"{name} call"] = lambda n=name: attend(
@@ -68,12 +66,11 @@ def jobs_of(shape: Shape, qkv: list[Tensor], density: float, precisions) -> dict
     want = attend(q, k, v, index, causal=causal, backend="triton").out
     for qk, pv in precisions:
         options = {"causal": causal, "qk": qk, "pv": pv, "smooth_k": True}
-        listed = index if density < 1.0 else every_block(shape, pv)
-        low = prepare(q, k, v, listed, **options)
-        ops, work, name = eight_bit.operands(low), lower(low), f"{qk}/{pv}"
+        low = prepare(q, k, v, index, **options)
+        ops, name = eight_bit.operands(low), f"{qk}/{pv}"
         jobs[f"{name} quantise"] = partial(eight_bit.operands, low)
         jobs[f"{name} kernel"] = partial(eight_bit.start, low, ops, work)
-        jobs[f"{name} call"] = lambda i=listed, o=options: attend(q, k, v, replace(i), **o)
+        jobs[f"{name} call"] = lambda o=options: attend(q, k, v, replace(index), **o)
         error = float((jobs[f"{name} call"]().out - want).norm() / want.norm())
         if not error < 0.1:
             raise SystemExit(f"{shape.name}: {name} is wrong: relative error {error}")
@@ -139,7 +136,6 @@ def errors(heads: int, kv_heads: int, n: int, d: int, causal: bool) -> list[dict
     """Relative L1 error and cosine of every kernel against fp32, by kind of input."""
     results = []
     index = BlockIndex.dense(heads, n // UNIT[0], UNIT, torch.device("cuda"))
-    tall = BlockIndex.dense(heads, -(-n // TALL_UNIT[0]), TALL_UNIT, torch.device("cuda"))
     for kind in KINDS:
         q, k, v = inputs(kind, heads, kv_heads, n, d)
         wide = [t.float().repeat_interleave(heads // t.shape[1], 1) for t in (q, k, v)]
@@ -150,9 +146,8 @@ def errors(heads: int, kv_heads: int, n: int, d: int, causal: bool) -> list[dict
             "native": attend(q, k, v, index, causal=causal, backend="triton").out,
         }
         for qk, pv in PRECISIONS:
-            listed = tall if pv == "fp8" and d == 128 else index
             for smooth in (True, False) if pv == "native" else (True,):
-                part = attend(q, k, v, listed, causal=causal, qk=qk, pv=pv, smooth_k=smooth)
+                part = attend(q, k, v, index, causal=causal, qk=qk, pv=pv, smooth_k=smooth)
                 runs[f"{qk}/{pv}{'' if smooth else ' not smoothed'}"] = part.out
         for name, got in runs.items():
             got = got.float()
@@ -175,7 +170,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--budget-ms", type=float, default=1000, help="device time for a shape")
-    parser.add_argument("--only", choices=("errors", "speed"))
+    parser.add_argument(
+        "--only", choices=("errors", "speed", "dense"), help="dense: d128, full lists"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     report = {
@@ -186,9 +183,12 @@ def main() -> None:
         "rows": [],
         "sparse": [],
     }
-    if args.only != "speed":
+    if args.only in (None, "errors"):
         report["errors"] = errors(8, 2, 4096, 128, True) + errors(8, 8, 4096, 64, False)
-    plan = [(s, DENSITIES, PRECISIONS, args.budget_ms) for s in (LLM, DIT, D64)]
+    shapes, densities = (LLM, DIT, D64), DENSITIES
+    if args.only == "dense":
+        shapes, densities = (LLM, DIT), (1.0,)
+    plan = [(s, densities, PRECISIONS, args.budget_ms) for s in shapes]
     for job in () if args.only == "errors" else (*plan, (VIDEO, (1.0,), PRECISIONS, 0)):
         for row in speed(*job):
             report["rows" if row["density"] == 1.0 else "sparse"].append(row)

@@ -156,7 +156,7 @@ def counters(row: dict[str, str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", help=f"some of {'; '.join(CASES)}")
+    parser.add_argument("--only", help=f"some of {'; '.join(CASES)}".replace("%", "%%"))
     parser.add_argument("--raw", type=Path, help="keep ncu's own tables there")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -7,9 +7,8 @@
 Lengths are ragged and lists have dense, empty and clipped rows. Without the caching allocator every
 tensor is an allocation of its own, so that a read beyond one is seen.
 
-`--tool racecheck` reports one read and two writes in warp-specialised kernels. They look like the
-byte by which Triton hands their parts to the warps, with barriers of the whole block in between;
-this was read off machine code of another Triton version and is not proven.
+`--tool racecheck` reports hazards in all warp-specialised kernels, and the same in the kernels of
+`attention.warps`, which do nothing else: see `docs/kernel-limits.md`.
 """
 
 from __future__ import annotations

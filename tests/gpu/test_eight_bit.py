@@ -49,7 +49,6 @@ CASES = [
     Case(size=(256, 64), causal=False),
     Case(size=(384, 128)),
     Case(size=(384, 128), precisions=("fp8", "fp8"), lengths=CHUNKED),
-    Case(size=(192, 128), causal=False, option="heads"),
     Case(size=(64, 64), lengths=CHUNKED),
     Case(option="positions"),
     Case(option="key_mask", causal=False, head_size=64),

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import mangle_type
 
-from accelkit.kernels._triton import eight_bit, gluon_eight_bit, gluon_eight_bit_tall
+from accelkit.kernels._triton import eight_bit, gluon_eight_bit
 from accelkit.kernels.quantize import DTYPE
 
 FLOATS = ("LSE", "Q_SCALE", "K_SCALE", "V_SCALE", "V_MEAN", "SHIFT", "BIAS")
@@ -55,9 +55,9 @@ def compiled(kernel: Any, source: type, fixed: dict[str, Any], described: dict[s
 
 
 def case(form: str, qk: str, pv: str, d: int, causal: bool) -> Any:
-    """One kernel at units of 128 keys, and 128 or 384 queries."""
+    """One kernel at units (128, 128)."""
     tile = eight_bit.choose_tile((128, 128), d)
-    gluon, pv8 = form != "triton", pv == "fp8"
+    gluon, pv8 = form == "gluon", pv == "fp8"
     bm, bn = (64, 128) if gluon else (tile.bm, tile.bn)
     boxes = {"Q": (bm, d), "K": (bn, d), "V": (d, bn) if pv8 else (bn, d)}
     forms = {"Q": DTYPE[qk], "K": DTYPE[qk], "V": DTYPE["fp8"] if pv8 else torch.bfloat16}
@@ -67,16 +67,13 @@ def case(form: str, qk: str, pv: str, d: int, causal: bool) -> Any:
         name(n): describe(torch.empty((1, 1, 256, 256), dtype=forms[n]), boxes[n]) for n in boxes
     }
     fixed = {
-        "BQ": 384 if form == "tall" else 128, "BK": 128, "BM": bm, "BN": bn, "D": d, "PV8": pv8,
-        "PER_ROW": tile.per_row,
+        "BQ": 128, "BK": 128, "BM": bm, "BN": bn, "PER_ROW": tile.per_row, "D": d, "PV8": pv8,
         "DTYPE": tl.bfloat16, "CAUSAL": causal, "HAS_Q_POS": False, "HAS_K_POS": False,
         "HAS_BIAS": False, "EXTRA_MASKED": False, "SMOOTH": True, "s_ln": 1,
         "STAGES": gluon_eight_bit.stages(pv8) if gluon else tile.stages,
     }  # fmt: skip
     if gluon:
-        tall = form == "tall"
-        kernel = gluon_eight_bit_tall._eight_bit_tall if tall else gluon_eight_bit._eight_bit
-        return compiled(kernel, GluonASTSource, fixed, described, 4)
+        return compiled(gluon_eight_bit._eight_bit, GluonASTSource, fixed, described, 4)
     return compiled(eight_bit._eight_bit, ASTSource, fixed, described, tile.warps)
 
 

@@ -222,13 +222,12 @@ def operands(launch: Launch) -> Operands:
 
 def start(launch: Launch, ops: Operands, work: Work) -> None:
     """Start the kernel that serves the launch best, over operands and lowered work."""
-    if _warps_of_trades(launch) is not None:
-        run(launch, ops, work, choose_tile(launch.index.size, launch.q.shape[3]))
-        return
-    from accelkit.kernels._triton import gluon_eight_bit, gluon_eight_bit_tall
+    if _warps_of_trades(launch) is None:
+        from accelkit.kernels._triton import gluon_eight_bit
 
-    tall = ops.v_scale is not None and launch.index.size[0] % gluon_eight_bit_tall.ROWS == 0
-    (gluon_eight_bit_tall if tall else gluon_eight_bit).run(launch, ops, work)
+        gluon_eight_bit.run(launch, ops, work)
+    else:
+        run(launch, ops, work, choose_tile(launch.index.size, launch.q.shape[3]))
 
 
 def _warps_of_trades(launch: Launch) -> str | None:

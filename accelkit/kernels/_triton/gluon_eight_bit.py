@@ -3,17 +3,16 @@
 A producer warp reads the lists and copies Q, K and V tiles into shared memory; two consumer
 warpgroups of 64 query rows each multiply them. A softmax runs under the PV of the tile before. It
 starts when the scores are there ("lag"), or, with fp8 QK and 16-bit PV, together with them, the
-groups taking turns: whichever was measured to be faster. A program stays on its multiprocessor and
-walks over rows, longest first. Scales, the factor 2⁸ of P and fresh accumulators are those of
-`eight_bit`.
+groups taking turns: whichever was measured to be faster. With fp8 PV the groups take turns at their
+exponentials, and sums are added up while the next scores are on their way. A program stays on its
+multiprocessor and walks over rows, longest first. Scales, the factor 2⁸ of P and fresh accumulators
+are those of `eight_bit`.
 
 Int8 scores are added up from the integer that is the float 1.5 · 2²³: the sums, whole numbers below
 2²², are floats without a conversion.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -70,22 +69,20 @@ def _produce(
     q_desc, k_desc, v_desc, ITEMS, LISTS, KV_HEADS, n_items,
     capacity, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, PV8: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
-    BM: gl.constexpr = GROUPS * _ROWS
     stage, phase = 0, 1
     for round in range(_rounds(n_items)):
-        row, m0, b, slot, masked, clean = _item(ITEMS, _place(round), n_items, BM, BQ // BM)
+        row, m0, b, slot, masked, clean = _item(
+            ITEMS, _place(round), n_items, 2 * _ROWS, BQ // (2 * _ROWS)
+        )
         hk = gl.load(KV_HEADS + slot)
         at = row.to(gl.int64) * capacity
         side = round % 2
         mbarrier.wait(q_empty.index(side), ((round // 2) & 1) ^ 1)
-        mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes * GROUPS)
-        for i in gl.static_range(GROUPS):
-            load(
-                q_desc, [b, slot, m0 + i * _ROWS, 0], q_full.index(side), q.index(side * GROUPS + i)
-            )
+        mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes * 2)
+        load(q_desc, [b, slot, m0, 0], q_full.index(side), q.index(side * 2))
+        load(q_desc, [b, slot, m0 + _ROWS, 0], q_full.index(side), q.index(side * 2 + 1))
         for j in range((masked + clean) * R):
             k0 = _key0(LISTS, at, j, BK, BN)
             mbarrier.wait(k_empty.index(stage), phase)
@@ -157,17 +154,18 @@ def _logits(s, c, INT: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, c, m, FULL: gl.constexpr, INT: gl.constexpr):
-    """Probabilities and maximum of a wholly visible tile: one multiplication for each score."""
-    s = s.to(gl.float32, bitcast=True)
-    top = gl.max(s, 1)
+def _maxima(s, c, m, FULL: gl.constexpr, INT: gl.constexpr):
+    """Maxima with a wholly visible tile, their factor to the ones before, and what the exponents
+    lie above: one multiplication for each score.
+    """
+    top = gl.max(s.to(gl.float32, bitcast=True), 1)
     if INT:
         top -= _MAGIC_VALUE
-    m = gl.maximum(m, top * c)
-    below = m - FULL
+    m_new = gl.maximum(m, top * c)
+    below = m_new - FULL
     if INT:
         below += _MAGIC_VALUE * c
-    return gl.exp2(s * c[:, None] - below[:, None]), m
+    return m_new, gl.exp2(m - m_new), below
 
 
 @gluon.jit
@@ -299,11 +297,13 @@ def _consume(
             k0 = _key0(LISTS, at, gl.minimum(lead + 1, n - 1), BK, BN)
             scale = gl.load(scales + k0 // BN)
             k0 = _key0(LISTS, at, gl.minimum(lead + 2, n - 1), BK, BN)
+            pv, before = none, gl.full([_ROWS], 1.0, gl.float32, o_row)
             for j in range(lead + 1, n):
                 v_stage, v_phase = stage, phase
                 stage, phase = _next(stage, phase, STAGES)
                 c = by_row * scale
-                before = gl.convert_layout(alpha, o_row)
+                if not PV8:
+                    before = gl.convert_layout(alpha, o_row)
                 base = none if PV8 else acc * before[:, None]
                 mbarrier.wait(k_full.index(stage), phase)
                 if not LAG:
@@ -314,6 +314,9 @@ def _consume(
                     pv = _product(packed, v, v_stage, base, BN, D, pl)
                     mbarrier.arrive(turns.index(1 - WHO))
                     turn ^= 1
+                if PV8:  # the tile before the last is added up while the scores are on their way
+                    acc = _added(acc, before, pv, PV8)
+                    before = gl.convert_layout(alpha, o_row)
                 scale = gl.load(scales + k0 // BN)
                 k0 = _key0(LISTS, at, gl.minimum(j + 2, n - 1), BK, BN)
                 if LAG:
@@ -323,18 +326,26 @@ def _consume(
                     pv = _product(packed, v, v_stage, base, BN, D, pl)
                 else:
                     s = warpgroup_mma_wait(1, deps=[s])
-                p, m_new = _softmax(s, c, m, FULL, INT)
-                alpha = gl.exp2(m - m_new)
+                m, alpha, below = _maxima(s, c, m, FULL, INT)
+                if PV8:  # exponentials of one group, then of the other
+                    alpha = _in_order(alpha)
+                    mbarrier.wait(turns.index(WHO), turn)
+                p = gl.exp2(s.to(gl.float32, bitcast=True) * c[:, None] - below[:, None])
                 total = _scaled(total, alpha) + _sums(p, BN)
-                m = m_new
                 following = _pack(p, BN, v.dtype)
                 total = _in_order(total)
+                if PV8:
+                    mbarrier.arrive(turns.index(1 - WHO))
+                    turn ^= 1
                 pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
                 if not LAG:
                     mbarrier.arrive(k_empty.index(stage))
                 mbarrier.arrive(v_empty.index(v_stage))
-                acc = _added(acc, before, pv, PV8)
+                if not PV8:
+                    acc = _added(acc, before, pv, PV8)
                 packed = following
+            if PV8:
+                acc = _added(acc, before, pv, PV8)
             mbarrier.wait(v_full.index(stage), phase)
             before = gl.convert_layout(alpha, o_row)
             base = none if PV8 else acc * before[:, None]
@@ -395,7 +406,7 @@ def _eight_bit(
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, q, k, v, q_full,
-                q_empty, k_full, k_empty, v_full, v_empty, BQ, BK, BN, PV8, STAGES, 2,
+                q_empty, k_full, k_empty, v_full, v_empty, BQ, BK, BN, PV8, STAGES,
             )),
         ],
         [4, 1],
@@ -422,14 +433,12 @@ def stages(pv8: bool) -> int:
     return 4 if pv8 else 3
 
 
-def arguments(
-    launch: Launch, ops: Operands, work: Work, rows: int
-) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """Programs, arguments and constants of a kernel whose items have so many rows."""
+def run(launch: Launch, ops: Operands, work: Work) -> None:
+    """Start the kernel over lowered work."""
     (bq, bk), d, pv8 = launch.index.size, launch.q.shape[3], ops.v_scale is not None
-    bn, some, n_items = ops.block, ops.q_scale, work.items.shape[0] * (bq // rows)
+    bn, some, n_items = ops.block, ops.q_scale, work.items.shape[0] * (bq // 128)
     processors = torch.cuda.get_device_properties(launch.q.device).multi_processor_count
-    found = (
+    _eight_bit[(min(n_items, processors),)](
         describe(ops.q, (64, d)), describe(ops.k, (bn, d)),
         describe(ops.v, (d, bn) if pv8 else (bn, d)),
         launch.out, launch.lse, ops.q_scale, ops.k_scale,
@@ -438,18 +447,7 @@ def arguments(
         launch.out_heads, *launch.out.stride()[:3], *launch.lse.stride(), n_items, launch.heads,
         ops.k.shape[1], launch.n_q, launch.n_k, ops.k_scale.shape[2],
         launch.q_start, work.capacity, launch.scale * LOG2E,
-    )  # fmt: skip
-    constants = {
-        "BQ": bq, "BK": bk, "BN": bn, "D": d, "CAUSAL": launch.causal,
-        "SMOOTH": ops.shift is not None, "STAGES": stages(pv8),
-    }  # fmt: skip
-    return min(n_items, processors), found, constants
-
-
-def run(launch: Launch, ops: Operands, work: Work) -> None:
-    """Start the kernel over lowered work."""
-    programs, found, constants = arguments(launch, ops, work, 2 * 64)
-    _eight_bit[(programs,)](
-        *found, **constants, PV8=ops.v_scale is not None,
-        EXTRA_MASKED=not one_masked(launch, ops.block), num_warps=4,
+        BQ=bq, BK=bk, BN=bn, D=d, PV8=pv8, CAUSAL=launch.causal,
+        EXTRA_MASKED=not one_masked(launch, bn), SMOOTH=ops.shift is not None,
+        STAGES=stages(pv8), num_warps=4,
     )  # fmt: skip

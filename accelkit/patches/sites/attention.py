@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 Piece = BlockIndex | Partial
 DENSE_UNIT = (128, 128)
-TALL_UNIT = (384, 128)
-"""Of dense heads with fp8 PV: a Hopper kernel reads each key once for 192 of their rows."""
 PLAIN = Execution()
 
 
@@ -108,9 +106,8 @@ def answer(
         # An execution alone (softmax skip, precision) runs over every visible block.
         if execution == PLAIN and not finishers:
             return None
-        tall = execution.pv == "fp8" and call.q.shape[3] == 128
-        unit = TALL_UNIT if tall else DENSE_UNIT
-        pieces = BlockIndex.dense(len(call.heads), -(-call.n_q // unit[0]), unit, call.q.device)
+        rows = -(-call.n_q // DENSE_UNIT[0])
+        pieces = BlockIndex.dense(len(call.heads), rows, DENSE_UNIT, call.q.device)
     if not isinstance(pieces, tuple):
         pieces = (pieces,)
     return (Answer(seen, pieces, execution, order, finishers, call.n_q),)
