@@ -101,7 +101,7 @@ def _produce(
     PER_ROW: gl.constexpr = BQ // BM
     width = gl.num_programs(0)
     place, round = gl.program_id(0), 0
-    # What a row needs is asked for a row early. Places go to and fro: who has the longest row of
+    # What a row needs is asked for a row early. Places go back and forth: who has the longest row of
     # one round has the shortest of the next. Taking them from a counter in global memory lost rows
     # where several processes took turns on the GPU.
     next_place = 2 * width - 1 - place

@@ -72,7 +72,7 @@ def _produce_k(
     ROWS: gl.constexpr = BM // 2
     stage, copied = 0, 0
     place, round = gl.program_id(0), 0
-    step = 2 * (gl.num_programs(0) - place) - 1  # to and fro, as in `gluon_kernel`
+    step = 2 * (gl.num_programs(0) - place) - 1  # back and forth, as in `gluon_kernel`
     while place < n_items:
         next_place = place + step
         step = 2 * gl.num_programs(0) - step
