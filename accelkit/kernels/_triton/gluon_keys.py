@@ -2,8 +2,7 @@
 
 A list names rows of K and V anywhere, which the bulk copy engine cannot fetch. Four warps copy them
 16 bytes at a time and asynchronously into the rings from which the same two consumer warpgroups
-multiply; a copy announces itself when it has arrived. Keys of a tile are copied before the values
-of the one before, as the consumers ask for them. Tiles of a list are visited from its end,
+multiply; a copy announces itself when it has arrived. Tiles of a list are visited from its end,
 where its ragged tail and the keys that not every row sees stand when keys ascend.
 """
 
@@ -47,19 +46,6 @@ def _copy(T, key, n_k, step, tile, full, ROWS: gl.constexpr, D: gl.constexpr, BD
 
 
 @gluon.jit
-def _values(
-    v_at, later, n_k, step, places, tile, full, empty, phase, copied: gl.constexpr,
-    BN: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr,
-):  # fmt: skip
-    """Start copying the values of a tile, and say where its keys stand."""
-    key = gl.convert_layout(later, copied)
-    mbarrier.wait(empty, phase)
-    places.store(later)
-    mbarrier.arrive(full)
-    _copy(v_at, key, n_k, step, tile, full, BN, DV, BDV)
-
-
-@gluon.jit
 def _produce(
     q_desc, K, V, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, COUNTER, n_items, n_k, s_kb, s_kh, s_kn,
     s_vb, s_vh, s_vn, q, k, v, places, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets,
@@ -80,7 +66,6 @@ def _produce(
     n, count = _tiles(masked, clean, 1, BN)[1], clean * BN + masked
     later = listed(LISTS, start, (n - 1) * BN + lane, count, n_k)
     stage, phase = 0, 1
-    before, v_stage, v_phase, v_at, ready = later, 0, 1, V, 0
     while place < n_items:
         # As in `gluon_kernel`: what a row needs is asked for a row early, a tile's keys a tile.
         row, next_q_row, next_b, slot, masked, clean = _item(
@@ -91,8 +76,9 @@ def _produce(
         next_n, next_count = _tiles(masked, clean, 1, BN)[1], clean * BN + masked
         later_place, half = next_place, round % Q_STAGES
         k_at = K + (b.to(gl.int64) * s_kb + hk.to(gl.int64) * s_kh) * 8
+        v_at = V + (b.to(gl.int64) * s_vb + hk.to(gl.int64) * s_vh) * 8
         for j in range(n):
-            key, flat = gl.convert_layout(later, copied), later
+            key = gl.convert_layout(later, copied)
             if j == n - 1:
                 start, count = next_start, next_count
             tile = gl.where(j == n - 1, next_n - 1, n - 2 - j)
@@ -105,21 +91,14 @@ def _produce(
                 _load(q_desc, [b, hq, q_row, 0], q_full.index(half), q.index(half * 2))
                 _load(q_desc, [b, hq, q_row + ROWS, 0], q_full.index(half), q.index(half * 2 + 1))
                 later_place = 2 * width + gl.atomic_add(COUNTER, 1, sem="relaxed")
-            if ready > 0:
-                _values(
-                    v_at, before, n_k, s_vn, places.index(v_stage), v.index(v_stage),
-                    v_full.index(v_stage), v_empty.index(v_stage), v_phase, copied, BN, DV, BDV,
-                )  # fmt: skip
-            before, v_stage, v_phase, ready = flat, stage, phase, 1
-            v_at = V + (b.to(gl.int64) * s_vb + hk.to(gl.int64) * s_vh) * 8
+            mbarrier.wait(v_empty.index(stage), phase)
+            places.index(stage).store(key)
+            mbarrier.arrive(v_full.index(stage))
+            _copy(v_at, key, n_k, s_vn, v.index(stage), v_full.index(stage), BN, DV, BDV)
             stage, phase = _next(stage, phase, STAGES)
         _announce(tickets, ticket_full, ticket_empty, round + 1, later_place, WARPS)
         place, next_place, round = next_place, later_place, round + 1
         q_row, b, hq, hk, n = next_q_row, next_b, next_hq, next_hk, next_n
-    _values(
-        v_at, before, n_k, s_vn, places.index(v_stage), v.index(v_stage),
-        v_full.index(v_stage), v_empty.index(v_stage), v_phase, copied, BN, DV, BDV,
-    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start"])
@@ -132,10 +111,8 @@ def key_gather(
 ):  # fmt: skip
     """The kernel, with the arguments of `gluon_kernel.block_sparse`. ITEMS count clean tiles and
     masked keys, LISTS are the index's own, STARTS (int64) say where each row's list begins. Strides
-    of K and V count 16 bytes. The last values of a row come after the first queries of the next, so
-    there are two stages of queries at least.
+    of K and V count 16 bytes.
     """
-    gl.static_assert(Q_STAGES > 1)
     q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
     k = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, BD], LAYOUT_K)
     v = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BN, BDV], LAYOUT_V)
