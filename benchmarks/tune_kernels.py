@@ -57,7 +57,7 @@ def candidates(kernel: str, launch: Launch) -> dict[str, tuple[Any, Run]]:
             run = partial(gluon_block_sparse.run, launch, work, stages, mode, q_stages)
             found[f"{stages} {q_stages} {mode}"] = ([stages, q_stages, mode], run)
     elif kernel == "gluon_gather":
-        for (stages, q_stages), mode in product(RINGS[1:], ("lag", "turns")):
+        for (stages, q_stages), mode in product(RINGS, ("lag", "turns")):
             run = partial(gluon_gather.gather, launch, stages, mode, q_stages)
             found[f"{stages} {q_stages} {mode}"] = ([stages, q_stages, mode], run)
     elif kernel == "gluon_skip" and bq == 128:

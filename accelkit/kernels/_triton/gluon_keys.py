@@ -149,5 +149,5 @@ def key_gather(
             )),
         ],
         [4, WARPS],
-        [224, 56],
+        [208, 88] if BD + BDV <= 128 else [224, 56],
     )  # fmt: skip
