@@ -46,7 +46,10 @@ CALIBRATION = (
 KERNEL_COLUMNS = ("triton", "gluon", "fa4", "flex")
 SHORT = 6
 """Rows of a table in README."""
-DETAILS = ("kernel-variants", "profiles", "video-target")
+DETAILS = (
+    "calibrate-8b-h200", "cudnn-frontend", "dit-methods-h100", "eight-bit-forms", "kernel-variants",
+    "kernels-flex", "kernels-h100", "profiles", "video-target",
+)  # fmt: skip
 """Beginnings of the names of results that README leaves to docs/benchmarks.md."""
 MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
 
@@ -315,7 +318,7 @@ def benchmarks(most: int | None = None) -> str:
         )
         rows = rows_of(data)
         parts.append(table(rows, most))
-        if "parts" in data:
+        if data.get("parts"):
             parts += [KERNELS, table([part_row(row) for row in data["parts"]])]
         for key, text in (("forced", FORCED), ("singles", MIXTURE), ("calibrations", CALIBRATION)):
             if key in data:
