@@ -16,6 +16,7 @@ from accelkit.kernels import dispatch
 from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import ALL, BlockIndex
 from accelkit.kernels.merge import merge
+from accelkit.kernels.prepare import prepare
 
 pytestmark = pytest.mark.gpu
 
@@ -89,14 +90,16 @@ def test_the_same_call_gives_the_same_bits(backend) -> None:
         assert torch.equal(again.out, first.out) and torch.equal(again.lse, first.lse)
 
 
-def test_hopper_takes_the_kernel_that_is_made_for_it() -> None:
+def test_hopper_takes_the_kernel_that_is_made_for_it_on_request() -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("not a Hopper GPU")
     q, k, v = tensors(1, 4, 2, 1024, 1024, 128, BF16, device="cuda")
     index = ascending(4, 1024, 1024, 256, 0)
-    assert dispatch.explain(q, k, v, index).backend == "gluon"
+    assert dispatch.explain(q, k, v, index).backend == "triton"
+    assert dispatch.explain(q, k, v, index, backend="gluon").backend == "gluon"
     padded = torch.ones(1, 1024, dtype=torch.bool, device="cuda")
-    assert dispatch.explain(q, k, v, index, key_mask=padded).backend == "triton"
+    with pytest.raises(KernelUnavailableError, match="key mask"):
+        dispatch.explain(q, k, v, index, key_mask=padded, backend="gluon")
 
 
 def test_stripes_and_blocks_merge_to_dense_attention() -> None:
@@ -104,9 +107,11 @@ def test_stripes_and_blocks_merge_to_dense_attention() -> None:
     q, k, v = tensors(1, 8, 2, 2048, 2048, 128, BF16, device="cuda")
     blocks = torch.rand(1, 8, 4, 16, device="cuda") < 0.5
     rest = (~blocks).repeat_interleave(128, -1)
+    keys = BlockIndex.from_mask(rest, (512, 1))
+    backend = "triton" if dispatch.gluon_refusal(prepare(q, k, v, keys)) else "gluon"
     parts = [
         attend(q, k, v, BlockIndex.from_mask(blocks, (512, 128))),
-        attend(q, k, v, BlockIndex.from_mask(rest, (512, 1))),
+        attend(q, k, v, keys, backend=backend),
     ]
     dense = BlockIndex.dense(8, 4, (512, 128), q.device)
     want = attend(*(t.double() for t in (q, k, v)), dense, backend="reference")

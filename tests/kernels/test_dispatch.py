@@ -55,7 +55,11 @@ def test_a_wish_that_cannot_be_served_raises() -> None:
 
 
 def test_the_fastest_that_serves_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = SimpleNamespace(q=SimpleNamespace(device=torch.device("cuda")), qk="native")
+    launch = SimpleNamespace(
+        index=SimpleNamespace(size=(128, 128)),
+        q=SimpleNamespace(device=torch.device("cuda")),
+        qk="native",
+    )
     known = {"a": 0.8, "b": 0.9}
     monkeypatch.setattr(speeds, "speed", lambda name, _: known.get(name))
 
