@@ -201,9 +201,6 @@ def _best(launch: Launch) -> Choice:
             )
         return Choice("triton", f"8-bit products on {launch.q.device}")
     refusals = {name: refused(launch) for name, refused in KERNELS.items()}
-    if launch.index.size[1] == 1 and refusals["gluon"] is None:
-        # A later form of it gave wrong values, and this one has not run since it was put back.
-        refusals["gluon"] = "its kernel for single keys is only taken when asked for"
     able = [name for name, refusal in refusals.items() if refusal is None]
     if not able:
         _tell(f"attention runs the torch reference, which is slow: {refusals['triton']}")

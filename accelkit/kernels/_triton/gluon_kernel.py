@@ -101,9 +101,9 @@ def _produce(
     PER_ROW: gl.constexpr = BQ // BM
     width = gl.num_programs(0)
     place, round = gl.program_id(0), 0
-    # What a row needs is asked for a row early. Places go back and forth: who has the longest row of
-    # one round has the shortest of the next. Taking them from a counter in global memory lost rows
-    # where several processes took turns on the GPU.
+    # What a row needs is asked for a row early. Places go back and forth: who has the longest row
+    # of one round has the shortest of the next. Taking them from a counter in global memory lost
+    # rows where several processes took turns on the GPU.
     next_place = 2 * width - 1 - place
     _announce(tickets, ticket_full, ticket_empty, 0, next_place)
     row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
@@ -114,7 +114,7 @@ def _produce(
         next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
             ITEMS, next_place, n_items, BM, PER_ROW
         )
-        next_hq, next_hk, later_place = hq, hk, place + 2 * width
+        next_hq, next_hk = hq, hk
         next_block, next_other = block, other
         half = round % Q_STAGES
         at = LISTS + row.to(gl.int64) * capacity
@@ -142,8 +142,8 @@ def _produce(
                 next_block, next_other = _first_blocks(
                     LISTS + next_row.to(gl.int64) * capacity, next_masked + next_clean, BK, BN
                 )
-        _announce(tickets, ticket_full, ticket_empty, round + 1, later_place)
-        place, next_place, round = next_place, later_place, round + 1
+        place, next_place, round = next_place, place + 2 * width, round + 1
+        _announce(tickets, ticket_full, ticket_empty, round, next_place)
         row, q_row, b, hq, hk = next_row, next_q_row, next_b, next_hq, next_hk
         masked, clean, block, other = next_masked, next_clean, next_block, next_other
 

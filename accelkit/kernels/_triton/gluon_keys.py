@@ -74,7 +74,7 @@ def _produce(
         next_hq, next_hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
         next_start = gl.load(STARTS + row)
         next_n, next_count = _tiles(masked, clean, 1, BN)[1], clean * BN + masked
-        later_place, half = place + 2 * width, round % Q_STAGES
+        half = round % Q_STAGES
         k_at = K + (b.to(gl.int64) * s_kb + hk.to(gl.int64) * s_kh) * 8
         v_at = V + (b.to(gl.int64) * s_vb + hk.to(gl.int64) * s_vh) * 8
         for j in range(n):
@@ -95,8 +95,8 @@ def _produce(
             mbarrier.arrive(v_full.index(stage))
             _copy(v_at, key, n_k, s_vn, v.index(stage), v_full.index(stage), BN, DV, BDV)
             stage, phase = _next(stage, phase, STAGES)
-        _announce(tickets, ticket_full, ticket_empty, round + 1, later_place, WARPS)
-        place, next_place, round = next_place, later_place, round + 1
+        place, next_place, round = next_place, place + 2 * width, round + 1
+        _announce(tickets, ticket_full, ticket_empty, round, next_place, WARPS)
         q_row, b, hq, hk, n = next_q_row, next_b, next_hq, next_hk, next_n
 
 
@@ -149,5 +149,5 @@ def key_gather(
             )),
         ],
         [4, WARPS],
-        [208, 88] if BD + BDV <= 128 else [224, 56],
+        [208, 88] if BD + BDV <= 128 else [216, 72],
     )  # fmt: skip
