@@ -390,6 +390,13 @@ def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
     return bars
 
 
+@gluon.jit
+def _tickets(TAKERS: gl.constexpr):
+    """Room for what is announced, and barriers that say it is there and that all have taken it."""
+    room = gl.allocate_shared_memory(gl.int32, [TICKETS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return room, _barriers(TICKETS, 1), _barriers(TICKETS, TAKERS)
+
+
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
 def block_sparse(
     q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, BIAS,
@@ -409,10 +416,7 @@ def block_sparse(
     q_full, q_empty, turns = _barriers(Q_STAGES, 1), _barriers(Q_STAGES, 2), _barriers(2, 1)
     k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
     v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
-    tickets = gl.allocate_shared_memory(
-        gl.int32, [TICKETS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )
-    ticket_full, ticket_empty = _barriers(TICKETS, 1), _barriers(TICKETS, 2)
+    tickets, ticket_full, ticket_empty = _tickets(2)
     fence_async_shared()
     gl.warp_specialize(
         [

@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from accelkit.kernels._triton.gluon_kernel import (
-    TICKETS,
     _announce,
     _barriers,
     _consume,
@@ -22,6 +21,7 @@ from accelkit.kernels._triton.gluon_kernel import (
     _item,
     _load,
     _next,
+    _tickets,
     _tiles,
 )
 from accelkit.kernels._triton.gluon_parts import gather, listed
@@ -122,10 +122,7 @@ def key_gather(
     q_full, q_empty, turns = _barriers(Q_STAGES, 1), _barriers(Q_STAGES, 2), _barriers(2, 1)
     k_full, k_empty = _barriers(STAGES, 32 * WARPS), _barriers(STAGES, 2)
     v_full, v_empty = _barriers(STAGES, 32 * WARPS + 1), _barriers(STAGES, 2)
-    tickets = gl.allocate_shared_memory(
-        gl.int32, [TICKETS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )
-    ticket_full, ticket_empty = _barriers(TICKETS, 1), _barriers(TICKETS, 2)
+    tickets, ticket_full, ticket_empty = _tickets(2)
     fence_async_shared()
     gl.warp_specialize(
         [

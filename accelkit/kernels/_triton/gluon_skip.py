@@ -24,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from accelkit.kernels._triton.gluon_kernel import (
-    TICKETS,
     _announce,
     _announced,
     _barriers,
@@ -36,6 +35,7 @@ from accelkit.kernels._triton.gluon_kernel import (
     _load,
     _next,
     _sync,
+    _tickets,
 )
 
 K_FREE = gl.constexpr(3)
@@ -280,11 +280,9 @@ def skipping(
     q = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, BM // 2, BD], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, BD], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [V_STAGES, 1, 1, BN, BDV], v_desc.layout)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_full, q_empty = _barriers(1, 1).index(0), _barriers(1, 2).index(0)
     k_full, v_full = _barriers(STAGES, 1), _barriers(V_STAGES, 1)
-    tickets = gl.allocate_shared_memory(gl.int32, [TICKETS, 1], flat)
-    ticket_full, ticket_empty = _barriers(TICKETS, 1), _barriers(TICKETS, 3)
+    tickets, ticket_full, ticket_empty = _tickets(3)
     fence_async_shared()
     gl.warp_specialize(
         [

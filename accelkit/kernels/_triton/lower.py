@@ -48,11 +48,24 @@ _SIZES = ["n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity", "step", "n
 
 
 @triton.jit
-def _bin(length, section, BINS: tl.constexpr):
-    """Where rows of a length belong: the longest of a section first."""
+def _row(START, COUNT, TILES, s_ib, s_ih, s_ir, n_heads, n_tiles):
+    """What a program lowers: its row, batch, slot and query tile, and where its list lies."""
+    pid = tl.program_id(0).to(tl.int64)
+    h, b = (pid // n_tiles) % n_heads, pid // (n_tiles * n_heads)
+    tile = tl.load(TILES + pid % n_tiles)
+    at = b * s_ib + h * s_ih + tile * s_ir
+    return pid, b, h, tile, tl.load(START + at), tl.load(COUNT + at)
+
+
+@triton.jit
+def _rank(BIN, RANK, FILL, KV_HEADS, pid, b, h, length, n_kv, section, BINS: tl.constexpr):
+    """Put a row into the bin of its length, the longest of a section first."""
     # Exponent and four leading bits of the length: exact to 32, then in steps of a sixteenth.
     steps = length.to(tl.float32).to(tl.int32, bitcast=True) >> 19
-    return section * BINS + BINS - 1 - tl.minimum(tl.maximum(steps - 2031, 0), BINS - 1)
+    section = (b * n_kv + tl.load(KV_HEADS + h)) // section
+    bin = section * BINS + BINS - 1 - tl.minimum(tl.maximum(steps - 2031, 0), BINS - 1)
+    tl.store(BIN + pid, bin)
+    tl.store(RANK + pid, tl.atomic_add(FILL + bin, 1))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -66,11 +79,9 @@ def _lower(
     tl.constexpr,
     APART: tl.constexpr, SORT: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    h, b = (pid // n_tiles) % n_heads, pid // (n_tiles * n_heads)
-    tile = tl.load(TILES + pid % n_tiles)
-    at = b * s_ib + h * s_ih + tile * s_ir
-    start, count = tl.load(START + at), tl.load(COUNT + at)
+    pid, b, h, tile, start, count = _row(
+        START, COUNT, TILES, s_ib, s_ih, s_ir, n_heads, n_tiles
+    )  # fmt: skip
     listed = tl.maximum(count, 0)
     n = tl.where(count < 0, n_blocks, count)
     if PLAIN:
@@ -121,9 +132,8 @@ def _lower(
     tl.store(MASKED + pid, n_masked)
     tl.store(CLEAN + pid, n_clean)
     if SORT:
-        bin = _bin(n_masked + n_clean, (b * n_kv + tl.load(KV_HEADS + h)) // section, BINS)
-        tl.store(BIN + pid, bin)
-        tl.store(RANK + pid, tl.atomic_add(FILL + bin, 1))
+        length = n_masked + n_clean
+        _rank(BIN, RANK, FILL, KV_HEADS, pid, b, h, length, n_kv, section, BINS)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
@@ -272,11 +282,9 @@ def _lower_keys(
     BQ: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
     BINS: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    h, b = (pid // n_tiles) % n_heads, pid // (n_tiles * n_heads)
-    tile = tl.load(TILES + pid % n_tiles)
-    at = b * s_ib + h * s_ih + tile * s_ir
-    start, count = tl.load(START + at), tl.load(COUNT + at)
+    pid, b, h, tile, start, count = _row(
+        START, COUNT, TILES, s_ib, s_ih, s_ir, n_heads, n_tiles
+    )  # fmt: skip
     low, end = n_k - 1, n_k
     if CAUSAL:
         low = tl.minimum(low, (q_start + tile * BQ).to(tl.int32))
@@ -294,11 +302,8 @@ def _lower_keys(
     tl.store(STARTS + pid, tl.where(count < 0, -1, start))
     tl.store(MASKED + pid, masked)
     tl.store(CLEAN + pid, clean)
-    bin = _bin(
-        clean + tl.cdiv(masked, BN), (b * n_kv + tl.load(KV_HEADS + h)) // section, BINS
-    )  # fmt: skip
-    tl.store(BIN + pid, bin)
-    tl.store(RANK + pid, tl.atomic_add(FILL + bin, 1))
+    length = clean + tl.cdiv(masked, BN)
+    _rank(BIN, RANK, FILL, KV_HEADS, pid, b, h, length, n_kv, section, BINS)
 
 
 def lower_keys(launch: Launch, bn: int) -> tuple[Work, Tensor]:
