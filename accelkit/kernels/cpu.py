@@ -168,7 +168,6 @@ class _Rows:
         blocks = ceil_div(launch.key_blocks, whole) * whole
         k, v = (_wide(t, blocks * bk, self.width) for t in (launch.k, launch.v))
         self.k, self.v = (t.reshape(-1, bk * self.width) for t in (k, v))
-        self.rooms: list[Tensor] = []
         self.key_bytes = 2 * self.width * k.element_size()
         kv = launch.kv_heads[slots].long()
         self.kv = (torch.arange(launch.batch)[:, None] * launch.k.shape[1] + kv).flatten()
@@ -237,16 +236,11 @@ class _Rows:
         return out[:, 0, :, : self.out.shape[2]].to(self.dtype), lse[:, 0].to(self.dtype)
 
     def _gathered(self, blocks: Tensor) -> list[Tensor]:
-        """Keys and values of some blocks: where they lie if they are neighbours, else in memory
-        that every piece uses again, for fresh memory costs as much as the copy.
-        """
+        """Keys and values of some blocks: where they lie if they are neighbours, else copied."""
         first, n = int(blocks[0]), len(blocks)
         if int(blocks[-1]) - first == n - 1 and bool((blocks.diff() == 1).all()):
             return [t[first : first + n] for t in (self.k, self.v)]
-        if not self.rooms or len(self.rooms[0]) < n:
-            self.rooms = [t.new_empty(n, t.shape[1]) for t in (self.k, self.v)]
-        pairs = zip((self.k, self.v), self.rooms, strict=True)
-        return [torch.index_select(t, 0, blocks, out=room[:n]) for t, room in pairs]
+        return [t.index_select(0, blocks) for t in (self.k, self.v)]
 
     def _join(self, at: Tensor, out: Tensor, lse: Tensor) -> None:
         mine, mine_lse = self.out.view(-1, *out.shape[1:]), self.lse.view(-1, lse.shape[1])

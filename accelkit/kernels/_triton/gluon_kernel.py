@@ -406,8 +406,8 @@ def block_sparse(
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """The kernel. Descriptors have boxes `[1, 1, rows, head size]`, ITEMS and LISTS are lowered
-    work, strides count elements, `factor` is the scale in base 2. A bias is
-    there for each "key", or the same for all keys of an "entry".
+    work, strides count elements, `factor` is the scale in base 2. A bias is there for each "key",
+    or the same for all keys of an "entry".
     """
     q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 1, 1, BM // 2, BD], q_desc.layout)
     k, k_parts = ring(k_desc, STAGES, BK, BN, BD)
