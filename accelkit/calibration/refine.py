@@ -23,10 +23,8 @@ from accelkit.patches.plan import Plan
 log = logging.getLogger("accelkit")
 MARGIN = 0.92
 """Share of the budget that the next round aims at."""
-FIRST = 0.75
-"""ε of the first round ÷ the budget: predictions are for a typical prompt, and the worst one, with
-a margin for further ones, is to stay within the budget.
-"""
+FIRST = 1.0
+"""ε of the first round ÷ the budget."""
 ENOUGH = 0.85
 """Share of the budget whose use ends the rounds: the next one would cost more than it finds."""
 CLOSE = 1.1

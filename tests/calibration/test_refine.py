@@ -56,7 +56,7 @@ class Made:
 
 
 def test_one_round_is_enough_where_the_budget_is_used() -> None:
-    found = Made(lambda e: 1.2 * e).run()
+    found = Made(lambda e: 0.9 * e).run()
     assert [r.epsilon for r in found.rounds] == [FIRST * ALLOWED]
     assert found.best is found.rounds[0]
 
@@ -89,7 +89,7 @@ def test_a_plan_just_over_the_budget_is_not_the_end() -> None:
 
 
 def test_what_the_first_prompt_does_not_tell_is_found_by_all() -> None:
-    made = Made(lambda e: 1.5 * e, first=0.8)
+    made = Made(lambda e: 1.2 * e, first=0.8)
     found = made.run()
     assert found.best is not None
     assert found.best.epsilon in made.checked
@@ -97,7 +97,7 @@ def test_what_the_first_prompt_does_not_tell_is_found_by_all() -> None:
 
 
 def test_lost_answers_narrow_within_the_budget() -> None:
-    found = Made(lambda e: 1.2 * e, loses=0.6 * ALLOWED).run()
+    found = Made(lambda e: 0.95 * e, loses=0.6 * ALLOWED).run()
     assert not found.rounds[0].held
     assert found.best is not None
     assert 0.5 * 0.6 * ALLOWED < found.best.epsilon < 0.6 * ALLOWED
@@ -111,7 +111,7 @@ def test_rounds_end_with_what_the_check_may_cost() -> None:
 
 
 def test_a_plan_has_to_beat_the_trimmed_layer_alone() -> None:
-    assert Made(lambda e: 1.2 * e, speed={"trimmed_ms": 1.1}).run().best is not None
-    found = Made(lambda e: 1.2 * e, speed={"trimmed_ms": 0.9}).run()
+    assert Made(lambda e: 0.9 * e, speed={"trimmed_ms": 1.1}).run().best is not None
+    found = Made(lambda e: 0.9 * e, speed={"trimmed_ms": 0.9}).run()
     assert found.best is None
     assert found.why == "no plan was faster than dense attention"
