@@ -24,8 +24,7 @@ FEW = 1
 LIFT = 1.15
 """What all prompts reach ÷ the error of the first one, before anything is known."""
 MOST_RUNS = 3.0
-"""Runs for each prompt that the check may be worth once a plan has held, the dense ones included.
-"""
+"""Runs for each prompt that the check may be worth once a plan has held, dense ones included."""
 
 
 class Checker:
@@ -40,7 +39,8 @@ class Checker:
         self.order = list(range(len(inputs.check)))
         self.references: dict[str, quality.Reference] = {}
         self.lifts: dict[int, float] = {}
-        self.runs = 0.0
+        # Runs so far, and those of all prompts, in runs of the longest one.
+        self.runs, self.whole = 0.0, sum(map(self._share, self.order))
         self.dense_runs: set[int] = set()
 
     def look(self, now: Round, allowed: float) -> None:
@@ -72,13 +72,16 @@ class Checker:
 
     def affords(self) -> bool:
         """Whether another plan may be checked on all prompts."""
-        return self.runs + len(self.samples) <= MOST_RUNS * len(self.samples)
+        return self.runs + self.whole <= MOST_RUNS * self.whole
+
+    def _share(self, n: int) -> float:
+        return len(self.samples[n].ids) / max(len(s.ids) for s in self.samples)
 
     def _add(self, now: Round, n: int) -> None:
         key = f"check/{plan_digest(now.plan)}/{n}"
         now.rows += [{**row, "prompt": n} for row in self._rows(now.plan, key, n)]
         now.measured = max(r["error"] for r in now.rows if r["error"] is not None)
-        self.runs += 1 + (n not in self.dense_runs)
+        self.runs += self._share(n) * (1 + (n not in self.dense_runs))
         self.dense_runs.add(n)
 
     def _fails(self, now: Round, n: int, allowed: float) -> bool:
