@@ -296,9 +296,7 @@ class Bench:
             part = Partial(part.out[:, :, even], part.lse[:, :, even])
             true = Partial(out, true.lse.gather(2, ids))
             even = torch.arange(len(even), device=even.device)
-        errors = [_error(part, true, even)]
-        if scored.numel():
-            errors.append(_tail(part, true, scored))
+        errors = [_error(part, true, places) for places in (even, scored) if places.numel()]
         lse, dense = part.lse[:, :, even].float(), true.lse[:, :, even]
         recall = (lse - dense).clamp(max=0.0).exp().nan_to_num(0.0).mean((0, 2))
         return {"error": torch.stack(errors).amax(0).cpu(), "recall": recall.cpu()}
@@ -346,15 +344,6 @@ def _error(part: Partial, dense: Partial, places: Tensor) -> Tensor:
     found, true = part.out[:, :, places].float(), dense.out[:, :, places].float()
     gap = (found - true).abs().sum((0, 2, 3))
     return (gap / true.abs().sum((0, 2, 3)).clamp(min=1e-30)).nan_to_num(1e3, 1e3)
-
-
-def _tail(part: Partial, dense: Partial, places: Tensor) -> Tensor:
-    """Root mean square over some rows of their relative L1 errors, fp32 `[H]`: an answer is lost at
-    a single row, which a mean over all of them hides.
-    """
-    found, true = part.out[:, :, places].float(), dense.out[:, :, places].float()
-    gap = (found - true).abs().sum(-1) / true.abs().sum(-1).clamp(min=1e-30)
-    return gap.square().mean((0, 2)).sqrt().nan_to_num(1e3, 1e3)
 
 
 def prime(answers: Sequence[Answer]) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from accelkit.calibration import quality
+from accelkit.calibration import quality, session
 from accelkit.calibration.bench import prefill, times_ms
 from accelkit.calibration.data import Inputs
 from accelkit.calibration.fit import device_ms
 from accelkit.calibration.measure import Run
 from accelkit.calibration.refine import Round, plan_digest
+from accelkit.calibration.tasks import Sample
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 
@@ -111,8 +112,28 @@ class Checker:
             further = partial(self.more, sample.task, len(sample.ids), at)
             self.run.tell("checking a plan")
             work = partial(quality.answers, self.run.model, plan, self.still, further)
-            rows.append(self.run.journal.unit(f"{key}+{at}", work))
+            rows.append(self.run.journal.unit(f"{key}+{at}", work) | {"further": at})
         return rows
+
+    def lost(self, now: Round) -> tuple[Sample, int] | None:
+        """The first answer that a round lost: its prompt and its place there."""
+        row = next((r for r in now.rows if r["lost_answers"]), None)
+        if row is None:
+            return None
+        sample = self.samples[row["prompt"]]
+        if "further" in row and self.more is not None:
+            sample = self.more(sample.task, len(sample.ids), row["further"])
+        return sample, row["lost_answers"][0]
+
+    def gives(self, plan: Plan, sample: Sample, place: int) -> bool:
+        """Whether a plan gives an answer."""
+
+        def work() -> list[bool]:
+            return quality.answered(self.run.model, plan, sample)[0]
+
+        self.run.tell("finding what lost an answer")
+        key = f"blame/{plan_digest(plan)}/{session.digest([sample.ids.tobytes()])}"
+        return self.run.journal.unit(key, work)[place]
 
     @staticmethod
     def _open(rows: Sequence[dict[str, Any]]) -> bool:
