@@ -127,8 +127,8 @@ def in_turns(
     allowed: float,
     learn: Callable[[Round], bool] = lambda now: False,
 ) -> Outcome:
-    """Propose, look and check until ε is found. `learn` of a round that lost answers within the
-    budget says whether proposals of equal ε are others now.
+    """Propose, look and check until ε is found. `learn` from a round that failed says whether
+    proposals of equal ε are others now.
     """
     rounds: list[Round] = []
     bracket, epsilon = Bracket(allowed), FIRST * allowed
@@ -146,7 +146,7 @@ def in_turns(
             checker.look(now, allowed)
             if not now.judged and now.reach >= ENOUGH * allowed:
                 checker.check(now, allowed)
-            if now.judged and not now.held and now.reach <= allowed and learn(now):
+            if now.judged and not now.held and learn(now):
                 continue
             bracket.put(epsilon, now.reach, _fits(now))
             if now.held and (now.reach >= ENOUGH * allowed or not checker.affords()):
