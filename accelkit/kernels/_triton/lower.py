@@ -137,24 +137,12 @@ def _lower(
 
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
 def _place(
-    MASKED, CLEAN, TILES, BIN, ORDER, ITEMS, n_rows, n_heads, n_tiles,
-    BQ: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED, CLEAN, TILES, SORTED, ORDER, ITEMS, n_rows, n_heads, n_tiles,
+    BQ: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Place of each row: how many have a smaller bin, or the same one and stand before it. Nobody
-    counts for others, so that a program that starts again changes nothing.
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = row < n_rows
-    bin = tl.load(BIN + row, mask=real, other=0)[:, None]
-    lane = tl.arange(0, CHUNK)
-    mine = tl.program_id(0) * ROWS // CHUNK * CHUNK
-    before = tl.zeros([ROWS, CHUNK], tl.int32)
-    for j in range(0, n_rows, CHUNK):
-        other = tl.load(BIN + j + lane, mask=j + lane < n_rows, other=2147483647)[None, :]
-        before += (other < bin + (j < mine).to(tl.int32)).to(tl.int32)
-    other = tl.load(BIN + mine + lane, mask=mine + lane < n_rows, other=2147483647)[None, :]
-    before += ((other == bin) & ((mine + lane)[None, :] < row[:, None])).to(tl.int32)
-    place = tl.sum(before, 1)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = place < n_rows
+    row = tl.load(SORTED + place, mask=real, other=0).to(tl.int32)
     first = tl.load(TILES + row % n_tiles, mask=real, other=0) * BQ
     item = ITEMS + place.to(tl.int64) * FIELDS
     tl.store(ORDER + place, row, mask=real)
@@ -218,12 +206,14 @@ def _ordered(launch: Launch, tiles: Tensor, fill: Callable[[Tensor, Tensor, Sort
     returns the lists.
     """
     device, rows = launch.q.device, launch.batch * launch.heads * tiles.numel()
-    masked, clean, bins, order = torch.empty((4, rows), dtype=torch.int32, device=device)
+    masked, clean, order = torch.empty((3, rows), dtype=torch.int32, device=device)
+    bins = torch.empty(rows, dtype=torch.int16, device=device)  # two passes of a radix sort
     items = torch.empty((rows, FIELDS.value), dtype=torch.int32, device=device)
     lists = fill(masked, clean, (bins, _section(launch)))
-    _place[(triton.cdiv(rows, 32),)](
-        masked, clean, tiles, bins, order, items, rows, launch.heads, tiles.numel(),
-        BQ=launch.index.size[0], ROWS=32, CHUNK=256,
+    # Sorted, not counted by atomics: a program that starts again changes nothing.
+    _place[(triton.cdiv(rows, 128),)](
+        masked, clean, tiles, bins.argsort(stable=True), order, items, rows, launch.heads,
+        tiles.numel(), BQ=launch.index.size[0], ROWS=128,
     )  # fmt: skip
     return Work(lists, masked, clean, order, items, tiles, launch.key_blocks)
 
