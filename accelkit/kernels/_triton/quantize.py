@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accelkit.kernels._triton.tile import next_power_of_two
-from accelkit.kernels.quantize import DTYPE, TOP, Operands, Rounding
+from accelkit.kernels.quantize import DTYPE, TOP, V_TOP, Operands, Rounding
 
 _LEAST = tl.constexpr(1e-20)
 
@@ -21,6 +21,17 @@ def _eight(y, INT: tl.constexpr):
     else:
         out = y.to(tl.float8e4nv)
     return out
+
+
+@triton.jit
+def _scale(top, factor, TOP: tl.constexpr, INT: tl.constexpr):
+    """The scale under which `top` becomes the greatest value, or for fp8 a power of two / factor."""
+    if INT:
+        scale = tl.maximum(top / TOP, _LEAST)
+    else:
+        bits = tl.maximum(top * (factor / TOP), _LEAST).to(tl.int32, bitcast=True)
+        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True) / factor
+    return scale
 
 
 @triton.jit(do_not_specialize=["heads", "n", "chunks"])
@@ -91,7 +102,7 @@ def _keys(
     if SMOOTH:
         mean = tl.load(K_MEAN + bh * WIDE + d, mask=d < D, other=0.0)
         k = tl.where(inside, k - mean[None, :], 0.0)
-    scale = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0) / TOP, _LEAST)
+    scale = _scale(tl.max(tl.max(tl.abs(k), 1), 0), 1.0, TOP, INT)
     tl.store(K8 + (bh * n + at) * D + d[None, :], _eight(k * (1.0 / scale), INT), mask=inside)
     tl.store(K_SCALE + bh * blocks + block, scale)
 
@@ -132,7 +143,7 @@ def _queries(
     head = tl.load(Q_HEADS + slot).to(tl.int64)
     q = tl.load(Q + b * s_qb + head * s_qh + at * s_qn + d[None, :], mask=inside, other=0.0)
     q = q.to(tl.float32)
-    top = tl.maximum(tl.max(tl.abs(q), 1) / TOP, _LEAST)
+    top = _scale(tl.max(tl.abs(q), 1), scale * 1.4426950408889634, TOP, INT)
     tl.store(
         Q8 + (bh * n + at) * D + d[None, :], _eight(q * (1.0 / top)[:, None], INT), mask=inside
     )
@@ -162,7 +173,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, how: Rounding) -> Operands:
                 k, v, sums, *k.stride()[:3], *v.stride()[:3], kv, n, chunks, ROWS=rows,
                 STEPS=steps, D=d, DV=dv, BD=wide, SMOOTH=smooth_k, PV8=pv8, num_warps=4,
             )  # fmt: skip
-            _facts[(batch * kv,)](sums, *facts, n, chunks, BD=wide, TOP=TOP["fp8"], num_warps=1)
+            _facts[(batch * kv,)](sums, *facts, n, chunks, BD=wide, TOP=V_TOP, num_warps=1)
         k8 = torch.empty((batch, kv, n, d), dtype=DTYPE[qk], device=device)
         k_scale = torch.empty((batch, kv, count), **fp32)
         _keys[(count, batch * kv)](
