@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from accelkit.kernels._triton.gluon_eight_bit import (
     _ROWS,
+    _in_order,
     _key0,
     _place,
     _rounds,
@@ -189,13 +190,24 @@ def _pack(p, BN: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, c, m, total, BN: gl.constexpr):
-    """P of a tile in fp8, new maxima and sums, and the factor to what was before."""
-    m_new = _maxima(s, c, m, BN)
+def _after(x):
+    """`x`, by way of a load that never happens (no maximum is infinite): what follows from it stays
+    behind the products that were started before.
+    """
+    return gl.inline_asm_elementwise(
+        "{.reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.eq.f32 p, $1, 0f7f800000;"
+        " mov.f32 $0, $1; @p ld.volatile.shared.f32 $0, [a];}",
+        "=f,f", [x], gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _softmax(s, c, m, m_new, total, BN: gl.constexpr):
+    """P of a tile in fp8, new sums, and the factor to what was before."""
     alpha = gl.exp2(m - m_new)
     p = _powers(s, c, m_new)
     total = _scaled(total, alpha) + _sums(p, BN)
-    return _pack(p, BN), m_new, alpha, total
+    return _pack(p, BN), alpha, total
 
 
 @gluon.jit
@@ -265,9 +277,10 @@ def _consume(
                     s = warpgroup_mma_wait(0, deps=[s])
                     _give(_K_FREE + stage)
                     s = _hide(s, k0, limit, n_k, BN)
-                    bits, m, alpha, total = _softmax(
-                        s, _factor(by_row, scales, k0, BN), m, total, BN
-                    )
+                    c = _factor(by_row, scales, k0, BN)
+                    m_new = _maxima(s, c, m, BN)
+                    bits, alpha, total = _softmax(s, c, m, m_new, total, BN)
+                    m = m_new
                     mbarrier.wait(v_full.index(stage), phase)
                     pv = _product(bits, v, stage, none, BN, D, pl)
                     pv, bits = warpgroup_mma_wait(0, deps=[pv, bits])
@@ -281,7 +294,10 @@ def _consume(
             s = warpgroup_mma_wait(0, deps=[s])
             _give(_K_FREE + stage)
             s = _hide(s, k0, limit, n_k, BN)
-            bits, m, alpha, total = _softmax(s, _factor(by_row, scales, k0, BN), m, total, BN)
+            c = _factor(by_row, scales, k0, BN)
+            m_new = _maxima(s, c, m, BN)
+            bits, alpha, total = _softmax(s, c, m, m_new, total, BN)
+            m = m_new
             v_stage, v_phase = stage, phase
             stage, phase = _next(stage, phase, _STAGES)
             if lead + 1 < n:
@@ -299,16 +315,19 @@ def _consume(
                     k0 = _key0(LISTS, at, gl.minimum(j + 1, n - 1), BK, BN)
                     mbarrier.wait(k_full.index(stage), phase)
                     ahead = _scores(mine, k, stage, no_scores, BN, D)
+                    m_new = _maxima(s, c, m, BN)
                     mbarrier.wait(v_full.index(v_stage), v_phase)
                     pv = _product(bits, v, v_stage, none, BN, D, pl)
                     before = gl.convert_layout(alpha, o_row)
+                    m_new = _after(m_new)
                     if _TURNS:
                         mbarrier.wait(turns.index(WHO), turn)
-                    packed, m, alpha, total = _softmax(s, c, m, total, BN)
+                    packed, alpha, total = _softmax(s, c, m, m_new, total, BN)
+                    total, m = _in_order(total), m_new
                     if _TURNS:
                         mbarrier.arrive(turns.index(1 - WHO))
                         turn ^= 1
-                    ahead, pv, bits = warpgroup_mma_wait(0, deps=[ahead, pv, bits])
+                    pv, bits, ahead = warpgroup_mma_wait(0, deps=[pv, bits, ahead])
                     _give(_K_FREE + stage)
                     _give(_V_FREE + v_stage)
                     acc = acc * before[:, None] + pv
@@ -318,7 +337,9 @@ def _consume(
                 mbarrier.wait(v_full.index(v_stage), v_phase)
                 pv = _product(bits, v, v_stage, none, BN, D, pl)
                 before = gl.convert_layout(alpha, o_row)
-                packed, m, alpha, total = _softmax(s, c, m, total, BN)
+                m_new = _maxima(s, c, m, BN)
+                packed, alpha, total = _softmax(s, c, m, m_new, total, BN)
+                m = m_new
                 pv, bits = warpgroup_mma_wait(0, deps=[pv, bits])
                 _give(_V_FREE + v_stage)
                 acc = acc * before[:, None] + pv
