@@ -43,28 +43,26 @@ def fit(
     """The cost table for calls of up to `tokens` tokens. A denoiser's calls have one length, for
     their lists follow from a grid.
 
-    `step` is told what is measured next, `expect` how many steps there are, as far as that is
-    known. After `limit_s` seconds nothing is repeated any more.
+    `step` is told what is measured next, `expect` how many steps are left after compiling. After
+    `limit_s` seconds nothing is repeated any more.
     """
     until = time.monotonic() + limit_s
     calls = {n: random_call(shape, dtype, device, n) for n in lengths(shape, tokens, device)}
     tell = step or (lambda _: None)
-    sizes = {fit_ahead.UNIT: None}
 
     def ms(run: Callable[[], Any], times: int = repeat) -> float:
         return clock(run, times if time.monotonic() < until else 1, device)
 
-    def know() -> None:
-        if expect is not None:
-            expect((device.type == "cuda") + 1 + len(methods) + len(sizes))
-
-    know()
+    known = {fit_ahead.UNIT}
     if device.type == "cuda":
         tell("compiling kernels")
-        fit_ahead.rehearse(calls, methods)
+        known = fit_ahead.rehearse(calls, methods)
+    if expect is not None:
+        expect(1 + len(methods) + len(known))
     tell("dense attention")
     dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
     ride = tuple((n, ms(partial(dense_attention, call))) for n, call in calls.items())
+    sizes = {fit_ahead.UNIT: None}
     costs: dict[str, MethodCost] = {}
     refused: dict[str, str] = {}
     for method in methods:
@@ -75,7 +73,6 @@ def fit(
             continue
         costs[method.kind], used = found
         sizes |= dict.fromkeys(used)
-        know()
     fitted = {}
     for size in sizes:
         tell(f"kernel {name(size)}")

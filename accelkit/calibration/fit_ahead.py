@@ -25,16 +25,21 @@ MOST_THREADS = 16
 DENSITY = 0.12
 
 
-def rehearse(calls: Mapping[int, AttentionCall], methods: Sequence[AttentionMethod]) -> None:
-    """Run every kernel of a fit once, at the shortest and the longest length. What fails here
-    fails again where it is measured, and says why there.
+def rehearse(
+    calls: Mapping[int, AttentionCall], methods: Sequence[AttentionMethod]
+) -> set[tuple[int, int]]:
+    """Run every kernel of a fit once, at the shortest and the longest length, and return the units
+    of the lists. What fails here fails again where it is measured, and says why there.
     """
     ends = list({n: calls[n] for n in (min(calls), max(calls))}.values())
     device = ends[0].q.device
     with ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
         # Kernels of the unit that is always there take longest to compile and come first.
         first = [partial(_dense, ends), partial(_lists, ends, UNIT)]
-        jobs = [*first, *(partial(_method, m, ends) for m in methods)]
+        jobs: list[Callable[[], Iterable[Any]]] = [
+            *first,
+            *(partial(_method, m, ends) for m in methods),
+        ]
         sizes = {UNIT}
         waiting = [pool.submit(_safely, device, job) for job in jobs]
         while waiting:
@@ -42,6 +47,7 @@ def rehearse(calls: Mapping[int, AttentionCall], methods: Sequence[AttentionMeth
             sizes |= new
             waiting += [pool.submit(_safely, device, partial(_lists, ends, s)) for s in new]
     torch.cuda.synchronize(device)
+    return sizes
 
 
 def _safely(device: torch.device, job: Callable[[], Iterable[Any]]) -> list[Any]:
