@@ -46,7 +46,7 @@ def cost(
     units of its lists and its variants'; or why it is refused.
     """
     setting, longest = middle(method), max(calls)
-    terms: dict[str, list[tuple[int, float]]] = {t: [] for t in MethodCost.TERMS}
+    found: dict[str, list[tuple[int, float]]] = {t: [] for t in MethodCost.TERMS}
     for n, bare in calls.items():
         try:
             call, now = prepared(bare, method, setting)
@@ -56,31 +56,31 @@ def cost(
             one = answers[0]
             if not units(answers):
                 return "it computes its pieces by itself, which the cost table cannot predict"
-            moved = _moved(call, one, ms)
-            choosing = _choosing(call, now, moved, ms)
+            estimator, selection = choosing(call, now, one, ms)
             if method.static:
                 # Made once for all layers and, in a denoiser, for all steps and runs of a size.
                 share = 1 / shape.layers if call.causal else 0.0
-                choosing = tuple(share * t for t in choosing)
+                estimator, selection = share * estimator, share * selection
             # On a GPU the time of short calls is that of launches, which does not grow.
             grows = longest / n if call.q.device.type == "cpu" else 1.0
-            if sum(choosing) * grows > MOST * interpolate(dense, longest):
+            whole = estimator + selection
+            if whole * grows > MOST * interpolate(dense, longest):
                 return (
-                    f"choosing takes {sum(choosing):.1f} ms at {n} tokens, "
+                    f"choosing takes {whole:.1f} ms at {n} tokens, "
                     f"dense attention {interpolate(dense, n):.1f} ms"
                 )
             if n < longest and call.q.device.type == "cpu" and one.execution != PLAIN:
                 return "skipping tiles and 8-bit products save no time on a CPU"
             if n == longest and (reason := no_faster(one, method, interpolate(dense, n), ms)):
                 return reason
-            spent = (*choosing, moved + around(one, ms))
-            for term, each in zip(terms.values(), spent, strict=True):
-                term.append((n, each))
+            spent = (estimator, selection, permutation(call, one, ms))
+            for points, each in zip(found.values(), spent, strict=True):
+                points.append((n, each))
         except Exception as error:  # a method that fails must not end the calibration of the others
             return f"it does not run here: {type(error).__name__}: {error}"
-    if not terms["estimator"]:
+    if not found["estimator"]:
         return f"it leaves prompts of {longest} tokens dense"
-    parts = {name: tuple(points) for name, points in terms.items()}
+    parts = {name: tuple(points) for name, points in found.items()}
     points = tuple((at[0][0], sum(ms for _, ms in at)) for at in zip(*parts.values(), strict=True))
     share = _share(now, call, points[-1][1], ms)
     sizes = units(answers or ()) + (other_units(method, bare) if bare.causal else [])
@@ -175,18 +175,26 @@ def between(points: Points) -> float:
     return round(max(gaps, default=0.0), 4)
 
 
-def _choosing(
-    call: AttentionCall, method: AttentionMethod, moved: float, ms: Clocked
-) -> tuple[float, ...]:
-    """Milliseconds of a method's estimate and of its selection, without those of moving rows.
-    Estimates of rows in another order are not left with the call and count as selection.
+def choosing(
+    call: AttentionCall, method: AttentionMethod, one: Answer, ms: Clocked
+) -> tuple[float, float]:
+    """Milliseconds of a method's estimate and of its selection. Estimates of rows in another order
+    are not left with the call and count as selection; on a CPU, where they would be timed for
+    seconds, everything counts as estimate.
     """
-    policy = Policy(methods=(method,))
-    whole = ms(lambda: answer(fresh(call), policy))
+    policy, moved = Policy(methods=(method,)), _moved(call, one, ms)
+    whole = max(0.0, ms(lambda: answer(fresh(call), policy)) - moved)
+    if not call.q.is_cuda:
+        return whole, 0.0
     known = fresh(call)
     answer(known, policy)
-    selection = min(ms(lambda: answer(known, policy)), whole)
-    return whole - selection, max(0.0, selection - moved)
+    selection = min(max(0.0, ms(lambda: answer(known, policy)) - moved), whole)
+    return whole - selection, selection
+
+
+def permutation(call: AttentionCall, one: Answer, ms: Clocked) -> float:
+    """Milliseconds of laying out rows, merging, putting rows back and finishing."""
+    return _moved(call, one, ms) + around(one, ms)
 
 
 def _moved(call: AttentionCall, one: Answer, ms: Clocked) -> float:

@@ -90,6 +90,10 @@ class CostTable:
         pairs = density * visible_pairs(tokens, self.causal)
         return k.row * ceil_div(tokens, size[0]) + k.pair * pairs / 1e6
 
+    def lists_ms(self, size: tuple[int, int], tokens: int, densities: Sequence[float]) -> float:
+        """One launch over lists of `tokens` rows, with the density of each head."""
+        return self.launch_ms(size) + sum(self.head_ms(size, tokens, d) for d in densities)
+
     def method_ms(self, kind: str, tokens: int) -> tuple[float, float]:
         """Estimator and selector of a method: ms of the layer, and ms more for each head."""
         cost = self.methods[kind]
