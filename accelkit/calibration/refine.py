@@ -22,7 +22,7 @@ from accelkit.calibration import quality, session
 from accelkit.calibration.assemble import SiteData, assemble, crossover, kept_row, trimmed
 from accelkit.calibration.bench import prefill, times_ms
 from accelkit.calibration.data import Inputs
-from accelkit.calibration.fit import device_ms
+from accelkit.calibration.fit_clock import device_ms
 from accelkit.calibration.measure import Run
 from accelkit.calibration.search import DENSE, Choice, Solution, search
 from accelkit.calibration.tasks import Sample
