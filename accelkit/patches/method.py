@@ -8,7 +8,7 @@ have none.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -55,9 +55,9 @@ class Order:
 
 @dataclass(frozen=True)
 class Execution:
-    """With which arithmetic: precisions, smoothing, softmax skip and decode splits.
+    """With which arithmetic: precisions, smoothing, softmax skip, decode splits and sharper logits.
 
-    `skip` is λ (a number or fp32 `[H]`): a tile whose row maxima all stay `ln λ` under the running
+    `sharpen` multiplies all logits, besides the model's own scale. `skip` is λ (a number or fp32 `[H]`): a tile whose row maxima all stay `ln λ` under the running
     ones is dropped.
     """
 
@@ -66,6 +66,7 @@ class Execution:
     smooth_k: bool = False
     skip: float | Tensor | None = None
     splits: int | None = None
+    sharpen: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,12 @@ class BlockMethod(Method):
     def run(self, call: BlockCall, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """Around a block or its FFN."""
         return forward(call.hidden)
+
+    def branches(self, methods: Sequence[Method]) -> Mapping[str, Sequence[Method]]:
+        """The guidance branches that this method adds to the model's own, and what the attention
+        methods beside it run there.
+        """
+        return {}
 
     def variants(self) -> Sequence[BlockMethod]:
         """Settings that are worth turning the dial of, each apart."""

@@ -358,7 +358,7 @@ def run(
         call.k,
         call.v,
         index,
-        scale=call.scale,
+        scale=call.scale * execution.sharpen,
         causal=call.causal,
         q_start=call.q_start,
         heads=call.heads,
