@@ -44,13 +44,15 @@ class Order:
     `q_table` and `k_table` are int32 `[K, n]`, the few distinct orders; `row` (`[H]` or `[B, H]`)
     says which of them a head uses. `None` leaves that side as it comes. Causal masks use original
     positions. `whole` says that every token comes exactly once and there is no hole: then a call
-    that is not causal needs no positions at all, and runs like one in token order.
+    that is not causal needs no positions at all, and runs like one in token order. `whole_keys`
+    says so of the keys alone.
     """
 
     q_table: Tensor | None
     k_table: Tensor | None
     row: Tensor
     whole: bool = False
+    whole_keys: bool = False
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
             changed["k"] = take_rows(call.k, order.k_table, row, call.kv_of_head)
             changed["v"] = take_rows(call.v, order.k_table, row, call.kv_of_head)
             changed["kv_of_head"] = torch.arange(len(call.heads), device=call.q.device)
-        if call.causal or call.key_mask is not None or not order.whole:
+        if call.causal or call.key_mask is not None or not (order.whole or order.whole_keys):
             ids = _ids(order.k_table, order.row)  # [B|1, H, n]
             if call.causal:
                 place = ids
@@ -351,8 +351,10 @@ def run(
     theirs = k_pos is not None or call.k.shape[1] == len(call.heads) < call.q.shape[1]
     kv_of_head = call.kv_of_head if theirs else None
     if k_pos is not None and not call.causal and call.q.is_cuda:
-        # Holes as keys of weight zero keep the kernel in its main loop; rows of holes go nowhere.
-        index, q_pos, k_pos = _weightless(index, k_pos), None, None
+        # Holes as keys of weight zero keep the kernel in its main loop.
+        index, k_pos = _weightless(index, k_pos), None
+    if k_pos is None and not call.causal:
+        q_pos = None  # rows of holes go nowhere
     return kernels.attend(
         call.q,
         call.k,
