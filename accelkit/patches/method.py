@@ -45,7 +45,7 @@ class Order:
     says which of them a head uses. `None` leaves that side as it comes. Causal masks use original
     positions. `whole` says that every token comes exactly once and there is no hole: then a call
     that is not causal needs no positions at all, and runs like one in token order. `whole_keys`
-    says so of the keys alone.
+    says so of the keys, and that queries leave no token out but may have holes.
     """
 
     q_table: Tensor | None

@@ -325,7 +325,7 @@ def _in_token_order(part: Partial, order: Order, n: int) -> Partial:
     table, row = order.q_table, None if _common(order) else order.row
     out = part.out.new_empty(*part.out.shape[:2], n, part.out.shape[3])
     lse = part.lse.new_empty((*part.lse.shape[:2], n, 1))
-    if not order.whole:  # tokens that the order leaves out
+    if not (order.whole or order.whole_keys):  # tokens that the order leaves out
         out.zero_()
         lse.fill_(float("-inf"))
     put_rows(out, part.out, table, row)
@@ -407,7 +407,7 @@ def _launch(lane: list[Answer], out: Tensor) -> None:
         run(joined, index, execution, out=out)
         return
     part = run(joined, index, execution)
-    if not order.whole:  # tokens that the order leaves out
+    if not (order.whole or order.whole_keys):  # tokens that the order leaves out
         out.index_fill_(1, device_ids(heads, out.device, torch.int64), 0)
     put_rows(out, part.out, order.q_table, None if _common(order) else order.row, heads)
 
