@@ -94,11 +94,11 @@ SHAPES = {
 }
 NOTE = (
     "By `benchmarks/denoise_dit.py`: a forced plan, dense runs cuDNN; on both sides the median of "
-    "the timed runs that `runs` names. Bound: 1 / (1 − f + f (w + (1 − w) δ / 0.85)) with the share "
-    "f of self-attention, the share w of dense steps and the density δ. f is the time of the "
-    "self-attention kernels of a short dense run over the time of that run, as the profiler sees "
-    "both. Neither side has HunyuanVideo's mask over the text, which hides nothing here. The last "
-    "rows leave out steps behind the first fifth by a forced rhythm of MagCache."
+    "the timed runs that `runs` names. Bound: 1 / (1 − f + f (w + (1 − w) δ / 0.85)) with the "
+    "share f of self-attention, the share w of dense steps and the density δ. f is the time of "
+    "the self-attention kernels of a short dense run over the time of that run, as the profiler "
+    "sees both. Neither side has HunyuanVideo's mask over the text, which hides nothing here. The "
+    "last rows leave out steps behind the first fifth by a forced rhythm of MagCache."
 )
 
 
@@ -265,7 +265,8 @@ def main() -> None:
         "title": f"Whole denoising at {SHAPES[args.model]}, {depth or 'all'} layers, random weights"
         + ", compiled by repeated blocks" * (not args.eager),
         "note": NOTE,
-        "model": args.model, "tokens": TOKENS[args.model], "layers": len(sites(pipe)), "of_layers": args.layers or "all",
+        "model": args.model, "tokens": TOKENS[args.model], "layers": len(sites(pipe)),
+        "of_layers": args.layers or "all",
         "steps": args.steps,
         "compiled": not args.eager,
         "environment": environment(torch.device(device)), "rows": [],

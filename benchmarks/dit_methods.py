@@ -74,12 +74,13 @@ SETTINGS: dict[str, list[dict]] = {
 
 TITLE = "Methods for diffusion, one attention call"
 NOTE = (
-    "By `benchmarks/dit_methods.py`: queries and keys are waves over the grid with noise, bfloat16. "
-    "The whole call is order, estimate, selection, kernel and the order back, kernels as dispatch "
-    "chooses them; kernel, order and estimate are what the device spends on each. Static patterns "
-    "are made once for a geometry. A search step runs dense and renews what later steps read. "
-    "Shapes: wan is 32,760 tokens, 12 heads of 128; hunyuan 119,056 tokens, 24 heads of 128. Errors "
-    "are against fp32 over the keys that the method chose (Re-ttention: against dense)."
+    "By `benchmarks/dit_methods.py`: queries and keys are waves over the grid with noise, "
+    "bfloat16. The whole call is order, estimate, selection, kernel and the order back, kernels "
+    "as dispatch chooses them; kernel, order and estimate are what the device spends on each. "
+    "Static patterns are made once for a geometry. A search step runs dense and renews what later "
+    "steps read. Shapes: wan is 32,760 tokens, 12 heads of 128; hunyuan 119,056 tokens, 24 heads "
+    "of 128. Errors are against fp32 over the keys that the method chose (Re-ttention: against "
+    "dense)."
 )
 
 

@@ -1,4 +1,4 @@
-"""FreeSwim's dual path: which passes run, what the windowed one is told, and nothing stays behind."""
+"""FreeSwim's dual path: which passes run, what the windowed one is told, what stays behind."""
 
 from __future__ import annotations
 
