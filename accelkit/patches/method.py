@@ -59,8 +59,8 @@ class Order:
 class Execution:
     """With which arithmetic: precisions, smoothing, softmax skip, decode splits and sharper logits.
 
-    `sharpen` multiplies all logits, besides the model's own scale. `skip` is λ (a number or fp32 `[H]`): a tile whose row maxima all stay `ln λ` under the running
-    ones is dropped.
+    `sharpen` multiplies all logits, besides the model's own scale. `skip` is λ (a number or fp32
+    `[H]`): a tile whose row maxima all stay `ln λ` under the running ones is dropped.
     """
 
     qk: Precision = "native"
