@@ -26,7 +26,6 @@ from pydantic import Field
 
 from accelkit.errors import UnsupportedModelError
 from accelkit.patches.method import BlockMethod, Method
-from accelkit.patches.methods.free_swim import FreeSwim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,10 +45,8 @@ class FreeSwimTwin(BlockMethod):
     until_step: int = Field(40, ge=1)
 
     def branches(self, methods: Sequence[Method]) -> Mapping[str, Sequence[Method]]:
-        full = [
-            m.model_copy(update={"windowed": False}) for m in methods if isinstance(m, FreeSwim)
-        ]
-        return {FULL: full}
+        windows = [m for m in methods if "windowed" in type(m).model_fields]
+        return {FULL: [m.model_copy(update={"windowed": False}) for m in windows]}
 
     def rewire(self, model: Any, undo: ExitStack) -> None:
         name = type(model).__name__
