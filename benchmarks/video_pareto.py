@@ -33,6 +33,7 @@ from pareto_curves import (
     Subject,
     dialled,
     finer,
+    further,
     measured_cache,
     run_alone,
     run_cache,
@@ -43,16 +44,19 @@ from pareto_curves import (
 from pareto_target import DENSE_STEPS, confirmed, measured_costs, moved, unit_of
 
 from accelkit.calibration import denoise_caches, pipelines, video_bench
-from accelkit.calibration.candidates import Family, chosen_methods, thinned
+from accelkit.calibration.candidates import Family, chosen_methods, stored, thinned
 from accelkit.calibration.results import environment
 from accelkit.calibration.video import Settings
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.adapters import facts
 from accelkit.patches.method import AttentionMethod
 
+BUDGETS = (0.1, 0.2, 0.4, 0.05, 0.8, 0.3, 0.02, 0.6)
+"""Of the mixtures, in the order of what they tell."""
 FEWER = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Shares of the steps that 'fewer steps' runs."""
-Job = tuple[str, Callable[[], dict[str, Any] | None]]
+Job = tuple[str, dict[str, Any], Callable[[], dict[str, Any] | None]]
+"""A point to draw: its curve, its setting, and what draws it."""
 
 
 def singles(
@@ -65,6 +69,7 @@ def singles(
         mine = [f for f in families if f.settings[0].kind == name]
         # Settings without a dial are one curve; a dial's variants are a curve each.
         loose = [s for f in mine if f.field is None for s in f.settings]
+        loose += further(loose[0]) if loose else []
         some = [finer(f) for f in mine if f.field is not None]
         some += [thinned(Family(name, tuple(loose), None), 12)] if loose else []
         for family in some:
@@ -75,8 +80,19 @@ def singles(
                 run_alone, subject, tables=tables, costs=costs, tokens=tokens,
                 share=about["share"], size=unit, timed=about["clocked"].get(arithmetic),
             )  # fmt: skip
-            waiting.append([(family.name, partial(run, s)) for s in spread(family.settings)])
+            waiting.append(
+                [(family.name, stored(s), partial(run, s)) for s in spread(family.settings)]
+            )
     return waiting
+
+
+def same(setting: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two points have one setting; a model's own numbers are measured anew in each run."""
+
+    def plain(s: dict[str, Any]) -> Any:
+        return json.loads(json.dumps({k: v for k, v in s.items() if k != "ratios"}))
+
+    return bool(plain(setting) == plain(other))
 
 
 def fewer(subject: Subject, steps: int) -> dict[str, Any]:
@@ -202,13 +218,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--budgets", type=float, nargs="*", default=[0.02, 0.05, 0.1, 0.2, 0.4])
+    parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", help="default: all for denoising")
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--costs", type=Path, help="costs measured before; made if not there")
     parser.add_argument("--layers", type=int, default=4, help="of the target, to measure shares")
     parser.add_argument("--journal", type=Path, help="of calibrations; made if not there")
-    parser.add_argument("--skip", type=int, default=0, help="so many points of each single curve")
+    parser.add_argument("--more", type=Path, help="an earlier file; what it has is not run again")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after these")
     parser.add_argument(
         "--part", type=int, nargs=2, default=[0, 1], metavar=("I", "N"),
@@ -263,31 +279,37 @@ def main() -> None:
         for _ in range(8)
     ]  # fmt: skip
     journal = args.journal or args.out.with_suffix(".journal.jsonl")
+    mix = partial(
+        run_mixture, subject, costs=costs, about=about, prompts=prompts, journal=journal,
+        preset=args.preset, methods=args.methods,
+    )  # fmt: skip
     mixtures: list[list[Job]] = [
-        [
-            ("mixture", partial(run_mixture, subject, budget, costs, about, prompts, journal,
-                                args.preset, args.methods))
-            for budget in args.budgets
-        ]
-    ]  # fmt: skip
+        [("mixture", {"budget": b}, partial(mix, b)) for b in args.budgets]
+    ]
     index, parts = args.part
     others: list[list[Job]] = []
     if index or parts == 1:
         steps = sorted({max(2, round(args.steps * s)) for s in FEWER})
-        others.append([("fewer steps", partial(fewer, subject, n)) for n in steps])
+        others.append([("fewer steps", {"steps": n}, partial(fewer, subject, n)) for n in steps])
         for cache in (v for c in caches for v in measured_cache(c, subject).variants()):
             family = dialled(cache)
-            others.append([(family.name, partial(run_cache, subject, s)) for s in family.settings])
+            others.append(
+                [(family.name, stored(s), partial(run_cache, subject, s)) for s in family.settings]
+            )
         others += singles(subject, [m for m in methods if m.kind in costs.methods], costs, about,
                           tokens)  # fmt: skip
-    others = [row[args.skip :] for row in others]
+    known = json.loads(args.more.read_text())["curves"] if args.more else {}
+    others = [
+        [j for j in row if not any(same(j[1], r["setting"]) for r in known.get(j[0], ()))]
+        for row in others
+    ]
     if parts > 1:
         waiting = others[index - 1 :: parts - 1] if index else mixtures
     else:
         waiting = mixtures + others
     # A point of every curve before a second one of any: the time may end.
     for turn in range(max(map(len, waiting), default=0)):
-        for name, run in (row[turn] for row in waiting if turn < len(row)):
+        for name, _, run in (row[turn] for row in waiting if turn < len(row)):
             row = run() if time.perf_counter() - begin < args.seconds else None
             if row is None:
                 continue

@@ -220,8 +220,10 @@ def _plan(
             steps=seen.total,
         ),
     )  # fmt: skip
-    planner.rehearse(small)
-    checker = Checker(run, settings, shots.check, planner.ratio, small.margin())
+    # Spread as the trials show it: what hardly changes anything may tip a single result over.
+    margin = small.margin()
+    planner.rehearse(small, margin)
+    checker = Checker(run, settings, shots.check, planner.ratio, margin)
     plan = planner.finished(planner.settle(run, checker))
     about = {
         "refused": {**costs.refused, **refused},

@@ -103,10 +103,11 @@ class Planner:
 
     def settle(self, run: Run, checker: Checker) -> refine.Outcome:
         """Checks the fastest step cache alone if that is cheap, then what step caches and attention
-        make together, and predicts anew after every check. The fastest plan that held wins.
+        make together, and predicts anew after every check. The fastest plan that held wins; where
+        none did, a last and careful one may take more than the check is worth.
         """
         allowed, rounds = self.budget.max_rel_error, list[refine.Round]()
-        aim, cautious = FIRST * allowed / checker.margin, True
+        aim, cautious, last = FIRST * allowed / checker.margin, True, False
         while len(rounds) < run.preset.rounds:
             if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
                 break
@@ -127,7 +128,9 @@ class Planner:
                 aim *= refine.MARGIN  # it did not hold
                 continue
             if checker.spent(rounds, proposal.plan):
-                break
+                if last or any(r.held for r in rounds):
+                    break
+                last = True
             now = refine.Round(epsilon, proposal)
             checker.check(now, allowed)
             rounds.append(now)
@@ -202,11 +205,11 @@ class Planner:
             self.fronts[n] |= {"layers": layers, "segments": {}}
         return search(self.tables[n], error, self.fronts[n])
 
-    def rehearse(self, small: Small) -> None:
+    def rehearse(self, small: Small, margin: float) -> None:
         """Run what would be proposed at the small geometry, until the error is what was predicted:
         search is fond of what looks harmless, and some of it only looks so.
         """
-        aim = FIRST * self.budget.max_rel_error / small.margin()
+        aim = FIRST * self.budget.max_rel_error / margin
         seen: list[Any] = []
         found: dict[int, list[float]] = {}
         while len(seen) < REHEARSALS:
@@ -220,11 +223,23 @@ class Planner:
             if change is None:
                 break
             # However well the step cache explains a change, a part of it is attention's.
-            rest = max(change**2 - self.caches[n].error ** 2, (change / 4) ** 2) ** 0.5
-            found.setdefault(n, []).append(rest / predicted(self.tables[n], choices))
+            rest = max(change**2 - self._alone(small, n) ** 2, (change / 4) ** 2) ** 0.5
+            attention = predicted(self.tables[n], choices)
+            wrong = rest / (self.kappa(n) * attention)
+            found.setdefault(n, []).append(rest / attention)
             self.believe(n, geometric_mean(found[n]))
-            if 1 / NEAR < change / proposal.error < NEAR:
+            if 1 / NEAR < wrong < NEAR:
                 break
+
+    def _alone(self, small: Small, n: int) -> float:
+        """Change by the n-th step cache alone in the few steps of a rehearsal, where it skips
+        longer ways than in all of them.
+        """
+        if not n:
+            return 0.0
+        plan = self._assembled(self.caches[n], self.still(n))
+        name = f"composition/{refine.plan_digest(plan)}"
+        return small.change(name, plan, sparse=False) or 0.0
 
     def ratio(self, plan: Plan) -> float:
         """Predicted time of a plan's denoising ÷ that of the dense one."""

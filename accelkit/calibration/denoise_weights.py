@@ -34,7 +34,6 @@ from accelkit.calibration.quality import (
     ONE_IN_TWENTY,
     LeftOut,
     Show,
-    geometric_mean,
     noise_like,
     relative,
 )
@@ -197,7 +196,7 @@ class Small:
     def influence(self, bucket: int, trial: Trial, heads: Mapping[str, Sequence[float]]) -> float:
         """How far errors of heads in a bucket travel to the final latents: their change by a trial
         of the methods themselves, ÷ what search makes of the trial's errors with `heads`, a weight
-        for every head of each place. The geometric mean of several results.
+        for every head of each place.
 
         Noise would tell too little: what methods leave out is alike in all tokens and steps. It
         stands in only where the small geometry is too short for them.
@@ -211,16 +210,17 @@ class Small:
         losses = [sum(w * e for w, e in zip(heads[p], error[p], strict=True)) for p in mine]
         return change / max(composed(losses), 1e-12)
 
-    def change(self, name: str, plan: Plan) -> float | None:
-        """Relative change of the final latents by a plan, the geometric mean of several results.
-        None: the small geometry is too short for it.
+    def change(self, name: str, plan: Plan, sparse: bool = True) -> float | None:
+        """Relative change of the final latents by a plan, the median of several results: one of
+        them may tip over into another picture. None: the small geometry is too short for the
+        plan, which ought to be `sparse`.
         """
 
         def work(n: int) -> list[float] | None:
             with patch(self.run.model, plan.model_copy(update={"limits": Limits()})) as handle:
                 take = video.run(self.run.model, self.settings, self.shots[n])
-                sparse = handle.report().sparse_calls
-            if not sparse:
+                counted = handle.report().sparse_calls
+            if sparse and not counted:
                 return None
             return [relative(f, t) for f, t in zip(take.latents, self.latents(n), strict=True)]
 
@@ -232,7 +232,7 @@ class Small:
                 return None
             found += some
         self.spreads.append(np.log(np.maximum(found, 1e-12)))
-        return geometric_mean(found)
+        return float(np.median(found))
 
     def margin(self) -> float:
         """By which factor a result's error exceeds the mean in one case of twenty, from the spread
