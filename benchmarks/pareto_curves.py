@@ -148,6 +148,7 @@ FURTHER: dict[str, tuple[dict[str, Any], ...]] = {
         {"window": w} for w in ((1.0, 0.5, 0.5), (1.0, 0.75, 0.5), (1.0, 0.5, 1.0), (0.6, 1.0, 1.0))
     ),
     "taylor_seer": ({"interval": 10},),
+    "window": ({"window_tokens": 640}, {"window_tokens": 1536}),
 }
 """Settings beside those that calibration names, where these are fewer than eight."""
 
@@ -155,6 +156,14 @@ FURTHER: dict[str, tuple[dict[str, Any], ...]] = {
 def further(method: Any) -> list[Any]:
     """More settings of a method, which differ from this one in these fields only."""
     return [method.model_copy(update=one) for one in FURTHER.get(method.kind, ())]
+
+
+def more(family: Family) -> Family:
+    """A family with its further settings, along its dial."""
+    settings = [*further(family.settings[0]), *family.settings]
+    if family.field and len(settings) > len(family.settings):
+        settings.sort(key=lambda m: getattr(m, str(family.field)))
+    return Family(family.name, tuple(settings), family.field)
 
 
 def spread(settings: Sequence[Any]) -> list[Any]:
@@ -230,7 +239,7 @@ def dialled(cache: Any) -> Family:
     }  # fmt: skip
     name = cache.kind + (json.dumps(own) if own else "")
     some = tuple(cache.model_copy(update={field: v}) for v in cache.dial.values)
-    family = finer(Family(name, (*further(some[0]), *some), field))
+    family = finer(more(Family(name, some, field)))
     return Family(name, tuple(spread(family.settings)), field)
 
 

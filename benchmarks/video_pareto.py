@@ -30,11 +30,12 @@ import numpy as np
 import torch
 from pareto_curves import (
     ROOT,
+    SETTINGS,
     Subject,
     dialled,
     finer,
-    further,
     measured_cache,
+    more,
     run_alone,
     run_cache,
     run_mixture,
@@ -68,10 +69,9 @@ def singles(
     for name in dict.fromkeys(m.kind for m in able):
         mine = [f for f in families if f.settings[0].kind == name]
         # Settings without a dial are one curve; a dial's variants are a curve each.
-        loose = [s for f in mine if f.field is None for s in f.settings]
-        loose += further(loose[0]) if loose else []
-        some = [finer(f) for f in mine if f.field is not None]
-        some += [thinned(Family(name, tuple(loose), None), 12)] if loose else []
+        loose = tuple(s for f in mine if f.field is None for s in f.settings)
+        some = [finer(more(f)) for f in mine if f.field is not None]
+        some += [thinned(more(Family(name, loose, None)), 12)] if loose else []
         for family in some:
             unit, arithmetic = unit_of(
                 subject.pipe, subject.settings, subject.one, family.settings[0], tables
@@ -86,13 +86,20 @@ def singles(
     return waiting
 
 
-def same(setting: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two points have one setting; a model's own numbers are measured anew in each run."""
+def missing(waiting: list[list[Job]], known: dict[str, list[dict[str, Any]]]) -> list[list[Job]]:
+    """The settings that an earlier file has not got, of curves that want some for `SETTINGS`
+    points, the shortest curves first.
+    """
 
-    def plain(s: dict[str, Any]) -> Any:
-        return json.loads(json.dumps({k: v for k, v in s.items() if k != "ratios"}))
+    def plain(setting: dict[str, Any]) -> Any:  # a model's own numbers are measured in each run
+        return json.loads(json.dumps({k: v for k, v in setting.items() if k != "ratios"}))
 
-    return bool(plain(setting) == plain(other))
+    found: list[list[Job]] = []
+    for jobs in waiting:
+        have = [plain(r["setting"]) for r in known.get(jobs[0][0], ())]
+        if len(have) < SETTINGS:
+            found.append([job for job in jobs if plain(job[1]) not in have])
+    return sorted(found, key=lambda jobs: len(known.get(jobs[0][0], ())) if jobs else SETTINGS)
 
 
 def fewer(subject: Subject, steps: int) -> dict[str, Any]:
@@ -224,7 +231,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--costs", type=Path, help="costs measured before; made if not there")
     parser.add_argument("--layers", type=int, default=4, help="of the target, to measure shares")
     parser.add_argument("--journal", type=Path, help="of calibrations; made if not there")
-    parser.add_argument("--more", type=Path, help="an earlier file; what it has is not run again")
+    parser.add_argument("--more", type=Path, help="an earlier file, whose curves are made whole")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after these")
     parser.add_argument(
         "--part", type=int, nargs=2, default=[0, 1], metavar=("I", "N"),
@@ -299,10 +306,7 @@ def main() -> None:
         others += singles(subject, [m for m in methods if m.kind in costs.methods], costs, about,
                           tokens)  # fmt: skip
     known = json.loads(args.more.read_text())["curves"] if args.more else {}
-    others = [
-        [j for j in row if not any(same(j[1], r["setting"]) for r in known.get(j[0], ()))]
-        for row in others
-    ]
+    others = missing(others, known)
     if parts > 1:
         waiting = others[index - 1 :: parts - 1] if index else mixtures
     else:
@@ -310,8 +314,12 @@ def main() -> None:
     # A point of every curve before a second one of any: the time may end.
     for turn in range(max(map(len, waiting), default=0)):
         for name, _, run in (row[turn] for row in waiting if turn < len(row)):
-            row = run() if time.perf_counter() - begin < args.seconds else None
-            if row is None:
+            points = len(known.get(name, ())) + len(found["curves"].get(name, ()))
+            late = time.perf_counter() - begin > args.seconds
+            if late or (name in known and points >= SETTINGS):
+                continue
+            row = run()
+            if row is None:  # the method leaves this size dense
                 continue
             found["curves"].setdefault(name, []).append(row)
             args.out.parent.mkdir(parents=True, exist_ok=True)
