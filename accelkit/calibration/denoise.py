@@ -220,6 +220,7 @@ def _plan(
             steps=seen.total,
         ),
     )  # fmt: skip
+    planner.known[0] = rounding = small.rounding()
     # Spread as the trials show it: what hardly changes anything may tip a single result over.
     margin = small.margin()
     planner.rehearse(small, margin)
@@ -232,6 +233,7 @@ def _plan(
         "steps": seen.total,
         "buckets": [list(b) for b in small.shares],
         "influence": [float(f"{i:.4g}") for i in influence],
+        "rounding": float(f"{rounding:.4g}"),
         "composition": float(f"{planner.kappas[None]:.4g}"),
         "margin": float(f"{checker.margin:.4g}"),
         "weighed_on": vars(seen.settings),

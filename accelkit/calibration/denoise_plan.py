@@ -16,7 +16,7 @@ from accelkit.calibration.denoise_caches import Cached
 from accelkit.calibration.denoise_check import Checker
 from accelkit.calibration.denoise_look import Look, bucket_of, buckets, site_of
 from accelkit.calibration.denoise_measure import Measurements
-from accelkit.calibration.denoise_weights import Small, grown
+from accelkit.calibration.denoise_weights import Small
 from accelkit.calibration.measure import Run
 from accelkit.calibration.quality import geometric_mean
 from accelkit.calibration.search import (
@@ -56,7 +56,8 @@ class Planner:
 
     `kappas` say how errors of attention compose beside each step cache, the last of them stands for
     the others; `scale` is the error of a step cache ÷ that at the small geometry. Both follow what
-    checks measure. `known` has the errors of the step caches that were checked alone.
+    checks measure. `known` has the errors of the step caches that were checked alone, and without
+    any, of rounding.
     """
 
     seen: Look
@@ -82,13 +83,7 @@ class Planner:
             {p: self.found.refresh.get(site_of(p), 1) for p in self.seen.places},
         )  # fmt: skip
         self.data = [
-            replace(
-                d,
-                table=_grown(d.table),
-                site=site_of(d.site),
-                steps=shares[bucket_of(d.site)],
-            )
-            for d in data
+            replace(d, site=site_of(d.site), steps=shares[bucket_of(d.site)]) for d in data
         ]
         self.tables = [[_left(d, c) for d in self.data] for c in self.caches]
         self.fronts: list[dict[str, Any]] = [{} for _ in self.caches]
@@ -148,7 +143,8 @@ class Planner:
             error = self.cached_error(n)
             if n and error > epsilon:
                 continue
-            room = max(epsilon**2 - error**2, 0.0) ** 0.5
+            # Rounding alone may take it all, in theory.
+            room = max(epsilon**2 - error**2, 0.0 if n else (epsilon / 2) ** 2) ** 0.5
             solution = self.still(n) if alone else self._searched(n, room / self.kappa(n))
             ways.append((solution.ms + self._rest(cache), n, solution))
         ms, n, solution = min(ways, key=lambda w: w[:2])
@@ -236,7 +232,7 @@ class Planner:
         longer ways than in all of them.
         """
         if not n:
-            return 0.0
+            return self.cached_error(n)
         plan = self._assembled(self.caches[n], self.still(n))
         name = f"composition/{refine.plan_digest(plan)}"
         return small.change(name, plan, sparse=False) or 0.0
@@ -300,7 +296,7 @@ class Planner:
                 1.0, self.dense_ms / (1e3 * self.found.step_seconds * self.seen.total)
             ),
             "step_cache": None if cache is None else cache.kind,
-            "step_cache_error": self.cached_error(n),
+            "step_cache_error": 0.0 if cache is None else self.cached_error(n),
             "per_task": {
                 f"{r['task']} (seed {r['seed']})": {k: r[k] for k in keep if r.get(k) is not None}
                 for r in best.rows
@@ -315,11 +311,6 @@ class Planner:
         return best.plan.model_copy(update={"measured": _short(measured)}).with_tables(
             best.plan.tables
         )
-
-
-def _grown(table: Table) -> Table:
-    options = tuple(replace(o, error=grown(o.error)) for o in table.options)
-    return replace(table, options=options)
 
 
 def _left(data: SiteData, cache: Cached) -> Table:
