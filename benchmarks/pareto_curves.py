@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pareto_target import DENSE_STEPS, attention_ratio, denoising_ratio
+from pareto_target import DENSE_STEPS, single_cost, unit_of
 
 import accelkit
 from accelkit.calibration import (
@@ -191,9 +191,8 @@ def alone(pipe: Any, method: AttentionMethod, tables: dict[str, torch.Tensor]) -
 
 
 def run_alone(
-    subject: Subject, method: AttentionMethod, tables: dict, costs: CostTable, tokens: int,
-    share: float, size: tuple[int, int], timed: float | None,
-) -> dict[str, Any] | None:  # fmt: skip
+    subject: Subject, method: AttentionMethod, tables: dict, costs: CostTable, about: dict[str, Any]
+) -> dict[str, Any] | None:
     plan = alone(subject.pipe, method, tables)
     with accelkit.patch(subject.pipe, plan) as handle:
         with handle.measuring():
@@ -203,21 +202,15 @@ def run_alone(
         if not densities:
             return None
         take, pictures = subject.drawn()
-    density, renewed = (
-        statistics.fmean(densities),
-        method.renewed(subject.steps),
-    )
+    density, renewed = statistics.fmean(densities), method.renewed(subject.steps)
     if renewed and density > 1 / 3:
         density = (3 * density - 1) / 2  # one of these three sparse steps was a renewing one
-    ratio = attention_ratio(costs, tokens, method.kind, size, density)
-    if timed is not None:
-        ratio = timed / costs.dense_ms(tokens)
-    ratio = renewed + (1 - renewed) * ratio
-    cost = denoising_ratio(share, ratio)
-    return {
-        "setting": stored(method), "density": density, "cost": cost,
-        **subject.judged(take, pictures),
+    unit, execution = unit_of(subject.pipe, subject.settings, subject.one, method, tables)
+    found = {
+        "setting": stored(method), "density": density, "renewed": renewed, "unit": unit,
+        "execution": execution,
     }  # fmt: skip
+    return {**found, "cost": single_cost(found, costs, about), **subject.judged(take, pictures)}
 
 
 def measured_cache(cache: Any, subject: Subject) -> Any:

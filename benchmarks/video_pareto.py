@@ -34,6 +34,7 @@ from pareto_curves import (
     Subject,
     dialled,
     finer,
+    further,
     measured_cache,
     more,
     run_alone,
@@ -42,7 +43,7 @@ from pareto_curves import (
     spread,
     variants,
 )
-from pareto_target import DENSE_STEPS, confirmed, measured_costs, moved, unit_of
+from pareto_target import DENSE_STEPS, confirmed, measured_costs, moved, single_cost
 
 from accelkit.calibration import denoise_caches, pipelines, video_bench
 from accelkit.calibration.candidates import Family, chosen_methods, stored, thinned
@@ -61,7 +62,7 @@ Job = tuple[str, dict[str, Any], Callable[[], dict[str, Any] | None]]
 
 
 def singles(
-    subject: Subject, able: Sequence[AttentionMethod], costs: CostTable, about: dict, tokens: int
+    subject: Subject, able: Sequence[AttentionMethod], costs: CostTable, about: dict[str, Any]
 ) -> list[list[Job]]:
     """The settings of every curve of one method, in the order to run them."""
     families, tables = variants(subject, able)
@@ -73,13 +74,7 @@ def singles(
         some = [finer(more(f)) for f in mine if f.field is not None]
         some += [thinned(more(Family(name, loose, None)), 12)] if loose else []
         for family in some:
-            unit, arithmetic = unit_of(
-                subject.pipe, subject.settings, subject.one, family.settings[0], tables
-            )
-            run = partial(
-                run_alone, subject, tables=tables, costs=costs, tokens=tokens,
-                share=about["share"], size=unit, timed=about["clocked"].get(arithmetic),
-            )  # fmt: skip
+            run = partial(run_alone, subject, tables=tables, costs=costs, about=about)
             waiting.append(
                 [(family.name, stored(s), partial(run, s)) for s in spread(family.settings)]
             )
@@ -182,10 +177,17 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def join(paths: Sequence[Path], out: Path) -> None:
-    """One file and one picture of several parts."""
+def join(paths: Sequence[Path], out: Path, costs: Path | None) -> None:
+    """One file and one picture of several parts; single methods at the prices of `costs`."""
     parts = [json.loads(p.read_text()) for p in paths]
     found = parts[0]
+    if costs is not None:
+        about = json.loads(costs.read_text())
+        table = moved(CostTable.from_dict(about["table"]), found["tokens"], found["heads"])
+        for row in (r for part in parts for rows in part["curves"].values() for r in rows):
+            if "density" in row:
+                row["cost"] = single_cost(row, table, about)
+        found |= {k: about[k] for k in ("share", "confirmed")}
     for part in parts[1:]:
         for name, rows in part["curves"].items():
             found["curves"].setdefault(name, []).extend(rows)
@@ -245,7 +247,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     args = options()
     if args.join:
-        join(args.join, args.out)
+        join(args.join, args.out, args.costs)
         return
     begin = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -254,10 +256,11 @@ def main() -> None:
     if args.costs and args.costs.exists():
         about = json.loads(args.costs.read_text())
     else:
-        about = measured_costs(methods, device, args.layers)
+        about = measured_costs(methods, device, args.layers, further)
         about["confirmed"] = confirmed(about, device, args.layers)
+        about["environment"] = environment(torch.device(device))
         if args.costs:
-            args.costs.write_text(json.dumps(about))
+            args.costs.write_text(json.dumps(about, indent=1))
     big = CostTable.from_dict(about["table"])
     print(f"f = {about['share']:.3f}, {time.perf_counter() - begin:.0f} s; {big.refused}")
 
@@ -271,7 +274,8 @@ def main() -> None:
     heads = next(iter(facts(pipe)[0].components.values())).q_heads
     costs = moved(big, tokens, heads)
     found: dict[str, Any] = {
-        "model": Path(args.model).name, "tokens": tokens, **vars(size), "share": about["share"],
+        "model": Path(args.model).name, "tokens": tokens, "heads": heads, **vars(size),
+        "share": about["share"],
         "dense_steps": DENSE_STEPS, "target_tokens": big.dense[-1][0], "refused": dict(big.refused),
         "confirmed": about.get("confirmed", []), "prompts": args.prompts,
         "kernel": os.environ.get("ACCELKIT_KERNEL", "auto"),
@@ -303,8 +307,7 @@ def main() -> None:
             others.append(
                 [(family.name, stored(s), partial(run_cache, subject, s)) for s in family.settings]
             )
-        others += singles(subject, [m for m in methods if m.kind in costs.methods], costs, about,
-                          tokens)  # fmt: skip
+        others += singles(subject, [m for m in methods if m.kind in costs.methods], costs, about)
     known = json.loads(args.more.read_text())["curves"] if args.more else {}
     others = missing(others, known)
     if parts > 1:
@@ -332,7 +335,7 @@ def main() -> None:
                 flush=True,
             )
     if parts == 1:
-        join([args.out], args.out)
+        join([args.out], args.out, None)
 
 
 if __name__ == "__main__":
