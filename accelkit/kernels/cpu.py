@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accelkit.kernels.cpu_rows import Lists, Rows, fused, join, take, wide
+from accelkit.kernels.cpu_rows import Lists, Piece, Rows, fused, join, take, wide
 from accelkit.kernels.index import ALL, ceil_div
 from accelkit.kernels.launch import Launch
 
@@ -95,9 +95,11 @@ def _bands(
     if start < launch.n_k:
         triangles = fused(cut(q, first), cut(k, start), cut(v, start), launch.scale, causal=True)
     for n in range(bands):
-        pieces, edge, row = [], start + n * band, first + n * band
+        pieces: list[Piece] = []
+        edge, row = start + n * band, first + n * band
         if triangles is not None:
-            pieces.append([t[:, n].unflatten(0, q.shape[:2]) for t in triangles])
+            out, lse = (t[:, n].unflatten(0, q.shape[:2]) for t in triangles)
+            pieces.append((out, lse))
         if edge:
             rows = q[:, :, row : row + band]
             pieces.append(fused(rows, k[:, :, :edge], v[:, :, :edge], launch.scale))
@@ -106,7 +108,7 @@ def _bands(
         _write_dense(launch, slots, row, pieces[0])
 
 
-def _write_dense(launch: Launch, slots: Tensor, row: int, piece: tuple[Tensor, Tensor]) -> None:
+def _write_dense(launch: Launch, slots: Tensor, row: int, piece: Piece) -> None:
     """Rows from `row` on of some heads `[B, S, n, D]`."""
     out, lse = piece
     rows = slice(row, row + out.shape[2])

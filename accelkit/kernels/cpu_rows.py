@@ -28,7 +28,7 @@ with −inf.
 """
 
 Piece = tuple[Tensor, Tensor]
-"""Output `[R, rows, Dv]` and natural-log LSE `[R, rows]` of some runs of rows."""
+"""Output `[…, rows, Dv]` and natural-log LSE `[…, rows]` of some rows."""
 
 
 def fused(
