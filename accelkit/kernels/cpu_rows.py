@@ -126,6 +126,15 @@ class Rows:
         self.kv = (torch.arange(launch.batch)[:, None] * launch.k.shape[1] + kv).flatten()
         self.base = (self.kv * blocks).repeat_interleave(self.tiles)
         self.found: Piece | None = None
+        # Pieces of a stage one behind the other, and behind them an empty one. The memory serves
+        # all stages: fresh memory costs more than what is written there.
+        self.stage = self._memory(self.tiles * len(self.kv) + tallest, launch.q.dtype)
+        self.laid: Piece | None = None
+
+    def _memory(self, rows: int, dtype: torch.dtype) -> Piece:
+        bq = self.launch.index.size[0]
+        lse = torch.promote_types(dtype, torch.float32)
+        return torch.empty((rows, bq, self.width), dtype=dtype), torch.empty((rows, bq), dtype=lse)
 
     def squares(self, own: Tensor) -> None:
         """Tiles over the keys at their own positions, as triangles, where `own` (bool
@@ -137,31 +146,30 @@ class Rows:
         heads = self.launch.batch * self.launch.k.shape[1]
         k, v = (t.view(heads, -1, 1, bq, self.width) for t in (self.k, self.v))
         q = self.q.unflatten(0, (-1, self.tiles))
-        pieces = []
+        done = 0
         for line, kv in enumerate(self.kv.tolist()):
             some = q[line, : len(tiles), None]
             out, lse = fused(some, k[kv, places], v[kv, places], self.launch.scale, causal=True)
-            pieces.append((out[:, 0], lse[:, 0]))
-        source = torch.arange(own.numel()).view(own.shape).where(own, -1)
-        self._add(pieces, pad(source, (0, self.tiles - len(tiles)), value=-1).flatten())
+            done = self._put(done, out[:, 0], lse[:, 0])
+        source = torch.arange(done).view(own.shape).where(own, -1)
+        self._join_stage(done, pad(source, (0, self.tiles - len(tiles)), value=-1).flatten())
 
     def pieces(self, lists: Lists, height: int = 1) -> None:
         """Runs of tiles over the blocks of their lists, which all their queries see wholly."""
         queries = self.q.view(-1, height * self.q.shape[1], self.width)
-        source, pieces, done = torch.full((len(queries),), -1), [], 0
+        source, done = torch.full((len(queries),), -1), 0
         for at, count in _chunks(lists.count, self.key_bytes * self.launch.index.size[1]):
             blocks = lists.blocks[lists.first[at, None] + torch.arange(count)]
-            pieces.append(self._fused(queries, at, blocks + self.base[at * height, None]))
             source[at] = torch.arange(done, done + len(at))
-            done += len(at)
-        self._add(pieces, source)
+            done = self._put(done, *self._fused(queries, at, blocks + self.base[at * height, None]))
+        self._join_stage(done, source)
 
     def hidden(self, lists: Lists) -> None:
         """Tiles over blocks that some of their queries do not see."""
         bq, bk = self.launch.index.size
         masks = _Hidden(self.launch, self.slots, self.tiles)
         size = (self.key_bytes + bq * self.dtype.itemsize) * bk
-        source, pieces, done = torch.full((len(self.q),), -1), [], 0
+        source, done = torch.full((len(self.q),), -1), 0
         for at, count in _chunks(lists.count, size, even=False):
             # Shorter rows of a chunk repeat block 0 behind their own, hidden.
             own = torch.arange(count) < lists.count[at, None]
@@ -169,12 +177,10 @@ class Rows:
             blocks = lists.blocks[place.clamp_(max=len(lists.blocks) - 1)].where(own, 0)
             mask, blind = masks.mask(at, blocks, own, self.dtype)
             out, lse = self._fused(self.q, at, blocks + self.base[at, None], mask[:, None])
-            pieces.append(
-                (out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf))
-            )
             source[at] = torch.arange(done, done + len(at))
-            done += len(at)
-        self._add(pieces, source)
+            out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
+            done = self._put(done, out, lse)
+        self._join_stage(done, source)
 
     def _fused(
         self, queries: Tensor, at: Tensor, blocks: Tensor, mask: Tensor | None = None
@@ -194,24 +200,33 @@ class Rows:
             return [t[first : first + n] for t in (self.k, self.v)]
         return [t.index_select(0, blocks) for t in (self.k, self.v)]
 
-    def _add(self, pieces: list[Piece], source: Tensor) -> None:
-        """Join a stage: run i of its height is run `source[i]` of the pieces, −1 for none."""
-        if not pieces:
+    def _put(self, done: int, out: Tensor, lse: Tensor) -> int:
+        """Runs behind the `done` ones of a stage; how many there are now."""
+        end = done + len(out)
+        for memory, found in zip(self.stage, (out, lse), strict=True):
+            memory.view(-1, *found.shape[1:])[done:end] = found
+        return end
+
+    def _join_stage(self, done: int, source: Tensor) -> None:
+        """Join a stage: run i of its height is `source[i]` of the `done` ones, −1 for none."""
+        if not done:
             return
-        # A run behind the last stands for those that the stage left empty.
-        outs, lses = ([p[i] for p in pieces] for i in (0, 1))
-        out = torch.cat([*outs, outs[0].new_zeros((1, *outs[0].shape[1:]))])
-        lse = torch.cat([*lses, lses[0].new_full((1, *lses[0].shape[1:]), -math.inf)])
-        source = source.where(source >= 0, len(out) - 1)
-        if not torch.equal(source, torch.arange(len(out) - 1)):
-            out, lse = out.index_select(0, source), lse.index_select(0, source)
-        shape = (len(self.q), self.q.shape[1])
-        out = out[: len(source)].view(*shape, self.width).to(self.dtype)
-        lse = lse[: len(source)].view(shape).to(self.dtype)
+        height = len(self.q) // len(source)
+        out, lse = (t.view(-1, height * t.shape[1], *t.shape[2:]) for t in self.stage)
+        out[done], lse[done] = 0.0, -math.inf
+        source = source.where(source >= 0, done)
+        laid = self.laid if self.laid is not None else self._memory(len(self.q), self.dtype)
+        for memory, found in zip(laid, (out, lse), strict=True):
+            at = memory.view(-1, *found.shape[1:])
+            if found.dtype == at.dtype:
+                torch.index_select(found, 0, source, out=at)
+            else:
+                at.copy_(found.index_select(0, source))
         if self.found is None:
-            self.found = out, lse
+            self.found = laid
         else:
-            join(*self.found, out, lse)
+            self.laid = laid
+            join(*self.found, *laid)
 
     def write(self) -> None:
         """Hand the results to the launch."""
