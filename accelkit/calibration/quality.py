@@ -64,7 +64,12 @@ def reference(model: Any, sample: Sample) -> Reference:
 def check(model: Any, plan: Plan, dense: Reference) -> dict[str, Any]:
     """Run one prompt with `plan` and compare: error, KL, right answers, milliseconds."""
     with patch(model, plan):
-        hidden, ms = _hidden(model, dense.sample, dense.rows)
+        return compare(model, dense)
+
+
+def compare(model: Any, dense: Reference) -> dict[str, Any]:
+    """The same with a model that is patched already."""
+    hidden, ms = _hidden(model, dense.sample, dense.rows)
     return {
         "task": dense.sample.task,
         "tokens": len(dense.sample.ids),
