@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from accelkit.calibration import assemble, fit, measure, memory
+from accelkit.calibration import assemble, fit, measure, memory, quality
 from accelkit.calibration import data as prompts
 from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.capture import forward
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.measure import PRESETS, PROBE_TOKENS, Run
-from accelkit.calibration.refine import refined
+from accelkit.calibration.prefill_plan import refined
 from accelkit.calibration.session import (
     Bar,
     Stopwatch,
@@ -232,7 +232,8 @@ def _plan(
     families, units = measure.measured(run, inputs.measure, screen, families)
     probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
     heads = {s.path: run.heads[s.path] for s in run.sites}
-    weights = measure.weighed(run, heads, [measure.probe_of(run.model, p) for p in probes])
+    shows = [measure.probe_of(run.model, p) for p in probes]
+    weights = measure.weighed(run, heads, shows, lambda place: quality.faintest)
     lengths = [len(s.ids) for s in inputs.measure][: len(units)]
     found = assemble.site_data(
         [s.path for s in run.sites], families, screen, list(zip(lengths, units, strict=True)),
