@@ -64,6 +64,12 @@ class Study:
             before = json.loads(args.out.read_text("utf-8"))
             keep = ("mixtures", "singles", "speed", "note")
             self.found |= {k: before[k] for k in keep if k in before}
+        for row in self.found["mixtures"]:
+            folder = args.plans / f"{row['budget']:g}"
+            if folder.exists():
+                plan = Plan.from_pretrained(folder)
+                if plan_digest(plan) == row["plan"]:
+                    self.plans[name_of(row)] = plan
 
     def save(self) -> None:
         save(self.found, self.args.out)
@@ -84,8 +90,10 @@ class Study:
                 "calibration": {k: plan.calibration[k] for k in kept},
                 "measured": plan.measured, **self.bench.measure(plan),
             }  # fmt: skip
-            rest = [m for m in self.found["mixtures"] if m["budget"] != budget]
-            self.found["mixtures"] = [*rest, row]
+            for old in [m for m in self.found["mixtures"] if m["budget"] == budget]:
+                self.found["mixtures"].remove(old)
+                self.plans.pop(name_of(old), None)
+            self.found["mixtures"].append(row)
             told(f"mixture {budget:g}", row)
         self.plans[name_of(row)] = plan
         self.save()
