@@ -1,4 +1,4 @@
-"""A model with its held-out prompts, for `mixture.py`: what a plan loses on them, how long it takes.
+"""A model with its held-out prompts, for `mixture.py`: what a plan loses there, how long it takes.
 
 Prompts are the built-in tasks on text that calibration never draws from: one of each task and
 several texts, and with `answers` as many more of each task as ask for that many answers.

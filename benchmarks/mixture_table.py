@@ -81,9 +81,7 @@ def rivals(found: Row, most: float) -> list[Row]:
     """Settings worth timing together: followed to the end, and by their own first reading no slower
     than this share of dense.
     """
-    return [
-        s for s in found["singles"] if s["stopped"] is None and s["ms"] <= most * s["dense_ms"]
-    ]
+    return [s for s in found["singles"] if s["stopped"] is None and s["ms"] <= most * s["dense_ms"]]
 
 
 def told_refusals(found: Row) -> None:
