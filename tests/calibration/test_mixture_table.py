@@ -90,7 +90,7 @@ def test_parts_are_joined_by_plan(table: ModuleType, tmp_path: Path) -> None:
     assert table.name_of(found["mixtures"][0]) in found["speed"]["ms"]
 
 
-def test_other_models_are_not_table.joined(table: ModuleType, tmp_path: Path) -> None:
+def test_other_models_are_not_joined(table: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(study()))
     (tmp_path / "b.json").write_text(json.dumps(study() | {"tokens": 9}))
     with pytest.raises(SystemExit, match="tokens"):
