@@ -40,14 +40,18 @@ def verdict(found: Row) -> list[Row]:
         mine = share.get(name_of(mixture), 1.0)
         rivals = [s for s in timed(found) if s["worst_error"] <= mixture["worst_error"]]
         best = min(rivals, key=lambda s: share[s["setting"]], default=None)
-        theirs = 1.0 if best is None else min(1.0, share[best["setting"]])
+        if best is not None and share[best["setting"]] >= 1:
+            best = None
+        theirs = 1.0 if best is None else share[best["setting"]]
         kept = ("budget", "worst_error", "worst_prompt", "answers", "points_lost")
         table.append(
             {k: mixture[k] for k in kept}
             | {
                 "mixture_ms": whole * mine,
                 "dense_ms": whole,
-                "best_single": best["setting"] if best is not None and theirs < 1 else DENSE,
+                "best_single": DENSE if best is None else best["setting"],
+                "best_single_error": 0.0 if best is None else best["worst_error"],
+                "best_single_points_lost": 0.0 if best is None else best["points_lost"],
                 "best_single_ms": whole * theirs,
                 "ratio": theirs / mine,
             }
