@@ -243,7 +243,7 @@ def mixture_row(m: dict[str, Any]) -> dict[str, Any]:
         "mixture, ms": m["mixture_ms"],
         "dense, ms": m["dense_ms"],
         "best single": m["best_single"],
-        "its error": m["best_single_error"],
+        "its error": m.get("best_single_error"),
         "its ms": m["best_single_ms"],
         "× best single": m["ratio"],
     }
