@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mixture_bench import SLOW, Bench, label, settings_of, told
+from mixture_bench import Bench, label, settings_of, told
 from mixture_table import joined, losses, name_of, rivals, save, shown
 
 import accelkit
@@ -53,8 +53,9 @@ class Study:
         self.plans: dict[str, Plan] = {}
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.bench = Bench(
-            args.model, args.tasks, args.length, args.batch, args.answers, device, args.dtype
-        )
+            args.model, args.tasks, args.length, args.batch, args.answers, device, args.dtype,
+            args.slow,
+        )  # fmt: skip
         self.found: dict[str, Any] = {
             "model": args.model, "tokens": args.length, "batch": args.batch,
             "dtype": str(self.bench.model.dtype), "preset": args.preset,
@@ -132,7 +133,7 @@ class Study:
         """Time mixtures and rivals in one process."""
         methods = {label(m): m for s in self.found["singles"] for m in settings_of(s["method"])}
         sides = dict(self.plans)
-        for single in rivals(self.found, SLOW):
+        for single in rivals(self.found, self.args.slow):
             sides[single["setting"]] = self.bench.single(methods[single["setting"]])
         self.found["speed"] = {
             "environment": environment(self.bench.model.device),
@@ -166,7 +167,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="*", default=TASKS)
     parser.add_argument("--answers", type=int, default=0, help="fewest of every task that has any")
     parser.add_argument("--preset", default="balanced")
-    parser.add_argument("--most-error", type=float, default=0.12, help="of rivals, on one prompt")
+    parser.add_argument("--most-error", type=float, default=0.12, help="of rivals, mean of a task")
+    parser.add_argument("--slow", type=float, default=1.1, help="share of dense that ends a test")
     parser.add_argument("--turns", type=int, default=5, help="times that all are timed; 0: not yet")
     parser.add_argument("--match", action="store_true", help="mixtures for unbeaten settings")
     parser.add_argument("--journal", type=Path, help="of the calibration")
