@@ -24,12 +24,15 @@ CHECK_SEED = 500_000
 
 @dataclass(frozen=True)
 class Mix:
-    """Which built-in tasks a preset uses: at the longest length, at each shorter one, to check."""
+    """Which built-in tasks a preset uses: at the longest length, at each shorter one, to check, and
+    to check at half of the longest length.
+    """
 
     longest: tuple[str, ...]
     shorter: tuple[str, ...]
     check: tuple[str, ...]
     check_shorter: tuple[str, ...]
+    check_half: tuple[str, ...] = ()
 
 
 # Balanced measures on text and on tasks that are mostly text: text fails before lists of keys do,
@@ -39,12 +42,16 @@ class Mix:
 _REST = tuple(t for t in tasks.TASKS if t not in ("text", "variables"))
 _TEXTS = ("text",) * 4
 _CHECK = (*_TEXTS, "variables", *_REST)
+# Needles fail at one place or another: further ones, at half the length, where they cost a third.
+_NEEDLES = ("needle",) * 3
 MIXES = {
     "fast": Mix(
         ("multi_key", "text"), ("variables",), ("text", "text", "variables", "multi_key"), ()
     ),
-    "balanced": Mix(("multi_key", "variables", "text"), ("multi_value",), _CHECK, ("key_value",)),
-    "careful": Mix(tasks.TASKS, ("multi_key", "variables", "text"), _CHECK * 2, _CHECK),
+    "balanced": Mix(
+        ("multi_key", "variables", "text"), ("multi_value",), _CHECK, ("key_value",), _NEEDLES
+    ),
+    "careful": Mix(tasks.TASKS, ("multi_key", "variables", "text"), _CHECK * 2, _CHECK, _NEEDLES),
 }
 
 
@@ -149,6 +156,8 @@ def _built_in(tokenizer: Any, lengths: Sequence[int], preset: str, seed: int) ->
     first = seed * 1000
     measure = [(t, longest) for t in mix.longest] + [(t, n) for n in shorter for t in mix.shorter]
     check = [(t, longest) for t in mix.check] + [(t, n) for n in shorter for t in mix.check_shorter]
+    if longest // 2 >= tasks.MIN_LENGTH:
+        check += [(t, longest // 2) for t in mix.check_half]
     return Inputs(
         tuple(made(t, n, first + i, False, tokenizer) for i, (t, n) in enumerate(measure)),
         tuple(

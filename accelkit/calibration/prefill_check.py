@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from accelkit.calibration import quality
+from accelkit.calibration import quality, session
 from accelkit.calibration.bench import prefill, times_ms
 from accelkit.calibration.data import Inputs
 from accelkit.calibration.fit import device_ms
 from accelkit.calibration.measure import Run
 from accelkit.calibration.refine import Round, plan_digest
+from accelkit.calibration.tasks import Sample
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 
@@ -24,8 +25,7 @@ FEW = 1
 LIFT = 1.15
 """What all prompts reach ÷ the error of the first one, before anything is known."""
 MOST_RUNS = 3.0
-"""Runs for each prompt that the check may be worth once a plan has held, the dense ones included.
-"""
+"""Runs for each prompt that the check may be worth once a plan has held, dense ones included."""
 
 
 class Checker:
@@ -40,7 +40,8 @@ class Checker:
         self.order = list(range(len(inputs.check)))
         self.references: dict[str, quality.Reference] = {}
         self.lifts: dict[int, float] = {}
-        self.runs = 0.0
+        # Runs so far, and those of all prompts, in runs of the longest one.
+        self.runs, self.whole = 0.0, sum(map(self._share, self.order))
         self.dense_runs: set[int] = set()
 
     def look(self, now: Round, allowed: float) -> None:
@@ -72,13 +73,16 @@ class Checker:
 
     def affords(self) -> bool:
         """Whether another plan may be checked on all prompts."""
-        return self.runs + len(self.samples) <= MOST_RUNS * len(self.samples)
+        return self.runs + self.whole <= MOST_RUNS * self.whole
+
+    def _share(self, n: int) -> float:
+        return len(self.samples[n].ids) / max(len(s.ids) for s in self.samples)
 
     def _add(self, now: Round, n: int) -> None:
         key = f"check/{plan_digest(now.plan)}/{n}"
         now.rows += [{**row, "prompt": n} for row in self._rows(now.plan, key, n)]
         now.measured = max(r["error"] for r in now.rows if r["error"] is not None)
-        self.runs += 1 + (n not in self.dense_runs)
+        self.runs += self._share(n) * (1 + (n not in self.dense_runs))
         self.dense_runs.add(n)
 
     def _fails(self, now: Round, n: int, allowed: float) -> bool:
@@ -108,8 +112,28 @@ class Checker:
             further = partial(self.more, sample.task, len(sample.ids), at)
             self.run.tell("checking a plan")
             work = partial(quality.answers, self.run.model, plan, self.still, further)
-            rows.append(self.run.journal.unit(f"{key}+{at}", work))
+            rows.append(self.run.journal.unit(f"{key}+{at}", work) | {"further": at})
         return rows
+
+    def lost(self, now: Round) -> tuple[Sample, int] | None:
+        """The first answer that a round lost: its prompt and its place there."""
+        row = next((r for r in now.rows if r["lost_answers"]), None)
+        if row is None:
+            return None
+        sample = self.samples[row["prompt"]]
+        if "further" in row and self.more is not None:
+            sample = self.more(sample.task, len(sample.ids), row["further"])
+        return sample, row["lost_answers"][0]
+
+    def gives(self, plan: Plan, sample: Sample, place: int) -> bool:
+        """Whether a plan gives an answer."""
+
+        def work() -> list[bool]:
+            return quality.answered(self.run.model, plan, sample)[0]
+
+        self.run.tell("finding what lost an answer")
+        key = f"blame/{plan_digest(plan)}/{session.digest([sample.ids.tobytes()])}"
+        return self.run.journal.unit(key, work)[place]
 
     @staticmethod
     def _open(rows: Sequence[dict[str, Any]]) -> bool:

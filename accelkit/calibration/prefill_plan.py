@@ -8,6 +8,7 @@ from typing import Any
 
 from accelkit.calibration import quality
 from accelkit.calibration.assemble import SiteData, assemble, crossover, kept_row, trimmed
+from accelkit.calibration.blame import culprit, raised
 from accelkit.calibration.data import Inputs
 from accelkit.calibration.measure import Run
 from accelkit.calibration.prefill_check import Checker
@@ -48,12 +49,29 @@ def refined(
         )
         dense = all(c.dense for c in solution.choices)
         ms = solution.ms + rest_ms
-        return Proposal(planned(solution, limits), solution, ms, dense_ms, solution.error, dense)
+        plan = planned(solution, limits)
+        return Proposal(plan, solution.choices, ms, dense_ms, solution.error, dense)
 
     choices = tuple(Choice((DENSE,) * d.table.heads) for d in data)
     still = planned(Solution(choices, dense_ms, 0.0), Limits(max_length=tokens))
     checker = Checker(run, inputs, still)
-    found = in_turns(run, propose, checker, budget.max_rel_error)
+
+    def learn(now: Round) -> bool:
+        lost, choices = checker.lost(now), now.proposal.choice
+        if lost is None:
+            return False
+
+        def mends(some: Sequence[Choice]) -> bool:
+            solution = Solution(tuple(some), 0.0, 0.0)
+            return checker.gives(planned(solution, now.plan.limits), *lost)
+
+        blamed = culprit(choices, mends)
+        if blamed is not None:
+            tables[:] = raised(tables, choices, blamed)
+            fronts.clear()
+        return blamed is not None
+
+    found = in_turns(run, propose, checker, budget.max_rel_error, learn)
     if found.best is not None:
         return _measured(found.best.plan, outcome_numbers(found, dense_ms), found.speed, found.best)
     log.warning("the plan is dense: %s at %d tokens", found.why, tokens)

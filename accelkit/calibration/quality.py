@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.nn.functional import pad
 
 from accelkit.calibration.capture import See, forward
 from accelkit.calibration.data import scored_rows
-from accelkit.calibration.tasks import Sample, count_right
+from accelkit.calibration.tasks import Sample, right_answers
 from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import adapter_for
 from accelkit.patches.adapters.last_layer import MOST as TRIM_BELOW
@@ -56,20 +55,26 @@ class Reference:
     sample: Sample
     rows: np.ndarray
     hidden: Tensor
-    right: int
+    answered: list[bool]
     ms: float
+
+    @property
+    def right(self) -> int:
+        return sum(self.answered)
 
 
 def reference(model: Any, sample: Sample, still: Plan | None = None) -> Reference:
     """Run one prompt dense; with `still`, a plan that leaves attention dense and trims the last
     layer, only as far as scored rows need it.
     """
-    trims = still is not None and still.trim_last_layer
-    rows = scored_rows(sample, _most(sample)) if trims else scored_rows(sample)
-    with patch(model, still) if trims else nullcontext():
-        hidden, ms = _hidden(model, sample, rows, trims)
-    right = _right(model, sample, rows, hidden)
-    return Reference(sample, rows, hidden, right, ms)
+    if still is None or not still.trim_last_layer:
+        rows = scored_rows(sample)
+        hidden, ms = _hidden(model, sample, rows, False)
+    else:
+        rows = scored_rows(sample, _most(sample))
+        with patch(model, still):
+            hidden, ms = _hidden(model, sample, rows, True)
+    return Reference(sample, rows, hidden, _answered(model, sample, rows, hidden), ms)
 
 
 def check(model: Any, plan: Plan, dense: Reference) -> dict[str, Any]:
@@ -81,14 +86,16 @@ def check(model: Any, plan: Plan, dense: Reference) -> dict[str, Any]:
 def compare(model: Any, dense: Reference, trimmed: bool = False) -> dict[str, Any]:
     """The same with a model that is patched already."""
     hidden, ms = _hidden(model, dense.sample, dense.rows, trimmed)
+    given = _answered(model, dense.sample, dense.rows, hidden)
     return {
         "task": dense.sample.task,
         "tokens": len(dense.sample.ids),
         "error": relative(hidden, dense.hidden),
         "kl": _divergence(model, dense.hidden, hidden),
-        "right": _right(model, dense.sample, dense.rows, hidden),
+        "right": sum(given),
         "dense_right": dense.right,
-        "asked": len(dense.sample.answers),
+        "asked": len(given),
+        "lost_answers": _lost(dense, given),
         "ms": ms,
         "dense_ms": dense.ms,
     }
@@ -101,15 +108,36 @@ def answers(
     wrong: nothing is lost where all are right, and error and `dense_right` are None then.
     """
     sample = make()
+    given, ms = answered(model, plan, sample)
+    found = {
+        "task": sample.task,
+        "tokens": len(sample.ids),
+        "error": None,
+        "kl": None,
+        "right": sum(given),
+        "dense_right": None,
+        "asked": len(given),
+        "lost_answers": [],
+        "ms": ms,
+    }
+    if not all(given):
+        dense = reference(model, sample, still)
+        found |= {"dense_right": dense.right, "lost_answers": _lost(dense, given)}
+    return found
+
+
+def answered(model: Any, plan: Plan, sample: Sample) -> tuple[list[bool], float]:
+    """Which answers of a prompt `plan` gives right, and the milliseconds of the run."""
     rows = scored_rows(sample)
     with patch(model, plan):
         hidden, ms = _hidden(model, sample, rows, plan.trim_last_layer)
-    right, asked = _right(model, sample, rows, hidden), len(sample.answers)
-    found = {"task": sample.task, "tokens": len(sample.ids), "right": right, "asked": asked}
-    found |= {"error": None, "kl": None, "dense_right": None, "ms": ms}
-    return (
-        found if right == asked else found | {"dense_right": reference(model, sample, still).right}
-    )
+    return _answered(model, sample, rows, hidden), ms
+
+
+def _lost(dense: Reference, given: Sequence[bool]) -> list[int]:
+    """Places of the answers that only dense attention gives."""
+    both = zip(dense.answered, given, strict=True)
+    return [n for n, (before, now) in enumerate(both) if before and not now]
 
 
 def lost(rows: Sequence[dict[str, Any]]) -> int:
@@ -301,13 +329,14 @@ def _logits(model: Any, hidden: Tensor) -> Tensor:
     return head(hidden.to(weight.dtype).to(weight.device)).float()
 
 
-def _right(model: Any, sample: Sample, rows: np.ndarray, hidden: Tensor) -> int:
+def _answered(model: Any, sample: Sample, rows: np.ndarray, hidden: Tensor) -> list[bool]:
+    """Which answers of a prompt are right."""
     if not sample.answers:
-        return 0
+        return []
     best = [_logits(model, part).argmax(-1).cpu() for part in hidden.split(_ROWS)]
     predicted = np.full(len(sample.ids), -1)
     predicted[rows] = torch.cat(best).numpy()
-    return count_right(sample, predicted)
+    return right_answers(sample, predicted)
 
 
 def _divergence(model: Any, dense: Tensor, sparse: Tensor) -> float:

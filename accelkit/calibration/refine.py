@@ -125,8 +125,11 @@ def in_turns(
     propose: Callable[[float], Proposal],
     checker: Checker,
     allowed: float,
+    learn: Callable[[Round], bool] = lambda now: False,
 ) -> Outcome:
-    """Propose, look and check until ε is found."""
+    """Propose, look and check until ε is found. `learn` of a round that lost answers within the
+    budget says whether proposals of equal ε are others now.
+    """
     rounds: list[Round] = []
     bracket, epsilon = Bracket(allowed), FIRST * allowed
     while len(rounds) < run.preset.rounds and epsilon <= LARGEST * allowed:
@@ -143,6 +146,8 @@ def in_turns(
             checker.look(now, allowed)
             if not now.judged and now.reach >= ENOUGH * allowed:
                 checker.check(now, allowed)
+            if now.judged and not now.held and now.reach <= allowed and learn(now):
+                continue
             bracket.put(epsilon, now.reach, _fits(now))
             if now.held and (now.reach >= ENOUGH * allowed or not checker.affords()):
                 break
