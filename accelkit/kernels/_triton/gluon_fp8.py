@@ -123,7 +123,9 @@ def _greater(a, b):
 
 @gluon.jit
 def _sum(a, b):
-    return gl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], gl.int32, True, 1)
+    return gl.inline_asm_elementwise(
+        "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], gl.int32, True, 1
+    )
 
 
 @gluon.jit
