@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from accelkit.calibration.candidates import Family, stored
+from accelkit.calibration.candidates import Family, Parts, lists_ms, parts_of, stored
 from accelkit.calibration.search import DENSE, Choice, Loan, Option, Solution, Table, search
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.call import Phase
@@ -37,12 +37,13 @@ class Measured:
     """One setting of a family at one site, over all prompts; arrays are per query head.
 
     `error` is the worst over prompts, `recall` the least; `density` by length in tokens is a mean.
+    `parts` are the units of its lists with their shares of the computed pairs.
     """
 
     family: str
     method: AttentionMethod
     field: str | None
-    size: tuple[int, int]
+    parts: Parts
     error: np.ndarray
     recall: np.ndarray
     density: dict[int, np.ndarray]
@@ -146,8 +147,7 @@ def head_ms(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> 
     if one.ms is not None:
         return np.full(heads, one.ms / heads)
     each = anew * costs.method_ms(one.method.kind, tokens)[1] if anew else 0.0
-    share = density_at(one, tokens)
-    return np.array([each + costs.head_ms(one.size, tokens, float(d)) for d in share])
+    return each + lists_ms(costs, one.parts, tokens, density_at(one, tokens))
 
 
 def density_at(one: Measured, tokens: int) -> np.ndarray:
@@ -333,7 +333,7 @@ def _join(
 ) -> Measured | None:
     """One setting over all prompts; None where a prompt found it hopeless or no long one ran it."""
     wanted = stored(method)
-    size = (128, 128)
+    parts: list[Parts] = []
     shares: dict[int, list[list[float]]] = {}
     errors, recalls, ms = [], [], []
     for n, row in rows:
@@ -346,7 +346,8 @@ def _join(
         errors.append(found["error"][at])
         recalls.append(found["recall"][at])
         shares.setdefault(n, []).append(found["density"][at])
-        size = tuple(found["size"][at])
+        if n == tokens:
+            parts.append(parts_of(found, at))
         if found["ms"][at] is not None and n == tokens:
             ms.append(found["ms"][at])
     if tokens not in shares:
@@ -357,8 +358,8 @@ def _join(
         # Heads with other values cannot share a policy: each setting stands alone.
         name, field = f"{name} {field}={getattr(method, field)}", None
     return Measured(
-        name, method, field, size, np.max(errors, axis=0), np.min(recalls, axis=0), density,
-        float(np.mean(ms)) if ms else None,
+        name, method, field, _mean_parts(parts), np.max(errors, axis=0),
+        np.min(recalls, axis=0), density, float(np.mean(ms)) if ms else None,
     )  # fmt: skip
 
 
@@ -387,7 +388,7 @@ def _loans(
                 f"reuse of {anchor}",
                 options[option].method,
                 None,
-                tuple(loan["size"]),
+                ((tuple(loan["size"]), 1.0),),
                 np.max([x["error"] for _, x in seen], axis=0),
                 np.min([x["recall"] for _, x in seen], axis=0),
                 {tokens: np.mean([x["density"] for x in longest], axis=0)},
@@ -409,7 +410,16 @@ def _between(family: Family, at: int, screen: Mapping[str, Any]) -> np.ndarray |
 
 
 def _once(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> float:
-    return anew * costs.method_ms(one.method.kind, tokens)[0] + costs.launch_ms(one.size)
+    launches = sum(costs.launch_ms(size) for size, _ in one.parts)
+    return anew * costs.method_ms(one.method.kind, tokens)[0] + launches
+
+
+def _mean_parts(some: Sequence[Parts]) -> Parts:
+    """Units with their mean shares over prompts."""
+    sizes = [size for size, _ in some[0]]
+    return tuple(
+        (size, np.mean([parts[i][1] for parts in some], axis=0)) for i, size in enumerate(sizes)
+    )
 
 
 def _rounded(values: Sequence[float]) -> tuple[float, ...]:

@@ -22,6 +22,8 @@ from accelkit.calibration.candidates import (
     Bench,
     Family,
     calibrated_settings,
+    lists_ms,
+    parts_of,
     stored,
     thinned,
 )
@@ -162,10 +164,10 @@ def kept(
         grown = costs.dense_ms(tokens) / costs.dense_ms(screened_on) / share.shape[1]
         cost = np.array(
             [
-                [each + costs.head_ms(tuple(size), tokens, d) for d in row]
+                each + lists_ms(costs, parts_of(f, at), tokens, row)
                 if clocked is None
                 else [each + clocked * grown] * len(row)
-                for size, row, clocked in zip(f["size"], share, f["ms"], strict=True)
+                for at, (row, clocked) in enumerate(zip(share, f["ms"], strict=True))
             ]
         )
         ms[name] = np.array([np.where(error <= t, cost, np.inf).min(0) for t in TOLERANCES])

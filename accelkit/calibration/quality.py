@@ -80,7 +80,12 @@ def reference(model: Any, sample: Sample, still: Plan | None = None) -> Referenc
 def check(model: Any, plan: Plan, dense: Reference) -> dict[str, Any]:
     """Run one prompt with `plan` and compare: error, KL, right answers, milliseconds."""
     with patch(model, plan):
-        hidden, ms = _hidden(model, dense.sample, dense.rows, plan.trim_last_layer)
+        return compare(model, dense, plan.trim_last_layer)
+
+
+def compare(model: Any, dense: Reference, trimmed: bool = False) -> dict[str, Any]:
+    """The same with a model that is patched already."""
+    hidden, ms = _hidden(model, dense.sample, dense.rows, trimmed)
     given = _answered(model, dense.sample, dense.rows, hidden)
     return {
         "task": dense.sample.task,
