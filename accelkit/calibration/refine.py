@@ -151,6 +151,7 @@ def in_turns(
             if not now.judged and (due or (len(rounds) > most - LAST and not _held(rounds))):
                 checker.check(now, allowed)
             if now.judged and not now.held and known is None and learn(now):
+                most += 1
                 continue
             looks_tell = _note(bracket, epsilon, now, rounds) and looks_tell
             if now.held and (now.reach >= ENOUGH * allowed or not checker.affords()):
