@@ -81,10 +81,10 @@ def cost(
     if not found["estimator"]:
         return f"it leaves prompts of {longest} tokens dense"
     parts = {name: tuple(points) for name, points in found.items()}
-    points = tuple((at[0][0], sum(ms for _, ms in at)) for at in zip(*parts.values(), strict=True))
-    share = _share(now, call, points[-1][1], ms)
+    summed = tuple((at[0][0], sum(ms for _, ms in at)) for at in zip(*parts.values(), strict=True))
+    share = _share(now, call, summed[-1][1], ms)
     sizes = units(answers or ()) + (other_units(method, bare) if bare.causal else [])
-    return MethodCost(points, share, between(points), parts), sizes
+    return MethodCost(summed, share, between(summed), parts), sizes
 
 
 def asked(call: AttentionCall, method: AttentionMethod) -> tuple[Answer, ...] | None:
