@@ -60,6 +60,13 @@ def timer(call: AttentionCall) -> Callable[..., float]:
     return lambda run, times=3: clock(run, times, call.q.device)
 
 
+def launched(
+    costs: CostTable, size: tuple[int, int], tokens: int, densities: Sequence[float]
+) -> float:
+    """Predicted milliseconds of one launch over lists with these densities of its heads."""
+    return costs.launch_ms(size) + sum(costs.head_ms(size, tokens, d) for d in densities)
+
+
 def kernels(costs: CostTable, call: AttentionCall) -> Iterator[Row]:
     """Launches over random lists, for all heads and a quarter of them."""
     ms = timer(call)
@@ -74,7 +81,7 @@ def kernels(costs: CostTable, call: AttentionCall) -> Iterator[Row]:
                     continue
                 one = fit_kernels.point(part, size, wanted, held=True).one
                 shares = density([one.index], part).tolist()
-                want = costs.lists_ms(size, part.n_q, shares)
+                want = launched(costs, size, part.n_q, shares)
                 got = ms(partial(fit_kernels.anew, one))
                 share = statistics.fmean(shares)
                 yield row("kernel", name, part.n_q, want, got, heads=heads, density=share)
@@ -114,7 +121,7 @@ def _whole(costs: CostTable, call: AttentionCall, now: AttentionMethod, one: Ans
             compute(a)
 
     lists = [p for p in one.pieces if isinstance(p, BlockIndex)]
-    want = sum(costs.lists_ms(p.size, call.n_q, density([p], one.call).tolist()) for p in lists)
+    want = sum(launched(costs, p.size, call.n_q, density([p], one.call).tolist()) for p in lists)
     if now.static:  # its lists are made once, its rows laid out in every call
         want += interpolate(costs.methods[now.kind].terms["permutation"], call.n_q)
     else:

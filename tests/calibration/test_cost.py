@@ -46,6 +46,19 @@ def test_a_head_costs_rows_and_pairs() -> None:
     assert TABLE.method_ms("m", 4096) == pytest.approx((0.5, 1.5 / 4))
 
 
+def test_kept_lists_save_choosing_and_no_moves() -> None:
+    parts = {
+        "estimator": ((1000, 3.0),),
+        "selection": ((1000, 1.0),),
+        "permutation": ((1000, 2.0),),
+    }
+    costs = replace(TABLE, methods={"m": MethodCost(((1000, 6.0),), 0.5, terms=parts)})
+    assert costs.method_ms("m", 1000) == pytest.approx((3.0, 3.0 / 4))
+    assert costs.method_ms("m", 1000, 0.25) == pytest.approx((1.5, 1.5 / 4))
+    assert TABLE.method_ms("m", 4096, 0.5) == pytest.approx((0.25, 0.75 / 4))
+    assert CostTable.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
+
+
 def test_a_call_without_causality_has_all_pairs() -> None:
     ms = replace(TABLE, causal=False).head_ms((128, 128), 4096, 0.5)
     assert ms == pytest.approx(0.01 * 32 + 2.0 * 0.5 * 4096**2 / 1e6)
