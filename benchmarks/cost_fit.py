@@ -67,12 +67,15 @@ def launched(
     return costs.launch_ms(size) + sum(costs.head_ms(size, tokens, d) for d in densities)
 
 
-def kernels(costs: CostTable, call: AttentionCall) -> Iterator[Row]:
-    """Launches over random lists, for all heads and a quarter of them."""
+def kernels(costs: CostTable, call: AttentionCall, keys: bool) -> Iterator[Row]:
+    """Launches over random lists, for all heads and a quarter of them; over single keys, whose
+    length does not depend on the call's, only if `keys`.
+    """
     ms = timer(call)
     for name in costs.kernels:
         size = unit(name)
-        # Single keys are fitted at short lengths, the same ones whatever the call's is.
+        if size[1] == 1 and not keys:
+            continue
         there = shorter(call, min(call.n_q, KEYS)) if size[1] == 1 else call
         for heads in (len(call.heads), len(call.heads) // 4):
             part = there.take(there.heads[:heads])
@@ -189,7 +192,7 @@ def case(
         rows: list[Row] = []
         if shape.causal:
             rows.append(row("dense", "dense", n, costs.dense_ms(n), dense[n]))
-        for r in (*rows, *kernels(costs, call), *methods(costs, call, tried)):
+        for r in (*rows, *kernels(costs, call, n == lengths[0]), *methods(costs, call, tried)):
             found["rows"].append(r)
             about = {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()}
             print(" ", about, flush=True)
