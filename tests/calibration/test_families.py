@@ -42,7 +42,8 @@ def test_lists_of_two_units_cost_what_each_unit_costs() -> None:
     """Single keys take ten times as long a pair; shares of both differ from head to head."""
     costs = CostTable(
         "cpu", "float32", 2, 1, 64, ((1024, 10.0),), ((1024, 10.0),),
-        {"128x128": Kernel(0.0, 0.0, 1.0), "1024x1": Kernel(0.0, 0.0, 10.0)}, causal=False,
+        {"128x128": Kernel(0.0, 0.0, 1.0), "1024x1": Kernel(0.0, 0.0, 10.0)},
+        {"window": MethodCost(((1024, 0.0),))}, causal=False,
     )  # fmt: skip
     record: dict[str, Any] = {"size": [(128, 128)] * 2, "parts": [None, None]}
     pairs = 1024**2 / 1e6
