@@ -61,7 +61,8 @@ class Round:
     """One proposal and its check. `rows` are the prompts that were run; a failure stops early.
 
     `measured` is the worst error of them; `bound`, at least that, what further ones may reach.
-    `judged` says that it held or failed; without that, only some prompts were looked at.
+    `judged` says that it held or failed; without that, only some prompts were looked at. `looked`
+    is the reach that a look expected of all, if it did not fail at once.
     """
 
     epsilon: float
@@ -71,6 +72,7 @@ class Round:
     bound: float = 0.0
     held: bool = False
     judged: bool = False
+    looked: float = float("inf")
 
     @property
     def plan(self) -> Plan:
@@ -147,6 +149,7 @@ def in_turns(
             if known is None:
                 rounds.append(now)
                 checker.look(now, allowed)
+                now.looked = float("inf") if now.judged else now.reach
             due = not looks_tell or now.reach >= ENOUGH * allowed
             if not now.judged and (due or (len(rounds) > most - LAST and not _held(rounds))):
                 checker.check(now, allowed)
@@ -179,14 +182,14 @@ def _held(rounds: Sequence[Round]) -> list[Round]:
 
 
 def _note(bracket: Bracket, epsilon: float, now: Round, rounds: Sequence[Round]) -> bool:
-    """Put a round into the bracket. Whether looks still tell something: not once a round has lost
-    answers within the budget, and what only seemed to fit is forgotten then.
+    """Put a round into the bracket. Whether looks still tell something: not once a round has failed
+    that seemed to fit, and what else only seemed to fit is forgotten then.
     """
-    lost = now.judged and not now.held and now.reach <= bracket.allowed
-    if lost:
+    deceived = now.judged and not now.held and now.looked <= bracket.allowed
+    if deceived:
         bracket.restart([(r.epsilon, r.reach) for r in _held(rounds)])
     bracket.put(epsilon, now.reach, now.held or not now.judged)
-    return not lost
+    return not deceived
 
 
 class Bracket:
