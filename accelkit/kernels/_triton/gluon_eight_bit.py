@@ -25,134 +25,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from accelkit.kernels._triton.gluon_eight_parts import (
+    _K_FREE,
+    _ROWS,
+    _V_FREE,
+    _await_turn,
+    _give,
+    _in_order,
+    _in_turn,
+    _key0,
+    _pass_turn,
+    _place,
+    _produce,
+    _rounds,
+)
 from accelkit.kernels._triton.gluon_kernel import _barriers, _item, _next
-from accelkit.kernels._triton.gluon_parts import load, normalised
+from accelkit.kernels._triton.gluon_parts import normalised
 from accelkit.kernels._triton.lower import Work
 from accelkit.kernels._triton.tile import LOG2E, one_masked
 from accelkit.kernels.launch import Launch
 from accelkit.kernels.quantize import Operands
 
-_ROWS = gl.constexpr(64)
 _MAGIC = gl.constexpr(0x4B400000)
 _MAGIC_VALUE = gl.constexpr(12582912.0)  # the same bits as fp32: 1.5 · 2²³
-
-
-_K_FREE = gl.constexpr(3)
-"""Processor barrier of the first place for K; those of the others follow. Triton uses 0 to 2."""
-_V_FREE = gl.constexpr(7)
-_TURN = gl.constexpr(11)
-"""Processor barrier on which the first warpgroup awaits its turn, before that of the second."""
-
-
-@gluon.jit
-def _give(barrier):
-    """A warpgroup is through with a place. Threads: two warpgroups and the copying warp. Unlike an
-    arrival at an mbarrier this needs no barrier of the warpgroup before.
-    """
-    gl.inline_asm_elementwise(
-        "bar.arrive $1, 288; mov.b32 $0, 0;", "=r,r", [barrier], gl.int32, False, 1
-    )
-
-
-@gluon.jit
-def _take(barrier):
-    """The copying warp waits until both warpgroups have given a place."""
-    gl.inline_asm_elementwise(
-        "bar.sync $1, 288; mov.b32 $0, 0;", "=r,r", [barrier], gl.int32, False, 1
-    )
-
-
-@gluon.jit
-def _pass_turn(WHO: gl.constexpr):
-    """The turn goes to a warpgroup."""
-    gl.inline_asm_elementwise(
-        "bar.arrive $1, 256; mov.b32 $0, 0;", "=r,r", [_TURN + WHO], gl.int32, False, 1
-    )
-
-
-@gluon.jit
-def _await_turn(WHO: gl.constexpr):
-    gl.inline_asm_elementwise(
-        "bar.sync $1, 256; mov.b32 $0, 0;", "=r,r", [_TURN + WHO], gl.int32, False, 1
-    )
-
-
-@gluon.jit
-def _in_turn(x, WHO: gl.constexpr):
-    """`x`, two numbers a thread, when the turn has come. It goes by way of a load that never
-    happens (no maximum is infinite), so that what follows from it stays behind the barrier.
-    """
-    return gl.inline_asm_elementwise(
-        "{.reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.eq.f32 p, $2, 0f7f800000;"
-        f" bar.sync {_TURN + WHO}, 256; mov.f32 $0, $2; mov.f32 $1, $3;"
-        " @p ld.volatile.shared.f32 $0, [a]; @p ld.volatile.shared.f32 $1, [a];}",
-        "=f,=f,f,f", [x], gl.float32, False, 2,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _rounds(n_items):
-    """How many items this program serves."""
-    pid, width = gl.program_id(0), gl.num_programs(0)
-    full = n_items // width
-    place = pid
-    if full % 2 == 1:
-        place = width - 1 - pid
-    return full + (place < n_items - full * width).to(gl.int32)
-
-
-@gluon.jit
-def _place(round):
-    """The item of a round. Odd rounds run backwards: who had the longest row gets the shortest."""
-    pid, width = gl.program_id(0), gl.num_programs(0)
-    place = pid
-    if round % 2 == 1:
-        place = width - 1 - pid
-    return round * width + place
-
-
-@gluon.jit
-def _key0(LISTS, at, tile, BK: gl.constexpr, BN: gl.constexpr):
-    R: gl.constexpr = BK // BN
-    return gl.load(LISTS + at + tile // R) * BK + (tile % R) * BN
-
-
-@gluon.jit
-def _produce(
-    q_desc, k_desc, v_desc, ITEMS, LISTS, KV_HEADS, n_items,
-    capacity, q, k, v, q_full, q_empty, k_full, v_full,
-    BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, PV8: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    R: gl.constexpr = BK // BN
-    stage, copied = 0, 0
-    for round in range(_rounds(n_items)):
-        row, m0, b, slot, masked, clean = _item(
-            ITEMS, _place(round), n_items, 2 * _ROWS, BQ // (2 * _ROWS)
-        )
-        hk = gl.load(KV_HEADS + slot)
-        at = row.to(gl.int64) * capacity
-        side = round % 2
-        mbarrier.wait(q_empty.index(side), ((round // 2) & 1) ^ 1)
-        mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes * 2)
-        load(q_desc, [b, slot, m0, 0], q_full.index(side), q.index(side * 2))
-        load(q_desc, [b, slot, m0 + _ROWS, 0], q_full.index(side), q.index(side * 2 + 1))
-        for j in range((masked + clean) * R):
-            k0 = _key0(LISTS, at, j, BK, BN)
-            if copied >= STAGES:
-                _take(_K_FREE + stage)
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
-            if copied >= STAGES:
-                _take(_V_FREE + stage)
-            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-            if PV8:
-                load(v_desc, [b, hk, 0, k0], v_full.index(stage), v.index(stage))
-            else:
-                load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
-            stage, copied = (stage + 1) % STAGES, copied + 1
-    for i in range(gl.minimum(copied, STAGES)):  # no barrier is left half full
-        _take(_K_FREE + (copied - 1 - i) % STAGES)
-        _take(_V_FREE + (copied - 1 - i) % STAGES)
 
 
 @gluon.jit
@@ -212,6 +107,7 @@ def _logits(s, c, INT: gl.constexpr):
 
 @gluon.jit
 def _greater(a, b):
+    """The greater of both numbers of two pairs."""
     return gl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], gl.int32, True, 1)
 
 
@@ -277,18 +173,6 @@ def _sums(p, BN: gl.constexpr):
 @gluon.jit
 def _scaled(total, alpha):
     return total * gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout))[:, None]
-
-
-@gluon.jit
-def _in_order(x):
-    """`x`, by way of a store that never happens (no row sum is negative). Without it the assembler
-    moves the wait for PV in front of the softmax, which is there to run under it.
-    """
-    return gl.inline_asm_elementwise(
-        "{.reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000;"
-        " @p st.shared.f32 [a], $1; mov.f32 $0, $1;}",
-        "=f,f", [x], gl.float32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -413,7 +297,8 @@ def _consume(
                 p = gl.exp2(s.to(gl.float32, bitcast=True) * c[:, None] - below[:, None])
                 total = _scaled(total, alpha) + _sums(p, BN)
                 following = _pack(p, BN, v.dtype)
-                total = _in_order(total)
+                if PV8 or not INT:  # the assembler keeps int8 with 16 bits in order by itself
+                    total = _in_order(total)
                 if PV8:
                     _pass_turn(1 - WHO)
                 pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
@@ -475,12 +360,14 @@ def _eight_bit(
             (_consume, (
                 0, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS,
                 OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k,
-                n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES,
+                n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full, BQ, BK,
+                BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES,
             )),
             (_consume, (
                 1, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS,
                 OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k,
-                n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES,
+                n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full, BQ, BK,
+                BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, q, k, v, q_full,
