@@ -3,10 +3,10 @@
 A producer warp reads the lists and copies Q, K and V tiles into shared memory; two consumer
 warpgroups of 64 query rows each multiply them. A softmax runs under the PV of the tile before. It
 starts when the scores are there ("lag"), or, with fp8 QK and 16-bit PV, together with them, the
-groups taking turns: whichever was measured to be faster. With fp8 PV the groups take turns at their
-exponentials, and sums are added up while the next scores are on their way. A program stays on its
-multiprocessor and walks over rows, longest first. Scales, the factor 2⁸ of P and fresh accumulators
-are those of `eight_bit`.
+groups taking turns: whichever was measured to be faster. With fp8 PV a group starts its
+exponentials when the other has half of its own, and PV is added up while the next scores are on
+their way. A program stays on its multiprocessor and walks over rows, longest first. Scales, the
+factor 2⁸ of P and fresh accumulators are those of `eight_bit`.
 
 Int8 scores are added up from the integer that is the float 1.5 · 2²³: the sums, whole numbers below
 2²², are floats without a conversion.
@@ -171,6 +171,12 @@ def _sums(p, BN: gl.constexpr):
 
 
 @gluon.jit
+def _sums_like(p, total, BN: gl.constexpr):
+    """Row sums of a part of a tile in the layout of those of a whole one."""
+    return gl.convert_layout(_sums(p, BN), total.type.layout)
+
+
+@gluon.jit
 def _scaled(total, alpha):
     return total * gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout))[:, None]
 
@@ -295,12 +301,17 @@ def _consume(
                 if PV8:  # exponentials of one group, then of the other
                     below = _in_turn(below, WHO)
                 p = gl.exp2(s.to(gl.float32, bitcast=True) * c[:, None] - below[:, None])
-                total = _scaled(total, alpha) + _sums(p, BN)
+                if PV8:  # the turn goes on when half of the exponentials are there
+                    first, second = p.reshape([_ROWS, 2, BN // 2]).permute((0, 2, 1)).split()
+                    total = _scaled(total, alpha) + _sums_like(first, total, BN // 2)
+                    total = _in_order(total)
+                    _pass_turn(1 - WHO)
+                    total += _sums_like(second, total, BN // 2)
+                else:
+                    total = _scaled(total, alpha) + _sums(p, BN)
                 following = _pack(p, BN, v.dtype)
                 if PV8 or not INT:  # the assembler keeps int8 with 16 bits in order by itself
                     total = _in_order(total)
-                if PV8:
-                    _pass_turn(1 - WHO)
                 pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
                 if not LAG:
                     _give(_K_FREE + stage)
