@@ -125,6 +125,7 @@ def _whole(costs: CostTable, call: AttentionCall, now: AttentionMethod, one: Ans
 
     lists = [p for p in one.pieces if isinstance(p, BlockIndex)]
     want = sum(launched(costs, p.size, call.n_q, density([p], one.call).tolist()) for p in lists)
+    want *= costs.methods[now.kind].lists
     if now.static:  # its lists are made once, its rows laid out in every call
         want += interpolate(costs.methods[now.kind].terms["permutation"], call.n_q)
     else:

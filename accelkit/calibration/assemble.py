@@ -147,7 +147,7 @@ def head_ms(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> 
     if one.ms is not None:
         return np.full(heads, one.ms / heads)
     each = costs.method_ms(one.method.kind, tokens, anew)[1] if anew else 0.0
-    return each + lists_ms(costs, one.parts, tokens, density_at(one, tokens))
+    return each + lists_ms(costs, one.method.kind, one.parts, tokens, density_at(one, tokens))
 
 
 def density_at(one: Measured, tokens: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -63,7 +64,7 @@ def fit(
     dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
     ride = tuple((n, ms(partial(dense_attention, call))) for n, call in calls.items())
     sizes = {fit_ahead.UNIT: None}
-    costs: dict[str, MethodCost] = {}
+    costs: dict[str, tuple[MethodCost, fit_methods.Lists]] = {}
     refused: dict[str, str] = {}
     for method in methods:
         tell(method.kind)
@@ -71,17 +72,21 @@ def fit(
         if isinstance(found, str):
             refused[method.kind] = found
             continue
-        costs[method.kind], used = found
-        sizes |= dict.fromkeys(used)
+        cost, lists, others = found
+        costs[method.kind] = cost, lists
+        sizes |= dict.fromkeys([size for size, _ in lists] + others)
     fitted = {}
     for size in sizes:
         tell(f"kernel {name(size)}")
         fitted[name(size)] = fit_kernels.kernel(calls, size, until)
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return CostTable(
+    table = CostTable(
         about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
-        dense, ride, fitted, costs, refused, shape.causal,
+        dense, ride, fitted, {}, refused, shape.causal,
     )  # fmt: skip
+    longest = max(calls)
+    beside = {k: fit_methods.against(table, *found, longest) for k, found in costs.items()}
+    return replace(table, methods=beside)
 
 
 def lengths(shape: Shape, tokens: int, device: torch.device) -> list[int]:

@@ -92,4 +92,7 @@ def _method(
 
     slow = tuple((n, 1e9) for n in calls)  # no method is refused
     found = fit_methods.cost(method, calls, slow, once, shape)
-    return [] if isinstance(found, str) else found[1]
+    if isinstance(found, str):
+        return []
+    _, lists, others = found
+    return [size for size, _ in lists] + others

@@ -42,6 +42,8 @@ class MethodCost:
     """What a method costs beside the kernels that read its lists, for all heads of a layer; `share`
     of it is paid however few heads take part. `error` is how far inner points lie from the line
     between their neighbours. `terms` are what `points` are the sum of, by the names in `TERMS`.
+    `lists` is what its own lists took ÷ what their kernels are predicted to take, which were fitted
+    over random lists: neighbours in windows and tiles read the same keys.
     """
 
     TERMS: ClassVar = ("estimator", "selection", "permutation")
@@ -50,6 +52,7 @@ class MethodCost:
     share: float = 1.0
     error: float = 0.0
     terms: Mapping[str, Points] = field(default_factory=dict)
+    lists: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,13 @@ class CostTable:
         k = self._kernel(size)
         pairs = density * visible_pairs(tokens, self.causal)
         return k.row * ceil_div(tokens, size[0]) + k.pair * pairs / 1e6
+
+    def lists_ms(
+        self, kind: str, size: tuple[int, int], tokens: int, densities: Sequence[float]
+    ) -> list[float]:
+        """Heads of a call over a method's lists of one unit, without the launch."""
+        own = self.methods[kind].lists
+        return [own * self.head_ms(size, tokens, density) for density in densities]
 
     def method_ms(self, kind: str, tokens: int, anew: float = 1.0) -> tuple[float, float]:
         """A method beside its kernels: ms of the layer, and ms more for each head. Lists are made

@@ -124,8 +124,8 @@ def test_terms_add_up_to_the_points() -> None:
     slow = tuple((n, 1e9) for n in calls)
     found = fit_methods.cost(load("pbs_attn")(), calls, slow, lambda run, times=1: 2.0, SMALL)
     assert not isinstance(found, str)
-    cost, sizes = found
-    assert sizes[0] == (128, 128)
+    cost, lists, _ = found
+    assert lists[0][0] == (128, 128)
     # Rows are laid out and put back, which choosing includes once.
     assert dict(cost.terms["permutation"]) == {1024: 4.0}
     assert cost.points == ((1024, sum(p[-1][1] for p in cost.terms.values())),)
@@ -154,3 +154,17 @@ def test_a_rehearsal_runs_everything_and_survives_failures(monkeypatch) -> None:
     found = fit_ahead.rehearse(calls, methods, SMALL)
     assert found >= {(128, 128), (64, 64), (64, 1)}
     assert {(n, s) for n, s, _ in ran} >= {(n, s) for n in calls for s in found if s[1] > 1}
+
+
+def test_own_lists_count_beside_random_ones() -> None:
+    own = (((128, 128), [0.5, 0.25]),)
+    want = TABLE.launch_ms((128, 128)) + sum(
+        TABLE.head_ms((128, 128), 4096, d) for d in (0.5, 0.25)
+    )
+    cost = replace(TABLE.methods["m"], lists=0.8 * want)
+    found = fit_methods.against(TABLE, cost, own, 4096)
+    assert found.lists == pytest.approx(0.8)
+    table = replace(TABLE, methods={"m": found})
+    (ms,) = table.lists_ms("m", (128, 128), 4096, [0.5])
+    assert ms == pytest.approx(0.8 * TABLE.head_ms((128, 128), 4096, 0.5))
+    assert CostTable.from_dict(table.to_dict()) == table
