@@ -105,6 +105,21 @@ def test_cpu_path_shares_what_neighbours_read(size, causal, monkeypatch) -> None
     assert {1024, 256, size[0]} <= set(heights)
 
 
+def test_cpu_path_keeps_what_is_not_a_number_to_its_readers() -> None:
+    """Tiles that share stages, calls and memory with one that reads it do not."""
+    n, own = 2048, torch.Generator().manual_seed(3)
+    q, k, v = tensors(1, 2, 1, n, n, 32)
+    k[:, :, 1000], v[:, :, 1000] = math.nan, math.nan
+    mask = torch.rand(1, 2, 32, 32, generator=own) < 0.3
+    mask |= torch.eye(32, dtype=torch.bool)
+    out = attend(q, k, v, BlockIndex.from_mask(mask, (64, 64)), causal=True, backend="torch").out
+    reads = (mask[..., 1000 // 64] & (torch.arange(32) >= 1000 // 64)).repeat_interleave(64, -1)
+    found, behind = out.isnan().any(-1), torch.arange(n) > 1000
+    # Torch's own triangle spreads it over the rows of the tile that holds it.
+    assert not found[~reads].any() and found[reads & behind].all()
+    assert 0 < (reads & behind).sum() < found.numel() / 2
+
+
 @pytest.mark.parametrize(("heads", "n"), [(1, 1500), (1, 2500), (3, 2500)])
 @pytest.mark.parametrize("start", [0, 200])
 def test_dense_heads_that_threads_share_unevenly(heads, n, start, monkeypatch) -> None:
