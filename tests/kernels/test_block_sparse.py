@@ -122,16 +122,22 @@ def test_cpu_path_keeps_what_is_not_a_number_to_its_readers() -> None:
 
 @pytest.mark.parametrize(("heads", "n"), [(1, 1500), (1, 2500), (3, 2500)])
 @pytest.mark.parametrize("start", [0, 200])
-def test_dense_heads_that_threads_share_unevenly(heads, n, start, monkeypatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dense_heads_that_threads_share_unevenly(heads, n, start, dtype, monkeypatch) -> None:
+    """Bands of dense heads, beside a sparse one."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     keys = n + start
-    q, k, v = tensors(1, 4, 2, n, keys, 32)
-    index = BlockIndex.dense(heads, -(-n // 128), (128, 128), q.device)
-    chosen = list(range(4))[:heads]
+    q, k, v = (t.to(dtype) for t in tensors(1, 4, 2, n, keys, 32))
+    dense = BlockIndex.dense(heads, -(-n // 128), (128, 128), q.device)
+    mask = torch.ones((1, 1, -(-n // 128), -(-keys // 128)), dtype=torch.bool)
+    index = BlockIndex.cat([dense, BlockIndex.from_mask(mask, (128, 128))])
+    chosen = [*range(heads), 3]
     part = attend(q, k, v, index, q_start=start, heads=chosen, backend="torch")
-    mask = torch.arange(keys) <= torch.arange(n)[:, None] + start
-    want = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[:, chosen]
-    torch.testing.assert_close(part.out, want, atol=1e-5, rtol=1e-5)
+    seen = torch.arange(keys) <= torch.arange(n)[:, None] + start
+    wide = (t.float() for t in (q, k, v))
+    want = scaled_dot_product_attention(*wide, attn_mask=seen, enable_gqa=True)[:, chosen]
+    off = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(part.out.float(), want, atol=off, rtol=off)
 
 
 @pytest.mark.interpreter
