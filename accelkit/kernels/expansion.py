@@ -144,7 +144,8 @@ def _attend(g: Group, level: Tensor, b: int, scale: float) -> tuple[Tensor, Tens
     q, keys, values = g.q[b], g.keys[b], g.values[b]
     if not q.is_cuda and keys.shape == values.shape:
         q, keys, values = (t.transpose(0, 1) for t in (q, keys, values))
-        mask = level[b].transpose(0, 1)[:, :, None].expand(-1, -1, q.shape[2], -1)
+        mask = level[b].to(torch.promote_types(q.dtype, torch.float32)).transpose(0, 1)
+        mask = mask[:, :, None].expand(-1, -1, q.shape[2], -1)
         out, lse = fused(q, keys, values, scale, mask=mask)
         return out.transpose(0, 1), lse.transpose(0, 1)
     logits = torch.matmul(q, keys.transpose(-1, -2)).float().mul_(scale)
