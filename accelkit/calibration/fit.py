@@ -56,7 +56,7 @@ def fit(
     known = {fit_ahead.UNIT}
     if device.type == "cuda":
         tell("compiling kernels")
-        known = fit_ahead.rehearse(calls, methods)
+        known = fit_ahead.rehearse(calls, methods, shape)
     if expect is not None:
         expect(1 + len(methods) + len(known))
     tell("dense attention")
@@ -85,10 +85,10 @@ def fit(
 
 
 def lengths(shape: Shape, tokens: int, device: torch.device) -> list[int]:
-    """Lengths at which costs are measured, ascending; between two of them they are interpolated.
-    On a GPU a third one tells how well.
+    """Lengths at which costs are measured, ascending; between two of them they are interpolated. A
+    GPU has time for more of them, and the shortest one shows what launches cost.
     """
     if not shape.causal:
         return [tokens]
-    between = [tokens // 2] if device.type == "cuda" else []
-    return sorted({max(LEAST, n) for n in (tokens // 4, *between, tokens)})
+    shares = (16, 4, 2, 1) if device.type == "cuda" else (4, 1)
+    return sorted({max(LEAST, tokens // s) for s in shares})

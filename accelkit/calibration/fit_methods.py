@@ -74,8 +74,8 @@ def cost(
             if n == longest and (reason := no_faster(one, method, interpolate(dense, n), ms)):
                 return reason
             spent = (estimator, selection, permutation(call, one, ms))
-            for points, each in zip(found.values(), spent, strict=True):
-                points.append((n, each))
+            for term, each in zip(found.values(), spent, strict=True):
+                term.append((n, each))
         except Exception as error:  # a method that fails must not end the calibration of the others
             return f"it does not run here: {type(error).__name__}: {error}"
     if not found["estimator"]:

@@ -90,14 +90,17 @@ class CostTable:
         pairs = density * visible_pairs(tokens, self.causal)
         return k.row * ceil_div(tokens, size[0]) + k.pair * pairs / 1e6
 
-    def lists_ms(self, size: tuple[int, int], tokens: int, densities: Sequence[float]) -> float:
-        """One launch over lists of `tokens` rows, with the density of each head."""
-        return self.launch_ms(size) + sum(self.head_ms(size, tokens, d) for d in densities)
-
-    def method_ms(self, kind: str, tokens: int) -> tuple[float, float]:
-        """Estimator and selector of a method: ms of the layer, and ms more for each head."""
+    def method_ms(self, kind: str, tokens: int, anew: float = 1.0) -> tuple[float, float]:
+        """A method beside its kernels: ms of the layer, and ms more for each head. Lists are made
+        in the share `anew` of calls; rows are laid out in all of them.
+        """
         cost = self.methods[kind]
         ms = interpolate(cost.points, tokens)
+        if anew < 1 and "permutation" in cost.terms:
+            moving = min(interpolate(cost.terms["permutation"], tokens), ms)
+            ms = anew * (ms - moving) + moving
+        else:
+            ms *= anew
         return ms * cost.share, ms * (1 - cost.share) / self.heads
 
     def error(self) -> float:
