@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=25)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budget", type=float, default=0.1)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--preset", default="balanced", help="fast, balanced or careful")
     parser.add_argument("--out", type=Path, default=Path("runs/video"))
@@ -41,9 +42,11 @@ def main() -> None:
     pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype).to(device)
     size = {"height": args.height, "width": args.width, "num_frames": args.frames}
     chosen = {"budget": args.budget, "methods": args.methods, "preset": args.preset}
-    plan = accelkit.calibrate(pipe, PROMPTS, **size, steps=args.steps, **chosen)
+    guided = {"guidance_scale": args.guidance}
+    prompts = [{"prompt": p, **guided} for p in PROMPTS]
+    plan = accelkit.calibrate(pipe, prompts, **size, steps=args.steps, **chosen)
     plan.save_pretrained(args.out)
-    shot = video.Shot(args.prompt, {"prompt": args.prompt}, 0)
+    shot = video.Shot(args.prompt, {"prompt": args.prompt, **guided}, 0)
     settings = video.Settings(**size, num_inference_steps=args.steps)
     dense = video.run(pipe, settings, shot, decode=True)
     with accelkit.patch(pipe, plan):
