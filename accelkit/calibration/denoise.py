@@ -221,8 +221,11 @@ def _plan(
             steps=seen.total,
         ),
     )  # fmt: skip
-    planner.rehearse(small)
-    checker = Checker(run, settings, shots.check, planner.ratio, small.margin())
+    planner.known[0] = rounding = small.rounding()
+    # Spread as the trials show it: what hardly changes anything may tip a single result over.
+    margin = small.margin()
+    planner.rehearse(small, margin)
+    checker = Checker(run, settings, shots.check, planner.ratio, margin)
     plan = planner.finished(planner.settle(run, checker))
     about = {
         "refused": {**costs.refused, **refused},
@@ -231,6 +234,7 @@ def _plan(
         "steps": seen.total,
         "buckets": [list(b) for b in small.shares],
         "influence": [float(f"{i:.4g}") for i in influence],
+        "rounding": float(f"{rounding:.4g}"),
         "composition": float(f"{planner.kappas[None]:.4g}"),
         "margin": float(f"{checker.margin:.4g}"),
         "weighed_on": vars(seen.settings),
