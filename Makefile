@@ -55,7 +55,7 @@ demo: $(VENV)/.demo
 
 # A step cache alone, so that two CPU cores need minutes; --methods mag_cache gna searches attention, too.
 demo-video: $(VENV)/.demo-video
-	$(BIN)/python examples/video.py --steps 16 --budget 0.15 --preset fast \
+	$(BIN)/python examples/video.py --steps 20 --budget 0.15 --preset fast \
 		--methods mag_cache --out $(VIDEO)
 
 test: lint types pytest
