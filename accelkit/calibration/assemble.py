@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from accelkit.calibration.candidates import Family, Parts, lists_ms, parts_of, stored
-from accelkit.calibration.search import DENSE, Choice, Loan, Option, Solution, Table
+from accelkit.calibration.search import DENSE, Choice, Loan, Option, Solution, Table, search
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.call import Phase
 from accelkit.patches.method import AttentionMethod
@@ -27,6 +27,9 @@ from accelkit.patches.plan import (
     Rule,
     evidence_key,
 )
+
+NEAR = (0.5, 1.0, 2.0)
+"""Predicted errors ÷ the budget at which search tells what is worth measuring further."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,31 @@ def site_data(
         )
         found.append(SiteData(table, tuple(options), tuple(loans), path))
     return found
+
+
+def wanted(
+    data: Sequence[SiteData], families: Mapping[str, Sequence[Family]], budget: float
+) -> dict[str, list[Family]]:
+    """The families that search picks somewhere near the budget, with the settings from one sparser
+    to one denser than those that it picks: others are not worth measuring on further prompts.
+    """
+    tables, fronts = [d.table for d in data], dict[str, Any]()
+    picked: list[set[int]] = [set() for _ in data]
+    for times in NEAR:
+        for n, choice in enumerate(search(tables, times * budget, fronts).choices):
+            picked[n].update(at for at in choice.heads if at != DENSE)
+            if choice.loan is not None:
+                loan = tables[n].loans[choice.loan]
+                picked[loan.anchor].add(loan.option)
+    kept: dict[str, list[Family]] = {d.site: [] for d in data}
+    for d, places in zip(data, picked, strict=True):
+        methods = [d.options[at].method for at in places]
+        for family in families[d.site]:
+            at = [i for i, m in enumerate(family.settings) if m in methods]
+            if at:
+                some = family.settings[max(0, min(at) - 1) : max(at) + 2]
+                kept[d.site].append(replace(family, settings=some))
+    return kept
 
 
 def head_ms(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Which head lost an answer, found by halves: with which heads dense is it given again?
+"""Which head spoils a prompt, found by halves: with which heads dense is it as others are?
 
 A head that looks up one key for one row is harmless on average, and its error on the prompts to
-measure on says little about the one row of another prompt that needed the key. The row need not be
-that of the answer: a head may have lost there what later heads look for.
+measure on says little about the one row of another prompt that needed the key. Then an answer is
+lost, or the error of one prompt stands out. The row need not be that of the answer: a head may have
+lost there what later heads look for.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ Head = tuple[int, int]
 
 
 def culprit(choices: Sequence[Choice], mends: Callable[[Sequence[Choice]], bool]) -> Head | None:
-    """The sparse head without which the answer is given, if it is a single one; `mends` tells of
-    choices with some heads made dense. None: all heads are dense.
+    """The sparse head that spoils a prompt, if it is a single one; `mends` tells whether choices
+    with some heads made dense do better. None: all heads are dense.
     """
     left = [
         (site, h)

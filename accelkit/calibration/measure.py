@@ -118,7 +118,7 @@ def fitted(
 def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> dict[str, Any]:
     """Profile of every site and errors of every method on one short prompt."""
     keys = {s.path: f"screen/{s.path}" for s in run.sites}
-    rows = data.scored_rows(sample)
+    rows = data.judged_rows(sample)
     heavy: dict[str, torch.Tensor] = {}
 
     def see(call: AttentionCall, dense: Partial) -> None:
@@ -209,11 +209,12 @@ def measured(
     samples: Sequence[Sample],
     screen: Mapping[str, Any],
     kept_by: Mapping[str, Sequence[Family]],
+    narrow: Callable[[dict[str, list[Family]], Mapping[str, Any]], dict[str, list[Family]]],
 ) -> tuple[dict[str, list[Family]], list[dict[str, Any]]]:
     """Errors of the surviving families on each prompt, and of lists borrowed from earlier sites.
 
-    Returns the families by site, with the settings that were found worth adding on the first
-    prompt, and the units by prompt and site.
+    `narrow(families, units)` says which of them, with the settings that were found worth adding on
+    the first prompt, are measured on the others. Returns those and the units by prompt and site.
     """
     out: list[dict[str, Any]] = []
     families = {path: list(some) for path, some in kept_by.items()}
@@ -223,11 +224,13 @@ def measured(
             break
         keys = {s.path: f"measure/{n}/{s.path}" for s in run.sites}
         if any(k not in run.journal for k in keys.values()):
-            _measure(run, sample, n, keys, screen, families)
+            _measure(run, sample, n, keys, screen, families, kept_by)
         out.append({path: run.journal[key] for path, key in keys.items()})
         if not n:
             for path, unit in out[0].items():
                 families[path] = [family_of(k, v) for k, v in unit["families"].items()]
+            if len(samples) > 1:
+                families = narrow(families, out[0])
     return families, out
 
 
@@ -238,8 +241,9 @@ def _measure(
     keys: Mapping[str, str],
     screen: Mapping[str, Any],
     families: Mapping[str, Sequence[Family]],
+    kept_by: Mapping[str, Sequence[Family]],
 ) -> None:
-    rows = data.scored_rows(sample)
+    rows = data.judged_rows(sample)
     order = [s.path for s in run.sites]
     waiting = {p for p in order if keys[p] not in run.journal}
     back = run.preset.lookback
@@ -263,7 +267,7 @@ def _measure(
 
         run.tell(f"measuring, prompt {n + 1}")
         run.journal.unit(keys[path], work)
-        offer = _offer(call, bench, screen[path], families[path]) if back else None
+        offer = _offer(call, bench, screen[path], kept_by[path]) if back else None
         if offer is not None:
             lists[path] = offer
         for old in order[: max(0, at - back + 1)]:

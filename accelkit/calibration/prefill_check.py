@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -22,6 +22,8 @@ from accelkit.patches.plan import Plan
 
 FEW = 1
 """Most lost answers that are asked about on further prompts."""
+OUTLIER = 1.6
+"""A prompt's error that is this multiple of the others' has a cause of its own."""
 LIFT = 1.15
 """What all prompts reach ÷ the error of the first one, before anything is known."""
 MOST_RUNS = 3.0
@@ -47,7 +49,7 @@ class Checker:
     def look(self, now: Round, allowed: float) -> None:
         """Run the most revealing prompt of earlier rounds."""
         first = self.order[0]
-        self._add(now, first)
+        self._add(now, first, allowed)
         now.bound = max(now.measured, now.rows[0]["error"] * self.lifts.get(first, LIFT))
         now.judged = self._fails(now, first, allowed)
 
@@ -56,7 +58,7 @@ class Checker:
         seen = {r["prompt"] for r in now.rows}
         failed = False
         for n in [n for n in self.order if n not in seen]:
-            self._add(now, n)
+            self._add(now, n, allowed)
             failed = self._fails(now, n, allowed)
             if failed:
                 break
@@ -78,9 +80,9 @@ class Checker:
     def _share(self, n: int) -> float:
         return len(self.samples[n].ids) / max(len(s.ids) for s in self.samples)
 
-    def _add(self, now: Round, n: int) -> None:
+    def _add(self, now: Round, n: int, allowed: float) -> None:
         key = f"check/{plan_digest(now.plan)}/{n}"
-        now.rows += [{**row, "prompt": n} for row in self._rows(now.plan, key, n)]
+        now.rows += [{**row, "prompt": n} for row in self._rows(now.plan, key, n, allowed)]
         now.measured = max(r["error"] for r in now.rows if r["error"] is not None)
         self.runs += self._share(n) * (1 + (n not in self.dense_runs))
         self.dense_runs.add(n)
@@ -101,13 +103,13 @@ class Checker:
         a, b = self.samples[n], self.samples[m]
         return (a.task, len(a.ids)) == (b.task, len(b.ids))
 
-    def _rows(self, plan: Plan, key: str, n: int) -> list[dict[str, Any]]:
+    def _rows(self, plan: Plan, key: str, n: int, allowed: float) -> list[dict[str, Any]]:
         """One prompt, and further ones of its task when a lost answer leaves it open whether more
         than one in a hundred are lost.
         """
         sample = self.samples[n]
         rows = [self._row(plan, key, n)]
-        while self.more is not None and self._open(rows):
+        while self.more is not None and rows[0]["error"] <= allowed and self._open(rows):
             at = len(rows)
             further = partial(self.more, sample.task, len(sample.ids), at)
             self.run.tell("checking a plan")
@@ -115,25 +117,34 @@ class Checker:
             rows.append(self.run.journal.unit(f"{key}+{at}", work) | {"further": at})
         return rows
 
-    def lost(self, now: Round) -> tuple[Sample, int] | None:
-        """The first answer that a round lost: its prompt and its place there."""
-        row = next((r for r in now.rows if r["lost_answers"]), None)
-        if row is None:
+    def suspicion(self, now: Round) -> Callable[[Plan], bool] | None:
+        """For a round that ended with a lost answer, or on a prompt whose error stands out, what to
+        ask of plans with some heads dense: is that mended? None: nothing of the kind.
+        """
+        n = now.rows[-1]["prompt"]
+        mine = [r for r in now.rows if r["prompt"] == n]
+        row = next((r for r in reversed(mine) if r["lost_answers"]), None)
+        if row is not None:
+            sample = self.samples[n]
+            if "further" in row and self.more is not None:
+                sample = self.more(sample.task, len(sample.ids), row["further"])
+            return partial(self._gives, sample=sample, place=row["lost_answers"][0])
+        others = [r["error"] for r in now.rows if r["prompt"] != n and r["error"] is not None]
+        found, usual = mine[0]["error"], float(np.median(others)) if others else np.inf
+        if found < OUTLIER * usual:
             return None
-        sample = self.samples[row["prompt"]]
-        if "further" in row and self.more is not None:
-            sample = self.more(sample.task, len(sample.ids), row["further"])
-        return sample, row["lost_answers"][0]
+        return lambda plan: self._again(plan, n)["error"] < (found * usual) ** 0.5
 
-    def gives(self, plan: Plan, sample: Sample, place: int) -> bool:
-        """Whether a plan gives an answer."""
-
+    def _gives(self, plan: Plan, sample: Sample, place: int) -> bool:
         def work() -> list[bool]:
             return quality.answered(self.run.model, plan, sample)[0]
 
-        self.run.tell("finding what lost an answer")
+        self.run.tell("finding what went wrong")
         key = f"blame/{plan_digest(plan)}/{session.digest([sample.ids.tobytes()])}"
         return self.run.journal.unit(key, work)[place]
+
+    def _again(self, plan: Plan, n: int) -> dict[str, Any]:
+        return self._row(plan, f"blame/{plan_digest(plan)}/{n}", n)
 
     @staticmethod
     def _open(rows: Sequence[dict[str, Any]]) -> bool:

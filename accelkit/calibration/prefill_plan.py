@@ -57,13 +57,12 @@ def refined(
     checker = Checker(run, inputs, still)
 
     def learn(now: Round) -> bool:
-        lost, choices = checker.lost(now), now.proposal.choice
-        if lost is None:
+        mended, choices = checker.suspicion(now), now.proposal.choice
+        if mended is None:
             return False
 
         def mends(some: Sequence[Choice]) -> bool:
-            solution = Solution(tuple(some), 0.0, 0.0)
-            return checker.gives(planned(solution, now.plan.limits), *lost)
+            return mended(planned(Solution(tuple(some), 0.0, 0.0), now.plan.limits))
 
         blamed = culprit(choices, mends)
         if blamed is not None:

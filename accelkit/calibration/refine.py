@@ -35,6 +35,8 @@ MIDDLE = (0.2, 0.8)
 """Between two values of ε the next one is at least and at most this share of the way."""
 WIDEN = 8.0
 """Most by which one round may widen ε."""
+LAST = 2
+"""Rounds beyond a preset's, which run all prompts if nothing has held, whatever room they leave."""
 LARGEST = 100.0
 """ε ÷ the budget beyond which no plan is looked for."""
 
@@ -127,12 +129,13 @@ def in_turns(
     allowed: float,
     learn: Callable[[Round], bool] = lambda now: False,
 ) -> Outcome:
-    """Propose, look and check until ε is found. `learn` of a round that lost answers within the
-    budget says whether proposals of equal ε are others now.
+    """Propose, look and check until ε is found. `learn` from a round that failed says whether
+    proposals of equal ε are others now.
     """
     rounds: list[Round] = []
     bracket, epsilon = Bracket(allowed), FIRST * allowed
-    while len(rounds) < run.preset.rounds and epsilon <= LARGEST * allowed:
+    most = run.preset.rounds + LAST
+    while len(rounds) < most and epsilon <= LARGEST * allowed:
         if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
             break
         proposal = propose(epsilon)
@@ -144,9 +147,10 @@ def in_turns(
             now = Round(epsilon, proposal)
             rounds.append(now)
             checker.look(now, allowed)
-            if not now.judged and now.reach >= ENOUGH * allowed:
+            due = len(rounds) > most - LAST and not any(r.held for r in rounds)
+            if not now.judged and (due or now.reach >= ENOUGH * allowed):
                 checker.check(now, allowed)
-            if now.judged and not now.held and now.reach <= allowed and learn(now):
+            if now.judged and not now.held and learn(now):
                 continue
             bracket.put(epsilon, now.reach, _fits(now))
             if now.held and (now.reach >= ENOUGH * allowed or not checker.affords()):
@@ -207,7 +211,8 @@ class Bracket:
         epsilon, reach = self.points[-1]
         change = (aim / max(reach, 1e-9)) ** (1 / self._slope())
         if self.high is None:
-            return epsilon * float(np.clip(change, CLOSE, WIDEN))
+            most = WIDEN if reach or all(not p[1] for p in self.points) else 2.0
+            return epsilon * float(np.clip(change, CLOSE, most))
         return epsilon * min(change, 1 / CLOSE) if reach > self.allowed else epsilon / 2
 
     def _slope(self) -> float:

@@ -160,7 +160,7 @@ def test_interrupted_by_hand(tmp_path, monkeypatch) -> None:
         m.setattr(flow.measure.quality, "site_weights", stop)
         with pytest.raises(KeyboardInterrupt):
             run(model, journal=path)
-    assert "measure/" in path.read_text()
+    assert "screen/" in path.read_text()
     assert run(model, journal=path, resume=True).measured["measured_error"] <= 0.05
 
 

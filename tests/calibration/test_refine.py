@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -50,9 +51,9 @@ class Made:
     def speed(self, plan) -> dict[str, float]:
         return self.timed
 
-    def run(self, rounds: int = 8) -> Outcome:
+    def run(self, rounds: int = 8, learn: Callable[[Any], Any] = lambda now: False) -> Outcome:
         run = SimpleNamespace(preset=SimpleNamespace(rounds=rounds), late=lambda share, what: False)
-        return in_turns(run, self.propose, self, ALLOWED)  # type: ignore
+        return in_turns(run, lambda e: self.propose(e), self, ALLOWED, learn)  # type: ignore
 
 
 def test_one_round_is_enough_where_the_budget_is_used() -> None:
@@ -104,10 +105,32 @@ def test_lost_answers_narrow_within_the_budget() -> None:
 
 
 def test_rounds_end_with_what_the_check_may_cost() -> None:
-    """Where another plan cannot be checked, a plan that holds ends the rounds."""
-    made = Made(lambda e: 0.1 * e, afford=False)
-    found = made.run(rounds=1)
-    assert [r.epsilon for r in found.rounds] == made.checked == [found.best.epsilon]
+    """The first prompt is the worst of them all: a plan holds with room to spare. The next one is
+    only tried where it can be checked.
+    """
+    poor = Made(lambda e: 0.8 * e, first=1.1, afford=False).run()
+    assert len(poor.rounds) == 1
+    assert poor.best is poor.rounds[0]
+    rich = Made(lambda e: 0.8 * e, first=1.1).run()
+    assert len(rich.rounds) > 1
+    assert rich.best.epsilon > poor.best.epsilon
+
+
+def test_what_lost_an_answer_is_learnt_before_errors_narrow() -> None:
+    """The same ε is tried again once proposals have changed, and only then a smaller one."""
+    made, asked = Made(lambda e: 0.95 * e, loses=0.0), []
+
+    def learn(now) -> bool:
+        asked.append(now.epsilon)
+        made.loses = 1.0
+        made.propose = lambda e: Proposal(None, (e,), 1.0, 2.0, e, False)  # type: ignore
+        return True
+
+    found = made.run(learn=learn)
+    assert asked == [FIRST * ALLOWED]
+    assert [r.epsilon for r in found.rounds] == [FIRST * ALLOWED] * 2
+    assert found.best is found.rounds[1]
+    assert found.best.held
 
 
 def test_a_plan_has_to_beat_the_trimmed_layer_alone() -> None:
