@@ -17,7 +17,7 @@ from accelkit.errors import (
     KernelUnavailableError,
     UnsupportedConfigurationError,
 )
-from accelkit.kernels import cpu
+from accelkit.kernels import cpu_rows
 from accelkit.kernels.dispatch import attend, explain
 from accelkit.kernels.index import ALL, BlockIndex
 
@@ -82,13 +82,13 @@ def test_cpu_path_head_sizes(head_size, dtype) -> None:
 def test_cpu_path_shares_what_neighbours_read(size, causal, monkeypatch) -> None:
     """Runs of 1024 and of 256 rows read in one piece what all of their tiles list."""
     heights = []
-    fused = cpu._fused
+    fused = cpu_rows.fused
 
     def spy(q: torch.Tensor, *rest: Any, **options: Any) -> Any:
         heights.append(q.shape[2])
         return fused(q, *rest, **options)
 
-    monkeypatch.setattr(cpu, "_fused", spy)
+    monkeypatch.setattr(cpu_rows, "fused", spy)
     n, own = 2500, torch.Generator().manual_seed(1)
     q, k, v = tensors(1, 2, 1, n, n, 32)
     rows, columns = -(-n // size[0]), -(-n // size[1])
@@ -105,14 +105,16 @@ def test_cpu_path_shares_what_neighbours_read(size, causal, monkeypatch) -> None
     assert {1024, 256, size[0]} <= set(heights)
 
 
-@pytest.mark.parametrize("heads", [1, 3])
-def test_dense_heads_that_threads_share_unevenly(heads, monkeypatch) -> None:
+@pytest.mark.parametrize(("heads", "n"), [(1, 1500), (1, 2500), (3, 2500)])
+@pytest.mark.parametrize("start", [0, 200])
+def test_dense_heads_that_threads_share_unevenly(heads, n, start, monkeypatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    q, k, v = tensors(1, 4, 2, 1500, 1700, 32)
-    index = BlockIndex.dense(heads, 12, (128, 128), q.device)
+    keys = n + start
+    q, k, v = tensors(1, 4, 2, n, keys, 32)
+    index = BlockIndex.dense(heads, -(-n // 128), (128, 128), q.device)
     chosen = list(range(4))[:heads]
-    part = attend(q, k, v, index, q_start=200, heads=chosen, backend="torch")
-    mask = torch.arange(1700) <= torch.arange(1500)[:, None] + 200
+    part = attend(q, k, v, index, q_start=start, heads=chosen, backend="torch")
+    mask = torch.arange(keys) <= torch.arange(n)[:, None] + start
     want = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[:, chosen]
     torch.testing.assert_close(part.out, want, atol=1e-5, rtol=1e-5)
 
