@@ -206,5 +206,5 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def told(what: str, row: Mapping[str, Any]) -> None:
     """A line for whoever waits."""
     error = "–" if row["worst_error"] is None else f"{row['worst_error']:.4f}"
-    print(f"{time.monotonic():.0f} {what}: {row['ms']:.1f} of {row['dense_ms']:.1f} ms, error {error}, "
-          f"{row['stopped'] or 'whole'}", file=sys.stderr, flush=True)  # fmt: skip
+    times = f"{time.monotonic():.0f} {what}: {row['ms']:.1f} of {row['dense_ms']:.1f} ms"
+    print(f"{times}, error {error}, {row['stopped'] or 'whole'}", file=sys.stderr, flush=True)
