@@ -57,6 +57,16 @@ def test_every_row_once_longest_first_in_each_section(monkeypatch) -> None:
     assert torch.equal(work.items.long(), wanted)
 
 
+def test_equal_rows_keep_their_order_among_hundreds() -> None:
+    """Each row counts those before it, over several chunks of bins."""
+    q, k, v = tensors(1, 4, 2, 1600, 64, 16)
+    mask = torch.rand(1, 4, 100, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    launch = prepare(q, k, v, BlockIndex.from_mask(mask, (16, 16)), causal=False)
+    work = lower(launch)
+    longest = mask.sum(-1).flatten().argsort(descending=True, stable=True)
+    assert work.order.tolist() == longest.tolist()
+
+
 def test_rows_of_a_part_are_numbered_from_zero() -> None:
     launch = launch_of(rows=[3, 8])
     work = lower(launch)
