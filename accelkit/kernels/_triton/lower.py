@@ -1,5 +1,5 @@
-"""From `BlockIndex` rows to lists that a kernel can run: clipped, partly visible blocks first,
-longest rows first.
+"""From `BlockIndex` rows to lists that a kernel can run: clipped, partly visible blocks first, rows
+by length.
 
 Everything stays on the device: no host reads, lists by capacity (rows × key blocks).
 """
@@ -59,12 +59,15 @@ def _row(START, COUNT, TILES, s_ib, s_ih, s_ir, n_heads, n_tiles):
 
 @triton.jit
 def _bin(BIN, KV_HEADS, pid, b, h, length, n_kv, section, BINS: tl.constexpr):
-    """Put a row into the bin of its length, the longest of a section first."""
+    """Put a row into the bin of its length. Sections run from the last to the first, and lengths
+    fall in one and rise in the next, so that what runs at one time is alike where sections meet;
+    short rows come at the end of all.
+    """
     # Exponent and four leading bits of the length: exact to 32, then in steps of a sixteenth.
     steps = length.to(tl.float32).to(tl.int32, bitcast=True) >> 19
     section = (b * n_kv + tl.load(KV_HEADS + h)) // section
-    bin = section * BINS + BINS - 1 - tl.minimum(tl.maximum(steps - 2031, 0), BINS - 1)
-    tl.store(BIN + pid, bin)
+    steps = tl.minimum(tl.maximum(steps - 2031, 0), BINS - 1)
+    tl.store(BIN + pid, tl.where(section % 2 == 0, BINS - 1 - steps, steps) - section * BINS)
 
 
 @triton.jit(do_not_specialize=_SIZES)
