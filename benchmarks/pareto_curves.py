@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pareto_target import DENSE_STEPS, attention_ratio, denoising_ratio
+from pareto_target import DENSE_STEPS, single_cost, unit_of
 
 import accelkit
 from accelkit.calibration import (
+    denoise,
     denoise_check,
     denoise_measure,
     fit,
@@ -124,12 +125,44 @@ def finer(family: Family) -> Family:
     settings = list(family.settings)
     while family.field and len(settings) < SETTINGS:
         values = [getattr(m, family.field) for m in settings]
-        gaps = [abs(np.log(b / a)) for a, b in pairwise(values)]
-        at = int(np.argmax(gaps))
-        value = between(values[at], values[at + 1])
-        if value in values:
+        ways = [(abs(np.log(b / a)), i, between(a, b)) for i, (a, b) in enumerate(pairwise(values))]
+        ways = [w for w in ways if w[2] not in values]
+        if not ways:
             break
+        _, at, value = max(ways, key=lambda w: w[0])
         settings.insert(at + 1, settings[at].model_copy(update={family.field: value}))
+    return Family(family.name, tuple(settings), family.field)
+
+
+FURTHER: dict[str, tuple[dict[str, Any], ...]] = {
+    "psa": tuple(
+        {"ends": e}
+        for e in ((0.03, 0.08, 0.16, 0.45), (0.07, 0.18, 0.3, 0.6), (0.15, 0.32, 0.5, 0.8))
+    ),
+    "sage_attention": tuple(
+        {"qk": qk, "pv": pv, "smooth_k": False}
+        for qk in ("int8", "fp8")
+        for pv in ("fp8", "native")
+    ),
+    "sliding_tile": tuple(
+        {"window": w} for w in ((1.0, 0.5, 0.5), (1.0, 0.75, 0.5), (1.0, 0.5, 1.0), (0.6, 1.0, 1.0))
+    ),
+    "taylor_seer": ({"interval": 10},),
+    "window": ({"window_tokens": 640}, {"window_tokens": 1536}),
+}
+"""Settings beside those that calibration names, where these are fewer than eight."""
+
+
+def further(method: Any) -> list[Any]:
+    """More settings of a method, which differ from this one in these fields only."""
+    return [method.model_copy(update=one) for one in FURTHER.get(method.kind, ())]
+
+
+def more(family: Family) -> Family:
+    """A family with its further settings, along its dial."""
+    settings = [*further(family.settings[0]), *family.settings]
+    if family.field and len(settings) > len(family.settings):
+        settings.sort(key=lambda m: getattr(m, str(family.field)))
     return Family(family.name, tuple(settings), family.field)
 
 
@@ -158,9 +191,8 @@ def alone(pipe: Any, method: AttentionMethod, tables: dict[str, torch.Tensor]) -
 
 
 def run_alone(
-    subject: Subject, method: AttentionMethod, tables: dict, costs: CostTable, tokens: int,
-    share: float, size: tuple[int, int], timed: float | None,
-) -> dict[str, Any] | None:  # fmt: skip
+    subject: Subject, method: AttentionMethod, tables: dict, costs: CostTable, about: dict[str, Any]
+) -> dict[str, Any] | None:
     plan = alone(subject.pipe, method, tables)
     with accelkit.patch(subject.pipe, plan) as handle:
         with handle.measuring():
@@ -170,21 +202,15 @@ def run_alone(
         if not densities:
             return None
         take, pictures = subject.drawn()
-    density, renewed = (
-        statistics.fmean(densities),
-        method.renewed(subject.steps),
-    )
+    density, renewed = statistics.fmean(densities), method.renewed(subject.steps)
     if renewed and density > 1 / 3:
         density = (3 * density - 1) / 2  # one of these three sparse steps was a renewing one
-    ratio = attention_ratio(costs, tokens, method.kind, size, density)
-    if timed is not None:
-        ratio = timed / costs.dense_ms(tokens)
-    ratio = renewed + (1 - renewed) * ratio
-    cost = denoising_ratio(share, ratio)
-    return {
-        "setting": stored(method), "density": density, "cost": cost,
-        **subject.judged(take, pictures),
+    unit, execution = unit_of(subject.pipe, subject.settings, subject.one, method, tables)
+    found = {
+        "setting": stored(method), "density": density, "renewed": renewed, "unit": unit,
+        "execution": execution,
     }  # fmt: skip
+    return {**found, "cost": single_cost(found, costs, about), **subject.judged(take, pictures)}
 
 
 def measured_cache(cache: Any, subject: Subject) -> Any:
@@ -206,7 +232,7 @@ def dialled(cache: Any) -> Family:
     }  # fmt: skip
     name = cache.kind + (json.dumps(own) if own else "")
     some = tuple(cache.model_copy(update={field: v}) for v in cache.dial.values)
-    family = finer(Family(name, some, field))
+    family = finer(more(Family(name, some, field)))
     return Family(name, tuple(spread(family.settings)), field)
 
 
@@ -244,6 +270,8 @@ def run_mixture(
         return {"ms": checker.cost(plan), "dense_ms": 1.0}
 
     saved = fit.fit, denoise_measure.measured, denoise_check.Checker.speed, Bench._clock
+    worth = denoise.CACHES
+    denoise.CACHES = float("inf")  # a run at the small geometry takes as long here as a whole one
     fit.fit = lambda *args, **options: costs  # type: ignore[assignment]
     Bench._clock = lambda bench, one: about["clocked"][repr(one.execution)]  # type: ignore[method-assign]
     denoise_measure.measured = measured
@@ -258,6 +286,7 @@ def run_mixture(
         )  # fmt: skip
     finally:
         fit.fit, denoise_measure.measured, denoise_check.Checker.speed, Bench._clock = saved  # type: ignore[method-assign]
+        denoise.CACHES = worth
     seconds = time.perf_counter() - begin
     opened = accelkit.patch(subject.pipe, plan) if "note" not in plan.measured else nullcontext()
     with opened:

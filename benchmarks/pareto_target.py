@@ -7,7 +7,7 @@ few of its layers; some plans are run there, to be held against what the table p
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -17,7 +17,7 @@ import torch
 from denoise_dit import built, density, forced
 
 import accelkit
-from accelkit.calibration import fit, video, video_bench
+from accelkit.calibration import fit, fit_clock, fit_inputs, video, video_bench
 from accelkit.calibration.candidates import stored
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.adapters import watch
@@ -34,15 +34,20 @@ CONFIRMED = ("sliding_tile", "gna", "flash_prefill")
 """Methods that are run at the target."""
 
 
-def measured_costs(methods: Sequence[AttentionMethod], device: str, layers: int) -> dict[str, Any]:
-    """The cost table at the target's shape, attention's share of its dense denoising, and runs."""
+def measured_costs(
+    methods: Sequence[AttentionMethod], device: str, layers: int,
+    further: Callable[[AttentionMethod], list[Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """The cost table at the target's shape, attention's share of its dense denoising, and what
+    arithmetic of methods and of their `further` settings takes that is not plain.
+    """
     pipe, size, shot = built("wan", layers, device)
     size = replace(size, num_inference_steps=4)
     take = [video.run(pipe, size, shot) for _ in range(2)][-1]
     step = 1e3 * statistics.median(b - a for a, b in pairwise(take.ends))
     about = video_bench.attention(pipe, size, shot)
     seen = video_bench.denoise_look.glance(pipe, size, shot)
-    shape = fit.Shape(
+    shape = fit_inputs.Shape(
         12, 12, 128, layers, causal=False,
         geometry=video_bench.denoise_look.geometry_of(seen),
     )  # fmt: skip
@@ -50,14 +55,15 @@ def measured_costs(methods: Sequence[AttentionMethod], device: str, layers: int)
     torch.cuda.empty_cache()
     table = fit.fit(shape, torch.bfloat16, torch.device(device), about["tokens"], methods)
     # What low precision and skipping save, no list shows: they are timed at the target's size.
-    call = fit.random_call(shape, torch.bfloat16, torch.device(device), about["tokens"])
+    call = fit_inputs.random_call(shape, torch.bfloat16, torch.device(device), about["tokens"])
     clocked = {}
     waiting = [m for m in methods if m.kind in table.methods]
+    waiting += [one for m in waiting for one in further(m)]
     for method in waiting:
         one = (answer(call, Policy(methods=(method,))) or (None,))[0]
         if one is not None and one.execution != PLAIN and repr(one.execution) not in clocked:
             run = partial(compute, one)
-            clocked[repr(one.execution)] = fit.clock(run, 3, torch.device(device))
+            clocked[repr(one.execution)] = fit_clock.clock(run, 3, torch.device(device))
             waiting += method.calibrator(call.site).settings()  # each has an execution of its own
     return {"share": about["attention_ms"] / step, "table": table.to_dict(), "clocked": clocked}
 
@@ -134,6 +140,20 @@ def attention_ratio(
     once, each = costs.method_ms(kind, tokens)
     head = each + costs.head_ms(size, tokens, density)
     return (once + costs.launch_ms(size) + costs.heads * head) / costs.dense_ms(tokens)
+
+
+def single_cost(found: dict[str, Any], costs: CostTable, about: dict[str, Any]) -> float:
+    """Predicted time of a whole denoising by one method ÷ a dense one, from what its run found:
+    density, the share of the steps that renew its memory, the unit of its lists, its arithmetic.
+    """
+    ((tokens, dense),) = costs.dense
+    timed = about["clocked"].get(found["execution"])
+    if timed is None:
+        kind, unit = found["setting"]["kind"], tuple(found["unit"])
+        ratio = attention_ratio(costs, tokens, kind, unit, found["density"])
+    else:
+        ratio = timed / dense
+    return denoising_ratio(about["share"], found["renewed"] + (1 - found["renewed"]) * ratio)
 
 
 def denoising_ratio(share: float, ratio: float) -> float:

@@ -30,33 +30,39 @@ import numpy as np
 import torch
 from pareto_curves import (
     ROOT,
+    SETTINGS,
     Subject,
     dialled,
     finer,
+    further,
     measured_cache,
+    more,
     run_alone,
     run_cache,
     run_mixture,
     spread,
     variants,
 )
-from pareto_target import DENSE_STEPS, confirmed, measured_costs, moved, unit_of
+from pareto_target import DENSE_STEPS, confirmed, measured_costs, moved, single_cost
 
 from accelkit.calibration import denoise_caches, pipelines, video_bench
-from accelkit.calibration.candidates import Family, chosen_methods, thinned
+from accelkit.calibration.candidates import Family, chosen_methods, stored, thinned
 from accelkit.calibration.results import environment
 from accelkit.calibration.video import Settings
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.adapters import facts
 from accelkit.patches.method import AttentionMethod
 
+BUDGETS = (0.1, 0.2, 0.4, 0.05, 0.8, 0.3, 0.02, 0.6)
+"""Of the mixtures, in the order of what they tell."""
 FEWER = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Shares of the steps that 'fewer steps' runs."""
-Job = tuple[str, Callable[[], dict[str, Any] | None]]
+Job = tuple[str, dict[str, Any], Callable[[], dict[str, Any] | None]]
+"""A point to draw: its curve, its setting, and what draws it."""
 
 
 def singles(
-    subject: Subject, able: Sequence[AttentionMethod], costs: CostTable, about: dict, tokens: int
+    subject: Subject, able: Sequence[AttentionMethod], costs: CostTable, about: dict[str, Any]
 ) -> list[list[Job]]:
     """The settings of every curve of one method, in the order to run them."""
     families, tables = variants(subject, able)
@@ -64,19 +70,31 @@ def singles(
     for name in dict.fromkeys(m.kind for m in able):
         mine = [f for f in families if f.settings[0].kind == name]
         # Settings without a dial are one curve; a dial's variants are a curve each.
-        loose = [s for f in mine if f.field is None for s in f.settings]
-        some = [finer(f) for f in mine if f.field is not None]
-        some += [thinned(Family(name, tuple(loose), None), 12)] if loose else []
+        loose = tuple(s for f in mine if f.field is None for s in f.settings)
+        some = [finer(more(f)) for f in mine if f.field is not None]
+        some += [thinned(more(Family(name, loose, None)), 12)] if loose else []
         for family in some:
-            unit, arithmetic = unit_of(
-                subject.pipe, subject.settings, subject.one, family.settings[0], tables
+            run = partial(run_alone, subject, tables=tables, costs=costs, about=about)
+            waiting.append(
+                [(family.name, stored(s), partial(run, s)) for s in spread(family.settings)]
             )
-            run = partial(
-                run_alone, subject, tables=tables, costs=costs, tokens=tokens,
-                share=about["share"], size=unit, timed=about["clocked"].get(arithmetic),
-            )  # fmt: skip
-            waiting.append([(family.name, partial(run, s)) for s in spread(family.settings)])
     return waiting
+
+
+def missing(waiting: list[list[Job]], known: dict[str, list[dict[str, Any]]]) -> list[list[Job]]:
+    """The settings that an earlier file has not got, of curves that want some for `SETTINGS`
+    points, the shortest curves first.
+    """
+
+    def plain(setting: dict[str, Any]) -> Any:  # a model's own numbers are measured in each run
+        return json.loads(json.dumps({k: v for k, v in setting.items() if k != "ratios"}))
+
+    found: list[list[Job]] = []
+    for jobs in waiting:
+        have = [plain(r["setting"]) for r in known.get(jobs[0][0], ())]
+        if len(have) < SETTINGS:
+            found.append([job for job in jobs if plain(job[1]) not in have])
+    return sorted(found, key=lambda jobs: len(known.get(jobs[0][0], ())) if jobs else SETTINGS)
 
 
 def fewer(subject: Subject, steps: int) -> dict[str, Any]:
@@ -159,10 +177,17 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def join(paths: Sequence[Path], out: Path) -> None:
-    """One file and one picture of several parts."""
+def join(paths: Sequence[Path], out: Path, costs: Path | None) -> None:
+    """One file and one picture of several parts; single methods at the prices of `costs`."""
     parts = [json.loads(p.read_text()) for p in paths]
     found = parts[0]
+    if costs is not None:
+        about = json.loads(costs.read_text())
+        table = moved(CostTable.from_dict(about["table"]), found["tokens"], found["heads"])
+        for row in (r for part in parts for rows in part["curves"].values() for r in rows):
+            if "density" in row:
+                row["cost"] = single_cost(row, table, about)
+        found |= {k: about[k] for k in ("share", "confirmed")}
     for part in parts[1:]:
         for name, rows in part["curves"].items():
             found["curves"].setdefault(name, []).extend(rows)
@@ -202,13 +227,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--budgets", type=float, nargs="*", default=[0.02, 0.05, 0.1, 0.2, 0.4])
+    parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", help="default: all for denoising")
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--costs", type=Path, help="costs measured before; made if not there")
     parser.add_argument("--layers", type=int, default=4, help="of the target, to measure shares")
     parser.add_argument("--journal", type=Path, help="of calibrations; made if not there")
-    parser.add_argument("--skip", type=int, default=0, help="so many points of each single curve")
+    parser.add_argument("--more", type=Path, help="an earlier file, whose curves are made whole")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after these")
     parser.add_argument(
         "--part", type=int, nargs=2, default=[0, 1], metavar=("I", "N"),
@@ -222,7 +247,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     args = options()
     if args.join:
-        join(args.join, args.out)
+        join(args.join, args.out, args.costs)
         return
     begin = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -231,10 +256,11 @@ def main() -> None:
     if args.costs and args.costs.exists():
         about = json.loads(args.costs.read_text())
     else:
-        about = measured_costs(methods, device, args.layers)
+        about = measured_costs(methods, device, args.layers, further)
         about["confirmed"] = confirmed(about, device, args.layers)
+        about["environment"] = environment(torch.device(device))
         if args.costs:
-            args.costs.write_text(json.dumps(about))
+            args.costs.write_text(json.dumps(about, indent=1))
     big = CostTable.from_dict(about["table"])
     print(f"f = {about['share']:.3f}, {time.perf_counter() - begin:.0f} s; {big.refused}")
 
@@ -248,7 +274,8 @@ def main() -> None:
     heads = next(iter(facts(pipe)[0].components.values())).q_heads
     costs = moved(big, tokens, heads)
     found: dict[str, Any] = {
-        "model": Path(args.model).name, "tokens": tokens, **vars(size), "share": about["share"],
+        "model": Path(args.model).name, "tokens": tokens, "heads": heads, **vars(size),
+        "share": about["share"],
         "dense_steps": DENSE_STEPS, "target_tokens": big.dense[-1][0], "refused": dict(big.refused),
         "confirmed": about.get("confirmed", []), "prompts": args.prompts,
         "kernel": os.environ.get("ACCELKIT_KERNEL", "auto"),
@@ -263,33 +290,39 @@ def main() -> None:
         for _ in range(8)
     ]  # fmt: skip
     journal = args.journal or args.out.with_suffix(".journal.jsonl")
+    mix = partial(
+        run_mixture, subject, costs=costs, about=about, prompts=prompts, journal=journal,
+        preset=args.preset, methods=args.methods,
+    )  # fmt: skip
     mixtures: list[list[Job]] = [
-        [
-            ("mixture", partial(run_mixture, subject, budget, costs, about, prompts, journal,
-                                args.preset, args.methods))
-            for budget in args.budgets
-        ]
-    ]  # fmt: skip
+        [("mixture", {"budget": b}, partial(mix, b)) for b in args.budgets]
+    ]
     index, parts = args.part
     others: list[list[Job]] = []
     if index or parts == 1:
         steps = sorted({max(2, round(args.steps * s)) for s in FEWER})
-        others.append([("fewer steps", partial(fewer, subject, n)) for n in steps])
+        others.append([("fewer steps", {"steps": n}, partial(fewer, subject, n)) for n in steps])
         for cache in (v for c in caches for v in measured_cache(c, subject).variants()):
             family = dialled(cache)
-            others.append([(family.name, partial(run_cache, subject, s)) for s in family.settings])
-        others += singles(subject, [m for m in methods if m.kind in costs.methods], costs, about,
-                          tokens)  # fmt: skip
-    others = [row[args.skip :] for row in others]
+            others.append(
+                [(family.name, stored(s), partial(run_cache, subject, s)) for s in family.settings]
+            )
+        others += singles(subject, [m for m in methods if m.kind in costs.methods], costs, about)
+    known = json.loads(args.more.read_text())["curves"] if args.more else {}
+    others = missing(others, known)
     if parts > 1:
         waiting = others[index - 1 :: parts - 1] if index else mixtures
     else:
         waiting = mixtures + others
     # A point of every curve before a second one of any: the time may end.
     for turn in range(max(map(len, waiting), default=0)):
-        for name, run in (row[turn] for row in waiting if turn < len(row)):
-            row = run() if time.perf_counter() - begin < args.seconds else None
-            if row is None:
+        for name, _, run in (row[turn] for row in waiting if turn < len(row)):
+            points = len(known.get(name, ())) + len(found["curves"].get(name, ()))
+            late = time.perf_counter() - begin > args.seconds
+            if late or (name in known and points >= SETTINGS):
+                continue
+            row = run()
+            if row is None:  # the method leaves this size dense
                 continue
             found["curves"].setdefault(name, []).append(row)
             args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -302,7 +335,7 @@ def main() -> None:
                 flush=True,
             )
     if parts == 1:
-        join([args.out], args.out)
+        join([args.out], args.out, None)
 
 
 if __name__ == "__main__":

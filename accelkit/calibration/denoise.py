@@ -59,8 +59,8 @@ PRESETS = {
 CACHES = 0.25
 """Dense runs that the search for step caches may be worth."""
 SHORT = 4
-"""Where the small geometry is not as much smaller, the search takes what it takes: all runs are
-short.
+"""Where a run at the small geometry does not take so much less time than a dense one, the search
+takes what it takes: all runs are short.
 """
 LEAST = 1e-3
 """Least share of a bucket's errors that arrives in the latents; less is not believed."""
@@ -207,9 +207,11 @@ def _plan(
             influence[b] = max(small.influence(b, tried, sensitive), LEAST)
         weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
     afford = float("inf")
-    if caches and SHORT * seen.tokens <= tokens:
-        afford = CACHES * found.step_seconds * seen.total
-        afford -= run.journal.unit("cache/whole", lambda: small.whole.seconds)
+    if caches:
+        dense = found.step_seconds * seen.total
+        whole = run.journal.unit("cache/whole", lambda: small.whole.seconds)
+        if SHORT * whole <= dense:
+            afford = CACHES * dense - whole
     cached, refused = denoise_caches.options(run, small, caches, allowed, afford)
     planner = Planner(
         seen, found, weights, costs, tokens, cached, fingerprint, budget,
@@ -220,8 +222,11 @@ def _plan(
             steps=seen.total,
         ),
     )  # fmt: skip
-    planner.rehearse(small)
-    checker = Checker(run, settings, shots.check, planner.ratio, small.margin())
+    planner.known[0] = rounding = small.rounding()
+    # Spread as the trials show it: what hardly changes anything may tip a single result over.
+    margin = small.margin()
+    planner.rehearse(small, margin)
+    checker = Checker(run, settings, shots.check, planner.ratio, margin)
     plan = planner.finished(planner.settle(run, checker))
     about = {
         "refused": {**costs.refused, **refused},
@@ -230,6 +235,7 @@ def _plan(
         "steps": seen.total,
         "buckets": [list(b) for b in small.shares],
         "influence": [float(f"{i:.4g}") for i in influence],
+        "rounding": float(f"{rounding:.4g}"),
         "composition": float(f"{planner.kappas[None]:.4g}"),
         "margin": float(f"{checker.margin:.4g}"),
         "weighed_on": vars(seen.settings),

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
+
 from accelkit.calibration import video
 from accelkit.calibration.candidates import stored
 from accelkit.calibration.denoise_look import bucket_of, place_of
@@ -62,7 +64,8 @@ def chosen_caches(methods: Sequence[Any] | None) -> tuple[list[BlockMethod], lis
 
 
 def _is_cache(cls: type[Method]) -> bool:
-    return issubclass(cls, BlockMethod) and "denoise" in cls.phases
+    """Whether a class skips steps; a block method without a dial changes what is drawn."""
+    return issubclass(cls, BlockMethod) and "denoise" in cls.phases and cls.dial is not None
 
 
 def options(
@@ -129,7 +132,7 @@ def _bisected(run: Run, small: Small, cache: BlockMethod, allowed: float) -> Ite
 
 
 def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:
-    """A whole run with this cache alone; the root mean square over its results."""
+    """A whole run with this cache alone; the median error of its results."""
 
     def work() -> dict[str, Any]:
         calls: dict[str, int] = Counter()
@@ -144,8 +147,8 @@ def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:
         # Some denoisers take the results of a batch one by one: counted beside a run of as many.
         left = {p: calls.get(p, 0) / n for p, n in small.whole.calls.items()}
         errors = [relative(f, t) for f, t in zip(take.latents, small.whole.latents, strict=True)]
-        error = sum(e**2 / len(errors) for e in errors) ** 0.5
-        return {"error": error, "left": left, "seconds": take.ends[-1]}
+        # The median: one of them may tip over into another picture.
+        return {"error": float(np.median(errors)), "left": left, "seconds": take.ends[-1]}
 
     run.tell(f"step cache {cache.kind}")
     settings = {k: v for k, v in stored(cache).items() if k not in ("kind", "ratios")}

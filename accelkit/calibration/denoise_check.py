@@ -23,8 +23,10 @@ HOPELESS = 1.25
 """A run whose latents have this multiple of the budget is not finished."""
 MOST_RUNS = 2.0
 """Dense runs for each prompt that the check may be worth."""
-CAREFUL = 0.75
-"""Share of its ε that the last round takes which the check can afford, if none held before."""
+CAREFUL = (0.75, 0.5)
+"""Share of its ε that a round takes if none held before: the last one which the check can afford,
+and one that it cannot.
+"""
 CLEAR = 1.5
 """A bound that is this multiple of the budget is not mended by further prompts."""
 WATCHED = 4
@@ -61,7 +63,7 @@ class Checker:
         for n in self.order:
             self.run.tell("checking a plan")
             key = f"check/{digest}/{n}"
-            row = self.run.journal.unit(key, partial(self._row, now.plan, n, allowed))
+            row = self._unit(key, partial(self._row, now.plan, n, allowed), allowed)
             now.rows.append({**row, "prompt": n})
             # The error of a run that was not finished would have grown further.
             errors = [r["error"] / r["done"] for r in now.rows]
@@ -72,6 +74,13 @@ class Checker:
         now.held = len(now.rows) == len(self.shots) and now.reach <= allowed
         worst = [r["prompt"] for r in sorted(now.rows, key=lambda r: -r["error"])]
         self.order = worst + [n for n in self.order if n not in worst]
+
+    def _unit(self, key: str, work: Callable[[], dict[str, Any]], allowed: float) -> dict[str, Any]:
+        """A row of the journal; made anew if it was cut short for a smaller budget than this."""
+        book = self.run.journal
+        if key in book and book[key]["done"] < 1 and book[key]["error"] <= HOPELESS * allowed:
+            book.drop(key)
+        return book.unit(key, work)
 
     def used(self, rounds: Sequence[Round]) -> float:
         """Dense runs for each prompt that the rounds are worth, the dense side included."""
@@ -86,13 +95,15 @@ class Checker:
 
     def care(self, rounds: Sequence[Round], plan: Plan) -> float:
         """The share of ε that a round shall take which takes this plan's time: less where no other
-        could follow and none has held.
+        could follow and none has held; a plan that is too careful is better than none.
         """
         if any(r.held for r in rounds):
             return 1.0
+        if self.spent(rounds, plan):
+            return CAREFUL[1]
         whole = self.cost(plan)
         last = self.used(rounds) + whole / len(self.shots) + whole > MOST_RUNS
-        return CAREFUL if last else 1.0
+        return CAREFUL[0] if last else 1.0
 
     def speed(self, plan: Plan) -> dict[str, float]:
         """Milliseconds of the denoising, dense and patched: the least of each step over the

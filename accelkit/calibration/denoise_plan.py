@@ -16,7 +16,7 @@ from accelkit.calibration.denoise_caches import Cached
 from accelkit.calibration.denoise_check import Checker
 from accelkit.calibration.denoise_look import Look, bucket_of, buckets, site_of
 from accelkit.calibration.denoise_measure import Measurements
-from accelkit.calibration.denoise_weights import Small, grown
+from accelkit.calibration.denoise_weights import Small
 from accelkit.calibration.measure import Run
 from accelkit.calibration.quality import geometric_mean
 from accelkit.calibration.search import (
@@ -56,7 +56,8 @@ class Planner:
 
     `kappas` say how errors of attention compose beside each step cache, the last of them stands for
     the others; `scale` is the error of a step cache ÷ that at the small geometry. Both follow what
-    checks measure. `known` has the errors of the step caches that were checked alone.
+    checks measure. `known` has the errors of the step caches that were checked alone, and without
+    any, of rounding.
     """
 
     seen: Look
@@ -82,13 +83,7 @@ class Planner:
             {p: self.found.refresh.get(site_of(p), 1) for p in self.seen.places},
         )  # fmt: skip
         self.data = [
-            replace(
-                d,
-                table=_grown(d.table),
-                site=site_of(d.site),
-                steps=shares[bucket_of(d.site)],
-            )
-            for d in data
+            replace(d, site=site_of(d.site), steps=shares[bucket_of(d.site)]) for d in data
         ]
         self.tables = [[_left(d, c) for d in self.data] for c in self.caches]
         self.fronts: list[dict[str, Any]] = [{} for _ in self.caches]
@@ -103,10 +98,11 @@ class Planner:
 
     def settle(self, run: Run, checker: Checker) -> refine.Outcome:
         """Checks the fastest step cache alone if that is cheap, then what step caches and attention
-        make together, and predicts anew after every check. The fastest plan that held wins.
+        make together, and predicts anew after every check. The fastest plan that held wins; where
+        none did, a last and careful one may take more than the check is worth.
         """
         allowed, rounds = self.budget.max_rel_error, list[refine.Round]()
-        aim, cautious = FIRST * allowed / checker.margin, True
+        aim, cautious, last = FIRST * allowed / checker.margin, True, False
         while len(rounds) < run.preset.rounds:
             if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
                 break
@@ -127,7 +123,9 @@ class Planner:
                 aim *= refine.MARGIN  # it did not hold
                 continue
             if checker.spent(rounds, proposal.plan):
-                break
+                if last or any(r.held for r in rounds):
+                    break
+                last = True
             now = refine.Round(epsilon, proposal)
             checker.check(now, allowed)
             rounds.append(now)
@@ -145,7 +143,8 @@ class Planner:
             error = self.cached_error(n)
             if n and error > epsilon:
                 continue
-            room = max(epsilon**2 - error**2, 0.0) ** 0.5
+            # Rounding alone may take it all, in theory.
+            room = max(epsilon**2 - error**2, 0.0 if n else (epsilon / 2) ** 2) ** 0.5
             solution = self.still(n) if alone else self._searched(n, room / self.kappa(n))
             ways.append((solution.ms + self._rest(cache), n, solution))
         ms, n, solution = min(ways, key=lambda w: w[:2])
@@ -202,11 +201,11 @@ class Planner:
             self.fronts[n] |= {"layers": layers, "segments": {}}
         return search(self.tables[n], error, self.fronts[n])
 
-    def rehearse(self, small: Small) -> None:
+    def rehearse(self, small: Small, margin: float) -> None:
         """Run what would be proposed at the small geometry, until the error is what was predicted:
         search is fond of what looks harmless, and some of it only looks so.
         """
-        aim = FIRST * self.budget.max_rel_error / small.margin()
+        aim = FIRST * self.budget.max_rel_error / margin
         seen: list[Any] = []
         found: dict[int, list[float]] = {}
         while len(seen) < REHEARSALS:
@@ -220,11 +219,23 @@ class Planner:
             if change is None:
                 break
             # However well the step cache explains a change, a part of it is attention's.
-            rest = max(change**2 - self.caches[n].error ** 2, (change / 4) ** 2) ** 0.5
-            found.setdefault(n, []).append(rest / predicted(self.tables[n], choices))
+            rest = max(change**2 - self._alone(small, n) ** 2, (change / 4) ** 2) ** 0.5
+            attention = predicted(self.tables[n], choices)
+            wrong = rest / (self.kappa(n) * attention)
+            found.setdefault(n, []).append(rest / attention)
             self.believe(n, geometric_mean(found[n]))
-            if 1 / NEAR < change / proposal.error < NEAR:
+            if 1 / NEAR < wrong < NEAR:
                 break
+
+    def _alone(self, small: Small, n: int) -> float:
+        """Change by the n-th step cache alone in the few steps of a rehearsal, where it skips
+        longer ways than in all of them.
+        """
+        if not n:
+            return self.cached_error(n)
+        plan = self._assembled(self.caches[n], self.still(n))
+        name = f"composition/{refine.plan_digest(plan)}"
+        return small.change(name, plan, sparse=False) or 0.0
 
     def ratio(self, plan: Plan) -> float:
         """Predicted time of a plan's denoising ÷ that of the dense one."""
@@ -285,7 +296,7 @@ class Planner:
                 1.0, self.dense_ms / (1e3 * self.found.step_seconds * self.seen.total)
             ),
             "step_cache": None if cache is None else cache.kind,
-            "step_cache_error": self.cached_error(n),
+            "step_cache_error": 0.0 if cache is None else self.cached_error(n),
             "per_task": {
                 f"{r['task']} (seed {r['seed']})": {k: r[k] for k in keep if r.get(k) is not None}
                 for r in best.rows
@@ -300,11 +311,6 @@ class Planner:
         return best.plan.model_copy(update={"measured": _short(measured)}).with_tables(
             best.plan.tables
         )
-
-
-def _grown(table: Table) -> Table:
-    options = tuple(replace(o, error=grown(o.error)) for o in table.options)
-    return replace(table, options=options)
 
 
 def _left(data: SiteData, cache: Cached) -> Table:

@@ -34,7 +34,6 @@ from accelkit.calibration.quality import (
     ONE_IN_TWENTY,
     LeftOut,
     Show,
-    geometric_mean,
     noise_like,
     relative,
 )
@@ -52,8 +51,6 @@ from accelkit.patches.sites.attention import answer, compute
 
 TYPICAL = 0.1
 """Error of a head that plans are fond of."""
-GROWTH = 1.5
-"""Power of errors above that."""
 FEW = 12
 """Most steps of the disturbed runs; buckets are the same shares of them as of all."""
 MOST_WEIGHED = 40
@@ -197,7 +194,7 @@ class Small:
     def influence(self, bucket: int, trial: Trial, heads: Mapping[str, Sequence[float]]) -> float:
         """How far errors of heads in a bucket travel to the final latents: their change by a trial
         of the methods themselves, ÷ what search makes of the trial's errors with `heads`, a weight
-        for every head of each place. The geometric mean of several results.
+        for every head of each place.
 
         Noise would tell too little: what methods leave out is alike in all tokens and steps. It
         stands in only where the small geometry is too short for them.
@@ -206,21 +203,22 @@ class Small:
         change, error = self.change(f"influence/{bucket}", trial.plan), trial.error
         if change is None:
             key = f"influence/{bucket}/noise"
-            change = self.run.journal.unit(key, lambda: self._noisy(bucket))
+            change = self.run.journal.unit(key, lambda: self._noisy(NOISE, bucket))
             error = {p: [NOISE] * len(heads[p]) for p in mine}
         losses = [sum(w * e for w, e in zip(heads[p], error[p], strict=True)) for p in mine]
         return change / max(composed(losses), 1e-12)
 
-    def change(self, name: str, plan: Plan) -> float | None:
-        """Relative change of the final latents by a plan, the geometric mean of several results.
-        None: the small geometry is too short for it.
+    def change(self, name: str, plan: Plan, sparse: bool = True) -> float | None:
+        """Relative change of the final latents by a plan, the median of several results: one of
+        them may tip over into another picture. None: the small geometry is too short for the
+        plan, which ought to be `sparse`.
         """
 
         def work(n: int) -> list[float] | None:
             with patch(self.run.model, plan.model_copy(update={"limits": Limits()})) as handle:
                 take = video.run(self.run.model, self.settings, self.shots[n])
-                sparse = handle.report().sparse_calls
-            if not sparse:
+                counted = handle.report().sparse_calls
+            if sparse and not counted:
                 return None
             return [relative(f, t) for f, t in zip(take.latents, self.latents(n), strict=True)]
 
@@ -232,7 +230,7 @@ class Small:
                 return None
             found += some
         self.spreads.append(np.log(np.maximum(found, 1e-12)))
-        return geometric_mean(found)
+        return float(np.median(found))
 
     def margin(self) -> float:
         """By which factor a result's error exceeds the mean in one case of twenty, from the spread
@@ -242,20 +240,28 @@ class Small:
         squares = sum(float(((logs - logs.mean()) ** 2).sum()) for logs in self.spreads)
         return float(np.exp(ONE_IN_TWENTY * (squares / freedom) ** 0.5)) if freedom else 1.0
 
-    def _noisy(self, bucket: int) -> float:
-        """Relative change of the final latents by 5 % noise on all heads, the same at every step
-        but not in every branch.
+    def rounding(self) -> float:
+        """Relative change of the final latents by noise of the size of rounding on all heads: no
+        plan changes them much less.
+        """
+        dtype = next(iter(self.roots.values())).dtype
+        size = torch.finfo(dtype).eps / 2
+        return self.run.journal.unit("influence/rounding", lambda: self._noisy(size))
+
+    def _noisy(self, size: float, bucket: int | None = None) -> float:
+        """Relative change of the final latents, the median of the results, by noise of some size
+        on all heads, in a bucket or always; the same at every step but not in every branch.
         """
 
         def disturb(call: AttentionCall) -> Tensor | None:
-            if self.bucket(call.clock.step, self.total) != bucket:
+            if bucket not in (None, self.bucket(call.clock.step, self.total)):
                 return None
             dense, seed = dense_attention(call), self.seen.branches.index(call.clock.branch)
-            return dense.out + (NOISE * noise_like(dense.out, seed)).to(dense.out.dtype)
+            return dense.out + (size * noise_like(dense.out, seed)).to(dense.out.dtype)
 
         with watch(self.run.model, disturb):
-            take = video.run(self.run.model, self.settings, self.shots[0])
-        return relative(take.latents, self.latents(0))
+            found = video.run(self.run.model, self.settings, self.shots[0]).latents
+        return float(np.median([relative(*p) for p in zip(found, self.latents(0), strict=True)]))
 
 
 def weighed_at(places: Sequence[str]) -> dict[str, str]:
@@ -340,16 +346,11 @@ def trial(
         site = site_of(place)
         rule = Rule(phase="denoise", steps=shares[bucket_of(place)], policies=row)
         rules.setdefault(site, []).append(rule)
-        errors[place] = grown(np.asarray(error)).tolist()
+        errors[place] = [float(e) for e in error]
         tables |= {f"{site}/{k}": v for k, v in found.tables[place].items()}
     sites = {site: LayerPlan(rules=tuple(some)) for site, some in rules.items()}
     plan = Plan(fingerprint=fingerprint, policies=tuple(policies), sites=sites)
     return Trial(plan.with_tables(tables), errors, settings)
-
-
-def grown(error: np.ndarray) -> np.ndarray:
-    """Errors as they count: above the typical ones harm grows faster than they do."""
-    return np.where(error > TYPICAL, TYPICAL * (error / TYPICAL) ** GROWTH, error)
 
 
 def _first(value: Any, batch: int | None = None) -> Any:

@@ -119,6 +119,10 @@ class Journal:
         self._write(entry)
         return entry["value"]
 
+    def drop(self, key: str) -> None:
+        """Forget a unit, so that it is made anew."""
+        self.units.pop(key, None)
+
     def __contains__(self, key: str) -> bool:
         return key in self.units
 

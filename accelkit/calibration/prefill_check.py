@@ -13,7 +13,7 @@ import torch
 from accelkit.calibration import quality, session
 from accelkit.calibration.bench import prefill, times_ms
 from accelkit.calibration.data import Inputs
-from accelkit.calibration.fit import device_ms
+from accelkit.calibration.fit_clock import device_ms
 from accelkit.calibration.measure import Run
 from accelkit.calibration.refine import Round, plan_digest
 from accelkit.calibration.tasks import Sample

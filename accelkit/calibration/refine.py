@@ -21,7 +21,7 @@ from accelkit.calibration.measure import Run
 from accelkit.patches.plan import Plan
 
 log = logging.getLogger("accelkit")
-MARGIN = 0.92
+MARGIN = 0.9
 """Share of the budget that the next round aims at."""
 FIRST = 1.0
 """ε of the first round ÷ the budget."""

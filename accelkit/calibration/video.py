@@ -351,7 +351,7 @@ def fidelity(found: Take, true: Take) -> dict[str, float | None]:
     }
     if found.frames is not None and true.frames is not None:
         rows["psnr"] = decibels(float(np.square(found.frames - true.frames).mean()), 1.0)
-        rows["ssim"] = ssim(found.frames, true.frames)
+        rows["ssim"] = ssim(found.frames, true.frames, found.latents.device)
         rows["lpips"] = lpips_of(found.frames, true.frames)
     return rows
 
@@ -363,20 +363,24 @@ def decibels(square: float, peak: float) -> float:
     return min(100.0, 10 * math.log10(peak**2 / max(square, 1e-30)))
 
 
-def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of frames `[F, H, W, C]` in 0 … 1: Gaussian window of 11 pixels and
-    σ 1.5, mean over frames, pixels and channels (Wang et al. 2004).
+def ssim(a: np.ndarray, b: np.ndarray, device: torch.device | str = "cpu") -> float:
+    """Structural similarity of frames `[F, H, W, C]` in 0 … 1, computed on `device`: Gaussian
+    window of 11 pixels and σ 1.5, mean over frames, pixels and channels (Wang et al. 2004).
     """
-    x, y = (torch.from_numpy(f).permute(0, 3, 1, 2).flatten(0, 1)[:, None].double() for f in (a, b))
-    at = torch.arange(11, dtype=torch.float64) - 5
-    line = torch.exp(-(at**2) / (2 * 1.5**2))
-    window = (line[:, None] * line / line.sum() ** 2)[None, None]
-
-    def mean(image: Tensor) -> Tensor:
-        return functional.conv2d(image, window)
-
+    x, y = (
+        torch.from_numpy(f).to(device).permute(0, 3, 1, 2).flatten(0, 1)[:, None].double()
+        for f in (a, b)
+    )
     if min(x.shape[2:]) < 11:
         raise InvalidInputError(f"SSIM needs frames of 11 pixels a side; these are {a.shape[1:3]}")
+    at = torch.arange(11, dtype=torch.float64, device=device) - 5
+    line = torch.exp(-(at**2) / (2 * 1.5**2))
+    line = (line / line.sum())[None, None, None]
+
+    def mean(image: Tensor) -> Tensor:
+        # The window is a product of two lines.
+        return functional.conv2d(functional.conv2d(image, line), line.mT)
+
     mx, my = mean(x), mean(y)
     vx, vy, vxy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
     c1, c2 = 0.01**2, 0.03**2

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from accelkit.kernels.index import ceil_div
 
@@ -39,14 +39,17 @@ class Kernel:
 
 @dataclass(frozen=True)
 class MethodCost:
-    """A whole `index()` with order and merging, for all heads of a layer; `share` of it is paid
-    however few heads take part. `error` is how far inner points lie from the line between their
-    neighbours.
+    """What a method costs beside the kernels that read its lists, for all heads of a layer; `share`
+    of it is paid however few heads take part. `error` is how far inner points lie from the line
+    between their neighbours. `terms` are what `points` are the sum of, by the names in `TERMS`.
     """
+
+    TERMS: ClassVar = ("estimator", "selection", "permutation")
 
     points: Points
     share: float = 1.0
     error: float = 0.0
+    terms: Mapping[str, Points] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,10 @@ class CostTable:
         pairs = density * visible_pairs(tokens, self.causal)
         return k.row * ceil_div(tokens, size[0]) + k.pair * pairs / 1e6
 
+    def lists_ms(self, size: tuple[int, int], tokens: int, densities: Sequence[float]) -> float:
+        """One launch over lists of `tokens` rows, with the density of each head."""
+        return self.launch_ms(size) + sum(self.head_ms(size, tokens, d) for d in densities)
+
     def method_ms(self, kind: str, tokens: int) -> tuple[float, float]:
         """Estimator and selector of a method: ms of the layer, and ms more for each head."""
         cost = self.methods[kind]
@@ -122,7 +129,13 @@ class CostTable:
             fields[name] = _points(fields[name])
         fields["kernels"] = {k: Kernel(**v) for k, v in fields["kernels"].items()}
         fields["methods"] = {
-            k: MethodCost(**{**v, "points": _points(v["points"])})
+            k: MethodCost(
+                **{
+                    **v,
+                    "points": _points(v["points"]),
+                    "terms": {t: _points(p) for t, p in v.get("terms", {}).items()},
+                }
+            )
             for k, v in fields["methods"].items()
         }
         return CostTable(**fields)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from accelkit.calibration import fit
+from accelkit.calibration import fit, fit_inputs, fit_methods
 from accelkit.kernels.cost import (
     CostTable,
     Kernel,
@@ -78,16 +78,16 @@ def test_fit_on_this_device(causal: bool) -> None:
 
 
 def test_an_inner_length_tells_how_well_lines_fit() -> None:
-    assert fit._between(((1000, 1.0), (2000, 4.0), (4000, 16.0))) == pytest.approx(0.0)
-    assert fit._between(((1000, 1.0), (2000, 5.0), (4000, 16.0))) == pytest.approx(0.2)
-    assert fit._between(((1000, 1.0), (4000, 16.0))) == 0.0
+    assert fit_methods.between(((1000, 1.0), (2000, 4.0), (4000, 16.0))) == pytest.approx(0.0)
+    assert fit_methods.between(((1000, 1.0), (2000, 5.0), (4000, 16.0))) == pytest.approx(0.2)
+    assert fit_methods.between(((1000, 1.0), (4000, 16.0))) == 0.0
 
 
 def test_random_lists_are_visible_and_hold_the_diagonal() -> None:
     call = fit.random_call(SMALL, torch.float32, torch.device("cpu"), 512)
-    index = fit.random_index(call, (128, 128), 0.1)
+    index = fit_inputs.random_index(call, (128, 128), 0.1)
     mask = index.to_mask(4)
     assert not mask.triu(1).any()
     assert mask.diagonal(dim1=-2, dim2=-1).all()
     both = fit.random_call(replace(SMALL, causal=False), torch.float32, torch.device("cpu"), 512)
-    assert fit.random_index(both, (128, 128), 1.0).to_mask(4).all()
+    assert fit_inputs.random_index(both, (128, 128), 1.0).to_mask(4).all()

@@ -12,12 +12,14 @@ from accelkit.calibration import denoise_measure, denoise_plan
 from accelkit.calibration.candidates import Bench, Family
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.denoise_caches import Cached
-from accelkit.calibration.denoise_check import Checker
+from accelkit.calibration.denoise_check import CAREFUL, Checker
 from accelkit.calibration.denoise_plan import Planner
 from accelkit.calibration.denoise_weights import Small
+from accelkit.calibration.journal import Journal
 from accelkit.calibration.refine import Proposal, Round
 from accelkit.calibration.search import DENSE, Choice, Option, Table
 from accelkit.patches.method import load
+from accelkit.patches.plan import Budget
 
 SPARSE, STILL = (Choice((0,)),), (Choice((DENSE,)),)
 
@@ -73,15 +75,31 @@ def test_an_unknown_step_cache_is_blamed_for_what_is_beyond_belief() -> None:
     assert one.kappa(2) == one.scale == pytest.approx(1.2)
 
 
+def asked(checker: Checker, budget: float, *rows: dict) -> Round:
+    """A round of a plan whose runs give these rows."""
+    waiting = iter(rows)
+    checker._row = lambda plan, n, allowed: next(waiting)  # type: ignore[method-assign]
+    checker.run = checker.run or SimpleNamespace(  # type: ignore[assignment]
+        tell=lambda what: None, journal=Journal(None, {}, False)
+    )
+    plan = SimpleNamespace(model_dump_json=lambda include: "", tables={})
+    now = Round(budget, Proposal(plan, None, 1.0, 2.0, 0.1, False))  # type: ignore[arg-type]
+    checker.check(now, budget)
+    return now
+
+
+def test_a_run_that_was_cut_for_a_smaller_budget_is_run_again() -> None:
+    checker = Checker(None, None, [None], lambda plan: 0.5, 1.0)  # type: ignore[arg-type]
+    assert not asked(checker, 0.1, {"error": 0.15, "done": 0.5}).held
+    assert asked(checker, 0.1).rows[0]["done"] == 0.5, "known, and cut again"
+    assert asked(checker, 0.2, {"error": 0.18, "done": 1.0}).held
+    assert asked(checker, 0.25).rows[0]["error"] == 0.18
+
+
 def test_further_prompts_count_with_the_spread() -> None:
     """Two prompts within the budget do not hold where others spread widely."""
     checker = Checker(None, None, [None] * 2, lambda plan: 0.5, 1.5)  # type: ignore[arg-type]
-    rows = iter([{"error": 0.06, "done": 1.0}, {"error": 0.09, "done": 1.0}])
-    journal = SimpleNamespace(unit=lambda key, work: next(rows))
-    checker.run = SimpleNamespace(tell=lambda what: None, journal=journal)
-    plan = SimpleNamespace(model_dump_json=lambda include: "", tables={})
-    now = Round(0.1, Proposal(plan, None, 1.0, 2.0, 0.1, False))  # type: ignore[arg-type]
-    checker.check(now, 0.1)
+    now = asked(checker, 0.1, {"error": 0.06, "done": 1.0}, {"error": 0.09, "done": 1.0})
     assert now.measured == 0.09
     assert now.bound == pytest.approx(1.5 * (0.06 * 0.09) ** 0.5)
     assert not now.held
@@ -95,10 +113,50 @@ def test_checks_end_after_two_dense_runs() -> None:
         rows = [{"done": 1.0}] * prompts
         return Round(0.1, Proposal(cost, None, 1.0, 2.0, 0.1, False), rows, held=held)  # type: ignore[arg-type]
 
+    assert checker.care([], 0.4) == 1.0
+    assert checker.care([], 0.9) == CAREFUL[0], "a second round would be too much"
+    assert checker.care([turn(0.9, False)], 0.9) == CAREFUL[1]
+    assert checker.care([turn(0.9, True)], 0.9) == 1.0
     assert not checker.spent([], 0.9)
     assert checker.spent([turn(0.9, False)], 0.9), "without a plan as well"
     assert not checker.spent([turn(0.4, False, 1), turn(0.4, True)], 0.4)
     assert checker.spent([turn(0.4, False), turn(0.4, True)], 0.4)
+
+
+class Doubled(Planner):
+    """Predicts half of every error, and nothing that a check finds changes that."""
+
+    def propose(self, epsilon: float, alone: bool = False) -> Proposal:
+        return Proposal(epsilon, epsilon, 0.9, 1.0, epsilon, False)  # type: ignore[arg-type]
+
+    def learn(self, now: Round, typical: float) -> None: ...
+
+
+def test_a_plan_that_is_too_careful_is_better_than_none() -> None:
+    """The second round is more than the check may cost; without it the plan would be dense."""
+    one = object.__new__(Doubled)
+    one.budget, one.kappas = Budget(max_rel_error=0.1), {None: 1.0}
+    run = SimpleNamespace(preset=SimpleNamespace(rounds=5), late=lambda share, what: False)
+    checker = Checker(None, None, [None] * 2, lambda plan: 0.9, 1.0)  # type: ignore[arg-type]
+
+    def check(now: Round, allowed: float) -> None:
+        now.rows = [{"done": 1.0}] * 2
+        now.measured = now.bound = 2 * now.epsilon
+        now.held = now.measured <= allowed
+
+    checker.check, checker.speed = check, lambda plan: {"ms": 0.9, "dense_ms": 1.0}  # type: ignore
+    found = one.settle(run, checker)  # type: ignore[arg-type]
+    assert [r.held for r in found.rounds] == [False, True]
+    assert found.best is found.rounds[1]
+
+
+def test_a_result_that_tips_over_tells_nothing_of_the_others() -> None:
+    small = object.__new__(Small)
+    book = Journal(None, {}, False)
+    book.put("composition/a/0", [0.01, 0.9, 0.02], 0.0)
+    small.shots, small.spreads = [None], []  # type: ignore[list-item]
+    small.run = SimpleNamespace(tell=lambda what: None, journal=book)  # type: ignore[assignment]
+    assert small.change("composition/a", None) == 0.02  # type: ignore[arg-type]
 
 
 def test_the_spread_is_that_between_results_of_one_change() -> None:
