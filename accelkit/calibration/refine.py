@@ -35,7 +35,7 @@ MIDDLE = (0.2, 0.8)
 """Between two values of ε the next one is at least and at most this share of the way."""
 WIDEN = 8.0
 """Most by which one round may widen ε."""
-LAST = 2
+LAST = 3
 """Rounds beyond a preset's, which run all prompts if nothing has held, whatever room they leave."""
 LARGEST = 100.0
 """ε ÷ the budget beyond which no plan is looked for."""
@@ -155,15 +155,27 @@ def in_turns(
             bracket.put(epsilon, now.reach, _fits(now))
             if now.held and (now.reach >= ENOUGH * allowed or not checker.affords()):
                 break
-        if bracket.closed:
-            break
+        if bracket.closed or len(rounds) == run.preset.rounds:
+            if _settled(rounds, checker, allowed, bracket) or bracket.closed:
+                break
         epsilon = bracket.next()
+    _settled(rounds, checker, allowed, bracket)
+    return fastest(rounds, checker)
+
+
+def _settled(
+    rounds: Sequence[Round], checker: Checker, allowed: float, bracket: Bracket
+) -> bool:
+    """Whether a round held, of those that were only looked at the fastest ones checked first; what
+    fails sends the next rounds below it.
+    """
     for now in sorted((r for r in rounds if _fits(r)), key=lambda r: r.proposal.ms):
         if not now.judged:
             checker.check(now, allowed)
+            bracket.put(now.epsilon, now.reach, now.held)
         if now.held:
-            break
-    return fastest(rounds, checker)
+            return True
+    return False
 
 
 def _fits(now: Round) -> bool:
