@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,12 +156,18 @@ class Study:
         sides = dict(self.plans)
         for single in rivals(self.found, self.args.slow):
             sides[single["setting"]] = self.bench.single(methods[single["setting"]])
-        self.found["speed"] = {
-            "environment": environment(self.bench.model.device),
-            "batch": self.args.batch,
-            "ms": self.bench.in_turns(sides, self.args.turns),
-        }
-        self.save()
+        ms: dict[str, list[float]] = {}
+        for turn in range(self.args.turns):
+            for name, one in self.bench.turn(sides, backwards=turn % 2 == 1).items():
+                ms.setdefault(name, []).append(one)
+            self.found["speed"] = {
+                "environment": environment(self.bench.model.device),
+                "batch": self.args.batch,
+                "ms": ms,
+            }
+            self.save()
+            shown_ms = {name: round(times[-1], 1) for name, times in ms.items()}
+            print(f"turn {turn + 1}", shown_ms, file=sys.stderr, flush=True)
 
     def match(self) -> None:
         """Mixtures for the errors of settings that none of them beats."""
