@@ -27,7 +27,7 @@ from attention.report import machine
 from accelkit.calibration import fit, fit_kernels, fit_methods
 from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.fit_clock import clock, dense_ms
-from accelkit.calibration.fit_inputs import Shape, fresh, random_call
+from accelkit.calibration.fit_inputs import Shape, fresh, random_call, shorter
 from accelkit.calibration.session import compile_clock
 from accelkit.kernels.cost import CostTable, MethodCost, interpolate, unit
 from accelkit.kernels.index import BlockIndex
@@ -43,6 +43,7 @@ SHAPES = {
 }
 GRID = 21 * 30 * 52
 DENSITIES = (0.07, 0.15, 0.3)
+KEYS = 5 * fit_kernels.MOST_SINGLE_KEYS // 8
 GOOD = 0.1
 SMALL = 0.01
 """Terms below this share of dense attention are listed and not judged: no plan turns on them."""
@@ -59,24 +60,34 @@ def timer(call: AttentionCall) -> Callable[..., float]:
     return lambda run, times=3: clock(run, times, call.q.device)
 
 
-def kernels(costs: CostTable, call: AttentionCall) -> Iterator[Row]:
-    """Launches over random lists, for all heads and a quarter of them."""
+def launched(
+    costs: CostTable, size: tuple[int, int], tokens: int, densities: Sequence[float]
+) -> float:
+    """Predicted milliseconds of one launch over lists with these densities of its heads."""
+    return costs.launch_ms(size) + sum(costs.head_ms(size, tokens, d) for d in densities)
+
+
+def kernels(costs: CostTable, call: AttentionCall, keys: bool) -> Iterator[Row]:
+    """Launches over random lists, for all heads and a quarter of them; over single keys, whose
+    length does not depend on the call's, only if `keys`.
+    """
     ms = timer(call)
     for name in costs.kernels:
         size = unit(name)
-        if size[1] == 1 and call.n_q > fit_kernels.MOST_SINGLE_KEYS:
+        if size[1] == 1 and not keys:
             continue
+        there = shorter(call, min(call.n_q, KEYS)) if size[1] == 1 else call
         for heads in (len(call.heads), len(call.heads) // 4):
-            part = call.take(call.heads[:heads])
+            part = there.take(there.heads[:heads])
             for wanted in DENSITIES:
                 if size[1] == 1 and wanted > fit_kernels.SINGLE_KEYS:
                     continue
                 one = fit_kernels.point(part, size, wanted, held=True).one
                 shares = density([one.index], part).tolist()
-                want = costs.lists_ms(size, call.n_q, shares)
+                want = launched(costs, size, part.n_q, shares)
                 got = ms(partial(fit_kernels.anew, one))
                 share = statistics.fmean(shares)
-                yield row("kernel", name, call.n_q, want, got, heads=heads, density=share)
+                yield row("kernel", name, part.n_q, want, got, heads=heads, density=share)
 
 
 def methods(
@@ -113,7 +124,8 @@ def _whole(costs: CostTable, call: AttentionCall, now: AttentionMethod, one: Ans
             compute(a)
 
     lists = [p for p in one.pieces if isinstance(p, BlockIndex)]
-    want = sum(costs.lists_ms(p.size, call.n_q, density([p], one.call).tolist()) for p in lists)
+    want = sum(launched(costs, p.size, call.n_q, density([p], one.call).tolist()) for p in lists)
+    want *= costs.methods[now.kind].lists
     if now.static:  # its lists are made once, its rows laid out in every call
         want += interpolate(costs.methods[now.kind].terms["permutation"], call.n_q)
     else:
@@ -128,7 +140,7 @@ def judged(rows: Sequence[Row], dense: dict[int, float]) -> dict[str, dict[str, 
     found = {}
     for term in dict.fromkeys(r["term"] for r in rows):
         mine = [r for r in rows if r["term"] == term]
-        mine = [r for r in mine if r["measured_ms"] >= SMALL * dense[r["tokens"]]]
+        mine = [r for r in mine if r["measured_ms"] >= SMALL * dense[max(r["tokens"], min(dense))]]
         if mine:
             worst = max(mine, key=lambda r: abs(r["error"]))
             gaps = [abs(r["error"]) for r in mine]
@@ -143,7 +155,11 @@ def judged(rows: Sequence[Row], dense: dict[int, float]) -> dict[str, dict[str, 
 
 
 def case(
-    name: str, tokens: int, device: torch.device, save: Callable[[dict[str, Any]], None]
+    name: str,
+    tokens: int,
+    device: torch.device,
+    fit_only: bool,
+    save: Callable[[dict[str, Any]], None],
 ) -> None:
     """Fit one shape, then predict and measure; `save` is given what is known so far."""
     shape, dtype = SHAPES[name], torch.bfloat16
@@ -160,11 +176,15 @@ def case(
         end = time.monotonic()
         found: dict[str, Any] = {"shape": name, "tokens": tokens, "fit_s": end - begin}
         found["compiling_s"] = compiled()
+    if device.type == "cuda":
+        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     ends = [t for _, t in steps[1:]] + [end]
     found["steps_s"] = {s: e - b for (s, b), e in zip(steps, ends, strict=True)}
     found |= {"costs": costs.to_dict(), "rows": []}
     print(f"{name}: {end - begin:.1f} s, compiling {found['compiling_s']:.1f} s of it", flush=True)
     save(found)
+    if fit_only:
+        return
     lengths = [3 * tokens // 16, 3 * tokens // 8, 3 * tokens // 4] if shape.causal else [tokens]
     dense: dict[int, float] = {}
     for n in lengths:
@@ -173,7 +193,7 @@ def case(
         rows: list[Row] = []
         if shape.causal:
             rows.append(row("dense", "dense", n, costs.dense_ms(n), dense[n]))
-        for r in (*rows, *kernels(costs, call), *methods(costs, call, tried)):
+        for r in (*rows, *kernels(costs, call, n == lengths[0]), *methods(costs, call, tried)):
             found["rows"].append(r)
             about = {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()}
             print(" ", about, flush=True)
@@ -189,6 +209,7 @@ def main() -> None:
     parser.add_argument("--only", default="llm,dit")
     parser.add_argument("--tokens", type=int, default=65536, help="Of the language model.")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--fit-only", action="store_true", help="Judge nothing.")
     args = parser.parse_args()
     report: dict[str, Any] = {**machine(), "cases": {}}
     for name in args.only.split(","):
@@ -198,7 +219,13 @@ def main() -> None:
             if args.out:
                 args.out.write_text(json.dumps(report, indent=1) + "\n")
 
-        case(name, args.tokens if SHAPES[name].causal else GRID, torch.device(args.device), save)
+        case(
+            name,
+            args.tokens if SHAPES[name].causal else GRID,
+            torch.device(args.device),
+            args.fit_only,
+            save,
+        )
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def moved(costs: CostTable, tokens: int, heads: int) -> CostTable:
         ride=((tokens, costs.ride_ms(big) * costs.heads),),
         kernels={s: kernel(s, k) for s, k in costs.kernels.items()},
         methods={
-            m: MethodCost(((tokens, c.points[-1][1]),), c.share) for m, c in costs.methods.items()
+            m: MethodCost(((tokens, c.points[-1][1]),), c.share, lists=c.lists)
+            for m, c in costs.methods.items()
         },
     )  # fmt: skip
 
@@ -138,7 +139,7 @@ def attention_ratio(
 ) -> float:
     """A layer that runs one method in all heads ÷ a dense layer."""
     once, each = costs.method_ms(kind, tokens)
-    head = each + costs.head_ms(size, tokens, density)
+    head = each + costs.lists_ms(kind, size, tokens, [density])[0]
     return (once + costs.launch_ms(size) + costs.heads * head) / costs.dense_ms(tokens)
 
 

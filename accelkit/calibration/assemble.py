@@ -146,8 +146,8 @@ def head_ms(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> 
     heads = len(one.error)
     if one.ms is not None:
         return np.full(heads, one.ms / heads)
-    each = anew * costs.method_ms(one.method.kind, tokens)[1] if anew else 0.0
-    return each + lists_ms(costs, one.parts, tokens, density_at(one, tokens))
+    each = costs.method_ms(one.method.kind, tokens, anew)[1] if anew else 0.0
+    return each + lists_ms(costs, one.method.kind, one.parts, tokens, density_at(one, tokens))
 
 
 def density_at(one: Measured, tokens: int) -> np.ndarray:
@@ -411,7 +411,7 @@ def _between(family: Family, at: int, screen: Mapping[str, Any]) -> np.ndarray |
 
 def _once(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> float:
     launches = sum(costs.launch_ms(size) for size, _ in one.parts)
-    return anew * costs.method_ms(one.method.kind, tokens)[0] + launches
+    return costs.method_ms(one.method.kind, tokens, anew)[0] + launches
 
 
 def _mean_parts(some: Sequence[Parts]) -> Parts:

@@ -366,14 +366,11 @@ def parts_of(record: Mapping[str, Any], at: int) -> Parts:
 
 
 def lists_ms(
-    costs: CostTable, parts: Parts, tokens: int, shares: Sequence[float] | np.ndarray
+    costs: CostTable, kind: str, parts: Parts, tokens: int, shares: Sequence[float] | np.ndarray
 ) -> np.ndarray:
     """Milliseconds that each head's lists take at its density."""
     return np.sum(
-        [
-            [costs.head_ms(size, tokens, float(d)) for d in np.asarray(shares) * part]
-            for size, part in parts
-        ],
+        [costs.lists_ms(kind, size, tokens, np.asarray(shares) * part) for size, part in parts],
         axis=0,
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -56,14 +57,14 @@ def fit(
     known = {fit_ahead.UNIT}
     if device.type == "cuda":
         tell("compiling kernels")
-        known = fit_ahead.rehearse(calls, methods)
+        known = fit_ahead.rehearse(calls, methods, shape)
     if expect is not None:
         expect(1 + len(methods) + len(known))
     tell("dense attention")
     dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
     ride = tuple((n, ms(partial(dense_attention, call))) for n, call in calls.items())
     sizes = {fit_ahead.UNIT: None}
-    costs: dict[str, MethodCost] = {}
+    costs: dict[str, tuple[MethodCost, fit_methods.Lists]] = {}
     refused: dict[str, str] = {}
     for method in methods:
         tell(method.kind)
@@ -71,24 +72,28 @@ def fit(
         if isinstance(found, str):
             refused[method.kind] = found
             continue
-        costs[method.kind], used = found
-        sizes |= dict.fromkeys(used)
+        cost, lists, others = found
+        costs[method.kind] = cost, lists
+        sizes |= dict.fromkeys([size for size, _ in lists] + others)
     fitted = {}
     for size in sizes:
         tell(f"kernel {name(size)}")
         fitted[name(size)] = fit_kernels.kernel(calls, size, until)
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return CostTable(
+    table = CostTable(
         about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
-        dense, ride, fitted, costs, refused, shape.causal,
+        dense, ride, fitted, {}, refused, shape.causal,
     )  # fmt: skip
+    longest = max(calls)
+    beside = {k: fit_methods.against(table, *found, longest) for k, found in costs.items()}
+    return replace(table, methods=beside)
 
 
 def lengths(shape: Shape, tokens: int, device: torch.device) -> list[int]:
-    """Lengths at which costs are measured, ascending; between two of them they are interpolated.
-    On a GPU a third one tells how well.
+    """Lengths at which costs are measured, ascending; between two of them they are interpolated. A
+    GPU has time for more of them, and the shortest one shows what launches cost.
     """
     if not shape.causal:
         return [tokens]
-    between = [tokens // 2] if device.type == "cuda" else []
-    return sorted({max(LEAST, n) for n in (tokens // 4, *between, tokens)})
+    shares = (16, 4, 2, 1) if device.type == "cuda" else (4, 1)
+    return sorted({max(LEAST, tokens // s) for s in shares})

@@ -5,6 +5,7 @@ programs only add time.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -19,8 +20,14 @@ from accelkit.patches.call import AttentionCall
 
 PATIENCE_MS = 1000.0
 """Time that the repeats of one measurement may take together on a CPU."""
-AHEAD = 2_000_000
-"""Clock cycles that a GPU waits before a measurement: the host is ahead of it, as in a model."""
+CYCLES = 2_000_000
+"""Clock cycles of a GPU in about a millisecond."""
+AHEAD_MS = (1.0, 20.0)
+"""How long a GPU waits before a measurement, at least and at most, so that the host is ahead of it,
+as it is in a model.
+"""
+SLACK = 1.5
+"""How much longer it waits than the host took to start the same work before."""
 
 
 def clock(run: Callable[[], Any], times: int, device: torch.device) -> float:
@@ -37,14 +44,17 @@ def clock(run: Callable[[], Any], times: int, device: torch.device) -> float:
 
 def device_ms(run: Callable[[], Any], times: int, warmup: int = 0) -> list[float]:
     """Milliseconds of each run on the current GPU, without the time in which it waits for the
-    host.
+    host; for work that takes the host more than a millisecond, a run to warm up tells how long.
     """
+    ahead, most = AHEAD_MS
     for _ in range(warmup):
+        start = time.perf_counter()
         run()
+        ahead = min(max(AHEAD_MS[0], SLACK * 1e3 * (time.perf_counter() - start)), most)
     marks = []
     for _ in range(times):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(AHEAD)
+        torch.cuda._sleep(int(ahead * CYCLES))
         begin.record()
         run()
         end.record()

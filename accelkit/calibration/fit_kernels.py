@@ -23,12 +23,12 @@ from accelkit.patches.sites.attention import Answer, compute
 FITTED = (0.04, 0.12, 0.35, 1.0)
 CHECKED = (0.08, 0.2)
 """Densities of random blocks that the fit sees, and those on which it is judged. On a GPU the
-lengths on which it is judged are none of those that it sees either."""
+length on which it is judged is none of those that it sees either."""
 SINGLE_KEYS = 0.15
 """Lists of single keys denser than this are not measured: nobody runs them."""
 MOST_SINGLE_KEYS = 8192
 """Length up to which lists of single keys are measured."""
-GOOD_FIT = 0.1
+GOOD_FIT = 0.05
 ROUNDS = 5
 """Measuring ends when the error on held-out points is below `GOOD_FIT`, when another round mended
 little of it, or after so many rounds.
@@ -53,7 +53,7 @@ def kernel(calls: Mapping[int, AttentionCall], size: tuple[int, int], until: flo
     found = Kernel(0.0, 0.0, 0.0, float("inf"))
     # Rounds over all points: a disturbance then spoils one run of several points, not one point.
     for turn in range(ROUNDS):
-        runs = [_least(partial(anew, p.one), device, warmup=not turn) for p in points]
+        runs = [_least(partial(anew, p.one), device) for p in points]
         spent = [min(pair) for pair in zip(spent, runs, strict=True)]
         before = found.error
         found = solved(list(zip(points, spent, strict=True)))
@@ -64,32 +64,32 @@ def kernel(calls: Mapping[int, AttentionCall], size: tuple[int, int], until: flo
 
 
 def launches(calls: Mapping[int, AttentionCall], size: tuple[int, int]) -> Iterator[Point]:
-    """The launches of a fit, over random lists."""
+    """The launches of a fit, over random lists. On a GPU some have a quarter of the heads: at one
+    head count rows and launches cannot be told apart at long lengths.
+    """
     longest = max(calls)
     if size[1] == 1 and longest > MOST_SINGLE_KEYS:
         # A mask of single keys grows with the square of the length; shorter prompts tell as much.
         whole = calls[longest]
         calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS // 4, MOST_SINGLE_KEYS)}
         longest = MOST_SINGLE_KEYS
-    held = longest
-    if calls[longest].q.is_cuda:
-        held = longest // 2
-        calls = {**calls, held: shorter(calls[longest], held)}
+    whole, held = calls[longest], longest
+    if whole.q.is_cuda and whole.causal:
+        held = 3 * longest // 4
+        calls = {**calls, held: shorter(whole, held)}
     for n, call in calls.items():
         fitted = FITTED if n != held or held == longest else ()
-        for density in (*fitted, *(CHECKED if n == held else ())):
-            if (size[1] == 1 and density > SINGLE_KEYS) or (density == 1.0 and n == longest):
-                continue
-            yield point(call, size, density, density in CHECKED)
+        for part in _parts(call):
+            for density in (*fitted, *(CHECKED if n == held else ())):
+                if (size[1] == 1 and density > SINGLE_KEYS) or (density == 1.0 and n == longest):
+                    continue
+                yield point(part, size, density, density in CHECKED)
 
 
-def rehearsal(
-    calls: Sequence[AttentionCall], size: tuple[int, int], density: float
-) -> Iterator[Point]:
-    """A launch over random lists for each call, short enough for the unit."""
-    for call in calls:
-        least = MOST_SINGLE_KEYS if size[1] == 1 else call.n_q
-        yield point(shorter(call, min(least, call.n_q)), size, density, False)
+def _parts(call: AttentionCall) -> list[AttentionCall]:
+    """The call with all heads and, on a GPU, with a quarter of them."""
+    few = len(call.heads) // 4
+    return [call, call.take(call.heads[:few])] if call.q.is_cuda and few else [call]
 
 
 def point(call: AttentionCall, size: tuple[int, int], density: float, held: bool) -> Point:
@@ -119,15 +119,16 @@ def solved(points: Sequence[tuple[Point, float]]) -> Kernel:
     return Kernel(launch, row, pair, round(statistics.fmean(gaps), 4))
 
 
-def _least(run: Callable[[], Any], device: torch.device, warmup: bool) -> float:
-    """One run on a GPU, where every round adds one; elsewhere the lesser of two."""
-    if device.type == "cuda":
-        return device_ms(run, 1, int(warmup))[0]
-    return min(times_ms(run, 2, 0, device))
+def _least(run: Callable[[], Any], device: torch.device) -> float:
+    """The lesser of two runs; every round adds some."""
+    return min(device_ms(run, 2, 1) if device.type == "cuda" else times_ms(run, 2, 0, device))
 
 
 def _backend(one: Answer) -> str:
     """Which backend runs an answer's first piece."""
     call, index = one.call, one.pieces[0]
     assert isinstance(index, BlockIndex)
-    return dispatch.explain(call.q, call.k, call.v, index, causal=call.causal).backend
+    return dispatch.explain(
+        call.q, call.k, call.v, index, causal=call.causal, heads=call.heads,
+        kv_of_head=call.kv_of_head,
+    ).backend  # fmt: skip

@@ -15,8 +15,9 @@ from typing import Any
 from accelkit.calibration.candidates import calibrated_settings, families, prime
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit_inputs import Shape, fresh
-from accelkit.kernels.cost import MethodCost, Points, interpolate
+from accelkit.kernels.cost import CostTable, MethodCost, Points, interpolate
 from accelkit.kernels.index import BlockIndex, Partial
+from accelkit.kernels.select import density
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.plan import Policy
@@ -31,6 +32,8 @@ from accelkit.patches.sites.attention import (
 
 MOST = 0.8
 """A method whose estimate alone takes this share of dense attention is refused."""
+Lists = tuple[tuple[tuple[int, int], list[float]], ...]
+"""Units, each with the share of the visible pairs that a method lists for every head."""
 Clocked = Callable[..., float]
 """Milliseconds of a piece of work, given it and how often to run it."""
 
@@ -41,9 +44,10 @@ def cost(
     dense: Points,
     ms: Clocked,
     shape: Shape,
-) -> tuple[MethodCost, list[tuple[int, int]]] | str:
-    """Cost of a method's estimate, selection, order and merging at the lengths of `calls`, and the
-    units of its lists and its variants'; or why it is refused.
+) -> tuple[MethodCost, Lists, list[tuple[int, int]]] | str:
+    """Cost of a method's estimate, selection, order and merging at the lengths of `calls`, with
+    `lists` in milliseconds; its lists at the longest one, and units of its variants. Or why it is
+    refused.
     """
     setting, longest = middle(method), max(calls)
     found: dict[str, list[tuple[int, float]]] = {t: [] for t in MethodCost.TERMS}
@@ -74,8 +78,8 @@ def cost(
             if n == longest and (reason := no_faster(one, method, interpolate(dense, n), ms)):
                 return reason
             spent = (estimator, selection, permutation(call, one, ms))
-            for points, each in zip(found.values(), spent, strict=True):
-                points.append((n, each))
+            for term, each in zip(found.values(), spent, strict=True):
+                term.append((n, each))
         except Exception as error:  # a method that fails must not end the calibration of the others
             return f"it does not run here: {type(error).__name__}: {error}"
     if not found["estimator"]:
@@ -83,8 +87,9 @@ def cost(
     parts = {name: tuple(points) for name, points in found.items()}
     summed = tuple((at[0][0], sum(ms for _, ms in at)) for at in zip(*parts.values(), strict=True))
     share = _share(now, call, summed[-1][1], ms)
-    sizes = units(answers or ()) + (other_units(method, bare) if bare.causal else [])
-    return MethodCost(summed, share, between(summed), parts), sizes
+    own, took = lists(one, ms)
+    others = other_units(method, bare) if bare.causal else []
+    return MethodCost(summed, share, between(summed), parts, took), own, others
 
 
 def asked(call: AttentionCall, method: AttentionMethod) -> tuple[Answer, ...] | None:
@@ -102,6 +107,23 @@ def asked(call: AttentionCall, method: AttentionMethod) -> tuple[Answer, ...] | 
 def units(answers: Sequence[Answer]) -> list[tuple[int, int]]:
     """Units of the lists of what a method answered first."""
     return [p.size for a in answers[:1] for p in a.pieces if isinstance(p, BlockIndex)]
+
+
+def lists(one: Answer, ms: Clocked) -> tuple[Lists, float]:
+    """The lists of an answer and the milliseconds that their kernels take."""
+    found = [p for p in one.pieces if isinstance(p, BlockIndex)]
+    own = tuple((p.size, density([p], one.call).tolist()) for p in found)
+    # Copies: what kernels keep with a list is made anew in every layer.
+    return own, ms(lambda: [run(one.call, replace(p), one.execution) for p in found])
+
+
+def against(table: CostTable, cost: MethodCost, own: Lists, tokens: int) -> MethodCost:
+    """The cost with `lists` beside what `table` predicts for the same lists."""
+    want = sum(
+        table.launch_ms(size) + sum(table.head_ms(size, tokens, d) for d in densities)
+        for size, densities in own
+    )
+    return replace(cost, lists=cost.lists / want if want else 1.0)
 
 
 def other_units(method: AttentionMethod, call: AttentionCall) -> list[tuple[int, int]]:

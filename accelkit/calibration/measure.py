@@ -164,7 +164,7 @@ def kept(
         grown = costs.dense_ms(tokens) / costs.dense_ms(screened_on) / share.shape[1]
         cost = np.array(
             [
-                each + lists_ms(costs, parts_of(f, at), tokens, row)
+                each + lists_ms(costs, kind, parts_of(f, at), tokens, row)
                 if clocked is None
                 else [each + clocked * grown] * len(row)
                 for at, (row, clocked) in enumerate(zip(share, f["ms"], strict=True))

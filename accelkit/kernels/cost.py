@@ -42,6 +42,8 @@ class MethodCost:
     """What a method costs beside the kernels that read its lists, for all heads of a layer; `share`
     of it is paid however few heads take part. `error` is how far inner points lie from the line
     between their neighbours. `terms` are what `points` are the sum of, by the names in `TERMS`.
+    `lists` is what its own lists took ÷ what their kernels are predicted to take, which were fitted
+    over random lists: neighbours in windows and tiles read the same keys.
     """
 
     TERMS: ClassVar = ("estimator", "selection", "permutation")
@@ -50,6 +52,7 @@ class MethodCost:
     share: float = 1.0
     error: float = 0.0
     terms: Mapping[str, Points] = field(default_factory=dict)
+    lists: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,24 @@ class CostTable:
         pairs = density * visible_pairs(tokens, self.causal)
         return k.row * ceil_div(tokens, size[0]) + k.pair * pairs / 1e6
 
-    def lists_ms(self, size: tuple[int, int], tokens: int, densities: Sequence[float]) -> float:
-        """One launch over lists of `tokens` rows, with the density of each head."""
-        return self.launch_ms(size) + sum(self.head_ms(size, tokens, d) for d in densities)
+    def lists_ms(
+        self, kind: str, size: tuple[int, int], tokens: int, densities: Sequence[float]
+    ) -> list[float]:
+        """Heads of a call over a method's lists of one unit, without the launch."""
+        own = self.methods[kind].lists
+        return [own * self.head_ms(size, tokens, density) for density in densities]
 
-    def method_ms(self, kind: str, tokens: int) -> tuple[float, float]:
-        """Estimator and selector of a method: ms of the layer, and ms more for each head."""
+    def method_ms(self, kind: str, tokens: int, anew: float = 1.0) -> tuple[float, float]:
+        """A method beside its kernels: ms of the layer, and ms more for each head. Lists are made
+        in the share `anew` of calls; rows are laid out in all of them.
+        """
         cost = self.methods[kind]
         ms = interpolate(cost.points, tokens)
+        if anew < 1 and "permutation" in cost.terms:
+            moving = min(interpolate(cost.terms["permutation"], tokens), ms)
+            ms = anew * (ms - moving) + moving
+        else:
+            ms *= anew
         return ms * cost.share, ms * (1 - cost.share) / self.heads
 
     def error(self) -> float:

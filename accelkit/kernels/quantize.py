@@ -1,8 +1,7 @@
 """8-bit operands of an attention call: int8 or fp8 queries and keys, fp8 values.
 
 SageAttention 1 and 2 (2410.02367, 2411.10958). Each query row has its own scale, each block of keys
-one, each channel of V one; all are fp32 and cost the attention kernel nothing. Scales of fp8 queries
-and keys are powers of two (times the factor of the logits), so that fp16 holds them. Softmax does not see
+one, each channel of V one; all are fp32 and cost the attention kernel nothing. Softmax does not see
 a vector that is taken from every key, so the mean key goes first (`smooth`): channels with large
 offsets would otherwise eat the bits of all others. `q · mean` is handed on for the LSE. V is
 centred by its channel means, which come back exactly at the end.
@@ -29,8 +28,6 @@ DTYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 FULL = 256.0
 """The row maximum of P before it is rounded to fp8, whose greatest value is 448."""
-
-LOG2E = 1.4426950408889634
 
 _LEAST = 1e-20  # a block of zeros has a scale all the same
 
@@ -63,7 +60,7 @@ class Rounding:
 
     `qk` is "int8" or "fp8", `pv` "native" or "fp8"; `smooth_k` takes the mean key from all keys;
     `block` keys share a scale, a multiple of 16; `scale` is the factor of the logits, used for
-    `shift` and for fp8's scales of q; `q_heads` and `kv_heads`, integer `[H]`, are the heads of q and of k for each head
+    `shift` only; `q_heads` and `kv_heads`, integer `[H]`, are the heads of q and of k for each head
     of the call.
 
     Raises `InvalidInputError` for other formats or blocks.
@@ -108,7 +105,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, how: Rounding) -> Operands:
         mean = k.mean(2, keepdim=True)
         shift = (q * mean[:, how.kv_heads.long()]).sum(-1) * how.scale
         k = k - mean
-    q8, q_scale = _rounded(q, how.qk, (-1,), how.scale * LOG2E)
+    q8, q_scale = _rounded(q, how.qk, (-1,))
     n, block = k.shape[2], how.block
     cells = pad(k, (0, 0, 0, -n % block)).unflatten(2, (-1, block))
     k8, k_scale = _rounded(cells, how.qk, (-1, -2))
@@ -168,16 +165,8 @@ def block_of(bk: int) -> int:
     return min(bk & -bk, 128)
 
 
-def _rounded(
-    x: Tensor, form: str, dims: tuple[int, ...], factor: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """8-bit values and the scale that they share over `dims` (kept). For fp8 scale · factor is a
-    power of two, which costs no bit of a value.
-    """
-    top = x.abs().amax(dims, keepdim=True)
-    if form == "int8":
-        scale = (top / TOP[form]).clamp(min=_LEAST)
-        return (x * (1.0 / scale)).round().to(DTYPE[form]), scale
-    bits = (top * (factor / TOP[form])).clamp(min=_LEAST).view(torch.int32)
-    scale = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32) / factor
-    return (x * (1.0 / scale)).to(DTYPE[form]), scale
+def _rounded(x: Tensor, form: str, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """8-bit values and the scale that they share over `dims` (kept)."""
+    scale = (x.abs().amax(dims, keepdim=True) / TOP[form]).clamp(min=_LEAST)
+    x = x * (1.0 / scale)
+    return (x.round() if form == "int8" else x).to(DTYPE[form]), scale

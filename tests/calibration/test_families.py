@@ -42,12 +42,13 @@ def test_lists_of_two_units_cost_what_each_unit_costs() -> None:
     """Single keys take ten times as long a pair; shares of both differ from head to head."""
     costs = CostTable(
         "cpu", "float32", 2, 1, 64, ((1024, 10.0),), ((1024, 10.0),),
-        {"128x128": Kernel(0.0, 0.0, 1.0), "1024x1": Kernel(0.0, 0.0, 10.0)}, causal=False,
+        {"128x128": Kernel(0.0, 0.0, 1.0), "1024x1": Kernel(0.0, 0.0, 10.0)},
+        {"window": MethodCost(((1024, 0.0),))}, causal=False,
     )  # fmt: skip
     record: dict[str, Any] = {"size": [(128, 128)] * 2, "parts": [None, None]}
     pairs = 1024**2 / 1e6
-    alone = lists_ms(costs, parts_of(record, 0), 1024, [0.5, 1.0])
+    alone = lists_ms(costs, "window", parts_of(record, 0), 1024, [0.5, 1.0])
     assert alone == pytest.approx([0.5 * pairs, pairs])
     record["parts"][1] = [[(128, 128), [1.0, 0.25]], [(1024, 1), [0.0, 0.75]]]
-    both = lists_ms(costs, parts_of(record, 1), 1024, np.array([0.5, 0.4]))
+    both = lists_ms(costs, "window", parts_of(record, 1), 1024, np.array([0.5, 0.4]))
     assert both == pytest.approx([0.5 * pairs, 0.4 * pairs * (0.25 + 7.5)])

@@ -223,10 +223,9 @@ def operands(launch: Launch) -> Operands:
 def start(launch: Launch, ops: Operands, work: Work) -> None:
     """Start the kernel that serves the launch best, over operands and lowered work."""
     if _warps_of_trades(launch) is None:
-        from accelkit.kernels._triton import gluon_eight_bit, gluon_fp8
+        from accelkit.kernels._triton import gluon_eight_bit
 
-        form = gluon_fp8 if ops.q.dtype == ops.v.dtype else gluon_eight_bit
-        form.run(launch, ops, work)
+        gluon_eight_bit.run(launch, ops, work)
     else:
         run(launch, ops, work, choose_tile(launch.index.size, launch.q.shape[3]))
 

@@ -2,7 +2,7 @@
 
 A producer warp reads the lists and copies Q, K and V tiles into rings in shared memory; two
 consumer warpgroups of 64 query rows each multiply them. A program stays on its multiprocessor and
-walks over rows, longest first. The last product of a row runs together with the first scores of
+walks over rows in a fixed order. The last product of a row runs together with the first scores of
 the next, whose tiles are already there.
 """
 

@@ -23,17 +23,6 @@ def _eight(y, INT: tl.constexpr):
     return out
 
 
-@triton.jit
-def _scale(top, factor, TOP: tl.constexpr, INT: tl.constexpr):
-    """The scale under which `top` becomes the greatest value, or for fp8 a power of two / factor."""
-    if INT:
-        scale = tl.maximum(top / TOP, _LEAST)
-    else:
-        bits = tl.maximum(top * (factor / TOP), _LEAST).to(tl.int32, bitcast=True)
-        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True) / factor
-    return scale
-
-
 @triton.jit(do_not_specialize=["heads", "n", "chunks"])
 def _sums(
     K, V, SUMS, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, heads, n, chunks,
@@ -111,7 +100,7 @@ def _keys(
     if SMOOTH:
         mean = tl.load(K_MEAN + bh * WIDE + d, mask=d < D, other=0.0)
         k = tl.where(inside, k - mean[None, :], 0.0)
-    scale = _scale(tl.max(tl.max(tl.abs(k), 1), 0), 1.0, TOP, INT)
+    scale = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0) / TOP, _LEAST)
     tl.store(K8 + (bh * n + at) * D + d[None, :], _eight(k * (1.0 / scale), INT), mask=inside)
     tl.store(K_SCALE + bh * blocks + block, scale)
 
@@ -152,7 +141,7 @@ def _queries(
     head = tl.load(Q_HEADS + slot).to(tl.int64)
     q = tl.load(Q + b * s_qb + head * s_qh + at * s_qn + d[None, :], mask=inside, other=0.0)
     q = q.to(tl.float32)
-    top = _scale(tl.max(tl.abs(q), 1), scale * 1.4426950408889634, TOP, INT)
+    top = tl.maximum(tl.max(tl.abs(q), 1) / TOP, _LEAST)
     tl.store(
         Q8 + (bh * n + at) * D + d[None, :], _eight(q * (1.0 / top)[:, None], INT), mask=inside
     )
