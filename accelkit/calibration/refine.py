@@ -155,17 +155,17 @@ def in_turns(
             bracket.put(epsilon, now.reach, _fits(now))
             if now.held and (now.reach >= ENOUGH * allowed or not checker.affords()):
                 break
-        if bracket.closed or len(rounds) == run.preset.rounds:
-            if _settled(rounds, checker, allowed, bracket) or bracket.closed:
-                break
+        full = len(rounds) == run.preset.rounds
+        if (bracket.closed or full) and (
+            _settled(rounds, checker, allowed, bracket) or bracket.closed
+        ):
+            break
         epsilon = bracket.next()
     _settled(rounds, checker, allowed, bracket)
     return fastest(rounds, checker)
 
 
-def _settled(
-    rounds: Sequence[Round], checker: Checker, allowed: float, bracket: Bracket
-) -> bool:
+def _settled(rounds: Sequence[Round], checker: Checker, allowed: float, bracket: Bracket) -> bool:
     """Whether a round held, of those that were only looked at the fastest ones checked first; what
     fails sends the next rounds below it.
     """
