@@ -35,7 +35,7 @@ MIDDLE = (0.2, 0.8)
 """Between two values of ε the next one is at least and at most this share of the way."""
 WIDEN = 8.0
 """Most by which one round may widen ε."""
-LAST = 3
+LAST = 2
 """Rounds beyond a preset's, which run all prompts if nothing has held, whatever room they leave."""
 LARGEST = 100.0
 """ε ÷ the budget beyond which no plan is looked for."""
@@ -134,53 +134,64 @@ def in_turns(
     """
     rounds: list[Round] = []
     bracket, epsilon = Bracket(allowed), FIRST * allowed
-    most = run.preset.rounds + LAST
+    most, looks_tell = run.preset.rounds + LAST, True
     while len(rounds) < most and epsilon <= LARGEST * allowed:
         if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
             break
         proposal = propose(epsilon)
-        now = next((r for r in rounds if r.proposal.choice == proposal.choice), None)
-        if proposal.dense or now is not None:
-            # Nothing new: what lies here is known.
-            bracket.put(epsilon, 0.0 if now is None else now.reach, now is None or _fits(now))
+        known = next((r for r in rounds if r.proposal.choice == proposal.choice), None)
+        now = known or Round(epsilon, proposal)
+        seemed = False
+        if proposal.dense:
+            bracket.put(epsilon, 0.0, True)
         else:
-            now = Round(epsilon, proposal)
-            rounds.append(now)
-            checker.look(now, allowed)
-            due = len(rounds) > most - LAST and not any(r.held for r in rounds)
-            if not now.judged and (due or now.reach >= ENOUGH * allowed):
+            if known is None:
+                rounds.append(now)
+                checker.look(now, allowed)
+            due = not looks_tell or now.reach >= ENOUGH * allowed
+            if not now.judged and (due or (len(rounds) > most - LAST and not _held(rounds))):
                 checker.check(now, allowed)
-            if now.judged and not now.held and learn(now):
+                seemed = True
+            if now.judged and not now.held and known is None and learn(now):
+                most += 1
                 continue
-            bracket.put(epsilon, now.reach, _fits(now))
+            looks_tell = _note(bracket, epsilon, now, rounds, seemed) and looks_tell
             if now.held and (now.reach >= ENOUGH * allowed or not checker.affords()):
                 break
-        full = len(rounds) == run.preset.rounds
-        if (bracket.closed or full) and (
-            _settled(rounds, checker, allowed, bracket) or bracket.closed
-        ):
-            break
+        if bracket.closed:
+            seemed = [r for r in rounds if not r.judged]
+            if _held(rounds) or not seemed:
+                break
+            now = max(seemed, key=lambda r: r.epsilon)
+            checker.check(now, allowed)
+            if now.held:
+                break
+            looks_tell = _note(bracket, now.epsilon, now, rounds, True) and looks_tell
         epsilon = bracket.next()
-    _settled(rounds, checker, allowed, bracket)
+    for now in sorted((r for r in rounds if not r.judged or r.held), key=lambda r: r.proposal.ms):
+        if not now.judged:
+            checker.check(now, allowed)
+        if now.held:
+            break
     return fastest(rounds, checker)
 
 
-def _settled(rounds: Sequence[Round], checker: Checker, allowed: float, bracket: Bracket) -> bool:
-    """Whether a round held, of those that were only looked at the fastest ones checked first; what
-    fails sends the next rounds below it.
+def _held(rounds: Sequence[Round]) -> list[Round]:
+    return [r for r in rounds if r.held]
+
+
+def _note(
+    bracket: Bracket, epsilon: float, now: Round, rounds: Sequence[Round], seemed: bool
+) -> bool:
+    """Put a round into the bracket. Whether looks still tell something: not once a round that
+    `seemed` to fit has failed when all prompts were run, or has lost answers within the budget; what
+    only seemed to fit is forgotten then.
     """
-    for now in sorted((r for r in rounds if _fits(r)), key=lambda r: r.proposal.ms):
-        if not now.judged:
-            checker.check(now, allowed)
-            bracket.put(now.epsilon, now.reach, now.held)
-        if now.held:
-            return True
-    return False
-
-
-def _fits(now: Round) -> bool:
-    """Whether a round held, or may hold when all prompts are run."""
-    return now.held or not now.judged
+    misled = now.judged and not now.held and (seemed or now.reach <= bracket.allowed)
+    if misled:
+        bracket.restart([(r.epsilon, r.reach) for r in _held(rounds)])
+    bracket.put(epsilon, now.reach, now.held or not now.judged)
+    return not misled
 
 
 class Bracket:
@@ -204,6 +215,11 @@ class Bracket:
         if self.low and self.high and self.high[0] <= self.low[0]:
             below = [p for p in self.points if p[0] < self.high[0]]
             self.low = max(below, default=None)
+
+    def restart(self, points: Sequence[tuple[float, float]]) -> None:
+        """Keep these alone of the values that fitted."""
+        self.points = list(points)
+        self.low = max(self.points, default=None)
 
     @property
     def closed(self) -> bool:

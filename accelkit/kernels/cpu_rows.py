@@ -47,7 +47,7 @@ def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     must be finite.
     """
     share = torch.sigmoid(more_lse - lse).nan_to_num_(0.0)  # of `more`; nan: both are empty
-    out.lerp_(more, share[..., None])
+    out.lerp_(more, share[..., None].to(out.dtype))
     torch.logaddexp(lse, more_lse, out=lse)
 
 

@@ -116,6 +116,19 @@ def test_lost_answers_narrow_within_the_budget() -> None:
     assert 0.5 * 0.6 * ALLOWED < found.best.epsilon < 0.6 * ALLOWED
 
 
+@pytest.mark.parametrize("loses", [0.9, 0.5, 0.2])
+def test_answers_lost_where_looks_saw_nothing(loses: float) -> None:
+    """Looks find errors far below the budget and no answer lost; then all prompts are run, and ε
+    goes down until a plan holds.
+    """
+    made = Made(lambda e: 0.5 * e, first=0.9, loses=loses * ALLOWED)
+    found = made.run()
+    assert found.best is not None
+    assert 0.4 * loses * ALLOWED < found.best.epsilon < loses * ALLOWED
+    first = next(n for n, r in enumerate(found.rounds) if r.judged)
+    assert all(r.judged for r in found.rounds[first:])
+
+
 def test_rounds_end_with_what_the_check_may_cost() -> None:
     """The first prompt is the worst of them all: a plan holds with room to spare. The next one is
     only tried where it can be checked.
