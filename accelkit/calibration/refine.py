@@ -184,8 +184,8 @@ def _note(
     bracket: Bracket, epsilon: float, now: Round, rounds: Sequence[Round], seemed: bool
 ) -> bool:
     """Put a round into the bracket. Whether looks still tell something: not once a round that
-    `seemed` to fit has failed when all prompts were run, or has lost answers within the budget; what
-    only seemed to fit is forgotten then.
+    `seemed` to fit has failed when all prompts were run, or has lost answers within the budget.
+    What only seemed to fit is forgotten then.
     """
     misled = now.judged and not now.held and (seemed or now.reach <= bracket.allowed)
     if misled:
