@@ -141,7 +141,7 @@ def in_turns(
         proposal = propose(epsilon)
         known = next((r for r in rounds if r.proposal.choice == proposal.choice), None)
         now = known or Round(epsilon, proposal)
-        seemed = False
+        passed = False
         if proposal.dense:
             bracket.put(epsilon, 0.0, True)
         else:
@@ -151,11 +151,11 @@ def in_turns(
             due = not looks_tell or now.reach >= ENOUGH * allowed
             if not now.judged and (due or (len(rounds) > most - LAST and not _held(rounds))):
                 checker.check(now, allowed)
-                seemed = True
+                passed = True
             if now.judged and not now.held and known is None and learn(now):
                 most += 1
                 continue
-            looks_tell = _note(bracket, epsilon, now, rounds, seemed) and looks_tell
+            looks_tell = _note(bracket, epsilon, now, rounds, passed) and looks_tell
             if now.held and (now.reach >= ENOUGH * allowed or not checker.affords()):
                 break
         if bracket.closed:
@@ -181,13 +181,13 @@ def _held(rounds: Sequence[Round]) -> list[Round]:
 
 
 def _note(
-    bracket: Bracket, epsilon: float, now: Round, rounds: Sequence[Round], seemed: bool
+    bracket: Bracket, epsilon: float, now: Round, rounds: Sequence[Round], passed: bool
 ) -> bool:
     """Put a round into the bracket. Whether looks still tell something: not once a round that
-    `seemed` to fit has failed when all prompts were run, or has lost answers within the budget.
+    `passed` a look has failed when all prompts were run, or has lost answers within the budget.
     What only seemed to fit is forgotten then.
     """
-    misled = now.judged and not now.held and (seemed or now.reach <= bracket.allowed)
+    misled = now.judged and not now.held and (passed or now.reach <= bracket.allowed)
     if misled:
         bracket.restart([(r.epsilon, r.reach) for r in _held(rounds)])
     bracket.put(epsilon, now.reach, now.held or not now.judged)
