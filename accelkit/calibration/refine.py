@@ -61,7 +61,8 @@ class Round:
     """One proposal and its check. `rows` are the prompts that were run; a failure stops early.
 
     `measured` is the worst error of them; `bound`, at least that, what further ones may reach.
-    `judged` says that it held or failed; without that, only some prompts were looked at.
+    `judged` says that it held or failed; without that, only some prompts were looked at. `looked`
+    is the reach that a look expected of all, if it did not fail at once.
     """
 
     epsilon: float
@@ -71,6 +72,7 @@ class Round:
     bound: float = 0.0
     held: bool = False
     judged: bool = False
+    looked: float = float("inf")
 
     @property
     def plan(self) -> Plan:
@@ -141,21 +143,20 @@ def in_turns(
         proposal = propose(epsilon)
         known = next((r for r in rounds if r.proposal.choice == proposal.choice), None)
         now = known or Round(epsilon, proposal)
-        passed = False
         if proposal.dense:
             bracket.put(epsilon, 0.0, True)
         else:
             if known is None:
                 rounds.append(now)
                 checker.look(now, allowed)
+                now.looked = float("inf") if now.judged else now.reach
             due = not looks_tell or now.reach >= ENOUGH * allowed
             if not now.judged and (due or (len(rounds) > most - LAST and not _held(rounds))):
                 checker.check(now, allowed)
-                passed = True
             if now.judged and not now.held and known is None and learn(now):
                 most += 1
                 continue
-            looks_tell = _note(bracket, epsilon, now, rounds, passed) and looks_tell
+            looks_tell = _note(bracket, epsilon, now, rounds) and looks_tell
             if now.held and (now.reach >= ENOUGH * allowed or not checker.affords()):
                 break
         if bracket.closed:
@@ -166,7 +167,7 @@ def in_turns(
             checker.check(now, allowed)
             if now.held:
                 break
-            looks_tell = _note(bracket, now.epsilon, now, rounds, True) and looks_tell
+            looks_tell = _note(bracket, now.epsilon, now, rounds) and looks_tell
         epsilon = bracket.next()
     for now in sorted((r for r in rounds if not r.judged or r.held), key=lambda r: r.proposal.ms):
         if not now.judged:
@@ -180,18 +181,15 @@ def _held(rounds: Sequence[Round]) -> list[Round]:
     return [r for r in rounds if r.held]
 
 
-def _note(
-    bracket: Bracket, epsilon: float, now: Round, rounds: Sequence[Round], passed: bool
-) -> bool:
-    """Put a round into the bracket. Whether looks still tell something: not once a round that
-    `passed` a look has failed when all prompts were run, or has lost answers within the budget.
-    What only seemed to fit is forgotten then.
+def _note(bracket: Bracket, epsilon: float, now: Round, rounds: Sequence[Round]) -> bool:
+    """Put a round into the bracket. Whether looks still tell something: not once a round has failed
+    that seemed to fit, and what else only seemed to fit is forgotten then.
     """
-    misled = now.judged and not now.held and (passed or now.reach <= bracket.allowed)
-    if misled:
+    deceived = now.judged and not now.held and now.looked <= bracket.allowed
+    if deceived:
         bracket.restart([(r.epsilon, r.reach) for r in _held(rounds)])
     bracket.put(epsilon, now.reach, now.held or not now.judged)
-    return not misled
+    return not deceived
 
 
 class Bracket:

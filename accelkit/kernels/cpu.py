@@ -103,8 +103,10 @@ def _bands(
         if edge:
             rows = q[:, :, row : row + band]
             pieces.append(fused(rows, k[:, :, :edge], v[:, :, :edge], launch.scale))
-        for more in pieces[1:]:
-            join(*pieces[0], *more)
+        if len(pieces) == 2:  # half precisions are joined in fp32 and rounded once
+            exact = torch.promote_types(q.dtype, torch.float32)
+            pieces = [(out.to(exact), lse) for out, lse in pieces]
+            join(*pieces[0], *pieces[1])
         _write_dense(launch, slots, row, pieces[0])
 
 

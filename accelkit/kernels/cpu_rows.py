@@ -46,8 +46,8 @@ def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     """Join a piece into another, in place; −inf marks rows that a piece left empty, whose output
     must be finite.
     """
-    share = torch.sigmoid(more_lse - lse).nan_to_num_(0.0)  # of `more`; nan: both are empty
-    out.lerp_(more, share[..., None].to(out.dtype))
+    share = torch.sigmoid(more_lse - lse).masked_fill_(more_lse == -math.inf, 0.0)  # of `more`
+    out.lerp_(more, share[..., None])
     torch.logaddexp(lse, more_lse, out=lse)
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from accelkit.kernels.cpu_rows import fused
 from accelkit.kernels.index import Inputs, Partial, device_ids
-from accelkit.kernels.positions import groups, take_heads
+from accelkit.kernels.positions import filled, groups, take_heads
 from accelkit.kernels.scores import pool_queries
 
 _HIDDEN = -1e30
@@ -113,7 +113,7 @@ def _group(
     """Expand the blocks of one KV head. `means` fp32 `[B, H, nq, D]`; `seen` as of `_visible`."""
     (bq, bk), (nq, nk), heads = size, call.tiles(size), len(slots)
     dim, tail = call.k.shape[3], nk * bk - call.n_k
-    k, v = (_filled(t[:, kv], tail).unflatten(1, (nk, bk)) for t in (call.k, call.v))
+    k, v = (filled(t[:, kv], tail).unflatten(1, (nk, bk)) for t in (call.k, call.v))
     both, mean = torch.cat([k, v], -1), take_heads(means, slots).to(k.dtype)
     level = torch.full((len(k), nk, heads, nq), _HIDDEN, device=k.device)
     keys = k.new_zeros((len(k), heads, nq, nk, dim))
@@ -135,13 +135,8 @@ def _group(
     own = torch.matmul(keys, mean[..., None]).float()[..., 0]  # [B, H, nq, nk]
     level = level.permute(0, 2, 3, 1) - call.scale * own
     q = take_heads(call.q, [call.heads[s] for s in slots])
-    q = _filled(q, nq * bq - call.n_q).unflatten(2, (nq, bq))
+    q = filled(q, nq * bq - call.n_q).unflatten(2, (nq, bq))
     return Group(slots, q, keys, values, level)
-
-
-def _filled(t: Tensor, rows: int) -> Tensor:
-    """`[…, N, D]` with some rows of zeros behind."""
-    return pad(t, (0, 0, 0, rows)) if rows else t
 
 
 def _attend(g: Group, level: Tensor, b: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -149,7 +144,8 @@ def _attend(g: Group, level: Tensor, b: int, scale: float) -> tuple[Tensor, Tens
     q, keys, values = g.q[b], g.keys[b], g.values[b]
     if not q.is_cuda and keys.shape == values.shape:
         q, keys, values = (t.transpose(0, 1) for t in (q, keys, values))
-        mask = level[b].transpose(0, 1)[:, :, None].expand(-1, -1, q.shape[2], -1)
+        mask = level[b].to(torch.promote_types(q.dtype, torch.float32)).transpose(0, 1)
+        mask = mask[:, :, None].expand(-1, -1, q.shape[2], -1)
         out, lse = fused(q, keys, values, scale, mask=mask)
         return out.transpose(0, 1), lse.transpose(0, 1)
     logits = torch.matmul(q, keys.transpose(-1, -2)).float().mul_(scale)

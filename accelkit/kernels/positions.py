@@ -59,6 +59,13 @@ def voting_rows(call: Inputs) -> Tensor | None:
     return call.key_mask[:, None, call.q_start :]
 
 
+def filled(t: Tensor, rows: int) -> Tensor:
+    """`[…, N, D]` with some rows of zeros behind; the tensor itself where there are none, of which
+    `pad` makes a copy.
+    """
+    return pad(t, (0, 0, 0, rows)) if rows else t
+
+
 def bounds(place: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Least and greatest position in each block of `place` `[…, N]`, int32 `[…, nb]`; holes do not
     count, a block of holes gives `(FAR, −1)`.

@@ -19,6 +19,7 @@ from accelkit.kernels.index import Inputs, ceil_div
 from accelkit.kernels.positions import (
     bounds,
     exp_,
+    filled,
     groups,
     hide,
     in_place,
@@ -188,7 +189,7 @@ def self_similarity(
         total = mask.sum(-1)[..., None, None].clamp(min=1)
         x = x - (x * mask[..., None]).sum(-2, keepdim=True) / total
     weight = torch.linalg.vector_norm(x, dim=-1).clamp_(min=1e-12).reciprocal_() * mask
-    cells = pad(x, (0, 0, 0, short)).unflatten(-2, (-1, block))
+    cells = filled(x, short).unflatten(-2, (-1, block))
     weight = pad(weight, (0, short)).unflatten(-1, (-1, 1, block))
     count = pad(mask, (0, short)).unflatten(-1, (-1, block)).sum(-1)
     square = torch.matmul(weight, cells).square().sum((-1, -2))
@@ -306,7 +307,7 @@ def strided(
             if real.shape[1] > 1:
                 real = real[:, slots[:1]]
             k = k * real[:, 0, :, None]
-        k = pad(k, (0, 0, 0, -call.n_k % stride))
+        k = filled(k, -call.n_k % stride)
         if qk == "int8":
             k = _rounded(k - k[:, : call.n_k].mean(1, keepdim=True, dtype=torch.float32), stride)
         k = k.reshape(batch, nkc, -1)
@@ -315,7 +316,7 @@ def strided(
         for c in range(0, nqc, step):
             stop = min(c + step, nqc)
             q = take_heads(call.q[:, :, c * stride : stop * stride], at).to(k.dtype)
-            q = pad(q, (0, 0, 0, (stop - c) * stride - q.shape[2]))
+            q = filled(q, (stop - c) * stride - q.shape[2])
             if qk == "int8":
                 q = _rounded(q, stride)
             q = q.unflatten(2, (-1, stride)).flip(3).flatten(3)

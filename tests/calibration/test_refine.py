@@ -109,6 +109,16 @@ def test_when_all_that_seemed_to_fit_fails_rounds_go_on_below(loses: float) -> N
     assert found.best.epsilon < loses
 
 
+@pytest.mark.parametrize("first", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("ratio", [0.7, 1.1, 2.5])
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_looks_that_mislead_do_not_end_in_a_dense_plan(first, ratio, power) -> None:
+    """The first prompt's error is the smallest: what seems to fit does not."""
+    found = Made(lambda e: ratio * ALLOWED * (e / ALLOWED) ** power, first=first).run(rounds=4)
+    assert found.best is not None
+    assert 0.5 * ALLOWED < found.best.measured <= ALLOWED
+
+
 def test_lost_answers_narrow_within_the_budget() -> None:
     found = Made(lambda e: 0.95 * e, loses=0.6 * ALLOWED).run()
     assert not found.rounds[0].held
