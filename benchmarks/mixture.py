@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +42,11 @@ from accelkit.calibration.tasks import TASKS
 from accelkit.patches.method import load, names
 from accelkit.patches.plan import Plan
 
-MOST_MATCHED = 6
-"""Most mixtures that `--match` adds."""
+MATCHES = 2
+"""How often `--match` looks for settings that no mixture beats."""
+SHARED = ("dense", "fit", "screen", "weight")
+"""Units of a calibration's journal that are alike for all budgets, by the beginning of their keys.
+"""
 
 
 class Study:
@@ -100,7 +104,7 @@ class Study:
         self.save()
 
     def plan(self, budget: float) -> Plan:
-        """The plan of an earlier run, or one calibrated now; all budgets share one journal."""
+        """The plan of an earlier run, or one calibrated now."""
         args = self.args
         folder = args.plans / f"{budget:g}"
         if folder.exists():
@@ -108,11 +112,28 @@ class Study:
         # Every row: what cutting the last layer short saves, single methods would save as well.
         plan = accelkit.calibrate(
             self.bench.model, tokenizer=self.bench.tokenizer, budget=budget, lengths=[args.length],
-            methods=args.among, preset=args.preset, batch=args.batch, journal=args.journal,
-            resume=True, progress=False, every_row=True,
+            methods=args.among, preset=args.preset, batch=args.batch,
+            journal=self.journal(budget), resume=True, progress=False, every_row=True,
         )  # fmt: skip
         plan.save_pretrained(folder)
         return plan
+
+    def journal(self, budget: float) -> Path:
+        """A budget's journal: what its search picks is measured further for it alone, everything
+        before that is shared with the budget that was calibrated first.
+        """
+        mine: Path = self.args.out.with_suffix(f".journal-{budget:g}.jsonl")
+        known = sorted(self.args.out.parent.glob(self.args.out.stem + ".journal-*.jsonl"))
+        if known and not mine.exists():
+            lines = known[0].read_text("utf-8").splitlines(keepends=True)
+            units = [json.loads(line).get("unit", "") for line in lines]
+            shared = [
+                line
+                for line, unit in zip(lines, units, strict=True)
+                if unit.partition("/")[0] in SHARED or unit.startswith("measure/0/")
+            ]
+            mine.write_text("".join(lines[:1] + shared), "utf-8")
+        return mine
 
     def singles(self, kind: str) -> None:
         """All settings of a method that were not run before."""
@@ -135,22 +156,28 @@ class Study:
         sides = dict(self.plans)
         for single in rivals(self.found, self.args.slow):
             sides[single["setting"]] = self.bench.single(methods[single["setting"]])
-        self.found["speed"] = {
-            "environment": environment(self.bench.model.device),
-            "batch": self.args.batch,
-            "ms": self.bench.in_turns(sides, self.args.turns),
-        }
-        self.save()
+        ms: dict[str, list[float]] = {}
+        for turn in range(self.args.turns):
+            for name, one in self.bench.turn(sides, backwards=turn % 2 == 1).items():
+                ms.setdefault(name, []).append(one)
+            self.found["speed"] = {
+                "environment": environment(self.bench.model.device),
+                "batch": self.args.batch,
+                "ms": ms,
+            }
+            self.save()
+            shown_ms = {name: round(times[-1], 1) for name, times in ms.items()}
+            print(f"turn {turn + 1}", shown_ms, file=sys.stderr, flush=True)
 
     def match(self) -> None:
         """Mixtures for the errors of settings that none of them beats."""
-        for _ in range(MOST_MATCHED):
+        for _ in range(MATCHES):
             tried = {m["budget"] for m in self.found["mixtures"]}
-            lost = losses(self.found)
-            wanted = [b for s in lost if (b := float(f"{s['worst_error']:.3g}")) not in tried]
-            if not wanted:
+            errors = {float(f"{s['worst_error']:.3g}") for s in losses(self.found)}
+            for budget in sorted(errors - tried):
+                self.mixture(budget)
+            if errors <= tried:
                 return
-            self.mixture(wanted[0])
             self.together()
 
 
@@ -171,12 +198,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slow", type=float, default=1.1, help="share of dense that ends a test")
     parser.add_argument("--turns", type=int, default=5, help="times that all are timed; 0: not yet")
     parser.add_argument("--match", action="store_true", help="mixtures for unbeaten settings")
-    parser.add_argument("--journal", type=Path, help="of the calibration")
     parser.add_argument("--plans", type=Path, help="folder of the mixtures' plans, kept or read")
     parser.add_argument("--join", type=Path, nargs="*", help="results to put together")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
-    args.journal = args.journal or args.out.with_suffix(".journal.jsonl")
     args.plans = args.plans or args.out.with_suffix(".plans")
     return args
 

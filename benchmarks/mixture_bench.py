@@ -168,20 +168,17 @@ class Bench:
             **summary(rows),
         }  # fmt: skip
 
-    def in_turns(self, plans: Mapping[str, Plan], turns: int) -> dict[str, list[float]]:
-        """Milliseconds of dense prefills and of those with each plan, all of them in every turn, so
-        that a drifting clock meets every side; every second turn goes backwards.
+    def turn(self, plans: Mapping[str, Plan], backwards: bool) -> dict[str, float]:
+        """Milliseconds of a dense prefill and of one with each plan; turns that go forwards and
+        backwards let a drifting clock meet all sides alike.
         """
         sides: list[tuple[str, Plan | None]] = [(DENSE, None), *plans.items()]
-        found: dict[str, list[float]] = {name: [] for name, _ in sides}
-        for turn in range(turns):
-            for name, plan in sides[:: -1 if turn % 2 else 1]:
-                with nullcontext() if plan is None else patch(self.model, plan):
-                    if self.gpu:
-                        self.clock_ms()  # lists that follow from geometry are made once
-                    found[name].append(self.clock_ms())
-            print(f"turn {turn + 1}", {k: round(v[-1], 1) for k, v in found.items()},
-                  file=sys.stderr, flush=True)  # fmt: skip
+        found: dict[str, float] = {}
+        for name, plan in reversed(sides) if backwards else sides:
+            with nullcontext() if plan is None else patch(self.model, plan):
+                if self.gpu:
+                    self.clock_ms()  # lists that follow from geometry are made once
+                found[name] = self.clock_ms()
         return found
 
 
@@ -206,5 +203,5 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def told(what: str, row: Mapping[str, Any]) -> None:
     """A line for whoever waits."""
     error = "–" if row["worst_error"] is None else f"{row['worst_error']:.4f}"
-    print(f"{what}: {row['ms']:.1f} of {row['dense_ms']:.1f} ms, error {error}, "
-          f"{row['stopped'] or 'whole'}", file=sys.stderr, flush=True)  # fmt: skip
+    times = f"{time.monotonic():.0f} {what}: {row['ms']:.1f} of {row['dense_ms']:.1f} ms"
+    print(f"{times}, error {error}, {row['stopped'] or 'whole'}", file=sys.stderr, flush=True)

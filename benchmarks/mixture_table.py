@@ -30,6 +30,11 @@ def shares(found: Row) -> dict[str, float]:
     return {name: one / ms[DENSE] for name, one in ms.items()}
 
 
+def share_of(mixture: Row, share: dict[str, float]) -> float:
+    """A mixture's time ÷ dense; 1 where calibration chose dense, whatever the clock read."""
+    return 1.0 if mixture["stopped"] else share.get(name_of(mixture), 1.0)
+
+
 def verdict(found: Row) -> list[Row]:
     """For each mixture the fastest single setting whose worst-task error is no larger."""
     share, table = shares(found), []
@@ -37,7 +42,7 @@ def verdict(found: Row) -> list[Row]:
         return []
     whole = statistics.median(found["speed"]["ms"][DENSE])
     for mixture in sorted(found["mixtures"], key=lambda m: m["budget"]):
-        mine = share.get(name_of(mixture), 1.0)
+        mine = share_of(mixture, share)
         rivals = [s for s in timed(found) if s["worst_error"] <= mixture["worst_error"]]
         best = min(rivals, key=lambda s: share[s["setting"]], default=None)
         if best is not None and share[best["setting"]] >= 1:
@@ -63,11 +68,8 @@ def losses(found: Row) -> list[Row]:
     """Single settings that are faster than dense and than every mixture of no larger error."""
     share, lost = shares(found), []
     for s in timed(found):
-        mine = [
-            share.get(name_of(m), 1.0)
-            for m in found["mixtures"]
-            if m["worst_error"] <= s["worst_error"]
-        ]
+        no_worse = [m for m in found["mixtures"] if m["worst_error"] <= s["worst_error"]]
+        mine = [share_of(m, share) for m in no_worse]
         ratio = min([1.0, *mine]) / share[s["setting"]]
         if ratio > 1:
             kept = {k: s[k] for k in ("setting", "worst_error", "answers", "points_lost")}

@@ -55,6 +55,12 @@ def test_the_best_single_is_no_worse_and_dense_competes(table: ModuleType) -> No
     assert [row["ratio"] for row in rows] == pytest.approx([100 / 85, 70 / 60])
 
 
+def test_a_dense_mixture_gains_nothing_by_noise(table: ModuleType) -> None:
+    found = study(**TIMES)
+    found["mixtures"][1]["stopped"] = "every call ran dense"
+    assert table.verdict(found)[0]["ratio"] == 1.0
+
+
 def test_losses_are_told(table: ModuleType) -> None:
     assert [(r["setting"], r["ratio"]) for r in table.losses(study(**TIMES))] == [
         ("window(1)", pytest.approx(85 / 70))

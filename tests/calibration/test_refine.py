@@ -97,6 +97,18 @@ def test_what_the_first_prompt_does_not_tell_is_found_by_all() -> None:
     assert found.best.measured <= ALLOWED
 
 
+@pytest.mark.parametrize("loses", [1.0, 0.8 * ALLOWED])
+def test_when_all_that_seemed_to_fit_fails_rounds_go_on_below(loses: float) -> None:
+    """The first prompt shows half of the error, so ε grows until it is full; then every round fails
+    on another prompt, or on its answers.
+    """
+    found = Made(lambda e: 1.3 * e, first=0.5, loses=loses).run(rounds=4)
+    assert max(r.epsilon for r in found.rounds) > FIRST * ALLOWED
+    assert found.best is not None
+    assert found.best.measured <= ALLOWED
+    assert found.best.epsilon < loses
+
+
 @pytest.mark.parametrize("first", [0.5, 0.7, 0.9])
 @pytest.mark.parametrize("ratio", [0.7, 1.1, 2.5])
 @pytest.mark.parametrize("power", [0.5, 1.0])
