@@ -41,7 +41,7 @@ def measured_costs(
     """The cost table at the target's shape, attention's share of its dense denoising, and what
     arithmetic of methods and of their `further` settings takes that is not plain.
     """
-    pipe, size, shot = built("wan", layers, device)
+    pipe, size, shot = built("wan", [layers], device)
     size = replace(size, num_inference_steps=4)
     take = [video.run(pipe, size, shot) for _ in range(2)][-1]
     step = 1e3 * statistics.median(b - a for a, b in pairwise(take.ends))
@@ -71,7 +71,7 @@ def measured_costs(
 def confirmed(about: dict[str, Any], device: str, layers: int) -> list[dict[str, Any]]:
     """Runs at the target beside what its costs predict for them, in dense denoisings."""
     table = CostTable.from_dict(about["table"])
-    pipe, size, shot = built("wan", layers, device)
+    pipe, size, shot = built("wan", [layers], device)
     size = replace(size, num_inference_steps=STEPS)
     video.run(pipe, replace(size, num_inference_steps=2), shot)
     dense = video.run(pipe, size, shot).ends[-1]

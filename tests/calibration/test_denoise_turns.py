@@ -114,8 +114,8 @@ def test_checks_end_after_two_dense_runs() -> None:
         return Round(0.1, Proposal(cost, None, 1.0, 2.0, 0.1, False), rows, held=held)  # type: ignore[arg-type]
 
     assert checker.care([], 0.4) == 1.0
-    assert checker.care([], 0.9) == CAREFUL[0], "a second round would be too much"
-    assert checker.care([turn(0.9, False)], 0.9) == CAREFUL[1]
+    assert checker.care([], 0.9) == CAREFUL, "a second round would be too much"
+    assert checker.care([turn(0.9, False)], 0.9) == CAREFUL
     assert checker.care([turn(0.9, True)], 0.9) == 1.0
     assert not checker.spent([], 0.9)
     assert checker.spent([turn(0.9, False)], 0.9), "without a plan as well"
