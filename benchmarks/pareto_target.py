@@ -18,7 +18,7 @@ from denoise_dit import built, density, forced
 
 import accelkit
 from accelkit.calibration import fit, video, video_bench
-from accelkit.calibration.candidates import stored
+from accelkit.calibration.candidates import prime, stored
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
@@ -99,7 +99,11 @@ def unit_of(
 
     def visit(call: AttentionCall) -> None:
         own = {k.rpartition("/")[2]: v for k, v in tables.items() if k.startswith(call.site.path)}
-        answers = answer(replace(call, tables=own, memory={}), Policy(methods=(method,)))
+        there = replace(call, tables=own, memory={})
+        answers = answer(there, Policy(methods=(method,)))
+        if method.renewed(2):  # the first answer was a dense one
+            prime(answers or ())
+            answers = answer(there, Policy(methods=(method,)))
         sizes = [getattr(p, "size", None) for a in answers or () for p in a.pieces]
         found.extend(s for s in sizes if s)
         arithmetic.extend(repr(a.execution) for a in answers or () if a.execution != PLAIN)
