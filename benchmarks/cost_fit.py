@@ -1,10 +1,13 @@
 """How long the cost table of a GPU takes to fit, and how well it predicts what it did not see.
 
-    python benchmarks/cost_fit.py --out results.json [--tokens 65536]
+    python benchmarks/cost_fit.py --out results.json [--only llm,dit] [--tokens 65536]
 
-The fit is that of `accelkit bench --fit` for one layer of Llama-3.1-8B (32 query heads, 8 KV heads,
-head size 128, bfloat16) and all methods of language models. It is judged at lengths between those
-that it measured, at other densities, with all heads and with a quarter of them.
+The fit is that of `accelkit bench --fit` and `accelkit calibrate`: one layer of Llama-3.1-8B (32
+query heads, 8 KV heads, head size 128, bfloat16, causal) with all methods of language models, and
+one of a video model (24 heads, head size 128, a grid of 32,760 tokens, not causal) with all methods
+of denoisers. It is judged on what it never timed: other lengths (a denoiser has one), other
+densities, fewer heads, and whole calls of every method. Compiling is told apart: a process starts
+with what Triton's cache holds, so an empty TRITON_CACHE_DIR shows a new machine.
 """
 
 from __future__ import annotations
@@ -13,98 +16,216 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from attention.report import machine
 
-from accelkit.calibration import fit
+from accelkit.calibration import fit, fit_kernels, fit_methods
 from accelkit.calibration.candidates import chosen_methods
-from accelkit.kernels import select
-from accelkit.kernels.cost import CostTable, interpolate, unit
-from accelkit.kernels.dispatch import explain
+from accelkit.calibration.fit_clock import clock, dense_ms
+from accelkit.calibration.fit_inputs import Shape, fresh, random_call, shorter
+from accelkit.calibration.session import compile_clock
+from accelkit.kernels.cost import CostTable, MethodCost, interpolate, unit
 from accelkit.kernels.index import BlockIndex
-from accelkit.patches.call import AttentionCall
+from accelkit.kernels.select import density
+from accelkit.patches.call import AttentionCall, Geometry
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.plan import Policy
-from accelkit.patches.sites.attention import Answer
+from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute
 
-SHAPE = fit.Shape(32, 8, 128, layers=32)
+SHAPES = {
+    "llm": Shape(32, 8, 128, layers=32),
+    "dit": Shape(24, 24, 128, layers=30, causal=False, geometry=Geometry(grid=(21, 30, 52))),
+}
+GRID = 21 * 30 * 52
 DENSITIES = (0.07, 0.15, 0.3)
+KEYS = 5 * fit_kernels.MOST_SINGLE_KEYS // 8
+GOOD = 0.1
+SMALL = 0.01
+"""Terms below this share of dense attention are listed and not judged: no plan turns on them."""
 Row = dict[str, Any]
 
 
-def median(run: Any) -> float:
-    return statistics.median(fit.device_ms(run, 3, 1))
+def row(term: str, what: str, tokens: int, predicted: float, measured: float, **more: Any) -> Row:
+    found = {"term": term, "what": what, "tokens": tokens, **more, "predicted_ms": predicted}
+    return found | {"measured_ms": measured, "error": predicted / measured - 1 if measured else 0.0}
 
 
-def row(what: str, tokens: int, predicted: float, measured: float, **more: Any) -> Row:
-    found = {"what": what, "tokens": tokens, **more, "predicted_ms": predicted}
-    return found | {"measured_ms": measured, "error": predicted / measured - 1}
+def timer(call: AttentionCall) -> Callable[..., float]:
+    """Times a run on the device of a call."""
+    return lambda run, times=3: clock(run, times, call.q.device)
 
 
-def launches(costs: CostTable, call: AttentionCall) -> list[Row]:
-    """Kernels over random lists."""
-    rows, tokens = [], call.n_q
+def launched(
+    costs: CostTable, size: tuple[int, int], tokens: int, densities: Sequence[float]
+) -> float:
+    """Predicted milliseconds of one launch over lists with these densities of its heads."""
+    return costs.launch_ms(size) + sum(costs.head_ms(size, tokens, d) for d in densities)
+
+
+def kernels(costs: CostTable, call: AttentionCall, keys: bool) -> Iterator[Row]:
+    """Launches over random lists, for all heads and a quarter of them; over single keys, whose
+    length does not depend on the call's, only if `keys`.
+    """
+    ms = timer(call)
     for name in costs.kernels:
         size = unit(name)
-        if size[1] == 1 and tokens > fit.MOST_SINGLE_KEYS:
+        if size[1] == 1 and not keys:
             continue
+        there = shorter(call, min(call.n_q, KEYS)) if size[1] == 1 else call
         for heads in (len(call.heads), len(call.heads) // 4):
-            part = call.take(call.heads[:heads])
-            for density in DENSITIES:
-                index: BlockIndex = fit.random_index(part, size, density)
-                share = float(select.density(index, part).sum()) / heads
-                want = costs.launch_ms(size) + heads * costs.head_ms(size, tokens, share)
-                got = median(lambda p=part, i=index: fit._anew(Answer(p, (i,))))
-                backend = explain(
-                    part.q, part.k, part.v, index, heads=part.heads, kv_of_head=part.kv_of_head
-                ).backend
-                more = {"heads": heads, "density": share, "backend": backend}
-                rows.append(row(name, tokens, want, got, **more))
-    return rows
+            part = there.take(there.heads[:heads])
+            for wanted in DENSITIES:
+                if size[1] == 1 and wanted > fit_kernels.SINGLE_KEYS:
+                    continue
+                one = fit_kernels.point(part, size, wanted, held=True).one
+                shares = density([one.index], part).tolist()
+                want = launched(costs, size, part.n_q, shares)
+                got = ms(partial(fit_kernels.anew, one))
+                share = statistics.fmean(shares)
+                yield row("kernel", name, part.n_q, want, got, heads=heads, density=share)
 
 
-def estimates(costs: CostTable, call: AttentionCall, methods: list[AttentionMethod]) -> list[Row]:
-    """Choosing what to read, with its order and merging left out: one number a method."""
-    rows = []
-    for method in methods:
-        if method.kind not in costs.methods or method.static:
+def methods(
+    costs: CostTable, call: AttentionCall, tried: Sequence[AttentionMethod]
+) -> Iterator[Row]:
+    """A method's terms, and its whole call with all that a layer pays for: choosing, moving rows,
+    kernels over the lists that it chose.
+    """
+    for method in tried:
+        if method.kind not in costs.methods:
             continue
-        policy = Policy(methods=(fit._middle(method),))
-        got = median(lambda p=policy: fit._ask(call, p))
-        want = interpolate(costs.methods[method.kind].points, call.n_q)
-        rows.append(row(method.kind, call.n_q, want, got))
-    return rows
+        there, now = fit_methods.prepared(call, method, fit_methods.middle(method))
+        answers = fit_methods.asked(there, now)
+        if answers is None:
+            continue
+        one, cost = answers[0], costs.methods[method.kind]
+        ms = timer(call)
+        found = [fit_methods.permutation(there, one, ms)]
+        if not method.static:  # otherwise made once
+            found = [*fit_methods.choosing(there, now, one, ms), *found]
+        for term, got in zip(MethodCost.TERMS[-len(found) :], found, strict=True):
+            want = interpolate(cost.terms[term], call.n_q)
+            if max(got, want) > 0:
+                yield row(term, method.kind, call.n_q, want, got)
+        if one.execution == PLAIN:
+            yield _whole(costs, there, now, one)
+
+
+def _whole(costs: CostTable, call: AttentionCall, now: AttentionMethod, one: Answer) -> Row:
+    policy = Policy(methods=(now,))
+
+    def run() -> None:
+        for a in (one,) if now.static else answer(fresh(call), policy) or ():
+            compute(a)
+
+    lists = [p for p in one.pieces if isinstance(p, BlockIndex)]
+    want = sum(launched(costs, p.size, call.n_q, density([p], one.call).tolist()) for p in lists)
+    want *= costs.methods[now.kind].lists
+    if now.static:  # its lists are made once, its rows laid out in every call
+        want += interpolate(costs.methods[now.kind].terms["permutation"], call.n_q)
+    else:
+        once, each = costs.method_ms(now.kind, call.n_q)
+        want += once + each * len(call.heads)
+    share = float(density(lists, one.call).mean())
+    return row("call", now.kind, call.n_q, want, timer(call)(run), density=share)
+
+
+def judged(rows: Sequence[Row], dense: dict[int, float]) -> dict[str, dict[str, Any]]:
+    """By term: how many rows there are, which share lies within 10 %, the mean and the worst."""
+    found = {}
+    for term in dict.fromkeys(r["term"] for r in rows):
+        mine = [r for r in rows if r["term"] == term]
+        mine = [r for r in mine if r["measured_ms"] >= SMALL * dense[max(r["tokens"], min(dense))]]
+        if mine:
+            worst = max(mine, key=lambda r: abs(r["error"]))
+            gaps = [abs(r["error"]) for r in mine]
+            found[term] = {
+                "rows": len(mine),
+                "within": statistics.fmean(g <= GOOD for g in gaps),
+                "mean": statistics.fmean(gaps),
+                "worst": worst["error"],
+                "worst_row": f"{worst['what']} at {worst['tokens']}",
+            }
+    return found
+
+
+def case(
+    name: str,
+    tokens: int,
+    device: torch.device,
+    fit_only: bool,
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    """Fit one shape, then predict and measure; `save` is given what is known so far."""
+    shape, dtype = SHAPES[name], torch.bfloat16
+    tried = chosen_methods(None, "prefill" if shape.causal else "denoise")
+    steps: list[tuple[str, float]] = []
+
+    def step(text: str) -> None:
+        steps.append((text, time.monotonic()))
+        print(f"  {steps[-1][1] - steps[0][1]:5.1f} s {text}", flush=True)
+
+    with compile_clock() as compiled:
+        begin = time.monotonic()
+        costs = fit.fit(shape, dtype, device, tokens, tried, step=step)
+        end = time.monotonic()
+        found: dict[str, Any] = {"shape": name, "tokens": tokens, "fit_s": end - begin}
+        found["compiling_s"] = compiled()
+    if device.type == "cuda":
+        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    ends = [t for _, t in steps[1:]] + [end]
+    found["steps_s"] = {s: e - b for (s, b), e in zip(steps, ends, strict=True)}
+    found |= {"costs": costs.to_dict(), "rows": []}
+    print(f"{name}: {end - begin:.1f} s, compiling {found['compiling_s']:.1f} s of it", flush=True)
+    save(found)
+    if fit_only:
+        return
+    lengths = [3 * tokens // 16, 3 * tokens // 8, 3 * tokens // 4] if shape.causal else [tokens]
+    dense: dict[int, float] = {}
+    for n in lengths:
+        call = random_call(shape, dtype, device, n)
+        dense[n] = dense_ms(call, timer(call))
+        rows: list[Row] = []
+        if shape.causal:
+            rows.append(row("dense", "dense", n, costs.dense_ms(n), dense[n]))
+        for r in (*rows, *kernels(costs, call, n == lengths[0]), *methods(costs, call, tried)):
+            found["rows"].append(r)
+            about = {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()}
+            print(" ", about, flush=True)
+        found["terms"] = judged(found["rows"], dense)
+        save(found)
+    for term, about in found["terms"].items():
+        print(f"{name} {term}: {about}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--only", default="llm,dit")
+    parser.add_argument("--tokens", type=int, default=65536, help="Of the language model.")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--fit-only", action="store_true", help="Judge nothing.")
     args = parser.parse_args()
-    device, dtype = torch.device("cuda"), torch.bfloat16
-    methods, n = chosen_methods(None), args.tokens
-    begin = time.monotonic()
-    costs = fit.fit(SHAPE, dtype, device, n, methods)
-    seconds = time.monotonic() - begin
-    print(f"fitted in {seconds:.1f} s; {costs.refused}", flush=True)
-    report = {**machine(), "tokens": n, "fit_s": seconds, "costs": costs.to_dict(), "rows": []}
-    for tokens in (3 * n // 16, 3 * n // 8, 3 * n // 4):
-        call = fit.random_call(SHAPE, dtype, device, tokens)
-        dense = row("dense", tokens, costs.dense_ms(tokens), fit.dense_ms(call, median))
-        report["rows"] += [dense, *launches(costs, call), *estimates(costs, call, methods)]
-        if args.out:
-            args.out.write_text(json.dumps(report, indent=1) + "\n")
-        for r in report["rows"]:
-            if r["tokens"] == tokens:
-                print({k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()})
-    kernels = [r for r in report["rows"] if "backend" in r]
-    for name in costs.kernels:
-        mine = [abs(r["error"]) for r in kernels if r["what"] == name]
-        if mine:
-            print(f"{name}: mean error {statistics.fmean(mine):.3f}, worst {max(mine):.3f}")
+    report: dict[str, Any] = {**machine(), "cases": {}}
+    for name in args.only.split(","):
+
+        def save(found: dict[str, Any], name: str = name) -> None:
+            report["cases"][name] = found
+            if args.out:
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+        case(
+            name,
+            args.tokens if SHAPES[name].causal else GRID,
+            torch.device(args.device),
+            args.fit_only,
+            save,
+        )
 
 
 if __name__ == "__main__":

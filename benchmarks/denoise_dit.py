@@ -87,6 +87,19 @@ def hunyuan(layers: Sequence[int]) -> tuple[Any, Settings, dict[str, Any]]:
 
 
 MODELS = {"wan": wan, "hunyuan": hunyuan}
+TOKENS = {"wan": 32760, "hunyuan": 119056}
+SHAPES = {
+    "wan": "Wan2.1-1.3B shapes (480p, 81 frames)",
+    "hunyuan": "HunyuanVideo shapes (720p, 129 frames)",
+}
+NOTE = (
+    "By `benchmarks/denoise_dit.py`: a forced plan, dense runs cuDNN; on both sides the median of "
+    "the timed runs that `runs` names. Bound: 1 / (1 − f + f (w + (1 − w) δ / 0.85)) with the "
+    "share f of self-attention, the share w of dense steps and the density δ. f is the time of "
+    "the self-attention kernels of a short dense run over the time of that run, as the profiler "
+    "sees both. Neither side has HunyuanVideo's mask over the text, which hides nothing here. The "
+    "last rows leave out steps behind the first fifth by a forced rhythm of MagCache."
+)
 
 
 def unmasked(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -247,8 +260,13 @@ def main() -> None:
     size = Settings(size.height, size.width, size.num_frames, args.steps)
     policies = {name: policy_of(name) for name in args.plans}
     cached = {"dense": Policy(), args.plans[0]: policies[args.plans[0]]} if args.cache else {}
+    depth = " dual and ".join(map(str, args.layers)) + " single" * (len(args.layers) > 1)
     found: dict[str, Any] = {
-        "model": args.model, "layers": len(sites(pipe)), "of_layers": args.layers or "all",
+        "title": f"Whole denoising at {SHAPES[args.model]}, {depth or 'all'} layers, random weights"
+        + ", compiled by repeated blocks" * (not args.eager),
+        "note": NOTE,
+        "model": args.model, "tokens": TOKENS[args.model], "layers": len(sites(pipe)),
+        "of_layers": args.layers or "all",
         "steps": args.steps,
         "compiled": not args.eager,
         "environment": environment(torch.device(device)), "rows": [],

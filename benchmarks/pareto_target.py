@@ -17,7 +17,7 @@ import torch
 from denoise_dit import built, density, forced
 
 import accelkit
-from accelkit.calibration import fit, video, video_bench
+from accelkit.calibration import fit, fit_clock, fit_inputs, video, video_bench
 from accelkit.calibration.candidates import prime, stored
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.adapters import watch
@@ -47,7 +47,7 @@ def measured_costs(
     step = 1e3 * statistics.median(b - a for a, b in pairwise(take.ends))
     about = video_bench.attention(pipe, size, shot)
     seen = video_bench.denoise_look.glance(pipe, size, shot)
-    shape = fit.Shape(
+    shape = fit_inputs.Shape(
         12, 12, 128, layers, causal=False,
         geometry=video_bench.denoise_look.geometry_of(seen),
     )  # fmt: skip
@@ -55,7 +55,7 @@ def measured_costs(
     torch.cuda.empty_cache()
     table = fit.fit(shape, torch.bfloat16, torch.device(device), about["tokens"], methods)
     # What low precision and skipping save, no list shows: they are timed at the target's size.
-    call = fit.random_call(shape, torch.bfloat16, torch.device(device), about["tokens"])
+    call = fit_inputs.random_call(shape, torch.bfloat16, torch.device(device), about["tokens"])
     clocked = {}
     waiting = [m for m in methods if m.kind in table.methods]
     waiting += [one for m in waiting for one in further(m)]
@@ -63,7 +63,7 @@ def measured_costs(
         one = (answer(call, Policy(methods=(method,))) or (None,))[0]
         if one is not None and one.execution != PLAIN and repr(one.execution) not in clocked:
             run = partial(compute, one)
-            clocked[repr(one.execution)] = fit.clock(run, 3, torch.device(device))
+            clocked[repr(one.execution)] = fit_clock.clock(run, 3, torch.device(device))
             waiting += method.calibrator(call.site).settings()  # each has an execution of its own
     return {"share": about["attention_ms"] / step, "table": table.to_dict(), "clocked": clocked}
 
@@ -132,7 +132,8 @@ def moved(costs: CostTable, tokens: int, heads: int) -> CostTable:
         ride=((tokens, costs.ride_ms(big) * costs.heads),),
         kernels={s: kernel(s, k) for s, k in costs.kernels.items()},
         methods={
-            m: MethodCost(((tokens, c.points[-1][1]),), c.share) for m, c in costs.methods.items()
+            m: MethodCost(((tokens, c.points[-1][1]),), c.share, lists=c.lists)
+            for m, c in costs.methods.items()
         },
     )  # fmt: skip
 
@@ -142,7 +143,7 @@ def attention_ratio(
 ) -> float:
     """A layer that runs one method in all heads ÷ a dense layer."""
     once, each = costs.method_ms(kind, tokens)
-    head = each + costs.head_ms(size, tokens, density)
+    head = each + costs.lists_ms(kind, size, tokens, [density])[0]
     return (once + costs.launch_ms(size) + costs.heads * head) / costs.dense_ms(tokens)
 
 

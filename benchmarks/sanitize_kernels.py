@@ -7,8 +7,9 @@
 Lengths are ragged and lists have dense, empty and clipped rows. Without the caching allocator every
 tensor is an allocation of its own, so that a read beyond one is seen.
 
-`--tool racecheck` reports hazards in all warp-specialised kernels, and the same in the kernels of
-`attention.warps`, which do nothing else: see `docs/kernel-limits.md`.
+`--tool racecheck` reports hazards in all warp-specialised kernels, `--tool synccheck` errors in the
+one that skips, and both report the same in the kernels of `attention.warps`, which do nothing else:
+see `docs/kernel-limits.md`.
 """
 
 from __future__ import annotations
@@ -100,6 +101,9 @@ def handing_over() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "warps, nothing shared", lambda: warps.apart[(2,)](out)
     yield "warps, one number handed over", lambda: warps.handed[(2,)](out)
     yield "warps, one number relayed", lambda: warps.relayed[(2,)](out)
+    yield "warps, arriving and waiting", lambda: warps.met[(2,)](out, warps.ARRIVE, warps.SYNC)
+    yield "warps, waiting at two places", lambda: warps.met[(2,)](out, warps.SYNC, warps.SYNC)
+    yield "warps, voting at two places", lambda: warps.met[(2,)](out, warps.VOTE, warps.VOTE)
 
 
 def main() -> None:

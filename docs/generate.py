@@ -21,36 +21,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+sys.path[:0] = [str(ROOT), str(DOCS)]  # mkdocs loads this file by its path alone
+
+import headlines  # noqa: E402
+import measurements  # noqa: E402
+from measurements import cell  # noqa: E402
+
 SCHEMA = ROOT / "accelkit" / "plan.schema.json"
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
-KERNELS = (
-    "Attention alone, random data, bfloat16, by `benchmarks/kernels.py`. The whole call lowers a "
-    "fresh index on the backend that dispatch chooses; choosing what to read comes on top. Rates: "
-    "TFLOP/s of the computed blocks over those of dense cuDNN. Mixed: a quarter of the heads dense."
-)
-FORCED = (
-    "Time to first token with one method forced on every head (`benchmarks/prefill_8b.py`). The "
-    "weights are random: this shows what the machinery reaches at that density, not quality."
-)
-MIXTURE = (
-    "For each budget the fastest single setting whose worst-task error is no larger than the "
-    "mixture's; dense where no single setting was both that good and faster "
-    "(`benchmarks/mixture.py`). A ratio of 1 with error 0 means that calibration chose dense. "
-    "Settings that are faster than every mixture of no larger error are under `losses` in the file."
-)
-CALIBRATION = (
-    "One calibration of random weights, whose attention is spread: what it finds there is small, "
-    "what it costs is not affected (`benchmarks/prefill_8b.py --calibrate`)."
-)
-KERNEL_COLUMNS = ("triton", "gluon", "fa4", "flex")
-SHORT = 6
-"""Rows of a table in README."""
-DETAILS = (
-    "calibrate-8b-h200", "cudnn-frontend", "dit-methods-h100", "eight-bit-forms", "kernel-variants",
-    "kernels-flex", "kernels-h100", "profiles", "video-target",
-)  # fmt: skip
-"""Beginnings of the names of results that README leaves to docs/benchmarks.md."""
 MARK = re.compile(r"(<!-- generated:(\w+) -->\n).*?(<!-- /generated -->)", re.S)
 
 
@@ -97,10 +75,6 @@ def story(cls: Any) -> tuple[str, str]:
     return " ".join(first.split()), rest
 
 
-def cell(text: Any) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
-
-
 def method_page(cls: Any) -> str:
     """One method: its story, what it answers, its fields."""
     from accelkit.doctor import explain
@@ -144,195 +118,11 @@ def cli_page() -> str:
     return "# Command line\n\n" + done.stdout.partition("\n")[2].strip() + "\n"
 
 
-def number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-    return cell("" if value is None else value)
-
-
-# A result is what the scripts in benchmarks/ write or `accelkit bench --json` prints; a `title` and
-# a `note` may be added by hand.
-def results() -> list[tuple[Path, dict[str, Any]]]:
-    """The shipped measurements, in the order of their names."""
-    found = []
-    for path in sorted(RESULTS.glob("*.json")):
-        data = json.loads(path.read_text("utf-8"))
-        found.append((path, {**data[0], "results": data} if isinstance(data, list) else data))
-    return found
-
-
-def table(rows: list[dict[str, Any]], most: int | None = None) -> str:
-    """Rows with the same keys as a Markdown table; of more than `most` the first ones."""
-    keys = [k for k in rows[0] if not isinstance(rows[0][k], dict | list)]
-    lines = ["| " + " | ".join(k.replace("_", " ") for k in keys) + " |", "|" + "---|" * len(keys)]
-    lines += ["| " + " | ".join(number(r.get(k)) for k in keys) + " |" for r in rows[:most]]
-    if rest := len(rows[most:]) if most is not None else 0:
-        lines += ["", f"{rest} more in [docs/benchmarks.md](docs/benchmarks.md)."]
-    return "\n".join(lines)
-
-
-def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """Table rows of a result, whichever script wrote it."""
-    if "calibrations" in data:
-        return [calibration_row(row) for row in data["calibrations"]]
-    if "singles" in data:
-        return [mixture_row(row) for row in data["table"]]
-    rows = data.get("rows") or data.get("forced") or data["results"]
-    if "median_ms" in rows[0]:
-        return [speed_row(row) for row in rows]
-    if "dense_own_ms" in rows[0]:
-        return [forced_row(row) for row in rows]
-    if "gain" in rows[0]:
-        return [dit_row(row) for row in rows]
-    return [kernel_row(row) if "ratio" in row else row for row in rows]
-
-
-def speed_row(m: dict[str, Any]) -> dict[str, Any]:
-    """A length of `accelkit bench`."""
-    return {
-        "tokens": m["length"],
-        "own path, ms": m["median_ms"]["own"],
-        "best dense, ms": m["median_ms"][m["best_dense"]],
-        "which": m["best_dense"],
-        "sparse, ms": m["median_ms"]["sparse"],
-        "density": m["density"],
-        "× own": m["speedup_vs_own"],
-        "× best dense": m["speedup_vs_best_dense"],
-    }
-
-
-def forced_row(m: dict[str, Any]) -> dict[str, Any]:
-    """A length of `benchmarks/prefill_8b.py`."""
-    return {
-        "tokens": m["tokens"],
-        "own path, ms": m["dense_own_ms"],
-        "cuDNN, ms": m["dense_cudnn_ms"],
-        "sparse, ms": m["sparse_ms"],
-        "density": m["density"],
-        "× own": m["ratio_own"],
-        "× best dense": m["ratio_best_dense"],
-        "peak GiB": m["peak_gb"],
-    }
-
-
-def calibration_row(m: dict[str, Any]) -> dict[str, Any]:
-    """A calibration of `benchmarks/prefill_8b.py --calibrate`."""
-    return {
-        "tokens": m["tokens"],
-        "preset": m["preset"],
-        "seconds": m["seconds"],
-        "in dense prefills": m["dense_prefills"],
-        "peak GiB": m["peak_gb"],
-        "peak, × dense": m.get("peak_over_dense"),
-        "error measured": m["measured"]["measured_error"],
-        "prefill, × dense": m["measured"].get("prefill_speedup"),
-    }
-
-
-def mixture_row(m: dict[str, Any]) -> dict[str, Any]:
-    """A budget of `benchmarks/mixture.py`."""
-    return {
-        "budget": m["budget"],
-        "worst error": m["worst_error"],
-        "on one prompt": m["worst_prompt"],
-        "answers a task": m.get("answers"),
-        "points lost": m.get("points_lost"),
-        "mixture, ms": m["mixture_ms"],
-        "dense, ms": m["dense_ms"],
-        "best single": m["best_single"],
-        "its ms": m["best_single_ms"],
-        "× best single": m["ratio"],
-    }
-
-
-def kernel_row(m: dict[str, Any]) -> dict[str, Any]:
-    """A case of `benchmarks/kernels.py`: milliseconds, and rates relative to dense cuDNN."""
-    ms, ratio = m["ms"], m["ratio"]
-    return {
-        "shape": m["name"],
-        "unit": "×".join(map(str, m["unit"])),
-        "density": number(m["density"]) + (f" ({w})" if isinstance(w := m["wanted"], str) else ""),
-        "cuDNN dense, ms": ms["dense"],
-        "whole call, ms": ms["call"],
-        **{f"{name}, rate": ratio.get(name) for name in ("triton", "gluon", "fa4", "flex")},
-        "× cuDNN": m["times_dense"]["call"],
-    }
-
-
-def part_row(m: dict[str, Any]) -> dict[str, Any]:
-    """What `benchmarks/kernels.py` measures beside the dense time of a shape."""
-    return {
-        "what": m["what"],
-        "ms": min(m["ms"].values()),
-        "dense, ms": m["dense_ms"],
-        "share of dense": m["share_of_dense"],
-        "× dense": m["times_dense"],
-    }
-
-
-def dit_row(m: dict[str, Any]) -> dict[str, Any]:
-    """A case of `benchmarks/dit_methods.py`: one attention call."""
-    return {
-        "shape": m["shape"],
-        "method": m["method"],
-        "density": m["density"],
-        "cuDNN dense, ms": m["dense_ms"],
-        "whole call, ms": m["call_ms"],
-        "kernel, ms": m["kernel_ms"],
-        "orders, ms": m["order_ms"],
-        "estimate, ms": m.get("estimate_ms"),
-        "× cuDNN": m["gain"],
-        "search step, ms": m["search_ms"],
-        "error": m["error"],
-    }
-
-
-def machine(data: dict[str, Any]) -> str:
-    """Where a result was measured, in a line."""
-    facts = data.get("environment") or data
-    gpu = facts.get("gpu")
-    threads = f"{facts.get('cpu') or 'CPU'}, {facts.get('cpu_threads')} threads"
-    threads = threads if "cpu_threads" in facts else ""
-    where = gpu["name"] if isinstance(gpu, dict) else gpu or threads
-    versions = [f"{k} {facts[k]}" for k in ("torch", "triton", "transformers") if facts.get(k)]
-    return ", ".join(filter(None, [where, *versions]))
-
-
-def title(data: dict[str, Any]) -> str | None:
-    """What a result is about."""
-    if "singles" in data:
-        return f"{data['model']}, {data['tokens']} tokens, {data['batch']} at once, {data['dtype']}"
-    return data.get("title") or data.get("model")
-
-
-def benchmarks(most: int | None = None) -> str:
-    """Shipped results with the machine they were measured on: all, or the main ones in tables of
-    `most` rows.
-    """
-    parts = []
-    for path, data in results():
-        if most and path.stem.startswith(DETAILS):
-            continue
-        parts.append(
-            f"**{title(data) or path.stem}**: {machine(data)} (`benchmarks/results/{path.name}`)"
-        )
-        rows = rows_of(data)
-        parts.append(table(rows, most))
-        if data.get("parts"):
-            parts += [KERNELS, table([part_row(row) for row in data["parts"]])]
-        for key, text in (("forced", FORCED), ("singles", MIXTURE), ("calibrations", CALIBRATION)):
-            if key in data:
-                parts.append(text)
-        if data.get("note"):
-            parts.append(data["note"])
-    return "\n\n".join(parts) or "No measurement is shipped yet."
-
-
 def readme() -> str:
     """README with its marked parts renewed."""
     parts = {
         "methods": lambda: methods_table("accelkit/patches/methods/{}.py"),
-        "benchmarks": lambda: benchmarks(SHORT),
+        "benchmarks": headlines.lines,
     }
     text = README.read_text("utf-8")
     return MARK.sub(lambda m: m[1] + parts[m[2]]() + "\n" + m[3], text)
@@ -351,8 +141,7 @@ def pages() -> dict[Path, str]:
 
 def kept() -> dict[Path, str]:
     """The generated files that are kept in git."""
-    page = f"# Measurements\n\n{benchmarks()}\n"
-    return {SCHEMA: schema(), README: readme(), DOCS / "benchmarks.md": page}
+    return {SCHEMA: schema(), README: readme(), DOCS / "benchmarks.md": measurements.page()}
 
 
 def on_pre_build(config: Any) -> None:
@@ -362,8 +151,6 @@ def on_pre_build(config: Any) -> None:
 
 def main(arguments: list[str]) -> int:
     """Write, or with `--check` compare."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
     if "--check" in arguments:
         old = [p for p, text in kept().items() if not p.exists() or p.read_text("utf-8") != text]
         for path in old:

@@ -41,7 +41,6 @@ def main() -> None:
     pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype).to(device)
     size = {"height": args.height, "width": args.width, "num_frames": args.frames}
     chosen = {"budget": args.budget, "methods": args.methods, "preset": args.preset}
-
     plan = accelkit.calibrate(pipe, PROMPTS, **size, steps=args.steps, **chosen)
     plan.save_pretrained(args.out)
     shot = video.Shot(args.prompt, {"prompt": args.prompt}, 0)
@@ -53,7 +52,8 @@ def main() -> None:
     for name, take in (("dense", dense), ("patched", patched)):
         print(f"{frames.write(take.frames, args.out / f'{name}.mp4')}: {take.ends[-1]:.2f} s")
     print(frames.contact_sheet(dense.frames, patched.frames, args.out / "sheet.png"))
-    print({k: v and round(v, 4) for k, v in video.fidelity(patched, dense).items()})
+    found = {"speed_up": dense.ends[-1] / patched.ends[-1], **video.fidelity(patched, dense)}
+    print({k: v and round(v, 4) for k, v in found.items()})
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import ValidationError
 
-from accelkit.calibration.candidates import Family, stored
-from accelkit.calibration.search import DENSE, Choice, Loan, Option, Solution, Table
+from accelkit.calibration.candidates import Family, Parts, lists_ms, parts_of, stored
+from accelkit.calibration.search import DENSE, Choice, Loan, Option, Solution, Table, search
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.call import Phase
 from accelkit.patches.method import AttentionMethod
@@ -28,18 +28,22 @@ from accelkit.patches.plan import (
     evidence_key,
 )
 
+NEAR = (0.5, 1.0, 2.0)
+"""Predicted errors ÷ the budget at which search tells what is worth measuring further."""
+
 
 @dataclass(frozen=True)
 class Measured:
     """One setting of a family at one site, over all prompts; arrays are per query head.
 
     `error` is the worst over prompts, `recall` the least; `density` by length in tokens is a mean.
+    `parts` are the units of its lists with their shares of the computed pairs.
     """
 
     family: str
     method: AttentionMethod
     field: str | None
-    size: tuple[int, int]
+    parts: Parts
     error: np.ndarray
     recall: np.ndarray
     density: dict[int, np.ndarray]
@@ -112,14 +116,38 @@ def site_data(
     return found
 
 
+def wanted(
+    data: Sequence[SiteData], families: Mapping[str, Sequence[Family]], budget: float
+) -> dict[str, list[Family]]:
+    """The families that search picks somewhere near the budget, with the settings from one sparser
+    to one denser than those that it picks: others are not worth measuring on further prompts.
+    """
+    tables, fronts = [d.table for d in data], dict[str, Any]()
+    picked: list[set[int]] = [set() for _ in data]
+    for times in NEAR:
+        for n, choice in enumerate(search(tables, times * budget, fronts).choices):
+            picked[n].update(at for at in choice.heads if at != DENSE)
+            if choice.loan is not None:
+                loan = tables[n].loans[choice.loan]
+                picked[loan.anchor].add(loan.option)
+    kept: dict[str, list[Family]] = {d.site: [] for d in data}
+    for d, places in zip(data, picked, strict=True):
+        methods = [d.options[at].method for at in places]
+        for family in families[d.site]:
+            at = [i for i, m in enumerate(family.settings) if m in methods]
+            if at:
+                some = family.settings[max(0, min(at) - 1) : max(at) + 2]
+                kept[d.site].append(replace(family, settings=some))
+    return kept
+
+
 def head_ms(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> np.ndarray:
     """Milliseconds that each head adds at a length; lists are made in the share `anew` of calls."""
     heads = len(one.error)
     if one.ms is not None:
         return np.full(heads, one.ms / heads)
-    each = anew * costs.method_ms(one.method.kind, tokens)[1] if anew else 0.0
-    share = density_at(one, tokens)
-    return np.array([each + costs.head_ms(one.size, tokens, float(d)) for d in share])
+    each = costs.method_ms(one.method.kind, tokens, anew)[1] if anew else 0.0
+    return each + lists_ms(costs, one.method.kind, one.parts, tokens, density_at(one, tokens))
 
 
 def density_at(one: Measured, tokens: int) -> np.ndarray:
@@ -305,7 +333,7 @@ def _join(
 ) -> Measured | None:
     """One setting over all prompts; None where a prompt found it hopeless or no long one ran it."""
     wanted = stored(method)
-    size = (128, 128)
+    parts: list[Parts] = []
     shares: dict[int, list[list[float]]] = {}
     errors, recalls, ms = [], [], []
     for n, row in rows:
@@ -318,7 +346,8 @@ def _join(
         errors.append(found["error"][at])
         recalls.append(found["recall"][at])
         shares.setdefault(n, []).append(found["density"][at])
-        size = tuple(found["size"][at])
+        if n == tokens:
+            parts.append(parts_of(found, at))
         if found["ms"][at] is not None and n == tokens:
             ms.append(found["ms"][at])
     if tokens not in shares:
@@ -329,8 +358,8 @@ def _join(
         # Heads with other values cannot share a policy: each setting stands alone.
         name, field = f"{name} {field}={getattr(method, field)}", None
     return Measured(
-        name, method, field, size, np.max(errors, axis=0), np.min(recalls, axis=0), density,
-        float(np.mean(ms)) if ms else None,
+        name, method, field, _mean_parts(parts), np.max(errors, axis=0),
+        np.min(recalls, axis=0), density, float(np.mean(ms)) if ms else None,
     )  # fmt: skip
 
 
@@ -359,7 +388,7 @@ def _loans(
                 f"reuse of {anchor}",
                 options[option].method,
                 None,
-                tuple(loan["size"]),
+                ((tuple(loan["size"]), 1.0),),
                 np.max([x["error"] for _, x in seen], axis=0),
                 np.min([x["recall"] for _, x in seen], axis=0),
                 {tokens: np.mean([x["density"] for x in longest], axis=0)},
@@ -381,7 +410,16 @@ def _between(family: Family, at: int, screen: Mapping[str, Any]) -> np.ndarray |
 
 
 def _once(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> float:
-    return anew * costs.method_ms(one.method.kind, tokens)[0] + costs.launch_ms(one.size)
+    launches = sum(costs.launch_ms(size) for size, _ in one.parts)
+    return costs.method_ms(one.method.kind, tokens, anew)[0] + launches
+
+
+def _mean_parts(some: Sequence[Parts]) -> Parts:
+    """Units with their mean shares over prompts."""
+    sizes = [size for size, _ in some[0]]
+    return tuple(
+        (size, np.mean([parts[i][1] for parts in some], axis=0)) for i, size in enumerate(sizes)
+    )
 
 
 def _rounded(values: Sequence[float]) -> tuple[float, ...]:

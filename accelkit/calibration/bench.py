@@ -272,17 +272,25 @@ def serves(
 
 
 def fit_costs(
-    model: Any, lengths: Sequence[int], step: Callable[[str], None] | None = None
+    model: Any,
+    lengths: Sequence[int],
+    step: Callable[[str], None] | None = None,
+    expect: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """The cost table of this device for layers like the model's and prompts up to the longest."""
+    """The cost table of this device for layers like the model's and prompts up to the longest;
+    `step` and `expect` as `fit` calls them.
+    """
     from accelkit.calibration.candidates import chosen_methods
-    from accelkit.calibration.fit import Shape, fit
+    from accelkit.calibration.fit import fit
+    from accelkit.calibration.fit_inputs import Shape
 
     fingerprint, heads = facts(model)
     size = next(iter(fingerprint.components.values()))
     shape = Shape(size.q_heads, size.kv_heads, size.head_dim, len(heads))
-    costs = fit(shape, model.dtype, model.device, max(lengths), chosen_methods(None), step=step)
-    return costs.to_dict()
+    return fit(
+        shape, model.dtype, model.device, max(lengths), chosen_methods(None),
+        step=step, expect=expect,
+    ).to_dict()  # fmt: skip
 
 
 def cost_rows(costs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -293,6 +301,7 @@ def cost_rows(costs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         {
             "method": m,
             **{f"ms at {n}": ms for n, ms in c["points"]},
+            **{t: p[-1][1] for t, p in c["terms"].items()},
             "share": c["share"],
             "error": c["error"],
         }
@@ -302,7 +311,7 @@ def cost_rows(costs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {
         "Dense attention of a layer": lengths,
         "Kernels: ms a launch, a row, a million pairs; error of the fit": kernels,
-        "Methods: ms to choose the blocks of a layer; error between two lengths": methods,
+        "Methods: ms of a layer beside its kernels, its terms at the longest": methods,
         **({"Too slow here": refused} if refused else {}),
     }
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from accelkit.calibration import assemble, fit, measure, memory
+from accelkit.calibration import assemble, fit, measure, memory, quality
 from accelkit.calibration import data as prompts
-from accelkit.calibration.candidates import chosen_methods
+from accelkit.calibration.assemble import SiteData
+from accelkit.calibration.candidates import Family, chosen_methods
 from accelkit.calibration.capture import forward
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.measure import PRESETS, PROBE_TOKENS, Run
-from accelkit.calibration.refine import refined
+from accelkit.calibration.prefill_plan import refined
 from accelkit.calibration.session import (
     Bar,
     Stopwatch,
@@ -229,15 +230,21 @@ def _plan(
         path: measure.kept(record, costs, tokens, len(screen_on.ids), run.preset.families)
         for path, record in screen.items()
     }
-    families, units = measure.measured(run, inputs.measure, screen, families)
     probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
     heads = {s.path: run.heads[s.path] for s in run.sites}
-    weights = measure.weighed(run, heads, [measure.probe_of(run.model, p) for p in probes])
-    lengths = [len(s.ids) for s in inputs.measure][: len(units)]
-    found = assemble.site_data(
-        [s.path for s in run.sites], families, screen, list(zip(lengths, units, strict=True)),
-        len(screen_on.ids), weights, costs,
-    )  # fmt: skip
+    shows = [measure.probe_of(run.model, p) for p in probes]
+    weights = measure.weighed(run, heads, shows, lambda place: quality.faintest)
+    brief = len(screen_on.ids)
+
+    def data(families: Mapping[str, Sequence[Family]], units: Sequence[Any]) -> list[SiteData]:
+        rows = [(len(s.ids), unit) for s, unit in zip(inputs.measure, units, strict=False)]
+        return assemble.site_data(list(heads), families, screen, rows, brief, weights, costs)
+
+    def narrow(families: dict[str, list[Family]], unit: Any) -> dict[str, list[Family]]:
+        return assemble.wanted(data(families, [unit]), families, budget.max_rel_error)
+
+    families, units = measure.measured(run, inputs.measure, screen, families, narrow)
+    found = data(families, units)
     plan = refined(run, found, inputs, fingerprint, budget, costs)
     about = {
         "refused": dict(costs.refused),

@@ -8,7 +8,7 @@ tiles and, apart, on tiles with scored positions; the larger of the two counts.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from accelkit.calibration.bench import times_ms
 from accelkit.errors import InvalidInputError
+from accelkit.kernels.cost import CostTable
 from accelkit.kernels.index import BlockIndex, Partial, ceil_div
 from accelkit.kernels.scores import block_mass
 from accelkit.kernels.select import density
@@ -34,12 +35,16 @@ SHARE = 8
 """One query tile in this many is looked at."""
 HOPELESS = 0.5
 """A head whose error is above this is not tried at sparser settings."""
+Parts = Sequence[tuple[tuple[int, int], Any]]
+"""Units, each with its share of the computed pairs, one number or `[H]`."""
 USEFUL = (0.002, 0.3)
 """Errors of a head that a plan may want; below and above, settings are all alike."""
 SMALL_JUMP = 0.3
 """Difference of logarithms of two neighbours' errors between which no value is added."""
 ROUNDS = 8
 """Most settings of a family that are measured at a site."""
+ROW = ("error", "recall", "density", "ms", "size", "parts")
+"""What is measured of a setting."""
 REUSE_UNIT = 16
 """Lists of at least this many keys a block can be lent to later layers."""
 
@@ -211,7 +216,7 @@ class Bench:
         return {
             "settings": [stored(m) for m in settings],
             "field": family.field,
-            **{k: [r[k] for r in rows] for k in ("error", "recall", "density", "ms", "size")},
+            **{k: [r[k] for r in rows] for k in ROW},
         }
 
     def _setting(self, method: AttentionMethod) -> dict[str, Any] | None:
@@ -269,6 +274,7 @@ class Bench:
             },
             "ms": None,
             "size": list(size or (128, 128)),
+            "parts": _parts(answers),
         }
 
     def _one(self, a: Answer) -> dict[str, Tensor]:
@@ -337,6 +343,36 @@ def _density(a: Answer) -> Tensor:
     """Computed ÷ visible pairs of each head; a piece that is computed already counts as all."""
     listed = [p for p in a.pieces if isinstance(p, BlockIndex)]
     return density(listed, a.call).cpu() if listed else torch.ones(len(a.call.heads))
+
+
+def _parts(answers: Sequence[Answer]) -> list[Any] | None:
+    """Units of several lists, each with its share of every head's computed pairs: one kernel's pair
+    may cost several times another's. None: one list.
+    """
+    listed = [p for p in answers[0].pieces if isinstance(p, BlockIndex)]
+    if len(answers) > 1 or len(listed) < 2:
+        return None
+    shares = torch.stack([density(p, answers[0].call).cpu() for p in listed])
+    shares /= shares.sum(0).clamp(min=1e-9)
+    return [[list(p.size), _numbers(row)] for p, row in zip(listed, shares, strict=True)]
+
+
+def parts_of(record: Mapping[str, Any], at: int) -> Parts:
+    """Units of a measured setting, each with its share of the computed pairs by head."""
+    found = record.get("parts")
+    if not found or found[at] is None:
+        return ((tuple(record["size"][at]), 1.0),)
+    return tuple((tuple(size), np.array(shares)) for size, shares in found[at])
+
+
+def lists_ms(
+    costs: CostTable, kind: str, parts: Parts, tokens: int, shares: Sequence[float] | np.ndarray
+) -> np.ndarray:
+    """Milliseconds that each head's lists take at its density."""
+    return np.sum(
+        [costs.lists_ms(kind, size, tokens, np.asarray(shares) * part) for size, part in parts],
+        axis=0,
+    )
 
 
 def _error(part: Partial, dense: Partial, places: Tensor) -> Tensor:

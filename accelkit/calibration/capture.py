@@ -40,11 +40,24 @@ def capture(
 
 
 @torch.inference_mode()
-def forward(model: Any, ids: np.ndarray) -> Tensor:
-    """Last hidden states `[B, N, C]` of token ids `[N]` or `[B, N]`: a prefill without logits."""
+def forward(model: Any, ids: np.ndarray, first: int = 0) -> Tensor:
+    """Last hidden states `[B, N, C]` of token ids `[N]` or `[B, N]`: a prefill without logits.
+
+    With `first`, rows before that one are not needed: a patch that trims the last layer leaves them
+    out, and they mean nothing.
+    """
     _, bare = adapter_for(model)
     prompt = torch.from_numpy(np.atleast_2d(ids).astype(np.int64)).to(bare.device)
-    return bare.base_model(input_ids=prompt, use_cache=False).last_hidden_state
+    if not first:
+        return bare.base_model(input_ids=prompt, use_cache=False).last_hidden_state
+    found: list[Tensor] = []
+    hook = bare.base_model.register_forward_hook(lambda part, args, out: found.append(out[0]))
+    try:
+        keep = torch.tensor([first], device=bare.device)
+        bare(input_ids=prompt, use_cache=False, logits_to_keep=keep)
+    finally:
+        hook.remove()
+    return found[0]
 
 
 def dense_attention(call: AttentionCall) -> Partial:

@@ -18,6 +18,8 @@ from accelkit.calibration import tasks
 from accelkit.calibration.tasks import Sample
 from accelkit.errors import InvalidInputError
 
+QUESTION = 8
+"""Tokens of a question, about."""
 CHECK_SEED = 500_000
 """Prompts to check on are numbered from here on, those to measure on below."""
 
@@ -32,18 +34,15 @@ class Mix:
     check_shorter: tuple[str, ...]
 
 
-# Balanced measures on text and on tasks that are mostly text: text fails before lists of keys do,
-# and varies most from prompt to prompt, so that the worst of several is nearer to what further ones
-# do. For both reasons it is checked first and on several prompts: a plan that fails is not run any
-# further.
+# Balanced measures on text, on a task that is mostly text and on few questions behind much text.
+# Text varies most from prompt to prompt, and needles fail at one place or another: several of both
+# are checked, text first, since it fails before lists of keys do.
+_TEXTS, _NEEDLES = ("text",) * 3, ("needle",) * 2
 _REST = tuple(t for t in tasks.TASKS if t not in ("text", "variables"))
-_TEXTS = ("text",) * 4
-_CHECK = (*_TEXTS, "variables", *_REST)
+_CHECK = (*_TEXTS, "variables", *_NEEDLES, *_REST)
 MIXES = {
-    "fast": Mix(
-        ("multi_key", "text"), ("variables",), ("text", "text", "variables", "multi_key"), ()
-    ),
-    "balanced": Mix(("multi_key", "variables", "text"), ("multi_value",), _CHECK, ("key_value",)),
+    "fast": Mix(("variables", "text"), ("variables",), ("text", "text", "variables", "needle"), ()),
+    "balanced": Mix(("variables", "needle", "text"), ("multi_value",), _CHECK, ("key_value",)),
     "careful": Mix(tasks.TASKS, ("multi_key", "variables", "text"), _CHECK * 2, _CHECK),
 }
 
@@ -140,6 +139,14 @@ def scored_rows(sample: Sample, most: int = 2048) -> np.ndarray:
         return np.concatenate([np.arange(a - 1, b - 1) for a, b in sample.answers])
     n = len(sample.ids)
     return np.arange(max(n // 2, n - 1 - most), n - 1)
+
+
+def judged_rows(sample: Sample, most: int = 2048) -> np.ndarray:
+    """Positions at which attention is judged: the whole part with the questions, since what is
+    looked up there is handed on between its rows, or the end of a text.
+    """
+    rows = scored_rows(sample, most)
+    return np.arange(max(0, rows[0] - QUESTION), len(sample.ids)) if sample.answers else rows
 
 
 def _built_in(tokenizer: Any, lengths: Sequence[int], preset: str, seed: int) -> Inputs:

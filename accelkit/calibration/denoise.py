@@ -59,8 +59,8 @@ PRESETS = {
 CACHES = 0.25
 """Dense runs that the search for step caches may be worth."""
 SHORT = 4
-"""Where the small geometry is not as much smaller, the search takes what it takes: all runs are
-short.
+"""Where a run at the small geometry does not take so much less time than a dense one, the search
+takes what it takes: all runs are short.
 """
 LEAST = 1e-3
 """Least share of a bucket's errors that arrives in the latents; less is not believed."""
@@ -208,9 +208,11 @@ def _plan(
         influence = lasting(influence, small.total, seen.total)
         weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
     afford = float("inf")
-    if caches and SHORT * seen.tokens <= tokens:
-        afford = CACHES * found.step_seconds * seen.total
-        afford -= run.journal.unit("cache/whole", lambda: small.whole.seconds)
+    if caches:
+        dense = found.step_seconds * seen.total
+        whole = run.journal.unit("cache/whole", lambda: small.whole.seconds)
+        if SHORT * whole <= dense:
+            afford = CACHES * dense - whole
     cached, refused = denoise_caches.options(run, small, caches, allowed, afford)
     planner = Planner(
         seen, found, weights, costs, tokens, cached, fingerprint, budget,

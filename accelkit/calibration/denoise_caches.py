@@ -64,7 +64,8 @@ def chosen_caches(methods: Sequence[Any] | None) -> tuple[list[BlockMethod], lis
 
 
 def _is_cache(cls: type[Method]) -> bool:
-    return issubclass(cls, BlockMethod) and "denoise" in cls.phases
+    """Whether a class skips steps; a block method without a dial changes what is drawn."""
+    return issubclass(cls, BlockMethod) and "denoise" in cls.phases and cls.dial is not None
 
 
 def options(

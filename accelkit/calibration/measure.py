@@ -22,6 +22,8 @@ from accelkit.calibration.candidates import (
     Bench,
     Family,
     calibrated_settings,
+    lists_ms,
+    parts_of,
     stored,
     thinned,
 )
@@ -116,7 +118,7 @@ def fitted(
 def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> dict[str, Any]:
     """Profile of every site and errors of every method on one short prompt."""
     keys = {s.path: f"screen/{s.path}" for s in run.sites}
-    rows = data.scored_rows(sample)
+    rows = data.judged_rows(sample)
     heavy: dict[str, torch.Tensor] = {}
 
     def see(call: AttentionCall, dense: Partial) -> None:
@@ -167,10 +169,10 @@ def kept(
         grown = costs.dense_ms(tokens) / costs.dense_ms(screened_on) / share.shape[1]
         cost = np.array(
             [
-                [each + costs.head_ms(tuple(size), tokens, d) for d in row]
+                each + lists_ms(costs, kind, parts_of(f, at), tokens, row)
                 if clocked is None
                 else [each + clocked * grown] * len(row)
-                for size, row, clocked in zip(f["size"], share, f["ms"], strict=True)
+                for at, (row, clocked) in enumerate(zip(share, f["ms"], strict=True))
             ]
         )
         ms[name] = np.array([np.where(error <= t, cost, np.inf).min(0) for t in tolerances])
@@ -212,11 +214,12 @@ def measured(
     samples: Sequence[Sample],
     screen: Mapping[str, Any],
     kept_by: Mapping[str, Sequence[Family]],
+    narrow: Callable[[dict[str, list[Family]], Mapping[str, Any]], dict[str, list[Family]]],
 ) -> tuple[dict[str, list[Family]], list[dict[str, Any]]]:
     """Errors of the surviving families on each prompt, and of lists borrowed from earlier sites.
 
-    Returns the families by site, with the settings that were found worth adding on the first
-    prompt, and the units by prompt and site.
+    `narrow(families, units)` says which of them, with the settings that were found worth adding on
+    the first prompt, are measured on the others. Returns those and the units by prompt and site.
     """
     out: list[dict[str, Any]] = []
     families = {path: list(some) for path, some in kept_by.items()}
@@ -226,11 +229,13 @@ def measured(
             break
         keys = {s.path: f"measure/{n}/{s.path}" for s in run.sites}
         if any(k not in run.journal for k in keys.values()):
-            _measure(run, sample, n, keys, screen, families)
+            _measure(run, sample, n, keys, screen, families, kept_by)
         out.append({path: run.journal[key] for path, key in keys.items()})
         if not n:
             for path, unit in out[0].items():
                 families[path] = [family_of(k, v) for k, v in unit["families"].items()]
+            if len(samples) > 1:
+                families = narrow(families, out[0])
     return families, out
 
 
@@ -241,8 +246,9 @@ def _measure(
     keys: Mapping[str, str],
     screen: Mapping[str, Any],
     families: Mapping[str, Sequence[Family]],
+    kept_by: Mapping[str, Sequence[Family]],
 ) -> None:
-    rows = data.scored_rows(sample)
+    rows = data.judged_rows(sample)
     order = [s.path for s in run.sites]
     waiting = {p for p in order if keys[p] not in run.journal}
     back = run.preset.lookback
@@ -266,7 +272,7 @@ def _measure(
 
         run.tell(f"measuring, prompt {n + 1}")
         run.journal.unit(keys[path], work)
-        offer = _offer(call, bench, screen[path], families[path]) if back else None
+        offer = _offer(call, bench, screen[path], kept_by[path]) if back else None
         if offer is not None:
             lists[path] = offer
         for old in order[: max(0, at - back + 1)]:

@@ -157,13 +157,18 @@ def encode(
     return _join(pieces, segments, tokenizer, total if length is None else length, task)
 
 
-def count_right(sample: Sample, predicted: np.ndarray) -> int:
-    """How many answers are right.
+def right_answers(sample: Sample, predicted: np.ndarray) -> list[bool]:
+    """Which answers are right.
 
     predicted: shape (length,), at position i the most likely token after ``sample.ids[: i + 1]``.
     """
     right = np.asarray(predicted)[:-1] == sample.ids[1:]
-    return sum(bool(right[start - 1 : end - 1].all()) for start, end in sample.answers)
+    return [bool(right[start - 1 : end - 1].all()) for start, end in sample.answers]
+
+
+def count_right(sample: Sample, predicted: np.ndarray) -> int:
+    """How many answers are right; `predicted` as for `right_answers`."""
+    return sum(right_answers(sample, predicted))
 
 
 # -- names, filler and questions ---------------------------------------------------------------

@@ -61,7 +61,7 @@ def bench(
     console.verbosity(talk)
     limits = console.sizes(lengths)
     from accelkit.calibration import bench as speed
-    from accelkit.calibration import pipelines, results
+    from accelkit.calibration import pipelines, results, session
     from accelkit.calibration.opening import open_model, opened
 
     if pipelines.is_pipeline(model):
@@ -92,9 +92,10 @@ def bench(
         return
 
     if fit:
-        costs = speed.fit_costs(
-            open_model(model, dtype=dtype, device=device)[0], limits, console.say
-        )
+        loaded = open_model(model, dtype=dtype, device=device)[0]
+        with session.Bar(True) as bar:
+            step = bar.tell if bar.wanted else console.say
+            costs = speed.fit_costs(loaded, limits, step, bar.expect)
         console.emit(
             costs, as_json, *(console.table(k, v) for k, v in speed.cost_rows(costs).items())
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from accelkit.kernels.index import ceil_div
 
@@ -39,14 +39,20 @@ class Kernel:
 
 @dataclass(frozen=True)
 class MethodCost:
-    """A whole `index()` with order and merging, for all heads of a layer; `share` of it is paid
-    however few heads take part. `error` is how far inner points lie from the line between their
-    neighbours.
+    """What a method costs beside the kernels that read its lists, for all heads of a layer; `share`
+    of it is paid however few heads take part. `error` is how far inner points lie from the line
+    between their neighbours. `terms` are what `points` are the sum of, by the names in `TERMS`.
+    `lists` is what its own lists took ÷ what their kernels are predicted to take, which were fitted
+    over random lists: neighbours in windows and tiles read the same keys.
     """
+
+    TERMS: ClassVar = ("estimator", "selection", "permutation")
 
     points: Points
     share: float = 1.0
     error: float = 0.0
+    terms: Mapping[str, Points] = field(default_factory=dict)
+    lists: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,24 @@ class CostTable:
         pairs = density * visible_pairs(tokens, self.causal)
         return k.row * ceil_div(tokens, size[0]) + k.pair * pairs / 1e6
 
-    def method_ms(self, kind: str, tokens: int) -> tuple[float, float]:
-        """Estimator and selector of a method: ms of the layer, and ms more for each head."""
+    def lists_ms(
+        self, kind: str, size: tuple[int, int], tokens: int, densities: Sequence[float]
+    ) -> list[float]:
+        """Heads of a call over a method's lists of one unit, without the launch."""
+        own = self.methods[kind].lists
+        return [own * self.head_ms(size, tokens, density) for density in densities]
+
+    def method_ms(self, kind: str, tokens: int, anew: float = 1.0) -> tuple[float, float]:
+        """A method beside its kernels: ms of the layer, and ms more for each head. Lists are made
+        in the share `anew` of calls; rows are laid out in all of them.
+        """
         cost = self.methods[kind]
         ms = interpolate(cost.points, tokens)
+        if anew < 1 and "permutation" in cost.terms:
+            moving = min(interpolate(cost.terms["permutation"], tokens), ms)
+            ms = anew * (ms - moving) + moving
+        else:
+            ms *= anew
         return ms * cost.share, ms * (1 - cost.share) / self.heads
 
     def error(self) -> float:
@@ -122,7 +142,13 @@ class CostTable:
             fields[name] = _points(fields[name])
         fields["kernels"] = {k: Kernel(**v) for k, v in fields["kernels"].items()}
         fields["methods"] = {
-            k: MethodCost(**{**v, "points": _points(v["points"])})
+            k: MethodCost(
+                **{
+                    **v,
+                    "points": _points(v["points"]),
+                    "terms": {t: _points(p) for t, p in v.get("terms", {}).items()},
+                }
+            )
             for k, v in fields["methods"].items()
         }
         return CostTable(**fields)

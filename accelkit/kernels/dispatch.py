@@ -205,10 +205,6 @@ def _best(launch: Launch) -> Choice:
     if not able:
         _tell(f"attention runs the torch reference, which is slow: {refusals['triton']}")
         return Choice("reference", str(refusals["triton"]))
-    if launch.index.size[1] == 1 and "triton" in able and "gluon" in able:
-        # Right in every test on a GPU before the block kernel's last changes, not run since.
-        able.remove("gluon")
-        refusals["gluon"] = "over single keys it is taken on request only"
     known = {name: found for name in able if (found := speeds.speed(name, launch)) is not None}
     # Without a reading our own kernels go first, the one made for the device before the portable.
     own = [name for name in ("gluon", "triton") if name in able]

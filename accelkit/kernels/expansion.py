@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from accelkit.kernels.cpu_rows import fused
 from accelkit.kernels.index import Inputs, Partial, device_ids
-from accelkit.kernels.positions import groups, take_heads
+from accelkit.kernels.positions import filled, groups, take_heads
 from accelkit.kernels.scores import pool_queries
 
 _HIDDEN = -1e30
@@ -75,16 +76,18 @@ class Expansion:
         """Attention over what stands for `blocks` (bool `[B, H, nq, nk]`): out `[B, H, N, Dv]` and
         lse fp32 `[B, H, N]`; −inf for rows without any.
         """
-        outs, lses = [], []
+        first, heads = self.groups[0], blocks.shape[1]
+        batch, width = len(blocks), first.values.shape[-1]
+        out = first.values.new_empty((batch, heads, self.n_q, width))
+        lse = first.level.new_empty((batch, heads, self.n_q))
         for g in self.groups:
             level = g.level.masked_fill(~blocks[:, g.slots], _HIDDEN)
-            logits = torch.matmul(g.q, g.keys.transpose(-1, -2)).float().mul_(self.scale)
-            share, lse = _softmax(logits.add_(level[..., None, :]))
-            out = torch.matmul(share.to(g.values.dtype), g.values)
-            lse = lse.masked_fill(lse < _HIDDEN / 2, -math.inf)
-            outs.append(out.flatten(2, 3)[:, :, : self.n_q])
-            lses.append(lse.flatten(2, 3)[..., : self.n_q])
-        return Partial(self._in_order(outs), self._in_order(lses))
+            for b in range(batch):
+                found, found_lse = _attend(g, level, b, self.scale)
+                for n, slot in enumerate(g.slots):
+                    out[b, slot] = found[n].flatten(0, 1)[: self.n_q]
+                    lse[b, slot] = found_lse[n].flatten()[: self.n_q]
+        return Partial(out, lse.masked_fill_(lse < _HIDDEN / 2, -math.inf))
 
     def _in_order(self, found: list[Tensor]) -> Tensor:
         """What groups gave, `[B, H, …]`, joined in the order of the call's heads."""
@@ -110,7 +113,7 @@ def _group(
     """Expand the blocks of one KV head. `means` fp32 `[B, H, nq, D]`; `seen` as of `_visible`."""
     (bq, bk), (nq, nk), heads = size, call.tiles(size), len(slots)
     dim, tail = call.k.shape[3], nk * bk - call.n_k
-    k, v = (pad(t[:, kv], (0, 0, 0, tail)).unflatten(1, (nk, bk)) for t in (call.k, call.v))
+    k, v = (filled(t[:, kv], tail).unflatten(1, (nk, bk)) for t in (call.k, call.v))
     both, mean = torch.cat([k, v], -1), take_heads(means, slots).to(k.dtype)
     level = torch.full((len(k), nk, heads, nq), _HIDDEN, device=k.device)
     keys = k.new_zeros((len(k), heads, nq, nk, dim))
@@ -132,8 +135,22 @@ def _group(
     own = torch.matmul(keys, mean[..., None]).float()[..., 0]  # [B, H, nq, nk]
     level = level.permute(0, 2, 3, 1) - call.scale * own
     q = take_heads(call.q, [call.heads[s] for s in slots])
-    q = pad(q, (0, 0, 0, nq * bq - call.n_q)).unflatten(2, (nq, bq))
+    q = filled(q, nq * bq - call.n_q).unflatten(2, (nq, bq))
     return Group(slots, q, keys, values, level)
+
+
+def _attend(g: Group, level: Tensor, b: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Rows of prompt `b` over all that stands for blocks: out `[H, nq, bq, Dv]` and its lse."""
+    q, keys, values = g.q[b], g.keys[b], g.values[b]
+    if not q.is_cuda and keys.shape == values.shape:
+        q, keys, values = (t.transpose(0, 1) for t in (q, keys, values))
+        mask = level[b].to(torch.promote_types(q.dtype, torch.float32)).transpose(0, 1)
+        mask = mask[:, :, None].expand(-1, -1, q.shape[2], -1)
+        out, lse = fused(q, keys, values, scale, mask=mask)
+        return out.transpose(0, 1), lse.transpose(0, 1)
+    logits = torch.matmul(q, keys.transpose(-1, -2)).float().mul_(scale)
+    share, lse = _softmax(logits.add_(level[b, ..., None, :]))
+    return torch.matmul(share.to(values.dtype), values), lse
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

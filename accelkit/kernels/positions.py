@@ -7,6 +7,7 @@ the row's limit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -19,6 +20,7 @@ from accelkit.kernels.index import Inputs, device_ids
 FAR = 2**31 - 1
 END = FAR - 1
 """What a row without causal limit sees up to."""
+LOG2_E = 1 / math.log(2)
 
 
 def key_places(call: Inputs) -> Tensor:
@@ -55,6 +57,13 @@ def voting_rows(call: Inputs) -> Tensor | None:
     if call.key_mask is None or not own:
         return None
     return call.key_mask[:, None, call.q_start :]
+
+
+def filled(t: Tensor, rows: int) -> Tensor:
+    """`[…, N, D]` with some rows of zeros behind; the tensor itself where there are none, of which
+    `pad` makes a copy.
+    """
+    return pad(t, (0, 0, 0, rows)) if rows else t
 
 
 def bounds(place: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -145,16 +154,25 @@ def logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.bmm(rows.float() * scale, k.float().transpose(1, 2)).view(b, g, r, -1)
 
 
-def hide(s: Tensor, limit: Tensor, place: Tensor) -> Tensor:
+def hide(s: Tensor, limit: Tensor, place: Tensor, free: int = 0) -> Tensor:
     """Logits `[B, g, R, N]` with −inf (in place) where row limits `[B|1, g|1, R]` and key places
-    `[B|1, g|1, N]` do not see each other.
+    `[B|1, g|1, N]` do not see each other. The first `free` keys are known to be seen by all rows.
     """
-    seen = (place >= 0)[..., None, :] & (place[..., None, :] <= limit[..., :, None])
-    return s.masked_fill_(~seen, -float("inf"))
+    place = place[..., None, free:]
+    seen = (place >= 0) & (place <= limit[..., :, None])
+    s[..., free:].masked_fill_(~seen, -float("inf"))
+    return s
+
+
+def exp_(s: Tensor) -> Tensor:
+    """`exp` in place. On a CPU by way of `exp2`, which torch computes itself everywhere; its `exp`
+    is MKL's, three times as slow on processors of another maker.
+    """
+    return s.exp_() if s.is_cuda else s.mul_(LOG2_E).exp2_()
 
 
 def softmax_(s: Tensor) -> Tensor:
     """Softmax over the last dimension, in place; rows of −inf become zeros."""
     top = s.amax(-1, keepdim=True)
-    s.sub_(top.masked_fill_(top == -float("inf"), 0.0)).exp_()
+    exp_(s.sub_(top.masked_fill_(top == -float("inf"), 0.0)))
     return s.div_(s.sum(-1, keepdim=True).clamp_(min=1e-30))

@@ -18,8 +18,11 @@ from torch.nn.functional import pad
 from accelkit.errors import InvalidInputError
 from accelkit.kernels.launch import Launch
 
-TOP = {"int8": 127.0, "fp8": 448.0}
-"""Greatest value of a format."""
+TOP = {"int8": 127.0, "fp8": 16.0}
+"""Greatest query or key. A sum of 128 products of fp8 stays below 2¹⁵ so: fp16 holds it."""
+
+V_TOP = 448.0
+"""Greatest value of V: all that e4m3 has."""
 
 DTYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -111,7 +114,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, how: Rounding) -> Operands:
         return Operands(q8, q_scale, k8.contiguous(), k_scale, shift, v, None, None, block)
     v = v.float()
     v_mean = v.mean(2)
-    v_scale = ((v.abs().amax(2) + v_mean.abs()) / TOP["fp8"]).clamp(min=_LEAST)
+    v_scale = ((v.abs().amax(2) + v_mean.abs()) / V_TOP).clamp(min=_LEAST)
     v8 = ((v - v_mean[:, :, None]) * (1.0 / v_scale)[:, :, None]).to(DTYPE["fp8"]).view(torch.uint8)
     v8 = grouped(pad(v8, (0, 0, 0, -n % block)).mT).contiguous().view(DTYPE["fp8"])
     return Operands(q8, q_scale, k8.contiguous(), k_scale, shift, v8, v_scale, v_mean, block)

@@ -18,6 +18,8 @@ from accelkit.kernels import dispatch
 from accelkit.kernels.index import Inputs, ceil_div
 from accelkit.kernels.positions import (
     bounds,
+    exp_,
+    filled,
     groups,
     hide,
     in_place,
@@ -187,7 +189,7 @@ def self_similarity(
         total = mask.sum(-1)[..., None, None].clamp(min=1)
         x = x - (x * mask[..., None]).sum(-2, keepdim=True) / total
     weight = torch.linalg.vector_norm(x, dim=-1).clamp_(min=1e-12).reciprocal_() * mask
-    cells = pad(x, (0, 0, 0, short)).unflatten(-2, (-1, block))
+    cells = filled(x, short).unflatten(-2, (-1, block))
     weight = pad(weight, (0, short)).unflatten(-1, (-1, 1, block))
     count = pad(mask, (0, short)).unflatten(-1, (-1, block)).sum(-1)
     square = torch.matmul(weight, cells).square().sum((-1, -2))
@@ -247,7 +249,7 @@ def rows_by_block_mean(call: Inputs, size: tuple[int, int]) -> Tensor:
                 s = pad(s, (0, 0, 0, -s.shape[2] % size[0]), value=-float("inf"))
             s = s[:, 0].unflatten(1, (-1, size[0]))
             top = s.flatten(2).amax(2)[..., None, None]
-            s = s.sub_(top.masked_fill_(top == -float("inf"), 0.0)).exp_().sum(2)
+            s = exp_(s.sub_(top.masked_fill_(top == -float("inf"), 0.0))).sum(2)
             out[:, slot, r // size[0] : r // size[0] + s.shape[1], :n] = s
     return out.masked_fill_(~visible, -float("inf"))
 
@@ -305,7 +307,7 @@ def strided(
             if real.shape[1] > 1:
                 real = real[:, slots[:1]]
             k = k * real[:, 0, :, None]
-        k = pad(k, (0, 0, 0, -call.n_k % stride))
+        k = filled(k, -call.n_k % stride)
         if qk == "int8":
             k = _rounded(k - k[:, : call.n_k].mean(1, keepdim=True, dtype=torch.float32), stride)
         k = k.reshape(batch, nkc, -1)
@@ -314,15 +316,16 @@ def strided(
         for c in range(0, nqc, step):
             stop = min(c + step, nqc)
             q = take_heads(call.q[:, :, c * stride : stop * stride], at).to(k.dtype)
-            q = pad(q, (0, 0, 0, (stop - c) * stride - q.shape[2]))
+            q = filled(q, (stop - c) * stride - q.shape[2])
             if qk == "int8":
                 q = _rounded(q, stride)
             q = q.unflatten(2, (-1, stride)).flip(3).flatten(3)
-            n = nkc
+            free, n = 0, nkc  # cells that all rows see, that some row sees
             if plain and call.causal:
+                free = min(nkc, (call.q_start + c * stride) // stride + 1)
                 n = min(nkc, (call.q_start + stop * stride - 1) // stride + 1)
             s = logits(q, k[:, :n], call.scale / stride)
-            hide(s, per_slot(last, slots)[..., c:stop], per_slot(first, slots)[..., :n])
+            hide(s, per_slot(last, slots)[..., c:stop], per_slot(first, slots)[..., :n], free)
             p = softmax_(s)
             p = pad(p, (0, -n % (size[1] // stride), 0, -(stop - c) % per))
             p = p.unflatten(-1, (-1, size[1] // stride)).sum(-1).unflatten(2, (-1, per)).sum(3)
@@ -374,7 +377,7 @@ def block_mass(
                 p = softmax_(s)
             else:
                 norm = take_heads(lse[:, :, r], slots)[..., None].float()
-                p = s.sub_(norm.masked_fill(norm == -float("inf"), 0.0)).exp_()
+                p = exp_(s.sub_(norm.masked_fill(norm == -float("inf"), 0.0)))
             if votes is None:
                 p = p.mean(2)
             else:
@@ -416,7 +419,7 @@ def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int =
     for i in range(0, nq, step):
         part = q[:, :, i : i + step].flatten(2, 3)
         peak = torch.matmul(part, k).unflatten(-1, (nk, -1)).amax(-1)
-        peak = (peak - peak.amax(-1, keepdim=True)).exp_().unflatten(2, (-1, rows))
+        peak = exp_(peak - peak.amax(-1, keepdim=True)).unflatten(2, (-1, rows))
         out[:, :, i : i + step] = peak.amax(3)
     return out
 

@@ -15,6 +15,7 @@ from accelkit.kernels.positions import (
     END,
     FAR,
     bounds,
+    exp_,
     groups,
     hide,
     key_head,
@@ -90,12 +91,17 @@ def probe(call: Inputs, rows: int = 64) -> Probe:
     places = key_places(call)
     shape = (call.q.shape[0], len(call.heads), call.n_k)
     columns, diagonals = (call.q.new_zeros(shape, dtype=torch.float32) for _ in range(2))
+    # Where rows and keys lie in order, all rows see what the first one sees.
+    free = 0
+    if plain and call.causal and call.key_mask is None:
+        free = min(call.n_k, call.q_start + call.n_q - q.shape[2] + 1)
     for kv, slots in groups(call):
         k, row_limit = key_head(call, kv), per_slot(limit, slots)
         s = hide(
             logits(take_heads(q, slots).to(k.dtype), k, call.scale),
             row_limit,
             per_slot(places, slots),
+            free,
         )
         p = softmax_(s)
         p /= (row_limit >= 0).sum(-1).clamp(min=1)[..., None, None]
@@ -276,7 +282,7 @@ def tile_mass(
                 p = softmax_(s)
             else:
                 norm = take_heads(lse[:, :, r], slots)[..., None].float()
-                p = s.sub_(norm.masked_fill(norm == -float("inf"), 0.0)).exp_()
+                p = exp_(s.sub_(norm.masked_fill(norm == -float("inf"), 0.0)))
             if votes is not None:
                 p = p * per_slot(votes, slots)[..., r, None]
             found.append(pad(p.sum((1, 2)), (0, call.n_k - n)))

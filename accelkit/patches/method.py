@@ -8,7 +8,7 @@ have none.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -44,21 +44,23 @@ class Order:
     `q_table` and `k_table` are int32 `[K, n]`, the few distinct orders; `row` (`[H]` or `[B, H]`)
     says which of them a head uses. `None` leaves that side as it comes. Causal masks use original
     positions. `whole` says that every token comes exactly once and there is no hole: then a call
-    that is not causal needs no positions at all, and runs like one in token order.
+    that is not causal needs no positions at all, and runs like one in token order. `whole_keys`
+    says so of the keys, and that queries leave no token out but may have holes.
     """
 
     q_table: Tensor | None
     k_table: Tensor | None
     row: Tensor
     whole: bool = False
+    whole_keys: bool = False
 
 
 @dataclass(frozen=True)
 class Execution:
-    """With which arithmetic: precisions, smoothing, softmax skip and decode splits.
+    """With which arithmetic: precisions, smoothing, softmax skip, decode splits and sharper logits.
 
-    `skip` is λ (a number or fp32 `[H]`): a tile whose row maxima all stay `ln λ` under the running
-    ones is dropped.
+    `sharpen` multiplies all logits, besides the model's own scale. `skip` is λ (a number or fp32
+    `[H]`): a tile whose row maxima all stay `ln λ` under the running ones is dropped.
     """
 
     qk: Precision = "native"
@@ -66,6 +68,7 @@ class Execution:
     smooth_k: bool = False
     skip: float | Tensor | None = None
     splits: int | None = None
+    sharpen: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,12 @@ class BlockMethod(Method):
     def run(self, call: BlockCall, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """Around a block or its FFN."""
         return forward(call.hidden)
+
+    def branches(self, methods: Sequence[Method]) -> Mapping[str, Sequence[Method]]:
+        """The guidance branches that this method adds to the model's own, and what the attention
+        methods beside it run there.
+        """
+        return {}
 
     def variants(self) -> Sequence[BlockMethod]:
         """Settings that are worth turning the dial of, each apart."""

@@ -25,7 +25,7 @@ from accelkit.errors import (
 )
 from accelkit.patches.adapters import adapter_for, facts, sites
 from accelkit.patches.call import AttentionCall
-from accelkit.patches.method import Method
+from accelkit.patches.method import BlockMethod, Method
 from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
 from accelkit.patches.plan_file import FILE
 from accelkit.patches.sites.attention import attend
@@ -323,10 +323,16 @@ def disabled(model: Any) -> Iterator[None]:
 
 
 def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
-    """A plan that runs the same methods in every head of every site, from the first token on."""
+    """A plan that runs the same methods in every head of every site, from the first token on; a
+    block method among them changes every denoiser.
+    """
     if isinstance(what, Method):
         what = (what,)
-    policy = what if isinstance(what, Policy) else Policy(methods=tuple(what))
+    block = None
+    if not isinstance(what, Policy):
+        block = next((m for m in what if isinstance(m, BlockMethod)), None)
+        what = Policy(methods=tuple(m for m in what if m is not block))
+    policy = what
     fingerprint, heads = facts(model)
     places = sites(model)
     if not places:
@@ -342,13 +348,22 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
         raise InvalidInputError(
             f"{kinds}: no common phase among those that can be patched here ({', '.join(served)})"
         )
-    rules = {
+    apart = {} if block is None else block.branches(policy.methods)
+    policies = (policy, *(Policy(methods=tuple(methods)) for methods in apart.values()))
+    branches = (*enumerate(apart, 1), (0, None))
+    layers = {
         site.path: LayerPlan(
-            rules=tuple(Rule(phase=p, policies=(0,) * heads[site.path]) for p in sorted(phases))
+            rules=tuple(
+                Rule(phase=p, branch=branch, policies=(row,) * heads[site.path])
+                for p in sorted(phases)
+                for row, branch in branches
+            )
         )
         for site in places
     }
-    return Plan(fingerprint=fingerprint, policies=(policy,), sites=rules)
+    if block is not None:
+        layers |= {root: LayerPlan(block=block) for root in fingerprint.components}
+    return Plan(fingerprint=fingerprint, policies=policies, sites=layers)
 
 
 def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Warp-specialised kernels that do next to nothing: what a race checker says of Triton's own code.
+"""Warp-specialised kernels that do next to nothing: what NVIDIA's checkers say of them.
 
 `apart` shares nothing between its parts. `handed` hands one number over by an mbarrier, `relayed`
-also to a single warp that comes for it late.
+also to a single warp that comes for it late. `met` has one processor barrier in both parts.
 """
 
 from __future__ import annotations
@@ -73,3 +73,24 @@ def relayed(OUT):
         [1, 1],
         [40, 40],
     )
+
+
+SYNC = "bar.sync 14, 160; mov.b32 $0, 1;"
+ARRIVE = "bar.arrive 14, 160; mov.b32 $0, 1;"
+VOTE = (
+    "{ .reg .pred a; setp.eq.b32 a, $1, $1; bar.red.or.pred a, 14, 160, a; selp.b32 $0, 1, 0, a; }"
+)
+
+
+@gluon.jit
+def _meet(OUT, BARRIER: gl.constexpr):
+    zero = gl.program_id(0)
+    gl.store(OUT, gl.inline_asm_elementwise(BARRIER, "=r,r", [zero], gl.int32, False, 1))
+
+
+@gluon.jit
+def met(OUT, FIRST: gl.constexpr, SECOND: gl.constexpr):
+    """160 threads, of which four warps reach a barrier at one instruction and one warp at another.
+    Each part writes 1 to its place of OUT, int32 [2].
+    """
+    gl.warp_specialize([(_meet, (OUT, FIRST)), (_meet, (OUT + 1, SECOND))], [1], [40])

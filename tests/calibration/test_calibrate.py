@@ -12,7 +12,7 @@ import torch
 from tiny_cases import byte_tokenizer, probe_methods, tiny_model
 
 from accelkit.calibration import calibrate as flow
-from accelkit.calibration import fit, refine
+from accelkit.calibration import fit, prefill_check
 from accelkit.errors import InvalidInputError, UnknownMethodError
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.patch import patch
@@ -39,7 +39,7 @@ def _costs(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(fit, "fit", lambda *a, **k: table)
     speed = {"dense_ms": 2.0, "ms": 1.0, "tokens": LENGTH}
-    monkeypatch.setattr(refine._Checker, "speed", lambda self, plan: speed)
+    monkeypatch.setattr(prefill_check.Checker, "speed", lambda self, plan: speed)
 
 
 def planted(diffuse: int | slice = DIFFUSE):
@@ -160,7 +160,7 @@ def test_interrupted_by_hand(tmp_path, monkeypatch) -> None:
         m.setattr(flow.measure.quality, "site_weights", stop)
         with pytest.raises(KeyboardInterrupt):
             run(model, journal=path)
-    assert "measure/" in path.read_text()
+    assert "screen/" in path.read_text()
     assert run(model, journal=path, resume=True).measured["measured_error"] <= 0.05
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
-from accelkit.calibration import fit
+from accelkit.calibration import fit, fit_ahead, fit_inputs, fit_kernels, fit_methods
 from accelkit.kernels.cost import (
     CostTable,
     Kernel,
@@ -17,6 +18,9 @@ from accelkit.kernels.cost import (
     least_squares,
     visible_pairs,
 )
+from accelkit.kernels.index import BlockIndex
+from accelkit.patches.call import AttentionCall
+from accelkit.patches.method import AttentionMethod, load
 
 TABLE = CostTable(
     "cpu", "float32", 4, 2, 64, ((1024, 1.0), (4096, 16.0)), ((1024, 1.2), (4096, 17.0)),
@@ -25,6 +29,7 @@ TABLE = CostTable(
 )  # fmt: skip
 
 SMALL = fit.Shape(2, 1, 16)
+CPU = torch.device("cpu")
 
 
 def test_json_round_trip() -> None:
@@ -44,6 +49,19 @@ def test_a_head_costs_rows_and_pairs() -> None:
     assert ms == pytest.approx(0.01 * 32 + 2.0 * 0.5 * visible_pairs(4096) / 1e6)
     assert TABLE.ride_ms(4096) == pytest.approx(17.0 / 4)
     assert TABLE.method_ms("m", 4096) == pytest.approx((0.5, 1.5 / 4))
+
+
+def test_kept_lists_save_choosing_and_no_moves() -> None:
+    parts = {
+        "estimator": ((1000, 3.0),),
+        "selection": ((1000, 1.0),),
+        "permutation": ((1000, 2.0),),
+    }
+    costs = replace(TABLE, methods={"m": MethodCost(((1000, 6.0),), 0.5, terms=parts)})
+    assert costs.method_ms("m", 1000) == pytest.approx((3.0, 3.0 / 4))
+    assert costs.method_ms("m", 1000, 0.25) == pytest.approx((1.5, 1.5 / 4))
+    assert TABLE.method_ms("m", 4096, 0.5) == pytest.approx((0.25, 0.75 / 4))
+    assert CostTable.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
 
 
 def test_a_call_without_causality_has_all_pairs() -> None:
@@ -78,16 +96,75 @@ def test_fit_on_this_device(causal: bool) -> None:
 
 
 def test_an_inner_length_tells_how_well_lines_fit() -> None:
-    assert fit._between(((1000, 1.0), (2000, 4.0), (4000, 16.0))) == pytest.approx(0.0)
-    assert fit._between(((1000, 1.0), (2000, 5.0), (4000, 16.0))) == pytest.approx(0.2)
-    assert fit._between(((1000, 1.0), (4000, 16.0))) == 0.0
+    assert fit_methods.between(((1000, 1.0), (2000, 4.0), (4000, 16.0))) == pytest.approx(0.0)
+    assert fit_methods.between(((1000, 1.0), (2000, 5.0), (4000, 16.0))) == pytest.approx(0.2)
+    assert fit_methods.between(((1000, 1.0), (4000, 16.0))) == 0.0
 
 
 def test_random_lists_are_visible_and_hold_the_diagonal() -> None:
     call = fit.random_call(SMALL, torch.float32, torch.device("cpu"), 512)
-    index = fit.random_index(call, (128, 128), 0.1)
+    index = fit_inputs.random_index(call, (128, 128), 0.1)
     mask = index.to_mask(4)
     assert not mask.triu(1).any()
     assert mask.diagonal(dim1=-2, dim2=-1).all()
     both = fit.random_call(replace(SMALL, causal=False), torch.float32, torch.device("cpu"), 512)
-    assert fit.random_index(both, (128, 128), 1.0).to_mask(4).all()
+    assert fit_inputs.random_index(both, (128, 128), 1.0).to_mask(4).all()
+
+
+def test_gpus_measure_more_lengths_and_denoisers_one() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert fit.lengths(SMALL, 65536, gpu) == [4096, 16384, 32768, 65536]
+    assert fit.lengths(SMALL, 65536, cpu) == [16384, 65536]
+    assert fit.lengths(SMALL, 1024, gpu) == [512, 1024]
+    assert fit.lengths(replace(SMALL, causal=False), 4680, gpu) == [4680]
+
+
+def test_terms_add_up_to_the_points() -> None:
+    calls = {n: fit_inputs.random_call(SMALL, torch.float32, CPU, n) for n in (512, 1024)}
+    slow = tuple((n, 1e9) for n in calls)
+    found = fit_methods.cost(load("pbs_attn")(), calls, slow, lambda run, times=1: 2.0, SMALL)
+    assert not isinstance(found, str)
+    cost, lists, _ = found
+    assert lists[0][0] == (128, 128)
+    # Rows are laid out and put back, which choosing includes once.
+    assert dict(cost.terms["permutation"]) == {1024: 4.0}
+    assert cost.points == ((1024, sum(p[-1][1] for p in cost.terms.values())),)
+
+
+class Broken(AttentionMethod):
+    """A method that fails."""
+
+    def index(self, call: AttentionCall) -> BlockIndex | None:
+        raise RuntimeError("no")
+
+
+def test_a_rehearsal_runs_everything_and_survives_failures(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    ran: list[tuple[int, tuple[int, int], int]] = []
+    anew = fit_kernels.anew
+
+    def see(one):
+        ran.append((one.call.n_q, one.index.size, len(one.call.heads)))
+        anew(one)
+
+    monkeypatch.setattr(fit_kernels, "anew", see)
+    calls = {n: fit_inputs.random_call(SMALL, torch.float32, CPU, n) for n in (512, 1024)}
+    methods = [Broken(), load("vertical_slash")(), load("window")()]
+    found = fit_ahead.rehearse(calls, methods, SMALL)
+    assert found >= {(128, 128), (64, 64), (64, 1)}
+    assert {(n, s) for n, s, _ in ran} >= {(n, s) for n in calls for s in found if s[1] > 1}
+
+
+def test_own_lists_count_beside_random_ones() -> None:
+    own = (((128, 128), [0.5, 0.25]),)
+    want = TABLE.launch_ms((128, 128)) + sum(
+        TABLE.head_ms((128, 128), 4096, d) for d in (0.5, 0.25)
+    )
+    cost = replace(TABLE.methods["m"], lists=0.8 * want)
+    found = fit_methods.against(TABLE, cost, own, 4096)
+    assert found.lists == pytest.approx(0.8)
+    table = replace(TABLE, methods={"m": found})
+    (ms,) = table.lists_ms("m", (128, 128), 4096, [0.5])
+    assert ms == pytest.approx(0.8 * TABLE.head_ms((128, 128), 4096, 0.5))
+    assert CostTable.from_dict(table.to_dict()) == table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import planted
 import pytest
 
-from accelkit.calibration import fit
+from accelkit.calibration import fit_methods
 from accelkit.calibration.candidates import families
 from accelkit.patches.methods.gna import GNA
 from accelkit.patches.methods.paro_attention import PAROAttention
@@ -22,7 +22,11 @@ def clock(monkeypatch):
 
     def make(prices):
         ran = []
-        monkeypatch.setattr(fit, "compute", lambda a: ran.append((a.execution.qk, a.execution.pv)))
+
+        def compute(one):
+            ran.append((one.execution.qk, one.execution.pv))
+
+        monkeypatch.setattr(fit_methods, "compute", compute)
 
         def ms(job, _runs):
             job()
@@ -39,14 +43,14 @@ def alone(method):
 
 
 def test_none_is_faster(clock):
-    reason = fit._no_faster(alone(SageAttention()), SageAttention(), 11.0, clock(SLOW))
+    reason = fit_methods.no_faster(alone(SageAttention()), SageAttention(), 11.0, clock(SLOW))
     assert "8-bit products take 12.00 ms" in reason and "10.00 ms" in reason
 
 
 def test_dense_attention_is_faster(clock):
     ms = clock(SLOW | {("int8", "native"): 9.0})
-    assert fit._no_faster(alone(SageAttention()), SageAttention(), 11.0, ms) is None
-    reason = fit._no_faster(alone(SageAttention()), SageAttention(), 8.0, ms)
+    assert fit_methods.no_faster(alone(SageAttention()), SageAttention(), 11.0, ms) is None
+    reason = fit_methods.no_faster(alone(SageAttention()), SageAttention(), 8.0, ms)
     assert "9.00 ms (int8 QK, native PV)" in reason and "8.00 ms" in reason
 
 
@@ -54,12 +58,12 @@ def test_over_lists_the_lists_count(clock):
     paro = PAROAttention(int8=True)
     ms = clock(SLOW)
     one = alone(paro)
-    assert "12.00 ms (int8 QK, fp8 PV)" in fit._no_faster(one, paro, 100.0, ms)
-    assert fit._no_faster(one, paro, 100.0, clock({("int8", "fp8"): 9.9})) is None
+    assert "12.00 ms (int8 QK, fp8 PV)" in fit_methods.no_faster(one, paro, 100.0, ms)
+    assert fit_methods.no_faster(one, paro, 100.0, clock({("int8", "fp8"): 9.9})) is None
 
 
 def test_other_arithmetic_is_not_asked(clock):
-    assert fit._no_faster(alone(GNA()), GNA(), 0.0, clock({})) is None
+    assert fit_methods.no_faster(alone(GNA()), GNA(), 0.0, clock({})) is None
 
 
 def test_search_may_choose_among_all_precisions():

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelkit.calibration.candidates import stored
+import numpy as np
+import pytest
+
+from accelkit.calibration.candidates import lists_ms, parts_of, stored
 from accelkit.calibration.measure import kept
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.method import load
@@ -33,3 +36,19 @@ def test_families_complement_each_other() -> None:
     }
     assert [f.name for f in kept(record, COSTS, 4096, 1024, 2)] == ["window", "xattention"]
     assert [f.name for f in kept(record, COSTS, 4096, 1024, 9)][-1] == "a_shape"
+
+
+def test_lists_of_two_units_cost_what_each_unit_costs() -> None:
+    """Single keys take ten times as long a pair; shares of both differ from head to head."""
+    costs = CostTable(
+        "cpu", "float32", 2, 1, 64, ((1024, 10.0),), ((1024, 10.0),),
+        {"128x128": Kernel(0.0, 0.0, 1.0), "1024x1": Kernel(0.0, 0.0, 10.0)},
+        {"window": MethodCost(((1024, 0.0),))}, causal=False,
+    )  # fmt: skip
+    record: dict[str, Any] = {"size": [(128, 128)] * 2, "parts": [None, None]}
+    pairs = 1024**2 / 1e6
+    alone = lists_ms(costs, "window", parts_of(record, 0), 1024, [0.5, 1.0])
+    assert alone == pytest.approx([0.5 * pairs, pairs])
+    record["parts"][1] = [[(128, 128), [1.0, 0.25]], [(1024, 1), [0.0, 0.75]]]
+    both = lists_ms(costs, "window", parts_of(record, 1), 1024, np.array([0.5, 0.4]))
+    assert both == pytest.approx([0.5 * pairs, 0.4 * pairs * (0.25 + 7.5)])

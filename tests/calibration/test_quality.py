@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,46 @@ def test_a_narrow_window_has_one(sample) -> None:
     wide = quality.check(model, plan_of(model, method.load("probe_window")(blocks=6)), dense)
     assert narrow["error"] > wide["error"] > 0
     assert not hasattr(model.model.layers[0].self_attn, "accelkit_site")
+
+
+def test_a_trimmed_check_reads_the_same(sample) -> None:
+    """The last layer is left out for rows that are not scored, on both sides."""
+    text = tasks.make("text", 512, 3, tokenizer=byte_tokenizer())
+    for one in (text, sample):
+        model = tiny_model()
+        plan = plan_of(model, method.load("probe_window")(blocks=2))
+        _, last = plan.sites
+        sites = {**plan.sites, last: plan.sites[last].model_copy(update={"rules": ()})}
+        plan = plan.model_copy(update={"sites": sites})
+        whole = quality.check(model, plan, quality.reference(model, one))
+        plan = plan.model_copy(update={"trim_last_layer": True})
+        bare = {p: s.model_copy(update={"rules": ()}) for p, s in plan.sites.items()}
+        dense = quality.reference(model, one, plan.model_copy(update={"sites": bare}))
+        row = quality.check(model, plan, dense)
+        if one is sample:
+            assert row["error"] == pytest.approx(whole["error"], rel=1e-4)
+        else:  # fewer rows, so that there is something to leave out
+            assert len(dense.rows) * 8 < 512 < len(quality.scored_rows(text)) * 8
+            states = quality.forward(model, one.ids)[0, torch.from_numpy(dense.rows)]
+            assert torch.allclose(dense.hidden, states, atol=1e-5)
+        assert row["error"] > 0
+
+
+def test_the_dense_side_of_further_prompts_runs_where_something_is_wrong(sample) -> None:
+    model, seen = tiny_model(), []
+    plan = plan_of(model, method.load("probe_window")(blocks=8))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(quality, "_answered", lambda *a: seen.append(a) or [True] * len(sample.answers))
+        right = quality.answers(model, plan, None, lambda: sample)
+        assert (len(seen), right["dense_right"], right["lost_answers"]) == (1, None, [])
+        given = [[True, False, True, False], [True, True, True, False]]
+        m.setattr(quality, "_answered", lambda *a: given.pop(0))
+        wrong = quality.answers(model, plan, None, lambda: sample)
+    assert (wrong["right"], wrong["dense_right"], wrong["lost_answers"]) == (2, 3, [1])
+    row = {"task": "needle", "tokens": 512, "error": 0.01, "kl": 0.0, "asked": 4}
+    rows = [{**row, "right": 4, "dense_right": 4}, {**wrong, "asked": 4}, {**right, "asked": 4}]
+    found = quality.by_task(rows)["needle@512"]
+    assert (found["prompts"], found["asked"], found["lost"], found["error"]) == (3, 12, 1, 0.01)
 
 
 def test_worst_task_decides() -> None:
@@ -103,6 +144,38 @@ def test_weights_follow_what_a_head_does(sample) -> None:
     assert again == found
     grouped = quality.site_weights(show, [[0, 1], [2, 3]])
     assert grouped[0] == pytest.approx(found[1] / 2**0.5, rel=0.05)
+
+
+def test_faintest_leaves_out_what_is_looked_at_least() -> None:
+    """Values that mark their keys: each row of the change lacks some keys, none that weigh, and the
+    others grow by what those had.
+    """
+    n, seen = 128, []
+
+    def see(call, dense) -> None:
+        marks = torch.eye(n)[None, None].expand(1, call.k.shape[1], -1, -1)
+        call = replace(call, v=marks)
+        k = call.k[:, call.kv_of_head]
+        hidden = torch.ones(n, n).triu(1).bool()
+        p = (call.q @ k.mT * call.scale).masked_fill(hidden, -torch.inf).softmax(-1)
+        gap = quality.faintest(call, Partial(p, dense.lse))
+        kept = gap + p[0]
+        assert torch.allclose(kept.sum(-1), torch.ones(()), atol=1e-4)
+        gone = (p[0] > 1e-6) & (kept.abs() < 1e-7)
+        rows, keys = quality.FAINT_CELL
+        lost = (p[0] * gone).reshape(-1, n // rows, rows, n).sum(-1).mean(-1)
+        assert 0 < lost.max() <= quality.DROPPED + 1e-5
+        cells = p[0].reshape(-1, n // rows, rows, n // keys, keys).sum((2, 4))
+        out = gone.reshape(-1, n // rows, rows, n // keys, keys).any(4).any(2)
+        for head, (mass, left_out) in enumerate(zip(cells, out, strict=True)):
+            for tile in range(n // rows):
+                here = mass[tile]
+                some, rest = here[left_out[tile]], here[~left_out[tile] & (here > 1e-4)]
+                assert not len(some) or some.max() <= rest.min(), head
+        seen.append(call.site.path)
+
+    capture(tiny_model(), np.arange(n) % 250, see)
+    assert len(seen) == 2
 
 
 def test_rounding_does_not_drown_a_weight() -> None:

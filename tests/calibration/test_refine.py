@@ -1,48 +1,140 @@
-"""Rounds of proposing and checking, on a made-up model whose error is a multiple of ε."""
+"""Rounds of proposing and checking, on a made-up model whose error follows ε."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from accelkit.calibration.refine import ENOUGH, FIRST, Proposal, in_turns
+from accelkit.calibration.refine import ENOUGH, FIRST, Outcome, Proposal, in_turns
 
 ALLOWED = 0.02
 
 
-def rounds(ratio: float, speed: dict[str, float] | None = None):
-    """The outcome when a plan of ε has `ratio` · ε as its error."""
-    run = SimpleNamespace(preset=SimpleNamespace(rounds=8), late=lambda share, what: False)
+class Made:
+    """Checks plans of a model whose worst prompt has the error `error(ε)`, and the first prompt
+    `first` times that; plans of ε below `dense` are dense, those from `loses` on lose answers.
+    """
 
-    def propose(epsilon: float) -> Proposal:
-        return Proposal(None, epsilon, 1 / epsilon, 1000.0, epsilon, False)  # type: ignore
+    def __init__(
+        self,
+        error: Callable[[float], float],
+        first: float = 1.0,
+        dense: float = 0.0,
+        loses: float = 1.0,
+        afford: bool = True,
+        speed: dict[str, float] | None = None,
+    ) -> None:
+        self.error, self.first, self.dense, self.loses = error, first, dense, loses
+        self.afford, self.timed = afford, {"dense_ms": 3.0, "ms": 1.0} | (speed or {})
+        self.checked: list[float] = []
 
-    def check(now, allowed: float) -> None:
-        now.measured = now.bound = ratio * now.epsilon
-        now.held = now.measured <= allowed
+    def propose(self, epsilon: float) -> Proposal:
+        plan = SimpleNamespace(epsilon=epsilon)
+        return Proposal(plan, epsilon, 1 / epsilon, 1000.0, epsilon, epsilon < self.dense)  # type: ignore
 
-    timed = {"dense_ms": 3.0, "ms": 1.0} | (speed or {})
-    checker = SimpleNamespace(check=check, speed=lambda plan: timed)
-    return in_turns(run, propose, checker, ALLOWED)  # type: ignore
+    def look(self, now, allowed: float) -> None:
+        now.measured = self.first * self.error(now.epsilon)
+        now.bound, now.judged = now.measured, now.measured > allowed
+
+    def check(self, now, allowed: float) -> None:
+        self.checked.append(now.epsilon)
+        now.measured = now.bound = self.error(now.epsilon)
+        now.held = now.measured <= allowed and now.epsilon < self.loses
+        now.judged = True
+
+    def affords(self) -> bool:
+        return self.afford
+
+    def speed(self, plan) -> dict[str, float]:
+        return self.timed
+
+    def run(self, rounds: int = 8, learn: Callable[[Any], Any] = lambda now: False) -> Outcome:
+        run = SimpleNamespace(preset=SimpleNamespace(rounds=rounds), late=lambda share, what: False)
+        return in_turns(run, lambda e: self.propose(e), self, ALLOWED, learn)  # type: ignore
 
 
 def test_one_round_is_enough_where_the_budget_is_used() -> None:
-    found = rounds(1.2)
+    found = Made(lambda e: 0.9 * e).run()
     assert [r.epsilon for r in found.rounds] == [FIRST * ALLOWED]
     assert found.best is found.rounds[0]
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 3.0, 10.0])
 def test_rounds_end_with_the_budget_used(ratio: float) -> None:
-    found = rounds(ratio)
+    made = Made(lambda e: ratio * e)
+    found = made.run()
     assert found.best is found.rounds[-1]
     assert ENOUGH * ALLOWED <= found.best.measured <= ALLOWED
     assert len(found.rounds) <= 4
+    assert made.checked == [found.best.epsilon]  # others were only looked at
+
+
+@pytest.mark.parametrize("power", [0.3, 0.6, 1.5])
+@pytest.mark.parametrize("scale", [0.6, 1.5, 2.5])
+def test_errors_that_follow_slowly_are_bracketed(power: float, scale: float) -> None:
+    """Between the largest ε that fits and the smallest that does not, until the budget is used."""
+    found = Made(lambda e: scale * ALLOWED * (e / ALLOWED) ** power).run()
+    assert found.best is not None
+    assert ENOUGH * ALLOWED <= found.best.measured <= ALLOWED
+
+
+def test_a_plan_just_over_the_budget_is_not_the_end() -> None:
+    """The plans below the one candidate that failed are dense: what lies between is tried."""
+    found = Made(lambda e: 1.35 * e, dense=0.6 * FIRST * ALLOWED).run()
+    assert found.rounds[0].reach > ALLOWED
+    assert found.best is not None
+    assert found.best.reach <= ALLOWED
+
+
+def test_what_the_first_prompt_does_not_tell_is_found_by_all() -> None:
+    made = Made(lambda e: 1.2 * e, first=0.8)
+    found = made.run()
+    assert found.best is not None
+    assert found.best.epsilon in made.checked
+    assert found.best.measured <= ALLOWED
+
+
+def test_lost_answers_narrow_within_the_budget() -> None:
+    found = Made(lambda e: 0.95 * e, loses=0.6 * ALLOWED).run()
+    assert not found.rounds[0].held
+    assert found.best is not None
+    assert 0.5 * 0.6 * ALLOWED < found.best.epsilon < 0.6 * ALLOWED
+
+
+def test_rounds_end_with_what_the_check_may_cost() -> None:
+    """The first prompt is the worst of them all: a plan holds with room to spare. The next one is
+    only tried where it can be checked.
+    """
+    poor = Made(lambda e: 0.8 * e, first=1.1, afford=False).run()
+    assert len(poor.rounds) == 1
+    assert poor.best is poor.rounds[0]
+    rich = Made(lambda e: 0.8 * e, first=1.1).run()
+    assert len(rich.rounds) > 1
+    assert rich.best.epsilon > poor.best.epsilon
+
+
+def test_what_lost_an_answer_is_learnt_before_errors_narrow() -> None:
+    """The same ε is tried again once proposals have changed, and only then a smaller one."""
+    made, asked = Made(lambda e: 0.95 * e, loses=0.0), []
+
+    def learn(now) -> bool:
+        asked.append(now.epsilon)
+        made.loses = 1.0
+        made.propose = lambda e: Proposal(None, (e,), 1.0, 2.0, e, False)  # type: ignore
+        return True
+
+    found = made.run(learn=learn)
+    assert asked == [FIRST * ALLOWED]
+    assert [r.epsilon for r in found.rounds] == [FIRST * ALLOWED] * 2
+    assert found.best is found.rounds[1]
+    assert found.best.held
 
 
 def test_a_plan_has_to_beat_the_trimmed_layer_alone() -> None:
-    assert rounds(1.2, {"trimmed_ms": 1.1}).best is not None
-    found = rounds(1.2, {"trimmed_ms": 0.9})
+    assert Made(lambda e: 0.9 * e, speed={"trimmed_ms": 1.1}).run().best is not None
+    found = Made(lambda e: 0.9 * e, speed={"trimmed_ms": 0.9}).run()
     assert found.best is None
     assert found.why == "no plan was faster than dense attention"

@@ -17,7 +17,7 @@ from accelkit.errors import (
     KernelUnavailableError,
     UnsupportedConfigurationError,
 )
-from accelkit.kernels import cpu
+from accelkit.kernels import cpu_rows
 from accelkit.kernels.dispatch import attend, explain
 from accelkit.kernels.index import ALL, BlockIndex
 
@@ -82,13 +82,13 @@ def test_cpu_path_head_sizes(head_size, dtype) -> None:
 def test_cpu_path_shares_what_neighbours_read(size, causal, monkeypatch) -> None:
     """Runs of 1024 and of 256 rows read in one piece what all of their tiles list."""
     heights = []
-    fused = cpu._fused
+    fused = cpu_rows.fused
 
     def spy(q: torch.Tensor, *rest: Any, **options: Any) -> Any:
         heights.append(q.shape[2])
         return fused(q, *rest, **options)
 
-    monkeypatch.setattr(cpu, "_fused", spy)
+    monkeypatch.setattr(cpu_rows, "fused", spy)
     n, own = 2500, torch.Generator().manual_seed(1)
     q, k, v = tensors(1, 2, 1, n, n, 32)
     rows, columns = -(-n // size[0]), -(-n // size[1])
@@ -105,16 +105,39 @@ def test_cpu_path_shares_what_neighbours_read(size, causal, monkeypatch) -> None
     assert {1024, 256, size[0]} <= set(heights)
 
 
-@pytest.mark.parametrize("heads", [1, 3])
-def test_dense_heads_that_threads_share_unevenly(heads, monkeypatch) -> None:
+def test_cpu_path_keeps_what_is_not_a_number_to_its_readers() -> None:
+    """Tiles that share stages, calls and memory with one that reads it do not."""
+    n, own = 2048, torch.Generator().manual_seed(3)
+    q, k, v = tensors(1, 2, 1, n, n, 32)
+    k[:, :, 1000], v[:, :, 1000] = math.nan, math.nan
+    mask = torch.rand(1, 2, 32, 32, generator=own) < 0.3
+    mask |= torch.eye(32, dtype=torch.bool)
+    out = attend(q, k, v, BlockIndex.from_mask(mask, (64, 64)), causal=True, backend="torch").out
+    reads = (mask[..., 1000 // 64] & (torch.arange(32) >= 1000 // 64)).repeat_interleave(64, -1)
+    found, behind = out.isnan().any(-1), torch.arange(n) > 1000
+    # Torch's own triangle spreads it over the rows of the tile that holds it.
+    assert not found[~reads].any() and found[reads & behind].all()
+    assert 0 < (reads & behind).sum() < found.numel() / 2
+
+
+@pytest.mark.parametrize(("heads", "n"), [(1, 1500), (1, 2500), (3, 2500)])
+@pytest.mark.parametrize("start", [0, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dense_heads_that_threads_share_unevenly(heads, n, start, dtype, monkeypatch) -> None:
+    """Bands of dense heads, beside a sparse one."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    q, k, v = tensors(1, 4, 2, 1500, 1700, 32)
-    index = BlockIndex.dense(heads, 12, (128, 128), q.device)
-    chosen = list(range(4))[:heads]
-    part = attend(q, k, v, index, q_start=200, heads=chosen, backend="torch")
-    mask = torch.arange(1700) <= torch.arange(1500)[:, None] + 200
-    want = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[:, chosen]
-    torch.testing.assert_close(part.out, want, atol=1e-5, rtol=1e-5)
+    keys = n + start
+    q, k, v = (t.to(dtype) for t in tensors(1, 4, 2, n, keys, 32))
+    dense = BlockIndex.dense(heads, -(-n // 128), (128, 128), q.device)
+    mask = torch.ones((1, 1, -(-n // 128), -(-keys // 128)), dtype=torch.bool)
+    index = BlockIndex.cat([dense, BlockIndex.from_mask(mask, (128, 128))])
+    chosen = [*range(heads), 3]
+    part = attend(q, k, v, index, q_start=start, heads=chosen, backend="torch")
+    seen = torch.arange(keys) <= torch.arange(n)[:, None] + start
+    wide = (t.float() for t in (q, k, v))
+    want = scaled_dot_product_attention(*wide, attn_mask=seen, enable_gqa=True)[:, chosen]
+    off = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(part.out.float(), want, atol=off, rtol=off)
 
 
 @pytest.mark.interpreter

@@ -7,6 +7,7 @@ import torch
 from accelkit.patches.call import Site
 from accelkit.patches.methods.gna import GNA
 from accelkit.patches.parts.grids import Visual
+from accelkit.patches.sites import attention
 
 
 def line(tokens: int, text: int = 0):
@@ -38,11 +39,13 @@ def test_stride_of_one_touches_a_tile_more():
 
 
 def test_text_has_its_own_blocks():
-    """20 text tokens fill two blocks, which read and are read by all."""
+    """20 text tokens fill two blocks of queries, which read all. Keys follow one another: all read
+    the blocks 0 and 1 with text, and the third tile, tokens 52 to 67, its two blocks.
+    """
     method = GNA(window=(1.0, 1.0, 0.2), tile=(1, 1, 16), block=16, whole_tiles=True)
     lists = hand.lists(method, line(96, text=20))
     assert lists[:2] == [list(range(8))] * 2
-    assert lists[4] == [0, 1, 4]
+    assert lists[4] == [0, 1, 3, 4]
 
 
 def test_blocks_drift_against_tiles():
@@ -56,7 +59,9 @@ def test_blocks_drift_against_tiles():
 
 
 def test_holes_or_rounding():
-    """Tiles of 12 in blocks of 16: with holes every token reads its window, rounded most do."""
+    """Tiles of 12 in blocks of 16: with whole tiles every token reads its window, rounded most do.
+    Rows of holes leave no trace.
+    """
     q, k, v = planted.noise(4 * 6 * 6)
     call = planted.video_call(q, k, v, (4, 6, 6))
     box = torch.ones(144, 144, dtype=torch.bool)
@@ -66,6 +71,10 @@ def test_holes_or_rounding():
         box &= reads[at[:, axis]][:, at[:, axis]]
     whole = planted.select(GNA(**fields, whole_tiles=True), call).seen[0, 0]
     assert (whole | ~box).all() and not whole.all()
+    out = attention.compute(planted.ask(GNA(**fields, whole_tiles=True), call)).out
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    logits = (call.scale * q @ k.mT).masked_fill(~whole, -torch.inf)
+    torch.testing.assert_close(out, logits.softmax(-1) @ v, atol=1e-4, rtol=1e-4)
     rounded = planted.select(GNA(**fields), call).seen[0, 0]
     assert (rounded & box).sum() > 0.5 * box.sum() and rounded.sum() < whole.sum()
 

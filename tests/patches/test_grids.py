@@ -130,6 +130,25 @@ def test_axis_orders_undo_one_another():
         assert torch.equal(tables[i][tables[inverse]], torch.arange(27))
 
 
+@pytest.mark.parametrize("slowest", [(0, 1, 2), (2, 0, 1)])
+def test_cells_in_blocks(slowest: grids.Grid):
+    """Against the order itself: the cells of the tokens of each block."""
+    where, cell, block = Visual(3, (2, 4, 5), 3 + 40 + 2), (1, 2, 3), 8
+    found = grids.cells_in_blocks(where, cell, (1, 1, 1), block, slowest)
+    number, _, count = grids.cells(where.grid, cell)
+    assert found.shape == (6, count) and count == 8
+    for n, ids in enumerate(orders._chunked(where, cell, (1, 1, 1), slowest)[0].split(block)):
+        visual = ids[(ids >= where.start) & (ids < where.stop)] - where.start
+        assert found[n].nonzero().flatten().tolist() == number[visual].unique().tolist()
+
+
+def test_tiles_read_in_the_fewest_runs():
+    """All columns, 3 of 9 rows and one frame: columns are the fastest axis, frames the slowest."""
+    axes = tuple(grids.neighbourhood(n, w) for n, w in ((8, 1), (9, 3), (4, 4)))
+    assert grids.narrow_first(axes, (1, 1, 1)) == (0, 1, 2)
+    assert grids.narrow_first(axes[::-1], (1, 1, 1)) == (2, 1, 0)
+
+
 def test_a_tile_fills_a_block():
     where = Visual(3, (2, 4, 6), 3 + 48 + 2)
     ids = orders._tiled(where, (2, 2, 3), (1, 1, 1), 16)[0].view(-1, 16)

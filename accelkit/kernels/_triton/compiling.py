@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 from triton import knobs
@@ -11,17 +13,25 @@ from triton import knobs
 
 @contextmanager
 def clock() -> Iterator[Callable[[], float]]:
-    """Gives a function that says how many seconds have gone into compiling since it was opened."""
-    spent, before = 0.0, knobs.compilation.listener
+    """Gives a function that says for how many seconds something was compiled since it was opened;
+    kernels that were compiled at once count once.
+    """
+    spans: list[tuple[float, float]] = []  # apart, ascending
+    before = knobs.compilation.listener
 
     def hear(**compiled: Any) -> None:
-        nonlocal spent
-        spent += compiled["times"].total / 1e6
+        end = time.monotonic()
+        begin = end - compiled["times"].total / 1e6
+        with lock:
+            while spans and spans[-1][1] > begin:
+                begin = min(begin, spans.pop()[0])
+            spans.append((begin, end))
         if before is not None:
             before(**compiled)
 
+    lock = Lock()
     knobs.compilation.listener = hear
     try:
-        yield lambda: spent
+        yield lambda: sum(end - begin for begin, end in spans)
     finally:
         knobs.compilation.listener = before

@@ -3,10 +3,10 @@
 A producer warp reads the lists and copies Q, K and V tiles into shared memory; two consumer
 warpgroups of 64 query rows each multiply them. A softmax runs under the PV of the tile before. It
 starts when the scores are there ("lag"), or, with fp8 QK and 16-bit PV, together with them, the
-groups taking turns: whichever was measured to be faster. With fp8 PV the groups take turns at their
-exponentials, and sums are added up while the next scores are on their way. A program stays on its
-multiprocessor and walks over rows, longest first. Scales, the factor 2⁸ of P and fresh accumulators
-are those of `eight_bit`.
+groups taking turns: whichever was measured to be faster. With fp8 PV a group starts its
+exponentials when the other has half of its own, and PV is added up while the next scores are on
+their way. A program stays on its multiprocessor and walks over rows, longest first. Scales, the
+factor 2⁸ of P and fresh accumulators are those of `eight_bit`.
 
 Int8 scores are added up from the integer that is the float 1.5 · 2²³: the sums, whole numbers below
 2²², are floats without a conversion.
@@ -25,76 +25,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from accelkit.kernels._triton.gluon_eight_parts import (
+    _K_FREE,
+    _ROWS,
+    _V_FREE,
+    _await_turn,
+    _give,
+    _in_order,
+    _in_turn,
+    _key0,
+    _pass_turn,
+    _place,
+    _produce,
+    _rounds,
+)
 from accelkit.kernels._triton.gluon_kernel import _barriers, _item, _next
-from accelkit.kernels._triton.gluon_parts import load, normalised
+from accelkit.kernels._triton.gluon_parts import normalised
 from accelkit.kernels._triton.lower import Work
 from accelkit.kernels._triton.tile import LOG2E, one_masked
 from accelkit.kernels.launch import Launch
 from accelkit.kernels.quantize import Operands
 
-_ROWS = gl.constexpr(64)
 _MAGIC = gl.constexpr(0x4B400000)
 _MAGIC_VALUE = gl.constexpr(12582912.0)  # the same bits as fp32: 1.5 · 2²³
-
-
-@gluon.jit
-def _rounds(n_items):
-    """How many items this program serves."""
-    pid, width = gl.program_id(0), gl.num_programs(0)
-    full = n_items // width
-    place = pid
-    if full % 2 == 1:
-        place = width - 1 - pid
-    return full + (place < n_items - full * width).to(gl.int32)
-
-
-@gluon.jit
-def _place(round):
-    """The item of a round. Odd rounds run backwards: who had the longest row gets the shortest."""
-    pid, width = gl.program_id(0), gl.num_programs(0)
-    place = pid
-    if round % 2 == 1:
-        place = width - 1 - pid
-    return round * width + place
-
-
-@gluon.jit
-def _key0(LISTS, at, tile, BK: gl.constexpr, BN: gl.constexpr):
-    R: gl.constexpr = BK // BN
-    return gl.load(LISTS + at + tile // R) * BK + (tile % R) * BN
-
-
-@gluon.jit
-def _produce(
-    q_desc, k_desc, v_desc, ITEMS, LISTS, KV_HEADS, n_items,
-    capacity, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, PV8: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    R: gl.constexpr = BK // BN
-    stage, phase = 0, 1
-    for round in range(_rounds(n_items)):
-        row, m0, b, slot, masked, clean = _item(
-            ITEMS, _place(round), n_items, 2 * _ROWS, BQ // (2 * _ROWS)
-        )
-        hk = gl.load(KV_HEADS + slot)
-        at = row.to(gl.int64) * capacity
-        side = round % 2
-        mbarrier.wait(q_empty.index(side), ((round // 2) & 1) ^ 1)
-        mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes * 2)
-        load(q_desc, [b, slot, m0, 0], q_full.index(side), q.index(side * 2))
-        load(q_desc, [b, slot, m0 + _ROWS, 0], q_full.index(side), q.index(side * 2 + 1))
-        for j in range((masked + clean) * R):
-            k0 = _key0(LISTS, at, j, BK, BN)
-            mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-            if PV8:
-                load(v_desc, [b, hk, 0, k0], v_full.index(stage), v.index(stage))
-            else:
-                load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -102,13 +55,6 @@ def _hide(s, k0, limit, n_k, BN: gl.constexpr, layout: gl.constexpr):
     col = k0 + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
     seen = (col < n_k)[None, :] & (col[None, :] <= limit[:, None])
     return gl.where(seen, s, -float("inf"))
-
-
-@gluon.jit
-def _pair(x, wider: gl.constexpr):
-    """Neighbours of the last dimension as one integer of twice the width."""
-    low, high = x.reshape([x.shape[0], x.shape[1] // 2, 2]).split()
-    return (high.to(wider) << (wider.primitive_bitwidth // 2)) | low.to(wider)
 
 
 @gluon.jit
@@ -123,8 +69,14 @@ def _pack(p, BN: gl.constexpr, DTYPE: gl.constexpr):
     stored, so that no value changes its thread.
     """
     if DTYPE.primitive_bitwidth == 8:
-        p = p.reshape([_ROWS, BN // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([_ROWS, BN])
-        bits = _pair(_pair(p.to(DTYPE).to(gl.uint8, bitcast=True), gl.uint16), gl.uint32)
+        low, high = p.reshape([_ROWS, BN // 16, 2, 4, 2]).permute((0, 1, 3, 4, 2)).split()
+        a, b = low.split()
+        c, d = high.split()
+        bits = gl.inline_asm_elementwise(
+            "{.reg .b16 x, y; cvt.rn.satfinite.e4m3x2.f32 x, $2, $1;"
+            " cvt.rn.satfinite.e4m3x2.f32 y, $4, $3; mov.b32 $0, {x, y};}",
+            "=r,f,f,f,f", [a, b, c, d], gl.uint32, True, 1,
+        ).reshape([_ROWS, BN // 4])  # fmt: skip
     else:
         bits = p.to(DTYPE).to(gl.int16, bitcast=True)
     return bits
@@ -154,14 +106,38 @@ def _logits(s, c, INT: gl.constexpr):
 
 
 @gluon.jit
+def _greater(a, b):
+    """The greater of both numbers of two pairs."""
+    return gl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], gl.int32, True, 1)
+
+
+@gluon.jit
+def _top(s, m):
+    """Row maxima by instructions that compare three numbers, of integers or of pairs in fp16 (which
+    holds the sums, `quantize.TOP`): a maximum need not be exact to stand for its row.
+    """
+    if s.dtype == gl.int32:
+        top = gl.max(s, 1).to(gl.float32, bitcast=True) - _MAGIC_VALUE
+    else:
+        BN: gl.constexpr = s.shape[1]
+        low, high = s.reshape([_ROWS, BN // 2, 2]).split()
+        pairs = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], gl.int32, True, 1
+        )
+        pairs = gl.reduce(pairs.reshape([_ROWS, BN // 8, 4]), 1, _greater)
+        pairs = gl.reduce(pairs, 1, _greater)
+        low = pairs.to(gl.int16).to(gl.float16, bitcast=True)
+        high = (pairs >> 16).to(gl.int16).to(gl.float16, bitcast=True)
+        top = gl.convert_layout(gl.maximum(low.to(gl.float32), high.to(gl.float32)), m.type.layout)
+    return top
+
+
+@gluon.jit
 def _maxima(s, c, m, FULL: gl.constexpr, INT: gl.constexpr):
     """Maxima with a wholly visible tile, their factor to the ones before, and what the exponents
     lie above: one multiplication for each score.
     """
-    top = gl.max(s.to(gl.float32, bitcast=True), 1)
-    if INT:
-        top -= _MAGIC_VALUE
-    m_new = gl.maximum(m, top * c)
+    m_new = gl.maximum(m, _top(s, m) * c)
     below = m_new - FULL
     if INT:
         below += _MAGIC_VALUE * c
@@ -195,27 +171,21 @@ def _sums(p, BN: gl.constexpr):
 
 
 @gluon.jit
-def _scaled(total, alpha):
-    return total * gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout))[:, None]
+def _sums_like(p, total, BN: gl.constexpr):
+    """Row sums of a part of a tile in the layout of those of a whole one."""
+    return gl.convert_layout(_sums(p, BN), total.type.layout)
 
 
 @gluon.jit
-def _in_order(x):
-    """`x`, by way of a store that never happens (no row sum is negative). Without it the assembler
-    moves the wait for PV in front of the softmax, which is there to run under it.
-    """
-    return gl.inline_asm_elementwise(
-        "{.reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000;"
-        " @p st.shared.f32 [a], $1; mov.f32 $0, $1;}",
-        "=f,f", [x], gl.float32, is_pure=False, pack=1,
-    )  # fmt: skip
+def _scaled(total, alpha):
+    return total * gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout))[:, None]
 
 
 @gluon.jit
 def _consume(
     WHO: gl.constexpr, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS,
     KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k, n_kb,
-    q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+    q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full,
     BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr,
     CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, SMOOTH: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -228,7 +198,9 @@ def _consume(
     pl: gl.constexpr = gl.DotOperandLayout(0, ol, 4 if PV8 else 2)
     s_row: gl.constexpr = gl.SliceLayout(1, sl)
     o_row: gl.constexpr = gl.SliceLayout(1, ol)
-    stage, phase, turn = 0, 0, 1 - WHO
+    stage, phase = 0, 0
+    if WHO == 1:
+        _pass_turn(0)
     LAG: gl.constexpr = PV8 or INT
     zero = gl.full([_ROWS, BN], _MAGIC if INT else 0, s_type, sl)
     none = gl.zeros([_ROWS, D], gl.float32, ol)
@@ -264,7 +236,7 @@ def _consume(
                     mbarrier.wait(k_full.index(stage), phase)
                     s = _scores(mine, k, stage, zero, BN, D)
                     s = warpgroup_mma_wait(0, deps=[s])
-                    mbarrier.arrive(k_empty.index(stage))
+                    _give(_K_FREE + stage)
                     x = _hide(_logits(s, c, INT), k0, limit, n_k, BN, sl)
                     m_new = gl.maximum(m, gl.max(x, 1))
                     alpha = gl.exp2(m - m_new)
@@ -277,7 +249,7 @@ def _consume(
                     base = none if PV8 else acc * before[:, None]
                     pv = _product(packed, v, stage, base, BN, D, pl)
                     pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-                    mbarrier.arrive(v_empty.index(stage))
+                    _give(_V_FREE + stage)
                     acc = _added(acc, before, pv, PV8)
                     stage, phase = _next(stage, phase, STAGES)
             k0 = _key0(LISTS, at, lead, BK, BN)
@@ -285,7 +257,7 @@ def _consume(
             mbarrier.wait(k_full.index(stage), phase)
             s = _scores(mine, k, stage, zero, BN, D)
             s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(k_empty.index(stage))
+            _give(_K_FREE + stage)
             x = _hide(_logits(s, c, INT), k0, limit, n_k, BN, sl)
             m_new = gl.maximum(m, gl.max(x, 1))
             alpha = gl.exp2(m - m_new)
@@ -308,12 +280,11 @@ def _consume(
                 mbarrier.wait(k_full.index(stage), phase)
                 if not LAG:
                     mbarrier.wait(v_full.index(v_stage), v_phase)
-                    mbarrier.wait(turns.index(WHO), turn)
+                    _await_turn(WHO)
                 s = _scores(mine, k, stage, zero, BN, D)
                 if not LAG:
                     pv = _product(packed, v, v_stage, base, BN, D, pl)
-                    mbarrier.arrive(turns.index(1 - WHO))
-                    turn ^= 1
+                    _pass_turn(1 - WHO)
                 if PV8:  # the tile before the last is added up while the scores are on their way
                     acc = _added(acc, before, pv, PV8)
                     before = gl.convert_layout(alpha, o_row)
@@ -321,26 +292,30 @@ def _consume(
                 k0 = _key0(LISTS, at, gl.minimum(j + 2, n - 1), BK, BN)
                 if LAG:
                     s = warpgroup_mma_wait(0, deps=[s])
-                    mbarrier.arrive(k_empty.index(stage))
+                    _give(_K_FREE + stage)
                     mbarrier.wait(v_full.index(v_stage), v_phase)
                     pv = _product(packed, v, v_stage, base, BN, D, pl)
                 else:
                     s = warpgroup_mma_wait(1, deps=[s])
                 m, alpha, below = _maxima(s, c, m, FULL, INT)
                 if PV8:  # exponentials of one group, then of the other
-                    alpha = _in_order(alpha)
-                    mbarrier.wait(turns.index(WHO), turn)
+                    below = _in_turn(below, WHO)
                 p = gl.exp2(s.to(gl.float32, bitcast=True) * c[:, None] - below[:, None])
-                total = _scaled(total, alpha) + _sums(p, BN)
+                if PV8:  # the turn goes on when half of the exponentials are there
+                    first, second = p.reshape([_ROWS, 2, BN // 2]).permute((0, 2, 1)).split()
+                    total = _scaled(total, alpha) + _sums_like(first, total, BN // 2)
+                    total = _in_order(total)
+                    _pass_turn(1 - WHO)
+                    total += _sums_like(second, total, BN // 2)
+                else:
+                    total = _scaled(total, alpha) + _sums(p, BN)
                 following = _pack(p, BN, v.dtype)
-                total = _in_order(total)
-                if PV8:
-                    mbarrier.arrive(turns.index(1 - WHO))
-                    turn ^= 1
+                if PV8 or not INT:  # the assembler keeps int8 with 16 bits in order by itself
+                    total = _in_order(total)
                 pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
                 if not LAG:
-                    mbarrier.arrive(k_empty.index(stage))
-                mbarrier.arrive(v_empty.index(v_stage))
+                    _give(_K_FREE + stage)
+                _give(_V_FREE + v_stage)
                 if not PV8:
                     acc = _added(acc, before, pv, PV8)
                 packed = following
@@ -351,7 +326,7 @@ def _consume(
             base = none if PV8 else acc * before[:, None]
             pv = _product(packed, v, stage, base, BN, D, pl)
             pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-            mbarrier.arrive(v_empty.index(stage))
+            _give(_V_FREE + stage)
             acc = _added(acc, before, pv, PV8)
             stage, phase = _next(stage, phase, STAGES)
         mbarrier.arrive(q_empty.index(side))
@@ -369,6 +344,8 @@ def _consume(
         acc = normalised(acc, LSE, s_lb, s_lh, s_ln, b, ho, rows, n_q, m, total)
         place = OUT + b64 * s_ob + ho.to(gl.int64) * s_oh + o_rows.to(gl.int64)[:, None] * s_on
         gl.store(place + d[None, :], acc.to(OUT.dtype.element_ty), mask=(o_rows < n_q)[:, None])
+    if WHO == 0:
+        _await_turn(0)
 
 
 _SIZES = ["n_items", "n_heads", "n_kv", "n_q", "n_k", "n_kb", "q_start", "capacity"]
@@ -386,27 +363,26 @@ def _eight_bit(
     q = gl.allocate_shared_memory(q_desc.dtype, [4, 1, 1, _ROWS, D], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, v_box, v_desc.layout)
-    q_full, q_empty, turns = _barriers(2, 1), _barriers(2, 2), _barriers(2, 1)
-    k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
-    v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    q_full, q_empty = _barriers(2, 1), _barriers(2, 2)
+    k_full, v_full = _barriers(STAGES, 1), _barriers(STAGES, 1)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (
                 0, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS,
                 OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k,
-                n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES,
+                n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full, BQ, BK,
+                BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES,
             )),
             (_consume, (
                 1, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS, KV_HEADS,
                 OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k,
-                n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turns, BQ, BK, BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES,
+                n_kb, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full, BQ, BK,
+                BN, D, PV8, CAUSAL, EXTRA_MASKED, SMOOTH, STAGES,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, q, k, v, q_full,
-                q_empty, k_full, k_empty, v_full, v_empty, BQ, BK, BN, PV8, STAGES,
+                q_empty, k_full, v_full, BQ, BK, BN, PV8, STAGES,
             )),
         ],
         [4, 1],

@@ -2,7 +2,7 @@
 
 A producer warp reads the lists and copies Q, K and V tiles into rings in shared memory; two
 consumer warpgroups of 64 query rows each multiply them. A program stays on its multiprocessor and
-walks over rows, longest first. The last product of a row runs together with the first scores of
+walks over rows in a fixed order. The last product of a row runs together with the first scores of
 the next, whose tiles are already there.
 """
 
@@ -25,9 +25,6 @@ from accelkit.kernels._triton.gluon_scores import limits as _limits
 from accelkit.kernels._triton.gluon_tiles import entry, fetch, ring, tiles
 from accelkit.kernels._triton.lower import FIELDS
 
-TICKETS = gl.constexpr(4)
-"""Items that the producer may have announced and the consumers not taken."""
-
 _load = load
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -45,24 +42,13 @@ def _item(ITEMS, place, n_items, BM: gl.constexpr, PER_ROW: gl.constexpr):
 
 
 @gluon.jit
-def _announce(tickets, full, empty, number, place, WARPS: gl.constexpr = 1):
-    """Tell the consumers, for the number-th time, which item comes next."""
-    at = number % TICKETS
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    mbarrier.wait(empty.index(at), ((number // TICKETS) & 1) ^ 1)
-    tickets.index(at).store(gl.full([1], 0, gl.int32, one) + place)
-    mbarrier.arrive(full.index(at))
-
-
-@gluon.jit
-def _announced(tickets, full, empty, number, WARPS: gl.constexpr):
-    """The item that the producer's number-th announcement names."""
-    at = number % TICKETS
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    mbarrier.wait(full.index(at), (number // TICKETS) & 1)
-    place = gl.max(tickets.index(at).load(one), 0)
-    mbarrier.arrive(empty.index(at))
-    return place
+def _place(round):
+    """This program's item of a round, which every warp works out for itself. Places go back and
+    forth: who has the longest row of one round has the shortest of the next. Taking them from a
+    counter in global memory lost rows where several processes took turns on the GPU.
+    """
+    width, mine = gl.num_programs(0), gl.program_id(0)
+    return round * width + mine + (round & 1) * (width - 1 - 2 * mine)
 
 
 @gluon.jit
@@ -93,26 +79,22 @@ def _first_blocks(at, entries, BK: gl.constexpr, BN: gl.constexpr):
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items, capacity, q, k, v,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets, ticket_full, ticket_empty,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = BM // 2
     PER_ROW: gl.constexpr = BQ // BM
-    width = gl.num_programs(0)
-    place, round = gl.program_id(0), 0
-    # What a row needs is asked for a row early. Places go back and forth: who has the longest row
-    # of one round has the shortest of the next. Taking them from a counter in global memory lost
-    # rows where several processes took turns on the GPU.
-    next_place = 2 * width - 1 - place
-    _announce(tickets, ticket_full, ticket_empty, 0, next_place)
+    place, round = _place(0), 0
     row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
     block, other = _first_blocks(LISTS + row.to(gl.int64) * capacity, masked + clean, BK, BN)
     hq, hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
     stage, phase = 0, 1
     while place < n_items:
+        # What a row needs is asked for a row early.
+        place = _place(round + 1)
         next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
-            ITEMS, next_place, n_items, BM, PER_ROW
+            ITEMS, place, n_items, BM, PER_ROW
         )
         next_hq, next_hk = hq, hk
         next_block, next_other = block, other
@@ -142,10 +124,9 @@ def _produce(
                 next_block, next_other = _first_blocks(
                     LISTS + next_row.to(gl.int64) * capacity, next_masked + next_clean, BK, BN
                 )
-        place, next_place, round = next_place, place + 2 * width, round + 1
-        _announce(tickets, ticket_full, ticket_empty, round, next_place)
         row, q_row, b, hq, hk = next_row, next_q_row, next_b, next_hq, next_hk
         masked, clean, block, other = next_masked, next_clean, next_block, next_other
+        round += 1
 
 
 @gluon.jit
@@ -264,7 +245,7 @@ def _finish(
 def _consume(
     WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
     n_items, n_q, n_k, q_start, capacity, factor, q, k, v, places, o, q_full, q_empty, k_full,
-    k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty,
+    k_empty, v_full, v_empty, turns,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, CAUSAL: gl.constexpr, EXTRA_MASKED: gl.constexpr, STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr, MODE: gl.constexpr, BIAS_BY: gl.constexpr,
@@ -280,7 +261,7 @@ def _consume(
     lane = WHO * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, sl))
     zero = gl.zeros([ROWS, BN], gl.float32, sl)
     stage, phase, turn = 0, 0, 1 - WHO
-    place, round = gl.program_id(0), 0
+    place, round = _place(0), 0
     row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
     at = LISTS + row.to(gl.int64) * capacity
     block = _first_block(at, masked, clean, BK)
@@ -300,7 +281,7 @@ def _consume(
         n_k, factor, BK, dtype, sl, pl, BIAS_BY,
     )  # fmt: skip
     while place < n_items:
-        place = _announced(tickets, ticket_full, ticket_empty, round, 4)
+        place = _place(round + 1)
         more = place < n_items
         next_row, next_q_row, next_b, next_slot, next_masked, next_clean = _item(
             ITEMS, place, n_items, BM, PER_ROW
@@ -390,13 +371,6 @@ def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
     return bars
 
 
-@gluon.jit
-def _tickets(TAKERS: gl.constexpr):
-    """Room for what is announced, and barriers that say it is there and that all have taken it."""
-    room = gl.allocate_shared_memory(gl.int32, [TICKETS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return room, _barriers(TICKETS, 1), _barriers(TICKETS, TAKERS)
-
-
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
 def block_sparse(
     q_desc, k_desc, v_desc, o_desc, LSE, ITEMS, LISTS, Q_HEADS, KV_HEADS, OUT_HEADS, BIAS,
@@ -416,26 +390,25 @@ def block_sparse(
     q_full, q_empty, turns = _barriers(Q_STAGES, 1), _barriers(Q_STAGES, 2), _barriers(2, 1)
     k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
     v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
-    tickets, ticket_full, ticket_empty = _tickets(2)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (
                 0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
                 n_items, n_q, n_k, q_start, capacity, factor, q, k, v, v, o, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ,
-                BK, BM, BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
+                k_full, k_empty, v_full, v_empty, turns, BQ, BK, BM, BN, BD, BDV, CAUSAL,
+                EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
             )),
             (_consume, (
                 1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, BIAS, s_lb, s_lh, s_ln, s_bb, s_bh,
                 n_items, n_q, n_k, q_start, capacity, factor, q, k, v, v, o, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ,
-                BK, BM, BN, BD, BDV, CAUSAL, EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
+                k_full, k_empty, v_full, v_empty, turns, BQ, BK, BM, BN, BD, BDV, CAUSAL,
+                EXTRA_MASKED, STAGES, Q_STAGES, MODE, BIAS_BY,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items,
                 capacity, q, k_parts, v_parts, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV, STAGES, Q_STAGES,
+                BQ, BK, BM, BN, BD, BDV, STAGES, Q_STAGES,
             )),
         ],
         [4, 1],

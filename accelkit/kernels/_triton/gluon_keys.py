@@ -14,14 +14,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from accelkit.kernels._triton.gluon_kernel import (
-    _announce,
     _barriers,
     _consume,
     _flat,
     _item,
     _load,
     _next,
-    _tickets,
+    _place,
     _tiles,
 )
 from accelkit.kernels._triton.gluon_parts import gather, listed
@@ -48,8 +47,7 @@ def _copy(T, key, n_k, step, tile, full, ROWS: gl.constexpr, D: gl.constexpr, BD
 @gluon.jit
 def _produce(
     q_desc, K, V, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, n_items, n_k, s_kb, s_kh, s_kn,
-    s_vb, s_vh, s_vn, q, k, v, places, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets,
-    ticket_full, ticket_empty,
+    s_vb, s_vh, s_vn, q, k, v, places, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     BQ: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     BD: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -57,10 +55,7 @@ def _produce(
     PER_ROW: gl.constexpr = BQ // BM
     copied: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))
     lane = gl.arange(0, BN, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    width = gl.num_programs(0)
-    place, round = gl.program_id(0), 0
-    next_place = 2 * width - 1 - place
-    _announce(tickets, ticket_full, ticket_empty, 0, next_place, WARPS)
+    place, round = _place(0), 0
     row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
     hq, hk, start = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot), gl.load(STARTS + row)
     n, count = _tiles(masked, clean, 1, BN)[1], clean * BN + masked
@@ -68,9 +63,8 @@ def _produce(
     stage, phase = 0, 1
     while place < n_items:
         # As in `gluon_kernel`: what a row needs is asked for a row early, a tile's keys a tile.
-        row, next_q_row, next_b, slot, masked, clean = _item(
-            ITEMS, next_place, n_items, BM, PER_ROW
-        )
+        place = _place(round + 1)
+        row, next_q_row, next_b, slot, masked, clean = _item(ITEMS, place, n_items, BM, PER_ROW)
         next_hq, next_hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
         next_start = gl.load(STARTS + row)
         next_n, next_count = _tiles(masked, clean, 1, BN)[1], clean * BN + masked
@@ -95,9 +89,8 @@ def _produce(
             mbarrier.arrive(v_full.index(stage))
             _copy(v_at, key, n_k, s_vn, v.index(stage), v_full.index(stage), BN, DV, BDV)
             stage, phase = _next(stage, phase, STAGES)
-        place, next_place, round = next_place, place + 2 * width, round + 1
-        _announce(tickets, ticket_full, ticket_empty, round, next_place, WARPS)
         q_row, b, hq, hk, n = next_q_row, next_b, next_hq, next_hk, next_n
+        round += 1
 
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start"])
@@ -122,27 +115,25 @@ def key_gather(
     q_full, q_empty, turns = _barriers(Q_STAGES, 1), _barriers(Q_STAGES, 2), _barriers(2, 1)
     k_full, k_empty = _barriers(STAGES, 32 * WARPS), _barriers(STAGES, 2)
     v_full, v_empty = _barriers(STAGES, 32 * WARPS + 1), _barriers(STAGES, 2)
-    tickets, ticket_full, ticket_empty = _tickets(2)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (
                 0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, LSE, s_lb, s_lh, s_ln, 0, 0, n_items,
                 n_q, n_k, q_start, 1, factor, q, k, v, places, o, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, 1, BM, BN, BD, BDV,
-                CAUSAL, True, STAGES, Q_STAGES, MODE, "",
+                v_full, v_empty, turns, BQ, 1, BM, BN, BD, BDV, CAUSAL, True, STAGES, Q_STAGES,
+                MODE, "",
             )),
             (_consume, (
                 1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, LSE, s_lb, s_lh, s_ln, 0, 0, n_items,
                 n_q, n_k, q_start, 1, factor, q, k, v, places, o, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, turns, tickets, ticket_full, ticket_empty, BQ, 1, BM, BN, BD, BDV,
-                CAUSAL, True, STAGES, Q_STAGES, MODE, "",
+                v_full, v_empty, turns, BQ, 1, BM, BN, BD, BDV, CAUSAL, True, STAGES, Q_STAGES,
+                MODE, "",
             )),
             (_produce, (
                 q_desc, K, V, ITEMS, LISTS, STARTS, Q_HEADS, KV_HEADS, n_items, n_k, s_kb, s_kh,
                 s_kn, s_vb, s_vh, s_vn, q, k, v, places, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, tickets, ticket_full, ticket_empty, BQ, BM, BN, D, DV, BD, BDV, STAGES,
-                Q_STAGES,
+                v_empty, BQ, BM, BN, D, DV, BD, BDV, STAGES, Q_STAGES,
             )),
         ],
         [4, WARPS],

@@ -24,8 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from accelkit.kernels._triton.gluon_kernel import (
-    _announce,
-    _announced,
     _barriers,
     _finish,
     _flat,
@@ -34,8 +32,8 @@ from accelkit.kernels._triton.gluon_kernel import (
     _limits,
     _load,
     _next,
+    _place,
     _sync,
-    _tickets,
 )
 
 K_FREE = gl.constexpr(3)
@@ -65,18 +63,14 @@ def _take(place):
 @gluon.jit
 def _produce_k(
     q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items, capacity, q, k, q_full,
-    q_empty, k_full, tickets, ticket_full, ticket_empty,
+    q_empty, k_full,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     ROWS: gl.constexpr = BM // 2
     stage, copied = 0, 0
-    place, round = gl.program_id(0), 0
-    step = 2 * (gl.num_programs(0) - place) - 1  # back and forth, as in `gluon_kernel`
+    place, round = _place(0), 0
     while place < n_items:
-        next_place = place + step
-        step = 2 * gl.num_programs(0) - step
-        _announce(tickets, ticket_full, ticket_empty, round, next_place)
         row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, BQ // BM)
         hq, hk = gl.load(Q_HEADS + slot), gl.load(KV_HEADS + slot)
         at = LISTS + row.to(gl.int64) * capacity
@@ -91,7 +85,7 @@ def _produce_k(
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
             stage, copied = (stage + 1) % STAGES, copied + 1
-        place, round = next_place, round + 1
+        place, round = _place(round + 1), round + 1
     for i in range(gl.minimum(copied, STAGES)):  # no barrier is left half full
         _take((copied - 1 - i) % STAGES)
 
@@ -108,13 +102,12 @@ def _listen(WHO: gl.constexpr):
 
 @gluon.jit
 def _produce_v(
-    v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, v, v_full, tickets, ticket_full,
-    ticket_empty,
+    v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, v, v_full,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     stage = 0
-    place, round = gl.program_id(0), 0
+    place, round = _place(0), 0
     while place < n_items:
         row, _, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, BQ // BM)
         hk = gl.load(KV_HEADS + slot)
@@ -136,7 +129,7 @@ def _produce_v(
                 else:
                     mbarrier.arrive(full)
             stage = (stage + 1) % V_STAGES
-        place, round = _announced(tickets, ticket_full, ticket_empty, round, 1), round + 1
+        place, round = _place(round + 1), round + 1
 
 
 @gluon.jit
@@ -178,7 +171,6 @@ def _times_v(p, v_tile, v_full, phase, acc, BN: gl.constexpr, BDV: gl.constexpr)
 def _consume(
     WHO: gl.constexpr, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, SKIP, s_lb, s_lh,
     s_ln, n_items, n_q, n_k, q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full,
-    tickets, ticket_full, ticket_empty,
     BQ: gl.constexpr, BK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -194,7 +186,7 @@ def _consume(
     own = _flat(q.index(WHO), ROWS, BD)
     _ballot(n_items, WHO)
     stage, phase, v_stage, v_phase = 0, 0, 0, 0
-    place, round = gl.program_id(0), 0
+    place, round = _place(0), 0
     while place < n_items:
         row, q_row, b, slot, masked, clean = _item(ITEMS, place, n_items, BM, BQ // BM)
         ho = gl.load(OUT_HEADS + slot)
@@ -264,7 +256,7 @@ def _consume(
         tma.store_wait(0)
         _sync()
         mbarrier.arrive(q_empty)
-        place, round = _announced(tickets, ticket_full, ticket_empty, round, 4), round + 1
+        place, round = _place(round + 1), round + 1
 
 
 @gluon.jit(do_not_specialize=["n_items", "n_q", "n_k", "q_start", "capacity"])
@@ -282,27 +274,25 @@ def skipping(
     v = gl.allocate_shared_memory(v_desc.dtype, [V_STAGES, 1, 1, BN, BDV], v_desc.layout)
     q_full, q_empty = _barriers(1, 1).index(0), _barriers(1, 2).index(0)
     k_full, v_full = _barriers(STAGES, 1), _barriers(V_STAGES, 1)
-    tickets, ticket_full, ticket_empty = _tickets(3)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (
                 0, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, SKIP, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full, tickets,
-                ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV, CAUSAL, STAGES,
+                q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full, BQ, BK, BM,
+                BN, BD, BDV, CAUSAL, STAGES,
             )),
             (_consume, (
                 1, o_desc, LSE, ITEMS, LISTS, OUT_HEADS, SKIP, s_lb, s_lh, s_ln, n_items, n_q, n_k,
-                q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full, tickets,
-                ticket_full, ticket_empty, BQ, BK, BM, BN, BD, BDV, CAUSAL, STAGES,
+                q_start, capacity, factor, q, k, v, q_full, q_empty, k_full, v_full, BQ, BK, BM,
+                BN, BD, BDV, CAUSAL, STAGES,
             )),
             (_produce_k, (
                 q_desc, k_desc, ITEMS, LISTS, Q_HEADS, KV_HEADS, n_items, capacity, q, k,
-                q_full, q_empty, k_full, tickets, ticket_full, ticket_empty, BQ, BK, BM, BN, STAGES,
+                q_full, q_empty, k_full, BQ, BK, BM, BN, STAGES,
             )),
             (_produce_v, (
-                v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, v, v_full, tickets, ticket_full,
-                ticket_empty, BQ, BK, BM, BN,
+                v_desc, ITEMS, LISTS, KV_HEADS, n_items, capacity, v, v_full, BQ, BK, BM, BN,
             )),
         ],
         [4, 1, 1],

@@ -1,5 +1,5 @@
-"""From `BlockIndex` rows to lists that a kernel can run: clipped, partly visible blocks first,
-longest rows first.
+"""From `BlockIndex` rows to lists that a kernel can run: clipped, partly visible blocks first, rows
+by length.
 
 Everything stays on the device: no host reads, lists by capacity (rows × key blocks).
 """
@@ -23,8 +23,8 @@ _CACHE_BYTES = 16 * 2**20
 _SECTIONS = 16
 _BINS = 256
 FIELDS = tl.constexpr(6)
-Sort = tuple[Tensor, Tensor, Tensor, int]
-"""Bin and rank of each row, rows in each bin, KV heads of a section: what orders the rows."""
+Sort = tuple[Tensor, int]
+"""Bin of each row, in whose order rows run, and KV heads of a section."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,22 @@ def _row(START, COUNT, TILES, s_ib, s_ih, s_ir, n_heads, n_tiles):
 
 
 @triton.jit
-def _rank(BIN, RANK, FILL, KV_HEADS, pid, b, h, length, n_kv, section, BINS: tl.constexpr):
-    """Put a row into the bin of its length, the longest of a section first."""
+def _bin(BIN, KV_HEADS, pid, b, h, length, n_kv, section, BINS: tl.constexpr):
+    """Put a row into the bin of its length. Sections run from the last to the first, and lengths
+    fall in one and rise in the next, so that what runs at one time is alike where sections meet;
+    short rows come at the end of all.
+    """
     # Exponent and four leading bits of the length: exact to 32, then in steps of a sixteenth.
     steps = length.to(tl.float32).to(tl.int32, bitcast=True) >> 19
     section = (b * n_kv + tl.load(KV_HEADS + h)) // section
-    bin = section * BINS + BINS - 1 - tl.minimum(tl.maximum(steps - 2031, 0), BINS - 1)
-    tl.store(BIN + pid, bin)
-    tl.store(RANK + pid, tl.atomic_add(FILL + bin, 1))
+    steps = tl.minimum(tl.maximum(steps - 2031, 0), BINS - 1)
+    tl.store(BIN + pid, tl.where(section % 2 == 0, BINS - 1 - steps, steps) - section * BINS)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _lower(
     START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, MASKED, CLEAN, KV_HEADS,
-    BIN, RANK, FILL,
+    BIN,
     s_ib, s_ih, s_ir, s_kfb, s_kfh, s_kfn, s_klb, s_klh, s_kln, s_qlb, s_qlh, s_qln, s_qhb, s_qhh,
     s_qhn,
     n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity, step, n_kv, section,
@@ -133,21 +135,17 @@ def _lower(
     tl.store(CLEAN + pid, n_clean)
     if SORT:
         length = n_masked + n_clean
-        _rank(BIN, RANK, FILL, KV_HEADS, pid, b, h, length, n_kv, section, BINS)
+        _bin(BIN, KV_HEADS, pid, b, h, length, n_kv, section, BINS)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
 def _place(
-    MASKED, CLEAN, TILES, BIN, RANK, FILL, ORDER, ITEMS,
-    n_rows, n_heads, n_tiles,
-    BQ: tl.constexpr, ALL_BINS: tl.constexpr, ROWS: tl.constexpr,
+    MASKED, CLEAN, TILES, SORTED, ORDER, ITEMS, n_rows, n_heads, n_tiles,
+    BQ: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = row < n_rows
-    bin = tl.load(BIN + row, mask=real, other=0)
-    every = tl.arange(0, ALL_BINS)
-    before = tl.where(every[None, :] < bin[:, None], tl.load(FILL + every)[None, :], 0)
-    place = tl.sum(before, 1) + tl.load(RANK + row, mask=real, other=0)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = place < n_rows
+    row = tl.load(SORTED + place, mask=real, other=0).to(tl.int32)
     first = tl.load(TILES + row % n_tiles, mask=real, other=0) * BQ
     item = ITEMS + place.to(tl.int64) * FIELDS
     tl.store(ORDER + place, row, mask=real)
@@ -207,18 +205,18 @@ def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
 
 
 def _ordered(launch: Launch, tiles: Tensor, fill: Callable[[Tensor, Tensor, Sort], Tensor]) -> Work:
-    """Work in the order in which it should run; `fill` writes counts, bins and ranks of its rows
-    and returns the lists.
+    """Work in the order in which it should run; `fill` writes counts and bins of its rows and
+    returns the lists.
     """
     device, rows = launch.q.device, launch.batch * launch.heads * tiles.numel()
-    masked, clean, bins, rank, order = torch.empty((5, rows), dtype=torch.int32, device=device)
+    masked, clean, order = torch.empty((3, rows), dtype=torch.int32, device=device)
+    bins = torch.empty(rows, dtype=torch.int16, device=device)  # two passes of a radix sort
     items = torch.empty((rows, FIELDS.value), dtype=torch.int32, device=device)
-    section, sections = _sections(launch)
-    filled = torch.zeros(triton.next_power_of_2(sections) * _BINS, dtype=torch.int32, device=device)
-    lists = fill(masked, clean, (bins, rank, filled, section))
-    _place[(triton.cdiv(rows, 16),)](
-        masked, clean, tiles, bins, rank, filled, order, items, rows, launch.heads, tiles.numel(),
-        BQ=launch.index.size[0], ALL_BINS=filled.numel(), ROWS=16,
+    lists = fill(masked, clean, (bins, _section(launch)))
+    # Sorted, not counted by atomics: a program that starts again changes nothing.
+    _place[(triton.cdiv(rows, 128),)](
+        masked, clean, tiles, bins.argsort(stable=True), order, items, rows, launch.heads,
+        tiles.numel(), BQ=launch.index.size[0], ROWS=128,
     )  # fmt: skip
     return Work(lists, masked, clean, order, items, tiles, launch.key_blocks)
 
@@ -232,7 +230,7 @@ def _fill_lists(
     apart: int,
     sort: Sort | None,
 ) -> Tensor:
-    """Write each row's list and counts, and with `sort` its bin and place in the bin."""
+    """Write each row's list and counts, and with `sort` its bin."""
     index, device, rows = launch.index, launch.q.device, counts[0].numel()
     capacity = launch.key_blocks
     step = capacity + apart
@@ -242,10 +240,10 @@ def _fill_lists(
     start, count, steps = _strided(index)
     chunk = min(1024, max(16, triton.next_power_of_2(capacity)))
     assert END == 2147483646 and FAR == END + 1  # as written in the kernel
-    bins, rank, filled, section = sort or (tiles, tiles, tiles, 1)
+    bins, section = sort or (tiles, 1)
     _lower[(rows,)](
         start, count, index.blocks if index.blocks.numel() else tiles, tiles,
-        *(t[0] for t in tables), lists, *counts, launch.kv_heads, bins, rank, filled,
+        *(t[0] for t in tables), lists, *counts, launch.kv_heads, bins,
         *steps, *(s for t in tables for s in t[1:]),
         launch.heads, tiles.numel(), capacity, launch.n_q, launch.n_k, launch.q_start, capacity,
         step, launch.k.shape[1], section,
@@ -265,19 +263,18 @@ def _strided(index: BlockIndex) -> tuple[Tensor, Tensor, list[int]]:
     return start, count, steps
 
 
-def _sections(launch: Launch) -> tuple[int, int]:
-    """KV heads of a section, and sections: rows that run at one time should read keys and values
+def _section(launch: Launch) -> int:
+    """KV heads of a section: rows that run at one time should read keys and values
     that stay in the second-level cache.
     """
     heads = launch.batch * launch.k.shape[1]
     kept = launch.n_k * (launch.k.shape[3] + launch.v.shape[3]) * launch.k.element_size()
-    section = max(1, _CACHE_BYTES // max(kept, 1), ceil_div(heads, _SECTIONS))
-    return section, ceil_div(heads, section)
+    return max(1, _CACHE_BYTES // max(kept, 1), ceil_div(heads, _SECTIONS))
 
 
 @triton.jit(do_not_specialize=["n_tiles", "n_q", "n_k", "q_start", "n_kv", "section"])
 def _lower_keys(
-    START, COUNT, BLOCKS, TILES, STARTS, MASKED, CLEAN, KV_HEADS, BIN, RANK, FILL,
+    START, COUNT, BLOCKS, TILES, STARTS, MASKED, CLEAN, KV_HEADS, BIN,
     s_ib, s_ih, s_ir, n_heads, n_tiles, n_q, n_k, q_start, n_kv, section,
     BQ: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
     BINS: tl.constexpr,
@@ -303,7 +300,7 @@ def _lower_keys(
     tl.store(MASKED + pid, masked)
     tl.store(CLEAN + pid, clean)
     length = clean + tl.cdiv(masked, BN)
-    _rank(BIN, RANK, FILL, KV_HEADS, pid, b, h, length, n_kv, section, BINS)
+    _bin(BIN, KV_HEADS, pid, b, h, length, n_kv, section, BINS)
 
 
 def lower_keys(launch: Launch, bn: int) -> tuple[Work, Tensor]:
@@ -324,9 +321,9 @@ def lower_keys(launch: Launch, bn: int) -> tuple[Work, Tensor]:
         lists = tiles.int()
 
     def fill(masked: Tensor, clean: Tensor, sort: Sort) -> Tensor:
-        bins, rank, filled, section = sort
+        bins, section = sort
         _lower_keys[(rows,)](
-            start, count, lists, tiles, starts, masked, clean, launch.kv_heads, bins, rank, filled,
+            start, count, lists, tiles, starts, masked, clean, launch.kv_heads, bins,
             *steps, launch.heads, tiles.numel(), launch.n_q, launch.n_k, launch.q_start,
             launch.k.shape[1], section, BQ=index.size[0], BN=bn, CAUSAL=launch.causal, CHUNK=1024,
             BINS=_BINS, num_warps=4,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accelkit.kernels._triton.tile import next_power_of_two
-from accelkit.kernels.quantize import DTYPE, TOP, Operands, Rounding
+from accelkit.kernels.quantize import DTYPE, TOP, V_TOP, Operands, Rounding
 
 _LEAST = tl.constexpr(1e-20)
 
@@ -27,51 +27,60 @@ def _eight(y, INT: tl.constexpr):
 def _sums(
     K, V, SUMS, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, heads, n, chunks,
     ROWS: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
-    SMOOTH: tl.constexpr, PV8: tl.constexpr,
+    FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Per chunk of tokens: sum of k, sum of v, greatest |v|, fp32 [3, BD]."""
+    """Per chunk of tokens: sum of k, or sum of v and greatest |v|, of fp32 [3, BD]."""
     chunk, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    d = tl.arange(0, BD)
+    out = SUMS + (bh.to(tl.int64) * chunks + chunk) * 3 * BD + d
+    total = tl.zeros([ROWS, BD], tl.float32)
+    if tl.program_id(2) + FIRST == 0:
+        for i in tl.static_range(STEPS):
+            rows = (chunk * STEPS + i) * ROWS + tl.arange(0, ROWS)
+            at = K + b * s_kb + h * s_kh + rows.to(tl.int64)[:, None] * s_kn + d[None, :]
+            inside = (rows < n)[:, None] & (d < D)[None, :]
+            total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out, tl.sum(total, 0))
+    else:
+        top = tl.zeros([ROWS, BD], tl.float32)
+        for i in tl.static_range(STEPS):
+            rows = (chunk * STEPS + i) * ROWS + tl.arange(0, ROWS)
+            at = V + b * s_vb + h * s_vh + rows.to(tl.int64)[:, None] * s_vn + d[None, :]
+            inside = (rows < n)[:, None] & (d < DV)[None, :]
+            v = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            total += v
+            top = tl.maximum(top, tl.abs(v))
+        tl.store(out + BD, tl.sum(total, 0))
+        tl.store(out + 2 * BD, tl.max(top, 0))
+
+
+@triton.jit(do_not_specialize=["n", "chunks"])
+def _facts(
+    SUMS, K_MEAN, V_MEAN, V_SCALE, n, chunks,
+    ROWS: tl.constexpr, BD: tl.constexpr, TOP: tl.constexpr, SMOOTH: tl.constexpr,
+    PV8: tl.constexpr,
+):  # fmt: skip
+    """Means of K and V and the scale of V's channels, fp32 [BD], from the sums of a head."""
+    bh = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
     k_sum = tl.zeros([ROWS, BD], tl.float32)
     v_sum = tl.zeros([ROWS, BD], tl.float32)
     v_top = tl.zeros([ROWS, BD], tl.float32)
-    for i in range(STEPS):
-        rows = (chunk * STEPS + i) * ROWS + tl.arange(0, ROWS)
-        at = rows.to(tl.int64)[:, None]
-        inside = (rows < n)[:, None]
+    for i in range(0, chunks, ROWS):
+        rows = i + tl.arange(0, ROWS)
+        at = SUMS + (bh * chunks + rows[:, None]) * 3 * BD + d[None, :]
+        inside = (rows < chunks)[:, None]
         if SMOOTH:
-            k = tl.load(K + b * s_kb + h * s_kh + at * s_kn + d[None, :],
-                        mask=inside & (d < D)[None, :], other=0.0)  # fmt: skip
-            k_sum += k.to(tl.float32)
+            k_sum += tl.load(at, mask=inside, other=0.0)
         if PV8:
-            v = tl.load(V + b * s_vb + h * s_vh + at * s_vn + d[None, :],
-                        mask=inside & (d < DV)[None, :], other=0.0).to(tl.float32)  # fmt: skip
-            v_sum += v
-            v_top = tl.maximum(v_top, tl.abs(v))
-    out = SUMS + (bh.to(tl.int64) * chunks + chunk) * 3 * BD + d
-    tl.store(out, tl.sum(k_sum, 0))
-    tl.store(out + BD, tl.sum(v_sum, 0))
-    tl.store(out + 2 * BD, tl.max(v_top, 0))
-
-
-@triton.jit(do_not_specialize=["n", "chunks"])
-def _facts(SUMS, K_MEAN, V_MEAN, V_SCALE, n, chunks, BD: tl.constexpr, TOP: tl.constexpr):
-    """Means of K and V and the scale of V's channels, fp32 [BD], from the sums of a head."""
-    bh = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BD)
-    k_sum = tl.zeros([BD], tl.float32)
-    v_sum = tl.zeros([BD], tl.float32)
-    v_top = tl.zeros([BD], tl.float32)
-    for i in range(chunks):
-        at = SUMS + (bh * chunks + i) * 3 * BD + d
-        k_sum += tl.load(at)
-        v_sum += tl.load(at + BD)
-        v_top = tl.maximum(v_top, tl.load(at + 2 * BD))
-    v_mean = v_sum / n
-    tl.store(K_MEAN + bh * BD + d, k_sum / n)
+            v_sum += tl.load(at + BD, mask=inside, other=0.0)
+            v_top = tl.maximum(v_top, tl.load(at + 2 * BD, mask=inside, other=0.0))
+    v_mean = tl.sum(v_sum, 0) / n
+    tl.store(K_MEAN + bh * BD + d, tl.sum(k_sum, 0) / n)
     tl.store(V_MEAN + bh * BD + d, v_mean)
-    tl.store(V_SCALE + bh * BD + d, tl.maximum((v_top + tl.abs(v_mean)) / TOP, _LEAST))
+    scale = tl.maximum((tl.max(v_top, 0) + tl.abs(v_mean)) / TOP, _LEAST)
+    tl.store(V_SCALE + bh * BD + d, scale)
 
 
 @triton.jit(do_not_specialize=["heads", "n", "blocks"])
@@ -155,14 +164,17 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, how: Rounding) -> Operands:
     facts = torch.empty((3, batch, kv, wide), **fp32)  # mean of k, mean of v, scale of v
     with torch.cuda.device_of(q):
         if smooth_k or pv8:
-            rows, steps = 32, 16
+            rows, steps = 64, 8
             chunks = triton.cdiv(n, rows * steps)
             sums = torch.empty((batch, kv, chunks, 3, wide), **fp32)
-            _sums[(chunks, batch * kv)](
+            _sums[(chunks, batch * kv, smooth_k + pv8)](
                 k, v, sums, *k.stride()[:3], *v.stride()[:3], kv, n, chunks, ROWS=rows,
-                STEPS=steps, D=d, DV=dv, BD=wide, SMOOTH=smooth_k, PV8=pv8, num_warps=4,
+                STEPS=steps, D=d, DV=dv, BD=wide, FIRST=1 - smooth_k, num_warps=8,
             )  # fmt: skip
-            _facts[(batch * kv,)](sums, *facts, n, chunks, BD=wide, TOP=TOP["fp8"], num_warps=1)
+            _facts[(batch * kv,)](
+                sums, *facts, n, chunks, ROWS=16, BD=wide, TOP=V_TOP, SMOOTH=smooth_k, PV8=pv8,
+                num_warps=4,
+            )  # fmt: skip
         k8 = torch.empty((batch, kv, n, d), dtype=DTYPE[qk], device=device)
         k_scale = torch.empty((batch, kv, count), **fp32)
         _keys[(count, batch * kv)](

@@ -1,23 +1,25 @@
 """FreeSwim's inward window: at high resolution a token reads a box of the size it was trained on.
 
 Wu et al., 2025 (`WillWu111/FreeSwim`). All frames, and rows and columns at most half the training
-size away; at the borders the box is moved inwards, so that every token reads a whole one.
+size away; at the borders the box is moved inwards, so that every token reads a whole one. The
+softmax is as sharp as one over the tokens of a training frame:
 
     |y' − y| ≤ base_rows / 2,  |x' − x| ≤ base_columns / 2     (in tokens, box moved inwards)
+    logits = q·k · scale · √(log(2 L₀) / log L₀),  L₀ = base_rows · base_columns
 
-This is the window alone. The paper also raises all logits by 5 % (an entropy scale for the size of
-its training) and guides the window by a dense twin whose cross-attention replaces its own; without
-the twin, pictures far above the training size repeat objects.
+The window alone repeats objects in pictures far above the training size; `free_swim_twin` beside it
+guides it by a path without a window, which is this method with `windowed=False`.
 """
 
 from __future__ import annotations
 
+from math import log, prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from accelkit.patches import parts
-from accelkit.patches.method import AttentionMethod, Order
+from accelkit.patches.method import AttentionMethod, Execution, Order
 
 if TYPE_CHECKING:
     from accelkit.kernels import BlockIndex
@@ -35,17 +37,21 @@ class FreeSwim(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"base": (1 << 20, 1 << 20)}
 
     base: tuple[Tokens, Tokens] = (30, 52)
+    windowed: bool = True
+    """False: every token reads all, as sharply as in the window."""
+    entropy: bool = True
+    """Whether logits are sharpened; False leaves them as the model made them."""
     block: int = Field(128, ge=16)
 
     def order(self, call: AttentionCall) -> Order | None:
-        where = self._where(call)
+        where = self._where(call) if self.windowed else None
         if where is None:
             return None
         tile = parts.grids.fit_tile(where.grid, self.block)
         return parts.orders.chunked(call, where, tile)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
-        where = self._where(call)
+        where = self._where(call) if self.windowed else None
         if where is None:
             return None
         frames, rows, columns = where.grid
@@ -56,6 +62,12 @@ class FreeSwim(AttentionMethod):
         )
         tile = parts.grids.fit_tile(where.grid, self.block)
         return parts.patterns.boxes(call, where, axes, tile, self.block)
+
+    def execution(self, call: AttentionCall) -> Execution | None:
+        if not self.entropy or self._where(call) is None:
+            return None
+        trained = prod(self.base)
+        return Execution(sharpen=(log(2 * trained) / log(trained)) ** 0.5)
 
     def _where(self, call: AttentionCall) -> Visual | None:
         """Only above the training size is there anything to leave out."""

@@ -52,8 +52,8 @@ class GNA(AttentionMethod):
     dilation: tuple[Step, Step, Step] = (1, 1, 1)
     tile: tuple[Step, Step, Step] | None = None
     whole_tiles: bool = False
-    """A block for each tile, with holes: no token misses a key of its window, for about half the
-    speed. Otherwise tiles follow one another and blocks are rounded.
+    """A block for each tile of queries, and every block of keys that its windows touch: no token
+    misses a key of its window, and some see a few more. Otherwise blocks are rounded on both sides.
     """
     block: int = Field(128, ge=16)
 
@@ -63,21 +63,20 @@ class GNA(AttentionMethod):
             return None
         tile = self._tile(where)
         if self.whole_tiles:
-            return parts.orders.tiled(call, where, tile, self.dilation, self.block)
+            slowest = parts.grids.narrow_first(self.axes(where), tile, self.dilation)
+            return parts.orders.tiled(call, where, tile, self.dilation, self.block, slowest)
         return parts.orders.chunked(call, where, tile, self.dilation)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         where = parts.grids.narrowed(call, self.window)
         if where is None:
             return None
+        axes, tile = self.axes(where), self._tile(where)
+        slowest = None
+        if self.whole_tiles:
+            slowest = parts.grids.narrow_first(axes, tile, self.dilation)
         return parts.patterns.boxes(
-            call,
-            where,
-            self.axes(where),
-            self._tile(where),
-            self.block,
-            dilation=self.dilation,
-            holes=self.whole_tiles,
+            call, where, axes, tile, self.block, dilation=self.dilation, slowest=slowest
         )
 
     def axes(self, where: Visual) -> Axes:

@@ -23,6 +23,8 @@ from accelkit.patches.call import AttentionCall
 Grid = tuple[int, int, int]
 Axes = tuple[Tensor, Tensor, Tensor]
 WHOLE: Grid = (1, 1, 1)
+RASTER: Grid = (0, 1, 2)
+"""Frames, rows and columns, slowest first."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def visual(call: AttentionCall) -> Visual | None:
     answer speaks of token order, also for a call that is laid out in another one.
     """
     grid = call.geometry.grid
-    if grid is None or call.causal or call.q_start or call.n_q != call.n_k:
+    chunk = call.n_q != call.n_k and call.q_pos is None
+    if grid is None or call.causal or call.q_start or chunk:
         return None
     spans = [(s.start, s.stop) for s in call.geometry.spans if s.kind != "text"]
     if not call.geometry.spans and (call.n_k == prod(grid) or call.k_pos is not None):
@@ -84,17 +87,20 @@ def axis_cells(length: int, cell: int, dilation: int = 1) -> tuple[Tensor, Tenso
     return group * per_group + place // cell, place % cell, dilation * per_group
 
 
-def cells(grid: Grid, cell: Grid, dilation: Grid = WHOLE) -> tuple[Tensor, Tensor, int]:
-    """Cell and slot of each token in raster order, int64 `[F·H·W]`, and the number of cells;
-    both counted in raster order.
+def cells(
+    grid: Grid, cell: Grid, dilation: Grid = WHOLE, slowest: Grid = RASTER
+) -> tuple[Tensor, Tensor, int]:
+    """Cell and slot of each token in raster order, int64 `[F·H·W]`, and the number of cells.
+    Slots are counted in raster order, cells along the axes from the `slowest` one on.
     """
-    (cf, sf, _), (cy, sy, ny), (cx, sx, nx) = (
-        axis_cells(*axis) for axis in zip(grid, cell, dilation, strict=True)
-    )
-    number = (cf[:, None, None] * ny + cy[:, None]) * nx + cx
-    slot = (sf[:, None, None] * cell[1] + sy[:, None]) * cell[2] + sx
-    count = prod(axis_cells(*axis)[2] for axis in zip(grid, cell, dilation, strict=True))
-    return number.flatten(), slot.flatten(), count
+    number = slot = torch.zeros((), dtype=torch.int64)
+    axes = [axis_cells(*axis) for axis in zip(grid, cell, dilation, strict=True)]
+    for axis in slowest:
+        at, _, count = axes[axis]
+        number = number * count + at.view([-1 if n == axis else 1 for n in RASTER])
+    for axis, (_, place, _) in enumerate(axes):
+        slot = slot * cell[axis] + place.view([-1 if n == axis else 1 for n in RASTER])
+    return number.flatten(), slot.flatten(), prod(count for _, _, count in axes)
 
 
 def tokens_of_cells(where: Visual, cell: Grid, dilation: Grid, block: int) -> Tensor:
@@ -107,6 +113,18 @@ def tokens_of_cells(where: Visual, cell: Grid, dilation: Grid, block: int) -> Te
     begin = torch.arange(ceil_div(where.tokens, block))[:, None] * block
     low, high = torch.maximum(begin, first), torch.minimum(begin + block, first + size)
     return (high - low).clamp(min=0).float()
+
+
+def cells_in_blocks(where: Visual, cell: Grid, dilation: Grid, block: int, slowest: Grid) -> Tensor:
+    """Which cells, counted in raster order, have a token in each block once cells come one after
+    the other from the `slowest` axis on; bool `[blocks, cells]`.
+    """
+    number, slot, count = cells(where.grid, cell, dilation)
+    place = cells(where.grid, cell, dilation, slowest)[0] * prod(cell) + slot
+    found = torch.zeros(ceil_div(where.tokens, block), count, dtype=torch.bool)
+    at = torch.arange(where.start, where.stop) // block
+    found[at, number[place.argsort()]] = True
+    return found
 
 
 @lru_cache(maxsize=256)
@@ -178,13 +196,27 @@ def tile_shares(axes: Axes, tile: Grid, dilation: Grid = WHOLE) -> Tensor:
     return share.flatten(3).flatten(0, 2)
 
 
-def visited(axes: Axes, tile: Grid, dilation: Grid = WHOLE) -> float:
-    """Key tiles that a query tile visits ÷ all tiles, on average: 1 ÷ this bounds the gain."""
+def reach(axes: Axes, tile: Grid, dilation: Grid = WHOLE) -> tuple[float, ...]:
+    """Key tiles that a query tile visits ÷ all tiles, on average, for each axis."""
     one = torch.ones(1, 1)
-    return prod(
+    return tuple(
         float((tile_shares((reads, one, one), (cell, 1, 1), (step, 1, 1)) > 0).float().mean())
         for reads, cell, step in zip(axes, tile, dilation, strict=True)
     )
+
+
+def visited(axes: Axes, tile: Grid, dilation: Grid = WHOLE) -> float:
+    """Key tiles that a query tile visits ÷ all tiles, on average: 1 ÷ this bounds the gain."""
+    return prod(reach(axes, tile, dilation))
+
+
+def narrow_first(axes: Axes, tile: Grid, dilation: Grid = WHOLE) -> Grid:
+    """The axes from the one of which a tile reads the least on: tiles that are laid out so are
+    read in the fewest and longest runs.
+    """
+    share = reach(axes, tile, dilation)
+    first, second, third = sorted(RASTER, key=lambda axis: share[axis])
+    return first, second, third
 
 
 # ── bands ────────────────────────────────────────────────────────────────────────────────────

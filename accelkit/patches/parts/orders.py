@@ -74,13 +74,16 @@ def hilbert(call: AttentionCall, where: Visual) -> Order:
 
 
 def tiled(
-    call: AttentionCall, where: Visual, tile: Grid, dilation: Grid = WHOLE, block: int = 128
+    call: AttentionCall, where: Visual, tile: Grid, dilation: Grid, block: int, slowest: Grid
 ) -> Order:
-    """Each tile in a block of its own, with holes (−1) where a tile has fewer tokens; text before
-    and after is filled up to whole blocks.
+    """Each tile of queries in a block of its own, with holes (−1) where a tile has fewer tokens;
+    text before and after is filled up to whole blocks. Tiles of keys come one after the other from
+    the `slowest` axis on, without holes.
     """
-    table = _on(call.q.device, _tiled, where, tile, dilation, block)
-    return replace(shared(call, table), whole=False)
+    device = call.q.device
+    keys = shared(call, _on(device, _chunked, where, tile, dilation, slowest))
+    queries = _on(device, _tiled, where, tile, dilation, block)
+    return replace(keys, q_table=queries, whole=False, whole_keys=True)
 
 
 def shared(call: AttentionCall, table: Tensor) -> Order:
@@ -112,8 +115,10 @@ def _transposed(where: Visual) -> Tensor:
     return _axes(where)[TOKEN_MAJOR, None]
 
 
-def _chunked(where: Visual, chunk: Grid, dilation: Grid = WHOLE) -> Tensor:
-    number, slot, _ = grids.cells(where.grid, chunk, dilation)
+def _chunked(
+    where: Visual, chunk: Grid, dilation: Grid = WHOLE, slowest: Grid = grids.RASTER
+) -> Tensor:
+    number, slot, _ = grids.cells(where.grid, chunk, dilation, slowest)
     return _around(where, (number * prod(chunk) + slot).argsort()[None])
 
 

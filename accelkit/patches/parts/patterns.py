@@ -55,20 +55,25 @@ def boxes(
     block: int,
     *,
     dilation: Grid = WHOLE,
-    holes: bool = False,
+    slowest: Grid | None = None,
 ) -> BlockIndex:
     """Lists of boxes of tokens, as `axes` say for each axis (bool `[L, L]`), by whole tiles; text
     reads and is read by all.
 
-    With `holes`, for tokens laid out by `orders.tiled`, a tile reads every tile that its boxes
-    touch. Without, for `orders.chunked`, blocks drift against tiles, and a block runs if over a
-    quarter of its pairs are in the boxes.
+    With `slowest`, for `orders.tiled` with it, a tile reads every block that its boxes touch.
+    Without, for `orders.chunked`, blocks drift against tiles, and a block runs if over a quarter of
+    its pairs are in the boxes.
     """
     share = grids.tile_shares(axes, tile, dilation)
-    if holes:
+    if slowest is not None:
         lead, count = ceil_div(where.start, block), share.shape[0]
+        held = grids.cells_in_blocks(where, tile, dilation, block, slowest)
         mask = torch.ones(call.tiles((block, block)), dtype=torch.bool)
-        mask[lead : lead + count, lead : lead + count] = share > 0
+        text = torch.ones(call.n_k, dtype=torch.bool)
+        text[where.start : where.stop] = False
+        at = torch.arange(call.n_k) // block
+        mask[lead : lead + count] = (share > 0).float() @ held.T.float() > 0
+        mask[:, at[text]] = True
         return _index(mask[None, None].to(call.q.device), call, (block, block))
     held = grids.tokens_of_cells(where, tile, dilation, block)  # [blocks, tiles]
     tokens = held.sum(-1)

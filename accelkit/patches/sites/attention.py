@@ -258,7 +258,7 @@ def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
             changed["k"] = take_rows(call.k, order.k_table, row, call.kv_of_head)
             changed["v"] = take_rows(call.v, order.k_table, row, call.kv_of_head)
             changed["kv_of_head"] = torch.arange(len(call.heads), device=call.q.device)
-        if call.causal or call.key_mask is not None or not order.whole:
+        if call.causal or call.key_mask is not None or not (order.whole or order.whole_keys):
             ids = _ids(order.k_table, order.row)  # [B|1, H, n]
             if call.causal:
                 place = ids
@@ -325,7 +325,7 @@ def _in_token_order(part: Partial, order: Order, n: int) -> Partial:
     table, row = order.q_table, None if _common(order) else order.row
     out = part.out.new_empty(*part.out.shape[:2], n, part.out.shape[3])
     lse = part.lse.new_empty((*part.lse.shape[:2], n, 1))
-    if not order.whole:  # tokens that the order leaves out
+    if not (order.whole or order.whole_keys):  # tokens that the order leaves out
         out.zero_()
         lse.fill_(float("-inf"))
     put_rows(out, part.out, table, row)
@@ -351,14 +351,16 @@ def run(
     theirs = k_pos is not None or call.k.shape[1] == len(call.heads) < call.q.shape[1]
     kv_of_head = call.kv_of_head if theirs else None
     if k_pos is not None and not call.causal and call.q.is_cuda:
-        # Holes as keys of weight zero keep the kernel in its main loop; rows of holes go nowhere.
-        index, q_pos, k_pos = _weightless(index, k_pos), None, None
+        # Holes as keys of weight zero keep the kernel in its main loop.
+        index, k_pos = _weightless(index, k_pos), None
+    if k_pos is None and not call.causal:
+        q_pos = None  # rows of holes go nowhere
     return kernels.attend(
         call.q,
         call.k,
         call.v,
         index,
-        scale=call.scale,
+        scale=call.scale * execution.sharpen,
         causal=call.causal,
         q_start=call.q_start,
         heads=call.heads,
@@ -405,7 +407,7 @@ def _launch(lane: list[Answer], out: Tensor) -> None:
         run(joined, index, execution, out=out)
         return
     part = run(joined, index, execution)
-    if not order.whole:  # tokens that the order leaves out
+    if not (order.whole or order.whole_keys):  # tokens that the order leaves out
         out.index_fill_(1, device_ids(heads, out.device, torch.int64), 0)
     put_rows(out, part.out, order.q_table, None if _common(order) else order.row, heads)
 

@@ -1,0 +1,70 @@
+"""Which head spoils a prompt, found by halves: with which heads dense is it as others are?
+
+A head that looks up one key for one row is harmless on average, and its error on the prompts to
+measure on says little about the one row of another prompt that needed the key. Then an answer is
+lost, or the error of one prompt stands out. The row need not be that of the answer: a head may have
+lost there what later heads look for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from accelkit.calibration.search import DENSE, Choice, Table
+
+TIMES = 4.0
+"""By which factor the errors of a blamed head's family are raised: search then prefers another
+family, or much denser settings.
+"""
+Head = tuple[int, int]
+"""Site, by its place in the tables, and head."""
+
+
+def culprit(choices: Sequence[Choice], mends: Callable[[Sequence[Choice]], bool]) -> Head | None:
+    """The sparse head that spoils a prompt, if it is a single one; `mends` tells whether choices
+    with some heads made dense do better. None: all heads are dense.
+    """
+    left = [
+        (site, h)
+        for site, choice in enumerate(choices)
+        for h, at in enumerate(choice.heads)
+        if at != DENSE or (choice.borrowed and choice.borrowed[h])
+    ]
+    while len(left) > 1:
+        half = left[: len(left) // 2]
+        left = half if mends(without(choices, half)) else left[len(half) :]
+    return left[0] if left else None
+
+
+def without(choices: Sequence[Choice], heads: Collection[Head]) -> tuple[Choice, ...]:
+    """The choices with some heads dense."""
+    return tuple(_dense(c, {h for s, h in heads if s == site}) for site, c in enumerate(choices))
+
+
+def raised(tables: Sequence[Table], choices: Sequence[Choice], blamed: Head) -> list[Table]:
+    """The tables with larger errors of one head in the family, or with the loan, that it ran."""
+    site, h = blamed
+    table, choice = tables[site], choices[site]
+    if choice.borrowed and choice.borrowed[h]:
+        loans = [_more(x, h) if n == choice.loan else x for n, x in enumerate(table.loans)]
+        changed = replace(table, loans=tuple(loans))
+    else:
+        family = table.options[choice.heads[h]].family
+        options = [_more(x, h) if x.family == family else x for x in table.options]
+        changed = replace(table, options=tuple(options))
+    return [changed if n == site else t for n, t in enumerate(tables)]
+
+
+def _dense(choice: Choice, heads: set[int]) -> Choice:
+    kept = tuple(DENSE if h in heads else at for h, at in enumerate(choice.heads))
+    borrowed = tuple(b and h not in heads for h, b in enumerate(choice.borrowed))
+    return Choice(kept, choice.loan, borrowed) if any(borrowed) else Choice(kept)
+
+
+def _more(row: Any, h: int) -> Any:
+    """An option or a loan with the error of one head raised."""
+    error = row.error.copy()
+    error[h] *= TIMES
+    return replace(row, error=error)

@@ -1,0 +1,115 @@
+"""README's table of measurements: a line or two of each main result.
+
+A result is named by its file. What a line says is read from the file when README is generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any
+
+from measurements import load, machine, title
+
+Line = tuple[str, str]
+"""What was measured, and the reading."""
+
+
+def times(values: list[float]) -> str:
+    """`1.70 / 1.80 ×`."""
+    return " / ".join(f"{v:.3g}" for v in values) + " ×"
+
+
+def denoising(data: dict[str, Any]) -> Iterator[Line]:
+    """`benchmarks/denoise_dit.py`: plans alone, the step cache alone, both."""
+    what = str(title(data)).removesuffix(", compiled by repeated blocks")
+    sparse = [r for r in data["rows"] if not r["skipped_in_a_row"]]
+    plans = ", ".join(f"`{row['plan']}`" for row in sparse)
+    yield f"{what}: {plans}", times([row["speedup"] for row in sparse])
+    for row in data["rows"]:
+        if row["skipped_in_a_row"]:
+            plan = "a step cache" if row["plan"] == "dense" else f"a step cache and `{row['plan']}`"
+            yield f"the same: {plan}", times([row["speedup"]])
+
+
+def attention_calls(data: dict[str, Any]) -> Iterator[Line]:
+    """`benchmarks/dit_methods.py`: the methods that read about a fifth."""
+    for shape, rows in groupby(data["rows"], lambda row: row["shape"]):
+        some = [r for r in rows if 0.15 < r["density"] < 0.22]
+        low, high = (pick(r["gain"] for r in some) for pick in (min, max))
+        methods = len({r["method"] for r in some})
+        what = f"One attention call at {shape} shapes, order and estimate included, density .15–.22"
+        yield f"{what}, {methods} methods", f"{low:.3g} to {high:.3g} ×"
+
+
+def block_lists(data: dict[str, Any]) -> Iterator[Line]:
+    """`benchmarks/kernels.py`: whole calls over lists of one shape, densities falling."""
+    for name, some in groupby(data["results"], lambda row: row["name"]):
+        rows = [r for r in some if r["unit"] == [128, 128] and r["wanted"] != "mixed"]
+        if len(rows) > 1:
+            densities = " / ".join(f"{r['density']:.2g}" for r in rows)
+            gains = [r["times_dense"]["call"] for r in rows]
+            yield f"Attention over given blocks, {name}, density {densities}", times(gains)
+
+
+def first_token(data: dict[str, Any]) -> Iterator[Line]:
+    """`benchmarks/prefill_8b.py`."""
+    for row in data["forced"]:
+        what = f"First token, {title(data)}, {row['tokens']:,} tokens, density {row['density']:.2g}"
+        yield what, times([row["ratio_best_dense"]])
+
+
+def mixture(data: dict[str, Any]) -> Iterator[Line]:
+    """`benchmarks/mixture.py`: calibrated plans beside dense and beside the best single method."""
+    rows = data["table"]
+    budgets = " / ".join(f"{r['budget']:g}" for r in rows)
+    what = f"Prefill of tiny-llama, {data['tokens']:,} tokens, {data['batch']} at once"
+    dense = times([r["dense_ms"] / r["mixture_ms"] for r in rows])
+    yield f"{what}, calibrated with a budget of {budgets}", dense
+    yield "the same, over the best single method", times([r["ratio"] for r in rows])
+
+
+def calibration(data: dict[str, Any]) -> Iterator[Line]:
+    """`benchmarks/calibrate_dit.py`."""
+    row = data["rows"][0]
+    runs = f"{row['calibration_s']:.0f} s, {row['dense_runs']:.3g} dense runs"
+    yield f"{title(data)}, {row['layers']} layers, {row['steps']} steps, without its check", runs
+
+
+def calibration_8b(data: dict[str, Any]) -> Iterator[Line]:
+    """`benchmarks/prefill_8b.py --calibrate`."""
+    for row in data["calibrations"][:1]:
+        cost = f"{row['seconds']:.0f} s, {row['dense_prefills']:.3g} dense prefills"
+        yield f"Calibrating {title(data)}, {row['tokens']:,} tokens", cost
+
+
+def patch_cost(data: dict[str, Any]) -> Iterator[Line]:
+    """`benchmarks/overhead_dit.py`."""
+    slower = " / ".join(f"{row['slower_percent']:+.2f}" for row in data["rows"])
+    yield f"{title(data)}, all dense by plan, eager / compiled", f"{slower} % time"
+
+
+MAIN: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
+    "denoise-wan-h200": denoising,
+    "denoise-hunyuan-h200": denoising,
+    "dit-methods-h200": attention_calls,
+    "kernels-h200": block_lists,
+    "prefill-8b-h100": first_token,
+    "mixture-16k-h200": mixture,
+    "mixture-32k-h200": mixture,
+    "mixture-8k-cpu": mixture,
+    "calibrate-wan-h200": calibration,
+    "calibrate-8b-h100": calibration_8b,
+    "overhead-dit-h100": patch_cost,
+}
+"""The results that README tells of, in its order."""
+
+
+def lines() -> str:
+    """The table."""
+    rows = ["| what | beside dense | on |", "|---|---|---|"]
+    for stem, read in MAIN.items():
+        data = load(stem)
+        where = machine(data).partition(", torch")[0]
+        rows += [f"| {what} | {reading} | {where} |" for what, reading in read(data)]
+    return "\n".join(rows)

@@ -1,0 +1,142 @@
+"""The order and the end of a check over made-up prompts, and what stands out in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_cases import probe_methods, tiny_model, tiny_plan
+
+from accelkit.calibration import prefill_check, quality
+from accelkit.calibration.data import Inputs
+from accelkit.calibration.journal import Journal
+from accelkit.calibration.prefill_check import LIFT, Checker
+from accelkit.calibration.refine import Proposal, Round
+from accelkit.calibration.tasks import Sample
+
+ALLOWED = 0.02
+TASKS = ("text", "text", "needle", "variables")
+
+
+@pytest.fixture(scope="module")
+def plan():
+    with probe_methods():
+        yield tiny_plan(tiny_model())
+
+
+class Made:
+    """Prompts whose errors and lost answers are given; `asked` notes what was run."""
+
+    def __init__(self, plan, monkeypatch, errors: dict[int, float], lost: dict[Any, int]) -> None:
+        samples = tuple(
+            Sample(t, np.full(64, n), () if t == "text" else ((8, 9),) * 24)
+            for n, t in enumerate(TASKS)
+        )
+        self.errors, self.lost, self.asked, self.plan = errors, lost, [], plan
+        more = lambda task, tokens, n: Sample(task, np.full(64, 100 + n), ((8, 9),) * 24)  # noqa: E731
+        run = SimpleNamespace(model=None, journal=Journal(None, {}, False), tell=lambda stage: None)
+        monkeypatch.setattr(quality, "reference", lambda model, sample, still: sample)
+        monkeypatch.setattr(quality, "check", lambda model, plan, sample: self.row(sample))
+        monkeypatch.setattr(quality, "answers", lambda m, plan, still, make: self.row(make()))
+        monkeypatch.setattr(prefill_check, "plan_digest", lambda plan: repr(plan))
+        self.checker = Checker(run, Inputs(samples, samples, "", more), plan)  # type: ignore
+
+    def row(self, sample: Sample) -> dict[str, Any]:
+        n = int(sample.ids[0])
+        self.asked.append(n)
+        lost, asked = self.lost.get(n, 0), len(sample.answers)
+        further = n >= 100
+        return {
+            "task": sample.task, "tokens": 64, "kl": 0.0, "asked": asked, "right": asked - lost,
+            "error": None if further else self.errors[n], "lost_answers": list(range(lost)),
+            "dense_right": None if further and not lost else asked,
+        }  # fmt: skip
+
+    def round(self, name: str = "plan") -> Round:
+        return Round(ALLOWED, Proposal(name, name, 1.0, 2.0, ALLOWED, False))  # type: ignore
+
+
+@pytest.fixture
+def made(plan, monkeypatch) -> Callable[..., Made]:
+    def make(errors: tuple[float, ...], lost: dict[Any, int] | None = None) -> Made:
+        return Made(plan, monkeypatch, dict(enumerate(errors)), lost or {})
+
+    return make
+
+
+def test_a_look_runs_one_prompt_and_expects_more_of_others(made) -> None:
+    one = made((0.01, 0.012, 0.011, 0.009))
+    now = one.round()
+    one.checker.look(now, ALLOWED)
+    assert one.asked == [0]
+    assert (now.measured, now.bound, now.judged) == (0.01, 0.01 * LIFT, False)
+    one.checker.check(now, ALLOWED)
+    assert one.asked == [0, 1, 2, 3]
+    assert now.held
+    assert now.measured == 0.012
+    later = one.round("later")
+    one.checker.look(later, ALLOWED)
+    assert one.asked[4:] == [1]  # the worst one comes first, and says what all reached
+    assert later.bound == pytest.approx(max(now.reach, 0.012))
+
+
+def test_a_check_ends_where_it_fails(made) -> None:
+    one = made((0.01, 0.012, 0.021, 0.009))
+    now = one.round()
+    one.checker.look(now, ALLOWED)
+    one.checker.check(now, ALLOWED)
+    assert one.asked == [0, 1, 2]
+    assert now.judged
+    assert not now.held
+    assert one.checker.order[0] == 2
+
+
+def test_lost_answers_are_asked_about_on_further_prompts(made) -> None:
+    """One of 24 is more than one in a hundred; one of 120 is not."""
+    one = made((0.01, 0.012, 0.011, 0.009), {3: 1})
+    now = one.round()
+    one.checker.check(now, ALLOWED)
+    assert one.asked == [0, 1, 2, 3, 101, 102, 103, 104]
+    assert now.held
+    two = made((0.01, 0.012, 0.011, 0.009), {3: 1, 102: 1})
+    now = two.round()
+    two.checker.check(now, ALLOWED)
+    assert two.asked == [0, 1, 2, 3, 101, 102]
+    assert not now.held
+
+
+def test_what_ends_a_round_is_asked_of_other_plans(made, monkeypatch) -> None:
+    lost = made((0.01, 0.012, 0.011, 0.009), {3: 2})
+    now = lost.round()
+    lost.checker.check(now, ALLOWED)
+    mended = lost.checker.suspicion(now)
+    given = {"some": [False, True], "others": [True, True]}
+    monkeypatch.setattr(quality, "answered", lambda model, plan, sample: (given[plan], 1.0))
+    assert not mended("some")
+    assert mended("others")
+
+    far = made((0.01, 0.012, 0.04, 0.009))
+    now = far.round()
+    far.checker.check(now, ALLOWED)
+    mended = far.checker.suspicion(now)
+    far.errors[2] = 0.025  # its geometric mean with the others' is lower
+    assert not mended("one")
+    far.errors[2] = 0.015
+    assert mended("another")
+
+    even = made((0.019, 0.019, 0.021, 0.009))
+    now = even.round()
+    even.checker.check(now, ALLOWED)
+    assert not now.held
+    assert even.checker.suspicion(now) is None
+
+
+def test_another_plan_is_afforded_within_three_runs_a_prompt(made) -> None:
+    one = made((0.01, 0.012, 0.011, 0.009))
+    one.checker.check(one.round(), ALLOWED)
+    assert one.checker.affords()  # 8 of 12 runs, and 4 more
+    one.checker.look(one.round("another"), ALLOWED)
+    assert not one.checker.affords()
