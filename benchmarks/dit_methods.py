@@ -55,7 +55,13 @@ SETTINGS: dict[str, list[dict]] = {
     "paro_attention": [{"density": 0.2}],
     "ada_spa": [{}, {"block": 128}],
     "vmoba": [{"coverage": 0.3}, {"coverage": 0.26, "key_block": 128}],
-    "psa": [{}, {"every": 8}, {"ends": (0.05, 0.13, 0.22, 0.55), "every": 8}],
+    "psa": [
+        {},
+        {"every": 8},
+        {"ends": (0.05, 0.13, 0.22, 0.55), "every": 8},
+        {"every": 8, "block": 256},
+        {"ends": (0.06, 0.15, 0.26, 0.6), "every": 8, "block": 256},
+    ],
     "sparge_attn": [
         {"hilbert": True, "similarity": -0.1, "coverage": 0.995},
         {"hilbert": True, "similarity": -0.1, "coverage": 0.99, "key_block": 128},

@@ -59,6 +59,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
     """Table rows of a result, whichever script wrote it."""
+    if "cases" in data:
+        return [row for case in data["cases"].values() for row in fit_rows(case)]
     if "calibrations" in data:
         return [calibration_row(row) for row in data["calibrations"]]
     if "singles" in data:
@@ -71,6 +73,23 @@ def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
     if "gain" in rows[0]:
         return [dit_row(row) for row in rows]
     return [kernel_row(row) if "ratio" in row else row for row in rows]
+
+
+def fit_rows(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """A fit of `benchmarks/cost_fit.py` and how each of its terms predicts what it did not see."""
+    fit = {
+        "layer": case["shape"],
+        "tokens": case["tokens"],
+        "fit, s": case["fit_s"],
+        "of it compiling": case["compiling_s"],
+    }
+    terms = case.get("terms") or {"(not judged)": {}}
+    return [
+        fit
+        | {"term": term, "rows": found.get("rows"), "within 10 %": found.get("within")}
+        | {"worst": found.get("worst"), "of": found.get("worst_row")}
+        for term, found in terms.items()
+    ]
 
 
 def speed_row(m: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +208,8 @@ def title(data: dict[str, Any]) -> str | None:
     """What a result is about."""
     if "singles" in data:
         return f"{data['model']}, {data['tokens']} tokens, {data['batch']} at once, {data['dtype']}"
+    if "cases" in data:
+        return "Fitting the cost table (`benchmarks/cost_fit.py`), and predictions of unseen calls"
     return data.get("title") or data.get("model")
 
 

@@ -27,11 +27,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("pipeline", nargs="?", default=str(HERE / "models" / "tiny-wan"))
     parser.add_argument("--prompt", default="a blue circle moving right on a white background")
-    parser.add_argument("--height", type=int, default=64)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--frames", type=int, default=25)
-    parser.add_argument("--steps", type=int, default=20)
+    for name, default in (("height", 64), ("width", 64), ("frames", 25), ("steps", 20)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--budget", type=float, default=0.1)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--preset", default="balanced", help="fast, balanced or careful")
     parser.add_argument("--out", type=Path, default=Path("runs/video"))
@@ -41,9 +40,10 @@ def main() -> None:
     pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype).to(device)
     size = {"height": args.height, "width": args.width, "num_frames": args.frames}
     chosen = {"budget": args.budget, "methods": args.methods, "preset": args.preset}
-    plan = accelkit.calibrate(pipe, PROMPTS, **size, steps=args.steps, **chosen)
+    arguments = [{"prompt": p, "guidance_scale": args.guidance} for p in (*PROMPTS, args.prompt)]
+    plan = accelkit.calibrate(pipe, arguments[:-1], **size, steps=args.steps, **chosen)
     plan.save_pretrained(args.out)
-    shot = video.Shot(args.prompt, {"prompt": args.prompt}, 0)
+    shot = video.Shot(args.prompt, arguments[-1], 0)
     settings = video.Settings(**size, num_inference_steps=args.steps)
     dense = video.run(pipe, settings, shot, decode=True)
     with accelkit.patch(pipe, plan):

@@ -60,7 +60,7 @@ CACHES = 0.25
 """Dense runs that the search for step caches may be worth."""
 SHORT = 4
 """Where a run at the small geometry does not take so much less time than a dense one, the search
-takes what it takes: all runs are short.
+may take so many of the former.
 """
 LEAST = 1e-3
 """Least share of a bucket's errors that arrives in the latents; less is not believed."""
@@ -207,12 +207,11 @@ def _plan(
             influence[b] = max(small.influence(b, tried, sensitive), LEAST)
         influence = lasting(influence, small.total, seen.total)
         weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
-    afford = float("inf")
+    afford = 0.0
     if caches:
         dense = found.step_seconds * seen.total
         whole = run.journal.unit("cache/whole", lambda: small.whole.seconds)
-        if SHORT * whole <= dense:
-            afford = CACHES * dense - whole
+        afford = SHORT * whole if SHORT * whole > dense else CACHES * dense - whole
     cached, refused = denoise_caches.options(run, small, caches, allowed, afford)
     planner = Planner(
         seen, found, weights, costs, tokens, cached, fingerprint, budget,

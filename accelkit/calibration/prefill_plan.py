@@ -8,7 +8,7 @@ from typing import Any
 
 from accelkit.calibration import quality
 from accelkit.calibration.assemble import SiteData, assemble, crossover, kept_row, trimmed
-from accelkit.calibration.blame import culprit, raised
+from accelkit.calibration.blame import Head, culprit, raised
 from accelkit.calibration.data import Inputs
 from accelkit.calibration.measure import Run
 from accelkit.calibration.prefill_check import Checker
@@ -18,6 +18,8 @@ from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 
 log = logging.getLogger("accelkit")
+MOST_BLAMED = 2
+"""Heads that may be looked for by halves: each takes as many runs as halving all heads."""
 
 
 def refined(
@@ -56,9 +58,11 @@ def refined(
     still = planned(Solution(choices, dense_ms, 0.0), Limits(max_length=tokens))
     checker = Checker(run, inputs, still)
 
+    learnt: list[Head] = []
+
     def learn(now: Round) -> bool:
         mended, choices = checker.suspicion(now), now.proposal.choice
-        if mended is None:
+        if mended is None or len(learnt) == MOST_BLAMED:
             return False
 
         def mends(some: Sequence[Choice]) -> bool:
@@ -66,6 +70,7 @@ def refined(
 
         blamed = culprit(choices, mends)
         if blamed is not None:
+            learnt.append(blamed)
             tables[:] = raised(tables, choices, blamed)
             fronts.clear()
         return blamed is not None

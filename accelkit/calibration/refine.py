@@ -21,7 +21,7 @@ from accelkit.calibration.measure import Run
 from accelkit.patches.plan import Plan
 
 log = logging.getLogger("accelkit")
-MARGIN = 0.92
+MARGIN = 0.9
 """Share of the budget that the next round aims at."""
 FIRST = 1.0
 """ε of the first round ÷ the budget."""
@@ -61,7 +61,8 @@ class Round:
     """One proposal and its check. `rows` are the prompts that were run; a failure stops early.
 
     `measured` is the worst error of them; `bound`, at least that, what further ones may reach.
-    `judged` says that it held or failed; without that, only some prompts were looked at.
+    `judged` says that it held or failed; without that, only some prompts were looked at. `looked`
+    is the reach that a look expected of all, if it did not fail at once.
     """
 
     epsilon: float
@@ -71,6 +72,7 @@ class Round:
     bound: float = 0.0
     held: bool = False
     judged: bool = False
+    looked: float = float("inf")
 
     @property
     def plan(self) -> Plan:
@@ -134,31 +136,40 @@ def in_turns(
     """
     rounds: list[Round] = []
     bracket, epsilon = Bracket(allowed), FIRST * allowed
-    most = run.preset.rounds + LAST
+    most, looks_tell = run.preset.rounds + LAST, True
     while len(rounds) < most and epsilon <= LARGEST * allowed:
         if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
             break
         proposal = propose(epsilon)
-        now = next((r for r in rounds if r.proposal.choice == proposal.choice), None)
-        if proposal.dense or now is not None:
-            # Nothing new: what lies here is known.
-            bracket.put(epsilon, 0.0 if now is None else now.reach, now is None or _fits(now))
+        known = next((r for r in rounds if r.proposal.choice == proposal.choice), None)
+        now = known or Round(epsilon, proposal)
+        if proposal.dense:
+            bracket.put(epsilon, 0.0, True)
         else:
-            now = Round(epsilon, proposal)
-            rounds.append(now)
-            checker.look(now, allowed)
-            due = len(rounds) > most - LAST and not any(r.held for r in rounds)
-            if not now.judged and (due or now.reach >= ENOUGH * allowed):
+            if known is None:
+                rounds.append(now)
+                checker.look(now, allowed)
+                now.looked = float("inf") if now.judged else now.reach
+            due = not looks_tell or now.reach >= ENOUGH * allowed
+            if not now.judged and (due or (len(rounds) > most - LAST and not _held(rounds))):
                 checker.check(now, allowed)
-            if now.judged and not now.held and learn(now):
+            if now.judged and not now.held and known is None and learn(now):
+                most += 1
                 continue
-            bracket.put(epsilon, now.reach, _fits(now))
+            looks_tell = _note(bracket, epsilon, now, rounds) and looks_tell
             if now.held and (now.reach >= ENOUGH * allowed or not checker.affords()):
                 break
         if bracket.closed:
-            break
+            seemed = [r for r in rounds if not r.judged]
+            if _held(rounds) or not seemed:
+                break
+            now = max(seemed, key=lambda r: r.epsilon)
+            checker.check(now, allowed)
+            if now.held:
+                break
+            looks_tell = _note(bracket, now.epsilon, now, rounds) and looks_tell
         epsilon = bracket.next()
-    for now in sorted((r for r in rounds if _fits(r)), key=lambda r: r.proposal.ms):
+    for now in sorted((r for r in rounds if not r.judged or r.held), key=lambda r: r.proposal.ms):
         if not now.judged:
             checker.check(now, allowed)
         if now.held:
@@ -166,9 +177,19 @@ def in_turns(
     return fastest(rounds, checker)
 
 
-def _fits(now: Round) -> bool:
-    """Whether a round held, or may hold when all prompts are run."""
-    return now.held or not now.judged
+def _held(rounds: Sequence[Round]) -> list[Round]:
+    return [r for r in rounds if r.held]
+
+
+def _note(bracket: Bracket, epsilon: float, now: Round, rounds: Sequence[Round]) -> bool:
+    """Put a round into the bracket. Whether looks still tell something: not once a round has failed
+    that seemed to fit, and what else only seemed to fit is forgotten then.
+    """
+    deceived = now.judged and not now.held and now.looked <= bracket.allowed
+    if deceived:
+        bracket.restart([(r.epsilon, r.reach) for r in _held(rounds)])
+    bracket.put(epsilon, now.reach, now.held or not now.judged)
+    return not deceived
 
 
 class Bracket:
@@ -192,6 +213,11 @@ class Bracket:
         if self.low and self.high and self.high[0] <= self.low[0]:
             below = [p for p in self.points if p[0] < self.high[0]]
             self.low = max(below, default=None)
+
+    def restart(self, points: Sequence[tuple[float, float]]) -> None:
+        """Keep these alone of the values that fitted."""
+        self.points = list(points)
+        self.low = max(self.points, default=None)
 
     @property
     def closed(self) -> bool:

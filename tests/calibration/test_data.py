@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_cases import byte_tokenizer
 
-from accelkit.calibration import data
+from accelkit.calibration import data, tasks
 from accelkit.calibration.tasks import Sample
 from accelkit.errors import InvalidInputError
 
@@ -118,3 +118,13 @@ def test_scored_rows() -> None:
     assert data.scored_rows(Sample("text", np.zeros(20, np.int32), ())).tolist() == list(
         range(10, 19)
     )
+
+
+def test_the_whole_question_part_is_judged() -> None:
+    """Rows between the answers too: what is looked up is handed on there."""
+    sample = tasks.make("needle", 1024, 3, tokenizer=byte_tokenizer())
+    rows, scored = data.judged_rows(sample), data.scored_rows(sample)
+    assert set(scored) < set(rows)
+    assert rows.tolist() == list(range(scored[0] - data.QUESTION, 1024))
+    text = tasks.make("text", 1024, 3, tokenizer=byte_tokenizer())
+    assert data.judged_rows(text).tolist() == data.scored_rows(text).tolist()

@@ -97,11 +97,34 @@ def test_what_the_first_prompt_does_not_tell_is_found_by_all() -> None:
     assert found.best.measured <= ALLOWED
 
 
+@pytest.mark.parametrize("first", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("ratio", [0.7, 1.1, 2.5])
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_looks_that_mislead_do_not_end_in_a_dense_plan(first, ratio, power) -> None:
+    """The first prompt's error is the smallest: what seems to fit does not."""
+    found = Made(lambda e: ratio * ALLOWED * (e / ALLOWED) ** power, first=first).run(rounds=4)
+    assert found.best is not None
+    assert 0.5 * ALLOWED < found.best.measured <= ALLOWED
+
+
 def test_lost_answers_narrow_within_the_budget() -> None:
     found = Made(lambda e: 0.95 * e, loses=0.6 * ALLOWED).run()
     assert not found.rounds[0].held
     assert found.best is not None
     assert 0.5 * 0.6 * ALLOWED < found.best.epsilon < 0.6 * ALLOWED
+
+
+@pytest.mark.parametrize("loses", [0.9, 0.5, 0.2])
+def test_answers_lost_where_looks_saw_nothing(loses: float) -> None:
+    """Looks find errors far below the budget and no answer lost; then all prompts are run, and ε
+    goes down until a plan holds.
+    """
+    made = Made(lambda e: 0.5 * e, first=0.9, loses=loses * ALLOWED)
+    found = made.run()
+    assert found.best is not None
+    assert 0.4 * loses * ALLOWED < found.best.epsilon < loses * ALLOWED
+    first = next(n for n, r in enumerate(found.rounds) if r.judged)
+    assert all(r.judged for r in found.rounds[first:])
 
 
 def test_rounds_end_with_what_the_check_may_cost() -> None:
