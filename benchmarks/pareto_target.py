@@ -18,7 +18,7 @@ from denoise_dit import built, density, forced
 
 import accelkit
 from accelkit.calibration import fit, fit_clock, fit_inputs, video, video_bench
-from accelkit.calibration.candidates import stored
+from accelkit.calibration.candidates import prime, stored
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
@@ -41,7 +41,7 @@ def measured_costs(
     """The cost table at the target's shape, attention's share of its dense denoising, and what
     arithmetic of methods and of their `further` settings takes that is not plain.
     """
-    pipe, size, shot = built("wan", layers, device)
+    pipe, size, shot = built("wan", [layers], device)
     size = replace(size, num_inference_steps=4)
     take = [video.run(pipe, size, shot) for _ in range(2)][-1]
     step = 1e3 * statistics.median(b - a for a, b in pairwise(take.ends))
@@ -71,7 +71,7 @@ def measured_costs(
 def confirmed(about: dict[str, Any], device: str, layers: int) -> list[dict[str, Any]]:
     """Runs at the target beside what its costs predict for them, in dense denoisings."""
     table = CostTable.from_dict(about["table"])
-    pipe, size, shot = built("wan", layers, device)
+    pipe, size, shot = built("wan", [layers], device)
     size = replace(size, num_inference_steps=STEPS)
     video.run(pipe, replace(size, num_inference_steps=2), shot)
     dense = video.run(pipe, size, shot).ends[-1]
@@ -99,7 +99,11 @@ def unit_of(
 
     def visit(call: AttentionCall) -> None:
         own = {k.rpartition("/")[2]: v for k, v in tables.items() if k.startswith(call.site.path)}
-        answers = answer(replace(call, tables=own, memory={}), Policy(methods=(method,)))
+        there = replace(call, tables=own, memory={})
+        answers = answer(there, Policy(methods=(method,)))
+        if method.renewed(2):  # the first answer was a dense one
+            prime(answers or ())
+            answers = answer(there, Policy(methods=(method,)))
         sizes = [getattr(p, "size", None) for a in answers or () for p in a.pieces]
         found.extend(s for s in sizes if s)
         arithmetic.extend(repr(a.execution) for a in answers or () if a.execution != PLAIN)

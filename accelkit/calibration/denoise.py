@@ -27,7 +27,7 @@ from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.denoise_check import Checker
 from accelkit.calibration.denoise_look import bucket_of, site_of
 from accelkit.calibration.denoise_plan import Planner
-from accelkit.calibration.denoise_weights import Small, trial, weighed_at
+from accelkit.calibration.denoise_weights import Small, lasting, trial, weighed_at
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.measure import Preset, Run
 from accelkit.calibration.video import Settings
@@ -205,6 +205,7 @@ def _plan(
         sensitive = {p: some[at[p]] for p in seen.places}
         for b, tried in enumerate(trials):
             influence[b] = max(small.influence(b, tried, sensitive), LEAST)
+        influence = lasting(influence, small.total, seen.total)
         weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
     afford = 0.0
     if caches:

@@ -23,10 +23,8 @@ HOPELESS = 1.25
 """A run whose latents have this multiple of the budget is not finished."""
 MOST_RUNS = 2.0
 """Dense runs for each prompt that the check may be worth."""
-CAREFUL = (0.75, 0.5)
-"""Share of its ε that a round takes if none held before: the last one which the check can afford,
-and one that it cannot.
-"""
+CAREFUL = 0.75
+"""Share of its ε that the last round takes which the check can afford, if none held before."""
 CLEAR = 1.5
 """A bound that is this multiple of the budget is not mended by further prompts."""
 WATCHED = 4
@@ -99,11 +97,9 @@ class Checker:
         """
         if any(r.held for r in rounds):
             return 1.0
-        if self.spent(rounds, plan):
-            return CAREFUL[1]
         whole = self.cost(plan)
         last = self.used(rounds) + whole / len(self.shots) + whole > MOST_RUNS
-        return CAREFUL[0] if last else 1.0
+        return CAREFUL if last else 1.0
 
     def speed(self, plan: Plan) -> dict[str, float]:
         """Milliseconds of the denoising, dense and patched: the least of each step over the

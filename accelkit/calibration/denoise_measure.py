@@ -52,6 +52,10 @@ FEW = 40
 """So many places are all screened, on every prompt; of more, further prompts look at those that
 were screened.
 """
+EXACT = (0.01,)
+"""Errors of a head at which one family must be good: small budgets have no use for others."""
+FEW_EXACT = 3
+"""Settings of that family."""
 MOST_PRIMED = 2
 """Settings of a method that lives over several steps: each holds memory between the looks."""
 NO_ROWS = np.zeros(0, dtype=np.int64)
@@ -195,15 +199,27 @@ class _DenseRun:
             if self.stands_for[place] == place:
                 self.run.tell(f"screening {len(self.methods)} methods")
                 book.unit(key, partial(self._screen, place, call, dense, suffix))
-            most = self.run.preset.families
-            families = kept(book[key], self.costs, self.tokens, self.tokens, most)
+            families = self.worth(place, book[key]["families"])
             kinds = {f.settings[0].kind for f in families}
             some = [m for m in self.methods if m.kind in kinds]
             _, tables = calibrated_settings(some, call.site, call, dense, suffix)
-        if self.early[place] == self.late[place]:
-            # Nothing says what a memory is worth some steps later.
-            families = [f for f in families if not _renews(f)]
         return _begin(families, replace(call, tables=tables, memory={}))
+
+    def worth(self, place: str, screened: Mapping[str, Any]) -> list[Family]:
+        """The families that are worth measuring: the best ones, the best where errors must be
+        small, and the best of those that live over several steps.
+        """
+        best = partial(
+            kept, costs=self.costs, tokens=self.tokens, screened_on=self.tokens,
+        )  # fmt: skip
+        lasting = {k: v for k, v in screened.items() if _renews(family_of(k, v))}
+        others = {"families": {k: v for k, v in screened.items() if k not in lasting}}
+        found = best(others, most=max(1, self.run.preset.families - 1))
+        exact = best(others, most=1, tolerances=EXACT)
+        found += [thinned(f, FEW_EXACT) for f in exact if f.name not in {g.name for g in found}]
+        if self.early[place] == self.late[place]:
+            return found  # nothing says what a memory is worth some steps later
+        return found + best({"families": lasting}, most=1)
 
     def _screen(
         self, place: str, call: AttentionCall, dense: Partial, suffix: str

@@ -264,6 +264,21 @@ class Small:
         return float(np.median([relative(*p) for p in zip(found, self.latents(0), strict=True)]))
 
 
+def lasting(influence: Sequence[float], few: int, total: int) -> list[float]:
+    """Influences of the buckets of `total` steps, from those of `few`, in which a bucket may have
+    another share of the steps. What early steps decide, later ones cannot mend: a step counts for
+    no less than a later one.
+    """
+    shares = buckets(total)
+
+    def steps(of: int) -> list[int]:
+        return [sum(low <= s / of < high for s in range(of)) for low, high in shares]
+
+    each = [i * few / max(n, 1) for i, n in zip(influence, steps(few), strict=True)]
+    most = [max(each[b:]) for b in range(len(each))]
+    return [e * n / total for e, n in zip(most, steps(total), strict=True)]
+
+
 def weighed_at(places: Sequence[str]) -> dict[str, str]:
     """The place whose weights count for each: its own where places are few, else that of the same
     site in the middle one of its buckets.

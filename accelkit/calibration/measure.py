@@ -145,7 +145,12 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
 
 
 def kept(
-    record: Mapping[str, Any], costs: CostTable, tokens: int, screened_on: int, most: int
+    record: Mapping[str, Any],
+    costs: CostTable,
+    tokens: int,
+    screened_on: int,
+    most: int,
+    tolerances: Sequence[float] = TOLERANCES,
 ) -> list[Family]:
     """The families of a site that are worth measuring on long prompts, the best first.
 
@@ -170,12 +175,12 @@ def kept(
                 for at, (row, clocked) in enumerate(zip(share, f["ms"], strict=True))
             ]
         )
-        ms[name] = np.array([np.where(error <= t, cost, np.inf).min(0) for t in TOLERANCES])
+        ms[name] = np.array([np.where(error <= t, cost, np.inf).min(0) for t in tolerances])
     chosen: list[str] = []
     best: Any = costs.ride_ms(tokens)
     while len(chosen) < min(most, len(ms)):
         rest = [n for n in ms if n not in chosen]
-        total = {n: float(np.minimum(best, ms[n]).sum()) + len(TOLERANCES) * once[n] for n in rest}
+        total = {n: float(np.minimum(best, ms[n]).sum()) + len(tolerances) * once[n] for n in rest}
         chosen.append(min(rest, key=lambda n: (total[n], n)))
         best = np.minimum(best, ms[chosen[-1]])
     return [family_of(n, found[n]) for n in chosen]

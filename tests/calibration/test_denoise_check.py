@@ -70,9 +70,9 @@ def test_the_last_round_that_can_be_afforded_is_careful() -> None:
     dearest, dear, cheap = (rounds_of(checker(cost), (1.6, 1.9)) for cost in (0.8, 0.6, 0.1))
     assert [now.held for now in dear] == [False, True]
     aim = 0.9 * 0.1 * dear[0].epsilon / dear[0].measured
-    assert dear[1].epsilon == pytest.approx(CAREFUL[0] * aim)
+    assert dear[1].epsilon == pytest.approx(CAREFUL * aim)
     assert cheap[1].epsilon == pytest.approx(aim)
-    assert dearest[0].epsilon == pytest.approx(CAREFUL[0] * dear[0].epsilon)
+    assert dearest[0].epsilon == pytest.approx(CAREFUL * dear[0].epsilon)
 
 
 def take(steps: list[float]) -> Take:

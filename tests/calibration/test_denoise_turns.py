@@ -14,7 +14,7 @@ from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.denoise_caches import Cached
 from accelkit.calibration.denoise_check import CAREFUL, Checker
 from accelkit.calibration.denoise_plan import Planner
-from accelkit.calibration.denoise_weights import Small
+from accelkit.calibration.denoise_weights import Small, lasting
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.refine import Proposal, Round
 from accelkit.calibration.search import DENSE, Choice, Option, Table
@@ -114,8 +114,8 @@ def test_checks_end_after_two_dense_runs() -> None:
         return Round(0.1, Proposal(cost, None, 1.0, 2.0, 0.1, False), rows, held=held)  # type: ignore[arg-type]
 
     assert checker.care([], 0.4) == 1.0
-    assert checker.care([], 0.9) == CAREFUL[0], "a second round would be too much"
-    assert checker.care([turn(0.9, False)], 0.9) == CAREFUL[1]
+    assert checker.care([], 0.9) == CAREFUL, "a second round would be too much"
+    assert checker.care([turn(0.9, False)], 0.9) == CAREFUL
     assert checker.care([turn(0.9, True)], 0.9) == 1.0
     assert not checker.spent([], 0.9)
     assert checker.spent([turn(0.9, False)], 0.9), "without a plan as well"
@@ -124,30 +124,40 @@ def test_checks_end_after_two_dense_runs() -> None:
 
 
 class Doubled(Planner):
-    """Predicts half of every error, and nothing that a check finds changes that."""
+    """Predicts half of every error, until a check has shown it."""
 
     def propose(self, epsilon: float, alone: bool = False) -> Proposal:
-        return Proposal(epsilon, epsilon, 0.9, 1.0, epsilon, False)  # type: ignore[arg-type]
+        error = epsilon / self.scale
+        return Proposal(error, error, 0.9, 1.0, epsilon, False)  # type: ignore[arg-type]
 
-    def learn(self, now: Round, typical: float) -> None: ...
+    def learn(self, now: Round, typical: float) -> None:
+        self.scale = 2.0
 
 
 def test_a_plan_that_is_too_careful_is_better_than_none() -> None:
     """The second round is more than the check may cost; without it the plan would be dense."""
     one = object.__new__(Doubled)
-    one.budget, one.kappas = Budget(max_rel_error=0.1), {None: 1.0}
+    one.budget, one.kappas, one.scale = Budget(max_rel_error=0.1), {None: 1.0}, 1.0
     run = SimpleNamespace(preset=SimpleNamespace(rounds=5), late=lambda share, what: False)
     checker = Checker(None, None, [None] * 2, lambda plan: 0.9, 1.0)  # type: ignore[arg-type]
 
     def check(now: Round, allowed: float) -> None:
         now.rows = [{"done": 1.0}] * 2
-        now.measured = now.bound = 2 * now.epsilon
+        now.measured = now.bound = 2 * now.plan  # type: ignore[operator]
         now.held = now.measured <= allowed
 
     checker.check, checker.speed = check, lambda plan: {"ms": 0.9, "dense_ms": 1.0}  # type: ignore
     found = one.settle(run, checker)  # type: ignore[arg-type]
     assert [r.held for r in found.rounds] == [False, True]
     assert found.best is found.rounds[1]
+
+
+def test_an_early_step_counts_for_no_less_than_a_later_one() -> None:
+    # Of 12 steps buckets have 2, 1, 3 and 6; of 20, 2, 3, 5 and 10.
+    even = lasting([2.0, 1.0, 3.0, 6.0], 12, 20)
+    assert even == pytest.approx([12 * s / 20 for s in (2, 3, 5, 10)])
+    early = lasting([2.0, 0.1, 3.0, 6.0], 12, 20)
+    assert early == pytest.approx(even), "the second bucket's own would be a tenth"
 
 
 def test_a_result_that_tips_over_tells_nothing_of_the_others() -> None:
