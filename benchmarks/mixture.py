@@ -13,7 +13,7 @@ them and dense in every turn of one process; the table is made of these times al
 
     python benchmarks/mixture.py --length 8192 --out benchmarks/results/mixture-8k-cpu.json
     python benchmarks/mixture.py --length 16384 --batch 8 --answers 500 --match \
-        --out benchmarks/results/mixture-16k-h200.json
+        --out benchmarks/results/mixture-16k.json
 
 A run goes on with what its `--out` holds already, so it may be cut into several. Parts of several
 machines are put together with `--join`: what mixtures and settings lose may come from another

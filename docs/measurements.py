@@ -19,11 +19,11 @@ FORCED = (
 MIXTURE = (
     "For each budget the fastest single setting whose worst-task error is no larger than the "
     "mixture's; dense where no single setting was both that good and faster "
-    "(`benchmarks/mixture.py`). All sides answered the same held-out prompts, and were timed in "
-    "turns in one process. Budgets that are no round number are the errors of single settings that "
-    "no mixture had beaten before. Settings that are faster than every mixture of no larger error "
-    "are under `losses` in the file, and beside every setting stands why calibration refuses its "
-    "method, where it does."
+    "(`benchmarks/mixture.py`). Unless the note says otherwise, all sides answered the same "
+    "held-out prompts and were timed in turns in one process. Budgets that are no round number are "
+    "the errors of single settings that no mixture had beaten before. Settings that are faster "
+    "than every mixture of no larger error are under `losses` in the file, and beside every "
+    "setting stands why calibration refuses its method, where it does."
 )
 CALIBRATION = (
     "One calibration of random weights, whose attention is spread: what it finds there is small, "
