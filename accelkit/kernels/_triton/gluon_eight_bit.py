@@ -26,11 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from accelkit.kernels._triton.gluon_eight_parts import (
-    _K_FREE,
     _ROWS,
     _V_FREE,
     _await_turn,
-    _give,
     _in_order,
     _in_turn,
     _key0,
@@ -40,7 +38,7 @@ from accelkit.kernels._triton.gluon_eight_parts import (
     _rounds,
 )
 from accelkit.kernels._triton.gluon_kernel import _barriers, _item, _next
-from accelkit.kernels._triton.gluon_parts import normalised
+from accelkit.kernels._triton.gluon_parts import K_FREE, give, normalised
 from accelkit.kernels._triton.lower import Work
 from accelkit.kernels._triton.tile import LOG2E, one_masked
 from accelkit.kernels.launch import Launch
@@ -236,7 +234,7 @@ def _consume(
                     mbarrier.wait(k_full.index(stage), phase)
                     s = _scores(mine, k, stage, zero, BN, D)
                     s = warpgroup_mma_wait(0, deps=[s])
-                    _give(_K_FREE + stage)
+                    give(K_FREE + stage)
                     x = _hide(_logits(s, c, INT), k0, limit, n_k, BN, sl)
                     m_new = gl.maximum(m, gl.max(x, 1))
                     alpha = gl.exp2(m - m_new)
@@ -249,7 +247,7 @@ def _consume(
                     base = none if PV8 else acc * before[:, None]
                     pv = _product(packed, v, stage, base, BN, D, pl)
                     pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-                    _give(_V_FREE + stage)
+                    give(_V_FREE + stage)
                     acc = _added(acc, before, pv, PV8)
                     stage, phase = _next(stage, phase, STAGES)
             k0 = _key0(LISTS, at, lead, BK, BN)
@@ -257,7 +255,7 @@ def _consume(
             mbarrier.wait(k_full.index(stage), phase)
             s = _scores(mine, k, stage, zero, BN, D)
             s = warpgroup_mma_wait(0, deps=[s])
-            _give(_K_FREE + stage)
+            give(K_FREE + stage)
             x = _hide(_logits(s, c, INT), k0, limit, n_k, BN, sl)
             m_new = gl.maximum(m, gl.max(x, 1))
             alpha = gl.exp2(m - m_new)
@@ -292,7 +290,7 @@ def _consume(
                 k0 = _key0(LISTS, at, gl.minimum(j + 2, n - 1), BK, BN)
                 if LAG:
                     s = warpgroup_mma_wait(0, deps=[s])
-                    _give(_K_FREE + stage)
+                    give(K_FREE + stage)
                     mbarrier.wait(v_full.index(v_stage), v_phase)
                     pv = _product(packed, v, v_stage, base, BN, D, pl)
                 else:
@@ -314,8 +312,8 @@ def _consume(
                     total = _in_order(total)
                 pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
                 if not LAG:
-                    _give(_K_FREE + stage)
-                _give(_V_FREE + v_stage)
+                    give(K_FREE + stage)
+                give(_V_FREE + v_stage)
                 if not PV8:
                     acc = _added(acc, before, pv, PV8)
                 packed = following
@@ -326,7 +324,7 @@ def _consume(
             base = none if PV8 else acc * before[:, None]
             pv = _product(packed, v, stage, base, BN, D, pl)
             pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-            _give(_V_FREE + stage)
+            give(_V_FREE + stage)
             acc = _added(acc, before, pv, PV8)
             stage, phase = _next(stage, phase, STAGES)
         mbarrier.arrive(q_empty.index(side))

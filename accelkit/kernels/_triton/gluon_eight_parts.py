@@ -12,30 +12,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from accelkit.kernels._triton.gluon_kernel import _item
-from accelkit.kernels._triton.gluon_parts import load
+from accelkit.kernels._triton.gluon_parts import K_FREE, load, take
 
 _ROWS = gl.constexpr(64)
-_K_FREE = gl.constexpr(3)
-"""Processor barrier of the first place for K; those of the others follow. Triton uses 0 to 2."""
 _V_FREE = gl.constexpr(7)
 _TURN = gl.constexpr(11)
 """Processor barrier on which the first warpgroup awaits its turn, before that of the second."""
-
-
-@gluon.jit
-def _give(barrier):
-    """A warpgroup is through with a place. Threads: two warpgroups and the copying warp."""
-    gl.inline_asm_elementwise(
-        "bar.arrive $1, 288; mov.b32 $0, 0;", "=r,r", [barrier], gl.int32, False, 1
-    )
-
-
-@gluon.jit
-def _take(barrier):
-    """The copying warp waits until both warpgroups have given a place."""
-    gl.inline_asm_elementwise(
-        "bar.sync $1, 288; mov.b32 $0, 0;", "=r,r", [barrier], gl.int32, False, 1
-    )
 
 
 @gluon.jit
@@ -116,11 +98,11 @@ def _produce(
         for j in range((masked + clean) * R):
             k0 = _key0(LISTS, at, j, BK, BN)
             if copied >= STAGES:
-                _take(_K_FREE + stage)
+                take(K_FREE + stage)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
             if copied >= STAGES:
-                _take(_V_FREE + stage)
+                take(_V_FREE + stage)
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             if PV8:
                 load(v_desc, [b, hk, 0, k0], v_full.index(stage), v.index(stage))
@@ -128,8 +110,8 @@ def _produce(
                 load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
             stage, copied = (stage + 1) % STAGES, copied + 1
     for i in range(gl.minimum(copied, STAGES)):  # no barrier is left half full
-        _take(_K_FREE + (copied - 1 - i) % STAGES)
-        _take(_V_FREE + (copied - 1 - i) % STAGES)
+        take(K_FREE + (copied - 1 - i) % STAGES)
+        take(_V_FREE + (copied - 1 - i) % STAGES)
 
 
 @gluon.jit

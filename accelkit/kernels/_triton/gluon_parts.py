@@ -17,6 +17,25 @@ gather = (
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 """The copy of a tile into shared memory, by the name that this Triton has for it."""
 
+K_FREE = gl.constexpr(3)
+"""Processor barrier of the first place for K; those of the others follow. Triton uses 0 to 2."""
+
+
+@gluon.jit
+def give(barrier):
+    """A warpgroup is through with a place. Threads: two warpgroups and the copying warp."""
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, 288; mov.b32 $0, 0;", "=r,r", [barrier], gl.int32, False, 1
+    )
+
+
+@gluon.jit
+def take(barrier):
+    """The copying warp waits until both warpgroups have given a place."""
+    gl.inline_asm_elementwise(
+        "bar.sync $1, 288; mov.b32 $0, 0;", "=r,r", [barrier], gl.int32, False, 1
+    )
+
 
 @gluon.jit
 def listed(LISTS, start, place, count, n_k):

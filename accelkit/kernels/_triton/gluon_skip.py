@@ -35,29 +35,12 @@ from accelkit.kernels._triton.gluon_kernel import (
     _place,
     _sync,
 )
+from accelkit.kernels._triton.gluon_parts import K_FREE, give, take
 
-K_FREE = gl.constexpr(3)
-"""Processor barrier of the first place for K; those of the others follow. Triton uses 0 to 2."""
 VOTE = gl.constexpr(14)
 """Processor barrier on which the first warpgroup votes, before that of the second."""
 V_STAGES = gl.constexpr(2)
 """Places for V: what one warpgroup still multiplies, and what the other asks for."""
-
-
-@gluon.jit
-def _give(place):
-    """A warpgroup is through with this place for K. Threads: two warpgroups and the K warp."""
-    gl.inline_asm_elementwise(
-        "bar.arrive $1, 288; mov.b32 $0, 0;", "=r,r", [K_FREE + place], gl.int32, False, 1
-    )
-
-
-@gluon.jit
-def _take(place):
-    """The K warp waits until both warpgroups have given a place."""
-    gl.inline_asm_elementwise(
-        "bar.sync $1, 288; mov.b32 $0, 0;", "=r,r", [K_FREE + place], gl.int32, False, 1
-    )
 
 
 @gluon.jit
@@ -81,13 +64,13 @@ def _produce_k(
         for j in range((masked + clean) * R):
             k0 = gl.load(at + j // R) * BK + (j % R) * BN
             if copied >= STAGES:
-                _take(stage)
+                take(K_FREE + stage)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             _load(k_desc, [b, hk, k0, 0], k_full.index(stage), k.index(stage))
             stage, copied = (stage + 1) % STAGES, copied + 1
         place, round = _place(round + 1), round + 1
     for i in range(gl.minimum(copied, STAGES)):  # no barrier is left half full
-        _take((copied - 1 - i) % STAGES)
+        take(K_FREE + (copied - 1 - i) % STAGES)
 
 
 @gluon.jit
@@ -227,7 +210,7 @@ def _consume(
                 block = gl.load(at + (j + 1) // R, mask=j + 1 < n, other=0)
                 mbarrier.wait(k_full.index(stage), phase, pred=j + 1 < n)
                 s = warpgroup_mma_wait(0, deps=[scores])
-            _give(k_stage)
+            give(K_FREE + k_stage)
             if k0 + BN > safe:
                 s = _hide(s, k0, limit, BN, sl)
             # Maxima of what each of a row's four threads holds: enough to vote.
