@@ -50,3 +50,15 @@ def test_single_keys_have_a_speed_of_their_own(report: ModuleType) -> None:
     whole["parts"] = [{"part": "gather", **shape, "rates": {"gluon": 0.7, "triton": 0.3}}]
     found = {(r["backend"], *r["unit"]): r["speed"] for r in report.speeds(whole)}
     assert found == {("gluon", 128, 128): 0.8, ("gluon", 128, 1): 0.7, ("triton", 128, 1): 0.3}
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 5, 6])
+def test_each_piece_of_work_follows_each_other_equally_often(
+    report: ModuleType, pieces: int
+) -> None:
+    timing = importlib.import_module("attention.timing")
+    rounds = [timing.turns(pieces, r) for r in range(2 * pieces)]
+    assert all(sorted(order) == list(range(pieces)) for order in rounds)
+    pairs = [(a, b) for order in rounds for a, b in zip(order, order[1:], strict=False)]
+    assert {pairs.count(p) for p in set(pairs)} <= {2}
+    assert len(set(pairs)) == pieces * (pieces - 1)
