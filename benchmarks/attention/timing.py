@@ -11,9 +11,9 @@ from accelkit.calibration.fit_clock import device_ms
 
 
 def turns(pieces: int, round: int) -> list[int]:
-    """Order of some pieces of work in a round. In as many rounds as there are pieces, or in twice as
-    many where their number is odd, each follows each other one equally often: how fast a processor
-    runs depends on how much power it drew just before.
+    """Order of some pieces of work in a round. In as many rounds as there are pieces, or in twice
+    as many where their number is odd, each follows each other one equally often: how fast a
+    processor runs depends on how much power it drew just before.
     """
     zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(pieces)]
     order = [(place + round) % pieces for place in zigzag]
