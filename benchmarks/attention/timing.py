@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from accelkit.calibration.fit_clock import device_ms
+from accelkit.calibration.fit.clock import device_ms
 
 
 def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dict[str, float]:
