@@ -27,11 +27,12 @@ from denoise_dit import built
 from diffusers import WanPipeline
 
 import accelkit
-from accelkit.calibration import denoise, video
+from accelkit.calibration.denoise import calibrate as denoise
+from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.video import Settings
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.refine import Round
 from accelkit.calibration.results import environment
-from accelkit.calibration.video import Settings
 
 TIMED = 3
 """Steps of the dense run that is timed; the first one of them only warms up."""

@@ -23,18 +23,16 @@ import torch
 from pareto_target import DENSE_STEPS, single_cost, unit_of
 
 import accelkit
-from accelkit.calibration import (
-    denoise,
-    denoise_check,
-    denoise_measure,
-    fit,
-    quality,
-    video,
-    video_bench,
-)
+from accelkit.calibration.bench import video as video_bench
 from accelkit.calibration.candidates import Bench, Family, between, calibrated_settings, stored
 from accelkit.calibration.capture import dense_attention
-from accelkit.calibration.video import Settings, Shot, Take
+from accelkit.calibration.denoise import calibrate as denoise
+from accelkit.calibration.denoise import check as denoise_check
+from accelkit.calibration.denoise import measure as denoise_measure
+from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.video import Settings, Shot, Take
+from accelkit.calibration.evaluation import quality
+from accelkit.calibration.fit import fit
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.adapters import facts, sites, watch
 from accelkit.patches.method import AttentionMethod

@@ -17,8 +17,12 @@ import torch
 from denoise_dit import built, density, forced
 
 import accelkit
-from accelkit.calibration import fit, fit_clock, fit_inputs, video, video_bench
+from accelkit.calibration.bench import video as video_bench
 from accelkit.calibration.candidates import prime, stored
+from accelkit.calibration.denoise import video
+from accelkit.calibration.fit import clock as fit_clock
+from accelkit.calibration.fit import fit
+from accelkit.calibration.fit import inputs as fit_inputs
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall

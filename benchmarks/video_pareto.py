@@ -45,10 +45,12 @@ from pareto_curves import (
 )
 from pareto_target import DENSE_STEPS, confirmed, measured_costs, moved, single_cost
 
-from accelkit.calibration import denoise_caches, pipelines, video_bench
+from accelkit.calibration.bench import video as video_bench
 from accelkit.calibration.candidates import Family, chosen_methods, stored, thinned
+from accelkit.calibration.denoise import caches as denoise_caches
+from accelkit.calibration.denoise.video import Settings
+from accelkit.calibration.opening import pipelines
 from accelkit.calibration.results import environment
-from accelkit.calibration.video import Settings
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.adapters import facts
 from accelkit.patches.method import AttentionMethod

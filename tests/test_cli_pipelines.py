@@ -38,7 +38,7 @@ def plan(pipe, prompts, tmp_path_factory) -> str:
     """
     speed = {"dense_ms": 2.0, "ms": 1.0}
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("accelkit.calibration.denoise_check.Checker.speed", lambda self, plan: speed)
+        m.setattr("accelkit.calibration.denoise.check.Checker.speed", lambda self, plan: speed)
         return calibrated(pipe, prompts, tmp_path_factory)
 
 

@@ -12,14 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from accelkit.calibration import assemble, fit, measure, memory, quality
 from accelkit.calibration import data as prompts
-from accelkit.calibration.assemble import SiteData
+from accelkit.calibration import memory
 from accelkit.calibration.candidates import Family, chosen_methods
 from accelkit.calibration.capture import forward
+from accelkit.calibration.evaluation import quality
+from accelkit.calibration.evaluation.tasks import MIN_LENGTH
+from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
-from accelkit.calibration.measure import PRESETS, PROBE_TOKENS, Run
-from accelkit.calibration.prefill_plan import refined
+from accelkit.calibration.prefill import assemble, measure
+from accelkit.calibration.prefill.assemble import SiteData
+from accelkit.calibration.prefill.measure import PRESETS, PROBE_TOKENS, Run
+from accelkit.calibration.prefill.plan import refined
 from accelkit.calibration.session import (
     Bar,
     Stopwatch,
@@ -32,7 +36,6 @@ from accelkit.calibration.session import (
     version,
     weights_digest,
 )
-from accelkit.calibration.tasks import MIN_LENGTH
 from accelkit.errors import InvalidInputError, NothingPatchedError
 from accelkit.patches.adapters import adapter_for, facts, sites, trimmable
 from accelkit.patches.method import Method
@@ -107,7 +110,7 @@ def calibrate(
     adapter, bare = adapter_for(model)
     size = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
     if "denoise" in adapter.PHASES:
-        from accelkit.calibration import denoise
+        from accelkit.calibration.denoise import calibrate as denoise
 
         others = {"batch": batch if batch != 1 else None, "every_row": every_row or None}
         _unused({"tokenizer": tokenizer, "lengths": lengths, **others}, "a pipeline")
@@ -282,7 +285,8 @@ def dry_run(
     """
     adapter, bare = adapter_for(model)
     if "denoise" in adapter.PHASES:
-        from accelkit.calibration import video, video_bench
+        from accelkit.calibration.bench import video as video_bench
+        from accelkit.calibration.denoise import video
 
         size = video.Settings(height, width, num_frames, steps)
         return video_bench.bound(bare, size, video.gather(None, 0, 1, 1).measure[0])

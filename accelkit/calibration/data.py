@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from accelkit.calibration import tasks
-from accelkit.calibration.tasks import Sample
+from accelkit.calibration.evaluation import tasks
+from accelkit.calibration.evaluation.tasks import Sample
 from accelkit.errors import InvalidInputError
 
 QUESTION = 8

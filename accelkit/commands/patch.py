@@ -68,7 +68,7 @@ def patch(
 ) -> None:
     """Run MODEL with a plan: its answer or video, its speed, and how far it agrees with dense."""
     console.verbosity(talk)
-    from accelkit.calibration import pipelines
+    from accelkit.calibration.opening import pipelines
 
     text = prompt if prompt_file is None else console.read_text(prompt_file)
     where = {"dtype": dtype, "device": device}
@@ -100,7 +100,9 @@ def patch(
 
 def _show(opened: Any, save: Path | None, yes: bool, **how: Any) -> tuple[dict[str, Any], Any]:
     """A pipeline with its plan: videos, a contact sheet and what was gained."""
-    from accelkit.calibration import opening, pipelines, video_bench
+    from accelkit.calibration.bench import video as video_bench
+    from accelkit.calibration.opening import models as opening
+    from accelkit.calibration.opening import pipelines
 
     pipe, plan, *_ = opened
     for path in (how["output"], save and save / pipelines.INDEX):
@@ -125,8 +127,8 @@ def _answer(
     """A language model with its plan: both answers, if there is a question (text or None for the
     demo, its length, its seed), and where things lie.
     """
-    from accelkit.calibration import compare as sides
-    from accelkit.calibration import opening
+    from accelkit.calibration.evaluation import compare as sides
+    from accelkit.calibration.opening import models as opening
 
     model, tokenizer, read, place = opening.opened(name, plan, **where)
     document: dict[str, Any] = {"plan": place, "report": opening.report_beside(place)}

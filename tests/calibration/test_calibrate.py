@@ -12,7 +12,8 @@ import torch
 from tiny_cases import byte_tokenizer, probe_methods, tiny_model
 
 from accelkit.calibration import calibrate as flow
-from accelkit.calibration import fit, prefill_check
+from accelkit.calibration.fit import fit
+from accelkit.calibration.prefill import check as prefill_check
 from accelkit.errors import InvalidInputError, UnknownMethodError
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.patch import patch

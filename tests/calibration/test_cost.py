@@ -9,7 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from accelkit.calibration import fit, fit_ahead, fit_inputs, fit_kernels, fit_methods
+from accelkit.calibration.fit import ahead as fit_ahead
+from accelkit.calibration.fit import fit
+from accelkit.calibration.fit import inputs as fit_inputs
+from accelkit.calibration.fit import kernels as fit_kernels
+from accelkit.calibration.fit import methods as fit_methods
 from accelkit.kernels.cost import (
     CostTable,
     Kernel,

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_cases import byte_tokenizer
 
-from accelkit.calibration import data, tasks
-from accelkit.calibration.tasks import Sample
+from accelkit.calibration import data
+from accelkit.calibration.evaluation import tasks
+from accelkit.calibration.evaluation.tasks import Sample
 from accelkit.errors import InvalidInputError
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 100

@@ -14,11 +14,14 @@ from planted import video as planted_video
 from tiny_cases import probe_methods
 
 import accelkit
-from accelkit.calibration import candidates, denoise_check, denoise_measure, fit
+from accelkit.calibration import candidates
 from accelkit.calibration.capture import dense_attention
-from accelkit.calibration.denoise_look import buckets
-from accelkit.calibration.denoise_weights import weighed_at
-from accelkit.calibration.quality import site_weights
+from accelkit.calibration.denoise import check as denoise_check
+from accelkit.calibration.denoise import measure as denoise_measure
+from accelkit.calibration.denoise.look import buckets
+from accelkit.calibration.denoise.weights import weighed_at
+from accelkit.calibration.evaluation.quality import site_weights
+from accelkit.calibration.fit import fit
 from accelkit.errors import InvalidInputError, PlanTransferWarning
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.kernels.index import Partial
@@ -173,8 +176,8 @@ def test_killed_and_resumed(tmp_path, monkeypatch) -> None:
     keep = next(n for n, line in enumerate(lines) if '"influence/1/0"' in line)
     path.write_text("".join(lines[:keep]) + lines[keep][:20])
     # What stands in the journal is not done again: neither screening nor measuring runs.
-    monkeypatch.setattr("accelkit.calibration.denoise_measure.prime", None)
-    monkeypatch.setattr("accelkit.calibration.denoise_measure.calibrated_settings", None)
+    monkeypatch.setattr("accelkit.calibration.denoise.measure.prime", None)
+    monkeypatch.setattr("accelkit.calibration.denoise.measure.calibrated_settings", None)
     again = run(pipe, journal=path, resume=True)
     repeated = path.read_text().splitlines(keepends=True)
     assert repeated[:keep] == lines[:keep]

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from planted import video as planted_video
 
-from accelkit.calibration import denoise_measure, denoise_plan
 from accelkit.calibration.candidates import Bench, Family
 from accelkit.calibration.capture import dense_attention
-from accelkit.calibration.denoise_caches import Cached
-from accelkit.calibration.denoise_check import CAREFUL, Checker
-from accelkit.calibration.denoise_plan import Planner
-from accelkit.calibration.denoise_weights import Small, lasting
+from accelkit.calibration.denoise import measure as denoise_measure
+from accelkit.calibration.denoise import plan as denoise_plan
+from accelkit.calibration.denoise.caches import Cached
+from accelkit.calibration.denoise.check import CAREFUL, Checker
+from accelkit.calibration.denoise.plan import Planner
+from accelkit.calibration.denoise.weights import Small, lasting
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.refine import Proposal, Round
 from accelkit.calibration.search import DENSE, Choice, Option, Table

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny_cases import byte_tokenizer, probe_methods, tiny_model
 
-from accelkit.calibration import quality, tasks
 from accelkit.calibration.capture import capture
+from accelkit.calibration.evaluation import quality, tasks
 from accelkit.kernels.index import Partial
 from accelkit.patches import method
 from accelkit.patches.patch import plan_of

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from accelkit.calibration import data, fit, quality
+from accelkit.calibration import data
 from accelkit.calibration.candidates import (
     REUSE_UNIT,
     Bench,
@@ -28,9 +28,11 @@ from accelkit.calibration.candidates import (
     thinned,
 )
 from accelkit.calibration.capture import See, capture
+from accelkit.calibration.evaluation import quality
+from accelkit.calibration.evaluation.tasks import Sample
+from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.profile import UNIT, profile
-from accelkit.calibration.tasks import Sample
 from accelkit.kernels.cost import CostTable
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.patches.call import AttentionCall, Site

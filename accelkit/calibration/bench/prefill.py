@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from accelkit.calibration import tasks
-from accelkit.calibration.evaluate import FIRST_SEED, need_sparse
+from accelkit.calibration.evaluation import tasks
+from accelkit.calibration.evaluation.evaluate import FIRST_SEED, need_sparse
 from accelkit.errors import AccelkitError, GateFailedError, InvalidInputError
 from accelkit.patches.adapters import facts, sites
 from accelkit.patches.call import Clock
@@ -281,8 +281,8 @@ def fit_costs(
     `step` and `expect` as `fit` calls them.
     """
     from accelkit.calibration.candidates import chosen_methods
-    from accelkit.calibration.fit import fit
-    from accelkit.calibration.fit_inputs import Shape
+    from accelkit.calibration.fit.fit import fit
+    from accelkit.calibration.fit.inputs import Shape
 
     fingerprint, heads = facts(model)
     size = next(iter(fingerprint.components.values()))

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from accelkit.calibration.perceptual import lpips_of
-from accelkit.calibration.quality import relative, synchronise
+from accelkit.calibration.denoise.perceptual import lpips_of
+from accelkit.calibration.evaluation.quality import relative, synchronise
 from accelkit.errors import InvalidInputError
 
 BUILT_IN = (

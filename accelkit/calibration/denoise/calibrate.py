@@ -14,23 +14,21 @@ from typing import Any
 
 import torch
 
-from accelkit.calibration import (
-    denoise_caches,
-    denoise_look,
-    denoise_measure,
-    fit,
-    measure,
-    session,
-    video,
-)
+from accelkit.calibration import session
 from accelkit.calibration.candidates import chosen_methods
-from accelkit.calibration.denoise_check import Checker
-from accelkit.calibration.denoise_look import bucket_of, site_of
-from accelkit.calibration.denoise_plan import Planner
-from accelkit.calibration.denoise_weights import Small, lasting, trial, weighed_at
+from accelkit.calibration.denoise import caches as denoise_caches
+from accelkit.calibration.denoise import look as denoise_look
+from accelkit.calibration.denoise import measure as denoise_measure
+from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.check import Checker
+from accelkit.calibration.denoise.look import bucket_of, site_of
+from accelkit.calibration.denoise.plan import Planner
+from accelkit.calibration.denoise.video import Settings
+from accelkit.calibration.denoise.weights import Small, lasting, trial, weighed_at
+from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
-from accelkit.calibration.measure import Preset, Run
-from accelkit.calibration.video import Settings
+from accelkit.calibration.prefill import measure
+from accelkit.calibration.prefill.measure import Preset, Run
 from accelkit.errors import InvalidInputError, NothingPatchedError
 from accelkit.patches.adapters import facts, sites
 from accelkit.patches.method import Method

@@ -14,7 +14,7 @@ from typing import Any
 
 from accelkit.calibration.candidates import calibrated_settings, families, prime
 from accelkit.calibration.capture import dense_attention
-from accelkit.calibration.fit_inputs import Shape, fresh
+from accelkit.calibration.fit.inputs import Shape, fresh
 from accelkit.kernels.cost import CostTable, MethodCost, Points, interpolate
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.select import density

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from accelkit.calibration import tasks
-from accelkit.calibration.evaluate import FIRST_SEED, logits_at, need_sparse
+from accelkit.calibration.evaluation import tasks
+from accelkit.calibration.evaluation.evaluate import FIRST_SEED, logits_at, need_sparse
 from accelkit.errors import InvalidInputError
 from accelkit.patches.patch import disabled, patch
 from accelkit.patches.plan import Plan

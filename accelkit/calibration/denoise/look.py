@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from accelkit.calibration import video
-from accelkit.calibration.measure import Run
-from accelkit.calibration.video import Enough, Settings, Shot
+from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.video import Enough, Settings, Shot
+from accelkit.calibration.prefill.measure import Run
 from accelkit.errors import NothingPatchedError
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall, Geometry, Span

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from accelkit.calibration import fit_kernels, fit_methods
 from accelkit.calibration.capture import dense_attention
-from accelkit.calibration.fit_inputs import Shape
+from accelkit.calibration.fit import kernels as fit_kernels
+from accelkit.calibration.fit import methods as fit_methods
+from accelkit.calibration.fit.inputs import Shape
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 

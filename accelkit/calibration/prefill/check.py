@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from accelkit.calibration import quality, session
-from accelkit.calibration.bench import prefill, times_ms
+from accelkit.calibration import session
+from accelkit.calibration.bench.prefill import prefill, times_ms
 from accelkit.calibration.data import Inputs
-from accelkit.calibration.fit_clock import device_ms
-from accelkit.calibration.measure import Run
+from accelkit.calibration.evaluation import quality
+from accelkit.calibration.evaluation.tasks import Sample
+from accelkit.calibration.fit.clock import device_ms
+from accelkit.calibration.prefill.measure import Run
 from accelkit.calibration.refine import Round, plan_digest
-from accelkit.calibration.tasks import Sample
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 

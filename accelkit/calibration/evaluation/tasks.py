@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from accelkit.calibration.corpus import source_corpus as source_corpus
+from accelkit.calibration.evaluation.corpus import source_corpus as source_corpus
 
 TASKS = ("needle", "multi_key", "multi_value", "key_value", "variables", "common_words", "text")
 """Names of all the kinds of prompt; the last has no questions."""

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
-from accelkit.calibration import fit_ahead, fit_kernels, fit_methods
 from accelkit.calibration.capture import dense_attention
-from accelkit.calibration.fit_clock import clock, dense_ms
-from accelkit.calibration.fit_inputs import Shape, random_call
+from accelkit.calibration.fit import ahead as fit_ahead
+from accelkit.calibration.fit import kernels as fit_kernels
+from accelkit.calibration.fit import methods as fit_methods
+from accelkit.calibration.fit.clock import clock, dense_ms
+from accelkit.calibration.fit.inputs import Shape, random_call
 from accelkit.kernels.cost import CostTable, MethodCost, name
 from accelkit.patches.method import AttentionMethod
 

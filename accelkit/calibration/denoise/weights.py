@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accelkit.calibration import video
 from accelkit.calibration.capture import See, dense_attention
-from accelkit.calibration.denoise_look import (
+from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.look import (
     Look,
     bucket_of,
     buckets,
@@ -27,9 +27,9 @@ from accelkit.calibration.denoise_look import (
     scaled,
     site_of,
 )
-from accelkit.calibration.denoise_measure import Measurements
-from accelkit.calibration.measure import Run
-from accelkit.calibration.quality import (
+from accelkit.calibration.denoise.measure import Measurements
+from accelkit.calibration.denoise.video import Shot
+from accelkit.calibration.evaluation.quality import (
     NOISE,
     ONE_IN_TWENTY,
     LeftOut,
@@ -37,8 +37,8 @@ from accelkit.calibration.quality import (
     noise_like,
     relative,
 )
+from accelkit.calibration.prefill.measure import Run
 from accelkit.calibration.search import composed
-from accelkit.calibration.video import Shot
 from accelkit.errors import AccelkitError
 from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import watch

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from accelkit.calibration import quality
-from accelkit.calibration.assemble import SiteData, assemble, crossover, kept_row, trimmed
-from accelkit.calibration.blame import Head, culprit, raised
 from accelkit.calibration.data import Inputs
-from accelkit.calibration.measure import Run
-from accelkit.calibration.prefill_check import Checker
+from accelkit.calibration.evaluation import quality
+from accelkit.calibration.prefill.assemble import SiteData, assemble, crossover, kept_row, trimmed
+from accelkit.calibration.prefill.blame import Head, culprit, raised
+from accelkit.calibration.prefill.check import Checker
+from accelkit.calibration.prefill.measure import Run
 from accelkit.calibration.refine import Proposal, Round, in_turns, outcome_numbers, short
 from accelkit.calibration.search import DENSE, Choice, Solution, search
 from accelkit.kernels.cost import CostTable

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from accelkit.calibration import video
-from accelkit.calibration.opening import (
+from accelkit.calibration.denoise import video
+from accelkit.calibration.opening.models import (
     choose_device,
     choose_dtype,
     describe_model,

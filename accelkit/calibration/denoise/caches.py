@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from accelkit.calibration import video
 from accelkit.calibration.candidates import stored
-from accelkit.calibration.denoise_look import bucket_of, place_of
-from accelkit.calibration.denoise_weights import Small
-from accelkit.calibration.measure import Run
-from accelkit.calibration.quality import relative
+from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.look import bucket_of, place_of
+from accelkit.calibration.denoise.weights import Small
+from accelkit.calibration.evaluation.quality import relative
+from accelkit.calibration.prefill.measure import Run
 from accelkit.errors import AccelkitError, UnsupportedModelError
 from accelkit.patches import method as registry
 from accelkit.patches.adapters import watch

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from accelkit.calibration import denoise_look, fit, frames, video
-from accelkit.calibration.bench import heads_by_policy, serves
+from accelkit.calibration.bench.prefill import heads_by_policy, serves
 from accelkit.calibration.candidates import stored
-from accelkit.calibration.video import Settings, Shot, Take
+from accelkit.calibration.denoise import look as denoise_look
+from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.video import Settings, Shot, Take
+from accelkit.calibration.fit import fit
+from accelkit.calibration.show import frames
 from accelkit.errors import GateFailedError, InvalidInputError, NothingPatchedError
 from accelkit.patches.adapters import facts
 from accelkit.patches.call import Clock

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accelkit.calibration import video
 from accelkit.calibration.candidates import (
     Bench,
     Family,
@@ -27,10 +26,11 @@ from accelkit.calibration.candidates import (
     thinned,
 )
 from accelkit.calibration.capture import dense_attention
-from accelkit.calibration.denoise_look import Look, bucket_of, scaled, site_of
-from accelkit.calibration.measure import Run, family_of, kept
+from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.look import Look, bucket_of, scaled, site_of
+from accelkit.calibration.denoise.video import Enough, Settings, Shot
+from accelkit.calibration.prefill.measure import Run, family_of, kept
 from accelkit.calibration.profile import UNIT, profile
-from accelkit.calibration.video import Enough, Settings, Shot
 from accelkit.kernels.cost import CostTable
 from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import watch

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelkit.calibration.pictures import (
+from accelkit.calibration.show.pictures import (
     colour_of,
     figure,
     head_rows,

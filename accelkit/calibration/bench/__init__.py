@@ -1,0 +1,1 @@
+"""Speed of patched models and pipelines against dense ones, in one process."""

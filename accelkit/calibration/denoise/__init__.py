@@ -1,0 +1,1 @@
+"""Calibration of diffusers pipelines, by site and share of the denoising steps."""

@@ -1,0 +1,1 @@
+"""Calibration of language models' prefill, by head."""
