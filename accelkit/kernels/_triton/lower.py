@@ -20,8 +20,11 @@ from accelkit.kernels.launch import END, FAR, Launch
 
 _KEEP_BYTES = 16 * 2**20
 _CACHE_BYTES = 16 * 2**20
-_SECTIONS = 16
-_BINS = 256
+_SECTIONS = 32
+_BINS = 65536 // _SECTIONS
+"""Lengths that are told apart in a section: with the sections they fill the 16 bits that are
+sorted.
+"""
 FIELDS = tl.constexpr(6)
 Sort = tuple[Tensor, int]
 """Bin of each row, in whose order rows run, and KV heads of a section."""
@@ -61,13 +64,15 @@ def _row(START, COUNT, TILES, s_ib, s_ih, s_ir, n_heads, n_tiles):
 def _bin(BIN, KV_HEADS, pid, b, h, length, n_kv, section, BINS: tl.constexpr):
     """Put a row into the bin of its length. Sections run from the last to the first, and lengths
     fall in one and rise in the next, so that what runs at one time is alike where sections meet;
-    short rows come at the end of all.
+    short rows come at the end of all. Rows of one length that begin together read the same keys at
+    the same time, which the cache then holds.
     """
-    # Exponent and four leading bits of the length: exact to 32, then in steps of a sixteenth.
-    steps = length.to(tl.float32).to(tl.int32, bitcast=True) >> 19
+    # Exponent and seven leading bits of the length: exact to 256, then in steps of 1/128.
+    steps = length.to(tl.float32).to(tl.int32, bitcast=True) >> 16
     section = (b * n_kv + tl.load(KV_HEADS + h)) // section
-    steps = tl.minimum(tl.maximum(steps - 2031, 0), BINS - 1)
-    tl.store(BIN + pid, tl.where(section % 2 == 0, BINS - 1 - steps, steps) - section * BINS)
+    steps = tl.minimum(tl.maximum(steps - 16255, 0), BINS - 1)
+    steps = tl.where(section % 2 == 0, BINS - 1 - steps, steps)
+    tl.store(BIN + pid, steps + (32768 - BINS) - section * BINS)
 
 
 @triton.jit(do_not_specialize=_SIZES)
