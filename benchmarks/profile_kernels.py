@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from attention.peers import dense_paths
-from attention.shapes import FULL, LLM, LONG, random_call, random_mask, stripes
+from attention.shapes import FULL, LLM, LONG, VIDEO, Shape, random_call, random_mask, stripes
 
 from accelkit.kernels import scores
 from accelkit.kernels.dispatch import attend
@@ -52,10 +52,10 @@ COUNTERS = {
 STALL = "smsp__average_warps_issue_stalled_"
 
 
-def _listed(density: float, backend: str) -> Callable[[], object]:
-    q, k, v = random_call(FULL, "cuda", torch.bfloat16)
-    index = BlockIndex.from_mask(random_mask(FULL, BLOCK, density, "cuda"), BLOCK)
-    return lambda: attend(q, k, v, index, causal=False, backend=backend)
+def _listed(shape: Shape, density: float) -> Callable[[], object]:
+    q, k, v = random_call(shape, "cuda", torch.bfloat16)
+    index = BlockIndex.from_mask(random_mask(shape, BLOCK, density, "cuda"), BLOCK)
+    return lambda: attend(q, k, v, index, causal=shape.causal, backend="gluon")
 
 
 def _dense() -> Callable[[], object]:
@@ -91,8 +91,10 @@ def _gather(backend: str) -> Callable[[], object]:
 CASES: dict[str, tuple[str, Callable[[], Callable[[], object]]]] = {
     "skip 75 %": ("skipping", lambda: _skip(3)),
     "skip 0 %": ("skipping", lambda: _skip(0)),
-    "full 0.5": ("block_sparse", lambda: _listed(0.5, "gluon")),
-    "full 0.05": ("block_sparse", lambda: _listed(0.05, "gluon")),
+    "full 0.5": ("block_sparse", lambda: _listed(FULL, 0.5)),
+    "full 0.05": ("block_sparse", lambda: _listed(FULL, 0.05)),
+    "full 118,800 0.25": ("block_sparse", lambda: _listed(VIDEO, 0.25)),
+    "causal 128K 0.25": ("block_sparse", lambda: _listed(LONG, 0.25)),
     "gather, triton": ("_gather", lambda: _gather("triton")),
     "gather, gluon": ("key_gather", lambda: _gather("gluon")),
     "cudnn": (".*", _dense),
