@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from tiny_cases import probe_methods
 
+from accelkit.calibration.assemble import Measured, SiteData, wanted
 from accelkit.calibration.candidates import Family
-from accelkit.calibration.prefill.assemble import Measured, SiteData, wanted
 from accelkit.calibration.search import Loan, Option, Table
 from accelkit.patches import method
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from accelkit.calibration.candidates import lists_ms, parts_of, stored
-from accelkit.calibration.prefill.measure import kept
+from accelkit.calibration.stages import kept
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.method import load
 

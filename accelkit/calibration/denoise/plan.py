@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 from accelkit.calibration import refine
+from accelkit.calibration.assemble import SiteData, assemble, site_data
 from accelkit.calibration.denoise.caches import Cached
 from accelkit.calibration.denoise.check import Checker
 from accelkit.calibration.denoise.look import Look, bucket_of, buckets, site_of
 from accelkit.calibration.denoise.measure import Measurements
 from accelkit.calibration.denoise.weights import Small
 from accelkit.calibration.evaluation.quality import geometric_mean
-from accelkit.calibration.prefill.assemble import SiteData, assemble, site_data
-from accelkit.calibration.prefill.measure import Run
 from accelkit.calibration.search import (
     DENSE,
     Choice,
@@ -29,6 +28,7 @@ from accelkit.calibration.search import (
     predicted,
     search,
 )
+from accelkit.calibration.session import Run
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, LayerPlan, Limits, Plan, Schedule
 
