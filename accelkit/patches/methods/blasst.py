@@ -43,8 +43,11 @@ class BLASST(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"scale_factor": 0.0}
 
     scale_factor: Annotated[float, Field(ge=0)] | str = 587.0
+    """λ times the number of keys: larger skips more."""
     block: int = Field(128, ge=16, le=128)
+    """Side of a tile in tokens."""
     min_tokens: int = Field(1024, ge=0)
+    """Shorter prompts run dense."""
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         if call.n_k < self.min_tokens:

@@ -34,10 +34,15 @@ class FlashPrefill(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"alpha": 0.0}
 
     alpha: Share | str = 0.1
+    """Least score of a block that is read ÷ the greatest of its row."""
     sink_blocks: int = Field(2, ge=0)
+    """First blocks, read by all tiles."""
     local_blocks: int = Field(4, ge=1)
+    """Newest blocks that a tile reads, its own among them."""
     dense_tiles: int = Field(2, ge=0)
+    """Last tiles of the prompt, which read everything."""
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         if call.n_k <= self.block * (self.sink_blocks + self.local_blocks + self.dense_tiles):

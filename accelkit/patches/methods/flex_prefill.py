@@ -38,10 +38,15 @@ class FlexPrefill(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"coverage": 1.0, "divergence": 0.0}
 
     coverage: Share | str = 0.9
+    """Share of the attention mass that blocks or lines must hold."""
     divergence: Annotated[float, Field(ge=0)] | str = 0.1
+    """Greatest √JSD (√nats) at which a head trusts pooled vectors."""
     min_budget_tokens: int = Field(1024, ge=1)
+    """Least columns, and least offsets, that a head reads."""
     max_budget_tokens: int | None = Field(None, ge=1)
+    """Most of each; None: all."""
     block: int = Field(128, ge=16, le=128)
+    """Side of a block, and rows of the last query block, in tokens."""
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         b, size = self.block, (self.block, self.block)

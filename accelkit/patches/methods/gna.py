@@ -48,14 +48,19 @@ class GNA(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"window": (1.0, 1.0, 1.0)}
 
     window: tuple[Share, Share, Share] = (0.6, 0.5, 0.3)
+    """Window on frames, rows and columns, as shares of each axis."""
     stride: tuple[Step, Step, Step] | None = None
+    """Neighbours that share their leader's window, in tokens of each axis; None: a tile."""
     dilation: tuple[Step, Step, Step] = (1, 1, 1)
+    """Every so many tokens of an axis count as neighbours."""
     tile: tuple[Step, Step, Step] | None = None
+    """Frames, rows and columns of a tile, in tokens; None: what fits the grid best."""
     whole_tiles: bool = False
     """A block for each tile of queries, and every block of keys that its windows touch: no token
     misses a key of its window, and some see a few more. Otherwise blocks are rounded on both sides.
     """
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
 
     def order(self, call: AttentionCall) -> Order | None:
         where = parts.grids.narrowed(call, self.window)

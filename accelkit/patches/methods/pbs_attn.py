@@ -33,8 +33,11 @@ class PBSAttn(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"coverage": 1.0}
 
     coverage: Share | str = 0.9
+    """Share of a tile's pooled mass over earlier segments that its blocks must hold."""
     segment_tokens: int = Field(256, ge=16)
+    """Keys that may change places with one another."""
     block: int = Field(128, ge=16, le=128)
+    """Side of a block in tokens."""
 
     def order(self, call: AttentionCall) -> Order | None:
         if self._short(call):

@@ -37,8 +37,11 @@ class XAttention(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"coverage": 1.0}
 
     coverage: Share | str = 0.9
+    """Share of a row's score that its blocks must hold."""
     stride: int = Field(8, ge=1)
+    """S, tokens between the antidiagonals."""
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
     qk: Literal["native", "int8"] | None = None
     """Precision of the score's products; None: int8 on a GPU, where it takes about half the time
     and finds nearly the same blocks, else the inputs' own."""
