@@ -214,7 +214,7 @@ def test_some_heads_only(name: str):
 
 @pytest.mark.parametrize("name", [n for n in SELECTORS if takes_table(n)])
 def test_a_number_for_each_head(name: str):
-    """A `PerHead` dial read from a side tensor gives each head what the plain number gives."""
+    """A dial read from a side tensor gives each head what the plain number gives."""
     dial, call = load(name).dial, random_call()
     values = [dial.values[0], dial.values[-1]] * 2
     tables = {"per_head": torch.tensor(values)}
