@@ -68,6 +68,7 @@ CALIBRATION_ROOMS = {
     "denoise": 4,
     "opening": 5,
     "bench": 5,
+    "compare": 5,
     "calibrate": 6,
 }
 EXCEPTIONS = {
@@ -236,7 +237,10 @@ def test_rooms_of_calibration():
             continue
         if CALIBRATION_ROOMS[target] >= CALIBRATION_ROOMS[source]:
             wrong.append(edge)
-    report(wrong, "inside calibration: calibrate → bench → prefill, denoise → stages → … → timing")
+    report(
+        wrong,
+        "inside calibration: calibrate → bench → prefill, denoise → stages → … → timing",
+    )
 
 
 def test_methods_know_little():

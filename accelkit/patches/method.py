@@ -15,9 +15,9 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from accelkit.errors import UnknownMethodError
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Pieces = BlockIndex | Partial | tuple[BlockIndex | Partial, ...]
 
 Precision = Literal["native", "int8", "fp8"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)

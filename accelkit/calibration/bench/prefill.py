@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from accelkit.calibration.bench.served import heads_by_policy, serves
 from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.capture import forward, prefill
 from accelkit.calibration.data import chosen_lengths
@@ -26,11 +27,11 @@ from accelkit.calibration.evaluation import tasks
 from accelkit.calibration.evaluation.evaluate import FIRST_SEED, need_sparse
 from accelkit.calibration.fit import fit
 from accelkit.calibration.timing import times_ms
-from accelkit.errors import AccelkitError, GateFailedError, InvalidInputError, NothingPatchedError
+from accelkit.errors import GateFailedError, InvalidInputError, NothingPatchedError
 from accelkit.patches.adapters import facts, sites, trimmable
 from accelkit.patches.call import Clock
 from accelkit.patches.patch import patch
-from accelkit.patches.plan import Component, Plan
+from accelkit.patches.plan import Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -215,37 +216,6 @@ def preview(model: Any, plan: Plan, lengths: Sequence[int]) -> list[dict[str, An
         {"length": n, "heads": heads_by_policy(model, plan, n, Clock("prefill")), **served}
         for n in lengths
     ]
-
-
-def heads_by_policy(model: Any, plan: Plan, tokens: int, clock: Clock) -> dict[str, int]:
-    """How many heads run what, over all sites."""
-    component = next(iter(plan.fingerprint.components.values()))
-    heads: dict[str, int] = {}
-    for site in sites(model):
-        groups = plan.groups(site.path, tokens, clock)
-        for group in groups:
-            label = group.policy.label()
-            heads[label] = heads.get(label, 0) + len(group.heads)
-        if not groups:
-            heads["dense"] = heads.get("dense", 0) + component.q_heads
-    return heads
-
-
-def serves(
-    size: Component, dtype: torch.dtype, device: torch.device, causal: bool
-) -> dict[str, str]:
-    """The backend that would run lists of 128 × 128 blocks for heads of this size, and why."""
-    from accelkit.kernels import dispatch
-    from accelkit.kernels.index import BlockIndex
-
-    q = torch.zeros(1, size.q_heads, 128, size.head_dim, dtype=dtype, device=device)
-    kv = q[:, : size.kv_heads]
-    try:
-        index = BlockIndex.dense(size.q_heads, 1, (128, 128), device)
-        choice = dispatch.explain(q, kv, kv, index, causal=causal)
-    except AccelkitError as error:
-        return {"backend": "none", "reason": str(error)}
-    return {"backend": choice.backend, "reason": choice.reason}
 
 
 def bound(model: Any, lengths: Sequence[int] | None, repeat: int = 2) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from accelkit import kernels
 from accelkit.patches import parts
-from accelkit.patches.method import AttentionMethod, Dial
+from accelkit.patches.method import AttentionMethod, Dial, Share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from accelkit.kernels import BlockIndex
     from accelkit.kernels.scores import Probe
     from accelkit.patches.call import AttentionCall
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class FlexPrefill(AttentionMethod):

@@ -11,19 +11,17 @@ few that the last queries look at move into the same block and the rest become d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from accelkit import kernels
 from accelkit.patches import parts
-from accelkit.patches.method import AttentionMethod, Dial, Order
+from accelkit.patches.method import AttentionMethod, Dial, Order, Share
 
 if TYPE_CHECKING:
     from accelkit.kernels import BlockIndex
     from accelkit.patches.call import AttentionCall
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PBSAttn(AttentionMethod):

@@ -14,18 +14,16 @@ stay dense.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from accelkit import kernels
-from accelkit.patches.method import AttentionMethod, Dial
+from accelkit.patches.method import AttentionMethod, Dial, Share
 
 if TYPE_CHECKING:
     from accelkit.kernels import BlockIndex, Partial
     from accelkit.patches.call import AttentionCall, Phase
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PISA(AttentionMethod):
