@@ -84,6 +84,13 @@ def compare(
             f"{type(pipe).__name__} has no decoder, so there is nothing to write"
         )
 
+    cached = any(layer.block for layer in plan.sites.values())
+    if not cached and not any(layer.rules for layer in plan.sites.values()):
+        raise NothingPatchedError(
+            f"{plan.measured.get('note', 'the plan is dense everywhere')}; there is nothing to "
+            "compare, calibrate with a larger budget or at a larger size"
+        )
+
     def takes() -> list[Take]:
         return [video.run(pipe, settings, shot, decode=True) for _ in range(repeat)]
 
@@ -91,13 +98,10 @@ def compare(
     with patch(pipe, plan) as handle:
         ours = takes()
         report = handle.report()
-    cached = any(layer.block for layer in plan.sites.values())
     if not report.sparse_calls and not cached and handle.enabled:
-        planned = any(layer.rules for layer in plan.sites.values())
-        about = str(plan.measured.get("note", "the plan is dense everywhere"))
         raise NothingPatchedError(
-            f"none of {report.calls} attention calls ran sparse ({dict(report.dense)}); "
-            + (f"the plan begins at {plan.limits.min_length} tokens" if planned else about)
+            f"none of {report.calls} attention calls ran sparse ({dict(report.dense)}); the plan "
+            f"begins at {plan.limits.min_length} tokens"
         )
     files: dict[str, str] = {}
     if output is not None:
