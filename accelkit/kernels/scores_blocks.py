@@ -388,12 +388,19 @@ def block_mass(
     return out
 
 
-def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int = 0) -> Tensor:
+def sampled_max(
+    call: Inputs,
+    size: tuple[int, int],
+    every: int = 4,
+    seed: int = 0,
+    key_order: Tensor | None = None,
+) -> Tensor:
     """Greatest `exp(s − row maximum)` among sampled rows and keys of each block, fp32
     `[B, H, nq, nk]`, at most 1 (PSA, 2512.04025).
 
     One token in `every` is drawn at random, at the same places in all blocks; equal seeds draw
-    equal places. Ragged ends repeat their last token. Without causality and padding only.
+    equal places. Ragged ends repeat their last token. Blocks of keys are those of `key_order` (int32
+    `[Nk]`). Without causality and padding only.
     """
     if call.causal or call.key_mask is not None or call.q_pos is not None or call.k_pos is not None:
         raise UnsupportedConfigurationError(
@@ -410,9 +417,9 @@ def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int =
     ):
         from accelkit.kernels._triton import scores as fast
 
-        return fast.sampled_max(call, size, q_places, k_places)
+        return fast.sampled_max(call, size, q_places, k_places, key_order)
     q = take_heads(_sampled(call.q, size[0], q_places), call.heads)  # [B, H, nq, r, D]
-    k, rows = _sampled(call.k, size[1], k_places), q.shape[3]  # [B, Hkv, nk, c, D]
+    k, rows = _sampled(call.k, size[1], k_places, key_order), q.shape[3]  # [B, Hkv, nk, c, D]
     q, k = q.float() * call.scale, k[:, call.kv_of_head].flatten(2, 3).float().transpose(-1, -2)
     out = torch.empty((batch, len(call.heads), nq, nk), dtype=torch.float32, device=device)
     step = max(1, _rows_per_chunk(call, k.shape[-1] * batch * len(call.heads), 1, 1) // rows)
@@ -424,10 +431,11 @@ def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int =
     return out
 
 
-def _sampled(x: Tensor, block: int, places: Tensor) -> Tensor:
-    """Some tokens of each block, `[B, H, nb, len(places), D]`."""
+def _sampled(x: Tensor, block: int, places: Tensor, order: Tensor | None = None) -> Tensor:
+    """Some tokens of each block of x, taken in an order; `[B, H, nb, len(places), D]`."""
     first = torch.arange(0, x.shape[2], block, device=x.device)[:, None]
     at = (first + places).clamp(max=x.shape[2] - 1)
+    at = at if order is None else order[at]
     return x.index_select(2, at.flatten()).unflatten(2, at.shape)
 
 

@@ -49,24 +49,29 @@ def test_means_of_runs():
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize(("n", "unit"), [(91, 4), (205, 16), (64, 8)])
-def test_the_levels_of_a_pyramid(n: int, unit: int):
+def test_the_levels_of_a_pyramid(n: int, unit: int, ordered: bool):
     """Means behind the last whole entry of a level are left out."""
     x = rows(2, 3, n, 24)
-    torch.testing.assert_close(
-        fast_pyramid.levels(x, unit), pyramid._levels(x, unit), atol=1e-5, rtol=1e-5
-    )
+    order = torch.randperm(n, dtype=torch.int32, device=DEVICE) if ordered else None
+    slow = pyramid._levels(x, unit, order)
+    moved = x if order is None else x[:, :, order.long()]
+    torch.testing.assert_close(slow, pyramid._levels(moved, unit, None))
+    torch.testing.assert_close(fast_pyramid.levels(x, unit, order), slow, atol=1e-5, rtol=1e-5)
 
 
-def test_the_prefix_of_all_rows_of_a_head():
+def test_the_prefix_of_all_rows_of_a_head(monkeypatch: pytest.MonkeyPatch):
     """Beyond one chunk, with ties across chunks and entries that nobody may take."""
     x = (torch.rand(1, 2, 1, 9_000, device=DEVICE) * 50).floor() / 50
     x[..., ::7] = -float("inf")
     for share in (0.3, 0.9):
         mass = share * x.clamp(min=0).sum(-1, keepdim=True)
-        found = fast_select.long_prefix(x, mass)
-        assert torch.equal(found, select.global_prefix(x, mass))
-        assert found.any()
+        for wide in (1 << 22, 0):
+            monkeypatch.setattr(fast_select, "_WIDE", wide)
+            found = fast_select.long_prefix(x, mass)
+            assert torch.equal(found, select.global_prefix(x, mass))
+            assert found.any()
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -126,6 +131,14 @@ def test_sampled_maxima(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fast, "SCRATCH_BYTES", 1)  # head by head
     places = (scores_blocks._drawn(64, 4, seed, call.q.device) for seed in (0, 1))
     assert torch.equal(found, fast.sampled_max(call, (64, 64), *places))
+    monkeypatch.undo()
+    order = torch.randperm(270, dtype=torch.int32, device=DEVICE)
+    ordered = scores.sampled_max(call, (64, 64), every=4, key_order=order)
+    moved = replace(call, k=call.k[:, :, order.long()])
+    torch.testing.assert_close(ordered, scores.sampled_max(moved, (64, 64), every=4))
+    places = (scores_blocks._drawn(64, 4, seed, call.q.device) for seed in (0, 1))
+    found = fast.sampled_max(call, (64, 64), *places, order)
+    torch.testing.assert_close(found, ordered, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -358,11 +358,11 @@ def block_mass(call: Inputs, lse: Tensor, size: tuple[int, int]) -> Tensor:
 
 @triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "nq", "nk"])
 def _sampled_max(
-    Q, K, HEADS, KV_HEADS, Q_PLACES, K_PLACES, PEAKS, OUT, s_qb, s_qh, s_qn, s_kb, s_kh, s_kn,
-    n_heads, n_q, n_k, nq, nk, factor,
+    Q, K, HEADS, KV_HEADS, Q_PLACES, K_PLACES, K_ORDER, PEAKS, OUT, s_qb, s_qh, s_qn,
+    s_kb, s_kh, s_kn, n_heads, n_q, n_k, nq, nk, factor,
     BQ: tl.constexpr, BK: tl.constexpr, TQ: tl.constexpr, PQ: tl.constexpr, TK: tl.constexpr,
     PK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, PREC: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
     part, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // n_heads).to(tl.int64), bh % n_heads
@@ -379,6 +379,8 @@ def _sampled_max(
     top = tl.full([M], -float("inf"), tl.float32)
     for j in tl.range(0, nk, TK, num_stages=STAGES):
         key = tl.minimum((j + col // PK) * BK + place, n_k - 1)
+        if IN_ORDER:
+            key = tl.load(K_ORDER + key)
         k_at = key.to(tl.int64)[:, None] * s_kn + d[None, :]
         k = tl.load(k0 + k_at, mask=(d < D)[None, :], other=0.0)
         s = tl.dot(q, k.T, out_dtype=tl.float32, input_precision=PREC)
@@ -400,8 +402,12 @@ def _sampled_max(
 
 
 def sampled_max(
-    call: Inputs, size: tuple[int, int], q_places: Tensor, k_places: Tensor
-) -> Tensor:  # fmt: skip
+    call: Inputs,
+    size: tuple[int, int],
+    q_places: Tensor,
+    k_places: Tensor,
+    key_order: Tensor | None = None,
+) -> Tensor:
     """`kernels.scores.sampled_max` at the given places of a block, int32, powers of two of them up
     to 128.
     """
@@ -418,11 +424,12 @@ def sampled_max(
         found = out if mine == heads else out.new_empty((batch, mine, nq, nk))
         peaks = torch.empty(batch * mine * parts * nk * tq * pq, dtype=torch.float16, device=device)
         _sampled_max[(parts, batch * mine)](
-            call.q, call.k, q_heads[i:], kv[i:], q_places, k_places, peaks, found,
+            call.q, call.k, q_heads[i:], kv[i:], q_places, k_places,
+            k_places if key_order is None else key_order, peaks, found,
             *call.q.stride()[:3], *call.k.stride()[:3], mine, call.n_q, call.n_k, nq, nk,
             call.scale, BQ=size[0], BK=size[1], TQ=tq, PQ=pq, TK=tk, PK=pk, D=d,
             BD=padded_width(d), CHUNK=32, PREC=precision(call.q.dtype),
-            STAGES=2 if wide else 3, num_warps=8,
+            STAGES=2 if wide else 3, IN_ORDER=key_order is not None, num_warps=8,
         )  # fmt: skip
         if found is not out:
             out[:, i : i + mine] = found
