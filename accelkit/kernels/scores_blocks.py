@@ -94,11 +94,7 @@ def pool_keys(call: Inputs, block: int, mode: str = "mean") -> Tensor:
     masked = call.key_mask is not None or call.k_pos is not None
     places = key_places(call) if masked else None
     if mode == "mean" and dispatch.fast_device(call.k):
-        from accelkit.kernels._triton import scores as fast
-
-        if places is not None and places.shape[1] > 1:
-            return fast.pool(call.k, block, call.kv_of_head, places)
-        return fast.pool(call.k, block, None, places)[:, call.kv_of_head]
+        return _pool_heads(call.k, block, call.kv_of_head, places)
     if places is None or places.shape[1] == 1:
         mask = None if places is None else places >= 0
         return pool(call.k, block, mode, mask)[:, call.kv_of_head]
@@ -109,19 +105,34 @@ def pool_keys(call: Inputs, block: int, mode: str = "mean") -> Tensor:
     return torch.cat(parts, 1)
 
 
-def pool_runs(x: Tensor, begin: Tensor) -> Tensor:
-    """Means of runs of tokens of different lengths, fp32 `[B, H, runs, D]` from `[B, H, N, D]`: run
-    i is `begin[i] … begin[i + 1] − 1` (int32 `[runs + 1]`, on x's device, none of them empty).
+def pool_runs(x: Tensor, begin: Tensor, heads: Tensor) -> Tensor:
+    """Means of runs of tokens of different lengths, fp32 `[B, len(heads), runs, D]` of some heads
+    of `[B, H, N, D]`: run i is `begin[i] … begin[i + 1] − 1` (int32 `[runs + 1]`, on x's device,
+    none of them empty).
     """
     if dispatch.fast_device(x):
-        from accelkit.kernels._triton import scores as fast
-
-        return fast.pool(x, 64, None, begin=begin)
+        return _pool_heads(x, 64, heads, begin=begin)
     length = begin.diff()
     run = torch.repeat_interleave(torch.arange(length.numel(), device=x.device), length)
     total = x.new_zeros((*x.shape[:2], length.numel(), x.shape[3]), dtype=torch.float32)
     total.index_add_(2, run, x[:, :, int(begin[0]) : int(begin[-1])].float())
-    return total / length[:, None]
+    return (total / length[:, None])[:, heads]
+
+
+def _pool_heads(
+    x: Tensor,
+    block: int,
+    heads: Tensor,
+    places: Tensor | None = None,
+    begin: Tensor | None = None,
+) -> Tensor:
+    """Means on a GPU, of each head once: `heads` as they are asked for, unless many ask for one."""
+    from accelkit.kernels._triton import scores as fast
+
+    own = places is not None and places.shape[1] > 1
+    if own or heads.numel() <= x.shape[1]:
+        return fast.pool(x, block, heads, places, begin)
+    return fast.pool(x, block, None, places, begin)[:, heads]
 
 
 def pooled(call: Inputs, size: tuple[int, int], mode: str = "mean") -> Tensor:

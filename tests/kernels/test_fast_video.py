@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+import hand
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ if not torch.cuda.is_available():
 from accelkit.kernels._triton import permute as fast_permute
 from accelkit.kernels._triton import pyramid as fast_pyramid
 from accelkit.kernels._triton import rows as fast_rows
+from accelkit.kernels._triton import runs as fast_runs
 from accelkit.kernels._triton import scores as fast
 from accelkit.kernels._triton import select as fast_select
 
@@ -45,8 +47,29 @@ def test_means_of_runs():
     x = rows(2, 3, 93, 24)
     begin = torch.tensor([5, 75, 78, 90], dtype=torch.int32, device=DEVICE)
     expected = torch.stack([x[:, :, a:b].mean(2) for a, b in ((5, 75), (75, 78), (78, 90))], 2)
-    for found in (scores.pool_runs(x, begin), fast.pool(x, 64, None, begin=begin)):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    heads = torch.tensor([2, 0], device=DEVICE)
+    for found in (scores.pool_runs(x, begin, heads), fast.pool(x, 64, heads, begin=begin)):
+        torch.testing.assert_close(found, expected[:, heads], atol=1e-5, rtol=1e-5)
+
+
+def test_budgets_of_routed_heads():
+    """Beyond one chunk; own gates are spent first and are not chosen again."""
+    gate, own = torch.randn(2, 3, 40, 70, device=DEVICE), torch.zeros(40, 70).bool().to(DEVICE)
+    own[torch.arange(40), torch.arange(40)] = True
+    for coverage in (0.3, 0.9):
+        found = fast_runs.routed(gate, own, coverage)
+        assert torch.equal(found, select.routed(gate, own, coverage))
+        assert found.any() and not (found & own).any()
+
+
+def test_blocks_that_touch_chosen_runs():
+    """Block 0 touches no run, block 2 three of them."""
+    begin, end = (torch.tensor(t).int().to(DEVICE) for t in ([0, 0, 1, 3], [0, 2, 4, 4]))
+    runs, kept = select.Runs(begin, end, 3), torch.zeros(1, 1, 2, 4).bool().to(DEVICE)
+    kept[..., 1, 0] = True
+    chosen = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 1]]).bool().to(DEVICE)[None, None]
+    for compacted in (select.compact_runs, fast_runs.compact):
+        assert hand.rows(compacted(chosen, runs, kept, (16, 16))) == [[1, 2], [0, 2, 3]]
 
 
 @pytest.mark.parametrize("ordered", [False, True])

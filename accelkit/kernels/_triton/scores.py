@@ -81,7 +81,7 @@ def pool(
         pairs = zip(places.stride(), places.shape, strict=True)
         steps = tuple(0 if number == 1 else step for step, number in pairs)
     _pool[(nb, batch * heads.numel())](
-        x, heads.int(), out if places is None else places, heads if begin is None else begin, out,
+        x, heads, out if places is None else places, heads if begin is None else begin, out,
         *x.stride(), *steps, heads.numel(), n, nb, BLOCK=block,
         BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
         HAS_PLACES=places is not None, HAS_BEGIN=begin is not None, num_warps=4,
