@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from accelkit.errors import InvalidInputError, UnsupportedConfigurationError
 from accelkit.kernels import dispatch
-from accelkit.kernels.index import Inputs, ceil_div
+from accelkit.kernels.index import Inputs, ceil_div, device_ids
 from accelkit.kernels.positions import (
     bounds,
     exp_,
@@ -146,7 +146,11 @@ def pooled(call: Inputs, size: tuple[int, int], mode: str = "mean") -> Tensor:
 
 
 def _pooled(call: Inputs, size: tuple[int, int], q: Tensor, k: Tensor) -> Tensor:
-    s = torch.matmul(q * call.scale, k.transpose(-1, -2))
+    return _products(call, size, q * call.scale, k)
+
+
+def _products(call: Inputs, size: tuple[int, int], q: Tensor, k: Tensor) -> Tensor:
+    s = torch.matmul(q, k.transpose(-1, -2))
     if sees_all(call):
         return s
     return s.masked_fill_(~visible_blocks(call, size), -float("inf"))
@@ -159,12 +163,16 @@ def pooled_alike(call: Inputs, size: tuple[int, int]) -> tuple[Tensor, Tensor, T
     if in_place(call) and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import scores as fast
 
-        heads = tuple(range(call.k.shape[1]))
-        rows, q = fast.self_similarity(call.q, size[0], call.heads, None, None)
+        # Heads as the call names them, unless several share their keys.
+        kv_heads, shared = call.k.shape[1], len(call.heads) > call.k.shape[1]
+        heads = device_ids(tuple(range(kv_heads)), call.k.device) if shared else call.kv_of_head
+        rows, q = fast.self_similarity(call.q, size[0], call.heads, None, None, call.scale)
         k = fast.pool(call.k, size[1], heads)
         centre = torch.matmul(_shares(call.n_k, size[1], k.device), k)
         keys, _ = fast.self_similarity(call.k, size[1], heads, None, centre)
-        return _pooled(call, size, q, k[:, call.kv_of_head]), rows, keys[:, call.kv_of_head]
+        if shared:
+            k, keys = k[:, call.kv_of_head], keys[:, call.kv_of_head]
+        return _products(call, size, q, k), rows, keys
     real = None if call.key_mask is None else call.key_mask[:, None]
     rows = self_similarity(take_heads(call.q, call.heads), size[0], voting_rows(call))
     keys = self_similarity(call.k, size[1], real, center=True)

@@ -19,7 +19,9 @@ _GROUPS = 16
 
 
 @triton.jit
-def _row(X, ORDER, first, j: tl.constexpr, s_xn, n, group, d, D: tl.constexpr, IN_ORDER: tl.constexpr):
+def _row(
+    X, ORDER, first, j: tl.constexpr, s_xn, n, group, d, D: tl.constexpr, IN_ORDER: tl.constexpr
+):
     """Token j of each group of eight."""
     row = first + group * 8 + j
     inside = row < n

@@ -240,7 +240,7 @@ def probe(call: Inputs, q: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["n_heads", "n", "nb"])
 def _alike(
-    X, HEADS, PLACES, CENTRE, OUT, MEANS, s_xb, s_xh, s_xn, s_xd, s_pb, s_pn, n_heads, n, nb,
+    X, HEADS, PLACES, CENTRE, OUT, MEANS, s_xb, s_xh, s_xn, s_xd, s_pb, s_pn, n_heads, n, nb, factor,
     BLOCK: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     HAS_PLACES: tl.constexpr, HAS_CENTRE: tl.constexpr,
 ):  # fmt: skip
@@ -268,18 +268,23 @@ def _alike(
     alike = tl.sum(total * total, 0) / (count * count).to(tl.float32)
     tl.store(OUT + bh.to(tl.int64) * nb + block, tl.where(count > 0, alike, 1.0))
     if not HAS_CENTRE:
-        mean = plain / tl.maximum(count, 1)
+        mean = plain / tl.maximum(count, 1) * factor
         tl.store(MEANS + (bh.to(tl.int64) * nb + block) * D + d, mean, mask=d < D)
 
 
 def self_similarity(
-    x: Tensor, block: int, heads: tuple[int, ...], places: Tensor | None, centre: Tensor | None
+    x: Tensor,
+    block: int,
+    heads: tuple[int, ...] | Tensor,
+    places: Tensor | None,
+    centre: Tensor | None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Self-similarity of the blocks of some heads of x `[B, Hx, N, D]`, fp32 `[B, H, nb]`, and
-    their means `[B, H, nb, D]`, in one read. Tokens with a place (`[B|1, 1, N]`) of −1 do not
+    `factor` times their means `[B, H, nb, D]`, in one read. Tokens with a place (`[B|1, 1, N]`) of −1 do not
     count; `centre` fp32 `[B, H, D]` is taken off first, and no means are given then.
     """
-    ids = head_table(tuple(heads), x.device)
+    ids = heads if isinstance(heads, Tensor) else head_table(tuple(heads), x.device)
     (batch, _, n, d), nb = x.shape, ceil_div(x.shape[2], block)
     out = torch.empty((batch, ids.numel(), nb), dtype=torch.float32, device=x.device)
     means = None if centre is not None else out.new_empty((*out.shape, d))
@@ -288,8 +293,8 @@ def self_similarity(
         steps = (places.stride(0) if places.shape[0] > 1 else 0, places.stride(2))
     _alike[(nb, batch * ids.numel())](
         x, ids, out if places is None else places, out if centre is None else centre.contiguous(),
-        out, out if means is None else means, *x.stride(), *steps, ids.numel(), n, nb, BLOCK=block,
-        BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
+        out, out if means is None else means, *x.stride(), *steps, ids.numel(), n, nb, factor,
+        BLOCK=block, BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
         HAS_PLACES=places is not None, HAS_CENTRE=centre is not None, num_warps=4,
     )  # fmt: skip
     return out, means
