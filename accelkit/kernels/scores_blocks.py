@@ -418,7 +418,7 @@ def sampled_max(
     `[B, H, nq, nk]`, at most 1 (PSA, 2512.04025).
 
     One token in `every` is drawn at random, at the same places in all blocks; equal seeds draw
-    equal places. Ragged ends repeat their last token. Blocks of keys are those of `key_order` (int32
+    equal places. Ragged ends repeat their last token. Keys are blocked in `key_order` (int32
     `[Nk]`). Without causality and padding only.
     """
     if call.causal or call.key_mask is not None or call.q_pos is not None or call.k_pos is not None:

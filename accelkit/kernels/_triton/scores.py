@@ -240,7 +240,8 @@ def probe(call: Inputs, q: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["n_heads", "n", "nb"])
 def _alike(
-    X, HEADS, PLACES, CENTRE, OUT, MEANS, s_xb, s_xh, s_xn, s_xd, s_pb, s_pn, n_heads, n, nb, factor,
+    X, HEADS, PLACES, CENTRE, OUT, MEANS, s_xb, s_xh, s_xn, s_xd, s_pb, s_pn, n_heads, n, nb,
+    factor,
     BLOCK: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     HAS_PLACES: tl.constexpr, HAS_CENTRE: tl.constexpr,
 ):  # fmt: skip
@@ -281,8 +282,8 @@ def self_similarity(
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Self-similarity of the blocks of some heads of x `[B, Hx, N, D]`, fp32 `[B, H, nb]`, and
-    `factor` times their means `[B, H, nb, D]`, in one read. Tokens with a place (`[B|1, 1, N]`) of −1 do not
-    count; `centre` fp32 `[B, H, D]` is taken off first, and no means are given then.
+    `factor` times their means `[B, H, nb, D]`, in one read. Tokens with a place (`[B|1, 1, N]`) of
+    −1 do not count; `centre` fp32 `[B, H, D]` is taken off first, and no means are given then.
     """
     ids = heads if isinstance(heads, Tensor) else head_table(tuple(heads), x.device)
     (batch, _, n, d), nb = x.shape, ceil_div(x.shape[2], block)

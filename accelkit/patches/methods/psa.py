@@ -9,7 +9,8 @@ keys counts for h of them.
     logits of means get + log h
 
 Tokens lie along a space-filling curve, so that the keys of a mean are neighbours; keys and values
-are taken in that order where their means are made, and nowhere before. `by_energy` counts the running sum of A instead of ranks; then at least 6 % of the blocks are read whole.
+are taken in that order where their means are made, not before. `by_energy` counts the running sum
+of A instead of ranks; then at least 6 % of the blocks are read whole.
 Entries are whole tiles of keys: see `kernels.pyramid`.
 """
 
