@@ -423,7 +423,7 @@ def sampled_max(
     tq, tk = 128 // pq, max(1, (64 if wide else 128) // pk)
     parts = ceil_div(nq, tq)
     out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=device)
-    q_heads, kv = head_table(call.heads, device), call.kv_of_head.int()
+    q_heads, kv = head_table(call.heads, device), call.kv_of_head
     some = max(1, SCRATCH_BYTES // (2 * batch * parts * nk * tq * pq))
     for i in range(0, heads, some):
         mine = min(some, heads - i)
