@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from accelkit import kernels
+from accelkit.kernels.positions import sees_all
 from accelkit.patches import parts
 from accelkit.patches.method import AttentionMethod, Dial, Order
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from accelkit.kernels import BlockIndex
     from accelkit.patches.call import AttentionCall, Phase
     from accelkit.patches.parts.grids import Grid, Visual
@@ -57,18 +60,20 @@ class VMoBA(AttentionMethod):
             self, lambda: parts.chunks.of(where, self._chunk(call, where), size, call.q.device)
         )
         gate = parts.chunks.gate(call, chunks, self.query_block)  # [B, H, nq, chunks]
-        low, high = gate.amin((-2, -1), keepdim=True), gate.amax((-2, -1), keepdim=True)
-        gate = (gate - low) / (high - low).clamp(min=1e-6)
-        own = chunks.own.expand_as(gate)
-        spent = (gate * own).sum((-2, -1), keepdim=True)
-        need = self.coverage * gate.sum((-2, -1), keepdim=True) - spent
-        rest = gate.masked_fill(own, -float("inf"))
-        chosen = own | kernels.select.global_prefix(rest, need)
+        chosen = kernels.select.routed(gate, chunks.own, self.coverage)
         if self.coverage >= 1:
             chosen = chosen.fill_(True)
-        mask = parts.keep.text(chunks.blocks(chosen), call, size)
-        # A tile's own block lies in its own chunks: with it no row can be empty.
-        return kernels.select.compact(kernels.select.force(mask, call, size, sink=0, local=1), size)
+
+        def kept() -> Tensor:
+            # A tile's own block lies in its own chunks: with it no row can be empty.
+            own = parts.keep.text(chunks.touched.blocks(chunks.own)[None, None], call, size)
+            return kernels.select.force(own, call, size, sink=0, local=1)
+
+        if sees_all(call):
+            anyhow = call.remember((self, "kept"), kept)
+            return kernels.select.compact_runs(chosen, chunks.touched, anyhow, size)
+        seen = kernels.select.visible(call, size)
+        return kernels.select.compact(kept() | (chunks.touched.blocks(chosen) & seen), size)
 
     def _chunk(self, call: AttentionCall, where: Visual) -> Grid:
         f, y, x = where.grid
