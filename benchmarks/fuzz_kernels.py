@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -418,6 +419,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes, for kernels to compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", help="SEED:FAMILY of one call")
+    parser.add_argument("--kind", default="", help="families of this kind, such as int8 or levels")
     parser.add_argument("--out", type=Path, help="JSON of what was run")
     parser.add_argument("--merge", type=Path, nargs="+", help="reports to join, nothing is run")
     args = parser.parse_args()
@@ -431,8 +433,10 @@ def main() -> int:
         seed, family_seed = map(int, args.only.split(":"))
         jobs[family_seed] = [seed]
     else:
+        seeds = (s for s in count(args.seed) if args.kind in Family.draw(s, args.device).kind)
+        families = list(islice(seeds, args.families))
         for i in range(args.calls):
-            jobs.setdefault(args.seed + i % args.families, []).append(args.seed + i)
+            jobs.setdefault(families[i % len(families)], []).append(args.seed + i)
     rest = (args.device, args.longest, begin + args.seconds)
     work = [(family_seed, seeds, *rest) for family_seed, seeds in jobs.items()]
     tally = Tally()

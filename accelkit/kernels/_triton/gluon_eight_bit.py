@@ -242,18 +242,26 @@ def _step(
 
 @gluon.jit
 def _facts(
-    Q_SCALE, K_SCALE, LISTS, KV_HEADS, row, m0, b, slot, entries, n_heads, n_kv, n_q, n_kb,
-    capacity, factor, BK: gl.constexpr, BN: gl.constexpr, WHO: gl.constexpr, layout: gl.constexpr,
+    Q_SCALE, K_SCALE, LISTS, KV_HEADS, row, m0, b, slot, masked, clean, n_heads, n_kv, n_q, n_kb,
+    capacity, factor, BK: gl.constexpr, BN: gl.constexpr, EXTRA_MASKED: gl.constexpr,
+    WHO: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """Of a row: its list, scales of its keys and its queries, and where its first tile lies."""
+    """Of a row: its KV head and list, scales of its keys and its queries, and where its first tile
+    and the first after the masked ones lie.
+    """
     at = row.to(gl.int64) * capacity
     hk = gl.load(KV_HEADS + slot)
     scales = K_SCALE + (b.to(gl.int64) * n_kv + hk) * n_kb
     rows = m0 + WHO * _ROWS + gl.arange(0, _ROWS, layout=layout)
     q_at = (b.to(gl.int64) * n_heads + slot) * n_q
     by_row = gl.load(Q_SCALE + q_at + rows, mask=rows < n_q, other=1.0) * factor
+    entries, first = masked + clean, 1
+    if EXTRA_MASKED:
+        first = gl.maximum(masked * (BK // BN), 1)
     k0 = _key0(LISTS, at, 0, entries, BK, BN)
-    return at, scales, by_row, k0
+    last = gl.maximum(entries * (BK // BN), 1) - 1
+    k1 = _key0(LISTS, at, gl.minimum(first, last), entries, BK, BN)
+    return hk, at, scales, by_row, k0, k1
 
 
 @gluon.jit
@@ -290,11 +298,11 @@ def _consume(
     lane = WHO * _ROWS + gl.arange(0, _ROWS, layout=s_row)
     place, round = _place(0), 0
     row, m0, b, slot, masked, clean = _item(ITEMS, place, n_items, 2 * _ROWS, PER_ROW)
-    at, scales, by_row, k0 = _facts(
-        Q_SCALE, K_SCALE, LISTS, KV_HEADS, row, m0, b, slot, masked + clean, n_heads, n_kv, n_q,
-        n_kb, capacity, factor, BK, BN, WHO, s_row,
+    hk, at, scales, by_row, k0, k1 = _facts(
+        Q_SCALE, K_SCALE, LISTS, KV_HEADS, row, m0, b, slot, masked, clean, n_heads, n_kv, n_q,
+        n_kb, capacity, factor, BK, BN, EXTRA_MASKED, WHO, s_row,
     )  # fmt: skip
-    c = by_row * gl.load(scales + k0 // BN)
+    c, scale = by_row * gl.load(scales + k0 // BN), gl.load(scales + k1 // BN)
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
     s = _scores(q.index(WHO).reshape([_ROWS, D]), k, 0, zero, BN, D)
@@ -331,8 +339,6 @@ def _consume(
                     PV8, pl,
                 )  # fmt: skip
         # Where a tile lies is read two tiles early, its scale one.
-        k0 = _key0(LISTS, at, gl.minimum(first, n - 1), entries, BK, BN)
-        scale = gl.load(scales + k0 // BN)
         k0 = _key0(LISTS, at, gl.minimum(first + 1, n - 1), entries, BK, BN)
         for j in range(first, n):
             v_stage, v_phase = stage, phase
@@ -347,12 +353,11 @@ def _consume(
         # The last product of this row goes with the first tile of the next.
         mbarrier.arrive(q_empty.index(side))
         side = (round + 1) % 2
-        at, scales, by_row, k0 = _facts(
-            Q_SCALE, K_SCALE, LISTS, KV_HEADS, next_row, next_m0, next_b, next_slot,
-            next_masked + next_clean, n_heads, n_kv, n_q, n_kb, capacity, factor, BK, BN, WHO,
+        hk, at, scales, by_row, k0, k1 = _facts(
+            Q_SCALE, K_SCALE, LISTS, KV_HEADS, next_row, next_m0, next_b, next_slot, next_masked,
+            next_clean, n_heads, n_kv, n_q, n_kb, capacity, factor, BK, BN, EXTRA_MASKED, WHO,
             s_row,
         )  # fmt: skip
-        c = by_row * gl.load(scales + k0 // BN)
         limit = _limits(next_m0 + lane, next_masked + next_clean, n_k, q_start, CAUSAL)
         mbarrier.wait(q_full.index(side), ((round + 1) // 2) & 1, pred=more)
         if PV8:
@@ -365,12 +370,14 @@ def _consume(
         stage, phase = _next(stage, phase, STAGES)
         mbarrier.wait(k_full.index(stage), phase, pred=more)
         s = _scores(q.index(side * 2 + WHO).reshape([_ROWS, D]), k, stage, zero, BN, D)
+        c, scale = by_row * gl.load(scales + k0 // BN), gl.load(scales + k1 // BN)
         pv, packed = warpgroup_mma_wait(1, deps=[pv, packed])
         give(_V_FREE + v_stage)
         acc = _added(acc, before, pv, PV8)
+        ho, hk = gl.load(OUT_HEADS + slot), gl.load(KV_HEADS + slot)
         _finish(
-            OUT, LSE, OUT_HEADS, V_SCALE, V_MEAN, SHIFT, KV_HEADS, s_ob, s_oh, s_on, s_lb, s_lh,
-            s_ln, b, slot, m0 + lane, n_heads, n_kv, n_q, m, total, acc, D, PV8, SMOOTH,
+            OUT, LSE, V_SCALE, V_MEAN, SHIFT, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, b, slot, hk, ho,
+            m0 + lane, n_heads, n_kv, n_q, m, total, acc, D, PV8, SMOOTH,
         )  # fmt: skip
         s = warpgroup_mma_wait(0, deps=[s])
         if more:
@@ -379,7 +386,8 @@ def _consume(
             s = _hide(s, k0, limit, n_k, BN)
         m = gl.full([_ROWS], -1e30, gl.float32, s_row)
         packed, alpha, m, total = _softmax(s, c, m, nothing, WHO, BN, PV8, v.dtype)
-        m0, b, slot, masked, clean = next_m0, next_b, next_slot, next_masked, next_clean
+        m0, b, slot = next_m0, next_b, next_slot
+        masked, clean = next_masked, next_clean
         round += 1
     if WHO == 0:
         _await_turn(0)
@@ -387,13 +395,13 @@ def _consume(
 
 @gluon.jit
 def _finish(
-    OUT, LSE, OUT_HEADS, V_SCALE, V_MEAN, SHIFT, KV_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, b,
-    slot, rows, n_heads, n_kv, n_q, m, total, acc, D: gl.constexpr, PV8: gl.constexpr,
+    OUT, LSE, V_SCALE, V_MEAN, SHIFT, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, b, slot, hk, ho, rows,
+    n_heads, n_kv, n_q, m, total, acc, D: gl.constexpr, PV8: gl.constexpr,
     SMOOTH: gl.constexpr,
 ):  # fmt: skip
     """Normalise and store a row."""
     o_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    b64, ho = b.to(gl.int64), gl.load(OUT_HEADS + slot)
+    b64 = b.to(gl.int64)
     total = gl.convert_layout(gl.sum(total, 1), m.type.layout)
     m -= 8.0 if PV8 else 0.0
     if SMOOTH:
@@ -401,7 +409,7 @@ def _finish(
         m += gl.load(SHIFT + q_at + rows, mask=rows < n_q, other=0.0) * 1.4426950408889634
     d = gl.arange(0, D, layout=gl.SliceLayout(0, acc.type.layout))
     if PV8:
-        channel = (b64 * n_kv + gl.load(KV_HEADS + slot)) * D + d
+        channel = (b64 * n_kv + hk) * D + d
         mass = gl.convert_layout(total, o_row)[:, None]
         acc = acc * gl.load(V_SCALE + channel)[None, :]
         acc += mass * gl.load(V_MEAN + channel)[None, :]
