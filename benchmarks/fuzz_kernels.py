@@ -409,6 +409,31 @@ def run_family(job: tuple[int, list[int], str, int, float]) -> Tally:
     return tally
 
 
+def report(args: argparse.Namespace, tally: Tally, seconds: float) -> dict[str, Any]:
+    """A run as results are kept."""
+    about = {key: value for key, value in machine().items() if key != "dtype"}
+    row = {
+        "gpu": about["gpu"], "seed": args.seed, "families": args.families, "longest": args.longest,
+        "calls": tally.calls, "failed": len(tally.failed), "seconds": seconds,
+        "failures": tally.failed, "served": dict(sorted(tally.served.items())),
+    }  # fmt: skip
+    title = "Random calls of every kernel against fp64 (`benchmarks/fuzz_kernels.py`)"
+    return {"title": title, **about, "note": served_by(tally.served), "rows": [row]}
+
+
+def merge(paths: list[Path]) -> dict[str, Any]:
+    """One report of several runs."""
+    parts = [json.loads(path.read_text("utf-8")) for path in paths]
+    rows = [row for part in parts for row in part["rows"]]
+    served = sum((Counter(row["served"]) for row in rows), Counter())
+    return parts[0] | {"note": served_by(served), "rows": rows}
+
+
+def served_by(served: Counter[str]) -> str:
+    counts = ", ".join(f"{name} {n}" for name, n in sorted(served.items()))
+    return f"Calls by backend and what sets their kernels apart: {counts}."
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=500)
@@ -424,9 +449,7 @@ def main() -> int:
     parser.add_argument("--merge", type=Path, nargs="+", help="reports to join, nothing is run")
     args = parser.parse_args()
     if args.merge:
-        parts = [json.loads(path.read_text()) for path in args.merge]
-        report = parts[0] | {"rows": [row for part in parts for row in part["rows"]]}
-        args.out.write_text(json.dumps(report, indent=1))
+        args.out.write_text(json.dumps(merge(args.merge), indent=1) + "\n")
         return 0
     begin, jobs = time.time(), {}
     if args.only:
@@ -451,15 +474,7 @@ def main() -> int:
     print(f"{tally.calls} of {sum(map(len, jobs.values()))} calls, {len(tally.failed)} failed")
     print(f"served by {served}; {time.time() - begin:.0f} s")
     if args.out:
-        row = {
-            "seed": args.seed, "families": len(jobs), "longest": args.longest, "calls": tally.calls,
-            "failed": tally.failed, "served": dict(sorted(tally.served.items())),
-            "seconds": time.time() - begin,
-        }  # fmt: skip
-        about = {key: value for key, value in machine().items() if key != "dtype"}
-        title = "Random calls of every kernel against fp64 (`benchmarks/fuzz_kernels.py`)"
-        report = {"title": title, **about, "rows": [{"gpu": about["gpu"], **row}]}
-        args.out.write_text(json.dumps(report, indent=1))
+        args.out.write_text(json.dumps(report(args, tally, time.time() - begin), indent=1) + "\n")
     return 1 if tally.failed else 0
 
 
