@@ -183,7 +183,9 @@ class Bench:
         self.scored = torch.from_numpy(scored).to(call.q.device)
         self._tiles: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.lent: dict[Method, BlockIndex] = {}
-        self._asked: dict[Method, tuple[tuple[Answer, ...] | None, dict[str, Any] | None]] = {}
+        # What is known of settings that are about to be measured.
+        self._asked: dict[Method, tuple[Answer, ...] | None] = {}
+        self._rows: dict[Method, dict[str, Any]] = {}
 
     def tiles(self, height: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query tiles of `height` rows to compute, and the positions in them that are judged: of
@@ -210,6 +212,7 @@ class Bench:
         self._together([m for f in some for m in f.settings])
         found = {f.name: self.family(f, len(f.settings) if most is None else most) for f in some}
         self._asked.clear()
+        self._rows.clear()
         return {name: one for name, one in found.items() if one is not None}
 
     def family(self, family: Family, most: int) -> dict[str, Any] | None:
@@ -250,8 +253,7 @@ class Bench:
         for m in settings:
             if m.renewed(self.steps):
                 continue
-            answers = self._answers(m)
-            self._asked[m] = answers, None
+            answers = self._asked[m] = self._answers(m)
             if answers is not None and len(answers) == 1 and answers[0].plain:
                 lanes.setdefault(answers[0].lane, []).append(m)
         for lane in lanes.values():
@@ -260,18 +262,18 @@ class Bench:
 
     def _in_one(self, settings: Sequence[AttentionMethod]) -> None:
         """Measure settings whose lists share a launch."""
-        asked = [self._asked[m][0] for m in settings]
+        asked = [self._asked[m] for m in settings]
         one = joined([answers[0] for answers in asked if answers is not None])
         found = {**self._one(one), "density": _density(one)}
         numbers = {k: v.reshape(len(settings), -1) for k, v in found.items()}
         for n, m in enumerate(settings):
             row = {k: _numbers(v[n]) for k, v in numbers.items()}
-            row |= {"ms": None, "size": list(one.index.size), "parts": None}
-            self._asked[m] = asked[n], row
+            self._rows[m] = {**row, "ms": None, "size": list(one.index.size), "parts": None}
 
     def _setting(self, method: AttentionMethod) -> dict[str, Any] | None:
         renewed = method.renewed(self.steps)
-        answers, row = self._asked.pop(method, None) or (self._answers(method), None)
+        answers = self._asked.pop(method) if method in self._asked else self._answers(method)
+        row = self._rows.pop(method, None)
         if answers is not None and renewed and not self.primed:
             prime(answers)
             answers = answer(self.call, Policy(methods=(method,)))
