@@ -31,10 +31,9 @@ def fitted(
 ) -> CostTable:
     """The cost table of this device."""
     run.tell("timing kernels and methods")
-    table = run.journal.unit(
-        "fit", lambda: fit.fit(shape, dtype, run.device, tokens, methods).to_dict()
-    )
-    return CostTable.from_dict(table)
+    brief = run.device.type == "cuda"  # CPUs time few lengths anyway, and patiently
+    work = partial(fit.fit, shape, dtype, run.device, tokens, methods, brief=brief)
+    return CostTable.from_dict(run.journal.unit("fit", lambda: work().to_dict()))
 
 
 def kept(

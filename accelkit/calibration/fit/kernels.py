@@ -58,7 +58,7 @@ def kernel(calls: Mapping[int, AttentionCall], size: tuple[int, int], until: flo
         before = found.error
         found = solved(list(zip(points, spent, strict=True)))
         settled = found.error < GOOD_FIT or found.error > MENDED * before
-        if turn and (settled or time.monotonic() > until):
+        if (turn and settled) or time.monotonic() > until:
             break
     return replace(found, backend=_backend(points[-1].one))
 

@@ -50,21 +50,18 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
     keys = {s.path: f"screen/{s.path}" for s in run.sites}
     rows = tasks.judged_rows(sample)
     heavy: dict[str, torch.Tensor] = {}
+    shelves: dict[Any, dict[Any, Any]] = {}
 
     def see(call: AttentionCall, dense: Partial) -> None:
         site = call.site
-        bench = Bench(call, dense, rows, batch=run.batch)
+        bench = Bench(call, dense, rows, shelf=_shelf(shelves, call), batch=run.batch)
         tiles = bench.tiles(UNIT[0])[0]
         found, heavy[site.path] = profile(call, dense, tiles, heavy)
 
         def work() -> dict[str, Any]:
             wanted, _ = calibrated_settings(methods, site, call, dense)
             few = [thinned(f, run.preset.settings) for f in wanted]
-            measured = {f.name: bench.family(f, len(f.settings)) for f in few}
-            return {
-                "profile": asdict(found),
-                "families": {k: v for k, v in measured.items() if v is not None},
-            }
+            return {"profile": asdict(found), "families": bench.families(few)}
 
         run.tell(f"screening {len(methods)} methods")
         run.journal.unit(keys[site.path], work)
@@ -72,6 +69,11 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
     if any(k not in run.journal for k in keys.values()):
         capture(run.model, sample.ids, see, lambda path: path in keys)
     return {path: run.journal[key] for path, key in keys.items()}
+
+
+def _shelf(shelves: dict[Any, dict[Any, Any]], call: AttentionCall) -> dict[Any, Any]:
+    """What follows from geometry alone at all sites of one prompt that have the shape of `call`."""
+    return shelves.setdefault((call.heads, call.q.shape, call.k.shape, call.v.shape), {})
 
 
 @dataclass(frozen=True)
@@ -145,16 +147,16 @@ def _measure(
     # Settings between those of the dial are chosen on the first prompt and kept.
     finest = 0 if n else run.preset.finest
     lists: dict[str, Offer] = {}
+    shelves: dict[Any, dict[Any, Any]] = {}
 
     def see(call: AttentionCall, dense: Partial) -> None:
         path = call.site.path
         at = order.index(path)
-        bench = Bench(call, dense, rows, batch=run.batch)
+        bench = Bench(call, dense, rows, shelf=_shelf(shelves, call), batch=run.batch)
 
         def work() -> dict[str, Any]:
-            found = {f.name: bench.family(f, finest) for f in families[path]}
             return {
-                "families": {k: v for k, v in found.items() if v is not None},
+                "families": bench.families(families[path], finest),
                 "loans": _loans(run, bench, path, order[max(0, at - back) : at], lists),
             }
 

@@ -387,26 +387,32 @@ def _weightless(index: BlockIndex, place: Tensor) -> BlockIndex:
     return kept[1]
 
 
-def _launch(lane: list[Answer], out: Tensor) -> None:
-    """One launch for all answers of a lane, written in place."""
+def joined(lane: Sequence[Answer]) -> Answer:
+    """Answers of equal lane as one, for the heads of all of them; a head may come several times."""
     first, heads = lane[0], tuple(h for a in lane for h in a.call.heads)
     kv = first.call.kv_of_head if len(lane) == 1 else torch.cat([a.call.kv_of_head for a in lane])
-    joined = replace(first.call, heads=heads, kv_of_head=kv)
+    call = replace(first.call, heads=heads, kv_of_head=kv)
     index = BlockIndex.cat([a.index for a in lane])
     execution = first.execution
     if execution.skip is not None:
         columns = [
-            torch.as_tensor(a.execution.skip, dtype=torch.float32, device=out.device)
+            torch.as_tensor(a.execution.skip, dtype=torch.float32, device=call.q.device)
             .reshape(-1)
             .expand(len(a.call.heads))
             for a in lane
         ]
         execution = replace(execution, skip=torch.cat(columns))
-    order = first.order
+    return Answer(call, (index,), execution, first.order)
+
+
+def _launch(lane: list[Answer], out: Tensor) -> None:
+    """One launch for all answers of a lane, written in place."""
+    one = joined(lane)
+    order, heads = one.order, one.call.heads
     if order is None or order.q_table is None:
-        run(joined, index, execution, out=out)
+        run(one.call, one.index, one.execution, out=out)
         return
-    part = run(joined, index, execution)
+    part = run(one.call, one.index, one.execution)
     if not (order.whole or order.whole_keys):  # tokens that the order leaves out
         out.index_fill_(1, device_ids(heads, out.device, torch.int64), 0)
     put_rows(out, part.out, order.q_table, None if _common(order) else order.row, heads)
