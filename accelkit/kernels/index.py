@@ -32,6 +32,13 @@ def device_ids(
         return torch.tensor(values, dtype=dtype, device=device)
 
 
+@lru_cache(maxsize=64)
+def device_range(n: int, device: torch.device) -> Tensor:
+    """0 … n − 1, int64; the same tensor for all calls."""
+    with torch.inference_mode(False):
+        return torch.arange(n, device=device)
+
+
 @dataclass(frozen=True)
 class BlockIndex:
     """Rows of key blocks, in visiting order. Row (b, h, i) is `blocks[start : start + count]`.

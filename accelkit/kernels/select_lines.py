@@ -11,7 +11,14 @@ from torch.nn.functional import pad
 from accelkit.errors import UnsupportedConfigurationError
 from accelkit.kernels import dispatch
 from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
-from accelkit.kernels.positions import bounds, key_places, row_limits, row_places, visible_blocks
+from accelkit.kernels.positions import (
+    bounds,
+    key_places,
+    row_limits,
+    row_places,
+    sees_all,
+    visible_blocks,
+)
 from accelkit.kernels.pyramid import LEVELS
 
 
@@ -40,15 +47,17 @@ class Runs:
         return before[..., self.end.long()] > before[..., self.begin.long()]
 
 
-def compact_runs(chosen: Tensor, runs: Runs, kept: Tensor, size: tuple[int, int]) -> BlockIndex:
-    """Lists of the blocks that touch a chosen run (bool `[B, H, nq, runs]`) and of those of `kept`
-    (bool `[B|1, H|1, nq, nk]`). On a GPU all of it is one launch.
+def compact_runs(
+    call: Inputs, chosen: Tensor, runs: Runs, kept: Tensor, size: tuple[int, int]
+) -> BlockIndex:
+    """Lists of the visible blocks that touch a chosen run (bool `[B, H, nq, runs]`) and of those of
+    `kept` (bool `[B|1, H|1, nq, nk]`). On a GPU all of it is one launch, if every row sees all.
     """
-    if dispatch.fast_device(chosen):
+    if sees_all(call) and dispatch.fast_device(chosen):
         from accelkit.kernels._triton import runs as fast
 
         return fast.compact(chosen, runs, kept, size)
-    return compact(runs.blocks(chosen) | kept, size)
+    return compact((runs.blocks(chosen) & visible_blocks(call, size)) | kept, size)
 
 
 def compact_levels(levels: Tensor, tokens: int, size: tuple[int, int], unit: int) -> BlockIndex:

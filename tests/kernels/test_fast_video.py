@@ -68,8 +68,10 @@ def test_blocks_that_touch_chosen_runs():
     runs, kept = select.Runs(begin, end, 3), torch.zeros(1, 1, 2, 4).bool().to(DEVICE)
     kept[..., 1, 0] = True
     chosen = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 1]]).bool().to(DEVICE)[None, None]
-    for compacted in (select.compact_runs, fast_runs.compact):
-        assert hand.rows(compacted(chosen, runs, kept, (16, 16))) == [[1, 2], [0, 2, 3]]
+    call = plain_inputs(rows(1, 1, 32, 16), rows(1, 1, 64, 16), rows(1, 1, 64, 16), causal=False)
+    slow = select.compact_runs(call, chosen, runs, kept, (16, 16))
+    for found in (slow, fast_runs.compact(chosen, runs, kept, (16, 16))):
+        assert hand.rows(found) == [[1, 2], [0, 2, 3]]
 
 
 @pytest.mark.parametrize("ordered", [False, True])

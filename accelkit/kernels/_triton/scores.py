@@ -262,9 +262,10 @@ def _alike(
         inside = real[:, None] & (d < D)[None, :]
         x = tl.load(x0 + row[:, None] * s_xn + d[None, :] * s_xd, mask=inside, other=0.0)
         x = tl.where(inside, x.to(tl.float32) - centre[None, :], 0.0)
-        plain += tl.sum(x, 0)
-        size = tl.sqrt(tl.sum(x * x, 1))
-        total += tl.sum(x / tl.maximum(size, 1e-12)[:, None], 0)
+        if not HAS_CENTRE:
+            plain += tl.sum(x, 0)
+        weight = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
+        total += tl.sum(x * weight[:, None], 0)
         count += tl.sum(real.to(tl.int32), 0)
     alike = tl.sum(total * total, 0) / (count * count).to(tl.float32)
     tl.store(OUT + bh.to(tl.int64) * nb + block, tl.where(count > 0, alike, 1.0))

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from accelkit import kernels
-from accelkit.kernels.positions import sees_all
 from accelkit.patches import parts
 from accelkit.patches.method import AttentionMethod, Calibrator, Dial, Execution, Method, Order
 
@@ -68,9 +67,7 @@ class SpargeAttn(AttentionMethod):
         if not isinstance(least, float):
             least = least[:, None]
         odd_rows, odd_keys = q_similar <= least, k_similar <= least
-        # Where every row sees every key it follows from the geometry, which stays.
-        keep = call.remember if sees_all(call) else call.once
-        kept = keep(("kept", size), lambda: parts.keep.anyhow(call, size))
+        kept = parts.keep.lasting(call, ("kept", size), lambda: parts.keep.anyhow(call, size))
         share = call.per_head(self.coverage)
         return kernels.select.nucleus(pooled, share, odd_keys, odd_rows, kept, size)
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from accelkit import kernels
-from accelkit.kernels.positions import sees_all
 from accelkit.patches import parts
 from accelkit.patches.method import AttentionMethod, Dial, Order
 
@@ -69,11 +68,8 @@ class VMoBA(AttentionMethod):
             own = parts.keep.text(chunks.touched.blocks(chunks.own)[None, None], call, size)
             return kernels.select.force(own, call, size, sink=0, local=1)
 
-        if sees_all(call):
-            anyhow = call.remember((self, "kept"), kept)
-            return kernels.select.compact_runs(chosen, chunks.touched, anyhow, size)
-        seen = kernels.select.visible(call, size)
-        return kernels.select.compact(kept() | (chunks.touched.blocks(chosen) & seen), size)
+        anyhow = parts.keep.lasting(call, (self, "kept"), kept)
+        return kernels.select.compact_runs(call, chosen, chunks.touched, anyhow, size)
 
     def _chunk(self, call: AttentionCall, where: Visual) -> Grid:
         f, y, x = where.grid
