@@ -123,6 +123,12 @@ def test_defaults_survive_json(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_fields_say_what_they_are(name: str):
+    mute = [field for field, about in load(name).model_fields.items() if not about.description]
+    assert not mute, f"no line below {mute}; `accelkit methods {name}` prints it"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_dial_turns_a_field(name: str):
     cls = load(name)
     if cls.dial is None:
