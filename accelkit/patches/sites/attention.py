@@ -6,7 +6,7 @@ two), and `attend` runs all head groups of a call, joining those that can share 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, MutableMapping, Sequence
+from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, Execution, Order
 from accelkit.patches.plan import HeadGroup, Policy
 from accelkit.patches.sites.reuse import borrow, order_of, store
+from accelkit.patches.state import Saved
 
 if TYPE_CHECKING:
     from accelkit.patches.state import PatchState
@@ -161,7 +162,7 @@ def attend(
             dense.extend(group.heads)
         else:
             answers.extend(found)
-        store(narrowed, group.policy, found, state)
+        store(narrowed, group.policy, _saved(narrowed, group.policy, found), state)
     if not answers:
         return False
     if dense:
@@ -424,6 +425,24 @@ def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
     size = max(sizes, default=DENSE_UNIT)
     index = BlockIndex.dense(len(call.heads), -(-call.n_q // size[0]), size, call.q.device)
     return Answer(call, (index,))
+
+
+def _saved(
+    call: AttentionCall, policy: Policy, answers: tuple[Answer, ...] | None
+) -> Iterator[Saved]:
+    if answers is None:
+        for method in policy.methods:
+            if "emit" in method.answers() and (emitted := method.emit(call, None)) is not None:
+                pieces = emitted if isinstance(emitted, tuple) else (emitted,)
+                yield Saved(call.heads, _lists(pieces))
+        return
+    for a in answers:
+        if len(lists := _lists(a.pieces)) == len(a.pieces):
+            yield Saved(a.call.heads, lists, a.order)
+
+
+def _lists(pieces: Sequence[Piece]) -> tuple[BlockIndex, ...]:
+    return tuple(p for p in pieces if isinstance(p, BlockIndex))
 
 
 def _first(values):  # type: ignore[no-untyped-def]

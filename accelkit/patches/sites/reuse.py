@@ -4,20 +4,19 @@ site at later steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from accelkit.kernels.index import BlockIndex, Partial
+from accelkit.kernels.index import BlockIndex
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import Order
 from accelkit.patches.plan import Policy, Reuse
 from accelkit.patches.state import Saved
 
 if TYPE_CHECKING:
-    from accelkit.patches.sites.attention import Answer
     from accelkit.patches.state import PatchState
 
 
@@ -55,11 +54,9 @@ def _moved(index: BlockIndex, device: torch.device) -> BlockIndex:
     )
 
 
-def store(
-    call: AttentionCall, policy: Policy, answers: tuple[Answer, ...] | None, state: PatchState
-) -> None:
-    """Keep the lists of an anchor for the layers that read them in this forward, and those of a
-    site that reads its own for the steps to come.
+def store(call: AttentionCall, policy: Policy, lists: Iterable[Saved], state: PatchState) -> None:
+    """Keep an anchor's lists for the layers that read them in this forward, and those of a site
+    that reads its own for the steps to come. `lists` are only asked for if somebody reads them.
     """
     shelves: list[list[Saved]] = []
     if call.site.path in state.anchors:
@@ -70,24 +67,6 @@ def store(
         shelves.append(own)
     if not shelves:
         return
-    for saved in _saved(call, policy, answers):
+    for saved in lists:
         for shelf in shelves:
             shelf.append(saved)
-
-
-def _saved(
-    call: AttentionCall, policy: Policy, answers: tuple[Answer, ...] | None
-) -> Iterator[Saved]:
-    if answers is None:
-        for method in policy.methods:
-            if "emit" in method.answers() and (emitted := method.emit(call, None)) is not None:
-                pieces = emitted if isinstance(emitted, tuple) else (emitted,)
-                yield Saved(call.heads, _lists(pieces))
-        return
-    for a in answers:
-        if len(lists := _lists(a.pieces)) == len(a.pieces):
-            yield Saved(a.call.heads, lists, a.order)
-
-
-def _lists(pieces: Sequence[BlockIndex | Partial]) -> tuple[BlockIndex, ...]:
-    return tuple(p for p in pieces if isinstance(p, BlockIndex))
