@@ -113,3 +113,28 @@ class AttentionCall(Inputs):
             return value
         table = self.tables[value]
         return table.index_select(0, device_ids(self.heads, table.device)).to(self.q.device)
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Hidden states `[B, N, C]` on their way into a block, with what is needed to judge the
+    tokens.
+    """
+
+    hidden: Tensor
+    positions: Tensor
+    site: Site
+    clock: Clock
+    geometry: Geometry
+    memory: dict[Any, Any]
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a transformer block or of its FFN (`part`), with its input `[B, N, C]`."""
+
+    hidden: Tensor
+    part: Literal["block", "ffn"]
+    site: Site
+    clock: Clock
+    memory: dict[Any, Any]

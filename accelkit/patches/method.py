@@ -8,7 +8,7 @@ have none.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accelkit.kernels.index import BlockIndex, Partial
-    from accelkit.patches.call import AttentionCall, Phase, Site
+    from accelkit.patches.call import AttentionCall, BlockCall, Phase, Site, TokenStream
 
     Pieces = BlockIndex | Partial | tuple[BlockIndex | Partial, ...]
 
@@ -69,6 +69,16 @@ class Execution:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Surviving positions `[B, n]` of a token stream and, when tokens were merged, their
+    weights.
+    """
+
+    positions: Tensor
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Dial:
     """The one field that trades quality for speed, and the values worth trying, from sparsest to
     densest.
@@ -103,8 +113,18 @@ class Method(BaseModel):
     @cache
     def answers(cls) -> frozenset[str]:
         """The questions that this class answers itself."""
-        asked = ("order", "index", "execution", "finish", "emit", "rewire")
-        bases = (AttentionMethod, BlockMethod, Method)
+        asked = (
+            "order",
+            "index",
+            "execution",
+            "finish",
+            "emit",
+            "keep",
+            "compress",
+            "run",
+            "rewire",
+        )
+        bases = (AttentionMethod, TokenMethod, CacheMethod, BlockMethod, Method)
         return frozenset(
             q
             for q in asked
@@ -172,8 +192,28 @@ class AttentionMethod(Method):
         return None
 
 
+class TokenMethod(Method):
+    """Drops or merges tokens before a block."""
+
+    def keep(self, stream: TokenStream) -> Kept | None:
+        """Surviving positions. None: all."""
+        return None
+
+
+class CacheMethod(Method):
+    """Rewrites what a layer remembers."""
+
+    def compress(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor] | None:
+        """New stored keys, values and their positions. None: unchanged."""
+        return None
+
+
 class BlockMethod(Method):
-    """Changes how a whole denoiser runs: which steps or passes are computed."""
+    """Skips, repeats, thins out or fuses blocks and FFNs."""
+
+    def run(self, call: BlockCall, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        """Around a block or its FFN."""
+        return forward(call.hidden)
 
     def branches(self, methods: Sequence[Method]) -> Mapping[str, Sequence[Method]]:
         """The guidance branches that this method adds to the model's own, and what the attention

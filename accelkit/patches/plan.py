@@ -30,7 +30,9 @@ from accelkit.patches import plan_file
 from accelkit.patches.method import (
     AttentionMethod,
     BlockMethod,
+    CacheMethod,
     Method,
+    TokenMethod,
     load,
 )
 
@@ -62,6 +64,8 @@ def _write_method(method: Method) -> dict[str, Any]:
 
 _read, _write = BeforeValidator(_read_method), PlainSerializer(_write_method)
 AnyAttentionMethod = Annotated[AttentionMethod, _read, _write]
+AnyTokenMethod = Annotated[TokenMethod, _read, _write]
+AnyCacheMethod = Annotated[CacheMethod, _read, _write]
 AnyBlockMethod = Annotated[BlockMethod, _read, _write]
 
 
@@ -176,12 +180,12 @@ def evidence_key(phase: str, steps: tuple[float, float]) -> str:
 
 
 class LayerPlan(_Part):
-    """One site: rules (first match wins, no match is dense). Or a whole denoiser with its `block`
-    method.
-    """
+    """One site: rules (first match wins, no match is dense) and the methods around attention."""
 
     rules: tuple[Rule, ...] = ()
     schedule: Schedule = Schedule()
+    tokens: AnyTokenMethod | None = None
+    cache: AnyCacheMethod | None = None
     block: AnyBlockMethod | None = None
     evidence: dict[str, Evidence] = {}
 

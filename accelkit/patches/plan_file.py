@@ -18,24 +18,13 @@ from accelkit.errors import PlanCorruptError, PlanError, PlanVersionError
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 2
 FILE = "accelkit_plan.json"
 TABLES_FILE = "accelkit_plan.safetensors"
-
-
-def _without_token_methods(plan: dict[str, Any]) -> dict[str, Any]:
-    """Version 2 had places for methods on tokens and caches, which nothing ever ran."""
-    for layer in dict(plan.get("sites") or {}).values():
-        for slot in ("tokens", "cache"):
-            if layer.get(slot, ...) is None:
-                del layer[slot]
-    return plan
-
 
 # From version N to N+1, pure dict → dict, kept for ever.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda plan: {"trim_last_layer": False, **plan},
-    2: _without_token_methods,
 }
 
 

@@ -115,8 +115,10 @@ def test_defaults_survive_json(name: str):
     policies, layer = (Policy(),), {}
     if isinstance(method, AttentionMethod):
         policies = (Policy(methods=(method,)),)
-    else:
-        layer["block"] = method
+    for slot in ("tokens", "cache", "block"):
+        base = {"tokens": "TokenMethod", "cache": "CacheMethod", "block": "BlockMethod"}[slot]
+        if base in [c.__name__ for c in type(method).__mro__]:
+            layer[slot] = method
     sites = {"model.layers.0.self_attn": LayerPlan(**layer)}
     plan = Plan(fingerprint=fingerprint, policies=policies, sites=sites)
     assert Plan.from_json(plan.to_json()) == plan

@@ -139,23 +139,6 @@ def test_older_schemas_are_migrated(monkeypatch):
     assert plan.schema_version == SCHEMA_VERSION + 2
 
 
-def test_places_that_nothing_used_are_left_out():
-    def second(data):
-        data["schema_version"] = 2
-        data["sites"]["model.layers.0.self_attn"] |= {"tokens": None, "cache": None}
-
-    now = Plan.from_json(damaged(second))
-    assert now == Plan.from_json(damaged(lambda d: None))
-    with pytest.raises(PlanError, match="unknown field 'cache'"):
-        Plan.from_json(
-            damaged(
-                lambda d: d.update(
-                    schema_version=2, sites={"a": {"rules": [], "cache": {"kind": "window"}}}
-                )
-            )
-        )
-
-
 def test_not_json():
     with pytest.raises(PlanCorruptError, match="not valid JSON"):
         Plan.from_json('{"schema_version": 1,')
