@@ -197,19 +197,17 @@ def _softmax(
 
 @gluon.jit
 def _step(
-    WHO: gl.constexpr, mine, k, v, there, stage, phase, v_stage, v_phase, k_full, v_full, zero,
-    none, packed, acc, pv, before, alpha, m, total, c, k0, limit, hidden, n_k,
+    WHO: gl.constexpr, mine, k, v, stage, phase, v_stage, v_phase, k_full, v_full, zero, none,
+    packed, acc, pv, before, alpha, m, total, c,
     BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr, pl: gl.constexpr,
 ):  # fmt: skip
-    """Scores and softmax of a tile with the product of the tile before. `m` and `total` are the
-    tile's row's, all others up to `alpha` those of the product's.
-    """
+    """Scores and softmax of a wholly visible tile with the product of the tile before."""
     LAG: gl.constexpr = PV8 or zero.dtype == gl.int32
     o_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     if not PV8:
         before = gl.convert_layout(alpha, o_row)
     base = none if PV8 else acc * before[:, None]
-    mbarrier.wait(k_full.index(stage), phase, pred=there)
+    mbarrier.wait(k_full.index(stage), phase)
     if not LAG:
         mbarrier.wait(v_full.index(v_stage), v_phase)
         _await_turn(WHO)
@@ -222,17 +220,14 @@ def _step(
         before = gl.convert_layout(alpha, o_row)
     if LAG:
         s = warpgroup_mma_wait(0, deps=[s])
-        if there:
-            give(K_FREE + stage)
+        give(K_FREE + stage)
         mbarrier.wait(v_full.index(v_stage), v_phase)
         pv = _product(packed, v, v_stage, base, BN, D, pl)
     else:
         s = warpgroup_mma_wait(1, deps=[s])
-    if hidden:
-        s = _hide(s, k0, limit, n_k, BN)
     following, alpha, m, total = _softmax(s, c, m, total, WHO, BN, PV8, v.dtype)
     pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-    if not LAG and there:
+    if not LAG:
         give(K_FREE + stage)
     give(_V_FREE + v_stage)
     if not PV8:
@@ -329,15 +324,23 @@ def _consume(
         if EXTRA_MASKED:
             first = gl.maximum(masked * R, 1)
             for j in range(1, first):
+                before = gl.convert_layout(alpha, o_row)
+                mbarrier.wait(v_full.index(stage), phase)
+                base = none if PV8 else acc * before[:, None]
+                pv = _product(packed, v, stage, base, BN, D, pl)
+                pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
+                give(_V_FREE + stage)
+                acc = _added(acc, before, pv, PV8)
+                stage, phase = _next(stage, phase, STAGES)
                 k0 = _key0(LISTS, at, j, entries, BK, BN)
                 c = by_row * gl.load(scales + k0 // BN)
-                v_stage, v_phase = stage, phase
-                stage, phase = _next(stage, phase, STAGES)
-                packed, acc, pv, before, alpha, m, total = _step(
-                    WHO, mine, k, v, True, stage, phase, v_stage, v_phase, k_full, v_full, zero,
-                    none, packed, acc, pv, before, alpha, m, total, c, k0, limit, True, n_k, BN, D,
-                    PV8, pl,
-                )  # fmt: skip
+                mbarrier.wait(k_full.index(stage), phase)
+                s = _scores(mine, k, stage, zero, BN, D)
+                s = warpgroup_mma_wait(0, deps=[s])
+                give(K_FREE + stage)
+                s = _hide(s, k0, limit, n_k, BN)
+                packed, alpha, m, total = _softmax(s, c, m, total, WHO, BN, PV8, v.dtype)
+            pv, before = none, gl.full([_ROWS], 1.0, gl.float32, o_row)
         # Where a tile lies is read two tiles early, its scale one.
         k0 = _key0(LISTS, at, gl.minimum(first + 1, n - 1), entries, BK, BN)
         for j in range(first, n):
@@ -347,8 +350,8 @@ def _consume(
             scale = gl.load(scales + k0 // BN)
             k0 = _key0(LISTS, at, gl.minimum(j + 2, n - 1), entries, BK, BN)
             packed, acc, pv, before, alpha, m, total = _step(
-                WHO, mine, k, v, True, stage, phase, v_stage, v_phase, k_full, v_full, zero, none,
-                packed, acc, pv, before, alpha, m, total, c, k0, limit, False, n_k, BN, D, PV8, pl,
+                WHO, mine, k, v, stage, phase, v_stage, v_phase, k_full, v_full, zero, none, packed,
+                acc, pv, before, alpha, m, total, c, BN, D, PV8, pl,
             )  # fmt: skip
         # The last product of this row goes with the first tile of the next.
         mbarrier.arrive(q_empty.index(side))
