@@ -103,23 +103,6 @@ def unheld(ir: str) -> int:
     return count + (started is not None)
 
 
-def spilled(code: str) -> int:
-    """Accesses of local memory in the loops over tiles, which hold products and have some hundred
-    instructions; loops over rows hold these.
-    """
-    lines = [line for line in code.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/", line)]
-    at = {int(re.search(r"/\*([0-9a-f]{4,})\*/", line)[1], 16): i for i, line in enumerate(lines)}
-    count = found = 0
-    for end, line in enumerate(lines):
-        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line.split("/* 0x")[0])
-        body = lines[at.get(int(target[1], 16), end) : end] if target else []
-        if len(body) < 1000 and any("GMMA" in x for x in body):
-            found += 1
-            count += sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in body)
-    assert found, "no loop over tiles"
-    return count
-
-
 def report(kernel: Any) -> dict[str, Any]:
     """Registers, stack, shared memory and counts of what matters in the machine code."""
     tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
@@ -134,7 +117,6 @@ def report(kernel: Any) -> dict[str, Any]:
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": kernel.metadata.shared,
-        "loops_spilled": spilled(code),
         "waits": code.count("WARPGROUP.DEPBAR"),
         "loose": loose(kernel.asm["ttgir"]),
         "unheld": unheld(kernel.asm["ttgir"]),

@@ -7,6 +7,9 @@ groups taking turns: whichever was measured to be faster. With fp8 PV a group st
 exponentials when the other has half of its own, and PV is added up while the next scores are on
 their way. A program stays on its multiprocessor and walks over rows, longest first. Scales, the
 factor 2⁸ of P and fresh accumulators are those of `eight_bit`.
+
+Int8 scores are added up from the integer that is the float 1.5 · 2²³: the sums, whole numbers below
+2²², are floats without a conversion.
 """
 
 from __future__ import annotations
@@ -26,23 +29,62 @@ from accelkit.kernels._triton.gluon_eight_parts import (
     _ROWS,
     _V_FREE,
     _await_turn,
+    _in_order,
+    _in_turn,
     _key0,
     _pass_turn,
+    _place,
     _produce,
+    _rounds,
 )
-from accelkit.kernels._triton.gluon_eight_softmax import (
-    _MAGIC,
-    _hide,
-    _softmax,
-    _sums,
-    _unpack,
-)
-from accelkit.kernels._triton.gluon_kernel import _barriers, _item, _next, _place
+from accelkit.kernels._triton.gluon_kernel import _barriers, _item, _next
 from accelkit.kernels._triton.gluon_parts import K_FREE, give, normalised
 from accelkit.kernels._triton.lower import Work
 from accelkit.kernels._triton.tile import LOG2E, one_masked
 from accelkit.kernels.launch import Launch
 from accelkit.kernels.quantize import Operands
+
+_MAGIC = gl.constexpr(0x4B400000)
+_MAGIC_VALUE = gl.constexpr(12582912.0)  # the same bits as fp32: 1.5 · 2²³
+
+
+@gluon.jit
+def _hide(s, k0, limit, n_k, BN: gl.constexpr, layout: gl.constexpr):
+    col = k0 + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+    seen = (col < n_k)[None, :] & (col[None, :] <= limit[:, None])
+    return gl.where(seen, s, -float("inf"))
+
+
+@gluon.jit
+def _part(x, narrow: gl.constexpr):
+    high = (x >> narrow.primitive_bitwidth).to(narrow)
+    return gl.join(x.to(narrow), high).reshape([x.shape[0], x.shape[1] * 2])
+
+
+@gluon.jit
+def _pack(p, BN: gl.constexpr, DTYPE: gl.constexpr):
+    """Probabilities as integers that a wait can hold; for fp8 in the token order in which V is
+    stored, so that no value changes its thread.
+    """
+    if DTYPE.primitive_bitwidth == 8:
+        low, high = p.reshape([_ROWS, BN // 16, 2, 4, 2]).permute((0, 1, 3, 4, 2)).split()
+        a, b = low.split()
+        c, d = high.split()
+        bits = gl.inline_asm_elementwise(
+            "{.reg .b16 x, y; cvt.rn.satfinite.e4m3x2.f32 x, $2, $1;"
+            " cvt.rn.satfinite.e4m3x2.f32 y, $4, $3; mov.b32 $0, {x, y};}",
+            "=r,f,f,f,f", [a, b, c, d], gl.uint32, True, 1,
+        ).reshape([_ROWS, BN // 4])  # fmt: skip
+    else:
+        bits = p.to(DTYPE).to(gl.int16, bitcast=True)
+    return bits
+
+
+@gluon.jit
+def _unpack(bits, DTYPE: gl.constexpr, layout: gl.constexpr):
+    if DTYPE.primitive_bitwidth == 8:
+        bits = _part(_part(bits, gl.uint16), gl.uint8)
+    return gl.convert_layout(bits.to(DTYPE, bitcast=True), layout)
 
 
 @gluon.jit
@@ -50,6 +92,54 @@ def _scores(mine, k, stage, zero, BN: gl.constexpr, D: gl.constexpr):
     keys = k.index(stage).reshape([BN, D]).permute((1, 0))
     INT: gl.constexpr = zero.dtype == gl.int32
     return warpgroup_mma(mine, keys, zero, use_acc=INT, is_async=True)
+
+
+@gluon.jit
+def _logits(s, c, INT: gl.constexpr):
+    """Scores of a tile as base-2 logits; `c` is the rows' factor."""
+    s = s.to(gl.float32, bitcast=True)
+    if INT:
+        s -= _MAGIC_VALUE
+    return s * c[:, None]
+
+
+@gluon.jit
+def _greater(a, b):
+    """The greater of both numbers of two pairs."""
+    return gl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], gl.int32, True, 1)
+
+
+@gluon.jit
+def _top(s, m):
+    """Row maxima by instructions that compare three numbers, of integers or of pairs in fp16 (which
+    holds the sums, `quantize.TOP`): a maximum need not be exact to stand for its row.
+    """
+    if s.dtype == gl.int32:
+        top = gl.max(s, 1).to(gl.float32, bitcast=True) - _MAGIC_VALUE
+    else:
+        BN: gl.constexpr = s.shape[1]
+        low, high = s.reshape([_ROWS, BN // 2, 2]).split()
+        pairs = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], gl.int32, True, 1
+        )
+        pairs = gl.reduce(pairs.reshape([_ROWS, BN // 8, 4]), 1, _greater)
+        pairs = gl.reduce(pairs, 1, _greater)
+        low = pairs.to(gl.int16).to(gl.float16, bitcast=True)
+        high = (pairs >> 16).to(gl.int16).to(gl.float16, bitcast=True)
+        top = gl.convert_layout(gl.maximum(low.to(gl.float32), high.to(gl.float32)), m.type.layout)
+    return top
+
+
+@gluon.jit
+def _maxima(s, c, m, FULL: gl.constexpr, INT: gl.constexpr):
+    """Maxima with a wholly visible tile, their factor to the ones before, and what the exponents
+    lie above: one multiplication for each score.
+    """
+    m_new = gl.maximum(m, _top(s, m) * c)
+    below = m_new - FULL
+    if INT:
+        below += _MAGIC_VALUE * c
+    return m_new, gl.exp2(m - m_new), below
 
 
 @gluon.jit
@@ -73,76 +163,20 @@ def _added(acc, alpha, pv, PV8: gl.constexpr):
 
 
 @gluon.jit
-def _step(
-    WHO: gl.constexpr, mine, k, v, stage, phase, v_stage, v_phase, k_full, v_full, zero, none,
-    packed, acc, pv, before, alpha, m, total, c,
-    BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr, pl: gl.constexpr,
-):  # fmt: skip
-    """Scores and softmax of a wholly visible tile with the product of the tile before."""
-    LAG: gl.constexpr = PV8 or zero.dtype == gl.int32
-    o_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    if not PV8:
-        before = gl.convert_layout(alpha, o_row)
-    base = none if PV8 else acc * before[:, None]
-    mbarrier.wait(k_full.index(stage), phase)
-    if not LAG:
-        mbarrier.wait(v_full.index(v_stage), v_phase)
-        _await_turn(WHO)
-    s = _scores(mine, k, stage, zero, BN, D)
-    if not LAG:
-        pv = _product(packed, v, v_stage, base, BN, D, pl)
-        _pass_turn(1 - WHO)
-    if PV8:  # the tile before the last is added up while the scores are on their way
-        acc = _added(acc, before, pv, PV8)
-        before = gl.convert_layout(alpha, o_row)
-    if LAG:
-        s = warpgroup_mma_wait(0, deps=[s])
-        give(K_FREE + stage)
-        mbarrier.wait(v_full.index(v_stage), v_phase)
-        pv = _product(packed, v, v_stage, base, BN, D, pl)
-    else:
-        s = warpgroup_mma_wait(1, deps=[s])
-    following, alpha, m, total = _softmax(s, c, m, total, WHO, BN, PV8, v.dtype)
-    pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-    if not LAG:
-        give(K_FREE + stage)
-    give(_V_FREE + v_stage)
-    if not PV8:
-        acc = pv
-    return following, acc, pv, before, alpha, m, total
+def _sums(p, BN: gl.constexpr):
+    """Row sums as the four threads of a row hold them, [rows, 4]: joined once, at the end."""
+    return gl.sum(gl.sum(p.reshape([_ROWS, BN // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
-def _facts(
-    Q_SCALE, K_SCALE, LISTS, KV_HEADS, row, m0, b, slot, masked, clean, n_heads, n_kv, n_q, n_kb,
-    capacity, factor, BK: gl.constexpr, BN: gl.constexpr, EXTRA_MASKED: gl.constexpr,
-    WHO: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Of a row: its KV head and list, scales of its keys and its queries, and where its first tile
-    and the first after the masked ones lie.
-    """
-    at = row.to(gl.int64) * capacity
-    hk = gl.load(KV_HEADS + slot)
-    scales = K_SCALE + (b.to(gl.int64) * n_kv + hk) * n_kb
-    rows = m0 + WHO * _ROWS + gl.arange(0, _ROWS, layout=layout)
-    q_at = (b.to(gl.int64) * n_heads + slot) * n_q
-    by_row = gl.load(Q_SCALE + q_at + rows, mask=rows < n_q, other=1.0) * factor
-    entries, first = masked + clean, 1
-    if EXTRA_MASKED:
-        first = gl.maximum(masked * (BK // BN), 1)
-    k0 = _key0(LISTS, at, 0, entries, BK, BN)
-    last = gl.maximum(entries * (BK // BN), 1) - 1
-    k1 = _key0(LISTS, at, gl.minimum(first, last), entries, BK, BN)
-    return hk, at, scales, by_row, k0, k1
+def _sums_like(p, total, BN: gl.constexpr):
+    """Row sums of a part of a tile in the layout of those of a whole one."""
+    return gl.convert_layout(_sums(p, BN), total.type.layout)
 
 
 @gluon.jit
-def _limits(rows, entries, n_k, q_start, CAUSAL: gl.constexpr):
-    """Last key of each row; none where the row has no entries."""
-    limit = rows * 0 + n_k
-    if CAUSAL:
-        limit = rows + q_start
-    return gl.where(entries > 0, limit, -1)
+def _scaled(total, alpha):
+    return total * gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout))[:, None]
 
 
 @gluon.jit
@@ -155,7 +189,7 @@ def _consume(
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     INT: gl.constexpr = k.dtype == gl.int8
-    PER_ROW: gl.constexpr = BQ // (2 * _ROWS)
+    FULL: gl.constexpr = 8.0 if PV8 else 0.0
     s_type: gl.constexpr = gl.int32 if INT else gl.float32
     sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     ol: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if PV8 else 16])
@@ -165,138 +199,151 @@ def _consume(
     stage, phase = 0, 0
     if WHO == 1:
         _pass_turn(0)
+    LAG: gl.constexpr = PV8 or INT
     zero = gl.full([_ROWS, BN], _MAGIC if INT else 0, s_type, sl)
     none = gl.zeros([_ROWS, D], gl.float32, ol)
-    lane = WHO * _ROWS + gl.arange(0, _ROWS, layout=s_row)
-    place, round = _place(0), 0
-    row, m0, b, slot, masked, clean = _item(ITEMS, place, n_items, 2 * _ROWS, PER_ROW)
-    hk, at, scales, by_row, k0, k1 = _facts(
-        Q_SCALE, K_SCALE, LISTS, KV_HEADS, row, m0, b, slot, masked, clean, n_heads, n_kv, n_q,
-        n_kb, capacity, factor, BK, BN, EXTRA_MASKED, WHO, s_row,
-    )  # fmt: skip
-    c, scale = by_row * gl.load(scales + k0 // BN), gl.load(scales + k1 // BN)
-    mbarrier.wait(q_full.index(0), 0)
-    mbarrier.wait(k_full.index(0), 0)
-    s = _scores(q.index(WHO).reshape([_ROWS, D]), k, 0, zero, BN, D)
-    s = warpgroup_mma_wait(0, deps=[s])
-    give(K_FREE)
-    if (masked > 0) | (clean == 0):
-        limit = _limits(m0 + lane, masked + clean, n_k, q_start, CAUSAL)
-        s = _hide(s, k0, limit, n_k, BN)
-    m = gl.full([_ROWS], -1e30, gl.float32, s_row)
-    nothing = _sums(gl.zeros([_ROWS, BN], gl.float32, sl), BN)
-    packed, alpha, m, total = _softmax(s, c, m, nothing, WHO, BN, PV8, v.dtype)
-    while place < n_items:
-        place = _place(round + 1)
-        more = place < n_items
-        next_row, next_m0, next_b, next_slot, next_masked, next_clean = _item(
-            ITEMS, place, n_items, 2 * _ROWS, PER_ROW
+    for round in range(_rounds(n_items)):
+        row, m0, b, slot, masked, clean = _item(
+            ITEMS, _place(round), n_items, 2 * _ROWS, BQ // (2 * _ROWS)
         )
-        entries, n = masked + clean, gl.maximum((masked + clean) * R, 1)
-        limit = _limits(m0 + lane, entries, n_k, q_start, CAUSAL)
+        b64, h64 = b.to(gl.int64), slot.to(gl.int64)
+        hk, ho = gl.load(KV_HEADS + slot), gl.load(OUT_HEADS + slot)
+        at = row.to(gl.int64) * capacity
+        n = (masked + clean) * R
+        rows = m0 + WHO * _ROWS + gl.arange(0, _ROWS, layout=s_row)
+        limit = rows * 0 + n_k
+        if CAUSAL:
+            limit = rows + q_start
+        q_at = (b64 * n_heads + h64) * n_q
+        by_row = gl.load(Q_SCALE + q_at + rows, mask=rows < n_q, other=0.0) * factor
+        scales = K_SCALE + (b64 * n_kv + hk) * n_kb
+        m = gl.full([_ROWS], -1e30, gl.float32, s_row)
+        total = _sums(gl.zeros([_ROWS, BN], gl.float32, sl), BN)
+        alpha = gl.zeros([_ROWS], gl.float32, s_row)
+        acc = gl.zeros([_ROWS, D], gl.float32, ol)
         side = round % 2
         mine = q.index(side * 2 + WHO).reshape([_ROWS, D])
-        acc, pv, before = none, none, gl.full([_ROWS], 1.0, gl.float32, o_row)
-        first = 1
-        if EXTRA_MASKED:
-            first = gl.maximum(masked * R, 1)
-            for j in range(1, first):
-                before = gl.convert_layout(alpha, o_row)
-                mbarrier.wait(v_full.index(stage), phase)
-                base = none if PV8 else acc * before[:, None]
-                pv = _product(packed, v, stage, base, BN, D, pl)
-                pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-                give(_V_FREE + stage)
-                acc = _added(acc, before, pv, PV8)
-                stage, phase = _next(stage, phase, STAGES)
-                k0 = _key0(LISTS, at, j, entries, BK, BN)
-                c = by_row * gl.load(scales + k0 // BN)
-                mbarrier.wait(k_full.index(stage), phase)
-                s = _scores(mine, k, stage, zero, BN, D)
-                s = warpgroup_mma_wait(0, deps=[s])
-                give(K_FREE + stage)
-                s = _hide(s, k0, limit, n_k, BN)
-                packed, alpha, m, total = _softmax(s, c, m, total, WHO, BN, PV8, v.dtype)
-            pv, before = none, gl.full([_ROWS], 1.0, gl.float32, o_row)
-        # Where a tile lies is read two tiles early, its scale one.
-        k0 = _key0(LISTS, at, gl.minimum(first + 1, n - 1), entries, BK, BN)
-        for j in range(first, n):
-            v_stage, v_phase = stage, phase
-            stage, phase = _next(stage, phase, STAGES)
-            c = by_row * scale
-            scale = gl.load(scales + k0 // BN)
-            k0 = _key0(LISTS, at, gl.minimum(j + 2, n - 1), entries, BK, BN)
-            packed, acc, pv, before, alpha, m, total = _step(
-                WHO, mine, k, v, stage, phase, v_stage, v_phase, k_full, v_full, zero, none, packed,
-                acc, pv, before, alpha, m, total, c, BN, D, PV8, pl,
-            )  # fmt: skip
-        # The last product of this row goes with the first tile of the next.
-        mbarrier.arrive(q_empty.index(side))
-        side = (round + 1) % 2
-        hk, at, scales, by_row, k0, k1 = _facts(
-            Q_SCALE, K_SCALE, LISTS, KV_HEADS, next_row, next_m0, next_b, next_slot, next_masked,
-            next_clean, n_heads, n_kv, n_q, n_kb, capacity, factor, BK, BN, EXTRA_MASKED, WHO,
-            s_row,
-        )  # fmt: skip
-        limit = _limits(next_m0 + lane, next_masked + next_clean, n_k, q_start, CAUSAL)
-        mbarrier.wait(q_full.index(side), ((round + 1) // 2) & 1, pred=more)
-        if PV8:
-            acc = _added(acc, before, pv, PV8)
-        before = gl.convert_layout(alpha, o_row)
-        mbarrier.wait(v_full.index(stage), phase)
-        base = none if PV8 else acc * before[:, None]
-        pv = _product(packed, v, stage, base, BN, D, pl)
-        v_stage = stage
-        stage, phase = _next(stage, phase, STAGES)
-        mbarrier.wait(k_full.index(stage), phase, pred=more)
-        s = _scores(q.index(side * 2 + WHO).reshape([_ROWS, D]), k, stage, zero, BN, D)
-        c, scale = by_row * gl.load(scales + k0 // BN), gl.load(scales + k1 // BN)
-        pv, packed = warpgroup_mma_wait(1, deps=[pv, packed])
-        give(_V_FREE + v_stage)
-        acc = _added(acc, before, pv, PV8)
-        ho, hk = gl.load(OUT_HEADS + slot), gl.load(KV_HEADS + slot)
-        _finish(
-            OUT, LSE, V_SCALE, V_MEAN, SHIFT, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, b, slot, hk, ho,
-            m0 + lane, n_heads, n_kv, n_q, m, total, acc, D, PV8, SMOOTH,
-        )  # fmt: skip
-        s = warpgroup_mma_wait(0, deps=[s])
-        if more:
+        mbarrier.wait(q_full.index(side), (round // 2) & 1)
+        if n > 0:
+            lead = 0
+            if EXTRA_MASKED:
+                lead = gl.maximum(masked * R - 1, 0)
+                for j in range(lead):
+                    k0 = _key0(LISTS, at, j, BK, BN)
+                    c = by_row * gl.load(scales + k0 // BN)
+                    mbarrier.wait(k_full.index(stage), phase)
+                    s = _scores(mine, k, stage, zero, BN, D)
+                    s = warpgroup_mma_wait(0, deps=[s])
+                    give(K_FREE + stage)
+                    x = _hide(_logits(s, c, INT), k0, limit, n_k, BN, sl)
+                    m_new = gl.maximum(m, gl.max(x, 1))
+                    alpha = gl.exp2(m - m_new)
+                    p = gl.exp2(x - (m_new - FULL)[:, None])
+                    total = _scaled(total, alpha) + _sums(p, BN)
+                    m = m_new
+                    mbarrier.wait(v_full.index(stage), phase)
+                    packed = _pack(p, BN, v.dtype)
+                    before = gl.convert_layout(alpha, o_row)
+                    base = none if PV8 else acc * before[:, None]
+                    pv = _product(packed, v, stage, base, BN, D, pl)
+                    pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
+                    give(_V_FREE + stage)
+                    acc = _added(acc, before, pv, PV8)
+                    stage, phase = _next(stage, phase, STAGES)
+            k0 = _key0(LISTS, at, lead, BK, BN)
+            c = by_row * gl.load(scales + k0 // BN)
+            mbarrier.wait(k_full.index(stage), phase)
+            s = _scores(mine, k, stage, zero, BN, D)
+            s = warpgroup_mma_wait(0, deps=[s])
             give(K_FREE + stage)
-        if (next_masked > 0) | (next_clean == 0):
-            s = _hide(s, k0, limit, n_k, BN)
-        m = gl.full([_ROWS], -1e30, gl.float32, s_row)
-        packed, alpha, m, total = _softmax(s, c, m, nothing, WHO, BN, PV8, v.dtype)
-        m0, b, slot = next_m0, next_b, next_slot
-        masked, clean = next_masked, next_clean
-        round += 1
+            x = _hide(_logits(s, c, INT), k0, limit, n_k, BN, sl)
+            m_new = gl.maximum(m, gl.max(x, 1))
+            alpha = gl.exp2(m - m_new)
+            p = gl.exp2(x - (m_new - FULL)[:, None])
+            total = _scaled(total, alpha) + _sums(p, BN)
+            m = m_new
+            packed = _pack(p, BN, v.dtype)
+            # Where a tile lies is read two tiles early, its scale one.
+            k0 = _key0(LISTS, at, gl.minimum(lead + 1, n - 1), BK, BN)
+            scale = gl.load(scales + k0 // BN)
+            k0 = _key0(LISTS, at, gl.minimum(lead + 2, n - 1), BK, BN)
+            pv, before = none, gl.full([_ROWS], 1.0, gl.float32, o_row)
+            for j in range(lead + 1, n):
+                v_stage, v_phase = stage, phase
+                stage, phase = _next(stage, phase, STAGES)
+                c = by_row * scale
+                if not PV8:
+                    before = gl.convert_layout(alpha, o_row)
+                base = none if PV8 else acc * before[:, None]
+                mbarrier.wait(k_full.index(stage), phase)
+                if not LAG:
+                    mbarrier.wait(v_full.index(v_stage), v_phase)
+                    _await_turn(WHO)
+                s = _scores(mine, k, stage, zero, BN, D)
+                if not LAG:
+                    pv = _product(packed, v, v_stage, base, BN, D, pl)
+                    _pass_turn(1 - WHO)
+                if PV8:  # the tile before the last is added up while the scores are on their way
+                    acc = _added(acc, before, pv, PV8)
+                    before = gl.convert_layout(alpha, o_row)
+                scale = gl.load(scales + k0 // BN)
+                k0 = _key0(LISTS, at, gl.minimum(j + 2, n - 1), BK, BN)
+                if LAG:
+                    s = warpgroup_mma_wait(0, deps=[s])
+                    give(K_FREE + stage)
+                    mbarrier.wait(v_full.index(v_stage), v_phase)
+                    pv = _product(packed, v, v_stage, base, BN, D, pl)
+                else:
+                    s = warpgroup_mma_wait(1, deps=[s])
+                m, alpha, below = _maxima(s, c, m, FULL, INT)
+                if PV8:  # exponentials of one group, then of the other
+                    below = _in_turn(below, WHO)
+                p = gl.exp2(s.to(gl.float32, bitcast=True) * c[:, None] - below[:, None])
+                if PV8:  # the turn goes on when half of the exponentials are there
+                    first, second = p.reshape([_ROWS, 2, BN // 2]).permute((0, 2, 1)).split()
+                    total = _scaled(total, alpha) + _sums_like(first, total, BN // 2)
+                    total = _in_order(total)
+                    _pass_turn(1 - WHO)
+                    total += _sums_like(second, total, BN // 2)
+                else:
+                    total = _scaled(total, alpha) + _sums(p, BN)
+                following = _pack(p, BN, v.dtype)
+                if PV8 or not INT:  # the assembler keeps int8 with 16 bits in order by itself
+                    total = _in_order(total)
+                pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
+                if not LAG:
+                    give(K_FREE + stage)
+                give(_V_FREE + v_stage)
+                if not PV8:
+                    acc = _added(acc, before, pv, PV8)
+                packed = following
+            if PV8:
+                acc = _added(acc, before, pv, PV8)
+            mbarrier.wait(v_full.index(stage), phase)
+            before = gl.convert_layout(alpha, o_row)
+            base = none if PV8 else acc * before[:, None]
+            pv = _product(packed, v, stage, base, BN, D, pl)
+            pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
+            give(_V_FREE + stage)
+            acc = _added(acc, before, pv, PV8)
+            stage, phase = _next(stage, phase, STAGES)
+        mbarrier.arrive(q_empty.index(side))
+        total = gl.convert_layout(gl.sum(total, 1), s_row)
+        m -= FULL
+        if SMOOTH:
+            m += gl.load(SHIFT + q_at + rows, mask=rows < n_q, other=0.0) * 1.4426950408889634
+        o_rows = m0 + WHO * _ROWS + gl.arange(0, _ROWS, layout=o_row)
+        d = gl.arange(0, D, layout=gl.SliceLayout(0, ol))
+        if PV8:
+            channel = (b64 * n_kv + hk) * D + d
+            mass = gl.convert_layout(total, o_row)[:, None]
+            acc = acc * gl.load(V_SCALE + channel)[None, :]
+            acc += mass * gl.load(V_MEAN + channel)[None, :]
+        acc = normalised(acc, LSE, s_lb, s_lh, s_ln, b, ho, rows, n_q, m, total)
+        place = OUT + b64 * s_ob + ho.to(gl.int64) * s_oh + o_rows.to(gl.int64)[:, None] * s_on
+        gl.store(place + d[None, :], acc.to(OUT.dtype.element_ty), mask=(o_rows < n_q)[:, None])
     if WHO == 0:
         _await_turn(0)
-
-
-@gluon.jit
-def _finish(
-    OUT, LSE, V_SCALE, V_MEAN, SHIFT, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, b, slot, hk, ho, rows,
-    n_heads, n_kv, n_q, m, total, acc, D: gl.constexpr, PV8: gl.constexpr,
-    SMOOTH: gl.constexpr,
-):  # fmt: skip
-    """Normalise and store a row."""
-    o_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    b64 = b.to(gl.int64)
-    total = gl.convert_layout(gl.sum(total, 1), m.type.layout)
-    m -= 8.0 if PV8 else 0.0
-    if SMOOTH:
-        q_at = (b64 * n_heads + slot) * n_q
-        m += gl.load(SHIFT + q_at + rows, mask=rows < n_q, other=0.0) * 1.4426950408889634
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, acc.type.layout))
-    if PV8:
-        channel = (b64 * n_kv + hk) * D + d
-        mass = gl.convert_layout(total, o_row)[:, None]
-        acc = acc * gl.load(V_SCALE + channel)[None, :]
-        acc += mass * gl.load(V_MEAN + channel)[None, :]
-    acc = normalised(acc, LSE, s_lb, s_lh, s_ln, b, ho, rows, n_q, m, total)
-    o_rows = gl.convert_layout(rows, o_row)
-    place = OUT + b64 * s_ob + ho.to(gl.int64) * s_oh + o_rows.to(gl.int64)[:, None] * s_on
-    gl.store(place + d[None, :], acc.to(OUT.dtype.element_ty), mask=(o_rows < n_q)[:, None])
 
 
 _SIZES = ["n_items", "n_heads", "n_kv", "n_q", "n_k", "n_kb", "q_start", "capacity"]
