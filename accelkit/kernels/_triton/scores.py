@@ -83,8 +83,8 @@ def pool(
     _pool[(nb, batch * heads.numel())](
         x, heads, out if places is None else places, heads if begin is None else begin, out,
         *x.stride(), *steps, heads.numel(), n, nb, BLOCK=block,
-        BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
-        HAS_PLACES=places is not None, HAS_BEGIN=begin is not None, num_warps=4,
+        BM=min(128, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
+        HAS_PLACES=places is not None, HAS_BEGIN=begin is not None, num_warps=2,
     )  # fmt: skip
     return out
 
@@ -296,8 +296,8 @@ def self_similarity(
     _alike[(nb, batch * ids.numel())](
         x, ids, out if places is None else places, out if centre is None else centre.contiguous(),
         out, out if means is None else means, *x.stride(), *steps, ids.numel(), n, nb, factor,
-        BLOCK=block, BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
-        HAS_PLACES=places is not None, HAS_CENTRE=centre is not None, num_warps=4,
+        BLOCK=block, BM=min(128, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
+        HAS_PLACES=places is not None, HAS_CENTRE=centre is not None, num_warps=2,
     )  # fmt: skip
     return out, means
 
