@@ -17,7 +17,7 @@ from accelkit.calibration.denoise.check import CAREFUL, MOST_RUNS, Checker
 from accelkit.calibration.denoise.plan import Planner
 from accelkit.calibration.denoise.weights import Small, lasting
 from accelkit.calibration.journal import Journal
-from accelkit.calibration.refine import Proposal, Round
+from accelkit.calibration.refine import Proposal, Round, plan_digest
 from accelkit.calibration.search import DENSE, Choice, Option, Table
 from accelkit.patches.method import load
 from accelkit.patches.plan import Budget
@@ -156,6 +156,20 @@ def test_a_plan_that_is_too_careful_is_better_than_none() -> None:
     assert found.best is found.rounds[1]
     assert checker.used(found.rounds) <= MOST_RUNS
     assert run.skipped[0].startswith("1 of 2 prompts of round 2")
+
+
+def test_a_check_counts_what_runs_took() -> None:
+    """Half as long again as predicted, compiling apart."""
+    journal = Journal(None, {}, False)
+    run = SimpleNamespace(journal=journal)
+    checker = Checker(run, None, [None] * 2, lambda plan: 0.4, 1.0)  # type: ignore[arg-type]
+    plan = SimpleNamespace(model_dump_json=lambda include: "", tables={})
+    journal.put(f"check/{plan_digest(plan)}/0", {}, 2.0, 0.5)  # type: ignore[arg-type]
+    row = {"done": 0.5, "prompt": 0, "steps_ms": [600.0, 500.0], "dense_steps_ms": [500.0, 500.0]}
+    now = Round(0.1, Proposal(plan, None, 1.0, 2.0, 0.1, False), [row])  # type: ignore[arg-type]
+    assert checker.used([now]) == pytest.approx(1 + 0.5 * 0.6 / 2)
+    assert checker.whole([now], plan) == pytest.approx(0.6)  # type: ignore[arg-type]
+    assert checker.whole([], plan) == 0.4  # type: ignore[arg-type]
 
 
 def test_a_check_that_affords_no_prompt_more_ends() -> None:
