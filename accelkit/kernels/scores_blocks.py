@@ -372,11 +372,12 @@ def block_mass(
     then it is computed on the way. `rows` are the query tiles to look at, all by default.
     Calibration reads recall from this. Padding rows do not vote.
     """
-    if rows is None and lse is not None and dispatch.fast_device(call.q):
+    if lse is not None and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import scores as fast
 
         if fast.mass_fits(call, size):
-            return fast.block_mass(call, lse, size)
+            at = None if rows is None else torch.as_tensor(rows, device=call.q.device)
+            return fast.block_mass(call, lse, size, at)
     nq, nk = call.tiles(size)
     tiles = list(range(nq)) if rows is None else [int(r) for r in rows]
     places, limit, votes = key_places(call), row_limits(call), voting_rows(call)

@@ -136,15 +136,26 @@ def test_self_similarity(center: bool, masked: bool):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (64, 64), (32, 16)])
-def test_block_mass(size: tuple[int, int]):
-    """Exact masses of a tile sum to one, whichever way they are found."""
-    call = plain_inputs(rows(1, 4, 150, 24), rows(1, 2, 150, 24), rows(1, 2, 150, 24), causal=False)
+@pytest.mark.parametrize("q_start", [None, 0, 20])
+def test_block_mass(size: tuple[int, int], q_start: int | None):
+    """Exact masses of a tile sum to one, whichever way they are found; causal calls with a
+    `q_start`.
+    """
+    keys, causal = 150 + (q_start or 0), q_start is not None
+    call = plain_inputs(
+        rows(1, 4, 150, 24), rows(1, 2, keys, 24), rows(1, 2, keys, 24), causal=causal,
+        q_start=q_start or 0,
+    )  # fmt: skip
     s = call.q @ call.k.repeat_interleave(2, 1).transpose(-1, -2) * call.scale
+    if causal:
+        s = s.masked_fill(torch.ones_like(s[0, 0]).triu(1 + call.q_start).bool(), -torch.inf)
     lse = s.logsumexp(-1)
     assert fast.mass_fits(call, size)
     found = fast.block_mass(call, lse, size)
     torch.testing.assert_close(found.sum(-1), torch.ones_like(found[..., 0]), atol=2e-4, rtol=0)
     torch.testing.assert_close(found, scores.block_mass(call, lse, size), atol=2e-4, rtol=1e-3)
+    some = torch.tensor([2, 0], device=DEVICE)
+    torch.testing.assert_close(fast.block_mass(call, lse, size, some), found[:, :, some])
 
 
 def test_sampled_maxima(monkeypatch: pytest.MonkeyPatch):

@@ -15,8 +15,8 @@ from torch import Tensor
 from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.video import Enough, Settings, Shot, Take
 from accelkit.calibration.evaluation.quality import geometric_mean, relative
-from accelkit.calibration.prefill.measure import Run
 from accelkit.calibration.refine import Round, plan_digest
+from accelkit.calibration.session import Run
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 

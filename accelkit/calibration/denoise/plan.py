@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 from accelkit.calibration import refine
+from accelkit.calibration.assemble import SiteData, assemble, site_data
 from accelkit.calibration.denoise.caches import Cached
 from accelkit.calibration.denoise.check import Checker
 from accelkit.calibration.denoise.look import Look, bucket_of, buckets, site_of
 from accelkit.calibration.denoise.measure import Measurements
 from accelkit.calibration.denoise.weights import Small
 from accelkit.calibration.evaluation.quality import geometric_mean
-from accelkit.calibration.prefill.assemble import SiteData, assemble, site_data
-from accelkit.calibration.prefill.measure import Run
 from accelkit.calibration.search import (
     DENSE,
     Choice,
@@ -29,6 +28,7 @@ from accelkit.calibration.search import (
     predicted,
     search,
 )
+from accelkit.calibration.session import Run
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, LayerPlan, Limits, Plan, Schedule
 
@@ -78,8 +78,8 @@ class Planner:
         shares = buckets(self.seen.total)
         data = site_data(
             self.seen.places, self.found.families, self.found.screen,
-            [(self.tokens, unit) for unit in self.found.units], self.tokens, self.weights,
-            self.costs, self.seen.calls,
+            [(self.tokens, unit) for unit in self.found.units], self.tokens,
+            [self.weights] * len(self.found.units), self.costs, self.seen.calls,
             {p: self.found.refresh.get(site_of(p), 1) for p in self.seen.places},
         )  # fmt: skip
         self.data = [

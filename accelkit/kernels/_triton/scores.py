@@ -302,14 +302,14 @@ def self_similarity(
     return out, means
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "nk"])
+@triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "nk", "q_start"])
 def _mass(
-    Q, K, HEADS, KV_HEADS, LSE, OUT, s_qb, s_qh, s_qn, s_qd, s_kb, s_kh, s_kn, s_kd,
-    s_lb, s_lh, s_ln, n_heads, n_q, n_k, nq, nk, factor,
+    Q, K, HEADS, KV_HEADS, TILES, LSE, OUT, s_qb, s_qh, s_qn, s_qd, s_kb, s_kh, s_kn, s_kd,
+    s_lb, s_lh, s_ln, n_heads, n_q, n_k, nk, q_start, factor,
     BQ: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    BD: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    tile, bh = tl.program_id(0), tl.program_id(1)
+    tile, bh = tl.load(TILES + tl.program_id(0)), tl.program_id(1)
     b, h = (bh // n_heads).to(tl.int64), bh % n_heads
     lane, d, col = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
     row = tile * BQ + lane
@@ -323,42 +323,52 @@ def _mass(
     shift = tl.where(real & (lse > -float("inf")), lse * 1.4426950408889634 + tl.log2(rows),
                      float("inf"))  # fmt: skip
     k0 = K + b * s_kb + tl.load(KV_HEADS + h).to(tl.int64) * s_kh
-    line = (bh.to(tl.int64) * nq + tile) * nk
+    line = (bh.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * nk
     PER: tl.constexpr = BN // BK
-    for j in tl.range(0, n_k, BN, num_stages=STAGES):
+    end = n_k
+    if CAUSAL:
+        end = tl.minimum(n_k, q_start + (tile + 1) * BQ)
+    for j in tl.range(0, end, BN, num_stages=STAGES):
         key = j + col
         k_at = key.to(tl.int64)[None, :] * s_kn + d[:, None] * s_kd
         k = tl.load(k0 + k_at, mask=(d < D)[:, None] & (key < n_k)[None, :], other=0.0)
         s = tl.dot(q, k, out_dtype=tl.float32, input_precision=PREC) * factor
         p = tl.where((key < n_k)[None, :], tl.exp2(s - shift[:, None]), 0.0)
+        if CAUSAL:
+            p = tl.where(key[None, :] <= q_start + row[:, None], p, 0.0)
         mass = tl.sum(tl.sum(p, 0).reshape(PER, BK), 1)
         block = j // BK + tl.arange(0, PER)
         tl.store(OUT + line + block, mass, mask=block < nk)
 
 
 def mass_fits(call: Inputs, size: tuple[int, int]) -> bool:
-    """Whether `block_mass` serves a call: no causality, padding or positions, powers of two."""
+    """Whether `block_mass` serves a call: no padding or positions, powers of two."""
     plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
     bq, bk = size
     return (
-        plain and not call.causal and bq <= 128 and 16 <= bk <= 128
+        plain and bq <= 128 and 16 <= bk <= 128
         and bq & (bq - 1) == 0 and bk & (bk - 1) == 0
     )  # fmt: skip
 
 
-def block_mass(call: Inputs, lse: Tensor, size: tuple[int, int]) -> Tensor:
-    """`kernels.scores.block_mass` over all tiles, fp32 `[B, H, nq, nk]`: a second pass of attention
-    without V, its softmax already known.
+def block_mass(
+    call: Inputs, lse: Tensor, size: tuple[int, int], tiles: Tensor | None = None
+) -> Tensor:
+    """`kernels.scores.block_mass` over all query tiles or some, fp32 `[B, H, len(tiles), nk]`: a
+    second pass of attention without V, its softmax already known.
     """
     (nq, nk), batch, heads = call.tiles(size), call.q.shape[0], len(call.heads)
-    d, wide = call.q.shape[3], call.q.dtype == torch.float32
-    out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=call.q.device)
+    d, wide, device = call.q.shape[3], call.q.dtype == torch.float32, call.q.device
+    at = torch.arange(nq, device=device) if tiles is None else tiles
+    shape = (batch, heads, at.numel(), nk)
+    out = (torch.zeros if call.causal else torch.empty)(shape, dtype=torch.float32, device=device)
     bm, bn = max(16, size[0]), max(size[1], 64 if wide else 128)
-    _mass[(nq, batch * heads)](
-        call.q, call.k, head_table(call.heads, call.q.device), call.kv_of_head.int(), lse, out,
-        *call.q.stride(), *call.k.stride(), *lse.stride(), heads, call.n_q, call.n_k, nq, nk,
-        call.scale * LOG2E, BQ=size[0], BM=bm, BK=size[1], BN=bn, D=d, BD=padded_width(d),
-        PREC=precision(call.q.dtype), STAGES=2 if wide else 3, num_warps=8 if bm == 128 else 4,
+    _mass[(at.numel(), batch * heads)](
+        call.q, call.k, head_table(call.heads, device), call.kv_of_head.int(), at.int(), lse, out,
+        *call.q.stride(), *call.k.stride(), *lse.stride(), heads, call.n_q, call.n_k, nk,
+        call.q_start, call.scale * LOG2E, BQ=size[0], BM=bm, BK=size[1], BN=bn, D=d,
+        BD=padded_width(d), CAUSAL=call.causal, PREC=precision(call.q.dtype),
+        STAGES=2 if wide else 3, num_warps=8 if bm == 128 else 4,
     )  # fmt: skip
     return out
 

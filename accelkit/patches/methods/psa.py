@@ -48,9 +48,13 @@ class PSA(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"ends": (1.0, 1.0, 1.0, 1.0)}
 
     ends: tuple[End, End, End, End] = (0.1, 0.25, 0.4, 0.75)
+    """Where levels end (keys themselves, means of 2, 4, 8), as shares of the ranked blocks."""
     by_energy: bool = False
+    """Whether `ends` are shares of the running sum of A instead of ranks."""
     every: int = Field(4, ge=1)
+    """Of so many rows, and so many keys, one is sampled."""
     block: int = Field(128, ge=64, multiple_of=64)
+    """Side of a block in tokens."""
 
     @pydantic.field_validator("ends")
     @classmethod

@@ -39,11 +39,17 @@ class VMoBA(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"coverage": 1.0}
 
     coverage: float = Field(0.25, gt=0, le=1)
+    """Share of Σ g that a head's chosen chunks hold."""
     frames: Size = 2
+    """Frames of a chunk in time."""
     columns: tuple[Size, Size] = (3, 4)
+    """Rows and columns of a chunk in space, in tokens."""
     box: tuple[Size, Size, Size] = (4, 6, 4)
+    """Frames, rows and columns of a box, in tokens."""
     query_block: int = Field(128, ge=16)
+    """Query rows of a tile."""
     key_block: int = Field(64, ge=16)
+    """Keys of a block."""
 
     def order(self, call: AttentionCall) -> Order | None:
         where = parts.grids.visual(call)
