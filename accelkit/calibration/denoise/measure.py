@@ -28,7 +28,6 @@ from accelkit.calibration.candidates import (
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.look import Look, bucket_of, scaled, site_of
-from accelkit.calibration.denoise.tables import quiet
 from accelkit.calibration.denoise.video import Enough, Settings, Shot
 from accelkit.calibration.prefill.measure import Run, family_of, kept
 from accelkit.calibration.profile import UNIT, profile
@@ -305,6 +304,11 @@ class _Begun:
 
 def _renews(family: Family) -> bool:
     return family.settings[0].renewed(2) > 0
+
+
+def quiet(one: AttentionMethod) -> bool:
+    """Whether a method computes every pair, in other arithmetic."""
+    return one.answers() == {"execution"}
 
 
 def _begin(families: Sequence[Family], call: AttentionCall) -> _Begun:

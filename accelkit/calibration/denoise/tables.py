@@ -14,17 +14,12 @@ from typing import Any
 import numpy as np
 
 from accelkit.calibration.denoise.caches import Cached
+from accelkit.calibration.denoise.measure import quiet
 from accelkit.calibration.prefill.assemble import Measured, SiteData
 from accelkit.calibration.search import DENSE, Choice, Solution, Table, predicted, search
-from accelkit.patches.method import AttentionMethod
 
 LEAST = 1e-6
 """Share of its calls that any step cache leaves a place, so that choices there are ranked."""
-
-
-def quiet(one: AttentionMethod) -> bool:
-    """Whether a method computes every pair, in other arithmetic."""
-    return one.answers() == {"execution"}
 
 
 @dataclass
