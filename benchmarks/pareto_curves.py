@@ -290,8 +290,10 @@ def run_mixture(
     opened = accelkit.patch(subject.pipe, plan) if "note" not in plan.measured else nullcontext()
     with opened:
         take, pictures = subject.drawn()
+        again = subject.judged(*subject.drawn())
     return {
         "budget": budget,
+        "again": again["mean"],  # what equal runs differ by
         "cost": 1 / plan.measured.get("predicted_speedup", 1.0),
         "seconds": seconds,
         "measured": plan.measured,
