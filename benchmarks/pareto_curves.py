@@ -158,7 +158,7 @@ def further(method: Any) -> list[Any]:
 
 def more(family: Family) -> Family:
     """A family with its further settings, along its dial."""
-    settings = [*further(family.settings[0]), *family.settings]
+    settings = [*dict.fromkeys([*further(family.settings[0]), *family.settings])]
     if family.field and len(settings) > len(family.settings):
         settings.sort(key=lambda m: getattr(m, str(family.field)))
     return Family(family.name, tuple(settings), family.field)
