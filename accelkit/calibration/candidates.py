@@ -88,6 +88,11 @@ def chosen_methods(
     return found
 
 
+def arithmetic_only(method: Method) -> bool:
+    """Whether a method computes every pair, in other arithmetic; a dial would leave some out."""
+    return method.answers() == {"execution"} and method.dial is None
+
+
 def families(settings: Iterable[Method]) -> list[Family]:
     """Group what a calibrator named by method and fixed fields."""
     groups: dict[str, list[AttentionMethod]] = {}
@@ -233,7 +238,7 @@ class Bench:
         one = answers[0]
         if one.execution != PLAIN:
             # Skipping and low precision save what no index shows: only the clock tells.
-            row["ms"] = self._clocked(one)
+            row["ms"] = self._clocked(method, one)
         piece = one.pieces[0]
         in_order = one.plain
         if in_order and isinstance(piece, BlockIndex) and piece.size[1] >= REUSE_UNIT:
@@ -307,9 +312,9 @@ class Bench:
         recall = (lse - dense).clamp(max=0.0).exp().nan_to_num(0.0).mean((0, 2))
         return {"error": torch.stack(errors).amax(0).cpu(), "recall": recall.cpu()}
 
-    def _clocked(self, one: Answer) -> float:
+    def _clocked(self, method: AttentionMethod, one: Answer) -> float:
         """Milliseconds of an answer; those of all pairs are the same in every call of a shelf."""
-        if self.shelf is None or any(isinstance(p, BlockIndex) for p in one.pieces):
+        if self.shelf is None or not arithmetic_only(method):
             return self._clock(one)
         key = ("clock", repr(one.execution), one.call.heads)
         if key not in self.shelf:

@@ -264,3 +264,18 @@ def test_a_short_bucket_renews_memories_more_often() -> None:
     for a, b in zip(long[0], short[0], strict=True):
         assert (b - 0.5) / 0.5 == pytest.approx((a - 0.2) / 0.8, abs=1e-4)
         assert b > 0.5 > a > 0.2
+
+
+def test_all_pairs_in_other_arithmetic_are_clocked_once(monkeypatch) -> None:
+    """Their time is the same in every call of a shape; over lists it is not."""
+    clocked: list[str] = []
+    monkeypatch.setattr(Bench, "_clock", lambda self, one: clocked.append(repr(one)) or 2.0)
+    call = planted_video(grid=(4, 8, 8))
+    dense, shelf = dense_attention(call), {}
+    for _ in range(2):
+        bench = Bench(call, dense, denoise_measure.NO_ROWS, shelf=shelf)
+        row = bench.family(Family("sage_attention", (load("sage_attention")(),), None), 0)
+        assert row["ms"] == [2.0]
+        paro = load("paro_attention")(int8=True)
+        bench.family(Family("paro_attention", (paro,), None), 0)
+    assert len(clocked) == 3

@@ -20,6 +20,7 @@ from torch import Tensor
 from accelkit.calibration.candidates import (
     Bench,
     Family,
+    arithmetic_only,
     calibrated_settings,
     for_call,
     prime,
@@ -222,7 +223,7 @@ class _DenseRun:
         found = best(others, most=max(1, self.run.preset.families - 1))
         exact = best(others, most=1, tolerances=EXACT)
         found += [thinned(f, FEW_EXACT) for f in exact if f.name not in {g.name for g in found}]
-        whole = {k: v for k, v in screened.items() if quiet(family_of(k, v).settings[0])}
+        whole = {k: v for k, v in screened.items() if arithmetic_only(family_of(k, v).settings[0])}
         gentle = best({"families": whole}, most=FEW_WHOLE, tolerances=WHOLE)
         found += [f for f in gentle if f.name not in {g.name for g in found}]
         if self.early[place] == self.late[place]:
@@ -304,11 +305,6 @@ class _Begun:
 
 def _renews(family: Family) -> bool:
     return family.settings[0].renewed(2) > 0
-
-
-def quiet(one: AttentionMethod) -> bool:
-    """Whether a method computes every pair, in other arithmetic."""
-    return one.answers() == {"execution"}
 
 
 def _begin(families: Sequence[Family], call: AttentionCall) -> _Begun:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from accelkit.calibration.candidates import arithmetic_only
 from accelkit.calibration.denoise.caches import Cached
-from accelkit.calibration.denoise.measure import quiet
 from accelkit.calibration.prefill.assemble import Measured, SiteData
 from accelkit.calibration.search import DENSE, Choice, Solution, Table, predicted, search
 
@@ -64,7 +64,9 @@ class Tables:
     def __init__(self, data: Sequence[SiteData], caches: Sequence[Cached]) -> None:
         self.data, self.caches = data, caches
         self.plain = [d.table for d in data]
-        self.kept = [[i for i, o in enumerate(d.options) if quiet(o.method)] for d in data]
+        self.kept = [
+            [i for i, o in enumerate(d.options) if arithmetic_only(o.method)] for d in data
+        ]
         few = [
             replace(t, options=tuple(t.options[i] for i in kept), loans=())
             for t, kept in zip(self.plain, self.kept, strict=True)
