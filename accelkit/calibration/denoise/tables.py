@@ -18,6 +18,8 @@ from accelkit.calibration.denoise.caches import Cached
 from accelkit.calibration.prefill.assemble import Measured, SiteData
 from accelkit.calibration.search import DENSE, Choice, Solution, Table, predicted, search
 
+ANY = 1e3
+"""An error that allows everything."""
 LEAST = 1e-6
 """Share of its calls that any step cache leaves a place, so that choices there are ranked."""
 
@@ -36,9 +38,20 @@ class Beside:
 
     def __post_init__(self) -> None:
         self.fronts = [{} for _ in self.tables]
+        self._fastest: dict[int, Solution] = {}
+
+    def fastest(self, n: int) -> Solution:
+        """The fastest solution of all beside the n-th step cache."""
+        if n not in self._fastest:
+            self._fastest[n] = self._searched(n, ANY)
+        return self._fastest[n]
 
     def search(self, n: int, error: float) -> Solution:
         """The fastest solution beside the n-th step cache with at most this error."""
+        best = self.fastest(n)
+        return best if best.error <= error else self._searched(n, error)
+
+    def _searched(self, n: int, error: float) -> Solution:
         like = next((m for m, f in enumerate(self.fronts) if m and "layers" in f), 0)
         if n and like and n != like:
             ways = zip(self.fronts[like]["layers"], self.tables[like], self.tables[n], strict=True)
