@@ -92,8 +92,25 @@ def test_other_arithmetic_has_a_factor_of_its_own() -> None:
     assert one.kappa(0) == 1.0
     one.learn(checked(0, SPARSE, 0.1), (0.02**2 + 0.2**2) ** 0.5)
     assert (one.quiet, one.kappa(0)) == pytest.approx((1.5, 2.0))
-    one.learn(checked(1, EIGHT, 0.06), (0.07**2 + 0.03**2) ** 0.5)
-    assert one.cached_error(1) == pytest.approx(0.07)
+
+
+def test_a_step_cache_and_other_arithmetic_share_the_blame() -> None:
+    one = planner()
+    one.learn(checked(1, EIGHT, (0.05**2 + 0.02**2) ** 0.5), 2 * (0.05**2 + 0.02**2) ** 0.5)
+    assert one.quiet == pytest.approx(2 ** (0.02**2 / (0.05**2 + 0.02**2)))
+    together = (one.cached_error(1) ** 2 + (0.02 * one.quiet) ** 2) ** 0.5
+    assert together == pytest.approx(2 * (0.05**2 + 0.02**2) ** 0.5)
+    one = planner(kappas={None: 9.0})
+    one.learn(checked(2, EIGHT, 0.2), 0.25)
+    assert one.quiet == pytest.approx(1.0, abs=0.01), "the step cache's error is far larger"
+
+
+def test_a_step_cache_that_is_only_guessed_is_tried_first() -> None:
+    one = planner(kappas={None: 9.0})
+    assert one.propose(0.15).choice[0] == 1
+    assert one.propose(0.15, alone=True).choice == (2, EIGHT), "0.2 is within half as much again"
+    one.known[2] = 0.2
+    assert one.propose(0.15, alone=True).choice[0] == 1
 
 
 def test_eight_bits_are_proposed_where_what_is_left_out_goes_too_far() -> None:
@@ -205,10 +222,14 @@ def test_a_plan_that_is_too_careful_is_better_than_none() -> None:
 
 def test_an_early_step_counts_for_no_less_than_a_later_one() -> None:
     # Of 12 steps buckets have 2, 1, 3 and 6; of 20, 2, 3, 5 and 10.
-    even = lasting([2.0, 1.0, 3.0, 6.0], 12, 20)
-    assert even == pytest.approx([12 * s / 20 for s in (2, 3, 5, 10)])
-    early = lasting([2.0, 0.1, 3.0, 6.0], 12, 20)
-    assert early == pytest.approx(even), "the second bucket's own would be a tenth"
+    middle = (0.05, 0.175, 0.375, 0.75)
+    fading = lasting([n / m for n, m in zip((2, 1, 3, 6), middle, strict=True)], 12, 20)
+    expected = [0.6 * n / m for n, m in zip((2, 3, 5, 10), middle, strict=True)]
+    assert fading == pytest.approx(expected)
+    even = lasting([2.0, 0.1, 3.0, 6.0], 12, 20)
+    assert even == pytest.approx([0.75 * f for f in fading]), "the last bucket tells of the others"
+    first = lasting([90.0, 0.1, 3.0, 6.0], 12, 20)
+    assert first == pytest.approx([54.0, *even[1:]]), "what it shows of its own counts"
 
 
 def test_a_result_that_tips_over_tells_nothing_of_the_others() -> None:

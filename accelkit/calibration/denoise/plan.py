@@ -36,9 +36,14 @@ CHEAP = 0.5
 """A step cache is checked alone, first, where that takes at most this share of a dense run."""
 PART = 0.25
 """However well the rest explains a change at the small geometry, so much of it is attention's."""
-TRUST = 0.97
-"""What leaves nothing out is predicted best: a plan that does must take at most this share of its
-time.
+TINY = 1e-12
+TRUST = 0.93
+"""What leaves nothing out is predicted best and differs least between prompts: a plan that leaves
+something out must take at most this share of its time.
+"""
+HOPE = 1.5
+"""Error ÷ ε of a step cache that is worth a cheap first check, for the small geometry only guesses
+it.
 """
 WORTH = 0.98
 """A plan is checked only if it takes at most this share of the time of the best one that held."""
@@ -136,10 +141,12 @@ class Planner:
         ways = []
         for n, cache in enumerate(self.caches):
             error = self.cached_error(n)
-            if n and error > epsilon:
+            hope = HOPE if alone and n not in self.known else 1.0
+            if n and error > hope * epsilon:
                 continue
-            # Rounding alone may take it all, in theory.
-            room = max(epsilon**2 - error**2, 0.0 if n else (epsilon / 2) ** 2) ** 0.5
+            # Rounding alone may take it all, in theory, and so may a step cache that is tried.
+            least = epsilon / 2 if not n or error > epsilon else 0.0
+            room = max(epsilon**2 - error**2, least**2) ** 0.5
             solution = self.tables.quiet.search(n, room / self.quiet)
             ways.append((solution.ms + self._rest(cache), n, solution))
             if not alone:
@@ -185,13 +192,16 @@ class Planner:
         """
         n, choices = now.proposal.choice
         loud, quiet = self.attention(n, choices)
-        wrong, cached = typical / now.proposal.error, self.cached_error(n)
+        wrong, cached = typical / max(now.proposal.error, TINY), self.cached_error(n)
         if not loud and not n:
             if quiet:
                 found = self.quiet * without(typical, cached) / quiet
                 self.quiet = min(max(found, self.quiet / BELIEVED), self.quiet * BELIEVED)
         elif not loud:
-            self.known[n] = max(without(typical, quiet), typical / 2)
+            # Each is to blame for its share of what was predicted.
+            blame = wrong ** (quiet**2 / max(quiet**2 + cached**2, TINY))
+            self.quiet *= min(max(blame, 1 / BELIEVED), BELIEVED)
+            self.known[n] = max(without(typical, blame * quiet), typical / 2)
             self.scale *= wrong**0.5  # others may be predicted better, or worse
         elif n == 0 or n in self.known:
             self.believe(n, self.kappa(n) * without(typical, cached, quiet) / loud)
