@@ -32,7 +32,7 @@ FIRST = 0.8
 """First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
 BELIEVED = 3.0
 """Most by which one check may change what is predicted of all plans."""
-CHEAP = 0.5
+CHEAP = 0.35
 """A step cache is checked alone, first, where that takes at most this share of a dense run."""
 PART = 0.25
 """However well the rest explains a change at the small geometry, so much of it is attention's."""
