@@ -56,9 +56,12 @@ class Checker:
         self.order = list(range(len(shots)))
         self.prompts = len(shots)
         self.references: dict[int, tuple[Take, dict[int, Tensor]]] = {}
+        self.lately: dict[int, float] = {}
 
     def check(self, now: Round, allowed: float) -> None:
-        """Run the shots, the most revealing of earlier rounds first, until one fails."""
+        """Run the shots, the most revealing of earlier rounds first, until one fails, or until it
+        is clear that further prompts would.
+        """
         digest = plan_digest(now.plan)
         for n in self.order[: self.prompts]:
             self.run.tell("checking a plan")
@@ -68,12 +71,25 @@ class Checker:
             # The error of a run that was not finished would have grown further.
             errors = [r["error"] / r["done"] for r in now.rows]
             now.measured = max(errors)
-            now.bound = self.margin * geometric_mean(errors)
-            if now.measured > allowed or now.bound > CLEAR * allowed:
+            likely = self.likely({r["prompt"]: e for r, e in zip(now.rows, errors, strict=True)})
+            now.bound = self.margin * geometric_mean(likely)
+            clear = len(likely) == len(self.shots) and now.bound > CLEAR * allowed
+            if now.measured > allowed or clear:
                 break
         now.held = len(now.rows) == self.prompts and now.reach <= allowed
+        if len(now.rows) == len(self.shots):
+            self.lately = {r["prompt"]: r["error"] / r["done"] for r in now.rows}
         worst = [r["prompt"] for r in sorted(now.rows, key=lambda r: -r["error"])]
         self.order = worst + [n for n in self.order if n not in worst]
+
+    def likely(self, errors: Mapping[int, float]) -> list[float]:
+        """The errors of all prompts: as measured, or as the last round that ran all of them lets
+        expect. Of some alone, if there was none.
+        """
+        if not self.lately:
+            return list(errors.values())
+        alike = geometric_mean([e / max(self.lately[n], 1e-12) for n, e in errors.items()])
+        return [errors.get(n, alike * self.lately[n]) for n in range(len(self.shots))]
 
     def _unit(self, key: str, work: Callable[[], dict[str, Any]], allowed: float) -> dict[str, Any]:
         """A row of the journal; made anew if it was cut short for a smaller budget than this."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from accelkit.calibration.candidates import (
     Bench,
     Family,
+    arithmetic_only,
     calibrated_settings,
     for_call,
     prime,
@@ -59,6 +60,10 @@ FEW_EXACT = 3
 """Settings of that family."""
 MOST_PRIMED = 2
 """Settings of a method that lives over several steps: each holds memory between the looks."""
+WHOLE = (0.02, 0.05)
+"""Errors of a head at which arithmetic that computes every pair is compared."""
+FEW_WHOLE = 2
+"""Most families of such arithmetic."""
 NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
@@ -208,7 +213,8 @@ class _DenseRun:
 
     def worth(self, place: str, screened: Mapping[str, Any]) -> list[Family]:
         """The families that are worth measuring: the best ones, the best where errors must be
-        small, and the best of those that live over several steps.
+        small, those that compute every pair in other arithmetic, and the best of those that live
+        over several steps.
         """
         best = partial(
             kept, costs=self.costs, tokens=self.tokens, screened_on=self.tokens,
@@ -218,6 +224,9 @@ class _DenseRun:
         found = best(others, most=max(1, self.run.preset.families - 1))
         exact = best(others, most=1, tolerances=EXACT)
         found += [thinned(f, FEW_EXACT) for f in exact if f.name not in {g.name for g in found}]
+        whole = {k: v for k, v in screened.items() if arithmetic_only(family_of(k, v).settings[0])}
+        gentle = best({"families": whole}, most=FEW_WHOLE, tolerances=WHOLE)
+        found += [f for f in gentle if f.name not in {g.name for g in found}]
         if self.early[place] == self.late[place]:
             return found  # nothing says what a memory is worth some steps later
         return found + best({"families": lasting}, most=1)
