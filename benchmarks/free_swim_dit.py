@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from denoise_dit import built, compiled
+from denoise_dit import built
 from torch import Tensor
 
 import accelkit
@@ -106,7 +106,7 @@ def compared(layers: int, frames: int, device: str) -> dict[str, Any]:
 
 
 def timed(layers: int, steps: int, device: str, size: Settings | None) -> dict[str, float]:
-    """Seconds of whole denoisings, compiled by repeated blocks."""
+    """Seconds of whole denoisings, not compiled: see `free_swim_twin`."""
     pipe, whole, shot = built("wan", (layers,), device)
     whole = size or whole
     plans = {
@@ -115,8 +115,8 @@ def timed(layers: int, steps: int, device: str, size: Settings | None) -> dict[s
     seconds = {}
     for name, methods in plans.items():
         opened = nullcontext() if methods is None else accelkit.patch(pipe, methods)
-        with opened, compiled(pipe, device == "cuda"):
-            for number in (4, steps):  # the first one compiles
+        with opened:
+            for number in (4, steps):  # the first one compiles kernels and warms up
                 run = Settings(whole.height, whole.width, whole.num_frames, number)
                 seconds[name] = video.run(pipe, run, shot).ends[-1]
         print(f"{name}: {seconds[name]:.3f} s", flush=True)
