@@ -327,3 +327,12 @@ def test_all_pairs_in_other_arithmetic_are_clocked_once(monkeypatch) -> None:
         paro = load("paro_attention")(int8=True)
         bench.family(Family("paro_attention", (paro,), None), 0)
     assert len(clocked) == 3
+
+
+def test_of_arithmetics_alike_in_time_the_most_exact_is_kept() -> None:
+    def row(ms: float | None, *errors: float) -> dict:
+        return {"ms": [ms], "error": [errors]}
+
+    found = {"fp8": row(7.0, 0.01, 0.1), "int8": row(7.3, 0.02, 0.03), "slow": row(8.7, 0.0, 0.0)}
+    assert denoise_measure._most_exact(found) == ["int8"]
+    assert denoise_measure._most_exact({"plain": row(None, 0.0)}) == []
