@@ -227,7 +227,7 @@ def _kernel(
 def _probes(device: Any) -> dict[str, Callable[[], str]]:
     import torch
 
-    from accelkit.calibration.opening import fast_bf16
+    from accelkit.calibration.opening.models import fast_bf16
 
     def triton() -> str:
         from accelkit.kernels.dispatch import triton_missing

@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from attention.report import machine
 
-from accelkit.calibration import fit, fit_kernels, fit_methods
 from accelkit.calibration.candidates import chosen_methods
-from accelkit.calibration.fit_clock import clock, dense_ms
-from accelkit.calibration.fit_inputs import Shape, fresh, random_call, shorter
+from accelkit.calibration.fit import fit
+from accelkit.calibration.fit import kernels as fit_kernels
+from accelkit.calibration.fit import methods as fit_methods
+from accelkit.calibration.fit.clock import clock, dense_ms
+from accelkit.calibration.fit.inputs import Shape, fresh, random_call, shorter
 from accelkit.calibration.session import compile_clock
 from accelkit.kernels.cost import CostTable, MethodCost, interpolate, unit
 from accelkit.kernels.index import BlockIndex

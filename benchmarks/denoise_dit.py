@@ -45,9 +45,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import accelkit
-from accelkit.calibration import video
+from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.video import Settings, Shot
 from accelkit.calibration.results import environment
-from accelkit.calibration.video import Settings, Shot
 from accelkit.patches.adapters import facts, sites
 from accelkit.patches.method import load
 from accelkit.patches.methods.mag_cache import MagCache

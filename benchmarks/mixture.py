@@ -36,9 +36,9 @@ from mixture_bench import Bench, label, settings_of, told
 from mixture_table import joined, losses, name_of, rivals, save, shown
 
 import accelkit
+from accelkit.calibration.evaluation.tasks import TASKS
 from accelkit.calibration.refine import plan_digest
 from accelkit.calibration.results import environment
-from accelkit.calibration.tasks import TASKS
 from accelkit.patches.method import load, names
 from accelkit.patches.plan import Plan
 

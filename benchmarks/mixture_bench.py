@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from accelkit.calibration import quality
 from accelkit.calibration.capture import forward
-from accelkit.calibration.corpus import source_corpus
-from accelkit.calibration.tasks import Sample, make
+from accelkit.calibration.evaluation import quality
+from accelkit.calibration.evaluation.corpus import source_corpus
+from accelkit.calibration.evaluation.tasks import Sample, make
 from accelkit.patches.method import Method, load
 from accelkit.patches.patch import disabled, patch, plan_of
 from accelkit.patches.plan import Limits, Plan

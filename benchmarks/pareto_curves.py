@@ -23,18 +23,16 @@ import torch
 from pareto_target import DENSE_STEPS, single_cost, unit_of
 
 import accelkit
-from accelkit.calibration import (
-    denoise,
-    denoise_check,
-    denoise_measure,
-    fit,
-    quality,
-    video,
-    video_bench,
-)
+from accelkit.calibration.bench import video as video_bench
 from accelkit.calibration.candidates import Bench, Family, between, calibrated_settings, stored
 from accelkit.calibration.capture import dense_attention
-from accelkit.calibration.video import Settings, Shot, Take
+from accelkit.calibration.denoise import calibrate as denoise
+from accelkit.calibration.denoise import check as denoise_check
+from accelkit.calibration.denoise import measure as denoise_measure
+from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.video import Settings, Shot, Take
+from accelkit.calibration.evaluation import quality
+from accelkit.calibration.fit import fit
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.adapters import facts, sites, watch
 from accelkit.patches.method import AttentionMethod
@@ -160,7 +158,7 @@ def further(method: Any) -> list[Any]:
 
 def more(family: Family) -> Family:
     """A family with its further settings, along its dial."""
-    settings = [*further(family.settings[0]), *family.settings]
+    settings = [*dict.fromkeys([*further(family.settings[0]), *family.settings])]
     if family.field and len(settings) > len(family.settings):
         settings.sort(key=lambda m: getattr(m, str(family.field)))
     return Family(family.name, tuple(settings), family.field)
@@ -292,8 +290,10 @@ def run_mixture(
     opened = accelkit.patch(subject.pipe, plan) if "note" not in plan.measured else nullcontext()
     with opened:
         take, pictures = subject.drawn()
+        again = subject.judged(*subject.drawn())
     return {
         "budget": budget,
+        "again": again["mean"],  # what equal runs differ by
         "cost": 1 / plan.measured.get("predicted_speedup", 1.0),
         "seconds": seconds,
         "measured": plan.measured,

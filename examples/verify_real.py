@@ -10,8 +10,11 @@ import json
 from pathlib import Path
 
 import accelkit
-from accelkit.calibration import bench, evaluate, report, results
-from accelkit.calibration.opening import open_model
+from accelkit.calibration import results
+from accelkit.calibration.bench.prefill import bench
+from accelkit.calibration.evaluation.evaluate import evaluate
+from accelkit.calibration.opening.models import open_model
+from accelkit.calibration.show import report
 
 
 def main() -> None:
@@ -27,18 +30,16 @@ def main() -> None:
     args = parser.parse_args()
 
     model, tokenizer = open_model(args.model)
-    print(f"{type(model).__name__} on {model.device}, {model.dtype}")
-    chosen = {"budget": args.budget, "methods": args.methods, "preset": args.preset}
-    plan = accelkit.calibrate(model, tokenizer=tokenizer, lengths=args.lengths, **chosen)
+    chosen = {name: getattr(args, name) for name in ("lengths", "budget", "methods", "preset")}
+    plan = accelkit.calibrate(model, tokenizer=tokenizer, **chosen)
     plan.save_pretrained(args.out)
     report.write_html(plan, args.out / "report.html", title=args.model)
 
     if all(policy.dense for policy in plan.policies):
         return print("dense everywhere: nothing was faster within this budget at these lengths")
-
-    settings = {"names": args.tasks, "lengths": args.lengths, "samples": args.samples}
-    scores = evaluate.evaluate(model, tokenizer, plan, **settings)
-    speeds = bench.bench(model, plan, tokenizer, lengths=args.lengths)
+    size = {"lengths": args.lengths, "samples": args.samples}
+    scores = evaluate(model, tokenizer, plan, names=args.tasks, **size)
+    speeds = bench(model, plan, tokenizer, lengths=args.lengths)
     found = {
         "model": args.model,
         "environment": results.environment(model.device),
@@ -46,14 +47,13 @@ def main() -> None:
         "results": [m.as_dict() for m in speeds],
     }
     (args.out / "verify.json").write_text(json.dumps(found, indent=1))
-
     for s in scores:
-        lost = "" if s.drop is None else f", {s.drop:.1f} points below dense"
-        print(f"{s.task} at {s.length}: {s.agreement:.1%} of the tokens as dense{lost}")
+        lost = f"points lost: {s.drop}" if s.drop is not None else "no single answer"
+        print(f"{s.task} at {s.length}: {s.agreement:.1%} of the tokens as dense, {lost}")
     for m in speeds:
         own, best = m.ratio("own"), m.ratio(m.best_dense)
         print(f"{m.length} tokens: {own:.2f}× your path, {best:.2f}× {m.best_dense}")
-    print(f"written to {args.out}")
+    print(f"{type(model).__name__} on {model.device}, {model.dtype}: written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -60,12 +60,13 @@ def bench(
     """Time prefill or denoising against the model's own path and the best dense one present."""
     console.verbosity(talk)
     limits = console.sizes(lengths)
-    from accelkit.calibration import bench as speed
-    from accelkit.calibration import pipelines, results, session
-    from accelkit.calibration.opening import open_model, opened
+    from accelkit.calibration import results, session
+    from accelkit.calibration.bench import prefill as speed
+    from accelkit.calibration.opening import pipelines
+    from accelkit.calibration.opening.models import open_model, opened
 
     if pipelines.is_pipeline(model):
-        from accelkit.calibration import video_bench
+        from accelkit.calibration.bench import video as video_bench
 
         if fit:
             raise InvalidInputError(

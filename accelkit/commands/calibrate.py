@@ -100,11 +100,11 @@ def calibrate(
         console.replaces(out / FILE, yes)
     from accelkit.calibration.calibrate import calibrate as measure
     from accelkit.calibration.calibrate import dry_run as bound_of
-    from accelkit.calibration.pipelines import open_any
+    from accelkit.calibration.opening.pipelines import open_any
 
     loaded, tokenizer = open_any(model, dtype=dtype, device=device)
     if dry_run:
-        bound = bound_of(loaded, lengths=limits, tokenizer=tokenizer, **size)
+        bound = bound_of(loaded, lengths=limits, **size)
         console.emit(
             bound,
             as_json,
@@ -129,7 +129,7 @@ def calibrate(
         progress=talk is not False,
     )
     path = plan.save_pretrained(out)
-    from accelkit.calibration import report
+    from accelkit.calibration.show import report
 
     page = report.write_html(plan, out / "report.html")
     files = {"plan": str(path), "journal": str(journal), "report": str(page)}

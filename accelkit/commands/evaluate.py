@@ -33,9 +33,9 @@ def evaluate(
     limits = console.sizes(lengths)
     if against not in ("dense", "none"):
         raise InvalidInputError(f"--against: {against!r} is unknown; expected dense or none")
-    from accelkit.calibration import evaluate as quality
-    from accelkit.calibration.opening import has_plan, need_tokenizer, open_model, opened
-    from accelkit.calibration.tasks import TASKS
+    from accelkit.calibration.evaluation import evaluate as quality
+    from accelkit.calibration.evaluation.tasks import TASKS
+    from accelkit.calibration.opening.models import has_plan, need_tokenizer, open_model, opened
 
     read = None
     if plan or has_plan(model):

@@ -38,14 +38,14 @@ def show(
             raise InvalidInputError(
                 f"{plan_or_model} has no plan to draw; make one with `accelkit calibrate`"
             )
-        from accelkit.calibration.pipelines import describe_any
+        from accelkit.calibration.opening.pipelines import describe_any
 
         found = describe_any(plan_or_model)
         console.emit(
             found, as_json, console.table(f"{found['class_name']}: attention sites", found["sites"])
         )
         return
-    from accelkit.calibration import pictures, report
+    from accelkit.calibration.show import pictures, report
 
     plan = Plan.from_pretrained(plan_or_model)
     document = report.summary(plan, phase) | {"heads_by_site": pictures.head_rows(plan, phase)}

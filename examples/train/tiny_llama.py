@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from accelkit.calibration import tasks
-from accelkit.calibration.corpus import is_held_out, source_corpus
+from accelkit.calibration.evaluation import tasks
+from accelkit.calibration.evaluation.corpus import is_held_out, source_corpus
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN = 256, 8, 4, 2, 64, 768
 VOCABULARY = 264  # 256 bytes, three special tokens, rounded up to a multiple of eight

@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 from tiny_cases import byte_tokenizer
 
-from accelkit.calibration import bench as speed
 from accelkit.calibration import results
-from accelkit.calibration.bench import Measurement, Timing, bench
-from accelkit.calibration.compare import compare, demo_length, demo_prompt, text_prompt
+from accelkit.calibration.bench import prefill as speed
+from accelkit.calibration.bench.prefill import Measurement, Timing, bench
+from accelkit.calibration.compare.answers import compare, demo_length, demo_prompt, text_prompt
 from accelkit.errors import GateFailedError, InvalidInputError, NothingPatchedError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from accelkit.calibration import blame
+from accelkit.calibration.prefill import blame
 from accelkit.calibration.search import DENSE, Choice, Loan, Option, Table, search
 
 HEADS = 4

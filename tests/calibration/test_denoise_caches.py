@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from accelkit.calibration import denoise_caches
-from accelkit.calibration.denoise_caches import Cached
+from accelkit.calibration.denoise import caches as denoise_caches
+from accelkit.calibration.denoise.caches import Cached
 from accelkit.errors import UnsupportedModelError
 from accelkit.patches.method import load
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from accelkit.calibration import denoise_check, video
-from accelkit.calibration.denoise_check import CAREFUL, MOST_RUNS, Checker
+from accelkit.calibration.denoise import check as denoise_check
+from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.check import CAREFUL, MOST_RUNS, Checker
+from accelkit.calibration.denoise.video import Settings, Shot, Take
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.refine import Proposal, Round
-from accelkit.calibration.video import Settings, Shot, Take
 from accelkit.patches.plan import Plan, Policy
 
 PROMPTS = 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import planted
 import pytest
 
-from accelkit.calibration import fit_methods
 from accelkit.calibration.candidates import families
+from accelkit.calibration.fit import methods as fit_methods
 from accelkit.patches.methods.gna import GNA
 from accelkit.patches.methods.paro_attention import PAROAttention
 from accelkit.patches.methods.sage_attention import PRECISIONS, SageAttention

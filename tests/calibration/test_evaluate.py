@@ -9,9 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from accelkit.calibration import evaluate as quality
-from accelkit.calibration import tasks
-from accelkit.calibration.evaluate import Score, Share, evaluate
+from accelkit.calibration.evaluation import evaluate as quality
+from accelkit.calibration.evaluation import tasks
+from accelkit.calibration.evaluation.evaluate import Score, Share, evaluate
 from accelkit.errors import GateFailedError, InvalidInputError, NothingPatchedError
 
 

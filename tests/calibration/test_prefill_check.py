@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from tiny_cases import probe_methods, tiny_model, tiny_plan
 
-from accelkit.calibration import prefill_check, quality
 from accelkit.calibration.data import Inputs
+from accelkit.calibration.evaluation import quality
+from accelkit.calibration.evaluation.tasks import Sample
 from accelkit.calibration.journal import Journal
-from accelkit.calibration.prefill_check import LIFT, Checker
+from accelkit.calibration.prefill import check as prefill_check
+from accelkit.calibration.prefill.check import LIFT, Checker
 from accelkit.calibration.refine import Proposal, Round
-from accelkit.calibration.tasks import Sample
 
 ALLOWED = 0.02
 TASKS = ("text", "text", "needle", "variables")

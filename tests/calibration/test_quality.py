@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny_cases import byte_tokenizer, probe_methods, tiny_model
 
-from accelkit.calibration import quality, tasks
 from accelkit.calibration.capture import capture
+from accelkit.calibration.evaluation import quality, tasks
 from accelkit.kernels.index import Partial
 from accelkit.patches import method
 from accelkit.patches.patch import plan_of
@@ -110,6 +110,11 @@ def test_every_prompt_decides_and_their_spread() -> None:
     other = {**row, "task": "b", "error": 0.015}
     assert not quality.holds(quality.by_task([*spread, other]), 0.02)
     assert quality.holds(quality.by_task([other]), 0.02)
+    # Those with several have their own, however far the prompts of another lie apart.
+    steady = [{**row, "task": "b", "error": 0.0199}] * 2
+    tasks = quality.by_task([*steady, *spread])
+    assert tasks["b@512"]["bound"] == pytest.approx(0.0199)
+    assert tasks["a@512"]["bound"] == found["bound"]
 
 
 def test_lost_answers_count() -> None:

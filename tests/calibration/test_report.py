@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from tiny_cases import SITES, probe_methods, tiny_model, tiny_plan
 
-from accelkit.calibration import pictures, report
+from accelkit.calibration.show import pictures, report
 from accelkit.patches.plan import LayerPlan, Rule
 
 

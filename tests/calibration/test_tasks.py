@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from accelkit.calibration import tasks
-from accelkit.calibration.corpus import source_corpus
+from accelkit.calibration.evaluation import tasks
+from accelkit.calibration.evaluation.corpus import source_corpus
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "models" / "tiny-llama"
 QUESTIONS = tasks.TASKS[:-1]

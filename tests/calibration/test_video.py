@@ -13,8 +13,9 @@ import torch
 from imageio import v3
 from tiny_pipes import tiny_pipe
 
-from accelkit.calibration import frames, perceptual, video
-from accelkit.calibration.video import CHECK_SEED, Enough, Settings, Take
+from accelkit.calibration.denoise import perceptual, video
+from accelkit.calibration.denoise.video import CHECK_SEED, Enough, Settings, Take
+from accelkit.calibration.show import frames
 from accelkit.errors import InvalidInputError
 
 SIZE = Settings(128, 128, 9, 3)

@@ -1,0 +1,3 @@
+"""Speed of patched models (`prefill.py`) and pipelines (`video.py`) against dense ones, in one
+process: `accelkit bench`.
+"""

@@ -1,0 +1,175 @@
+"""Step caches, planned together with sparsity: what each setting saves and what it costs.
+
+The dial of each variant of a technique is bisected on whole runs at the small geometry, with
+nothing else changed; every setting that was run may be chosen later, beside what attention spends.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+
+from accelkit.calibration.candidates import stored
+from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.look import bucket_of, place_of
+from accelkit.calibration.denoise.weights import Small
+from accelkit.calibration.evaluation.quality import relative
+from accelkit.calibration.session import Run
+from accelkit.errors import AccelkitError, UnsupportedModelError
+from accelkit.patches import method as registry
+from accelkit.patches.adapters import watch
+from accelkit.patches.call import AttentionCall
+from accelkit.patches.method import BlockMethod, Method, load
+
+RUNS = 4
+"""Most settings of a variant that are run."""
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A step cache (None: none), its error on the final latents, the share of each place's calls
+    that it leaves, and the seconds of the run that told so.
+    """
+
+    method: BlockMethod | None
+    error: float
+    left: Mapping[str, float]
+    seconds: float = 0.0
+
+    def share(self, bucket: int) -> float:
+        """Share of the work of a bucket's steps that is left."""
+        mine = [v for place, v in self.left.items() if bucket_of(place) == bucket]
+        return sum(mine) / len(mine)
+
+    def work(self, calls: Mapping[str, int]) -> float:
+        """Share of the work of a whole run that is left, by the calls of each place."""
+        return sum(n * self.left[p] for p, n in calls.items()) / sum(calls.values())
+
+
+def chosen_caches(methods: Sequence[Any] | None) -> tuple[list[BlockMethod], list[Any] | None]:
+    """The step caches among the wished-for methods, and the rest; None is every one at hand."""
+    if methods is None:
+        all_of_them = [load(n)() for n in registry.names() if _is_cache(load(n))]
+        return all_of_them, None  # type: ignore[return-value]
+    made: list[Any] = [load(m) if isinstance(m, str) else m for m in methods]
+    caches = [m for m in made if _is_cache(m if isinstance(m, type) else type(m))]
+    rest = [m for m in made if m not in caches]
+    return [m() if isinstance(m, type) else m for m in caches], rest
+
+
+def _is_cache(cls: type[Method]) -> bool:
+    """Whether a class skips steps; a block method without a dial changes what is drawn."""
+    return issubclass(cls, BlockMethod) and "denoise" in cls.phases and cls.dial is not None
+
+
+def options(
+    run: Run, small: Small, caches: Sequence[BlockMethod], allowed: float, afford: float
+) -> tuple[list[Cached], dict[str, str]]:
+    """None at all, and the settings around the budget that skip something; and why others were
+    refused. No run begins behind `afford` seconds of runs.
+    """
+    found = [Cached(None, 0.0, dict.fromkeys(small.seen.places, 1.0))]
+    tried: list[list[BlockMethod]] = []
+    refused: dict[str, str] = {}
+    for cache in caches:
+        try:
+            tried.append([*_fitted(run, small, cache).variants()])
+        except AccelkitError as error:
+            refused[cache.kind] = str(error)
+    # In turns: the first variant of every technique, then their second ones, while it is worth it.
+    turns = [[v for v in turn if v is not None] for turn in zip_longest(*tried)]
+    calls = small.seen.calls
+    for variants in turns:
+        searches = [(v, _bisected(run, small, v, allowed)) for v in variants]
+        while searches and sum(c.seconds for c in found) < afford:
+            variant, search = searches.pop(0)
+            if run.late(0.75, f"step cache {variant.kind}"):
+                continue
+            try:
+                one = next(search, None)
+            except AccelkitError as error:
+                refused[variant.kind] = str(error)
+                continue
+            if one is not None:
+                found.append(one)
+                searches.append((variant, search))
+    # Only what no other beats in both error and work; and none at all, which comes first.
+    some = [c for c in found if c.method is None or min(c.left.values()) < 1]
+    best = [
+        c
+        for c in some
+        if c.method is None
+        or not any(o.error <= c.error and o.work(calls) < c.work(calls) for o in some)
+    ]
+    return best, refused
+
+
+def _bisected(run: Run, small: Small, cache: BlockMethod, allowed: float) -> Iterator[Cached]:
+    """By bisection the sparsest setting within the budget; what is left of the runs goes to denser
+    ones, for attention wants some of the error as well.
+    """
+    assert cache.dial is not None
+    field, values = cache.dial.field, cache.dial.values
+    tried: set[int] = set()
+    low, high = 0, len(values) - 1
+    while low <= high and len(tried) < RUNS:
+        middle = (low + high) // 2
+        tried.add(middle)
+        one = _run(run, small, cache.model_copy(update={field: values[middle]}))
+        if one.error <= allowed:
+            high = middle - 1
+        else:
+            low = middle + 1
+        yield one
+    for n in [n for n in range(low, len(values)) if n not in tried][: RUNS - len(tried)]:
+        yield _run(run, small, cache.model_copy(update={field: values[n]}))
+
+
+def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:
+    """A whole run with this cache alone; the median error of its results."""
+
+    def work() -> dict[str, Any]:
+        calls: dict[str, int] = Counter()
+
+        def count(call: AttentionCall) -> None:
+            calls[place_of(call.site.path, small.bucket(call.clock.step, small.seen.total))] += 1
+
+        with watch(run.model, count), ExitStack() as undo:
+            for root in small.roots.values():
+                cache.rewire(root, undo)
+            take = video.run(run.model, small.seen.settings, small.shots[0])
+        # Some denoisers take the results of a batch one by one: counted beside a run of as many.
+        left = {p: calls.get(p, 0) / n for p, n in small.whole.calls.items()}
+        errors = [relative(f, t) for f, t in zip(take.latents, small.whole.latents, strict=True)]
+        # The median: one of them may tip over into another picture.
+        return {"error": float(np.median(errors)), "left": left, "seconds": take.ends[-1]}
+
+    run.tell(f"step cache {cache.kind}")
+    settings = {k: v for k, v in stored(cache).items() if k not in ("kind", "ratios")}
+    key = f"cache/{cache.kind}/" + ",".join(f"{k}={v}" for k, v in settings.items())
+    found = run.journal.unit(key, work)
+    return Cached(cache, found["error"], found["left"], found["seconds"])
+
+
+def _fitted(run: Run, small: Small, cache: BlockMethod) -> BlockMethod:
+    """The cache with the numbers of this model that it needs.
+
+    Raises:
+        UnsupportedModelError: they cannot be measured on it.
+    """
+    if "ratios" not in type(cache).model_fields:
+        return cache
+    run.tell("sizes of residuals")
+    ratios = run.journal.unit("cache/ratios", lambda: small.whole.ratios)
+    if not ratios:
+        raise UnsupportedModelError(
+            f"{', '.join(small.roots)}: the sizes of residuals cannot be measured; that needs one "
+            "denoiser whose blocks the library knows"
+        )
+    return cache.model_copy(update={"ratios": tuple(ratios)})

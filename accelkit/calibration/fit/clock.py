@@ -1,0 +1,84 @@
+"""Device times of pieces of work: medians on a GPU, the least of a few runs on a CPU, where other
+programs only add time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from accelkit.calibration.timing import times_ms
+from accelkit.patches.call import AttentionCall
+
+PATIENCE_MS = 1000.0
+"""Time that the repeats of one measurement may take together on a CPU."""
+CYCLES = 2_000_000
+"""Clock cycles of a GPU in about a millisecond."""
+AHEAD_MS = (1.0, 20.0)
+"""How long a GPU waits before a measurement, at least and at most, so that the host is ahead of it,
+as it is in a model.
+"""
+SLACK = 1.5
+"""How much longer it waits than the host took to start the same work before."""
+
+
+def clock(run: Callable[[], Any], times: int, device: torch.device) -> float:
+    """Milliseconds of `run` after one run to warm up; slow ones are not repeated."""
+    if device.type == "cuda":
+        return statistics.median_low(device_ms(run, times, 1))  # of two, not their mean
+    found = list(times_ms(run, 1, 0, device))
+    while len(found) < 2 or (len(found) <= times and sum(found) + found[-1] < PATIENCE_MS):
+        if sum(found) > 4 * PATIENCE_MS:
+            break
+        found += times_ms(run, 1, 0, device)
+    return min(found)
+
+
+def device_ms(run: Callable[[], Any], times: int, warmup: int = 0) -> list[float]:
+    """Milliseconds of each run on the current GPU, without the time in which it waits for the
+    host; for work that takes the host more than a millisecond, a run to warm up tells how long.
+    """
+    ahead, most = AHEAD_MS
+    for _ in range(warmup):
+        start = time.perf_counter()
+        run()
+        ahead = min(max(AHEAD_MS[0], SLACK * 1e3 * (time.perf_counter() - start)), most)
+    marks = []
+    for _ in range(times):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(ahead * CYCLES))
+        begin.record()
+        run()
+        end.record()
+        marks.append((begin, end))
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in marks]
+
+
+def dense_ms(call: AttentionCall, ms: Callable[..., float]) -> float:
+    """The fastest dense path present; `ms` times a run."""
+    group = call.q.shape[1] != call.k.shape[1]
+
+    def run() -> Tensor:
+        return scaled_dot_product_attention(
+            call.q, call.k, call.v, is_causal=call.causal, enable_gqa=group
+        )
+
+    if call.q.device.type != "cuda":
+        return ms(run)
+    found = []
+    for backend in (None, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        try:
+            with sdpa_kernel([backend]) if backend is not None else nullcontext():
+                found.append(ms(run))
+        except RuntimeError:
+            continue
+    return min(found)

@@ -1,0 +1,245 @@
+"""What a method costs beside the kernels that read its lists, or why it cannot win here.
+
+Choosing is timed twice: with nothing known, and with the estimates that an earlier call left, which
+is selection alone. Order and merging are timed over pieces that are computed already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from accelkit.calibration.candidates import calibrated_settings, families, prime
+from accelkit.calibration.capture import dense_attention
+from accelkit.calibration.fit.inputs import Shape, fresh
+from accelkit.kernels.cost import CostTable, MethodCost, Points, interpolate
+from accelkit.kernels.index import BlockIndex, Partial
+from accelkit.kernels.select import density
+from accelkit.patches.call import AttentionCall
+from accelkit.patches.method import AttentionMethod
+from accelkit.patches.plan import Policy
+from accelkit.patches.sites.attention import (
+    PLAIN,
+    Answer,
+    answer,
+    compute,
+    in_kernel_order,
+    run,
+)
+
+MOST = 0.8
+"""A method whose estimate alone takes this share of dense attention is refused."""
+Lists = tuple[tuple[tuple[int, int], list[float]], ...]
+"""Units, each with the share of the visible pairs that a method lists for every head."""
+Clocked = Callable[..., float]
+"""Milliseconds of a piece of work, given it and how often to run it."""
+
+
+def cost(
+    method: AttentionMethod,
+    calls: Mapping[int, AttentionCall],
+    dense: Points,
+    ms: Clocked,
+    shape: Shape,
+) -> tuple[MethodCost, Lists, list[tuple[int, int]]] | str:
+    """Cost of a method's estimate, selection, order and merging at the lengths of `calls`, with
+    `lists` in milliseconds; its lists at the longest one, and units of its variants. Or why it is
+    refused.
+    """
+    setting, longest = middle(method), max(calls)
+    found: dict[str, list[tuple[int, float]]] = {t: [] for t in MethodCost.TERMS}
+    for n, bare in calls.items():
+        try:
+            call, now = prepared(bare, method, setting)
+            answers = asked(call, now)
+            if answers is None:
+                continue
+            one = answers[0]
+            if not units(answers):
+                return "it computes its pieces by itself, which the cost table cannot predict"
+            estimator, selection = choosing(call, now, one, ms)
+            if method.static:
+                # Made once for all layers and, in a denoiser, for all steps and runs of a size.
+                share = 1 / shape.layers if call.causal else 0.0
+                estimator, selection = share * estimator, share * selection
+            # On a GPU the time of short calls is that of launches, which does not grow.
+            grows = longest / n if call.q.device.type == "cpu" else 1.0
+            whole = estimator + selection
+            if whole * grows > MOST * interpolate(dense, longest):
+                return (
+                    f"choosing takes {whole:.1f} ms at {n} tokens, "
+                    f"dense attention {interpolate(dense, n):.1f} ms"
+                )
+            if n < longest and call.q.device.type == "cpu" and one.execution != PLAIN:
+                return "skipping tiles and 8-bit products save no time on a CPU"
+            if n == longest and (reason := no_faster(one, method, interpolate(dense, n), ms)):
+                return reason
+            spent = (estimator, selection, permutation(call, one, ms))
+            for term, each in zip(found.values(), spent, strict=True):
+                term.append((n, each))
+        except Exception as error:  # a method that fails must not end the calibration of the others
+            return f"it does not run here: {type(error).__name__}: {error}"
+    if not found["estimator"]:
+        return f"it leaves prompts of {longest} tokens dense"
+    parts = {name: tuple(points) for name, points in found.items()}
+    summed = tuple((at[0][0], sum(ms for _, ms in at)) for at in zip(*parts.values(), strict=True))
+    share = _share(now, call, summed[-1][1], ms)
+    own, took = lists(one, ms)
+    others = other_units(method, bare) if bare.causal else []
+    return MethodCost(summed, share, between(summed), parts, took), own, others
+
+
+def asked(call: AttentionCall, method: AttentionMethod) -> tuple[Answer, ...] | None:
+    """What a method answers to a call that nobody has estimated yet; a method with a memory, once
+    that is filled.
+    """
+    policy = Policy(methods=(method,))
+    answers = answer(fresh(call), policy)
+    if answers is not None and method.renewed(call.clock.total):
+        prime(answers)
+        answers = answer(fresh(call), policy)
+    return answers
+
+
+def units(answers: Sequence[Answer]) -> list[tuple[int, int]]:
+    """Units of the lists of what a method answered first."""
+    return [p.size for a in answers[:1] for p in a.pieces if isinstance(p, BlockIndex)]
+
+
+def lists(one: Answer, ms: Clocked) -> tuple[Lists, float]:
+    """The lists of an answer and the milliseconds that their kernels take."""
+    found = [p for p in one.pieces if isinstance(p, BlockIndex)]
+    own = tuple((p.size, density([p], one.call).tolist()) for p in found)
+    # Copies: what kernels keep with a list is made anew in every layer.
+    return own, ms(lambda: [run(one.call, replace(p), one.execution) for p in found])
+
+
+def against(table: CostTable, cost: MethodCost, own: Lists, tokens: int) -> MethodCost:
+    """The cost with `lists` beside what `table` predicts for the same lists."""
+    want = sum(
+        table.launch_ms(size) + sum(table.head_ms(size, tokens, d) for d in densities)
+        for size, densities in own
+    )
+    return replace(cost, lists=cost.lists / want if want else 1.0)
+
+
+def other_units(method: AttentionMethod, call: AttentionCall) -> list[tuple[int, int]]:
+    """Units of the variants that a method's calibrator names without having seen a call."""
+    found: list[tuple[int, int]] = []
+    for family in families(method.calibrator(call.site).settings()):
+        variant = family.settings[len(family.settings) // 2]
+        dial = {family.field or ""}
+        if variant.model_dump(exclude=dial) == method.model_dump(exclude=dial):
+            continue
+        answers = answer(fresh(call), Policy(methods=(variant,)))
+        found += units(answers) if answers else []
+    return found
+
+
+def middle(method: AttentionMethod) -> AttentionMethod:
+    """The method at the middle of its dial."""
+    dial = method.dial
+    if dial is None:
+        return method
+    return method.model_copy(update={dial.field: dial.values[len(dial.values) // 2]})
+
+
+def prepared(
+    call: AttentionCall, method: AttentionMethod, setting: AttentionMethod
+) -> tuple[AttentionCall, AttentionMethod]:
+    """The call with the side tensors that the method's calibrator makes of it, and a setting that
+    reads them; both as they are for a method without any.
+    """
+    if type(method).calibrator is AttentionMethod.calibrator or call.causal:
+        return call, setting
+    dense = dense_attention(call)
+    families, tables = calibrated_settings([method], call.site, call, dense)
+    if not tables:
+        return call, setting
+    settings = families[len(families) // 2].settings
+    return replace(call, tables={**call.tables, **tables}), settings[len(settings) // 2]
+
+
+def precisions(one: Answer, method: AttentionMethod) -> list[Any]:
+    """The answer's 8-bit arithmetic and every other that the method's calibrator names."""
+    if one.execution.qk == "native":
+        return []
+    settings = chain(*(f.settings for f in families(method.calibrator(one.call.site).settings())))
+    others = (e for s in settings if (e := s.execution(one.call)) is not None)
+    return [one.execution, *(e for e in others if e.qk != "native" and e != one.execution)]
+
+
+def no_faster(one: Answer, method: AttentionMethod, whole: float, ms: Clocked) -> str | None:
+    """Why 8-bit products are not offered for such a call: none of the method's precisions,
+    quantising included, beats the same lists in the inputs' own and dense attention.
+    """
+    named = precisions(one, method)
+    if not named:
+        return None
+    native = replace(one.execution, qk="native", pv="native", smooth_k=False)
+    least = min(whole, ms(lambda: compute(replace(one, execution=native)), 2))
+    spent = {(e.qk, e.pv): ms(lambda e=e: compute(replace(one, execution=e)), 2) for e in named}
+    (qk, pv), best = min(spent.items(), key=lambda s: s[1])
+    if best < least:
+        return None
+    return f"8-bit products take {best:.2f} ms ({qk} QK, {pv} PV), the inputs' own {least:.2f} ms"
+
+
+def between(points: Points) -> float:
+    """How far inner points lie from the line through their neighbours, at worst."""
+    gaps = [
+        abs(interpolate((points[i - 1], points[i + 1]), points[i][0]) / points[i][1] - 1)
+        for i in range(1, len(points) - 1)
+    ]
+    return round(max(gaps, default=0.0), 4)
+
+
+def choosing(
+    call: AttentionCall, method: AttentionMethod, one: Answer, ms: Clocked
+) -> tuple[float, float]:
+    """Milliseconds of a method's estimate and of its selection. Estimates of rows in another order
+    are not left with the call and count as selection; on a CPU, where they would be timed for
+    seconds, everything counts as estimate.
+    """
+    policy, moved = Policy(methods=(method,)), _moved(call, one, ms)
+    whole = max(0.0, ms(lambda: answer(fresh(call), policy)) - moved)
+    if not call.q.is_cuda:
+        return whole, 0.0
+    known = fresh(call)
+    answer(known, policy)
+    selection = min(max(0.0, ms(lambda: answer(known, policy)) - moved), whole)
+    return whole - selection, selection
+
+
+def permutation(call: AttentionCall, one: Answer, ms: Clocked) -> float:
+    """Milliseconds of laying out rows, merging, putting rows back and finishing."""
+    return _moved(call, one, ms) + around(one, ms)
+
+
+def _moved(call: AttentionCall, one: Answer, ms: Clocked) -> float:
+    """Milliseconds of laying out the rows in the answer's order."""
+    order = one.order
+    return 0.0 if order is None else ms(lambda: in_kernel_order(fresh(call), order))
+
+
+def around(one: Answer, ms: Clocked) -> float:
+    """What order, merging and finishing add to the kernels of the pieces."""
+    if one.order is None and len(one.pieces) == 1 and not one.finishers:
+        return 0.0
+    pieces = [p if isinstance(p, Partial) else run(one.call, p, one.execution) for p in one.pieces]
+    return ms(partial(compute, replace(one, pieces=tuple(pieces))))
+
+
+def _share(method: AttentionMethod, call: AttentionCall, whole: float, ms: Clocked) -> float:
+    """How much of the cost remains when one KV group takes part instead of all heads."""
+    groups = call.k.shape[1]
+    if groups == 1 or method.static:
+        return 1.0
+    few = call.heads[: len(call.heads) // groups]
+    part = ms(lambda: answer(fresh(call).take(few), Policy(methods=(method,))), 2)
+    # whole = a + b, part = a + b / groups
+    fixed = (part * groups - whole) / (groups - 1)
+    return min(1.0, max(0.0, fixed / whole)) if whole else 1.0

@@ -1,0 +1,193 @@
+"""The end-to-end check of a plan for prefill: held-out prompts, dense and patched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from accelkit.calibration import session
+from accelkit.calibration.capture import prefill
+from accelkit.calibration.data import Inputs
+from accelkit.calibration.evaluation import quality
+from accelkit.calibration.evaluation.tasks import Sample
+from accelkit.calibration.fit.clock import device_ms
+from accelkit.calibration.refine import Round, plan_digest
+from accelkit.calibration.session import Run
+from accelkit.calibration.timing import times_ms
+from accelkit.patches.patch import patch
+from accelkit.patches.plan import Plan
+
+FEW = 1
+"""Most lost answers that are asked about on further prompts."""
+OUTLIER = 1.6
+"""A prompt's error that is this multiple of the others' has a cause of its own."""
+LIFT = 1.15
+"""What all prompts reach ÷ the error of the first one, before anything is known."""
+MOST_RUNS = 3.0
+"""Runs for each prompt that the check may be worth once a plan has held, dense ones included."""
+
+
+class Checker:
+    """Runs plans on the prompts to check on; the dense side of each is run once.
+
+    `still` is the plan that leaves all layers dense, trimmed as the others are; its rows are the
+    dense side.
+    """
+
+    def __init__(self, run: Run, inputs: Inputs, still: Plan) -> None:
+        self.run, self.samples, self.more, self.still = run, inputs.check, inputs.more, still
+        self.order = list(range(len(inputs.check)))
+        self.references: dict[str, quality.Reference] = {}
+        self.lifts: dict[int, float] = {}
+        # Runs so far, and those of all prompts, in runs of the longest one.
+        self.runs, self.whole = 0.0, sum(map(self._share, self.order))
+        self.dense_runs: set[int] = set()
+
+    def look(self, now: Round, allowed: float) -> None:
+        """Run the most revealing prompt of earlier rounds."""
+        first = self.order[0]
+        self._add(now, first, allowed)
+        now.bound = max(now.measured, now.rows[0]["error"] * self.lifts.get(first, LIFT))
+        now.judged = self._fails(now, first, allowed)
+
+    def check(self, now: Round, allowed: float) -> None:
+        """Run the other prompts, the most revealing of earlier rounds first, until one fails."""
+        seen = {r["prompt"] for r in now.rows}
+        failed = False
+        for n in [n for n in self.order if n not in seen]:
+            self._add(now, n, allowed)
+            failed = self._fails(now, n, allowed)
+            if failed:
+                break
+        tasks = quality.by_task(now.rows)
+        now.bound = max(t["bound"] for t in tasks.values())
+        now.held = not failed and quality.holds(tasks, allowed)
+        now.judged = True
+        errors = {r["prompt"]: r["error"] for r in reversed(now.rows) if r["error"] is not None}
+        self.lifts |= {n: now.reach / max(e, 1e-12) for n, e in errors.items()}
+        worst = sorted(errors, key=lambda n: -errors[n])
+        if failed:  # also where it lost answers, which the next round must not
+            worst = [now.rows[-1]["prompt"], *worst]
+        self.order = list(dict.fromkeys([*worst, *self.order]))
+
+    def affords(self) -> bool:
+        """Whether another plan may be checked on all prompts."""
+        return self.runs + self.whole <= MOST_RUNS * self.whole
+
+    def _share(self, n: int) -> float:
+        return len(self.samples[n].ids) / max(len(s.ids) for s in self.samples)
+
+    def _add(self, now: Round, n: int, allowed: float) -> None:
+        key = f"check/{plan_digest(now.plan)}/{n}"
+        now.rows += [{**row, "prompt": n} for row in self._rows(now.plan, key, n, allowed)]
+        now.measured = max(r["error"] for r in now.rows if r["error"] is not None)
+        self.runs += self._share(n) * (1 + (n not in self.dense_runs))
+        self.dense_runs.add(n)
+
+    def _fails(self, now: Round, n: int, allowed: float) -> bool:
+        """Whether the n-th prompt, run last, settles that the round fails: what is over stays over,
+        but a task's other prompts may make up for answers, and tell how far its errors spread.
+        """
+        if now.measured > allowed:
+            return True
+        seen = {r["prompt"] for r in now.rows}
+        if any(self._alike(n, m) and m not in seen for m in range(len(self.samples))):
+            return False
+        return not quality.holds(quality.by_task(now.rows), allowed)
+
+    def _alike(self, n: int, m: int) -> bool:
+        """Whether two prompts are judged together."""
+        a, b = self.samples[n], self.samples[m]
+        return (a.task, len(a.ids)) == (b.task, len(b.ids))
+
+    def _rows(self, plan: Plan, key: str, n: int, allowed: float) -> list[dict[str, Any]]:
+        """One prompt, and further ones of its task when a lost answer leaves it open whether more
+        than one in a hundred are lost.
+        """
+        sample = self.samples[n]
+        rows = [self._row(plan, key, n)]
+        while self.more is not None and rows[0]["error"] <= allowed and self._open(rows):
+            at = len(rows)
+            further = partial(self.more, sample.task, len(sample.ids), at)
+            self.run.tell("checking a plan")
+            work = partial(quality.answers, self.run.model, plan, self.still, further)
+            rows.append(self.run.journal.unit(f"{key}+{at}", work) | {"further": at})
+        return rows
+
+    def suspicion(self, now: Round) -> Callable[[Plan], bool] | None:
+        """For a round that ended with a lost answer, or on a prompt whose error stands out, what to
+        ask of plans with some heads dense: is that mended? None: nothing of the kind.
+        """
+        n = now.rows[-1]["prompt"]
+        mine = [r for r in now.rows if r["prompt"] == n]
+        row = next((r for r in reversed(mine) if r["lost_answers"]), None)
+        if row is not None:
+            sample = self.samples[n]
+            if "further" in row and self.more is not None:
+                sample = self.more(sample.task, len(sample.ids), row["further"])
+            return partial(self._gives, sample=sample, place=row["lost_answers"][0])
+        others = [r["error"] for r in now.rows if r["prompt"] != n and r["error"] is not None]
+        found, usual = mine[0]["error"], float(np.median(others)) if others else np.inf
+        if found < OUTLIER * usual:
+            return None
+        return lambda plan: self._again(plan, n)["error"] < (found * usual) ** 0.5
+
+    def _gives(self, plan: Plan, sample: Sample, place: int) -> bool:
+        def work() -> list[bool]:
+            return quality.answered(self.run.model, plan, sample)[0]
+
+        self.run.tell("finding what went wrong")
+        key = f"blame/{plan_digest(plan)}/{session.digest([sample.ids.tobytes()])}"
+        return self.run.journal.unit(key, work)[place]
+
+    def _again(self, plan: Plan, n: int) -> dict[str, Any]:
+        return self._row(plan, f"blame/{plan_digest(plan)}/{n}", n)
+
+    @staticmethod
+    def _open(rows: Sequence[dict[str, Any]]) -> bool:
+        lost = quality.lost(rows)
+        return 0 < lost <= FEW and lost > quality.MOST_DROP * sum(r["asked"] for r in rows)
+
+    def _row(self, plan: Plan, key: str, n: int) -> dict[str, Any]:
+        def work() -> dict[str, Any]:
+            name = str(n)
+            if name not in self.references:
+                found = quality.reference(self.run.model, self.samples[n], self.still)
+                self.references[name] = found
+            return quality.check(self.run.model, plan, self.references[name])
+
+        self.run.tell("checking a plan")
+        return self.run.journal.unit(key, work)
+
+    def speed(self, plan: Plan) -> dict[str, float]:
+        """Milliseconds of a whole prefill as `generate` does it, dense and patched, on the longest
+        prompt.
+        """
+        sample = max(self.samples, key=lambda s: len(s.ids))
+        model, device = self.run.model, self.run.device
+        ids = np.repeat(sample.ids[None].astype(np.int64), self.run.batch, 0)
+
+        on_gpu = device.type == "cuda"
+        run = partial(prefill, model, torch.from_numpy(ids).to(device))
+        sides: dict[str, Plan | None] = {"dense_ms": None, "ms": plan}
+        if plan.trim_last_layer and any(s.rules for s in plan.sites.values()):
+            sides["trimmed_ms"] = self.still
+
+        def once(side: Plan | None) -> float:
+            with nullcontext() if side is None else patch(model, side):
+                # The first of two warms up: lists from geometry are made once in a patch's life.
+                return min(device_ms(run, 2)) if on_gpu else times_ms(run, 1, 0, device)[0]
+
+        def work() -> dict[str, float]:
+            took = {k: once(s) for k, s in sides.items()}
+            if not on_gpu:  # in turns, so that a drifting clock meets both sides
+                took |= {k: min(took[k], once(sides[k])) for k in ("dense_ms", "ms")}
+            return took | {"tokens": len(sample.ids)}
+
+        self.run.tell("timing the plan")
+        return self.run.journal.unit(f"speed/{plan_digest(plan)}", work)

@@ -1,0 +1,110 @@
+"""Plans for prefill: searches, has them checked, and writes down what was measured."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from accelkit.calibration.assemble import SiteData, assemble, crossover, kept_row, trimmed
+from accelkit.calibration.data import Inputs
+from accelkit.calibration.evaluation import quality
+from accelkit.calibration.prefill.blame import Head, culprit, raised
+from accelkit.calibration.prefill.check import Checker
+from accelkit.calibration.refine import Proposal, Round, in_turns, outcome_numbers, short
+from accelkit.calibration.search import DENSE, Choice, Solution, search
+from accelkit.calibration.session import Run
+from accelkit.kernels.cost import CostTable
+from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
+
+log = logging.getLogger("accelkit")
+MOST_BLAMED = 2
+"""Heads that may be looked for by halves: each takes as many runs as halving all heads."""
+
+
+def refined(
+    run: Run,
+    data: Sequence[SiteData],
+    inputs: Inputs,
+    fingerprint: Fingerprint,
+    budget: Budget,
+    costs: CostTable,
+) -> Plan:
+    """The fastest plan for prefill that holds within the budget on every prompt to check on."""
+    tables = [d.table for d in data]
+    dense_ms = sum(t.dense_ms for t in tables)
+    tokens = inputs.longest
+    fronts: dict[str, Any] = {}
+    last = None if run.trimmed is None else kept_row(run.heads[run.trimmed], costs, tokens)
+    rest_ms = 0.0 if last is None else last.ms
+    dense_ms += 0.0 if last is None else last.dense_ms
+
+    def planned(solution: Solution, limits: Limits) -> Plan:
+        plan = assemble(data, solution, fingerprint, budget, tokens, limits)
+        return plan if last is None else trimmed(plan, str(run.trimmed), last)
+
+    def propose(epsilon: float) -> Proposal:
+        solution = search(tables, epsilon, fronts)
+        limits = Limits(
+            min_length=max(crossover(data, solution, costs, tokens), inputs.shortest // 2),
+            max_length=tokens,
+        )
+        dense = all(c.dense for c in solution.choices)
+        ms = solution.ms + rest_ms
+        plan = planned(solution, limits)
+        return Proposal(plan, solution.choices, ms, dense_ms, solution.error, dense)
+
+    choices = tuple(Choice((DENSE,) * d.table.heads) for d in data)
+    still = planned(Solution(choices, dense_ms, 0.0), Limits(max_length=tokens))
+    checker = Checker(run, inputs, still)
+
+    learnt: list[Head] = []
+
+    def learn(now: Round) -> bool:
+        mended, choices = checker.suspicion(now), now.proposal.choice
+        if mended is None or len(learnt) == MOST_BLAMED:
+            return False
+
+        def mends(some: Sequence[Choice]) -> bool:
+            return mended(planned(Solution(tuple(some), 0.0, 0.0), now.plan.limits))
+
+        blamed = culprit(choices, mends)
+        if blamed is not None:
+            learnt.append(blamed)
+            tables[:] = raised(tables, choices, blamed)
+            fronts.clear()
+        return blamed is not None
+
+    found = in_turns(run, propose, checker, budget.max_rel_error, learn)
+    if found.best is not None:
+        return _measured(found.best.plan, outcome_numbers(found, dense_ms), found.speed, found.best)
+    log.warning("the plan is dense: %s at %d tokens", found.why, tokens)
+    numbers = outcome_numbers(found, dense_ms)
+    if last is None:
+        return _measured(still, numbers, {})
+    numbers["ms"] = short(dense_ms - last.dense_ms + last.ms)
+    return _measured(still, numbers, checker.speed(still))
+
+
+def _measured(
+    plan: Plan, numbers: dict[str, Any], speed: dict[str, float], best: Round | None = None
+) -> Plan:
+    """The plan with what its check and its timing found."""
+    measured = numbers | ({"per_task": _tasks(best.rows)} if best else {})
+    if speed:
+        measured |= {
+            "prefill_tokens": speed["tokens"],
+            "prefill_ms": short(speed["ms"]),
+            "prefill_dense_ms": short(speed["dense_ms"]),
+            "prefill_speedup": short(speed["dense_ms"] / speed["ms"]),
+        }
+    if "trimmed_ms" in speed:
+        measured["prefill_trimmed_ms"] = short(speed["trimmed_ms"])
+    return plan.model_copy(update={"measured": measured}).with_tables(plan.tables)
+
+
+def _tasks(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        task: {k: short(v) if isinstance(v, float) else v for k, v in found.items()}
+        for task, found in quality.by_task(rows).items()
+    }
