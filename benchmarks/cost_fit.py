@@ -6,8 +6,8 @@ The fit is that of `accelkit bench --fit` and `accelkit calibrate`: one layer of
 query heads, 8 KV heads, head size 128, bfloat16, causal) with all methods of language models, and
 one of a video model (24 heads, head size 128, a grid of 32,760 tokens, not causal) with all methods
 of denoisers. It is judged on what it never timed: other lengths (a denoiser has one), other
-densities, fewer heads, and whole calls of every method. Compiling is told apart: a process starts
-with what Triton's cache holds, so an empty TRITON_CACHE_DIR shows a new machine.
+densities, other head counts, and whole calls of every method. Compiling is told apart: a process
+starts with what Triton's cache holds, so an empty TRITON_CACHE_DIR shows a new machine.
 """
 
 from __future__ import annotations
@@ -29,15 +29,12 @@ from accelkit.calibration.fit import fit
 from accelkit.calibration.fit import kernels as fit_kernels
 from accelkit.calibration.fit import methods as fit_methods
 from accelkit.calibration.fit.clock import clock, dense_ms
-from accelkit.calibration.fit.inputs import Shape, fresh, random_call, shorter
+from accelkit.calibration.fit.inputs import Shape, random_call, shorter
 from accelkit.calibration.session import compile_clock
 from accelkit.kernels.cost import CostTable, MethodCost, interpolate, unit
-from accelkit.kernels.index import BlockIndex
 from accelkit.kernels.select import density
 from accelkit.patches.call import AttentionCall, Geometry
 from accelkit.patches.method import AttentionMethod
-from accelkit.patches.plan import Policy
-from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute
 
 SHAPES = {
     "llm": Shape(32, 8, 128, layers=32),
@@ -45,10 +42,14 @@ SHAPES = {
 }
 GRID = 21 * 30 * 52
 DENSITIES = (0.07, 0.15, 0.3)
+HEADS = (0.625, 0.375)
+"""Shares of the heads."""
 KEYS = 5 * fit_kernels.MOST_SINGLE_KEYS // 8
 GOOD = 0.1
 SMALL = 0.01
 """Terms below this share of dense attention are listed and not judged: no plan turns on them."""
+WORST = 10
+"""Rows that are printed again at the end."""
 Row = dict[str, Any]
 
 
@@ -62,15 +63,8 @@ def timer(call: AttentionCall) -> Callable[..., float]:
     return lambda run, times=3: clock(run, times, call.q.device)
 
 
-def launched(
-    costs: CostTable, size: tuple[int, int], tokens: int, densities: Sequence[float]
-) -> float:
-    """Predicted milliseconds of one launch over lists with these densities of its heads."""
-    return costs.launch_ms(size) + sum(costs.head_ms(size, tokens, d) for d in densities)
-
-
 def kernels(costs: CostTable, call: AttentionCall, keys: bool) -> Iterator[Row]:
-    """Launches over random lists, for all heads and a quarter of them; over single keys, whose
+    """Launches over random lists for head counts that the fit did not see; over single keys, whose
     length does not depend on the call's, only if `keys`.
     """
     ms = timer(call)
@@ -79,14 +73,15 @@ def kernels(costs: CostTable, call: AttentionCall, keys: bool) -> Iterator[Row]:
         if size[1] == 1 and not keys:
             continue
         there = shorter(call, min(call.n_q, KEYS)) if size[1] == 1 else call
-        for heads in (len(call.heads), len(call.heads) // 4):
+        for share in HEADS:
+            heads = int(share * len(call.heads))
             part = there.take(there.heads[:heads])
             for wanted in DENSITIES:
                 if size[1] == 1 and wanted > fit_kernels.SINGLE_KEYS:
                     continue
                 one = fit_kernels.point(part, size, wanted, held=True).one
                 shares = density([one.index], part).tolist()
-                want = launched(costs, size, part.n_q, shares)
+                want = costs.random_ms(size, part.n_q, shares)
                 got = ms(partial(fit_kernels.anew, one))
                 share = statistics.fmean(shares)
                 yield row("kernel", name, part.n_q, want, got, heads=heads, density=share)
@@ -114,27 +109,10 @@ def methods(
             want = interpolate(cost.terms[term], call.n_q)
             if max(got, want) > 0:
                 yield row(term, method.kind, call.n_q, want, got)
-        if one.execution == PLAIN:
-            yield _whole(costs, there, now, one)
-
-
-def _whole(costs: CostTable, call: AttentionCall, now: AttentionMethod, one: Answer) -> Row:
-    policy = Policy(methods=(now,))
-
-    def run() -> None:
-        for a in (one,) if now.static else answer(fresh(call), policy) or ():
-            compute(a)
-
-    lists = [p for p in one.pieces if isinstance(p, BlockIndex)]
-    want = sum(launched(costs, p.size, call.n_q, density([p], one.call).tolist()) for p in lists)
-    want *= costs.methods[now.kind].lists
-    if now.static:  # its lists are made once, its rows laid out in every call
-        want += interpolate(costs.methods[now.kind].terms["permutation"], call.n_q)
-    else:
-        once, each = costs.method_ms(now.kind, call.n_q)
-        want += once + each * len(call.heads)
-    share = float(density(lists, one.call).mean())
-    return row("call", now.kind, call.n_q, want, timer(call)(run), density=share)
+        seen = fit_methods.checked(costs, method, call, ms)
+        if seen is not None:
+            c = seen[0]
+            yield row(c.term, c.what, c.tokens, c.predicted_ms, c.measured_ms, density=c.density)
 
 
 def judged(rows: Sequence[Row], dense: dict[int, float]) -> dict[str, dict[str, Any]]:
@@ -203,6 +181,8 @@ def case(
         save(found)
     for term, about in found["terms"].items():
         print(f"{name} {term}: {about}", flush=True)
+    for r in sorted(found["rows"], key=lambda r: -abs(r["error"]))[:WORST]:
+        print(f"{name} worst: {r}", flush=True)
 
 
 def main() -> None:

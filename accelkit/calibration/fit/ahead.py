@@ -17,6 +17,7 @@ from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit import kernels as fit_kernels
 from accelkit.calibration.fit import methods as fit_methods
 from accelkit.calibration.fit.inputs import Shape
+from accelkit.calibration.session import compile_clock
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 
@@ -26,31 +27,37 @@ MOST_THREADS = 16
 LONG_AT_ONCE = 4
 """So many threads work on calls of full length, whose memory adds up."""
 Size = tuple[int, int]
+Job = Callable[[Mapping[int, AttentionCall]], Iterable[Size]]
+"""Runs what is measured at some lengths; gives the units of lists that it came across."""
 
 
 def rehearse(
     calls: Mapping[int, AttentionCall], methods: Sequence[AttentionMethod], shape: Shape
 ) -> set[Size]:
-    """Run once what a fit measures, first at the shortest length and then at all of them, and
-    return the units of the lists. What fails here fails again where it is measured, and says why
-    there.
+    """Run once what a fit measures at the shortest length and, where that had to compile something,
+    at all of them; return the units of the lists. What fails here fails again where it is
+    measured, and says why there.
     """
     room, device = Semaphore(LONG_AT_ONCE), calls[max(calls)].q.device
     short = {min(calls): calls[min(calls)]}
+    warm: list[Job] = []
 
-    def both(job: Callable[[Mapping[int, AttentionCall]], Iterable[Size]]) -> set[Size]:
+    def both(job: Job) -> set[Size]:
         found: set[Size] = set()
         try:
             with torch.cuda.device(device):
-                if len(calls) > 1:
-                    found |= set(job(short))
-                with room:
-                    found |= set(job(calls))
+                found |= set(job(short))
+                if not compiled():
+                    warm.append(job)
+                elif len(calls) > 1:
+                    with room:
+                        found |= set(job(calls))
         except Exception:  # left to the measurement
             torch.cuda.empty_cache()
         return found
 
-    with ThreadPoolExecutor(min(MOST_THREADS, _processors())) as pool:
+    pool = ThreadPoolExecutor(min(MOST_THREADS, _processors()))
+    with compile_clock(cached=False) as compiled, pool:
         # Kernels of the unit that is always there take longest to compile and come first.
         waiting = [pool.submit(both, partial(_kernel, UNIT)), pool.submit(both, _dense)]
         waiting += [pool.submit(both, partial(_method, m, shape)) for m in methods]
@@ -59,6 +66,8 @@ def rehearse(
             new = waiting.pop(0).result() - known
             known |= new
             waiting += [pool.submit(both, partial(_kernel, s)) for s in new]
+            if not waiting and compiled():  # these came before anything was compiled
+                waiting, warm = [pool.submit(both, job) for job in warm], []
     torch.cuda.synchronize(device)
     return known
 
@@ -95,5 +104,4 @@ def _method(
     found = fit_methods.cost(method, calls, slow, once, shape)
     if isinstance(found, str):
         return []
-    _, lists, others = found
-    return [size for size, _ in lists] + others
+    return found.sizes

@@ -11,7 +11,7 @@ of the length tells whether the whole one is worth it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,8 +23,9 @@ from accelkit.calibration.fit import ahead as fit_ahead
 from accelkit.calibration.fit import kernels as fit_kernels
 from accelkit.calibration.fit import methods as fit_methods
 from accelkit.calibration.fit.clock import clock, dense_ms
-from accelkit.calibration.fit.inputs import Shape, random_call
+from accelkit.calibration.fit.inputs import Shape, random_call, shorter
 from accelkit.kernels.cost import CostTable, MethodCost, name
+from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 
 LEAST = 512
@@ -65,8 +66,8 @@ def fit(
     tell("dense attention")
     dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
     ride = tuple((n, ms(partial(dense_attention, call))) for n, call in calls.items())
-    sizes = {fit_ahead.UNIT: None}
-    costs: dict[str, tuple[MethodCost, fit_methods.Lists]] = {}
+    sizes = dict.fromkeys([fit_ahead.UNIT])
+    costs: dict[str, fit_methods.Found] = {}
     refused: dict[str, str] = {}
     for method in methods:
         tell(method.kind)
@@ -74,21 +75,53 @@ def fit(
         if isinstance(found, str):
             refused[method.kind] = found
             continue
-        cost, lists, others = found
-        costs[method.kind] = cost, lists
-        sizes |= dict.fromkeys([size for size, _ in lists] + others)
-    fitted = {}
+        costs[method.kind] = found
+        sizes |= dict.fromkeys(found.sizes)
+    fitted, checks = {}, ()
     for size in sizes:
         tell(f"kernel {name(size)}")
-        fitted[name(size)] = fit_kernels.kernel(calls, size, until)
+        fitted[name(size)], seen = fit_kernels.kernel(calls, size, until)
+        checks += seen
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     table = CostTable(
         about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
-        dense, ride, fitted, {}, refused, shape.causal,
+        dense, ride, fitted, {}, refused, shape.causal, checks,
     )  # fmt: skip
+    table = replace(table, methods={k: _with_lists(table, f) for k, f in costs.items()})
+    return _judged(table, methods, calls, ms) if device.type == "cuda" else table
+
+
+def _with_lists(table: CostTable, found: fit_methods.Found) -> MethodCost:
+    """A method's cost with the factor of its lists."""
+    factors = tuple(
+        (n, fit_methods.beside_random(table, own, n, took))
+        for n, (own, took) in found.lists.items()
+    )
+    return replace(found.cost, lists=factors)
+
+
+def _judged(
+    table: CostTable,
+    methods: Sequence[AttentionMethod],
+    calls: Mapping[int, AttentionCall],
+    ms: Callable[..., float],
+) -> CostTable:
+    """The table with the errors of whole calls at a length that it has not seen; a denoiser's at
+    the one that there is.
+    """
     longest = max(calls)
-    beside = {k: fit_methods.against(table, *found, longest) for k, found in costs.items()}
-    return replace(table, methods=beside)
+    call = calls[longest]
+    if table.causal:
+        call = shorter(call, fit_kernels.held(longest))
+    found, checks = dict(table.methods), list(table.checks)
+    for method in methods:
+        if method.kind not in found:
+            continue
+        seen = fit_methods.checked(table, method, call, ms)
+        if seen is not None:
+            checks.append(seen[0])
+            found[method.kind] = replace(found[method.kind], error=round(abs(seen[0].error), 4))
+    return replace(table, methods=found, checks=tuple(checks))
 
 
 def lengths(shape: Shape, tokens: int, device: torch.device) -> list[int]:
@@ -97,5 +130,5 @@ def lengths(shape: Shape, tokens: int, device: torch.device) -> list[int]:
     """
     if not shape.causal:
         return [tokens]
-    shares = (16, 4, 2, 1) if device.type == "cuda" else (4, 1)
+    shares = (16, 8, 4, 2, 1) if device.type == "cuda" else (4, 1)
     return sorted({max(LEAST, tokens // s) for s in shares})

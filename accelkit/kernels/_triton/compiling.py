@@ -12,9 +12,10 @@ from triton import knobs
 
 
 @contextmanager
-def clock() -> Iterator[Callable[[], float]]:
+def clock(cached: bool = True) -> Iterator[Callable[[], float]]:
     """Gives a function that says for how many seconds something was compiled since it was opened;
-    kernels that were compiled at once count once.
+    kernels that were compiled at once count once. Without `cached` kernels that lay in Triton's
+    cache do not count, which are read in no time but not in none.
     """
     spans: list[tuple[float, float]] = []  # apart, ascending
     before = knobs.compilation.listener
@@ -22,10 +23,11 @@ def clock() -> Iterator[Callable[[], float]]:
     def hear(**compiled: Any) -> None:
         end = time.monotonic()
         begin = end - compiled["times"].total / 1e6
-        with lock:
-            while spans and spans[-1][1] > begin:
-                begin = min(begin, spans.pop()[0])
-            spans.append((begin, end))
+        if cached or not compiled["cache_hit"]:
+            with lock:
+                while spans and spans[-1][1] > begin:
+                    begin = min(begin, spans.pop()[0])
+                spans.append((begin, end))
         if before is not None:
             before(**compiled)
 
