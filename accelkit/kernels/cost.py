@@ -164,6 +164,10 @@ class CostTable:
             for size, densities in lists
         ) + each * self.heads  # fmt: skip
 
+    def worst(self, most: int) -> list[Check]:
+        """The predictions that lay farthest off what was measured, the worst first."""
+        return sorted(self.checks, key=lambda c: -abs(c.error))[:most]
+
     def error(self) -> float:
         """The worst kernel's fit error on points that the fit did not see."""
         return max((k.error for k in self.kernels.values()), default=0.0)

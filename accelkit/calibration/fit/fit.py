@@ -24,7 +24,7 @@ from accelkit.calibration.fit import kernels as fit_kernels
 from accelkit.calibration.fit import methods as fit_methods
 from accelkit.calibration.fit.clock import clock, dense_ms
 from accelkit.calibration.fit.inputs import Shape, random_call, shorter
-from accelkit.kernels.cost import CostTable, MethodCost, name
+from accelkit.kernels.cost import Check, CostTable, Kernel, MethodCost, name
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 
@@ -77,7 +77,8 @@ def fit(
             continue
         costs[method.kind] = found
         sizes |= dict.fromkeys(found.sizes)
-    fitted, checks = {}, ()
+    fitted: dict[str, Kernel] = {}
+    checks: tuple[Check, ...] = ()
     for size in sizes:
         tell(f"kernel {name(size)}")
         fitted[name(size)], seen = fit_kernels.kernel(calls, size, until)
