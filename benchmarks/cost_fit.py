@@ -6,7 +6,8 @@ The fit is that of `accelkit bench --fit` and `accelkit calibrate`: one layer of
 query heads, 8 KV heads, head size 128, bfloat16, causal) with all methods of language models, and
 one of a video model (24 heads, head size 128, a grid of 32,760 tokens, not causal) with all methods
 of denoisers. It is judged on what it never timed: other lengths (a denoiser has one), other
-densities, other head counts, and whole calls of every method. Compiling is told apart: a process
+densities, other head counts, and whole calls of every method at the middle of its dial ("call"),
+and at its ends ("setting"). Compiling is told apart: a process
 starts with what Triton's cache holds, so an empty TRITON_CACHE_DIR shows a new machine.
 """
 
@@ -16,7 +17,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from accelkit.calibration.fit import methods as fit_methods
 from accelkit.calibration.fit.clock import clock, dense_ms
 from accelkit.calibration.fit.inputs import Shape, random_call, shorter
 from accelkit.calibration.session import compile_clock
-from accelkit.kernels.cost import CostTable, MethodCost, interpolate, unit
+from accelkit.kernels.cost import Check, CostTable, MethodCost, interpolate, unit
 from accelkit.kernels.select import density
 from accelkit.patches.call import AttentionCall, Geometry
 from accelkit.patches.method import AttentionMethod
@@ -48,6 +49,7 @@ KEYS = 5 * fit_kernels.MOST_SINGLE_KEYS // 8
 GOOD = 0.1
 SMALL = 0.01
 """Terms below this share of dense attention are listed and not judged: no plan turns on them."""
+PASSES = 3
 WORST = 10
 """Rows that are printed again at the end."""
 Row = dict[str, Any]
@@ -106,13 +108,27 @@ def methods(
         if not method.static:  # otherwise made once
             found = [*fit_methods.choosing(there, now, one, ms), *found]
         for term, got in zip(MethodCost.TERMS[-len(found) :], found, strict=True):
-            want = interpolate(cost.terms[term], call.n_q)
-            if max(got, want) > 0:
-                yield row(term, method.kind, call.n_q, want, got)
-        seen = fit_methods.checked(costs, method, call, ms)
-        if seen is not None:
-            c = seen[0]
-            yield row(c.term, c.what, c.tokens, c.predicted_ms, c.measured_ms, density=c.density)
+            yield row(term, method.kind, call.n_q, interpolate(cost.terms[term], call.n_q), got)
+        yield from _whole("call", fit_methods.checked(costs, method, call, ms))
+        for setting in fit_methods.ends(method):
+            if fit_methods.prepared(call, method, setting)[1] == setting:
+                yield from _whole("setting", fit_methods.checked(costs, method, call, ms, setting))
+
+
+def _whole(term: str, c: Check | None) -> Iterator[Row]:
+    if c is not None:
+        yield row(term, c.what, c.tokens, c.predicted_ms, c.measured_ms, density=c.density)
+
+
+def settled(once: Callable[[], Iterable[Row]]) -> Iterator[Row]:
+    """Rows with the medians of passes over all of them: a clock that a hot card has lowered for a
+    while spoils one pass of a row and not all of them.
+    """
+    for same in zip(*(list(once()) for _ in range(PASSES)), strict=True):
+        first, readings = same[0], [r["measured_ms"] for r in same]
+        got, want = statistics.median(readings), first["predicted_ms"]
+        error = want / got - 1 if got else 0.0
+        yield first | {"measured_ms": got, "error": error, "readings_ms": readings}
 
 
 def judged(rows: Sequence[Row], dense: dict[int, float]) -> dict[str, dict[str, Any]]:
@@ -170,12 +186,17 @@ def case(
     for n in lengths:
         call = random_call(shape, dtype, device, n)
         dense[n] = dense_ms(call, timer(call))
-        rows: list[Row] = []
         if shape.causal:
-            rows.append(row("dense", "dense", n, costs.dense_ms(n), dense[n]))
-        for r in (*rows, *kernels(costs, call, n == lengths[0]), *methods(costs, call, tried)):
+            found["rows"].append(row("dense", "dense", n, costs.dense_ms(n), dense[n]))
+
+        def once(call: AttentionCall = call, n: int = n) -> Iterator[Row]:
+            yield from kernels(costs, call, n == lengths[0])
+            yield from methods(costs, call, tried)
+
+        for r in settled(once):
             found["rows"].append(r)
             about = {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()}
+            del about["readings_ms"]
             print(" ", about, flush=True)
         found["terms"] = judged(found["rows"], dense)
         save(found)

@@ -2,11 +2,14 @@
 
 For one launch over heads h with `pairs_h` computed query-key pairs in tiles of `bq` rows,
 
-    ms = launch + row · (heads · query tiles) + pair · Σ_h pairs_h + tail · tokens · mean density
+    ms = launch + sort (many rows) + row · (heads · query tiles)
+       + Σ_h pairs_h · (pair + far · log₂(tokens / NEAR)) + tail · tokens · mean density
 
-with coefficients by unit `(bq, bk)`; the last term is the longest row, which ends alone. Dense
-attention and whole `index()` calls are measured at a few lengths and interpolated. The table knows
-numbers only, those of its own errors among them; `calibration.fit` fills it.
+with coefficients by unit `(bq, bk)`. Few rows are sorted by length within the launch of another
+kernel, more take launches of their own; beyond `NEAR` tokens keys no longer stay in the cache; the
+longest row ends alone. Dense attention and whole `index()` calls are measured at a few lengths and
+interpolated. The table knows numbers only, those of its own errors among them; `calibration.fit`
+fills it.
 """
 
 from __future__ import annotations
@@ -19,6 +22,10 @@ from typing import Any, ClassVar
 
 from accelkit.kernels.index import ceil_div
 
+NEAR = 16384
+"""Tokens up to which the pairs of a call cost the same."""
+FEW_ROWS = 128
+"""Rows of a launch that are sorted at no cost of their own."""
 Points = tuple[tuple[int, float], ...]
 """Milliseconds by length in tokens, ascending."""
 
@@ -26,7 +33,8 @@ Points = tuple[tuple[int, float], ...]
 @dataclass(frozen=True)
 class Kernel:
     """Coefficients of one unit on the backend that serves it: ms a launch, a row of a head, a
-    million pairs, and a thousand keys of the longest row.
+    million pairs, a thousand keys of the longest row, sorting more than `FEW_ROWS` rows, and a
+    million pairs for each time that the length doubles beyond `NEAR`.
 
     `error` is the mean relative error on points that the fit did not see.
     """
@@ -37,6 +45,8 @@ class Kernel:
     error: float = 0.0
     backend: str = ""
     tail: float = 0.0
+    sort: float = 0.0
+    far: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,24 +119,26 @@ class CostTable:
 
     def launch_ms(self, size: tuple[int, int]) -> float:
         """What a launch costs before any head takes part."""
-        return self._kernel(size).launch
+        k = self._kernel(size)
+        return k.launch + k.sort
 
     def head_ms(self, size: tuple[int, int], tokens: int, density: float) -> float:
         """One head of a call of `tokens` rows at `density` = computed ÷ visible pairs, with its
         part in the tail of a launch over all heads.
         """
         k = self._kernel(size)
-        pairs = density * visible_pairs(tokens, self.causal)
-        tail = k.tail * density * tokens / self.heads
-        return k.row * ceil_div(tokens, size[0]) + k.pair * pairs / 1e6 + tail / 1e3
+        pairs = density * visible_pairs(tokens, self.causal) / 1e6
+        tail = k.tail * density * tokens / 1e3 / self.heads
+        return k.row * ceil_div(tokens, size[0]) + (k.pair + k.far * beyond(tokens)) * pairs + tail
 
     def random_ms(self, size: tuple[int, int], tokens: int, densities: Sequence[float]) -> float:
         """A launch over random lists of one unit, of these densities by head."""
-        k = self._kernel(size)
-        heads = sum(self.head_ms(size, tokens, d) for d in densities)
+        k, heads = self._kernel(size), len(densities)
+        few = heads * ceil_div(tokens, size[0]) <= FEW_ROWS
         # The longest row ends alone, however few heads there are.
-        rest = k.tail * tokens * sum(densities) * (1 / len(densities) - 1 / self.heads) / 1e3
-        return k.launch + heads + rest
+        tail = k.tail * tokens / 1e3 * sum(densities) * (1 / heads - 1 / self.heads)
+        each = sum(self.head_ms(size, tokens, d) for d in densities)
+        return k.launch + (0.0 if few else k.sort) + each + tail
 
     def lists_ms(
         self, kind: str, size: tuple[int, int], tokens: int, densities: Sequence[float]
@@ -214,6 +226,11 @@ class CostTable:
 def visible_pairs(tokens: int, causal: bool = True) -> float:
     """Query-key pairs of one head over `tokens` tokens."""
     return tokens * (tokens + 1) / 2 if causal else float(tokens) ** 2
+
+
+def beyond(tokens: int) -> float:
+    """How often a length doubles beyond `NEAR`."""
+    return math.log2(max(tokens, NEAR) / NEAR)
 
 
 def name(size: tuple[int, int]) -> str:

@@ -120,8 +120,8 @@ def _judged(
             continue
         seen = fit_methods.checked(table, method, call, ms)
         if seen is not None:
-            checks.append(seen[0])
-            found[method.kind] = replace(found[method.kind], error=round(abs(seen[0].error), 4))
+            checks.append(seen)
+            found[method.kind] = replace(found[method.kind], error=round(abs(seen.error), 4))
     return replace(table, methods=found, checks=tuple(checks))
 
 

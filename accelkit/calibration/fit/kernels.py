@@ -12,12 +12,20 @@ from accelkit.calibration.bench.prefill import times_ms
 from accelkit.calibration.fit.clock import device_ms
 from accelkit.calibration.fit.inputs import random_index, shorter
 from accelkit.kernels import dispatch, select
-from accelkit.kernels.cost import Check, Kernel, least_squares, name, visible_pairs
+from accelkit.kernels.cost import (
+    FEW_ROWS,
+    Check,
+    Kernel,
+    beyond,
+    least_squares,
+    name,
+    visible_pairs,
+)
 from accelkit.kernels.index import BlockIndex
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.sites.attention import Answer, compute
 
-FITTED = (0.04, 0.12, 0.35, 1.0)
+FITTED = (0.01, 0.04, 0.12, 0.35, 1.0)
 CHECKED = (0.1, 0.2)
 """Densities of random blocks that the fit sees, and those on which it is judged. On a GPU the
 length and the head count on which it is judged are none of those that it sees either."""
@@ -86,7 +94,7 @@ def launches(calls: Mapping[int, AttentionCall], size: tuple[int, int]) -> Itera
     fitted = (0.02, 0.05, 0.12) if size[1] == 1 else FITTED
     for n, call in calls.items():
         for part in _parts(call):
-            for density in fitted:
+            for density in fitted if part is call else fitted[1::2]:
                 if density < 1.0 or n < longest:
                     yield point(part, size, density, held=False)
     unseen, whole = CHECKED if size[1] > 1 else CHECKED[:1], calls[longest]
@@ -112,12 +120,14 @@ def _parts(call: AttentionCall) -> list[AttentionCall]:
 def point(call: AttentionCall, size: tuple[int, int], density: float, held: bool) -> Point:
     """A launch over random lists of this density."""
     index = random_index(call, size, density)
-    shares = select.density(index, call)
+    shares, rows = select.density(index, call), len(call.heads) * call.tiles(size)[0]
     mean, pairs = shares.mean().item(), shares.sum().item() * visible_pairs(call.n_q, call.causal)
-    rows = float(len(call.heads) * call.tiles(size)[0])
-    # Rows that run at once end together but for the last; a CPU has few of them.
-    tail = mean * call.n_q / 1e3 if call.q.is_cuda else 0.0
-    return Point(Answer(call, (index,)), mean, (1.0, rows, pairs / 1e6, tail), held)
+    features = [1.0, float(rows), pairs / 1e6, 0.0, 0.0, 0.0]
+    if call.q.is_cuda:
+        features[3:5] = mean * call.n_q / 1e3, float(rows > FEW_ROWS)
+    if call.causal:  # others have one length
+        features[5] = pairs / 1e6 * beyond(call.n_q)
+    return Point(Answer(call, (index,)), mean, tuple(features), held)
 
 
 def anew(one: Answer) -> None:
@@ -130,8 +140,8 @@ def solved(points: Sequence[Point], spent: Sequence[float]) -> tuple[Kernel, lis
     seen = [(p.features, ms) for p, ms in zip(points, spent, strict=True) if not p.held]
     found = least_squares([f for f, _ in seen], [ms for _, ms in seen])
     said = [sum(a * b for a, b in zip(found, p.features, strict=True)) for p in points]
-    launch, row, pair, tail = found
-    return Kernel(launch, row, pair, tail=tail), said
+    launch, row, pair, tail, sort, far = found
+    return Kernel(launch, row, pair, tail=tail, sort=sort, far=far), said
 
 
 def _least(one: Point) -> float:

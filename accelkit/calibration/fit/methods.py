@@ -175,12 +175,16 @@ def beside_random(table: CostTable, own: Lists, tokens: int, took: float) -> flo
 
 
 def checked(
-    table: CostTable, method: AttentionMethod, bare: AttentionCall, ms: Clocked
-) -> tuple[Check, Answer] | None:
-    """A whole call of a method, with all that a layer pays for, beside what the table says of it,
-    and the answer. None where it stays dense or has arithmetic of its own.
+    table: CostTable,
+    method: AttentionMethod,
+    bare: AttentionCall,
+    ms: Clocked,
+    setting: AttentionMethod | None = None,
+) -> Check | None:
+    """A whole call of a method, or of one of its settings, with all that a layer pays for, beside
+    what the table says of it. None where it stays dense or has arithmetic of its own.
     """
-    call, now = prepared(bare, method, middle(method))
+    call, now = prepared(bare, method, setting or middle(method))
     answers = asked(call, now)
     if answers is None or answers[0].execution != PLAIN:
         return None
@@ -193,7 +197,7 @@ def checked(
     own, n = own_lists(one), call.n_q
     want = table.call_ms(now.kind, n, own, 0.0 if now.static else 1.0)
     share = float(sum(sum(each) for _, each in own)) / len(call.heads)
-    return Check("call", now.kind, n, len(call.heads), share, want, ms(whole)), one
+    return Check("call", now.kind, n, len(call.heads), share, want, ms(whole))
 
 
 def other_units(method: AttentionMethod, call: AttentionCall) -> list[tuple[int, int]]:
@@ -215,6 +219,13 @@ def middle(method: AttentionMethod) -> AttentionMethod:
     if dial is None:
         return method
     return method.model_copy(update={dial.field: dial.values[len(dial.values) // 2]})
+
+
+def ends(method: AttentionMethod) -> list[AttentionMethod]:
+    """The method at both ends of its dial."""
+    dial = method.dial
+    values = () if dial is None else (dial.values[0], dial.values[-1])
+    return [method.model_copy(update={dial.field: v}) for v in values if dial is not None]
 
 
 def prepared(
