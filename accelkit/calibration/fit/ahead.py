@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from accelkit.calibration.candidates import families
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit import kernels as fit_kernels
 from accelkit.calibration.fit import methods as fit_methods
 from accelkit.calibration.fit.inputs import Shape
 from accelkit.calibration.session import compile_clock
-from accelkit.patches.call import AttentionCall
+from accelkit.patches.call import AttentionCall, Site
 from accelkit.patches.method import AttentionMethod
 
 UNIT = (128, 128)
@@ -60,7 +61,7 @@ def rehearse(
     with compile_clock(cached=False) as compiled, pool:
         # Kernels of the unit that is always there take longest to compile and come first.
         waiting = [pool.submit(both, partial(_kernel, UNIT)), pool.submit(both, _dense)]
-        waiting += [pool.submit(both, partial(_method, m, shape)) for m in methods]
+        waiting += [pool.submit(both, job) for m in methods for job in _jobs(m, shape)]
         known = {UNIT}
         while waiting:
             new = waiting.pop(0).result() - known
@@ -88,6 +89,22 @@ def _dense(calls: Mapping[int, AttentionCall]) -> tuple[()]:
 def _kernel(size: Size, calls: Mapping[int, AttentionCall]) -> tuple[()]:
     for point in fit_kernels.launches(calls, size):
         fit_kernels.anew(point.one)
+    return ()
+
+
+def _jobs(method: AttentionMethod, shape: Shape) -> list[Job]:
+    """What runs a method once; one that changes nothing but the arithmetic has a kernel for each of
+    its settings, which compile longest of all and so apart.
+    """
+    if method.answers() != {"execution"}:
+        return [partial(_method, method, shape)]
+    named = families(method.calibrator(Site("fit", 0)).settings())
+    return [partial(_setting, setting) for f in named for setting in f.settings]
+
+
+def _setting(setting: AttentionMethod, calls: Mapping[int, AttentionCall]) -> tuple[()]:
+    for one in fit_methods.asked(calls[max(calls)], setting) or ():
+        fit_kernels.anew(one)
     return ()
 
 
