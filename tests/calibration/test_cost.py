@@ -145,21 +145,24 @@ def test_a_rehearsal_runs_what_must_be_compiled(monkeypatch, cold: bool) -> None
     clock = nullcontext(lambda: float(cold))
     monkeypatch.setattr(fit_ahead, "compile_clock", lambda cached: clock)
     ran: list[tuple[int, tuple[int, int], int]] = []
+    precisions: set[tuple[str, str]] = set()
     anew = fit_kernels.anew
 
     def see(one):
         ran.append((one.call.n_q, one.index.size, len(one.call.heads)))
+        precisions.add((one.execution.qk, one.execution.pv))
         anew(one)
 
     monkeypatch.setattr(fit_kernels, "anew", see)
     calls = {n: fit_inputs.random_call(SMALL, torch.float32, CPU, n) for n in (512, 1024)}
-    methods = [Broken(), load("vertical_slash")(), load("window")()]
+    methods = [Broken(), *(load(m)() for m in ("vertical_slash", "window", "sage_attention"))]
     found = fit_ahead.rehearse(calls, methods, SMALL)
     # Without anything to compile the shortest length is enough, where vertical_slash stays dense.
     assert found >= ({(128, 128), (64, 64), (64, 1)} if cold else {(128, 128)})
     lengths = calls if cold else [512]
     assert {(n, s) for n, s, _ in ran} >= {(n, s) for n in lengths for s in found if s[1] > 1}
     assert cold or {n for n, *_ in ran} == {512}
+    assert len(precisions) == 5  # the inputs' own and all that sage_attention names
 
 
 def test_a_fit_measures_where_it_is_told() -> None:
