@@ -100,6 +100,15 @@ def compile_clock(cached: bool = True) -> AbstractContextManager[Callable[[], fl
     return compiling.clock(cached)
 
 
+def compile_once() -> AbstractContextManager[None]:
+    """While it is open, threads that want the same kernel compile it once."""
+    if find_spec("triton") is None:
+        return nullcontext()
+    from accelkit.kernels._triton import compiling
+
+    return compiling.once()
+
+
 class Stopwatch:
     """Seconds in all and in compiling, with those that a resumed journal has spent before."""
 

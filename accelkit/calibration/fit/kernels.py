@@ -81,9 +81,11 @@ def kernel(
     return replace(found, error=round(error, 4), backend=_backend(points[-1].one)), checks
 
 
-def launches(calls: Mapping[int, AttentionCall], size: tuple[int, int]) -> Iterator[Point]:
-    """The launches of a fit, over random lists. On a GPU some have a quarter of the heads: at one
-    head count rows and launches cannot be told apart at long lengths.
+def launches(
+    calls: Mapping[int, AttentionCall], size: tuple[int, int], few: bool = False
+) -> Iterator[Point]:
+    """The launches of a fit, over random lists; `few`: one of each shape. On a GPU some have a
+    quarter of the heads: at one head count rows and launches cannot be told apart at long lengths.
     """
     longest = max(calls)
     if size[1] == 1 and longest > MOST_SINGLE_KEYS:
@@ -94,7 +96,7 @@ def launches(calls: Mapping[int, AttentionCall], size: tuple[int, int]) -> Itera
     fitted = (0.02, 0.05, 0.12) if size[1] == 1 else FITTED
     for n, call in calls.items():
         for part in _parts(call):
-            for density in fitted if part is call else fitted[1::2]:
+            for density in fitted[:1] if few else fitted if part is call else fitted[1::2]:
                 if density < 1.0 or n < longest:
                     yield point(part, size, density, held=False)
     unseen, whole = CHECKED if size[1] > 1 else CHECKED[:1], calls[longest]

@@ -191,13 +191,20 @@ def checked(
     one, policy = answers[0], Policy(methods=(now,))
 
     def whole() -> None:
-        for a in (one,) if now.static else answer(fresh(call), policy) or ():
+        # Lists that were made before meet rows in token order, as they do in a layer.
+        kept = (_laid_out(one, fresh(call)),) if now.static else ()
+        for a in kept or answer(fresh(call), policy) or ():
             compute(a)
 
     own, n = own_lists(one), call.n_q
     want = table.call_ms(now.kind, n, own, 0.0 if now.static else 1.0)
     share = float(sum(sum(each) for _, each in own)) / len(call.heads)
     return Check("call", now.kind, n, len(call.heads), share, want, ms(whole))
+
+
+def _laid_out(one: Answer, call: AttentionCall) -> Answer:
+    """An answer for another call, whose rows are still in token order."""
+    return one if one.order is None else replace(one, call=in_kernel_order(call, one.order))
 
 
 def other_units(method: AttentionMethod, call: AttentionCall) -> list[tuple[int, int]]:

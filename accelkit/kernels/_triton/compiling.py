@@ -1,14 +1,21 @@
-"""How long this process compiles kernels, as Triton tells it."""
+"""How long this process compiles kernels, as Triton tells it, and how threads share the work."""
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from pkgutil import iter_modules
 from threading import Lock
 from typing import Any
 
 from triton import knobs
+from triton.runtime.jit import JITFunction
+
+FIRST = "lower"
+"""Module whose kernels run before all others wherever lists are run."""
 
 
 @contextmanager
@@ -37,3 +44,45 @@ def clock(cached: bool = True) -> Iterator[Callable[[], float]]:
         yield lambda: sum(end - begin for begin, end in spans)
     finally:
         knobs.compilation.listener = before
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """While it is open, threads that want the same kernel compile it once. Triton lets each compile
+    its own, which takes as many processors as there are threads.
+    """
+    _settle()
+    compile_now = JITFunction._do_compile
+    locks: dict[Any, Lock] = defaultdict(Lock)
+
+    def shared(self: Any, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
+        with guard:
+            lock = locks[id(self), key, device]
+        with lock:
+            known = self.device_caches[device][0].get(key)
+            if known is not None:
+                return known
+            return compile_now(self, key, signature, device, *rest)
+
+    guard = Lock()
+    JITFunction._do_compile = shared
+    try:
+        yield
+    finally:
+        JITFunction._do_compile = compile_now
+
+
+def _settle() -> None:
+    """Hash every kernel in one order. Triton 3.6 gives a kernel another key when functions that it
+    calls were hashed before it, so that threads would leave in the cache what no process finds.
+    """
+    package = __package__ or ""
+    names = {m.name for m in iter_modules(import_module(package).__path__)}
+    for name in (FIRST, *sorted(names - {FIRST})):
+        try:
+            module = import_module(f"{package}.{name}")
+        except (ImportError, AttributeError):  # this Triton lacks what it is made of
+            continue
+        for kernel in vars(module).values():
+            if isinstance(kernel, JITFunction):
+                _ = kernel.cache_key
