@@ -131,12 +131,16 @@ def settled(once: Callable[[], Iterable[Row]]) -> Iterator[Row]:
         yield first | {"measured_ms": got, "error": error, "readings_ms": readings}
 
 
+def counts(r: Row, dense: dict[int, float]) -> bool:
+    """Whether a plan may turn on what a row measured."""
+    return r["measured_ms"] >= SMALL * dense[max(r["tokens"], min(dense))]
+
+
 def judged(rows: Sequence[Row], dense: dict[int, float]) -> dict[str, dict[str, Any]]:
     """By term: how many rows there are, which share lies within 10 %, the mean and the worst."""
     found = {}
     for term in dict.fromkeys(r["term"] for r in rows):
-        mine = [r for r in rows if r["term"] == term]
-        mine = [r for r in mine if r["measured_ms"] >= SMALL * dense[max(r["tokens"], min(dense))]]
+        mine = [r for r in rows if r["term"] == term and counts(r, dense)]
         if mine:
             worst = max(mine, key=lambda r: abs(r["error"]))
             gaps = [abs(r["error"]) for r in mine]
@@ -148,6 +152,15 @@ def judged(rows: Sequence[Row], dense: dict[int, float]) -> dict[str, dict[str, 
                 "worst_row": f"{worst['what']} at {worst['tokens']}",
             }
     return found
+
+
+def shortened(data: Any) -> Any:
+    """The same data with five digits of every number."""
+    if isinstance(data, dict):
+        return {k: shortened(v) for k, v in data.items()}
+    if isinstance(data, list | tuple):
+        return [shortened(v) for v in data]
+    return float(f"{data:.5g}") if isinstance(data, float) else data
 
 
 def case(
@@ -202,7 +215,8 @@ def case(
         save(found)
     for term, about in found["terms"].items():
         print(f"{name} {term}: {about}", flush=True)
-    for r in sorted(found["rows"], key=lambda r: -abs(r["error"]))[:WORST]:
+    heavy = [r for r in found["rows"] if counts(r, dense)]
+    for r in sorted(heavy, key=lambda r: -abs(r["error"]))[:WORST]:
         print(f"{name} worst: {r}", flush=True)
 
 
@@ -220,7 +234,7 @@ def main() -> None:
         def save(found: dict[str, Any], name: str = name) -> None:
             report["cases"][name] = found
             if args.out:
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+                args.out.write_text(json.dumps(shortened(report), indent=1) + "\n")
 
         case(
             name,
