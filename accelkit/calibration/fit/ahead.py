@@ -49,7 +49,7 @@ def rehearse(
             torch.cuda.empty_cache()
             return ()
 
-    pool = ThreadPoolExecutor(min(MOST_THREADS, _processors()))
+    pool = ThreadPoolExecutor(_threads())
     whole = ThreadPoolExecutor(LONG_AT_ONCE)
     with compile_clock(cached=False) as compiled, compile_once(), pool, whole:
         # Kernels of the unit that is always there take longest to compile and come first.
@@ -72,11 +72,11 @@ def rehearse(
     return known
 
 
-def _processors() -> int:
-    """CPUs that this process may use."""
+def _threads() -> int:
+    """One for each CPU that this process may use, up to a limit."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    return min(MOST_THREADS, os.cpu_count() or 1)
 
 
 def _dense(calls: Mapping[int, AttentionCall]) -> tuple[()]:

@@ -41,23 +41,24 @@ def fit(
     *,
     repeat: int = 3,
     limit_s: float = 60.0,
-    at: Sequence[int] | None = None,
+    brief: bool = False,
     step: Callable[[str], None] | None = None,
     expect: Callable[[int], None] | None = None,
 ) -> CostTable:
     """The cost table for calls of up to `tokens` tokens. A denoiser's calls have one length, for
-    their lists follow from a grid. `at` are the lengths to measure at instead of those of
-    `lengths`: with two a fit takes half the time and says less of what lies between.
+    their lists follow from a grid.
 
     `step` is told what is measured next, `expect` how many steps are left after compiling. After
-    `limit_s` seconds nothing is repeated any more.
+    `limit_s` seconds nothing is repeated any more. `brief` is for a search on a GPU, in which a
+    fit would take longer than all the rest: fewer lengths, and whole calls are not checked.
     """
-    until = time.monotonic() + limit_s
-    calls = {n: random_call(shape, dtype, device, n) for n in at or lengths(shape, tokens, device)}
+    until = time.monotonic() + (0.0 if brief else limit_s)
+    at = lengths(shape, tokens, device, brief)
+    calls = {n: random_call(shape, dtype, device, n) for n in at}
     tell = step or (lambda _: None)
 
     def ms(run: Callable[[], Any], times: int = repeat) -> float:
-        return clock(run, times if time.monotonic() < until else 1, device)
+        return clock(run, times if brief or time.monotonic() < until else 1, device)
 
     known = {fit_ahead.UNIT}
     if device.type == "cuda":
@@ -91,7 +92,7 @@ def fit(
         dense, ride, fitted, {}, refused, shape.causal, checks,
     )  # fmt: skip
     table = replace(table, methods={k: _with_lists(table, f) for k, f in costs.items()})
-    return _judged(table, methods, calls, ms) if device.type == "cuda" else table
+    return table if brief or device.type == "cpu" else _judged(table, methods, calls, ms)
 
 
 def _with_lists(table: CostTable, found: fit_methods.Found) -> MethodCost:
@@ -127,12 +128,12 @@ def _judged(
     return replace(table, methods=found, checks=tuple(checks))
 
 
-def lengths(shape: Shape, tokens: int, device: torch.device) -> list[int]:
+def lengths(shape: Shape, tokens: int, device: torch.device, brief: bool = False) -> list[int]:
     """Lengths at which costs are measured, ascending; between two of them they are interpolated. A
     GPU has time for more of them, and the shortest one shows what launches cost.
     """
     if not shape.causal:
         return [tokens]
-    shares = (16, 8, 4, 2, 1) if device.type == "cuda" else (4, 1)
+    shares = (16, 8, 4, 2, 1) if device.type == "cuda" and not brief else (4, 1)
     least = min(LEAST.get(device.type, LEAST["cpu"]), tokens)
     return sorted({max(least, tokens // s) for s in shares})

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from accelkit.calibration.bench.prefill import times_ms
 from accelkit.calibration.fit.clock import device_ms
 from accelkit.calibration.fit.inputs import random_index, shorter
+from accelkit.calibration.timing import times_ms
 from accelkit.kernels import dispatch, select
 from accelkit.kernels.cost import (
     FEW_ROWS,
