@@ -1,11 +1,11 @@
 """Measures attention on this device and fits the cost table that search and reports predict with.
 
-Random data; medians on a GPU, the least of a few runs on a CPU. Methods that cannot win here are
-refused on the way, with the reason, so that no time is spent on them later: a prompt of a quarter
-of the length tells whether the whole one is worth it.
+Random data; on a GPU two readings that agree, the least of a few on a CPU. Methods that cannot win
+here are refused on the way, with the reason, so that no time is spent on them later: two short
+prompts tell whether a long one is worth it.
 
-`fit_inputs` makes what is measured, `fit_clock` times it, `fit_ahead` compiles it beforehand,
-`fit_methods` and `fit_kernels` turn times into the terms of `kernels.cost`.
+`inputs` makes what is measured, `clock` times it, `ahead` compiles it beforehand, `methods` and
+`kernels` turn times into the terms of `accelkit.kernels.cost` and check them.
 """
 
 from __future__ import annotations
