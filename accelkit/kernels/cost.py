@@ -34,7 +34,8 @@ Points = tuple[tuple[int, float], ...]
 class Kernel:
     """Coefficients of one unit on the backend that serves it: ms a launch, a row of a head, a
     million pairs, a thousand keys of the longest row, sorting more than `FEW_ROWS` rows, and a
-    million pairs for each time that the length doubles beyond `NEAR`.
+    million pairs for each time that the length doubles beyond `NEAR`. `kept` is what a launch takes
+    less over lists that an earlier one has brought into the order in which they run.
 
     `error` is the mean relative error on points that the fit did not see.
     """
@@ -47,6 +48,7 @@ class Kernel:
     tail: float = 0.0
     sort: float = 0.0
     far: float = 0.0
+    kept: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,10 @@ class CostTable:
         """One dense head in a layer that has sparse ones."""
         return interpolate(self.ride, tokens) / self.heads
 
-    def launch_ms(self, size: tuple[int, int]) -> float:
-        """What a launch costs before any head takes part."""
+    def launch_ms(self, size: tuple[int, int], kept: bool = False) -> float:
+        """What a launch costs before any head takes part; `kept`: over lists that ran before."""
         k = self._kernel(size)
-        return k.launch + k.sort
+        return max(k.launch + k.sort - kept * k.kept, 0.0)
 
     def head_ms(self, size: tuple[int, int], tokens: int, density: float) -> float:
         """One head of a call of `tokens` rows at `density` = computed ÷ visible pairs, with its
@@ -168,11 +170,11 @@ class CostTable:
         anew: float = 1.0,
     ) -> float:
         """A whole call of a layer whose heads all run one method: its lists' units, each with the
-        densities of the heads.
+        densities of the heads. Lists that are never made anew are kept.
         """
         once, each = self.method_ms(kind, tokens, anew)
         return once + sum(
-            self.launch_ms(size) + sum(self.lists_ms(kind, size, tokens, densities))
+            self.launch_ms(size, anew == 0) + sum(self.lists_ms(kind, size, tokens, densities))
             for size, densities in lists
         ) + each * self.heads  # fmt: skip
 

@@ -192,6 +192,17 @@ def test_a_launch_of_few_heads_has_the_whole_tail() -> None:
     assert all_heads == pytest.approx(0.5 + 4 * table.head_ms((128, 128), 4096, 0.25))
 
 
+def test_kept_lists_start_sooner() -> None:
+    kernel = Kernel(0.5, 0.01, 2.0, sort=0.1, kept=0.2)
+    table = replace(TABLE, kernels={"128x128": kernel})
+    size, own = (128, 128), (((128, 128), [0.25] * 4),)
+    assert table.launch_ms(size) == pytest.approx(0.6)
+    assert table.launch_ms(size, kept=True) == pytest.approx(0.4)
+    heads = 4 * table.head_ms(size, 4096, 0.25)
+    assert table.call_ms("m", 4096, own, anew=0.0) == pytest.approx(0.4 + heads)
+    assert fit_methods.beside_random(table, own, 4096, 0.4 + heads, kept=True) == pytest.approx(1)
+
+
 def test_lengths_between_lie_on_a_curve_through_the_points() -> None:
     """A constant, a linear and a quadratic part, as launches, rows and pairs cost."""
     curve = {n: 0.05 + 2e-5 * n + 3e-10 * n * n for n in (4096, 8192, 16384, 32768, 65536)}

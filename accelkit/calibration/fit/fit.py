@@ -98,7 +98,7 @@ def fit(
 def _with_lists(table: CostTable, found: fit_methods.Found) -> MethodCost:
     """A method's cost with the factor of its lists."""
     factors = tuple(
-        (n, fit_methods.beside_random(table, own, n, took))
+        (n, fit_methods.beside_random(table, own, n, took, found.kept))
         for n, (own, took) in found.lists.items()
     )
     return replace(found.cost, lists=factors)

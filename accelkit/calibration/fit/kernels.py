@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from accelkit.calibration.fit.clock import device_ms
 from accelkit.calibration.fit.inputs import random_index, shorter
@@ -59,13 +60,17 @@ def kernel(
     measured again after the moment `until`.
     """
     points = list(launches(calls, size))
-    spent = [_least(p) for p in points]
+
+    def least(p: Point) -> float:
+        return _least_ms(partial(anew, p.one), p.one)
+
+    spent = [least(p) for p in points]
     for _ in range(ROUNDS):
         found, said = solved(points, spent)
         odd = [i for i, ms in enumerate(said) if abs(ms / spent[i] - 1) > ODD]
         if not odd or time.monotonic() > until:
             break
-        again = {i: _least(points[i]) for i in odd}
+        again = {i: least(points[i]) for i in odd}
         stayed = all(ms > STAYED * spent[i] for i, ms in again.items())
         for i, ms in again.items():
             spent[i] = min(ms, spent[i])
@@ -78,7 +83,9 @@ def kernel(
         if p.held
     )
     error = statistics.fmean(abs(c.error) for c in checks)
-    return replace(found, error=round(error, 4), backend=_backend(points[-1].one)), checks
+    one = points[0].one
+    kept = max(spent[0] - _least_ms(partial(compute, one), one), 0.0) if one.call.q.is_cuda else 0.0
+    return replace(found, error=round(error, 4), backend=_backend(one), kept=kept), checks
 
 
 def launches(
@@ -146,9 +153,9 @@ def solved(points: Sequence[Point], spent: Sequence[float]) -> tuple[Kernel, lis
     return Kernel(launch, row, pair, tail=tail, sort=sort, far=far), said
 
 
-def _least(one: Point) -> float:
+def _least_ms(run: Callable[[], Any], one: Answer) -> float:
     """The lesser of two runs after one to warm up; on a CPU, where runs are long, of two."""
-    run, device = partial(anew, one.one), one.one.call.q.device
+    device = one.call.q.device
     return min(device_ms(run, 2, 1) if device.type == "cuda" else times_ms(run, 2, 0, device))
 
 

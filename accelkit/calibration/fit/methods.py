@@ -44,12 +44,13 @@ Clocked = Callable[..., float]
 @dataclass(frozen=True)
 class Found:
     """A method's cost without the factor of its lists; by length its lists, and the milliseconds
-    of their kernels; units of its variants.
+    of their kernels; units of its variants; whether its lists are made once.
     """
 
     cost: MethodCost
     lists: Mapping[int, tuple[Lists, float]]
     others: Sequence[Size]
+    kept: bool
 
     @property
     def sizes(self) -> list[Size]:
@@ -102,7 +103,7 @@ def cost(
     summed = tuple((at[0][0], sum(ms for _, ms in at)) for at in zip(*parts.values(), strict=True))
     share = _share(now, call, summed[-1][1], ms)
     others = other_units(method, bare) if bare.causal else []
-    return Found(MethodCost(summed, share, terms=parts), own, others)
+    return Found(MethodCost(summed, share, terms=parts), own, others, method.static)
 
 
 def _hopeless(
@@ -165,11 +166,13 @@ def own_lists(one: Answer) -> Lists:
     return tuple((p.size, density([p], one.call).tolist()) for p in found)
 
 
-def beside_random(table: CostTable, own: Lists, tokens: int, took: float) -> float:
+def beside_random(
+    table: CostTable, own: Lists, tokens: int, took: float, kept: bool = False
+) -> float:
     """What lists took ÷ what `table` predicts for random ones of the same densities, without the
-    launches.
+    launches; `kept`: of lists that ran before.
     """
-    launches = sum(table.launch_ms(size) for size, _ in own)
+    launches = sum(table.launch_ms(size, kept) for size, _ in own)
     heads = sum(table.head_ms(size, tokens, d) for size, each in own for d in each)
     return max(took - launches, LEAST_LISTS * took) / heads if heads else 1.0
 
