@@ -30,6 +30,8 @@ SLACK = 1.5
 AGREE = 1.03
 """Two readings that lie so near each other are believed."""
 MOST_READINGS = 8
+REST_S = 0.2
+"""How long a GPU idles before light work is timed: heavy work lowers its clock for a while."""
 
 
 def clock(run: Callable[[], Any], times: int, device: torch.device) -> float:
@@ -47,6 +49,13 @@ def clock(run: Callable[[], Any], times: int, device: torch.device) -> float:
             break
         found += times_ms(run, 1, 0, device)
     return min(found)
+
+
+def rest(device: torch.device) -> None:
+    """Let a GPU get back to its clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        time.sleep(REST_S)
 
 
 def _agree(found: Sequence[float]) -> bool:

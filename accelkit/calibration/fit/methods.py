@@ -57,6 +57,26 @@ class Found:
         """Every unit of its lists and its variants' lists."""
         return [size for own, _ in self.lists.values() for size, _ in own] + list(self.others)
 
+    def lesser(self, again: Found | str) -> Found:
+        """The lesser of every reading of two measurements; this one where the other failed."""
+        if isinstance(again, str):
+            return self
+        terms = {t: _lesser(p, again.cost.terms[t]) for t, p in self.cost.terms.items()}
+        lists = {n: (own, min(ms, again.lists[n][1])) for n, (own, ms) in self.lists.items()}
+        return replace(
+            self, cost=replace(self.cost, points=_summed(terms), terms=terms), lists=lists
+        )
+
+
+def _lesser(points: Points, others: Points) -> Points:
+    return tuple((n, min(ms, again)) for (n, ms), (_, again) in zip(points, others, strict=True))
+
+
+def _summed(terms: Mapping[str, Points]) -> Points:
+    """What the terms take together at each length."""
+    each = zip(*terms.values(), strict=True)
+    return tuple((at[0][0], sum(ms for _, ms in at)) for at in each)
+
 
 def cost(
     method: AttentionMethod,
@@ -100,7 +120,7 @@ def cost(
     if not own:
         return f"it leaves prompts of {longest} tokens dense"
     parts = {name: tuple(points) for name, points in found.items()}
-    summed = tuple((at[0][0], sum(ms for _, ms in at)) for at in zip(*parts.values(), strict=True))
+    summed = _summed(parts)
     share = _share(now, call, summed[-1][1], ms)
     others = other_units(method, bare) if bare.causal else []
     return Found(MethodCost(summed, share, terms=parts), own, others, method.static)

@@ -56,9 +56,9 @@ def _levels(
     for i in tl.static_range(2):
         half = tl.zeros([GROUPS, BD], tl.float32)
         for j in tl.static_range(2):
-            at: tl.constexpr = 4 * i + 2 * j
-            left = _row(x0, ORDER, eighth * 8, at, s_xn, n, group, d, D, IN_ORDER)
-            right = _row(x0, ORDER, eighth * 8, at + 1, s_xn, n, group, d, D, IN_ORDER)
+            # Written out: a constexpr of an unrolled loop cannot be named anew in Triton 3.6.
+            left = _row(x0, ORDER, eighth * 8, 4 * i + 2 * j, s_xn, n, group, d, D, IN_ORDER)
+            right = _row(x0, ORDER, eighth * 8, 4 * i + 2 * j + 1, s_xn, n, group, d, D, IN_ORDER)
             _store(out, left, eighth * 8, first0, rows, 8, 4 * i + 2 * j, group, d, D)
             _store(out, right, eighth * 8, first0, rows, 8, 4 * i + 2 * j + 1, group, d, D)
             pair = left.to(tl.float32) + right.to(tl.float32)
