@@ -146,8 +146,10 @@ def moved(costs: CostTable, tokens: int, heads: int) -> CostTable:
 
     def kernel(size: str, k: Kernel) -> Kernel:
         rows = -(-big // int(size.split("x")[0])) / -(-tokens // int(size.split("x")[0]))
-        many = costs.heads / heads
-        return replace(k, row=k.row * rows * many, pair=k.pair * (big / tokens) ** 2 * many)
+        many, longer = costs.heads / heads, big / tokens
+        return replace(
+            k, row=k.row * rows * many, pair=k.pair * longer**2 * many, tail=k.tail * longer
+        )
 
     return replace(
         costs,
