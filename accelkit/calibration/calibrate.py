@@ -29,6 +29,7 @@ from accelkit.calibration.session import (
     Stopwatch,
     as_budget,
     by_stage,
+    calm,
     checked_limit,
     compile_clock,
     digest,
@@ -162,6 +163,7 @@ def calibrate(
         "seed": seed,
     }
     with (
+        calm(),
         compile_clock() as compiled,
         Bar(progress) as bar,
         closing(Journal(journal, settings, resume, compiled)) as book,

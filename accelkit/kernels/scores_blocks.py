@@ -357,8 +357,8 @@ def block_mass(
         from accelkit.kernels._triton import scores as fast
 
         if fast.mass_fits(call, size):
-            at = None if rows is None else torch.as_tensor(rows, device=call.q.device)
-            return fast.block_mass(call, lse, size, at)
+            some = None if rows is None else torch.as_tensor(rows, device=call.q.device)
+            return fast.block_mass(call, lse, size, some)
     nq, nk = call.tiles(size)
     tiles = list(range(nq)) if rows is None else [int(r) for r in rows]
     places, limit, votes = key_places(call), row_limits(call), voting_rows(call)

@@ -27,7 +27,7 @@ MOST_THREADS = 16
 LONG_AT_ONCE = 4
 """So many threads work on calls of full length, whose memory adds up."""
 COLD_S = 1.0
-"""Seconds of compiling for the shortest calls that tell of a machine without its cache."""
+"""Seconds of compiling for one unit that tell of a machine without its cache."""
 Size = tuple[int, int]
 
 
@@ -39,7 +39,8 @@ def rehearse(
 ) -> set[Size]:
     """Run once what a fit measures, first at the shortest length and then at all of them, and
     return the units of the lists. What fails here fails again where it is measured, and says why
-    there. `brief`: the shortest length only, where its kernels lay in the cache.
+    there. `brief`: only where the first unit's kernels had to be compiled; else all others lie in
+    the cache as well.
     """
     room, device = Semaphore(LONG_AT_ONCE), calls[max(calls)].q.device
     short = {min(calls): calls[min(calls)]}
@@ -50,14 +51,18 @@ def rehearse(
             with torch.cuda.device(device):
                 if len(calls) > 1:
                     found |= set(job(short))
-                if not brief or compiled() > COLD_S:
-                    with room:
-                        found |= set(job(calls))
+                with room:
+                    found |= set(job(calls))
         except Exception:  # left to the measurement
             torch.cuda.empty_cache()
         return found
 
-    with compile_clock() as compiled, ThreadPoolExecutor(_threads()) as pool:
+    if brief:
+        with compile_clock() as compiled:
+            both(partial(_kernel, UNIT))
+            if compiled() < COLD_S:
+                return {UNIT}
+    with ThreadPoolExecutor(_threads()) as pool:
         # Kernels of the unit that is always there take longest to compile and come first.
         waiting = [pool.submit(both, partial(_kernel, UNIT)), pool.submit(both, _dense)]
         waiting += [pool.submit(both, partial(_method, m, shape)) for m in methods]

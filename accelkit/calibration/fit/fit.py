@@ -52,6 +52,7 @@ def fit(
     fit would take longer than all the rest: fewer lengths, each reading the lesser of two.
     """
     until = time.monotonic() + (0.0 if brief else limit_s)
+    densities = fit_kernels.FEW if brief else fit_kernels.FITTED
     at = lengths(shape, tokens, device, brief)
     calls = {n: random_call(shape, dtype, device, n) for n in at}
     tell = step or (lambda _: None)
@@ -83,7 +84,7 @@ def fit(
     fitted = {}
     for size in sizes:
         tell(f"kernel {name(size)}")
-        fitted[name(size)] = fit_kernels.kernel(calls, size, until)
+        fitted[name(size)] = fit_kernels.kernel(calls, size, until, densities)
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     table = CostTable(
         about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,

@@ -24,6 +24,8 @@ FITTED = (0.04, 0.12, 0.35, 1.0)
 CHECKED = (0.08, 0.2)
 """Densities of random blocks that the fit sees, and those on which it is judged. On a GPU the
 length on which it is judged is none of those that it sees either."""
+FEW = (0.04, 0.35, 1.0)
+"""Densities of a brief fit."""
 SINGLE_KEYS = 0.15
 """Lists of single keys denser than this are not measured: nobody runs them."""
 MOST_SINGLE_KEYS = 8192
@@ -45,9 +47,14 @@ class Point:
     held: bool
 
 
-def kernel(calls: Mapping[int, AttentionCall], size: tuple[int, int], until: float) -> Kernel:
+def kernel(
+    calls: Mapping[int, AttentionCall],
+    size: tuple[int, int],
+    until: float,
+    densities: Sequence[float] = FITTED,
+) -> Kernel:
     """Coefficients of one unit; measuring is not repeated after the moment `until`."""
-    points = list(launches(calls, size))
+    points = list(launches(calls, size, densities))
     device = points[0].one.call.q.device
     spent = [float("inf")] * len(points)
     found = Kernel(0.0, 0.0, 0.0, float("inf"))
@@ -63,7 +70,11 @@ def kernel(calls: Mapping[int, AttentionCall], size: tuple[int, int], until: flo
     return replace(found, backend=_backend(points[-1].one))
 
 
-def launches(calls: Mapping[int, AttentionCall], size: tuple[int, int]) -> Iterator[Point]:
+def launches(
+    calls: Mapping[int, AttentionCall],
+    size: tuple[int, int],
+    densities: Sequence[float] = FITTED,
+) -> Iterator[Point]:
     """The launches of a fit, over random lists. On a GPU some have a quarter of the heads: at one
     head count rows and launches cannot be told apart at long lengths.
     """
@@ -78,7 +89,7 @@ def launches(calls: Mapping[int, AttentionCall], size: tuple[int, int]) -> Itera
         held = 3 * longest // 4
         calls = {**calls, held: shorter(whole, held)}
     for n, call in calls.items():
-        fitted = FITTED if n != held or held == longest else ()
+        fitted = densities if n != held or held == longest else ()
         for part in _parts(call):
             for density in (*fitted, *(CHECKED if n == held else ())):
                 if (size[1] == 1 and density > SINGLE_KEYS) or (density == 1.0 and n == longest):
