@@ -275,7 +275,8 @@ def _measure(
 
         run.tell(f"measuring, prompt {n + 1}")
         run.journal.unit(keys[path], work)
-        offer = _offer(call, bench, screen[path], kept_by[path]) if back else None
+        lender = kept_by[path] if back else ()
+        offer = _offer(call, bench, screen[path], lender, families[path])
         if offer is not None:
             lists[path] = offer
         for old in order[: max(0, at - back + 1)]:
@@ -285,11 +286,15 @@ def _measure(
 
 
 def _offer(
-    call: AttentionCall, bench: Bench, record: Mapping[str, Any], families: Sequence[Family]
+    call: AttentionCall,
+    bench: Bench,
+    record: Mapping[str, Any],
+    kept: Sequence[Family],
+    families: Sequence[Family],
 ) -> Offer | None:
-    """What this site may lend: lists of its best family."""
-    found = lendable(record, families[0].name) if families else None
-    if found is None:
+    """What this site may lend: lists of its best family, if that setting is still measured here."""
+    found = lendable(record, kept[0].name) if kept else None
+    if found is None or not any(found[0] in f.settings for f in families):
         return None
     method, good = found
     index = bench.lent.get(method)
