@@ -230,7 +230,7 @@ def _plan(
     memory.restart(run.device)
     costs = measure.fitted(run, shape, run.model.dtype, tokens, methods)
     able = [m for m in methods if m.kind in costs.methods]
-    screen = measure.screened(run, screen_on, able)
+    screen = measure.screened(run, screen_on, able, measure.dear(run, costs, tokens))
     families = {
         path: measure.kept(record, costs, tokens, len(screen_on.ids), run.preset.families)
         for path, record in screen.items()

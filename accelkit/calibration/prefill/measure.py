@@ -8,7 +8,7 @@ stored units alone, so a resumed run repeats nothing and decides alike.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -44,6 +44,8 @@ TOLERANCES = (0.02, 0.05, 0.1, 0.2)
 """Errors of a head at which families are compared after screening."""
 LENDABLE = 0.15
 """Error up to which a head's lists are worth lending."""
+DEAR = 0.3
+"""Share of dense attention from which a method's own work makes it an unlikely winner."""
 PROBE_TOKENS = 512
 """Length of the prompts on which weights are measured."""
 LEAST_WEIGHT = 0.1
@@ -116,7 +118,19 @@ def fitted(
     return CostTable.from_dict(run.journal.unit("fit", lambda: work().to_dict()))
 
 
-def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> dict[str, Any]:
+def dear(run: Run, costs: CostTable, tokens: int) -> set[str]:
+    """Methods that are screened with two settings only: their own work takes much of dense
+    attention's time, and on a GPU the host takes as long for it on a short prompt as on a long one.
+    """
+    if run.device.type != "cuda":
+        return set()
+    whole = {k: np.dot(costs.method_ms(k, tokens), (1, costs.heads)) for k in costs.methods}
+    return {k for k, ms in whole.items() if ms > DEAR * costs.dense_ms(tokens)}
+
+
+def screened(
+    run: Run, sample: Sample, methods: Sequence[AttentionMethod], dear: Collection[str] = ()
+) -> dict[str, Any]:
     """Profile of every site and errors of every method on one short prompt."""
     keys = {s.path: f"screen/{s.path}" for s in run.sites}
     rows = data.judged_rows(sample)
@@ -131,7 +145,8 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
 
         def work() -> dict[str, Any]:
             wanted, _ = calibrated_settings(methods, site, call, dense)
-            few = [thinned(f, run.preset.settings) for f in wanted]
+            most = run.preset.settings
+            few = [thinned(f, 2 if f.settings[0].kind in dear else most) for f in wanted]
             return {"profile": asdict(found), "families": bench.families(few)}
 
         run.tell(f"screening {len(methods)} methods")
