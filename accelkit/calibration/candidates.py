@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accelkit.calibration.bench.prefill import times_ms
+from accelkit.calibration.timing import times_ms
 from accelkit.errors import InvalidInputError
 from accelkit.kernels.cost import CostTable
 from accelkit.kernels.index import BlockIndex, Partial, ceil_div

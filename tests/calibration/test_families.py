@@ -20,7 +20,8 @@ from accelkit.calibration.candidates import (
 )
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit.inputs import Shape, random_call
-from accelkit.calibration.prefill.measure import dear, kept
+from accelkit.calibration.prefill.measure import dear
+from accelkit.calibration.stages import kept
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.method import load
 

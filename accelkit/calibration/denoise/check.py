@@ -14,15 +14,15 @@ from torch import Tensor
 from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.video import Enough, Settings, Shot, Take
 from accelkit.calibration.evaluation.quality import geometric_mean, relative
-from accelkit.calibration.prefill.measure import Run
 from accelkit.calibration.refine import Round, plan_digest
+from accelkit.calibration.session import Run
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 
 HOPELESS = 1.25
 """A run whose latents have this multiple of the budget is not finished."""
 MOST_RUNS = 2.0
-"""Dense runs for each prompt that the check may be worth."""
+"""Dense runs for each prompt that the check may be worth, the dense side included."""
 CAREFUL = 0.75
 """Share of its ε that the last round takes which the check can afford, if none held before."""
 CLEAR = 1.5
@@ -53,12 +53,13 @@ class Checker:
         self.run, self.settings, self.shots, self.cost = run, settings, shots, cost
         self.margin = margin
         self.order = list(range(len(shots)))
+        self.prompts = len(shots)
         self.references: dict[int, tuple[Take, dict[int, Tensor]]] = {}
 
     def check(self, now: Round, allowed: float) -> None:
         """Run the shots, the most revealing of earlier rounds first, until one fails."""
         digest = plan_digest(now.plan)
-        for n in self.order:
+        for n in self.order[: self.prompts]:
             self.run.tell("checking a plan")
             key = f"check/{digest}/{n}"
             row = self._unit(key, partial(self._row, now.plan, n, allowed), allowed)
@@ -69,7 +70,7 @@ class Checker:
             now.bound = self.margin * geometric_mean(errors)
             if now.measured > allowed or now.bound > CLEAR * allowed:
                 break
-        now.held = len(now.rows) == len(self.shots) and now.reach <= allowed
+        now.held = len(now.rows) == self.prompts and now.reach <= allowed
         worst = [r["prompt"] for r in sorted(now.rows, key=lambda r: -r["error"])]
         self.order = worst + [n for n in self.order if n not in worst]
 
@@ -91,6 +92,17 @@ class Checker:
         """
         return bool(rounds) and self.used(rounds) + self.cost(plan) > MOST_RUNS
 
+    def narrow(self, rounds: Sequence[Round], plan: Plan) -> bool:
+        """Let a last round run only the most telling prompts, as many as the check can still
+        afford; whether it affords any.
+        """
+        left = (MOST_RUNS - self.used(rounds)) * len(self.shots)
+        self.prompts = min(len(self.shots), int(left / self.cost(plan) + 1e-9))
+        what = f"{len(self.shots) - self.prompts} of {len(self.shots)} prompts of round"
+        why = f"the check would be worth more than {MOST_RUNS:g} dense runs a prompt"
+        self.run.skipped.append(f"{what} {len(rounds) + 1}: {why}")
+        return self.prompts > 0
+
     def care(self, rounds: Sequence[Round], plan: Plan) -> float:
         """The share of ε that a round shall take which takes this plan's time: less where no other
         could follow and none has held; a plan that is too careful is better than none.
@@ -106,7 +118,8 @@ class Checker:
         prompts, and dense ones no slower than some that are timed again.
         """
         digest = plan_digest(plan)
-        rows = [self.run.journal[f"check/{digest}/{n}"] for n in range(len(self.shots))]
+        keys = [f"check/{digest}/{n}" for n in range(len(self.shots))]
+        rows = [self.run.journal[key] for key in keys if key in self.run.journal]
         dense, patched = (
             np.min([row[side] for row in rows], 0) for side in ("dense_steps_ms", "steps_ms")
         )

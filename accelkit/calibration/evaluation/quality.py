@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from accelkit.calibration.capture import See, forward
-from accelkit.calibration.data import scored_rows
-from accelkit.calibration.evaluation.tasks import Sample, right_answers
+from accelkit.calibration.evaluation.tasks import Sample, right_answers, scored_rows
 from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import adapter_for
 from accelkit.patches.adapters.last_layer import MOST as TRIM_BELOW

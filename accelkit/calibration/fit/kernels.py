@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from accelkit.calibration.bench.prefill import times_ms
 from accelkit.calibration.fit.clock import device_ms
 from accelkit.calibration.fit.inputs import random_index, shorter
+from accelkit.calibration.timing import times_ms
 from accelkit.kernels import dispatch, select
 from accelkit.kernels.cost import Kernel, least_squares, visible_pairs
 from accelkit.kernels.index import BlockIndex

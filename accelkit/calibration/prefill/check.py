@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from accelkit.calibration import session
-from accelkit.calibration.bench.prefill import prefill, times_ms
+from accelkit.calibration.capture import prefill
 from accelkit.calibration.data import Inputs
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.evaluation.tasks import Sample
 from accelkit.calibration.fit.clock import device_ms
-from accelkit.calibration.prefill.measure import Run
 from accelkit.calibration.refine import Round, plan_digest
+from accelkit.calibration.session import Run
+from accelkit.calibration.timing import times_ms
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 
