@@ -153,7 +153,9 @@ class Rows:
             some = q[line, : len(tiles), None]
             one = fused(some, k[kv, places], v[kv, places], self.launch.scale, causal=True)
             out[line, : len(tiles)], lse[line, : len(tiles)] = (t[:, 0] for t in one)
-        lse[:, : len(tiles)].masked_fill_(~own[..., None], -math.inf)
+        if not own.all():
+            out[:, : len(tiles)].masked_fill_(~own[..., None, None], 0.0)
+            lse[:, : len(tiles)].masked_fill_(~own[..., None], -math.inf)
 
     def pieces(self, lists: Lists, height: int = 1) -> None:
         """Runs of tiles over the blocks of their lists, which all their queries see wholly."""
