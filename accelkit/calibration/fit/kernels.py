@@ -25,7 +25,7 @@ CHECKED = (0.08, 0.2)
 """Densities of random blocks that the fit sees, and those on which it is judged. On a GPU the
 length on which it is judged is none of those that it sees either."""
 FEW = (0.04, 0.35, 1.0)
-"""Densities of a brief fit."""
+"""Densities of a brief fit, but for single keys, of which the dense ones are not measured."""
 SINGLE_KEYS = 0.15
 """Lists of single keys denser than this are not measured: nobody runs them."""
 MOST_SINGLE_KEYS = 8192
@@ -84,12 +84,13 @@ def launches(
         whole = calls[longest]
         calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS // 4, MOST_SINGLE_KEYS)}
         longest = MOST_SINGLE_KEYS
+    known = FITTED if size[1] == 1 else densities
     whole, held = calls[longest], longest
     if whole.q.is_cuda and whole.causal:
         held = 3 * longest // 4
         calls = {**calls, held: shorter(whole, held)}
     for n, call in calls.items():
-        fitted = densities if n != held or held == longest else ()
+        fitted = known if n != held or held == longest else ()
         for part in _parts(call):
             for density in (*fitted, *(CHECKED if n == held else ())):
                 if (size[1] == 1 and density > SINGLE_KEYS) or (density == 1.0 and n == longest):
