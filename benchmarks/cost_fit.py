@@ -6,8 +6,9 @@ The fit is that of `accelkit bench --fit` and `accelkit calibrate`: one layer of
 query heads, 8 KV heads, head size 128, bfloat16, causal) with all methods of language models, and
 one of a video model (24 heads, head size 128, a grid of 32,760 tokens, not causal) with all methods
 of denoisers. It is judged on what it never timed: other lengths (a denoiser has one), other
-densities, fewer heads, and whole calls of every method. Compiling is told apart: a process starts
-with what Triton's cache holds, so an empty TRITON_CACHE_DIR shows a new machine.
+densities, other head counts, and whole calls of every method at the middle of its dial ("call"),
+and at its ends ("setting"). Compiling is told apart: a process
+starts with what Triton's cache holds, so an empty TRITON_CACHE_DIR shows a new machine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,13 @@ from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.fit import fit
 from accelkit.calibration.fit import kernels as fit_kernels
 from accelkit.calibration.fit import methods as fit_methods
-from accelkit.calibration.fit.clock import clock, dense_ms
-from accelkit.calibration.fit.inputs import Shape, fresh, random_call, shorter
+from accelkit.calibration.fit.clock import clock, dense_ms, rest
+from accelkit.calibration.fit.inputs import Shape, random_call, shorter
 from accelkit.calibration.session import compile_clock
-from accelkit.kernels.cost import CostTable, MethodCost, interpolate, unit
-from accelkit.kernels.index import BlockIndex
+from accelkit.kernels.cost import Check, CostTable, MethodCost, interpolate, unit
 from accelkit.kernels.select import density
 from accelkit.patches.call import AttentionCall, Geometry
 from accelkit.patches.method import AttentionMethod
-from accelkit.patches.plan import Policy
-from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute
 
 SHAPES = {
     "llm": Shape(32, 8, 128, layers=32),
@@ -45,10 +43,15 @@ SHAPES = {
 }
 GRID = 21 * 30 * 52
 DENSITIES = (0.07, 0.15, 0.3)
+HEADS = (0.625, 0.375)
+"""Shares of the heads."""
 KEYS = 5 * fit_kernels.MOST_SINGLE_KEYS // 8
 GOOD = 0.1
 SMALL = 0.01
 """Terms below this share of dense attention are listed and not judged: no plan turns on them."""
+PASSES = 3
+WORST = 10
+"""Rows that are printed again at the end."""
 Row = dict[str, Any]
 
 
@@ -62,15 +65,8 @@ def timer(call: AttentionCall) -> Callable[..., float]:
     return lambda run, times=3: clock(run, times, call.q.device)
 
 
-def launched(
-    costs: CostTable, size: tuple[int, int], tokens: int, densities: Sequence[float]
-) -> float:
-    """Predicted milliseconds of one launch over lists with these densities of its heads."""
-    return costs.launch_ms(size) + sum(costs.head_ms(size, tokens, d) for d in densities)
-
-
 def kernels(costs: CostTable, call: AttentionCall, keys: bool) -> Iterator[Row]:
-    """Launches over random lists, for all heads and a quarter of them; over single keys, whose
+    """Launches over random lists for head counts that the fit did not see; over single keys, whose
     length does not depend on the call's, only if `keys`.
     """
     ms = timer(call)
@@ -79,14 +75,15 @@ def kernels(costs: CostTable, call: AttentionCall, keys: bool) -> Iterator[Row]:
         if size[1] == 1 and not keys:
             continue
         there = shorter(call, min(call.n_q, KEYS)) if size[1] == 1 else call
-        for heads in (len(call.heads), len(call.heads) // 4):
+        for share in HEADS:
+            heads = int(share * len(call.heads))
             part = there.take(there.heads[:heads])
             for wanted in DENSITIES:
                 if size[1] == 1 and wanted > fit_kernels.SINGLE_KEYS:
                     continue
                 one = fit_kernels.point(part, size, wanted, held=True).one
                 shares = density([one.index], part).tolist()
-                want = launched(costs, size, part.n_q, shares)
+                want = costs.random_ms(size, part.n_q, shares)
                 got = ms(partial(fit_kernels.anew, one))
                 share = statistics.fmean(shares)
                 yield row("kernel", name, part.n_q, want, got, heads=heads, density=share)
@@ -107,42 +104,44 @@ def methods(
             continue
         one, cost = answers[0], costs.methods[method.kind]
         ms = timer(call)
+        rest(call.q.device)
         found = [fit_methods.permutation(there, one, ms)]
         if not method.static:  # otherwise made once
             found = [*fit_methods.choosing(there, now, one, ms), *found]
         for term, got in zip(MethodCost.TERMS[-len(found) :], found, strict=True):
-            want = interpolate(cost.terms[term], call.n_q)
-            if max(got, want) > 0:
-                yield row(term, method.kind, call.n_q, want, got)
-        if one.execution == PLAIN:
-            yield _whole(costs, there, now, one)
+            yield row(term, method.kind, call.n_q, interpolate(cost.terms[term], call.n_q), got)
+        yield from _whole("call", fit_methods.checked(costs, method, call, ms))
+        for setting in fit_methods.ends(method):
+            if fit_methods.prepared(call, method, setting)[1] == setting:
+                yield from _whole("setting", fit_methods.checked(costs, method, call, ms, setting))
 
 
-def _whole(costs: CostTable, call: AttentionCall, now: AttentionMethod, one: Answer) -> Row:
-    policy = Policy(methods=(now,))
+def _whole(term: str, c: Check | None) -> Iterator[Row]:
+    if c is not None:
+        yield row(term, c.what, c.tokens, c.predicted_ms, c.measured_ms, density=c.density)
 
-    def run() -> None:
-        for a in (one,) if now.static else answer(fresh(call), policy) or ():
-            compute(a)
 
-    lists = [p for p in one.pieces if isinstance(p, BlockIndex)]
-    want = sum(launched(costs, p.size, call.n_q, density([p], one.call).tolist()) for p in lists)
-    want *= costs.methods[now.kind].lists
-    if now.static:  # its lists are made once, its rows laid out in every call
-        want += interpolate(costs.methods[now.kind].terms["permutation"], call.n_q)
-    else:
-        once, each = costs.method_ms(now.kind, call.n_q)
-        want += once + each * len(call.heads)
-    share = float(density(lists, one.call).mean())
-    return row("call", now.kind, call.n_q, want, timer(call)(run), density=share)
+def settled(once: Callable[[], Iterable[Row]]) -> Iterator[Row]:
+    """Rows with the medians of passes over all of them: a clock that a hot card has lowered for a
+    while spoils one pass of a row and not all of them.
+    """
+    for same in zip(*(list(once()) for _ in range(PASSES)), strict=True):
+        first, readings = same[0], [r["measured_ms"] for r in same]
+        got, want = statistics.median(readings), first["predicted_ms"]
+        error = want / got - 1 if got else 0.0
+        yield first | {"measured_ms": got, "error": error, "readings_ms": readings}
+
+
+def counts(r: Row, dense: dict[int, float]) -> bool:
+    """Whether a plan may turn on what a row measured."""
+    return r["measured_ms"] >= SMALL * dense[max(r["tokens"], min(dense))]
 
 
 def judged(rows: Sequence[Row], dense: dict[int, float]) -> dict[str, dict[str, Any]]:
     """By term: how many rows there are, which share lies within 10 %, the mean and the worst."""
     found = {}
     for term in dict.fromkeys(r["term"] for r in rows):
-        mine = [r for r in rows if r["term"] == term]
-        mine = [r for r in mine if r["measured_ms"] >= SMALL * dense[max(r["tokens"], min(dense))]]
+        mine = [r for r in rows if r["term"] == term and counts(r, dense)]
         if mine:
             worst = max(mine, key=lambda r: abs(r["error"]))
             gaps = [abs(r["error"]) for r in mine]
@@ -154,6 +153,15 @@ def judged(rows: Sequence[Row], dense: dict[int, float]) -> dict[str, dict[str, 
                 "worst_row": f"{worst['what']} at {worst['tokens']}",
             }
     return found
+
+
+def shortened(data: Any) -> Any:
+    """The same data with five digits of every number."""
+    if isinstance(data, dict):
+        return {k: shortened(v) for k, v in data.items()}
+    if isinstance(data, list | tuple):
+        return [shortened(v) for v in data]
+    return float(f"{data:.5g}") if isinstance(data, float) else data
 
 
 def case(
@@ -192,17 +200,25 @@ def case(
     for n in lengths:
         call = random_call(shape, dtype, device, n)
         dense[n] = dense_ms(call, timer(call))
-        rows: list[Row] = []
         if shape.causal:
-            rows.append(row("dense", "dense", n, costs.dense_ms(n), dense[n]))
-        for r in (*rows, *kernels(costs, call, n == lengths[0]), *methods(costs, call, tried)):
+            found["rows"].append(row("dense", "dense", n, costs.dense_ms(n), dense[n]))
+
+        def once(call: AttentionCall = call, n: int = n) -> Iterator[Row]:
+            yield from kernels(costs, call, n == lengths[0])
+            yield from methods(costs, call, tried)
+
+        for r in settled(once):
             found["rows"].append(r)
             about = {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()}
+            del about["readings_ms"]
             print(" ", about, flush=True)
         found["terms"] = judged(found["rows"], dense)
         save(found)
     for term, about in found["terms"].items():
         print(f"{name} {term}: {about}", flush=True)
+    heavy = [r for r in found["rows"] if counts(r, dense)]
+    for r in sorted(heavy, key=lambda r: -abs(r["error"]))[:WORST]:
+        print(f"{name} worst: {r}", flush=True)
 
 
 def main() -> None:
@@ -219,7 +235,7 @@ def main() -> None:
         def save(found: dict[str, Any], name: str = name) -> None:
             report["cases"][name] = found
             if args.out:
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+                args.out.write_text(json.dumps(shortened(report), indent=1) + "\n")
 
         case(
             name,

@@ -158,7 +158,7 @@ def further(method: Any) -> list[Any]:
 
 def more(family: Family) -> Family:
     """A family with its further settings, along its dial."""
-    settings = [*further(family.settings[0]), *family.settings]
+    settings = [*dict.fromkeys([*further(family.settings[0]), *family.settings])]
     if family.field and len(settings) > len(family.settings):
         settings.sort(key=lambda m: getattr(m, str(family.field)))
     return Family(family.name, tuple(settings), family.field)
@@ -290,8 +290,10 @@ def run_mixture(
     opened = accelkit.patch(subject.pipe, plan) if "note" not in plan.measured else nullcontext()
     with opened:
         take, pictures = subject.drawn()
+        again = subject.judged(*subject.drawn())
     return {
         "budget": budget,
+        "again": again["mean"],  # what equal runs differ by
         "cost": 1 / plan.measured.get("predicted_speedup", 1.0),
         "seconds": seconds,
         "measured": plan.measured,

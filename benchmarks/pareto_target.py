@@ -27,6 +27,7 @@ from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, load
+from accelkit.patches.methods.mag_cache import MagCache
 from accelkit.patches.plan import Policy
 from accelkit.patches.sites.attention import PLAIN, answer, compute
 
@@ -34,8 +35,12 @@ DENSE_STEPS = 0.2
 """Share of the steps that stays dense for every single method."""
 STEPS = 10
 """Of each run at the target."""
-CONFIRMED = ("sliding_tile", "gna", "flash_prefill")
-"""Methods that are run at the target."""
+CONFIRMED = (("gna", False), ("sage_attention", False), (None, True), ("sage_attention", True))
+"""What is run at the target: a method in all heads or dense attention, and whether a step cache
+leaves steps out beside it, as mixtures do.
+"""
+SKIPPED = 2
+"""Steps in a row that this step cache leaves out."""
 
 
 def measured_costs(
@@ -77,20 +82,35 @@ def confirmed(about: dict[str, Any], device: str, layers: int) -> list[dict[str,
     table = CostTable.from_dict(about["table"])
     pipe, size, shot = built("wan", [layers], device)
     size = replace(size, num_inference_steps=STEPS)
-    video.run(pipe, replace(size, num_inference_steps=2), shot)
-    dense = video.run(pipe, size, shot).ends[-1]
+    # Warm, then timed; random weights say nothing about which steps may be left out.
+    seen: list[str] = []
+    with watch(pipe, lambda call: seen.append(call.site.path)):
+        video.run(pipe, replace(size, num_inference_steps=2), shot)
+    whole = len(seen) * STEPS / 2
+    dense = min(video.run(pipe, size, shot).ends[-1] for _ in range(2))
+    rhythm = MagCache(ratios=(1.0,) * STEPS, threshold=1.0, max_skip_steps=SKIPPED)
     found = []
-    for kind in (k for k in CONFIRMED if k in table.methods):
-        method = load(kind)()
-        plan = forced(pipe, Policy(methods=(method,)), DENSE_STEPS)
-        share = density(pipe, plan, replace(size, num_inference_steps=4), shot)
-        unit, _ = unit_of(pipe, size, shot, method, {})
-        with accelkit.patch(pipe, plan):
+    for kind, cached in CONFIRMED:
+        if kind is not None and kind not in table.methods:
+            continue
+        policy = Policy() if kind is None else Policy(methods=(load(kind)(),))
+        early = 0.0 if cached else DENSE_STEPS
+        plan = forced(pipe, policy, early, rhythm if cached else None)
+        one = {"setting": None, "density": 1.0, "renewed": 0.0, "unit": (128, 128)}
+        if kind is not None:
+            short = forced(pipe, policy, 0.5)
+            share = density(pipe, short, replace(size, num_inference_steps=4), shot)
+            unit, arithmetic = unit_of(pipe, size, shot, policy.methods[0], {})
+            one |= {"setting": stored(policy.methods[0]), "density": share, "unit": unit}
+            one |= {"execution": arithmetic}
+        with accelkit.patch(pipe, plan) as handle:
             spent = min(video.run(pipe, size, shot).ends[-1] for _ in range(2))
-        ratio = attention_ratio(table, table.dense[-1][0], kind, unit, share)
+            left = handle.report().calls / 2 / whole
+        ratio = 1.0 if kind is None else single_ratio(one, table, about)
         found.append({
-            "setting": stored(method), "density": share, "measured": spent / dense,
-            "predicted": denoising_ratio(about["share"], ratio),
+            "setting": one["setting"], "step_cache": stored(rhythm) if cached else None,
+            "density": one["density"], "left": left, "measured": spent / dense,
+            "predicted": left * denoising_ratio(about["share"], ratio, early),
         })  # fmt: skip
     return found
 
@@ -126,8 +146,10 @@ def moved(costs: CostTable, tokens: int, heads: int) -> CostTable:
 
     def kernel(size: str, k: Kernel) -> Kernel:
         rows = -(-big // int(size.split("x")[0])) / -(-tokens // int(size.split("x")[0]))
-        many = costs.heads / heads
-        return replace(k, row=k.row * rows * many, pair=k.pair * (big / tokens) ** 2 * many)
+        many, longer = costs.heads / heads, big / tokens
+        return replace(
+            k, row=k.row * rows * many, pair=k.pair * longer**2 * many, tail=k.tail * longer
+        )
 
     return replace(
         costs,
@@ -151,20 +173,26 @@ def attention_ratio(
     return (once + costs.launch_ms(size) + costs.heads * head) / costs.dense_ms(tokens)
 
 
-def single_cost(found: dict[str, Any], costs: CostTable, about: dict[str, Any]) -> float:
-    """Predicted time of a whole denoising by one method ÷ a dense one, from what its run found:
-    density, the share of the steps that renew its memory, the unit of its lists, its arithmetic.
+def single_ratio(found: dict[str, Any], costs: CostTable, about: dict[str, Any]) -> float:
+    """A layer that runs what `found` says in all heads ÷ a dense layer: by its density, the unit of
+    its lists and its arithmetic.
     """
-    ((tokens, dense),) = costs.dense
+    ((tokens, dense),) = costs.dense[-1:]
     timed = about["clocked"].get(found["execution"])
-    if timed is None:
-        kind, unit = found["setting"]["kind"], tuple(found["unit"])
-        ratio = attention_ratio(costs, tokens, kind, unit, found["density"])
-    else:
-        ratio = timed / dense
+    if timed is not None:
+        return timed / dense
+    kind, unit = found["setting"]["kind"], tuple(found["unit"])
+    return attention_ratio(costs, tokens, kind, unit, found["density"])
+
+
+def single_cost(found: dict[str, Any], costs: CostTable, about: dict[str, Any]) -> float:
+    """Predicted time of a whole denoising by one method ÷ a dense one, from what its run found; the
+    share of the steps that renew its memory included.
+    """
+    ratio = single_ratio(found, costs, about)
     return denoising_ratio(about["share"], found["renewed"] + (1 - found["renewed"]) * ratio)
 
 
-def denoising_ratio(share: float, ratio: float) -> float:
+def denoising_ratio(share: float, ratio: float, early: float = DENSE_STEPS) -> float:
     """A denoising whose layers cost `ratio` of dense ones behind the dense steps ÷ a dense one."""
-    return 1 - share + share * (DENSE_STEPS + (1 - DENSE_STEPS) * ratio)
+    return 1 - share + share * (early + (1 - early) * ratio)

@@ -55,7 +55,7 @@ from accelkit.kernels.cost import CostTable
 from accelkit.patches.adapters import facts
 from accelkit.patches.method import AttentionMethod
 
-BUDGETS = (0.1, 0.2, 0.4, 0.05, 0.8, 0.3, 0.02, 0.6)
+BUDGETS = (0.1, 0.3, 0.95, 0.06, 0.4, 0.15, 0.7, 0.085, 0.2, 0.9, 0.5, 0.25, 0.05, 0.8)
 """Of the mixtures, in the order of what they tell."""
 FEWER = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Shares of the steps that 'fewer steps' runs."""
@@ -126,9 +126,17 @@ def front(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[f
     return costs, best
 
 
-def beaten(curves: dict[str, list[dict[str, Any]]], key: str = "psnr") -> list[dict[str, Any]]:
-    """Points of other curves above the mixture's, which runs straight through its points and the
-    dense one; `by` is how far, None where no mixture is as fast.
+def tolerance(curves: dict[str, list[dict[str, Any]]], key: str) -> float:
+    """The most by which an equal run of a mixture differed; 0 where runs repeat to the bit."""
+    return max(
+        (abs(r["again"][key] - r["mean"][key]) for r in curves.get("mixture", ()) if "again" in r),
+        default=0.0,
+    )
+
+
+def places(curves: dict[str, list[dict[str, Any]]], key: str = "psnr") -> list[dict[str, Any]]:
+    """Where each setting of the other curves lies beside the mixture's, which runs straight through
+    its points and the dense one: `by` is how far above, None where no mixture is as fast.
     """
     costs, best = front(curves.get("mixture", ()), key)
     found = []
@@ -137,10 +145,29 @@ def beaten(curves: dict[str, list[dict[str, Any]]], key: str = "psnr") -> list[d
             value, cost = min(quality(row, key), KEYS[key][0]), row["cost"]
             if not row["finite"] or cost >= 1:
                 continue
-            by = value - float(np.interp(cost, costs, best)) if cost >= costs[0] else None
-            if by is None or by > 0:
-                found.append({"curve": name, "setting": row["setting"], "cost": cost, "by": by})
+            mixed = float(np.interp(cost, costs, best)) if cost >= costs[0] else None
+            setting = {k: v for k, v in row["setting"].items() if k != "ratios"}
+            found.append({
+                "curve": name, "setting": setting, "cost": round(cost, 4),
+                "value": round(value, 4), "mixture": mixed and round(mixed, 4),
+                "by": None if mixed is None else round(value - mixed, 4),
+            })  # fmt: skip
     return found
+
+
+def beaten(curves: dict[str, list[dict[str, Any]]], key: str = "psnr") -> list[dict[str, Any]]:
+    """The settings that lie above the mixture's curve by more than equal runs differ."""
+    noise = tolerance(curves, key)
+    return [p for p in places(curves, key) if p["by"] is None or p["by"] > noise]
+
+
+def verdict(above: list[dict[str, Any]], of: int, noise: float) -> dict[str, Any]:
+    """How many settings lie above the mixture, and by how much at most."""
+    known = [p["by"] for p in above if p["by"] is not None]
+    return {
+        "settings": of, "above": len(known), "most": max(known, default=0.0),
+        "faster_than_any_mixture": len(above) - len(known), "equal_runs_differ_by": noise,
+    }  # fmt: skip
 
 
 def speed_at(rows: Sequence[dict[str, Any]], level: float) -> float | None:
@@ -200,6 +227,12 @@ def join(paths: Sequence[Path], out: Path, costs: Path | None) -> None:
     mixed = "mixture" in found["curves"]  # without it there is nothing to be above of
     above = {key: beaten(found["curves"], key) for key in ("psnr", "ssim") if mixed}
     found["above_the_mixture"] = above
+    if mixed:
+        found["places"] = places(found["curves"])
+        found["verdict"] = {
+            key: verdict(some, len(found["places"]), tolerance(found["curves"], key))
+            for key, some in above.items()
+        }
     found["title"] = "Fidelity against predicted speed: every method alone, caches, fewer steps"
     found["title"] += ", calibrated mixtures" if mixed else ""
     found["rows"] = [
@@ -218,6 +251,9 @@ def join(paths: Sequence[Path], out: Path, costs: Path | None) -> None:
     draw(found, out.with_suffix(".png"))
     for row in found["rows"]:
         print(row)
+    for row in above.get("psnr", ()):
+        print("above:", row)
+    print(found.get("verdict"))
 
 
 def options() -> argparse.Namespace:

@@ -107,13 +107,24 @@ def calm() -> Iterator[None]:
         gc.unfreeze()
 
 
-def compile_clock() -> AbstractContextManager[Callable[[], float]]:
-    """Gives a function that says how many seconds have gone into compiling Triton kernels since."""
+def compile_clock(cached: bool = True) -> AbstractContextManager[Callable[[], float]]:
+    """Gives a function that says how many seconds have gone into compiling Triton kernels since,
+    and, with `cached`, into reading compiled ones.
+    """
     if find_spec("triton") is None:
         return nullcontext(lambda: 0.0)
     from accelkit.kernels._triton import compiling
 
-    return compiling.clock()
+    return compiling.clock(cached)
+
+
+def compile_once() -> AbstractContextManager[None]:
+    """While it is open, threads that want the same kernel compile it once."""
+    if find_spec("triton") is None:
+        return nullcontext()
+    from accelkit.kernels._triton import compiling
+
+    return compiling.once()
 
 
 class Stopwatch:

@@ -2,10 +2,13 @@
 
 For one launch over heads h with `pairs_h` computed query-key pairs in tiles of `bq` rows,
 
-    ms = launch + row · (heads · query tiles) + pair · Σ_h pairs_h
+    ms = launch + sort (many rows) + row · (heads · query tiles)
+       + Σ_h pairs_h · (pair + far · log₂(tokens / NEAR)) + tail · tokens · mean density
 
-with coefficients by unit `(bq, bk)`; dense attention and whole `index()` calls are measured at a
-few lengths and interpolated on logarithmic axes. The table knows numbers only; `calibration.fit`
+with coefficients by unit `(bq, bk)`. Few rows are sorted by length within the launch of another
+kernel, more take launches of their own; beyond `NEAR` tokens keys no longer stay in the cache; the
+longest row ends alone. Dense attention and whole `index()` calls are measured at a few lengths and
+interpolated. The table knows numbers only, those of its own errors among them; `calibration.fit`
 fills it.
 """
 
@@ -14,18 +17,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from accelkit.kernels.index import ceil_div
 
+NEAR = 16384
+"""Tokens up to which the pairs of a call cost the same."""
+FEW_ROWS = 128
+"""Rows of a launch that are sorted at no cost of their own."""
 Points = tuple[tuple[int, float], ...]
 """Milliseconds by length in tokens, ascending."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Coefficients of one unit on the backend that serves it: ms a launch, a row of a head, and a
-    million pairs.
+    """Coefficients of one unit on the backend that serves it: ms a launch, a row of a head, a
+    million pairs, a thousand keys of the longest row, sorting more than `FEW_ROWS` rows, and a
+    million pairs for each time that the length doubles beyond `NEAR`. `kept` is what a launch takes
+    less over lists that an earlier one has brought into the order in which they run.
 
     `error` is the mean relative error on points that the fit did not see.
     """
@@ -35,15 +45,40 @@ class Kernel:
     pair: float
     error: float = 0.0
     backend: str = ""
+    tail: float = 0.0
+    sort: float = 0.0
+    far: float = 0.0
+    kept: float = 0.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """A prediction of something that the fit did not see: a launch of a unit over random lists
+    (`term` "kernel") or a whole call of a method ("call"), and what it took.
+    """
+
+    term: str
+    what: str
+    tokens: int
+    heads: int
+    density: float
+    predicted_ms: float
+    measured_ms: float
+
+    @property
+    def error(self) -> float:
+        """Relative error; above 0 where the prediction is too slow."""
+        return self.predicted_ms / self.measured_ms - 1
 
 
 @dataclass(frozen=True)
 class MethodCost:
     """What a method costs beside the kernels that read its lists, for all heads of a layer; `share`
-    of it is paid however few heads take part. `error` is how far inner points lie from the line
-    between their neighbours. `terms` are what `points` are the sum of, by the names in `TERMS`.
-    `lists` is what its own lists took ÷ what their kernels are predicted to take, which were fitted
-    over random lists: neighbours in windows and tiles read the same keys.
+    of it is paid however few heads take part. `terms` are what `points` are the sum of, by the
+    names in `TERMS`. `lists` is, by length, what its own lists took ÷ what their kernels are
+    predicted to take, which were fitted over random lists: neighbours in windows and tiles read
+    the same keys. `error` is how far the prediction of a whole call lay from one that the fit did
+    not see.
     """
 
     TERMS: ClassVar = ("estimator", "selection", "permutation")
@@ -52,7 +87,7 @@ class MethodCost:
     share: float = 1.0
     error: float = 0.0
     terms: Mapping[str, Points] = field(default_factory=dict)
-    lists: float = 1.0
+    lists: Points = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +109,7 @@ class CostTable:
     methods: Mapping[str, MethodCost] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     causal: bool = True
+    checks: tuple[Check, ...] = ()
 
     def dense_ms(self, tokens: int) -> float:
         """A layer whose heads are all dense, as the unpatched model runs it."""
@@ -83,21 +119,34 @@ class CostTable:
         """One dense head in a layer that has sparse ones."""
         return interpolate(self.ride, tokens) / self.heads
 
-    def launch_ms(self, size: tuple[int, int]) -> float:
-        """What a launch costs before any head takes part."""
-        return self._kernel(size).launch
+    def launch_ms(self, size: tuple[int, int], kept: bool = False) -> float:
+        """What a launch costs before any head takes part; `kept`: over lists that ran before."""
+        k = self._kernel(size)
+        return max(k.launch + k.sort - kept * k.kept, 0.0)
 
     def head_ms(self, size: tuple[int, int], tokens: int, density: float) -> float:
-        """One head of a call of `tokens` rows at `density` = computed ÷ visible pairs."""
+        """One head of a call of `tokens` rows at `density` = computed ÷ visible pairs, with its
+        part in the tail of a launch over all heads.
+        """
         k = self._kernel(size)
-        pairs = density * visible_pairs(tokens, self.causal)
-        return k.row * ceil_div(tokens, size[0]) + k.pair * pairs / 1e6
+        pairs = density * visible_pairs(tokens, self.causal) / 1e6
+        tail = k.tail * density * tokens / 1e3 / self.heads
+        return k.row * ceil_div(tokens, size[0]) + (k.pair + k.far * beyond(tokens)) * pairs + tail
+
+    def random_ms(self, size: tuple[int, int], tokens: int, densities: Sequence[float]) -> float:
+        """A launch over random lists of one unit, of these densities by head."""
+        k, heads = self._kernel(size), len(densities)
+        few = heads * ceil_div(tokens, size[0]) <= FEW_ROWS
+        # The longest row ends alone, however few heads there are.
+        tail = k.tail * tokens / 1e3 * sum(densities) * (1 / heads - 1 / self.heads)
+        each = sum(self.head_ms(size, tokens, d) for d in densities)
+        return k.launch + (0.0 if few else k.sort) + each + tail
 
     def lists_ms(
         self, kind: str, size: tuple[int, int], tokens: int, densities: Sequence[float]
     ) -> list[float]:
         """Heads of a call over a method's lists of one unit, without the launch."""
-        own = self.methods[kind].lists
+        own = _between(self.methods[kind].lists, tokens)
         return [own * self.head_ms(size, tokens, density) for density in densities]
 
     def method_ms(self, kind: str, tokens: int, anew: float = 1.0) -> tuple[float, float]:
@@ -112,6 +161,26 @@ class CostTable:
         else:
             ms *= anew
         return ms * cost.share, ms * (1 - cost.share) / self.heads
+
+    def call_ms(
+        self,
+        kind: str,
+        tokens: int,
+        lists: Sequence[tuple[tuple[int, int], Sequence[float]]],
+        anew: float = 1.0,
+    ) -> float:
+        """A whole call of a layer whose heads all run one method: its lists' units, each with the
+        densities of the heads. Lists that are never made anew are kept.
+        """
+        once, each = self.method_ms(kind, tokens, anew)
+        return once + sum(
+            self.launch_ms(size, anew == 0) + sum(self.lists_ms(kind, size, tokens, densities))
+            for size, densities in lists
+        ) + each * self.heads  # fmt: skip
+
+    def worst(self, most: int) -> list[Check]:
+        """The predictions that lay farthest off what was measured, the worst first."""
+        return sorted(self.checks, key=lambda c: -abs(c.error))[:most]
 
     def error(self) -> float:
         """The worst kernel's fit error on points that the fit did not see."""
@@ -141,11 +210,13 @@ class CostTable:
         for name in ("dense", "ride"):
             fields[name] = _points(fields[name])
         fields["kernels"] = {k: Kernel(**v) for k, v in fields["kernels"].items()}
+        fields["checks"] = tuple(Check(**v) for v in fields.get("checks", ()))
         fields["methods"] = {
             k: MethodCost(
                 **{
                     **v,
                     "points": _points(v["points"]),
+                    "lists": _points(v.get("lists", ())),
                     "terms": {t: _points(p) for t, p in v.get("terms", {}).items()},
                 }
             )
@@ -157,6 +228,11 @@ class CostTable:
 def visible_pairs(tokens: int, causal: bool = True) -> float:
     """Query-key pairs of one head over `tokens` tokens."""
     return tokens * (tokens + 1) / 2 if causal else float(tokens) ** 2
+
+
+def beyond(tokens: int) -> float:
+    """How often a length doubles beyond `NEAR`."""
+    return math.log2(max(tokens, NEAR) / NEAR)
 
 
 def name(size: tuple[int, int]) -> str:
@@ -171,19 +247,47 @@ def unit(text: str) -> tuple[int, int]:
 
 
 def interpolate(points: Sequence[Sequence[float]], tokens: int) -> float:
-    """Milliseconds at `tokens`: straight lines between points on logarithmic axes.
+    """Milliseconds at `tokens`: a constant, a linear and a quadratic part, none negative, that come
+    nearest to the points, times what these lie off it, between them on logarithmic axes.
 
-    Beyond the ends the nearest line goes on; a single point grows with the length.
+    Two points are joined by a power of the length; a single one grows with the length.
     """
     if not points:
         raise ValueError("interpolate needs at least one measured point")
     if len(points) == 1:
         n, ms = points[0]
         return ms * tokens / n
+    known = tuple((int(n), max(float(ms), 1e-9)) for n, ms in points)
+    if len(known) == 2:
+        return _power(known, tokens)
+    smooth = _smooth(known)
+    curve = sum(c * tokens**i for i, c in enumerate(smooth))
+    off = [(n, ms / sum(c * n**i for i, c in enumerate(smooth))) for n, ms in known]
+    return curve * _between(off, tokens)
+
+
+@lru_cache(maxsize=512)
+def _smooth(points: Points) -> tuple[float, ...]:
+    """Constant, linear and quadratic part of the curve that comes nearest to the points."""
+    return tuple(
+        least_squares([(1.0, n, float(n) ** 2) for n, _ in points], [m for _, m in points])
+    )
+
+
+def _between(points: Sequence[tuple[int, float]], tokens: int) -> float:
+    """A factor at `tokens`; beyond the ends that of the end, 1 without points."""
+    if not points:
+        return 1.0
+    if len(points) == 1:
+        return points[0][1]
+    return _power(points, min(max(tokens, points[0][0]), points[-1][0]))
+
+
+def _power(points: Sequence[tuple[int, float]], tokens: int) -> float:
+    """Straight lines between points on logarithmic axes; beyond the ends the nearest goes on."""
     right = next((i for i, p in enumerate(points) if p[0] >= tokens), len(points) - 1)
     (n0, a), (n1, b) = points[max(right, 1) - 1], points[max(right, 1)]
-    slope = math.log(max(b, 1e-9) / max(a, 1e-9)) / math.log(n1 / n0)
-    return max(a, 1e-9) * (tokens / n0) ** slope
+    return a * (tokens / n0) ** (math.log(b / a) / math.log(n1 / n0))
 
 
 def least_squares(features: Sequence[Sequence[float]], ms: Sequence[float]) -> list[float]:

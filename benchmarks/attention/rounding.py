@@ -19,9 +19,15 @@ E4M3 = 2.0**-4
 """Greatest relative error of rounding to e4m3."""
 SUBNORMAL = 2.0**-10
 """Half a step of the least e4m3 values."""
-PRODUCTS = {"int8": 2.0**-20, "fp8": 2.0**-12}
-"""Loss of a sum of products against the sum of their magnitudes. Hopper's tensor cores keep 14 bits
-of fp8 products; integers are exact, and their factor and maximum are fp32."""
+FP16_SUBNORMAL = 2.0**-25
+"""Half a step of the least fp16 values."""
+DEPTH = 32
+"""8-bit products that a tensor core adds at once."""
+UNIT = 2.0**-13
+"""Hopper's tensor cores add fp8 products with 14 bits: each addend, and the sum so far, is cut to
+so much of the greatest among them. Sums of integers are exact."""
+SIGMAS = 6.0
+"""How far from typical the worst of some ten million sums may be; cuts go up and down alike."""
 SLACK = 2e-5
 """fp32 exponentials and sums of rows."""
 
@@ -40,21 +46,33 @@ def limits(rows: Any, out: Tensor, ops: Operands, launch: Launch) -> Limits:
     step of the integers.
     """
     seen = rows.logits > -torch.inf
-    size = (rows.q.abs() @ rows.k.abs().T).masked_fill(~seen, 0.0).amax(-1) * launch.scale
-    off = size * PRODUCTS[launch.qk]
     if launch.qk == "int8":
         step = ops.k_scale[rows.batch, rows.kv_head].max()
-        off = off + ops.q_scale[rows.batch, rows.slot] * step * launch.scale
+        off = ops.q_scale[rows.batch, rows.slot].double() * step * launch.scale
+    else:
+        off = _cut(rows.q, rows.k, seen) * launch.scale
     lse = rows.lse + (0.0 if ops.shift is None else ops.shift[rows.batch, rows.slot])
     half = torch.finfo(launch.out.dtype).eps / 2
-    share = E4M3 if ops.v_scale is not None else half
-    most = (rows.p @ rows.v.abs()) * (1.01 * share + 2 * off[:, None] + SLACK)
+    share, floor = half, 0.0
     if ops.v_scale is not None:  # the row's maximum stands for 2⁸
-        most += rows.p.amax(-1, keepdim=True) * (SUBNORMAL / 2**8) * (seen.double() @ rows.v.abs())
+        share, floor = E4M3, SUBNORMAL / 2**8
+    elif launch.v.dtype == torch.float16:
+        floor = FP16_SUBNORMAL
+    most = (rows.p @ rows.v.abs()) * (1.01 * share + 2 * off[:, None] + SLACK)
+    most += rows.p.amax(-1, keepdim=True) * floor * (seen.double() @ rows.v.abs())
     return Limits(
-        most + 1.01 * half * out.abs() + 1e-30,
+        most + 1.01 * half * out.abs() + FP16_SUBNORMAL,
         off + SLACK * (1 + lse.masked_fill(lse == -torch.inf, 0.0).abs()),
     )
+
+
+def _cut(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+    """What sums of fp8 products may lose, the most over a row's keys, `[N]`."""
+    greatest = q.abs().amax(-1, keepdim=True) * k.abs().amax(-1)
+    for end in range(DEPTH, q.shape[1] + DEPTH, DEPTH):
+        greatest = torch.maximum(greatest, (q[:, :end] @ k[:, :end].T).abs())
+    cuts = q.shape[1] * (1 + 1 / DEPTH)  # each uniform within a unit: a third of its square
+    return greatest.masked_fill(~seen, 0.0).amax(-1) * (UNIT * SIGMAS * (cuts / 3) ** 0.5)
 
 
 def misrounded(launch: Launch, ops: Operands) -> str | None:

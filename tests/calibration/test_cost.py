@@ -15,6 +15,7 @@ from accelkit.calibration.fit import inputs as fit_inputs
 from accelkit.calibration.fit import kernels as fit_kernels
 from accelkit.calibration.fit import methods as fit_methods
 from accelkit.kernels.cost import (
+    Check,
     CostTable,
     Kernel,
     MethodCost,
@@ -99,12 +100,6 @@ def test_fit_on_this_device(causal: bool) -> None:
     assert table.kernels["128x128"].backend == "torch"
 
 
-def test_an_inner_length_tells_how_well_lines_fit() -> None:
-    assert fit_methods.between(((1000, 1.0), (2000, 4.0), (4000, 16.0))) == pytest.approx(0.0)
-    assert fit_methods.between(((1000, 1.0), (2000, 5.0), (4000, 16.0))) == pytest.approx(0.2)
-    assert fit_methods.between(((1000, 1.0), (4000, 16.0))) == 0.0
-
-
 def test_random_lists_are_visible_and_hold_the_diagonal() -> None:
     call = fit.random_call(SMALL, torch.float32, torch.device("cpu"), 512)
     index = fit_inputs.random_index(call, (128, 128), 0.1)
@@ -117,10 +112,11 @@ def test_random_lists_are_visible_and_hold_the_diagonal() -> None:
 
 def test_gpus_measure_more_lengths_and_denoisers_one() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert fit.lengths(SMALL, 65536, gpu) == [4096, 16384, 32768, 65536]
+    assert fit.lengths(SMALL, 65536, gpu) == [4096, 8192, 16384, 32768, 65536]
     assert fit.lengths(SMALL, 65536, cpu) == [16384, 65536]
     assert fit.lengths(SMALL, 65536, gpu, brief=True) == [16384, 65536]
-    assert fit.lengths(SMALL, 1024, gpu) == [512, 1024]
+    assert fit.lengths(SMALL, 16384, gpu) == [2048, 4096, 8192, 16384]
+    assert fit.lengths(SMALL, 1024, gpu) == [1024]
     assert fit.lengths(replace(SMALL, causal=False), 4680, gpu) == [4680]
 
 
@@ -129,8 +125,8 @@ def test_terms_add_up_to_the_points() -> None:
     slow = tuple((n, 1e9) for n in calls)
     found = fit_methods.cost(load("pbs_attn")(), calls, slow, lambda run, times=1: 2.0, SMALL)
     assert not isinstance(found, str)
-    cost, lists, _ = found
-    assert lists[0][0] == (128, 128)
+    cost, lists = found.cost, found.lists
+    assert lists[1024][0][0][0] == (128, 128)
     # Rows are laid out and put back, which choosing includes once.
     assert dict(cost.terms["permutation"]) == {1024: 4.0}
     assert cost.points == ((1024, sum(p[-1][1] for p in cost.terms.values())),)
@@ -143,39 +139,94 @@ class Broken(AttentionMethod):
         raise RuntimeError("no")
 
 
-def test_a_rehearsal_runs_everything_and_survives_failures(monkeypatch) -> None:
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_rehearsal_runs_what_must_be_compiled(monkeypatch, cold: bool) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    clock = nullcontext(lambda: float(cold))
+    monkeypatch.setattr(fit_ahead, "compile_clock", lambda cached: clock)
     ran: list[tuple[int, tuple[int, int], int]] = []
+    precisions: set[tuple[str, str]] = set()
     anew = fit_kernels.anew
 
     def see(one):
         ran.append((one.call.n_q, one.index.size, len(one.call.heads)))
+        precisions.add((one.execution.qk, one.execution.pv))
         anew(one)
 
     monkeypatch.setattr(fit_kernels, "anew", see)
     calls = {n: fit_inputs.random_call(SMALL, torch.float32, CPU, n) for n in (512, 1024)}
-    methods = [Broken(), load("vertical_slash")(), load("window")()]
+    methods = [Broken(), *(load(m)() for m in ("vertical_slash", "window", "sage_attention"))]
     found = fit_ahead.rehearse(calls, methods, SMALL)
-    assert found >= {(128, 128), (64, 64), (64, 1)}
-    assert {(n, s) for n, s, _ in ran} >= {(n, s) for n in calls for s in found if s[1] > 1}
-    # Nothing was compiled here: then a brief one has seen enough after the first unit.
-    ran.clear()
-    assert fit_ahead.rehearse(calls, methods, SMALL, brief=True) == {(128, 128)}
-    assert {s for _, s, _ in ran} == {(128, 128)}
-    monkeypatch.setattr(fit_ahead, "COLD_S", -1.0)
-    assert fit_ahead.rehearse(calls, methods, SMALL, brief=True) == found
+    # Without anything to compile the shortest length is enough, where vertical_slash stays dense.
+    assert found >= ({(128, 128), (64, 64), (64, 1)} if cold else {(128, 128)})
+    lengths = calls if cold else [512]
+    assert {(n, s) for n, s, _ in ran} >= {(n, s) for n in lengths for s in found if s[1] > 1}
+    assert cold or {n for n, *_ in ran} == {512}
+    assert len(precisions) == 5  # the inputs' own and all that sage_attention names
 
 
 def test_own_lists_count_beside_random_ones() -> None:
     own = (((128, 128), [0.5, 0.25]),)
-    want = TABLE.launch_ms((128, 128)) + sum(
-        TABLE.head_ms((128, 128), 4096, d) for d in (0.5, 0.25)
-    )
-    cost = replace(TABLE.methods["m"], lists=0.8 * want)
-    found = fit_methods.against(TABLE, cost, own, 4096)
-    assert found.lists == pytest.approx(0.8)
-    table = replace(TABLE, methods={"m": found})
-    (ms,) = table.lists_ms("m", (128, 128), 4096, [0.5])
-    assert ms == pytest.approx(0.8 * TABLE.head_ms((128, 128), 4096, 0.5))
-    assert CostTable.from_dict(table.to_dict()) == table
+    heads = sum(TABLE.head_ms((128, 128), 4096, d) for d in (0.5, 0.25))
+    launch = TABLE.launch_ms((128, 128))
+    found = fit_methods.beside_random(TABLE, own, 4096, launch + 0.8 * heads)
+    assert found == pytest.approx(0.8)
+    cost = replace(TABLE.methods["m"], lists=((1024, 1.2), (4096, found)))
+    table = replace(TABLE, methods={"m": cost})
+    for n, factor in ((1024, 1.2), (4096, 0.8), (8192, 0.8), (2048, 0.96**0.5)):
+        (ms,) = table.lists_ms("m", (128, 128), n, [0.5])
+        assert ms == pytest.approx(factor * TABLE.head_ms((128, 128), n, 0.5))
+    assert CostTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+    once, each = table.method_ms("m", 4096)
+    whole = table.call_ms("m", 4096, own)
+    assert whole == pytest.approx(once + 4 * each + launch + 0.8 * heads)
+
+
+def test_a_launch_of_few_heads_has_the_whole_tail() -> None:
+    table = replace(TABLE, kernels={"128x128": Kernel(0.5, 0.01, 2.0, tail=3.0)})
+    tail = 3.0 * 0.25 * 4.096
+    bare = TABLE.random_ms((128, 128), 4096, [0.25] * 2)
+    assert table.random_ms((128, 128), 4096, [0.25] * 2) == pytest.approx(bare + tail)
+    all_heads = table.random_ms((128, 128), 4096, [0.25] * 4)
+    assert all_heads == pytest.approx(0.5 + 4 * table.head_ms((128, 128), 4096, 0.25))
+
+
+def test_the_lesser_of_two_measurements() -> None:
+    def found(estimator: float, selection: float, lists: float) -> fit_methods.Found:
+        terms = {"estimator": ((1024, estimator),), "selection": ((1024, selection),)}
+        cost = MethodCost(((1024, estimator + selection),), terms=terms)
+        return fit_methods.Found(cost, {1024: ((), lists)}, [(64, 64)], kept=False)
+
+    one = found(1.0, 3.0, 7.0)
+    both = one.lesser(found(2.0, 2.5, 6.0))
+    assert both == found(1.0, 2.5, 6.0)
+    assert one.lesser("it does not run here") is one
+
+
+def test_kept_lists_start_sooner() -> None:
+    kernel = Kernel(0.5, 0.01, 2.0, sort=0.1, kept=0.2)
+    table = replace(TABLE, kernels={"128x128": kernel})
+    size, own = (128, 128), (((128, 128), [0.25] * 4),)
+    assert table.launch_ms(size) == pytest.approx(0.6)
+    assert table.launch_ms(size, kept=True) == pytest.approx(0.4)
+    heads = 4 * table.head_ms(size, 4096, 0.25)
+    assert table.call_ms("m", 4096, own, anew=0.0) == pytest.approx(0.4 + heads)
+    assert fit_methods.beside_random(table, own, 4096, 0.4 + heads, kept=True) == pytest.approx(1)
+
+
+def test_lengths_between_lie_on_a_curve_through_the_points() -> None:
+    """A constant, a linear and a quadratic part, as launches, rows and pairs cost."""
+    curve = {n: 0.05 + 2e-5 * n + 3e-10 * n * n for n in (4096, 8192, 16384, 32768, 65536)}
+    points = tuple(curve.items())
+    for n in (6000, 12288, 49152):
+        assert interpolate(points, n) == pytest.approx(0.05 + 2e-5 * n + 3e-10 * n * n, rel=1e-3)
+    bent = (*points[:2], (16384, 1.5 * curve[16384]), *points[3:])
+    assert interpolate(bent, 16384) == pytest.approx(1.5 * curve[16384])
+
+
+def test_checks_survive_json() -> None:
+    table = replace(TABLE, checks=(Check("kernel", "128x128", 1280, 2, 0.1, 1.1, 1.0),))
+    again = CostTable.from_dict(json.loads(json.dumps(table.to_dict())))
+    assert again == table
+    assert again.checks[0].error == pytest.approx(0.1)

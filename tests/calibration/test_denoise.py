@@ -194,12 +194,15 @@ def test_time_is_up() -> None:
 
 
 def test_early_steps_weigh_what_they_do() -> None:
-    """How much a bucket decides is measured with the methods themselves, not assumed."""
+    """How much a bucket decides is measured with the methods themselves; early ones count for no
+    less than what late ones show.
+    """
     plan = run(planted())
     influence = plan.calibration["influence"]
     assert len(influence) == 3
     assert all(0.01 < v < 10 for v in influence)
-    assert influence == sorted(influence), "what late steps spoil, no further step mends"
+    # Buckets of 1, 1 and 2 steps, in the middle at 1/8, 3/8 and 3/4; nothing is decided early here.
+    assert influence == pytest.approx([3 * influence[2], influence[2], influence[2]], rel=1e-3)
     for now in plan.measured["rounds"]:
         assert 0.5 < now["measured_error"] / now["predicted_error"] < 2
 

@@ -15,29 +15,38 @@ from accelkit.calibration.denoise import plan as denoise_plan
 from accelkit.calibration.denoise.caches import Cached
 from accelkit.calibration.denoise.check import CAREFUL, MOST_RUNS, Checker
 from accelkit.calibration.denoise.plan import Planner
+from accelkit.calibration.denoise.tables import Tables, left
 from accelkit.calibration.denoise.weights import Small, lasting
 from accelkit.calibration.journal import Journal
-from accelkit.calibration.refine import Proposal, Round
+from accelkit.calibration.refine import Proposal, Round, plan_digest
 from accelkit.calibration.search import DENSE, Choice, Option, Table
 from accelkit.patches.method import load
 from accelkit.patches.plan import Budget
 
-SPARSE, STILL = (Choice((0,)),), (Choice((DENSE,)),)
+SPARSE, STILL, EIGHT = (Choice((0,)),), (Choice((DENSE,)),), (Choice((1,)),)
 
 
 def planner(**facts) -> Planner:
-    """One site with one head, whose only option has error 0.1 and halves the time; two caches."""
+    """One site with one head and two caches. A window halves the time with error 0.1, eight bits
+    save a fifth with 0.02.
+    """
     one = object.__new__(Planner)
-    option = Option("window", 0, np.array([0.1]), np.array([5.0]))
+    options = tuple(
+        Option(kind, 0, np.array([error]), np.array([ms]))
+        for kind, error, ms in (("window", 0.1, 5.0), ("sage_attention", 0.02, 8.0))
+    )
     one.caches = [Cached(None, 0.0, {"a@0": 1.0})] + [
         Cached(load("first_block_cache")(threshold=t), error, {"a@0": left})
         for t, error, left in ((0.1, 0.05, 0.6), (0.2, 0.2, 0.3))
     ]
-    one.tables = [
-        [Table("a@0", np.ones(1), 10.0 * c.left["a@0"], 10.0 * c.left["a@0"], (option,))]
-        for c in one.caches
-    ]
-    one.kappas, one.scale, one.known = {None: 1.0}, 1.0, {}
+    table = Table("a@0", np.ones(1), 10.0, 10.0, options)
+    measured = [SimpleNamespace(method=load(o.family)()) for o in options]
+    one.tables = Tables([SimpleNamespace(table=table, options=measured)], one.caches)  # type: ignore[list-item]
+    one.kappas, one.quiet, one.scale, one.known = {None: 1.0}, 1.0, 1.0, {}
+    one.rest_ms, one.steps, one.dense_ms, one.ratios = 0.0, [20], 10.0, {}
+    one._assembled = lambda cache, solution: SimpleNamespace(  # type: ignore[method-assign]
+        model_dump_json=lambda include: f"{cache.left} {solution.choices}", tables={}
+    )
     for name, value in facts.items():
         setattr(one, name, value)
     return one
@@ -76,6 +85,52 @@ def test_an_unknown_step_cache_is_blamed_for_what_is_beyond_belief() -> None:
     assert one.kappa(2) == one.scale == pytest.approx(1.2)
 
 
+def test_other_arithmetic_has_a_factor_of_its_own() -> None:
+    one = planner(known={0: 0.02})
+    one.learn(checked(0, EIGHT, 0.03), (0.02**2 + 0.03**2) ** 0.5)
+    assert one.quiet == pytest.approx(1.5)
+    assert one.kappa(0) == 1.0
+    one.learn(checked(0, SPARSE, 0.1), (0.02**2 + 0.2**2) ** 0.5)
+    assert (one.quiet, one.kappa(0)) == pytest.approx((1.5, 2.0))
+
+
+def test_a_step_cache_and_other_arithmetic_share_the_blame() -> None:
+    one = planner()
+    one.learn(checked(1, EIGHT, (0.05**2 + 0.02**2) ** 0.5), 2 * (0.05**2 + 0.02**2) ** 0.5)
+    assert one.quiet == pytest.approx(2 ** (0.02**2 / (0.05**2 + 0.02**2)))
+    together = (one.cached_error(1) ** 2 + (0.02 * one.quiet) ** 2) ** 0.5
+    assert together == pytest.approx(2 * (0.05**2 + 0.02**2) ** 0.5)
+    one = planner(kappas={None: 9.0})
+    one.learn(checked(2, EIGHT, 0.2), 0.25)
+    assert one.quiet == pytest.approx(1.0, abs=0.01), "the step cache's error is far larger"
+
+
+def test_a_step_cache_that_is_only_guessed_is_tried_first() -> None:
+    one = planner(kappas={None: 9.0})
+    assert one.propose(0.15).choice[0] == 1
+    assert one.propose(0.15, alone=True).choice == (2, EIGHT), "0.2 is within half as much again"
+    one.known[2] = 0.2
+    assert one.propose(0.15, alone=True).choice[0] == 1
+
+
+def test_eight_bits_are_proposed_where_what_is_left_out_goes_too_far() -> None:
+    one = planner(kappas={None: 10.0})
+    assert one.propose(0.03).choice == (0, EIGHT)
+    assert one.propose(0.06).choice == (1, EIGHT), "beside a step cache as well"
+    assert one.propose(0.03, alone=True).error == pytest.approx(0.02)
+    one.kappas[None] = 0.1
+    assert one.propose(0.03).choice == (0, SPARSE)
+    assert one.propose(0.03, alone=True).choice == (0, EIGHT)
+
+
+def test_among_all_options_errors_of_other_arithmetic_count_less() -> None:
+    one = planner()
+    assert one.tables.all.search(0, 0.01).choices == STILL
+    one.tables.weigh(0.1)
+    assert one.tables.all.search(0, 0.01).choices == EIGHT
+    assert one.tables.errors(EIGHT) == pytest.approx((0.0, 0.02)), "what is predicted does not"
+
+
 def asked(checker: Checker, budget: float, *rows: dict) -> Round:
     """A round of a plan whose runs give these rows."""
     waiting = iter(rows)
@@ -105,6 +160,18 @@ def test_further_prompts_count_with_the_spread() -> None:
     assert now.bound == pytest.approx(1.5 * (0.06 * 0.09) ** 0.5)
     assert not now.held
     assert now.reach == now.bound
+
+
+def test_a_prompt_that_tells_most_does_not_stand_for_all() -> None:
+    checker = Checker(None, None, [None] * 2, lambda plan: 0.5, 1.5)  # type: ignore[arg-type]
+    assert asked(checker, 0.2, {"error": 0.04, "done": 1.0}, {"error": 0.16, "done": 1.0}).held
+    checker.run.journal = Journal(None, {}, False)
+    now = asked(checker, 0.1, {"error": 0.12, "done": 1.0})
+    assert len(now.rows) == 1 and not now.held, "the worst prompt failed at once"
+    assert now.bound == pytest.approx(1.5 * (0.12 * 0.03) ** 0.5), "the other one would be better"
+    checker.run.journal = Journal(None, {}, False)
+    now = asked(checker, 0.1, {"error": 0.09, "done": 1.0}, {"error": 0.03, "done": 1.0})
+    assert now.held
 
 
 def test_checks_end_after_two_dense_runs() -> None:
@@ -158,6 +225,20 @@ def test_a_plan_that_is_too_careful_is_better_than_none() -> None:
     assert run.skipped[0].startswith("1 of 2 prompts of round 2")
 
 
+def test_a_check_counts_what_runs_took() -> None:
+    """Half as long again as predicted, compiling apart."""
+    journal = Journal(None, {}, False)
+    run = SimpleNamespace(journal=journal)
+    checker = Checker(run, None, [None] * 2, lambda plan: 0.4, 1.0)  # type: ignore[arg-type]
+    plan = SimpleNamespace(model_dump_json=lambda include: "", tables={})
+    journal.put(f"check/{plan_digest(plan)}/0", {}, 2.0, 0.5)  # type: ignore[arg-type]
+    row = {"done": 0.5, "prompt": 0, "steps_ms": [600.0, 500.0], "dense_steps_ms": [500.0, 500.0]}
+    now = Round(0.1, Proposal(plan, None, 1.0, 2.0, 0.1, False), [row])  # type: ignore[arg-type]
+    assert checker.used([now]) == pytest.approx(1 + 0.5 * 0.6 / 2)
+    assert checker.whole([now], plan) == pytest.approx(0.6)  # type: ignore[arg-type]
+    assert checker.whole([], plan) == 0.4  # type: ignore[arg-type]
+
+
 def test_a_check_that_affords_no_prompt_more_ends() -> None:
     run = SimpleNamespace(skipped=[])
     checker = Checker(run, None, [None] * 2, lambda plan: 0.9, 1.0)  # type: ignore[arg-type]
@@ -168,10 +249,14 @@ def test_a_check_that_affords_no_prompt_more_ends() -> None:
 
 def test_an_early_step_counts_for_no_less_than_a_later_one() -> None:
     # Of 12 steps buckets have 2, 1, 3 and 6; of 20, 2, 3, 5 and 10.
-    even = lasting([2.0, 1.0, 3.0, 6.0], 12, 20)
-    assert even == pytest.approx([12 * s / 20 for s in (2, 3, 5, 10)])
-    early = lasting([2.0, 0.1, 3.0, 6.0], 12, 20)
-    assert early == pytest.approx(even), "the second bucket's own would be a tenth"
+    middle = (0.05, 0.175, 0.375, 0.75)
+    fading = lasting([n / m for n, m in zip((2, 1, 3, 6), middle, strict=True)], 12, 20)
+    expected = [0.6 * n / m for n, m in zip((2, 3, 5, 10), middle, strict=True)]
+    assert fading == pytest.approx(expected)
+    even = lasting([2.0, 0.1, 3.0, 6.0], 12, 20)
+    assert even == pytest.approx([0.75 * f for f in fading]), "the last bucket tells of the others"
+    first = lasting([90.0, 0.1, 3.0, 6.0], 12, 20)
+    assert first == pytest.approx([54.0, *even[1:]]), "what it shows of its own counts"
 
 
 def test_a_result_that_tips_over_tells_nothing_of_the_others() -> None:
@@ -207,13 +292,13 @@ def test_beside_a_step_cache_old_memories_are_worth_nothing() -> None:
         Option(m.kind, 0, np.array([0.1]), np.array([2.0 + n])) for n, m in enumerate(methods)
     )
     table = Table("a@0", np.ones(1), 10.0, 10.0, options, {"window": 1.0})
-    data = SimpleNamespace(table=table, options=[SimpleNamespace(method=m) for m in methods])
-    assert denoise_plan._left(data, Cached(None, 0.0, {"a@0": 1.0})) is table
+    measured: list = [SimpleNamespace(method=m) for m in methods]
+    assert left(table, measured, Cached(None, 0.0, {"a@0": 1.0})) is table
     cache = Cached(load("first_block_cache")(), 0.1, {"a@0": 0.5})
-    left = denoise_plan._left(data, cache)
-    assert left.dense_ms == left.ride_ms == 5.0
-    assert [float(o.ms[0]) for o in left.options] == [5.0, 1.5]
-    assert left.fixed == {"window": 0.5}
+    half = left(table, measured, cache)
+    assert half.dense_ms == half.ride_ms == 5.0
+    assert [float(o.ms[0]) for o in half.options] == [5.0, 1.5]
+    assert half.fixed == {"window": 0.5}
 
 
 def test_a_short_bucket_renews_memories_more_often() -> None:
@@ -227,3 +312,27 @@ def test_a_short_bucket_renews_memories_more_often() -> None:
     for a, b in zip(long[0], short[0], strict=True):
         assert (b - 0.5) / 0.5 == pytest.approx((a - 0.2) / 0.8, abs=1e-4)
         assert b > 0.5 > a > 0.2
+
+
+def test_all_pairs_in_other_arithmetic_are_clocked_once(monkeypatch) -> None:
+    """Their time is the same in every call of a shape; over lists it is not."""
+    clocked: list[str] = []
+    monkeypatch.setattr(Bench, "_clock", lambda self, one: clocked.append(repr(one)) or 2.0)
+    call = planted_video(grid=(4, 8, 8))
+    dense, shelf = dense_attention(call), {}
+    for _ in range(2):
+        bench = Bench(call, dense, denoise_measure.NO_ROWS, shelf=shelf)
+        row = bench.family(Family("sage_attention", (load("sage_attention")(),), None), 0)
+        assert row["ms"] == [2.0]
+        paro = load("paro_attention")(int8=True)
+        bench.family(Family("paro_attention", (paro,), None), 0)
+    assert len(clocked) == 3
+
+
+def test_of_arithmetics_alike_in_time_the_most_exact_is_kept() -> None:
+    def row(ms: float | None, *errors: float) -> dict:
+        return {"ms": [ms], "error": [errors]}
+
+    found = {"fp8": row(7.0, 0.01, 0.1), "int8": row(7.3, 0.02, 0.03), "slow": row(8.7, 0.0, 0.0)}
+    assert denoise_measure._most_exact(found) == ["int8"]
+    assert denoise_measure._most_exact({"plain": row(None, 0.0)}) == []

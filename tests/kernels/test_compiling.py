@@ -1,7 +1,9 @@
-"""The clock of compilation listens to Triton, lets others listen, and goes."""
+"""The clock of compilation listens to Triton, lets others listen, and goes; threads share work."""
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +11,10 @@ import pytest
 knobs = pytest.importorskip("triton").knobs
 
 
-def compiled(seconds: float) -> None:
+def compiled(seconds: float, hit: bool = False) -> None:
     """What Triton says after it has compiled a kernel."""
     times = SimpleNamespace(total=round(1e6 * seconds))
-    knobs.compilation.listener(
-        src=None, metadata={}, metadata_group={}, times=times, cache_hit=False
-    )
+    knobs.compilation.listener(src=None, metadata={}, metadata_group={}, times=times, cache_hit=hit)
 
 
 @pytest.fixture
@@ -56,3 +56,40 @@ def test_kernels_compiled_at_once_count_once(now) -> None:
         assert spent() == 2.75
         compiled(4.0)  # 98 … 102 holds all of them
         assert spent() == 4.0
+
+
+def test_threads_compile_a_kernel_once(monkeypatch) -> None:
+    from accelkit.kernels._triton import compiling
+
+    class Kernel:
+        def __init__(self) -> None:
+            self.device_caches = {0: ({},)}
+
+    compiled: list[str] = []
+
+    def compile_now(kernel, key, signature, device):
+        time.sleep(0.05)
+        compiled.append(key)
+        kernel.device_caches[device][0][key] = f"code of {key}"
+        return f"code of {key}"
+
+    monkeypatch.setattr(compiling.JITFunction, "_do_compile", compile_now)
+    kernel = Kernel()
+    with compiling.once(), ThreadPoolExecutor(4) as pool:
+        wanted = pool.map(
+            lambda key: compiling.JITFunction._do_compile(kernel, key, None, 0), "aabba"
+        )
+        assert list(wanted) == [f"code of {key}" for key in "aabba"]
+    assert sorted(compiled) == ["a", "b"]
+    assert compiling.JITFunction._do_compile is compile_now
+
+
+def test_kernels_in_the_cache_do_not_count_when_told_so(now) -> None:
+    from accelkit.kernels._triton import compiling
+
+    with compiling.clock() as every, compiling.clock(cached=False) as new:
+        compiled(2.0, hit=True)
+        assert (every(), new()) == (2.0, 0.0)
+        now.seconds += 3.0
+        compiled(1.0)
+        assert (every(), new()) == (3.0, 1.0)

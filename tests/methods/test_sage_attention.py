@@ -53,3 +53,15 @@ def test_eight_bits_are_near():
         (answer,) = attention.answer(call, Policy(methods=(*others, SageAttention())))
         out = attention.compute(answer).out
         assert 0 < (out - expected).norm() / expected.norm() < 0.05
+
+
+def test_denoisers_may_do_without_smoothing():
+    """A calibration of a language model tries what it always did."""
+    calibrator = SageAttention().calibrator(planted.video().site)
+    assert [m.smooth_k for m in calibrator.settings()] == [True] * 4
+    call = planted.video()
+    calibrator.see(call, call.q, call.q[..., 0])
+    assert call.clock.phase == "denoise"
+    rough = [m for m in calibrator.settings() if not m.smooth_k]
+    assert [(m.qk, m.pv) for m in rough] == [("fp8", "fp8"), ("int8", "fp8")]
+    assert len(calibrator.settings()) == 6

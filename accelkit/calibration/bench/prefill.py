@@ -28,6 +28,7 @@ from accelkit.calibration.evaluation.evaluate import FIRST_SEED, need_sparse
 from accelkit.calibration.fit import fit
 from accelkit.calibration.timing import times_ms
 from accelkit.errors import GateFailedError, InvalidInputError, NothingPatchedError
+from accelkit.kernels.cost import CostTable
 from accelkit.patches.adapters import facts, sites, trimmable
 from accelkit.patches.call import Clock
 from accelkit.patches.patch import patch
@@ -36,6 +37,8 @@ from accelkit.patches.plan import Plan
 if TYPE_CHECKING:
     from rich.table import Table
 
+WORST = 8
+"""Predictions that `bench --fit` shows, of those that lay farthest off."""
 _SDPA = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -272,6 +275,7 @@ def cost_rows(costs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """A cost table as titled rows."""
     lengths = [{"tokens": n, "dense_ms": ms} for n, ms in costs["dense"]]
     kernels = [{"unit": unit, **k} for unit, k in costs["kernels"].items()]
+    checks = [{**vars(c), "error": c.error} for c in CostTable.from_dict(costs).worst(WORST)]
     methods = [
         {
             "method": m,
@@ -286,6 +290,7 @@ def cost_rows(costs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {
         "Dense attention of a layer": lengths,
         "Kernels: ms a launch, a row, a million pairs; error of the fit": kernels,
+        **({"Worst predictions of what the fit did not see": checks} if checks else {}),
         "Methods: ms of a layer beside its kernels, its terms at the longest": methods,
         **({"Too slow here": refused} if refused else {}),
     }

@@ -234,6 +234,7 @@ def _plan(
         "influence": [float(f"{i:.4g}") for i in influence],
         "rounding": float(f"{rounding:.4g}"),
         "composition": float(f"{planner.kappas[None]:.4g}"),
+        "arithmetic": float(f"{planner.quiet:.4g}"),
         "margin": float(f"{checker.margin:.4g}"),
         "weighed_on": vars(seen.settings),
     }

@@ -4,7 +4,8 @@ patched. The worst prompt counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -55,9 +56,12 @@ class Checker:
         self.order = list(range(len(shots)))
         self.prompts = len(shots)
         self.references: dict[int, tuple[Take, dict[int, Tensor]]] = {}
+        self.lately: dict[int, float] = {}
 
     def check(self, now: Round, allowed: float) -> None:
-        """Run the shots, the most revealing of earlier rounds first, until one fails."""
+        """Run the shots, the most revealing of earlier rounds first, until one fails, or until it
+        is clear that further prompts would.
+        """
         digest = plan_digest(now.plan)
         for n in self.order[: self.prompts]:
             self.run.tell("checking a plan")
@@ -67,12 +71,25 @@ class Checker:
             # The error of a run that was not finished would have grown further.
             errors = [r["error"] / r["done"] for r in now.rows]
             now.measured = max(errors)
-            now.bound = self.margin * geometric_mean(errors)
-            if now.measured > allowed or now.bound > CLEAR * allowed:
+            likely = self.likely({r["prompt"]: e for r, e in zip(now.rows, errors, strict=True)})
+            now.bound = self.margin * geometric_mean(likely)
+            clear = len(likely) == len(self.shots) and now.bound > CLEAR * allowed
+            if now.measured > allowed or clear:
                 break
         now.held = len(now.rows) == self.prompts and now.reach <= allowed
+        if len(now.rows) == len(self.shots):
+            self.lately = {r["prompt"]: r["error"] / r["done"] for r in now.rows}
         worst = [r["prompt"] for r in sorted(now.rows, key=lambda r: -r["error"])]
         self.order = worst + [n for n in self.order if n not in worst]
+
+    def likely(self, errors: Mapping[int, float]) -> list[float]:
+        """The errors of all prompts: as measured, or as the last round that ran all of them lets
+        expect. Of some alone, if there was none.
+        """
+        if not self.lately:
+            return list(errors.values())
+        alike = geometric_mean([e / max(self.lately[n], 1e-12) for n, e in errors.items()])
+        return [errors.get(n, alike * self.lately[n]) for n in range(len(self.shots))]
 
     def _unit(self, key: str, work: Callable[[], dict[str, Any]], allowed: float) -> dict[str, Any]:
         """A row of the journal; made anew if it was cut short for a smaller budget than this."""
@@ -82,22 +99,40 @@ class Checker:
         return book.unit(key, work)
 
     def used(self, rounds: Sequence[Round]) -> float:
-        """Dense runs for each prompt that the rounds are worth, the dense side included."""
-        runs = sum(self.cost(r.plan) * row["done"] for r in rounds for row in r.rows)
-        return 1 + runs / len(self.shots)
+        """Dense runs for each prompt that the rounds took, the dense side included."""
+        return 1 + sum(self._took(r.plan, row) for r in rounds for row in r.rows) / len(self.shots)
+
+    def _took(self, plan: Plan, row: Mapping[str, Any]) -> float:
+        """Dense runs that a run took, without compiling; as predicted if it has no times."""
+        if "steps_ms" not in row:
+            return self.cost(plan) * row["done"]
+        compiling = self.run.journal.compiling(f"check/{plan_digest(plan)}/{row['prompt']}")
+        ms = sum(row["steps_ms"]) - 1e3 * compiling
+        return row["done"] * ms / sum(row["dense_steps_ms"])
+
+    def whole(self, rounds: Sequence[Round], plan: Plan) -> float:
+        """Dense runs for each prompt that a whole round of this plan may take: as predicted, times
+        how much longer earlier ones took.
+        """
+        longer = [
+            self._took(r.plan, row) / (self.cost(r.plan) * row["done"])
+            for r in rounds
+            for row in r.rows
+        ]
+        return self.cost(plan) * (statistics.median(longer) if longer else 1.0)
 
     def spent(self, rounds: Sequence[Round], plan: Plan) -> bool:
         """Whether a whole round of this plan could be worth more dense runs than the check may
         take.
         """
-        return bool(rounds) and self.used(rounds) + self.cost(plan) > MOST_RUNS
+        return bool(rounds) and self.used(rounds) + self.whole(rounds, plan) > MOST_RUNS
 
     def narrow(self, rounds: Sequence[Round], plan: Plan) -> bool:
         """Let a last round run only the most telling prompts, as many as the check can still
         afford; whether it affords any.
         """
         left = (MOST_RUNS - self.used(rounds)) * len(self.shots)
-        self.prompts = min(len(self.shots), int(left / self.cost(plan) + 1e-9))
+        self.prompts = min(len(self.shots), int(left / self.whole(rounds, plan) + 1e-9))
         what = f"{len(self.shots) - self.prompts} of {len(self.shots)} prompts of round"
         why = f"the check would be worth more than {MOST_RUNS:g} dense runs a prompt"
         self.run.skipped.append(f"{what} {len(rounds) + 1}: {why}")
@@ -109,7 +144,7 @@ class Checker:
         """
         if any(r.held for r in rounds):
             return 1.0
-        whole = self.cost(plan)
+        whole = self.whole(rounds, plan)
         last = self.used(rounds) + whole / len(self.shots) + whole > MOST_RUNS
         return CAREFUL if last else 1.0
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from accelkit.calibration.candidates import (
     Bench,
     Family,
+    arithmetic_only,
     calibrated_settings,
     for_call,
     prime,
@@ -59,6 +60,8 @@ FEW_EXACT = 3
 """Settings of that family."""
 MOST_PRIMED = 2
 """Settings of a method that lives over several steps: each holds memory between the looks."""
+ALIKE = 1.1
+"""Arithmetic of all pairs that takes at most this multiple of the fastest is compared by error."""
 NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
@@ -208,16 +211,21 @@ class _DenseRun:
 
     def worth(self, place: str, screened: Mapping[str, Any]) -> list[Family]:
         """The families that are worth measuring: the best ones, the best where errors must be
-        small, and the best of those that live over several steps.
+        small, arithmetic that computes every pair, and the best of those that live over several
+        steps.
         """
         best = partial(
             kept, costs=self.costs, tokens=self.tokens, screened_on=self.tokens,
         )  # fmt: skip
         lasting = {k: v for k, v in screened.items() if _renews(family_of(k, v))}
-        others = {"families": {k: v for k, v in screened.items() if k not in lasting}}
+        # What is a little faster in fewer bits tips results over that the others do not.
+        whole = {k: v for k, v in screened.items() if arithmetic_only(family_of(k, v).settings[0])}
+        rest = {k: v for k, v in screened.items() if k not in lasting and k not in whole}
+        others = {"families": rest}
         found = best(others, most=max(1, self.run.preset.families - 1))
         exact = best(others, most=1, tolerances=EXACT)
         found += [thinned(f, FEW_EXACT) for f in exact if f.name not in {g.name for g in found}]
+        found += [family_of(k, whole[k]) for k in _most_exact(whole)]
         if self.early[place] == self.late[place]:
             return found  # nothing says what a memory is worth some steps later
         return found + best({"families": lasting}, most=1)
@@ -297,6 +305,16 @@ class _Begun:
 
 def _renews(family: Family) -> bool:
     return family.settings[0].renewed(2) > 0
+
+
+def _most_exact(whole: Mapping[str, Any]) -> list[str]:
+    """Of arithmetic that computes every pair and is about as fast as the fastest, that whose worst
+    head has the least error; none of none.
+    """
+    fast = [k for k, v in whole.items() if v["ms"][0] is not None]
+    least = min((whole[k]["ms"][0] for k in fast), default=0.0)
+    near = [k for k in fast if whole[k]["ms"][0] <= ALIKE * least]
+    return sorted(near, key=lambda k: max(whole[k]["error"][0]))[:1]
 
 
 def _begin(families: Sequence[Family], call: AttentionCall) -> _Begun:

@@ -7,27 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from accelkit.calibration import refine
-from accelkit.calibration.assemble import SiteData, assemble, site_data
+from accelkit.calibration.assemble import assemble, site_data
 from accelkit.calibration.denoise.caches import Cached
 from accelkit.calibration.denoise.check import Checker
 from accelkit.calibration.denoise.look import Look, bucket_of, buckets, site_of
 from accelkit.calibration.denoise.measure import Measurements
+from accelkit.calibration.denoise.tables import Tables
 from accelkit.calibration.denoise.weights import Small
 from accelkit.calibration.evaluation.quality import geometric_mean
-from accelkit.calibration.search import (
-    DENSE,
-    Choice,
-    Solution,
-    Table,
-    composed,
-    cost,
-    predicted,
-    search,
-)
+from accelkit.calibration.search import DENSE, Choice, Solution, composed, cost
 from accelkit.calibration.session import Run
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, LayerPlan, Limits, Plan, Schedule
@@ -37,14 +28,23 @@ REHEARSALS = 6
 NEAR = 1.15
 """A rehearsed plan whose error is within this factor of the predicted one ends rehearsals."""
 MOST_KAPPA = 16.0
-LEAST = 1e-6
-"""Share of its calls that any step cache leaves a place, so that choices there are ranked."""
 FIRST = 0.8
 """First aim ÷ budget: a check that fails costs nearly as much as one that holds."""
 BELIEVED = 3.0
 """Most by which one check may change what is predicted of all plans."""
-CHEAP = 0.5
+CHEAP = 0.35
 """A step cache is checked alone, first, where that takes at most this share of a dense run."""
+PART = 0.25
+"""However well the rest explains a change at the small geometry, so much of it is attention's."""
+TINY = 1e-12
+TRUST = 0.93
+"""What leaves nothing out is predicted best and differs least between prompts: a plan that leaves
+something out must take at most this share of its time.
+"""
+HOPE = 1.5
+"""Error ÷ ε of a step cache that is worth a cheap first check, for the small geometry only guesses
+it.
+"""
 WORTH = 0.98
 """A plan is checked only if it takes at most this share of the time of the best one that held."""
 log = logging.getLogger("accelkit")
@@ -54,10 +54,10 @@ log = logging.getLogger("accelkit")
 class Planner:
     """Searches attention and step cache together for the fastest denoising within some error.
 
-    `kappas` say how errors of attention compose beside each step cache, the last of them stands for
-    the others; `scale` is the error of a step cache ÷ that at the small geometry. Both follow what
-    checks measure. `known` has the errors of the step caches that were checked alone, and without
-    any, of rounding.
+    `kappas` say how errors of what attention leaves out compose beside each step cache, the last of
+    them stands for the others; `quiet`, how those of other arithmetic do; `scale` is the error of a
+    step cache ÷ that at the small geometry. All follow what checks measure. `known` has the errors
+    of the step caches that were checked without loss of attention, and without any, of rounding.
     """
 
     seen: Look
@@ -70,6 +70,7 @@ class Planner:
     budget: Budget
     limits: Limits
     kappas: dict[int | None, float] = field(default_factory=lambda: {None: 1.0})
+    quiet: float = 1.0
     scale: float = 1.0
     known: dict[int, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
@@ -85,8 +86,7 @@ class Planner:
         self.data = [
             replace(d, site=site_of(d.site), steps=shares[bucket_of(d.site)]) for d in data
         ]
-        self.tables = [[_left(d, c) for d in self.data] for c in self.caches]
-        self.fronts: list[dict[str, Any]] = [{} for _ in self.caches]
+        self.tables = Tables(self.data, self.caches)
         self.dense_ms = sum(d.table.dense_ms for d in self.data)
         whole = 1e3 * self.found.step_seconds * self.seen.total
         # What is not attention, for each step; never less than nothing.
@@ -137,24 +137,41 @@ class Planner:
 
     def propose(self, epsilon: float, alone: bool = False) -> refine.Proposal:
         """The fastest denoising whose predicted error, the step cache's included, is ε; `alone`:
-        with dense attention.
+        attention leaves nothing out.
         """
         ways = []
         for n, cache in enumerate(self.caches):
             error = self.cached_error(n)
-            if n and error > epsilon:
+            hope = HOPE if alone and n not in self.known else 1.0
+            if n and error > hope * epsilon:
                 continue
-            # Rounding alone may take it all, in theory.
-            room = max(epsilon**2 - error**2, 0.0 if n else (epsilon / 2) ** 2) ** 0.5
-            solution = self.still(n) if alone else self._searched(n, room / self.kappa(n))
+            # Rounding alone may take it all, in theory, and so may a step cache that is tried.
+            least = epsilon / 2 if not n or error > epsilon else 0.0
+            room = max(epsilon**2 - error**2, least**2) ** 0.5
+            solution = self.tables.quiet.search(n, room / self.quiet)
             ways.append((solution.ms + self._rest(cache), n, solution))
-        ms, n, solution = min(ways, key=lambda w: w[:2])
+            if not alone:
+                solution = self.tables.all.search(n, room / self.kappa(n))
+                loud = self.tables.errors(solution.choices)[0] > 0
+                handicap = 1 / TRUST if loud else 1.0
+                ways.append(((solution.ms + self._rest(cache)) * handicap, n, solution))
+        _, n, solution = min(ways, key=lambda w: w[:2])
+        return self.proposal(n, solution)
+
+    def proposal(self, n: int, solution: Solution) -> refine.Proposal:
+        """A solution beside the n-th step cache with its plan."""
         plan = self._assembled(self.caches[n], solution)
+        ms = solution.ms + self._rest(self.caches[n])
         dense_ms = self.dense_ms + self._rest(self.caches[0])
         self.ratios[refine.plan_digest(plan)] = ms / dense_ms
-        error = composed([self.kappa(n) * solution.error, self.cached_error(n)])
+        error = composed([*self.attention(n, solution.choices), self.cached_error(n)])
         dense = n == 0 and all(c.dense for c in solution.choices)
         return refine.Proposal(plan, (n, solution.choices), ms, dense_ms, error, dense)
+
+    def attention(self, n: int, choices: Sequence[Choice]) -> tuple[float, float]:
+        """Errors beside the n-th step cache of what choices leave out, and of other arithmetic."""
+        loud, quiet = self.tables.errors(choices)
+        return self.kappa(n) * loud, self.quiet * quiet
 
     def kappa(self, n: int) -> float:
         """How errors of attention compose beside the n-th step cache."""
@@ -175,58 +192,71 @@ class Planner:
         subtracted; one that was never checked alone is to blame for an error beyond belief.
         """
         n, choices = now.proposal.choice
-        attention, wrong = predicted(self.tables[n], choices), typical / now.proposal.error
-        if all(c.dense for c in choices):
-            self.known[n] = typical
+        loud, quiet = self.attention(n, choices)
+        wrong, cached = typical / max(now.proposal.error, TINY), self.cached_error(n)
+        if not loud and not n:
+            if quiet:
+                found = self.quiet * without(typical, cached) / quiet
+                self.quiet = min(max(found, self.quiet / BELIEVED), self.quiet * BELIEVED)
+        elif not loud:
+            # Each is to blame for its share of what was predicted.
+            blame = wrong ** (quiet**2 / max(quiet**2 + cached**2, TINY))
+            self.quiet *= min(max(blame, 1 / BELIEVED), BELIEVED)
+            self.known[n] = max(without(typical, blame * quiet), typical / 2)
             self.scale *= wrong**0.5  # others may be predicted better, or worse
         elif n == 0 or n in self.known:
-            rest = max(typical**2 - self.cached_error(n) ** 2, 0.0) ** 0.5
-            self.believe(n, rest / attention)
+            self.believe(n, self.kappa(n) * without(typical, cached, quiet) / loud)
         elif wrong > BELIEVED:
-            self.known[n] = (typical**2 - (self.kappa(n) * attention) ** 2) ** 0.5
+            self.known[n] = without(typical, loud, quiet)
         else:
             self.believe(n, self.kappa(n) * wrong**0.5)
             self.scale *= wrong**0.5
 
     def still(self, n: int) -> Solution:
         """Dense attention in the steps that the n-th step cache leaves."""
-        choices = tuple(Choice((DENSE,) * t.heads) for t in self.tables[n])
-        return Solution(choices, sum(t.dense_ms for t in self.tables[n]), 0.0)
-
-    def _searched(self, n: int, error: float) -> Solution:
-        like = next((m for m, f in enumerate(self.fronts) if m and "layers" in f), 0)
-        if n and like and n != like:
-            # Step caches differ by the share that they leave of every choice's time.
-            ways = zip(self.fronts[like]["layers"], self.tables[like], self.tables[n], strict=True)
-            layers = [replace(f, ms=f.ms * b.dense_ms / a.dense_ms) for f, a, b in ways]
-            self.fronts[n] |= {"layers": layers, "segments": {}}
-        return search(self.tables[n], error, self.fronts[n])
+        tables = self.tables.all.tables[n]
+        choices = tuple(Choice((DENSE,) * t.heads) for t in tables)
+        return Solution(choices, sum(t.dense_ms for t in tables), 0.0)
 
     def rehearse(self, small: Small, margin: float) -> None:
         """Run what would be proposed at the small geometry, until the error is what was predicted:
         search is fond of what looks harmless, and some of it only looks so.
         """
         aim = FIRST * self.budget.max_rel_error / margin
+        self._rehearse_arithmetic(small)
         seen: list[Any] = []
         found: dict[int, list[float]] = {}
         while len(seen) < REHEARSALS:
             proposal = self.propose(aim)
             n, choices = proposal.choice
-            if proposal.choice in seen or all(c.dense for c in choices):
+            loud, quiet = self.attention(n, choices)
+            if proposal.choice in seen or not loud:
                 break
-            seen.append(proposal.choice)
-            plan = proposal.plan
-            change = small.change(f"composition/{refine.plan_digest(plan)}", plan)
+            change = self._changed(small, proposal.plan)
             if change is None:
                 break
-            # However well the step cache explains a change, a part of it is attention's.
-            rest = max(change**2 - self._alone(small, n) ** 2, (change / 4) ** 2) ** 0.5
-            attention = predicted(self.tables[n], choices)
-            wrong = rest / (self.kappa(n) * attention)
-            found.setdefault(n, []).append(rest / attention)
+            rest = max(without(change, self._alone(small, n), quiet), PART * change)
+            kappa = self.kappa(n) * rest / loud
+            found.setdefault(n, []).append(kappa)
             self.believe(n, geometric_mean(found[n]))
-            if 1 / NEAR < wrong < NEAR:
+            if not seen:
+                self.tables.weigh(self.quiet / self.kappa(n))
+            seen.append(proposal.choice)
+            if 1 / NEAR < rest / loud < NEAR:
                 break
+
+    def _rehearse_arithmetic(self, small: Small) -> None:
+        """Run the fastest arithmetic that computes every pair at the small geometry."""
+        proposal = self.proposal(0, self.tables.quiet.fastest(0))
+        _, quiet = self.attention(0, proposal.choice[1])
+        change = self._changed(small, proposal.plan) if quiet else None
+        if change is not None:
+            rest = max(without(change, self.cached_error(0)), PART * change)
+            self.quiet *= rest / quiet
+
+    def _changed(self, small: Small, plan: Plan, sparse: bool = True) -> float | None:
+        """Change of the final latents by a plan at the small geometry."""
+        return small.change(f"composition/{refine.plan_digest(plan)}", plan, sparse)
 
     def _alone(self, small: Small, n: int) -> float:
         """Change by the n-th step cache alone in the few steps of a rehearsal, where it skips
@@ -235,8 +265,7 @@ class Planner:
         if not n:
             return self.cached_error(n)
         plan = self._assembled(self.caches[n], self.still(n))
-        name = f"composition/{refine.plan_digest(plan)}"
-        return small.change(name, plan, sparse=False) or 0.0
+        return self._changed(small, plan, sparse=False) or 0.0
 
     def ratio(self, plan: Plan) -> float:
         """Predicted time of a plan's denoising ÷ that of the dense one."""
@@ -286,11 +315,13 @@ class Planner:
             return plan.model_copy(update={"measured": measured})
         n, choices = best.proposal.choice
         cache = self.caches[n].method
-        ms = sum(cost(t, c) for t, c in zip(self.tables[n], choices, strict=True))
+        tables = self.tables.all.tables[n]
+        ms = sum(cost(t, c) for t, c in zip(tables, choices, strict=True))
         keep = ("error", "latent_psnr", "psnr", "ssim", "lpips")
         measured |= {
             "predicted_error": best.proposal.error,
             "composition": self.kappa(n),
+            "arithmetic": self.quiet,
             "ms": ms,
             "attention_speedup": self.dense_ms / max(ms, 1e-9),
             "attention_share": min(
@@ -314,26 +345,9 @@ class Planner:
         )
 
 
-def _left(data: SiteData, cache: Cached) -> Table:
-    """A table with the calls that a step cache leaves. What methods that live over several steps
-    remember would be too old beside it: they are as slow as dense there.
-    """
-    table = data.table
-    if cache.method is None:
-        return table
-    share = max(cache.left[table.site], LEAST)
-    lasting = [table.dense_ms * (one.method.renewed(2) > 0) for one in data.options]
-    options = tuple(
-        replace(o, ms=share * np.maximum(o.ms, least))
-        for o, least in zip(table.options, lasting, strict=True)
-    )
-    return replace(
-        table,
-        dense_ms=share * table.dense_ms,
-        ride_ms=share * table.ride_ms,
-        options=options,
-        fixed={k: share * v for k, v in table.fixed.items()},
-    )
+def without(error: float, *parts: float) -> float:
+    """What is left of an error without some parts of it."""
+    return max(error**2 - sum(p**2 for p in parts), 0.0) ** 0.5
 
 
 def _short(value: Any) -> Any:

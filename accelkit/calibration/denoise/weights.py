@@ -266,16 +266,20 @@ class Small:
 
 def lasting(influence: Sequence[float], few: int, total: int) -> list[float]:
     """Influences of the buckets of `total` steps, from those of `few`, in which a bucket may have
-    another share of the steps. What early steps decide, later ones cannot mend: a step counts for
-    no less than a later one.
+    another share of the steps.
+
+    What early steps decide, later ones cannot mend, and each of them carries it on: a step counts
+    for no less than a later one, times how many times earlier it is. Small pictures show less of
+    that than large ones, for there is less to decide.
     """
     shares = buckets(total)
+    middle = [(low + high) / 2 for low, high in shares]
 
     def steps(of: int) -> list[int]:
         return [sum(low <= s / of < high for s in range(of)) for low, high in shares]
 
-    each = [i * few / max(n, 1) for i, n in zip(influence, steps(few), strict=True)]
-    most = [max(each[b:]) for b in range(len(each))]
+    each = [m * i * few / max(n, 1) for m, i, n in zip(middle, influence, steps(few), strict=True)]
+    most = [max(each[b:]) / m for b, m in enumerate(middle)]
     return [e * n / total for e, n in zip(most, steps(total), strict=True)]
 
 

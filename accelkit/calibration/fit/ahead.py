@@ -6,71 +6,68 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
-from threading import Semaphore
 from typing import Any
 
 import torch
 
+from accelkit.calibration.candidates import families
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit import kernels as fit_kernels
 from accelkit.calibration.fit import methods as fit_methods
 from accelkit.calibration.fit.inputs import Shape
-from accelkit.calibration.session import compile_clock
-from accelkit.patches.call import AttentionCall
+from accelkit.calibration.session import compile_clock, compile_once
+from accelkit.patches.call import AttentionCall, Site
 from accelkit.patches.method import AttentionMethod
 
 UNIT = (128, 128)
 """The unit that is fitted whatever methods there are."""
 MOST_THREADS = 16
-LONG_AT_ONCE = 4
-"""So many threads work on calls of full length, whose memory adds up."""
-COLD_S = 1.0
-"""Seconds of compiling for one unit that tell of a machine without its cache."""
+LONG_AT_ONCE = 8
+"""So many threads more work on calls of full length, whose memory adds up."""
 Size = tuple[int, int]
+Job = Callable[[Mapping[int, AttentionCall]], Iterable[Size]]
+"""Runs what is measured at some lengths; gives the units of lists that it came across."""
 
 
 def rehearse(
-    calls: Mapping[int, AttentionCall],
-    methods: Sequence[AttentionMethod],
-    shape: Shape,
-    brief: bool = False,
+    calls: Mapping[int, AttentionCall], methods: Sequence[AttentionMethod], shape: Shape
 ) -> set[Size]:
-    """Run once what a fit measures, first at the shortest length and then at all of them, and
-    return the units of the lists. What fails here fails again where it is measured, and says why
-    there. `brief`: only where the first unit's kernels had to be compiled; else all others lie in
-    the cache as well.
+    """Run once what a fit measures at the shortest length and, where that had to compile something,
+    at all of them; return the units of the lists. What fails here fails again where it is
+    measured, and says why there.
     """
-    room, device = Semaphore(LONG_AT_ONCE), calls[max(calls)].q.device
+    device = calls[max(calls)].q.device
     short = {min(calls): calls[min(calls)]}
 
-    def both(job: Callable[[Mapping[int, AttentionCall]], Iterable[Size]]) -> set[Size]:
-        found: set[Size] = set()
+    def tried(job: Job, at: Mapping[int, AttentionCall]) -> Iterable[Size]:
         try:
             with torch.cuda.device(device):
-                if len(calls) > 1:
-                    found |= set(job(short))
-                with room:
-                    found |= set(job(calls))
+                return job(at)
         except Exception:  # left to the measurement
             torch.cuda.empty_cache()
-        return found
+            return ()
 
-    if brief:
-        with compile_clock() as compiled:
-            both(partial(_kernel, UNIT))
-            if compiled() < COLD_S:
-                return {UNIT}
-    with ThreadPoolExecutor(_threads()) as pool:
+    pool = ThreadPoolExecutor(_threads())
+    whole = ThreadPoolExecutor(LONG_AT_ONCE)
+    with compile_clock(cached=False) as compiled, compile_once(), pool, whole:
         # Kernels of the unit that is always there take longest to compile and come first.
-        waiting = [pool.submit(both, partial(_kernel, UNIT)), pool.submit(both, _dense)]
-        waiting += [pool.submit(both, partial(_method, m, shape)) for m in methods]
-        known = {UNIT}
-        while waiting:
-            new = waiting.pop(0).result() - known
-            known |= new
-            waiting += [pool.submit(both, partial(_kernel, s)) for s in new]
+        jobs: list[Job] = [partial(_kernel, UNIT), _dense]
+        jobs += [j for m in methods for j in _jobs(m, shape)]
+        running: dict[Future[Iterable[Size]], Job | None]
+        running = {pool.submit(tried, j, short): j for j in jobs}
+        ran, known = list[Job](), {UNIT}
+        while running:
+            for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                job, new = running.pop(ended), set(ended.result()) - known
+                known |= new
+                for kernel in (partial(_kernel, size) for size in new):
+                    running[pool.submit(tried, kernel, short)] = kernel
+                if job is not None and len(calls) > 1:
+                    ran.append(job)
+            while ran and compiled():
+                running[whole.submit(tried, ran.pop(), calls)] = None
     torch.cuda.synchronize(device)
     return known
 
@@ -89,8 +86,24 @@ def _dense(calls: Mapping[int, AttentionCall]) -> tuple[()]:
 
 
 def _kernel(size: Size, calls: Mapping[int, AttentionCall]) -> tuple[()]:
-    for point in fit_kernels.launches(calls, size):
+    for point in fit_kernels.launches(calls, size, few=True):
         fit_kernels.anew(point.one)
+    return ()
+
+
+def _jobs(method: AttentionMethod, shape: Shape) -> list[Job]:
+    """What runs a method once; one that changes nothing but the arithmetic has a kernel for each of
+    its settings, which compile longest of all and so apart.
+    """
+    if method.answers() != {"execution"}:
+        return [partial(_method, method, shape)]
+    named = families(method.calibrator(Site("fit", 0)).settings())
+    return [partial(_setting, setting) for f in named for setting in f.settings]
+
+
+def _setting(setting: AttentionMethod, calls: Mapping[int, AttentionCall]) -> tuple[()]:
+    for one in fit_methods.asked(calls[max(calls)], setting) or ():
+        fit_kernels.anew(one)
     return ()
 
 
@@ -107,5 +120,4 @@ def _method(
     found = fit_methods.cost(method, calls, slow, once, shape)
     if isinstance(found, str):
         return []
-    _, lists, others = found
-    return [size for size, _ in lists] + others
+    return found.sizes

@@ -1,17 +1,17 @@
 """Measures attention on this device and fits the cost table that search and reports predict with.
 
-Random data; medians on a GPU, the least of a few runs on a CPU. Methods that cannot win here are
-refused on the way, with the reason, so that no time is spent on them later: a prompt of a quarter
-of the length tells whether the whole one is worth it.
+Random data; on a GPU two readings that agree, the least of a few on a CPU. Methods that cannot win
+here are refused on the way, with the reason, so that no time is spent on them later: two short
+prompts tell whether a long one is worth it.
 
-`fit_inputs` makes what is measured, `fit_clock` times it, `fit_ahead` compiles it beforehand,
-`fit_methods` and `fit_kernels` turn times into the terms of `kernels.cost`.
+`inputs` makes what is measured, `clock` times it, `ahead` compiles it beforehand, `methods` and
+`kernels` turn times into the terms of `accelkit.kernels.cost` and check them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,13 +22,14 @@ from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit import ahead as fit_ahead
 from accelkit.calibration.fit import kernels as fit_kernels
 from accelkit.calibration.fit import methods as fit_methods
-from accelkit.calibration.fit.clock import clock, dense_ms
-from accelkit.calibration.fit.inputs import Shape, random_call
-from accelkit.kernels.cost import CostTable, MethodCost, name
+from accelkit.calibration.fit.clock import clock, dense_ms, rest
+from accelkit.calibration.fit.inputs import Shape, random_call, shorter
+from accelkit.kernels.cost import Check, CostTable, Kernel, MethodCost, Points, name
+from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 
-LEAST = 512
-"""Length in tokens below which nothing is measured."""
+LEAST = {"cpu": 512, "cuda": 2048}
+"""Length in tokens below which nothing is measured; a GPU's time is that of launches there."""
 
 
 def fit(
@@ -49,50 +50,110 @@ def fit(
 
     `step` is told what is measured next, `expect` how many steps are left after compiling. After
     `limit_s` seconds nothing is repeated any more. `brief` is for a search on a GPU, in which a
-    fit would take longer than all the rest: fewer lengths, each reading the lesser of two.
+    fit would take longer than all the rest: fewer lengths, and whole calls are not checked.
     """
     until = time.monotonic() + (0.0 if brief else limit_s)
-    densities = fit_kernels.FEW if brief else fit_kernels.FITTED
     at = lengths(shape, tokens, device, brief)
     calls = {n: random_call(shape, dtype, device, n) for n in at}
     tell = step or (lambda _: None)
 
     def ms(run: Callable[[], Any], times: int = repeat) -> float:
-        return clock(run, 2 if brief else times if time.monotonic() < until else 1, device)
+        return clock(run, times if brief or time.monotonic() < until else 1, device)
 
     known = {fit_ahead.UNIT}
     if device.type == "cuda":
         tell("compiling kernels")
-        known = fit_ahead.rehearse(calls, methods, shape, brief)
+        known = fit_ahead.rehearse(calls, methods, shape)
+    twice = device.type == "cuda" and not brief
     if expect is not None:
-        expect(1 + len(methods) + len(known))
+        expect(1 + len(methods) + len(known) + twice)
     tell("dense attention")
     dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
     ride = tuple((n, ms(partial(dense_attention, call))) for n, call in calls.items())
-    sizes = {fit_ahead.UNIT: None}
-    costs: dict[str, tuple[MethodCost, fit_methods.Lists]] = {}
+    sizes = dict.fromkeys([fit_ahead.UNIT])
+    costs: dict[str, fit_methods.Found] = {}
     refused: dict[str, str] = {}
     for method in methods:
         tell(method.kind)
+        if not brief:
+            rest(device)
         found = fit_methods.cost(method, calls, dense, ms, shape)
         if isinstance(found, str):
             refused[method.kind] = found
             continue
-        cost, lists, others = found
-        costs[method.kind] = cost, lists
-        sizes |= dict.fromkeys([size for size, _ in lists] + others)
-    fitted = {}
+        costs[method.kind] = found
+        sizes |= dict.fromkeys(found.sizes)
+    fitted: dict[str, Kernel] = {}
+    checks: tuple[Check, ...] = ()
     for size in sizes:
         tell(f"kernel {name(size)}")
-        fitted[name(size)] = fit_kernels.kernel(calls, size, until, densities)
+        fitted[name(size)], seen = fit_kernels.kernel(calls, size, until)
+        checks += seen
+    if twice and time.monotonic() < until:
+        tell("methods once more")
+        costs |= _again([m for m in methods if m.kind in costs], costs, calls, dense, shape)
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     table = CostTable(
         about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
-        dense, ride, fitted, {}, refused, shape.causal,
+        dense, ride, fitted, {}, refused, shape.causal, checks,
     )  # fmt: skip
+    table = replace(table, methods={k: _with_lists(table, f) for k, f in costs.items()})
+    return _judged(table, methods, calls, ms) if twice else table
+
+
+def _again(
+    methods: Sequence[AttentionMethod],
+    costs: Mapping[str, fit_methods.Found],
+    calls: Mapping[int, AttentionCall],
+    dense: Points,
+    shape: Shape,
+) -> dict[str, fit_methods.Found]:
+    """The lesser of two readings that lie seconds apart: whatever slows a card down for a while
+    spoils one of them.
+    """
+    device, found = calls[max(calls)].q.device, dict[str, fit_methods.Found]()
+
+    def once(run: Callable[[], Any], _: int = 1) -> float:
+        return clock(run, 1, device)
+
+    for method in methods:
+        rest(device)
+        again = fit_methods.cost(method, calls, dense, once, shape)
+        found[method.kind] = costs[method.kind].lesser(again)
+    return found
+
+
+def _with_lists(table: CostTable, found: fit_methods.Found) -> MethodCost:
+    """A method's cost with the factor of its lists."""
+    factors = tuple(
+        (n, fit_methods.beside_random(table, own, n, took, found.kept))
+        for n, (own, took) in found.lists.items()
+    )
+    return replace(found.cost, lists=factors)
+
+
+def _judged(
+    table: CostTable,
+    methods: Sequence[AttentionMethod],
+    calls: Mapping[int, AttentionCall],
+    ms: Callable[..., float],
+) -> CostTable:
+    """The table with the errors of whole calls at a length that it has not seen; a denoiser's at
+    the one that there is.
+    """
     longest = max(calls)
-    beside = {k: fit_methods.against(table, *found, longest) for k, found in costs.items()}
-    return replace(table, methods=beside)
+    call = calls[longest]
+    if table.causal:
+        call = shorter(call, fit_kernels.held(longest))
+    found, checks = dict(table.methods), list(table.checks)
+    for method in methods:
+        if method.kind not in found:
+            continue
+        seen = fit_methods.checked(table, method, call, ms)
+        if seen is not None:
+            checks.append(seen)
+            found[method.kind] = replace(found[method.kind], error=round(abs(seen.error), 4))
+    return replace(table, methods=found, checks=tuple(checks))
 
 
 def lengths(shape: Shape, tokens: int, device: torch.device, brief: bool = False) -> list[int]:
@@ -101,5 +162,6 @@ def lengths(shape: Shape, tokens: int, device: torch.device, brief: bool = False
     """
     if not shape.causal:
         return [tokens]
-    shares = (16, 4, 2, 1) if device.type == "cuda" and not brief else (4, 1)
-    return sorted({max(LEAST, tokens // s) for s in shares})
+    shares = (16, 8, 4, 2, 1) if device.type == "cuda" and not brief else (4, 1)
+    least = min(LEAST.get(device.type, LEAST["cpu"]), tokens)
+    return sorted({max(least, tokens // s) for s in shares})

@@ -9,74 +9,90 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from accelkit.calibration.fit.clock import device_ms
 from accelkit.calibration.fit.inputs import random_index, shorter
 from accelkit.calibration.timing import times_ms
 from accelkit.kernels import dispatch, select
-from accelkit.kernels.cost import Kernel, least_squares, visible_pairs
+from accelkit.kernels.cost import (
+    FEW_ROWS,
+    Check,
+    Kernel,
+    beyond,
+    least_squares,
+    name,
+    visible_pairs,
+)
 from accelkit.kernels.index import BlockIndex
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.sites.attention import Answer, compute
 
-FITTED = (0.04, 0.12, 0.35, 1.0)
-CHECKED = (0.08, 0.2)
+FITTED = (0.01, 0.04, 0.12, 0.35, 1.0)
+CHECKED = (0.1, 0.2)
 """Densities of random blocks that the fit sees, and those on which it is judged. On a GPU the
-length on which it is judged is none of those that it sees either."""
-FEW = (0.04, 0.35, 1.0)
-"""Densities of a brief fit, but for single keys, of which the dense ones are not measured."""
+length and the head count on which it is judged are none of those that it sees either."""
 SINGLE_KEYS = 0.15
 """Lists of single keys denser than this are not measured: nobody runs them."""
 MOST_SINGLE_KEYS = 8192
 """Length up to which lists of single keys are measured."""
-GOOD_FIT = 0.05
-ROUNDS = 5
-"""Measuring ends when the error on held-out points is below `GOOD_FIT`, when another round mended
-little of it, or after so many rounds.
-"""
-MENDED = 0.8
+ODD = 0.05
+"""Points that lie farther off than this are measured again."""
+ROUNDS = 4
+"""Most often that this is done; it ends when readings stay as they were."""
+STAYED = 0.97
 
 
 @dataclass(frozen=True)
 class Point:
-    """A launch to be timed, what it computes, and whether the fit is judged on it."""
+    """A launch to be timed, at a mean density, what it computes, and whether the fit is judged on
+    it.
+    """
 
     one: Answer
-    features: tuple[float, float, float]
+    density: float
+    features: tuple[float, ...]
     held: bool
 
 
 def kernel(
-    calls: Mapping[int, AttentionCall],
-    size: tuple[int, int],
-    until: float,
-    densities: Sequence[float] = FITTED,
-) -> Kernel:
-    """Coefficients of one unit; measuring is not repeated after the moment `until`."""
-    points = list(launches(calls, size, densities))
-    device = points[0].one.call.q.device
-    spent = [float("inf")] * len(points)
-    found = Kernel(0.0, 0.0, 0.0, float("inf"))
-    # Rounds over all points: a disturbance then spoils one run of several points, not one point.
-    for turn in range(ROUNDS):
-        runs = [_least(partial(anew, p.one), device) for p in points]
-        spent = [min(pair) for pair in zip(spent, runs, strict=True)]
-        before = found.error
-        found = solved(list(zip(points, spent, strict=True)))
-        settled = found.error < GOOD_FIT or found.error > MENDED * before
-        if (turn and settled) or time.monotonic() > until:
+    calls: Mapping[int, AttentionCall], size: tuple[int, int], until: float
+) -> tuple[Kernel, tuple[Check, ...]]:
+    """Coefficients of one unit, and what they say of launches that they have not seen; nothing is
+    measured again after the moment `until`.
+    """
+    points = list(launches(calls, size))
+
+    def least(p: Point) -> float:
+        return _least_ms(partial(anew, p.one), p.one)
+
+    spent = [least(p) for p in points]
+    for _ in range(ROUNDS):
+        found, said = solved(points, spent)
+        odd = [i for i, ms in enumerate(said) if abs(ms / spent[i] - 1) > ODD]
+        if not odd or time.monotonic() > until:
             break
-    return replace(found, backend=_backend(points[-1].one))
+        again = {i: least(points[i]) for i in odd}
+        stayed = all(ms > STAYED * spent[i] for i, ms in again.items())
+        for i, ms in again.items():
+            spent[i] = min(ms, spent[i])
+        if stayed:
+            break
+    found, said = solved(points, spent)
+    checks = tuple(
+        Check("kernel", name(size), p.one.call.n_q, len(p.one.call.heads), p.density, want, got)
+        for p, want, got in zip(points, said, spent, strict=True)
+        if p.held
+    )
+    error = statistics.fmean(abs(c.error) for c in checks)
+    one = points[0].one
+    kept = max(spent[0] - _least_ms(partial(compute, one), one), 0.0) if one.call.q.is_cuda else 0.0
+    return replace(found, error=round(error, 4), backend=_backend(one), kept=kept), checks
 
 
 def launches(
-    calls: Mapping[int, AttentionCall],
-    size: tuple[int, int],
-    densities: Sequence[float] = FITTED,
+    calls: Mapping[int, AttentionCall], size: tuple[int, int], few: bool = False
 ) -> Iterator[Point]:
-    """The launches of a fit, over random lists. On a GPU some have a quarter of the heads: at one
-    head count rows and launches cannot be told apart at long lengths.
+    """The launches of a fit, over random lists; `few`: one of each shape. On a GPU some have a
+    quarter of the heads: at one head count rows and launches cannot be told apart at long lengths.
     """
     longest = max(calls)
     if size[1] == 1 and longest > MOST_SINGLE_KEYS:
@@ -84,18 +100,24 @@ def launches(
         whole = calls[longest]
         calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS // 4, MOST_SINGLE_KEYS)}
         longest = MOST_SINGLE_KEYS
-    known = FITTED if size[1] == 1 else densities
-    whole, held = calls[longest], longest
-    if whole.q.is_cuda and whole.causal:
-        held = 3 * longest // 4
-        calls = {**calls, held: shorter(whole, held)}
+    fitted = (0.02, 0.05, 0.12) if size[1] == 1 else FITTED
     for n, call in calls.items():
-        fitted = known if n != held or held == longest else ()
         for part in _parts(call):
-            for density in (*fitted, *(CHECKED if n == held else ())):
-                if (size[1] == 1 and density > SINGLE_KEYS) or (density == 1.0 and n == longest):
-                    continue
-                yield point(part, size, density, density in CHECKED)
+            for density in fitted[:1] if few else fitted if part is call else fitted[1::2]:
+                if density < 1.0 or n < longest:
+                    yield point(part, size, density, held=False)
+    unseen, whole = CHECKED if size[1] > 1 else CHECKED[:1], calls[longest]
+    if whole.q.is_cuda:
+        if whole.causal:
+            whole = shorter(whole, held(longest))
+        whole = whole.take(whole.heads[: max(1, len(whole.heads) // 2)])
+    for density in unseen:
+        yield point(whole, size, density, held=True)
+
+
+def held(longest: int) -> int:
+    """Length of calls on which a fit is judged."""
+    return 5 * longest // 16
 
 
 def _parts(call: AttentionCall) -> list[AttentionCall]:
@@ -107,10 +129,14 @@ def _parts(call: AttentionCall) -> list[AttentionCall]:
 def point(call: AttentionCall, size: tuple[int, int], density: float, held: bool) -> Point:
     """A launch over random lists of this density."""
     index = random_index(call, size, density)
-    share = float(select.density(index, call).sum())
-    pairs = share * visible_pairs(call.n_q, call.causal) / 1e6
-    rows = float(len(call.heads) * call.tiles(size)[0])
-    return Point(Answer(call, (index,)), (1.0, rows, pairs), held)
+    shares, rows = select.density(index, call), len(call.heads) * call.tiles(size)[0]
+    mean, pairs = shares.mean().item(), shares.sum().item() * visible_pairs(call.n_q, call.causal)
+    features = [1.0, float(rows), pairs / 1e6, 0.0, 0.0, 0.0]
+    if call.q.is_cuda:
+        features[3:5] = mean * call.n_q / 1e3, float(rows > FEW_ROWS)
+    if call.causal:  # others have one length
+        features[5] = pairs / 1e6 * beyond(call.n_q)
+    return Point(Answer(call, (index,)), mean, tuple(features), held)
 
 
 def anew(one: Answer) -> None:
@@ -118,21 +144,18 @@ def anew(one: Answer) -> None:
     compute(replace(one, pieces=tuple(replace(p) for p in one.pieces)))
 
 
-def solved(points: Sequence[tuple[Point, float]]) -> Kernel:
-    """Coefficients from the points that are not held out, and their error on those that are."""
-    seen = [(p.features, t) for p, t in points if not p.held]
-    found = least_squares([f for f, _ in seen], [t for _, t in seen])
-    gaps = [
-        abs(sum(a * b for a, b in zip(found, p.features, strict=True)) - t) / t
-        for p, t in points
-        if p.held
-    ]
-    launch, row, pair = found
-    return Kernel(launch, row, pair, round(statistics.fmean(gaps), 4))
+def solved(points: Sequence[Point], spent: Sequence[float]) -> tuple[Kernel, list[float]]:
+    """Coefficients from the points that are not held out, and what they say of all."""
+    seen = [(p.features, ms) for p, ms in zip(points, spent, strict=True) if not p.held]
+    found = least_squares([f for f, _ in seen], [ms for _, ms in seen])
+    said = [sum(a * b for a, b in zip(found, p.features, strict=True)) for p in points]
+    launch, row, pair, tail, sort, far = found
+    return Kernel(launch, row, pair, tail=tail, sort=sort, far=far), said
 
 
-def _least(run: Callable[[], Any], device: torch.device) -> float:
-    """The lesser of two runs; every round adds some."""
+def _least_ms(run: Callable[[], Any], one: Answer) -> float:
+    """The lesser of two runs after one to warm up; on a CPU, where runs are long, of two."""
+    device = one.call.q.device
     return min(device_ms(run, 2, 1) if device.type == "cuda" else times_ms(run, 2, 0, device))
 
 

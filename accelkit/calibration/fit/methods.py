@@ -7,7 +7,7 @@ is selection alone. Order and merging are timed over pieces that are computed al
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from accelkit.calibration.candidates import calibrated_settings, families, prime
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit.inputs import Shape, fresh
-from accelkit.kernels.cost import CostTable, MethodCost, Points, interpolate
+from accelkit.kernels.cost import Check, CostTable, MethodCost, Points, interpolate
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.select import density
 from accelkit.patches.call import AttentionCall
@@ -32,10 +32,50 @@ from accelkit.patches.sites.attention import (
 
 MOST = 0.8
 """A method whose estimate alone takes this share of dense attention is refused."""
-Lists = tuple[tuple[tuple[int, int], list[float]], ...]
+Size = tuple[int, int]
+Lists = tuple[tuple[Size, list[float]], ...]
 """Units, each with the share of the visible pairs that a method lists for every head."""
+LEAST_LISTS = 0.05
+"""Share of a measurement that is left to the lists when launches seem to take all of it."""
 Clocked = Callable[..., float]
 """Milliseconds of a piece of work, given it and how often to run it."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A method's cost without the factor of its lists; by length its lists, and the milliseconds
+    of their kernels; units of its variants; whether its lists are made once.
+    """
+
+    cost: MethodCost
+    lists: Mapping[int, tuple[Lists, float]]
+    others: Sequence[Size]
+    kept: bool
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Every unit of its lists and its variants' lists."""
+        return [size for own, _ in self.lists.values() for size, _ in own] + list(self.others)
+
+    def lesser(self, again: Found | str) -> Found:
+        """The lesser of every reading of two measurements; this one where the other failed."""
+        if isinstance(again, str):
+            return self
+        terms = {t: _lesser(p, again.cost.terms[t]) for t, p in self.cost.terms.items()}
+        lists = {n: (own, min(ms, again.lists[n][1])) for n, (own, ms) in self.lists.items()}
+        return replace(
+            self, cost=replace(self.cost, points=_summed(terms), terms=terms), lists=lists
+        )
+
+
+def _lesser(points: Points, others: Points) -> Points:
+    return tuple((n, min(ms, again)) for (n, ms), (_, again) in zip(points, others, strict=True))
+
+
+def _summed(terms: Mapping[str, Points]) -> Points:
+    """What the terms take together at each length."""
+    each = zip(*terms.values(), strict=True)
+    return tuple((at[0][0], sum(ms for _, ms in at)) for at in each)
 
 
 def cost(
@@ -44,13 +84,13 @@ def cost(
     dense: Points,
     ms: Clocked,
     shape: Shape,
-) -> tuple[MethodCost, Lists, list[tuple[int, int]]] | str:
-    """Cost of a method's estimate, selection, order and merging at the lengths of `calls`, with
-    `lists` in milliseconds; its lists at the longest one, and units of its variants. Or why it is
-    refused.
+) -> Found | str:
+    """Cost of a method's estimate, selection, order and merging at the lengths of `calls`, and of
+    the kernels over its lists. Or why it is refused.
     """
     setting, longest = middle(method), max(calls)
     found: dict[str, list[tuple[int, float]]] = {t: [] for t in MethodCost.TERMS}
+    own: dict[int, tuple[Lists, float]] = {}
     for n, bare in calls.items():
         try:
             call, now = prepared(bare, method, setting)
@@ -65,14 +105,8 @@ def cost(
                 # Made once for all layers and, in a denoiser, for all steps and runs of a size.
                 share = 1 / shape.layers if call.causal else 0.0
                 estimator, selection = share * estimator, share * selection
-            # On a GPU the time of short calls is that of launches, which does not grow.
-            grows = longest / n if call.q.device.type == "cpu" else 1.0
-            whole = estimator + selection
-            if whole * grows > MOST * interpolate(dense, longest):
-                return (
-                    f"choosing takes {whole:.1f} ms at {n} tokens, "
-                    f"dense attention {interpolate(dense, n):.1f} ms"
-                )
+            if reason := _hopeless(found, (n, estimator + selection), call, longest, dense):
+                return reason
             if n < longest and call.q.device.type == "cpu" and one.execution != PLAIN:
                 return "skipping tiles and 8-bit products save no time on a CPU"
             if n == longest and (reason := no_faster(one, method, interpolate(dense, n), ms)):
@@ -80,16 +114,40 @@ def cost(
             spent = (estimator, selection, permutation(call, one, ms))
             for term, each in zip(found.values(), spent, strict=True):
                 term.append((n, each))
+            own[n] = lists(one, now, ms)
         except Exception as error:  # a method that fails must not end the calibration of the others
             return f"it does not run here: {type(error).__name__}: {error}"
-    if not found["estimator"]:
+    if not own:
         return f"it leaves prompts of {longest} tokens dense"
     parts = {name: tuple(points) for name, points in found.items()}
-    summed = tuple((at[0][0], sum(ms for _, ms in at)) for at in zip(*parts.values(), strict=True))
+    summed = _summed(parts)
     share = _share(now, call, summed[-1][1], ms)
-    own, took = lists(one, ms)
     others = other_units(method, bare) if bare.causal else []
-    return MethodCost(summed, share, between(summed), parts, took), own, others
+    return Found(MethodCost(summed, share, terms=parts), own, others, method.static)
+
+
+def _hopeless(
+    found: Mapping[str, Sequence[tuple[int, float]]],
+    now: tuple[int, float],
+    call: AttentionCall,
+    longest: int,
+    dense: Points,
+) -> str | None:
+    """Why a method whose choosing takes so many milliseconds at a length cannot win at the longest.
+    What it took at two lengths goes on at least as fast.
+    """
+    n, ms = now
+    before = (
+        [sum(found[t][-1][1] for t in ("estimator", "selection"))] if found["estimator"] else []
+    )
+    # On a CPU nothing is launch-bound; on a GPU one short call says nothing of longer ones.
+    grown = ms * (longest / n if call.q.device.type == "cpu" else 1.0)
+    if before and call.q.is_cuda:
+        grown = max(ms, interpolate([(found["estimator"][-1][0], before[0]), now], longest))
+    if grown <= MOST * interpolate(dense, longest):
+        return None
+    whole = interpolate(dense, n)
+    return f"choosing takes {ms:.1f} ms at {n} tokens, dense attention {whole:.1f} ms"
 
 
 def asked(call: AttentionCall, method: AttentionMethod) -> tuple[Answer, ...] | None:
@@ -109,21 +167,67 @@ def units(answers: Sequence[Answer]) -> list[tuple[int, int]]:
     return [p.size for a in answers[:1] for p in a.pieces if isinstance(p, BlockIndex)]
 
 
-def lists(one: Answer, ms: Clocked) -> tuple[Lists, float]:
+def lists(one: Answer, method: AttentionMethod, ms: Clocked) -> tuple[Lists, float]:
     """The lists of an answer and the milliseconds that their kernels take."""
     found = [p for p in one.pieces if isinstance(p, BlockIndex)]
-    own = tuple((p.size, density([p], one.call).tolist()) for p in found)
-    # Copies: what kernels keep with a list is made anew in every layer.
-    return own, ms(lambda: [run(one.call, replace(p), one.execution) for p in found])
+
+    def kernels() -> None:
+        for p in found:
+            # What kernels keep with a list lasts as long as the list: lists that follow from
+            # geometry are made once, others anew in every layer.
+            run(one.call, p if method.static else replace(p), one.execution)
+
+    return own_lists(one), ms(kernels)
 
 
-def against(table: CostTable, cost: MethodCost, own: Lists, tokens: int) -> MethodCost:
-    """The cost with `lists` beside what `table` predicts for the same lists."""
-    want = sum(
-        table.launch_ms(size) + sum(table.head_ms(size, tokens, d) for d in densities)
-        for size, densities in own
-    )
-    return replace(cost, lists=cost.lists / want if want else 1.0)
+def own_lists(one: Answer) -> Lists:
+    """Units of an answer's lists, each with its density by head."""
+    found = [p for p in one.pieces if isinstance(p, BlockIndex)]
+    return tuple((p.size, density([p], one.call).tolist()) for p in found)
+
+
+def beside_random(
+    table: CostTable, own: Lists, tokens: int, took: float, kept: bool = False
+) -> float:
+    """What lists took ÷ what `table` predicts for random ones of the same densities, without the
+    launches; `kept`: of lists that ran before.
+    """
+    launches = sum(table.launch_ms(size, kept) for size, _ in own)
+    heads = sum(table.head_ms(size, tokens, d) for size, each in own for d in each)
+    return max(took - launches, LEAST_LISTS * took) / heads if heads else 1.0
+
+
+def checked(
+    table: CostTable,
+    method: AttentionMethod,
+    bare: AttentionCall,
+    ms: Clocked,
+    setting: AttentionMethod | None = None,
+) -> Check | None:
+    """A whole call of a method, or of one of its settings, with all that a layer pays for, beside
+    what the table says of it. None where it stays dense or has arithmetic of its own.
+    """
+    call, now = prepared(bare, method, setting or middle(method))
+    answers = asked(call, now)
+    if answers is None or answers[0].execution != PLAIN:
+        return None
+    one, policy = answers[0], Policy(methods=(now,))
+
+    def whole() -> None:
+        # Lists that were made before meet rows in token order, as they do in a layer.
+        kept = (_laid_out(one, fresh(call)),) if now.static else ()
+        for a in kept or answer(fresh(call), policy) or ():
+            compute(a)
+
+    own, n = own_lists(one), call.n_q
+    want = table.call_ms(now.kind, n, own, 0.0 if now.static else 1.0)
+    share = float(sum(sum(each) for _, each in own)) / len(call.heads)
+    return Check("call", now.kind, n, len(call.heads), share, want, ms(whole))
+
+
+def _laid_out(one: Answer, call: AttentionCall) -> Answer:
+    """An answer for another call, whose rows are still in token order."""
+    return one if one.order is None else replace(one, call=in_kernel_order(call, one.order))
 
 
 def other_units(method: AttentionMethod, call: AttentionCall) -> list[tuple[int, int]]:
@@ -145,6 +249,13 @@ def middle(method: AttentionMethod) -> AttentionMethod:
     if dial is None:
         return method
     return method.model_copy(update={dial.field: dial.values[len(dial.values) // 2]})
+
+
+def ends(method: AttentionMethod) -> list[AttentionMethod]:
+    """The method at both ends of its dial."""
+    dial = method.dial
+    values = () if dial is None else (dial.values[0], dial.values[-1])
+    return [method.model_copy(update={dial.field: v}) for v in values if dial is not None]
 
 
 def prepared(
@@ -186,15 +297,6 @@ def no_faster(one: Answer, method: AttentionMethod, whole: float, ms: Clocked) -
     if best < least:
         return None
     return f"8-bit products take {best:.2f} ms ({qk} QK, {pv} PV), the inputs' own {least:.2f} ms"
-
-
-def between(points: Points) -> float:
-    """How far inner points lie from the line through their neighbours, at worst."""
-    gaps = [
-        abs(interpolate((points[i - 1], points[i + 1]), points[i][0]) / points[i][1] - 1)
-        for i in range(1, len(points) - 1)
-    ]
-    return round(max(gaps, default=0.0), 4)
 
 
 def choosing(

@@ -1,20 +1,28 @@
-"""How long this process compiles kernels, as Triton tells it."""
+"""How long this process compiles kernels, as Triton tells it, and how threads share the work."""
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from pkgutil import iter_modules
 from threading import Lock
 from typing import Any
 
 from triton import knobs
+from triton.runtime.jit import JITFunction
+
+FIRST = "lower"
+"""Module whose kernels run before all others wherever lists are run."""
 
 
 @contextmanager
-def clock() -> Iterator[Callable[[], float]]:
+def clock(cached: bool = True) -> Iterator[Callable[[], float]]:
     """Gives a function that says for how many seconds something was compiled since it was opened;
-    kernels that were compiled at once count once.
+    kernels that were compiled at once count once. Without `cached` kernels that lay in Triton's
+    cache do not count, which are read in no time but not in none.
     """
     spans: list[tuple[float, float]] = []  # apart, ascending
     before = knobs.compilation.listener
@@ -22,10 +30,11 @@ def clock() -> Iterator[Callable[[], float]]:
     def hear(**compiled: Any) -> None:
         end = time.monotonic()
         begin = end - compiled["times"].total / 1e6
-        with lock:
-            while spans and spans[-1][1] > begin:
-                begin = min(begin, spans.pop()[0])
-            spans.append((begin, end))
+        if cached or not compiled["cache_hit"]:
+            with lock:
+                while spans and spans[-1][1] > begin:
+                    begin = min(begin, spans.pop()[0])
+                spans.append((begin, end))
         if before is not None:
             before(**compiled)
 
@@ -35,3 +44,45 @@ def clock() -> Iterator[Callable[[], float]]:
         yield lambda: sum(end - begin for begin, end in spans)
     finally:
         knobs.compilation.listener = before
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """While it is open, threads that want the same kernel compile it once. Triton lets each compile
+    its own, which takes as many processors as there are threads.
+    """
+    _settle()
+    compile_now = JITFunction._do_compile
+    locks: dict[Any, Lock] = defaultdict(Lock)
+
+    def shared(self: Any, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
+        with guard:
+            lock = locks[id(self), key, device]
+        with lock:
+            known = self.device_caches[device][0].get(key)
+            if known is not None:
+                return known
+            return compile_now(self, key, signature, device, *rest)
+
+    guard = Lock()
+    JITFunction._do_compile = shared
+    try:
+        yield
+    finally:
+        JITFunction._do_compile = compile_now
+
+
+def _settle() -> None:
+    """Hash every kernel in one order. Triton 3.6 gives a kernel another key when functions that it
+    calls were hashed before it, so that threads would leave in the cache what no process finds.
+    """
+    package = __package__ or ""
+    names = {m.name for m in iter_modules(import_module(package).__path__)}
+    for name in (FIRST, *sorted(names - {FIRST})):
+        try:
+            module = import_module(f"{package}.{name}")
+        except (ImportError, AttributeError):  # this Triton lacks what it is made of
+            continue
+        for kernel in vars(module).values():
+            if isinstance(kernel, JITFunction):
+                _ = kernel.cache_key

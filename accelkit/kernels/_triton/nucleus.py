@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accelkit.kernels._triton.select import greatest, starts
+from accelkit.kernels._triton.select import greatest, starts, warps_of
 from accelkit.kernels._triton.tile import table
 from accelkit.kernels.index import BlockIndex
 
@@ -61,6 +61,6 @@ def nucleus(
         _nucleus[(batch * heads * nq,)](
             logits.contiguous(), share, *marks, *table(kept.view(torch.uint8)[..., 0], count),
             blocks, count, int(share.numel() > 1), heads, nq, nk, N=width,
-            num_warps=1 if width <= 256 else 4 if width <= 2048 else 8,
+            num_warps=warps_of(width),
         )  # fmt: skip
     return BlockIndex(starts(batch, heads, nq, nk, device), count, blocks, size)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accelkit.kernels import pyramid
-from accelkit.kernels._triton.select import greatest, nested, starts
+from accelkit.kernels._triton.select import greatest, starts, warps_of
 from accelkit.kernels._triton.tile import next_power_of_two, table
 from accelkit.kernels.index import BlockIndex
 
@@ -56,11 +56,11 @@ def _levels(
     for i in tl.static_range(2):
         half = tl.zeros([GROUPS, BD], tl.float32)
         for j in tl.static_range(2):
-            at: tl.constexpr = 4 * i + 2 * j
-            left = _row(x0, ORDER, eighth * 8, at, s_xn, n, group, d, D, IN_ORDER)
-            right = _row(x0, ORDER, eighth * 8, at + 1, s_xn, n, group, d, D, IN_ORDER)
-            _store(out, left, eighth * 8, first0, rows, 8, 4 * i + 2 * j, group, d, D)
-            _store(out, right, eighth * 8, first0, rows, 8, 4 * i + 2 * j + 1, group, d, D)
+            even, odd = 4 * i + 2 * j, 4 * i + 2 * j + 1
+            left = _row(x0, ORDER, eighth * 8, even, s_xn, n, group, d, D, IN_ORDER)
+            right = _row(x0, ORDER, eighth * 8, odd, s_xn, n, group, d, D, IN_ORDER)
+            _store(out, left, eighth * 8, first0, rows, 8, even, group, d, D)
+            _store(out, right, eighth * 8, first0, rows, 8, odd, group, d, D)
             pair = left.to(tl.float32) + right.to(tl.float32)
             _store(out, pair / 2, eighth * 4, first1, first0, 4, 2 * i + j, group, d, D)
             half += pair
@@ -144,14 +144,17 @@ def _list(
     if BY_ENERGY:
         number = tl.maximum(tl.ceil(least * tl.sum(one, 0) - 1e-4), 1.0)
         whole = tl.where((least > 0) & real, greatest(x, one, number), 0)
-    i = tl.arange(0, 4)
-    end = tl.where(i < 2, tl.where(i < 1, end0, end1), tl.where(i < 3, end2, end3))
-    if BY_ENERGY:
-        chosen = tl.where((end >= 1.0)[:, None], 1, nested(x, value, end * total))
-    else:
-        chosen = nested(x, value, tl.maximum(tl.ceil(end * total - 1e-4), 1.0))
-    chosen = tl.where(real[None, :], chosen, 0) | whole[None, :]
-    level = 4 - tl.sum(chosen, 0)
+    level = tl.zeros([N], tl.int32) + 4
+    for i in tl.static_range(4):
+        end = (end0, end1, end2, end3)[i]
+        if BY_ENERGY:
+            chosen = tl.where(end >= 1.0, 1, greatest(x, value, end * total))
+        else:
+            chosen = greatest(x, value, tl.maximum(tl.ceil(end * total - 1e-4), 1.0))
+        chosen = tl.where(real, chosen, 0) | whole
+        if i == 0:
+            whole = chosen
+        level -= chosen
     level = tl.where((kept > 0) & (at < nk), 0, level)
     blocks, done = BLOCKS + row * most, 0
     level, done = _take(blocks, done, level, n, 0, 3, N, BK, UNIT)
@@ -184,7 +187,7 @@ def listed(
             scores.contiguous(), *table(kept.view(torch.uint8)[..., 0], count), blocks, count,
             heads, nq, nk, tokens, *pyramid.firsts(tokens, unit)[2::-1], most,
             *map(float, ends), least, N=width, BK=size[1], UNIT=unit, BY_ENERGY=by_energy,
-            num_warps=1 if width <= 512 else 2 if width <= 1024 else 4,
+            num_warps=warps_of(width),
         )  # fmt: skip
     first = starts(batch, heads, nq, most, device)
     return BlockIndex(first, count, blocks, (size[0], unit), pyramid=True)

@@ -12,8 +12,8 @@ from accelkit.kernels._triton.tile import precision
 from accelkit.kernels.index import Inputs, ceil_div
 
 MOST_ROWS, MOST_MASKS = 64, 2
-_PROGRAMS = 264
-"""Two for each multiprocessor of a large GPU: keys are cut into as many pieces as that takes."""
+_PROGRAMS = 528
+"""Four for each multiprocessor of a large GPU: keys are cut into as many pieces as that takes."""
 
 
 @triton.jit
@@ -107,7 +107,8 @@ def masked_rows(call: Inputs, rows: Tensor, masks: Tensor) -> Tensor:
     batch, heads, device = call.q.shape[0], len(call.heads), call.q.device
     d, dv, number = call.q.shape[3], call.v.shape[3], len(masks) + 1
     wide = call.q.dtype == torch.float32
-    r, bn, bdv = max(16, padded_width(len(rows))), 64, padded_width(dv)
+    r, bd, bdv = max(16, padded_width(len(rows))), padded_width(d), padded_width(dv)
+    bn, stages = (128, 2) if not wide and max(bd, bdv) <= 128 else (64, 2)
     parts = max(1, min(_PROGRAMS // (batch * heads), ceil_div(call.n_k, 2 * bn)))
     per = ceil_div(ceil_div(call.n_k, parts), bn) * bn
     parts = ceil_div(call.n_k, per)
@@ -119,9 +120,9 @@ def masked_rows(call: Inputs, rows: Tensor, masks: Tensor) -> Tensor:
         call.q, call.k, call.v, head_table(call.heads, device), call.kv_of_head.int(), rows,
         masks.view(torch.uint8), acc, total, top, *call.q.stride()[:3], *call.k.stride()[:3],
         *call.v.stride()[:3], heads, len(rows), call.n_k, per, parts, call.scale * LOG2E,
-        R=r, BN=bn, D=d, DV=dv, BD=padded_width(d), BDV=bdv, N_MASKS=number - 1,
+        R=r, BN=bn, D=d, DV=dv, BD=bd, BDV=bdv, N_MASKS=number - 1,
         DTYPE=getattr(tl, str(call.v.dtype).removeprefix("torch.")),
-        PREC=precision(call.q.dtype), num_warps=8, num_stages=2 if wide else 3,
+        PREC=precision(call.q.dtype), num_warps=8, num_stages=stages,
     )  # fmt: skip
     _join[(number, batch * heads)](
         acc, total, top, out, len(rows), parts, R=r, DV=dv, BDV=bdv,

@@ -83,8 +83,8 @@ def pool(
     _pool[(nb, batch * heads.numel())](
         x, heads, out if places is None else places, heads if begin is None else begin, out,
         *x.stride(), *steps, heads.numel(), n, nb, BLOCK=block,
-        BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
-        HAS_PLACES=places is not None, HAS_BEGIN=begin is not None, num_warps=4,
+        BM=min(128, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
+        HAS_PLACES=places is not None, HAS_BEGIN=begin is not None, num_warps=2,
     )  # fmt: skip
     return out
 
@@ -296,8 +296,8 @@ def self_similarity(
     _alike[(nb, batch * ids.numel())](
         x, ids, out if places is None else places, out if centre is None else centre.contiguous(),
         out, out if means is None else means, *x.stride(), *steps, ids.numel(), n, nb, factor,
-        BLOCK=block, BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
-        HAS_PLACES=places is not None, HAS_CENTRE=centre is not None, num_warps=4,
+        BLOCK=block, BM=min(128, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
+        HAS_PLACES=places is not None, HAS_CENTRE=centre is not None, num_warps=2,
     )  # fmt: skip
     return out, means
 
@@ -431,7 +431,7 @@ def sampled_max(
     (nq, nk), batch, heads = call.tiles(size), call.q.shape[0], len(call.heads)
     d, device, wide = call.q.shape[3], call.q.device, call.q.dtype == torch.float32
     pq, pk = q_places.numel(), k_places.numel()
-    tq, tk = 128 // pq, max(1, (64 if wide else 128) // pk)
+    tq, tk = 128 // pq, max(1, 64 // pk)
     parts = ceil_div(nq, tq)
     out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=device)
     q_heads, kv = head_table(call.heads, device), call.kv_of_head
@@ -446,7 +446,7 @@ def sampled_max(
             *call.q.stride()[:3], *call.k.stride()[:3], mine, call.n_q, call.n_k, nq, nk,
             call.scale, BQ=size[0], BK=size[1], TQ=tq, PQ=pq, TK=tk, PK=pk, D=d,
             BD=padded_width(d), CHUNK=32, PREC=precision(call.q.dtype),
-            STAGES=2 if wide else 3, IN_ORDER=key_order is not None, num_warps=8,
+            STAGES=2 if wide else 3, IN_ORDER=key_order is not None, num_warps=4,
         )  # fmt: skip
         if found is not out:
             out[:, i : i + mine] = found

@@ -81,25 +81,11 @@ def greatest(x, value, target):
     return tl.where(key > high, 1, tl.where(above + before < target, tied, 0))
 
 
-@triton.jit
-def nested(x, value, targets):
-    """`greatest` for some targets at once, which takes hardly longer than for one; int32
-    `[targets, n]`.
+def warps_of(width: int) -> int:
+    """Warps of a program that holds a row in registers: one alone needs no barriers, and other
+    programs fill the multiprocessor.
     """
-    key, n = _key(x)[None, :], value[None, :]
-    low = tl.min(_key(x), 0) - 1 + tl.zeros_like(targets).to(tl.int32)
-    high = tl.max(_key(x), 0) + 1 + tl.zeros_like(targets).to(tl.int32)
-    for _ in range(32):
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        above = tl.sum(tl.where(key > middle[:, None], n, 0.0), 1)
-        fits = above < targets
-        high = tl.where(fits, middle, high)
-        low = tl.where(fits, low, tl.minimum(middle + 1, high))
-    above = tl.sum(tl.where(key > high[:, None], n, 0.0), 1)
-    tied = (key == high[:, None]).to(tl.int32)
-    before = (tl.cumsum(tied, 1) - 1).to(tl.float32) * n
-    fits = above[:, None] + before < targets[:, None]
-    return tl.where(key > high[:, None], 1, tl.where(fits, tied, 0))
+    return 1 if width <= 2048 else 8
 
 
 @triton.jit
@@ -121,11 +107,10 @@ def prefix(scores: Tensor, target: Tensor, by_mass: bool) -> Tensor:
     scores, n = scores.float().contiguous(), scores.shape[-1]
     out = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     width = max(16, triton.next_power_of_2(n))
-    warps = 1 if width <= 256 else 4 if width <= 2048 else 8
     if out.numel():
         _prefix[(scores.numel() // n,)](
             scores, target.float().contiguous(), out.view(torch.uint8), n,
-            BY_MASS=by_mass, N=width, num_warps=warps,
+            BY_MASS=by_mass, N=width, num_warps=warps_of(width),
         )  # fmt: skip
     return out
 
@@ -150,8 +135,8 @@ def _narrowed(PART, GOAL, row, low, high, n_chunks, WAYS: tl.constexpr, CHUNKS: 
 
 @triton.jit(do_not_specialize=["n", "n_chunks"])
 def _mass_above(
-    SCORES, GOAL, BEFORE, PART_BEFORE, RANGE, PART, TIED, n, n_chunks,
-    FIRST: tl.constexpr, WAYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    SCORES, GOAL, BEFORE, PART_BEFORE, RANGE, PART, TIED, n, n_chunks, FIRST: tl.constexpr,
+    WAYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """What lies above each threshold of a chunk. Every program narrows the range by what all chunks
     found in the pass before: that takes less time than a launch between the passes.
@@ -164,13 +149,17 @@ def _mass_above(
     if chunk == 0:
         tl.store(RANGE + row * 2, low)
         tl.store(RANGE + row * 2 + 1, high)
-    at = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
-    value, key = tl.maximum(x, 0.0), _key(x)
-    for i in tl.static_range(WAYS):
-        mass = tl.sum(tl.where(key > _limit(low, high, i, WAYS), value, 0.0), 0)
-        tl.store(PART + (row * WAYS + i) * n_chunks + chunk, mass)
-    tl.store(TIED + row * n_chunks + chunk, tl.sum((key == high).to(tl.int32), 0))
+    way = tl.arange(0, WAYS)
+    limit = _limit(low, high, way, WAYS).to(tl.int32)[:, None]
+    mass, tied = tl.zeros([WAYS, STEP], tl.float32), tl.zeros([STEP], tl.int32)
+    for j in range(0, CHUNK, STEP):
+        at = chunk * CHUNK + j + tl.arange(0, STEP)
+        x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
+        key = _key(x)
+        mass += tl.where(key[None, :] > limit, tl.maximum(x, 0.0)[None, :], 0.0)
+        tied += (key == high).to(tl.int32)
+    tl.store(PART + (row * WAYS + way) * n_chunks + chunk, tl.sum(mass, 1))
+    tl.store(TIED + row * n_chunks + chunk, tl.sum(tied, 0))
 
 
 @triton.jit(do_not_specialize=["n", "n_chunks"])
@@ -216,7 +205,7 @@ def long_prefix(scores: Tensor, target: Tensor) -> Tensor:
     for i in range(passes):
         _mass_above[(n_chunks, rows)](
             flat, goal, bounds[i - 1], part[i - 1], bounds[i], part[i], tied, n, n_chunks,
-            FIRST=i == 0, **sizes,
+            FIRST=i == 0, STEP=256, **sizes,
         )  # fmt: skip
     _take[(n_chunks, rows)](
         flat, bounds[-1], part[-1], tied, goal, out.view(torch.uint8), n, n_chunks, **sizes

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, ClassVar
 from accelkit.patches.method import AttentionMethod, Calibrator, Execution, Method, Precision
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from accelkit.patches.call import AttentionCall, Phase, Site
 
 
@@ -49,8 +51,18 @@ class SageAttention(AttentionMethod):
 
 class _Precisions(Calibrator):
     """All pairs of precisions: which is fastest depends on head size and causality, which is exact
-    enough on the data.
+    enough on the data; of a denoiser the fastest pairs without smoothing as well.
     """
 
+    def __init__(self, method: Method) -> None:
+        super().__init__(method)
+        self.rough: tuple[tuple[Precision, Precision], ...] = ()
+
+    def see(self, call: AttentionCall, out: Tensor, lse: Tensor) -> None:
+        # Video models normalise their keys: what smoothing takes may be for nothing.
+        self.rough = PRECISIONS[:2] if call.clock.phase == "denoise" else ()
+
     def settings(self) -> tuple[Method, ...]:
-        return tuple(self.method.model_copy(update={"qk": qk, "pv": pv}) for qk, pv in PRECISIONS)
+        whole = self.method.model_copy
+        rough = [whole(update={"qk": q, "pv": p, "smooth_k": False}) for q, p in self.rough]
+        return (*rough, *(whole(update={"qk": q, "pv": p}) for q, p in PRECISIONS))
