@@ -1,8 +1,26 @@
-"""How much memory a stretch of work takes at most."""
+"""How much memory a stretch of work takes at most, and keeping what was used once."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import torch
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""Options of `mallopt`: free bytes at the heap's end that go back to the system, and how many
+blocks may be mapped from it one by one."""
+
+
+def keep() -> None:
+    """Let this process keep memory that it freed, on Linux with glibc: otherwise the activations of
+    every layer are fresh pages again, which the system clears first. It speeds up dense and sparse
+    attention alike.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if option is not None:
+        option(_TRIM_THRESHOLD, 2**31 - 1)
+        option(_MMAP_MAX, 0)
 
 
 def restart(device: torch.device) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -89,6 +90,21 @@ def producer(*libraries: str) -> dict[str, str | None]:
     """What made a plan."""
     packages = ("torch", "triton", *libraries)
     return {"name": "accelkit", "version": version(), **{p: installed(p) for p in packages}}
+
+
+@contextmanager
+def calm() -> Iterator[None]:
+    """Python's collector of cycles leaves alone what was there before: it takes a third of a second
+    to look through all of torch, now and then, while nothing of that can go.
+    """
+    if gc.get_freeze_count():  # somebody else has said so
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def compile_clock(cached: bool = True) -> AbstractContextManager[Callable[[], float]]:

@@ -137,8 +137,8 @@ class Rows:
         return torch.empty((rows, bq, self.width), dtype=dtype), torch.empty((rows, bq), dtype=lse)
 
     def squares(self, own: Tensor) -> None:
-        """Tiles over the keys at their own positions, as triangles, where `own` (bool
-        `[B · S, tiles]`) says so.
+        """First of all: tiles over the keys at their own positions, as triangles, where `own`
+        (bool `[B · S, tiles]`) says so.
         """
         bq, tiles = self.q.shape[1], self.launch.tiles
         first = self.launch.q_start // bq
@@ -146,13 +146,16 @@ class Rows:
         heads = self.launch.batch * self.launch.k.shape[1]
         k, v = (t.view(heads, -1, 1, bq, self.width) for t in (self.k, self.v))
         q = self.q.unflatten(0, (-1, self.tiles))
-        done = 0
+        self.found = self._memory(len(self.q), self.dtype)
+        out, lse = (t.unflatten(0, (-1, self.tiles)) for t in self.found)
+        out[:, len(tiles) :], lse[:, len(tiles) :] = 0.0, -math.inf
         for line, kv in enumerate(self.kv.tolist()):
             some = q[line, : len(tiles), None]
-            out, lse = fused(some, k[kv, places], v[kv, places], self.launch.scale, causal=True)
-            done = self._put(done, out[:, 0], lse[:, 0])
-        source = torch.arange(done).view(own.shape).where(own, -1)
-        self._join_stage(done, pad(source, (0, self.tiles - len(tiles)), value=-1).flatten())
+            one = fused(some, k[kv, places], v[kv, places], self.launch.scale, causal=True)
+            out[line, : len(tiles)], lse[line, : len(tiles)] = (t[:, 0] for t in one)
+        if not own.all():
+            out[:, : len(tiles)].masked_fill_(~own[..., None, None], 0.0)
+            lse[:, : len(tiles)].masked_fill_(~own[..., None], -math.inf)
 
     def pieces(self, lists: Lists, height: int = 1) -> None:
         """Runs of tiles over the blocks of their lists, which all their queries see wholly."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from accelkit.calibration.candidates import (
 )
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit.inputs import Shape, random_call
+from accelkit.calibration.prefill.measure import dear
 from accelkit.calibration.stages import kept
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.method import load
@@ -78,3 +81,11 @@ def test_settings_that_share_a_launch_read_as_they_do_alone(
     monkeypatch.setattr(candidates, "most_together", lambda call: 3)
     assert Bench(call, dense, scored, shelf={}).families(some) == alone
     assert max(launches) == 3 and sum(launches) > 12
+
+
+def test_methods_whose_own_work_is_long_are_dear_on_a_gpu() -> None:
+    slow = replace(COSTS.methods["window"], points=((4096, 50.0),))
+    costs = replace(COSTS, methods={**COSTS.methods, "xattention": slow})
+    gpu, cpu = (SimpleNamespace(device=torch.device(d)) for d in ("cuda", "cpu"))
+    assert dear(gpu, costs, 4096) == {"xattention"}  # 50 ms of 160
+    assert dear(gpu, COSTS, 4096) == dear(cpu, costs, 4096) == set()

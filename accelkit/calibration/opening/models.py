@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from accelkit.calibration import memory
 from accelkit.errors import InvalidInputError, MissingExtraError, UnsupportedModelError
 from accelkit.patches.adapters import facts, sites
 from accelkit.patches.patch import patch, save_pretrained
@@ -33,6 +34,8 @@ def open_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
     where = choose_device(device)
     config = open_config(name)
     kind = choose_dtype(config, dtype, where)
+    if where.type == "cpu":
+        memory.keep()
     if not (sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")):
         transformers.utils.logging.disable_progress_bar()
     try:

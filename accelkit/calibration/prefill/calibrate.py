@@ -32,6 +32,7 @@ from accelkit.calibration.session import (
     Stopwatch,
     as_budget,
     by_stage,
+    calm,
     checked_limit,
     compile_clock,
     digest,
@@ -118,6 +119,7 @@ def calibrate(
         "seed": seed,
     }
     with (
+        calm(),
         compile_clock() as compiled,
         Bar(progress) as bar,
         closing(Journal(journal, settings, resume, compiled)) as book,
@@ -184,7 +186,7 @@ def _plan(
     memory.restart(run.device)
     costs = stages.fitted(run, shape, run.model.dtype, tokens, methods)
     able = [m for m in methods if m.kind in costs.methods]
-    screen = measure.screened(run, screen_on, able)
+    screen = measure.screened(run, screen_on, able, measure.dear(run, costs, tokens))
     families = {
         path: stages.kept(record, costs, tokens, len(screen_on.ids), run.preset.families)
         for path, record in screen.items()
@@ -192,8 +194,7 @@ def _plan(
     probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
     heads = {s.path: run.heads[s.path] for s in run.sites}
     shows = [measure.probe_of(run.model, p) for p in probes]
-    by_probe = stages.probed(run, heads, shows, lambda place: quality.faintest)
-    weights = [stages.worst(heads, _alike(s, probes, by_probe)) for s in inputs.measure]
+    weights = stages.weighed(run, heads, shows, lambda place: quality.faintest)
     brief = len(screen_on.ids)
 
     def data(families: Mapping[str, Sequence[Family]], units: Sequence[Any]) -> list[SiteData]:
@@ -235,20 +236,6 @@ def _probes(
         ]
     some = inputs.measure[: len(names)]
     return [prompts.Sample(s.task, s.ids[-PROBE_TOKENS:], ()) for s in some]
-
-
-def _alike(
-    sample: prompts.Sample,
-    probes: Sequence[prompts.Sample],
-    found: Sequence[dict[str, list[float]]],
-) -> Sequence[dict[str, list[float]]]:
-    """What was found on the probes of a sample's kind, tasks with answers or text; on all of them
-    where there is none.
-    """
-    alike = [
-        f for p, f in zip(probes, found, strict=True) if bool(p.answers) == bool(sample.answers)
-    ]
-    return alike or found
 
 
 def _units(places: int, inputs: prompts.Inputs, preset: Preset) -> int:

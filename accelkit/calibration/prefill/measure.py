@@ -7,7 +7,7 @@ stored units alone, so a resumed run repeats nothing and decides alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from accelkit.calibration.evaluation.tasks import Sample
 from accelkit.calibration.profile import UNIT, profile
 from accelkit.calibration.session import Preset, Run
 from accelkit.calibration.stages import family_of
+from accelkit.kernels.cost import CostTable
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
@@ -36,6 +37,8 @@ from accelkit.patches.sites.attention import answer
 
 LENDABLE = 0.15
 """Error up to which a head's lists are worth lending."""
+DEAR = 0.3
+"""Share of dense attention from which a method's own work makes it an unlikely winner."""
 PROBE_TOKENS = 512
 """Length of the prompts on which weights are measured."""
 PRESETS = {
@@ -45,7 +48,19 @@ PRESETS = {
 }
 
 
-def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> dict[str, Any]:
+def dear(run: Run, costs: CostTable, tokens: int) -> set[str]:
+    """Methods that are screened with two settings only: their own work takes much of dense
+    attention's time, and on a GPU the host takes as long for it on a short prompt as on a long one.
+    """
+    if run.device.type != "cuda":
+        return set()
+    whole = {k: np.dot(costs.method_ms(k, tokens), (1, costs.heads)) for k in costs.methods}
+    return {k for k, ms in whole.items() if ms > DEAR * costs.dense_ms(tokens)}
+
+
+def screened(
+    run: Run, sample: Sample, methods: Sequence[AttentionMethod], dear: Collection[str] = ()
+) -> dict[str, Any]:
     """Profile of every site and errors of every method on one short prompt."""
     keys = {s.path: f"screen/{s.path}" for s in run.sites}
     rows = tasks.judged_rows(sample)
@@ -60,7 +75,8 @@ def screened(run: Run, sample: Sample, methods: Sequence[AttentionMethod]) -> di
 
         def work() -> dict[str, Any]:
             wanted, _ = calibrated_settings(methods, site, call, dense)
-            few = [thinned(f, run.preset.settings) for f in wanted]
+            most = run.preset.settings
+            few = [thinned(f, 2 if f.settings[0].kind in dear else most) for f in wanted]
             return {"profile": asdict(found), "families": bench.families(few)}
 
         run.tell(f"screening {len(methods)} methods")
@@ -162,7 +178,8 @@ def _measure(
 
         run.tell(f"measuring, prompt {n + 1}")
         run.journal.unit(keys[path], work)
-        offer = _offer(call, bench, screen[path], kept_by[path]) if back else None
+        lender = kept_by[path] if back else ()
+        offer = _offer(call, bench, screen[path], lender, families[path])
         if offer is not None:
             lists[path] = offer
         for old in order[: max(0, at - back + 1)]:
@@ -172,11 +189,15 @@ def _measure(
 
 
 def _offer(
-    call: AttentionCall, bench: Bench, record: Mapping[str, Any], families: Sequence[Family]
+    call: AttentionCall,
+    bench: Bench,
+    record: Mapping[str, Any],
+    kept: Sequence[Family],
+    families: Sequence[Family],
 ) -> Offer | None:
-    """What this site may lend: lists of its best family."""
-    found = lendable(record, families[0].name) if families else None
-    if found is None:
+    """What this site may lend: lists of its best family, if that setting is still measured here."""
+    found = lendable(record, kept[0].name) if kept else None
+    if found is None or not any(found[0] in f.settings for f in families):
         return None
     method, good = found
     index = bench.lent.get(method)
