@@ -68,20 +68,29 @@ def dense_step(pipe: Any, size: Settings, arguments: dict[str, Any]) -> float:
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Every stage of calibration is printed when its first unit has ended, with the time."""
+def told() -> Iterator[list[dict[str, Any]]]:
+    """Every stage of calibration is printed when its first unit has ended, with the time, and every
+    run of the check, which are given as well: plan, prompt, share of the steps that ran, seconds
+    with the dense run of the prompt where it was the first.
+    """
     begin, put, seen = time.perf_counter(), Journal.put, set()
+    checks: list[dict[str, Any]] = []
 
-    def noted(self: Journal, key: str, *rest: Any) -> Any:
-        stage = key.partition("/")[0]
+    def noted(self: Journal, key: str, value: Any, seconds: float, compiling: float = 0.0) -> Any:
+        stage, _, which = key.partition("/")
         if stage not in seen:
             seen.add(stage)
             print(f"{time.perf_counter() - begin:7.1f} s  {stage}", flush=True)
-        return put(self, key, *rest)
+        if stage == "check" and isinstance(value, dict) and "error" in value:
+            plan, _, prompt = which.partition("/")
+            run = {k: value[k] for k in ("error", "done") if k in value}
+            checks.append({"plan": plan[:8], "prompt": prompt, **run, "seconds": seconds})
+            print(f"{time.perf_counter() - begin:7.1f} s  {checks[-1]}", flush=True)
+        return put(self, key, value, seconds, compiling)
 
     Journal.put = noted  # type: ignore[method-assign]
     try:
-        yield
+        yield checks
     finally:
         Journal.put = put  # type: ignore[method-assign]
 
@@ -109,7 +118,7 @@ def main() -> None:
     if not args.check:
         denoise.Checker = Unchecked  # type: ignore[misc]
     begin = time.perf_counter()
-    with told():
+    with told() as checks:
         plan = accelkit.calibrate(
             pipe, [arguments] * 4, height=size.height, width=size.width, num_frames=size.num_frames,
             steps=args.steps, preset=args.preset, methods=args.methods, budget=args.budget,
@@ -139,6 +148,7 @@ def main() -> None:
         "environment": environment(torch.device(args.device)),
         "rows": [row],
         "rounds": plan.measured["rounds"],
+        "checks": checks,
         "refused": about["refused"],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ SETTINGS: dict[str, list[dict]] = {
     "psa": [
         {},
         {"every": 8},
-        {"ends": (0.05, 0.13, 0.22, 0.55), "every": 8},
+        {"ends": (0.05, 0.12, 0.21, 0.54), "every": 8},
         {"every": 8, "block": 256},
         {"ends": (0.06, 0.15, 0.26, 0.6), "every": 8, "block": 256},
     ],

@@ -33,9 +33,9 @@ FOUR = tuple((BLOCK, d) for d in (0.5, 0.25, 0.1, 0.05))
 PARTS: dict[str, Callable[[float], Iterator[dict[str, Any]]]] = {
     "llm": lambda ms: rates(LLM, FOUR, ANY, ms),
     "mixed": lambda ms: rates(LLM, ((BLOCK, "mixed"), ((64, 64), 0.1)), ANY, ms),
-    "long": lambda ms: rates(LONG, FOUR, ANY, ms, with_flex=False),
+    "long": lambda ms: rates(LONG, FOUR, ANY, ms),
     "full": lambda ms: rates(FULL, FOUR, FREE, ms),
-    "video": lambda ms: rates(VIDEO, FOUR, FREE, ms, with_flex=False),
+    "video": lambda ms: rates(VIDEO, FOUR, FREE, ms),
     "d64": lambda ms: rates(D64, FOUR, FREE, ms),
     "skip": skipping,
     "gather": gathering,

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from attention.peers import dense_paths
-from attention.shapes import FULL, LLM, LONG, random_call, random_mask, stripes
+from attention.shapes import FULL, LLM, LONG, Shape, random_call, random_mask, stripes
 
 from accelkit.kernels import scores
 from accelkit.kernels.dispatch import attend
@@ -77,10 +77,10 @@ def _strided(qk: str) -> Callable[[], object]:
     return lambda: scores.strided(call, 8, BLOCK, qk)
 
 
-def _rounded(qk: str, pv: str) -> Callable[[], object]:
-    q, k, v = random_call(FULL, "cuda", torch.bfloat16)
-    index = BlockIndex.dense(FULL.heads, FULL.tokens // 128, BLOCK, q.device)
-    return lambda: attend(q, k, v, index, causal=False, qk=qk, pv=pv, smooth_k=True)
+def _rounded(qk: str, shape: Shape) -> Callable[[], object]:
+    q, k, v = random_call(shape, "cuda", torch.bfloat16)
+    index = BlockIndex.dense(shape.heads, shape.tokens // 128, BLOCK, q.device)
+    return lambda: attend(q, k, v, index, causal=shape.causal, qk=qk, pv="fp8", smooth_k=True)
 
 
 def _gather(backend: str) -> Callable[[], object]:
@@ -98,7 +98,10 @@ CASES: dict[str, tuple[str, Callable[[], Callable[[], object]]]] = {
     "cudnn": (".*", _dense),
     "strided 8": ("_strided", lambda: _strided("native")),
     "strided 8, int8": ("_strided", lambda: _strided("int8")),
-    "8 bits": ("_eight_bit", lambda: _rounded("fp8", "fp8")),
+    "8 bits": ("_eight_bit", lambda: _rounded("fp8", FULL)),
+    "8 bits, int8": ("_eight_bit", lambda: _rounded("int8", FULL)),
+    "8 bits, causal": ("_eight_bit", lambda: _rounded("fp8", LLM)),
+    "8 bits, int8, causal": ("_eight_bit", lambda: _rounded("int8", LLM)),
 }
 """By name: the kernel that is meant, and what prepares its launch."""
 
@@ -170,7 +173,8 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "gpu": torch.cuda.get_device_name(),
-        "note": f"Full: {FULL.name}; strided: the first launch of {LONG.name}. "
+        "note": f"Full: {FULL.name}; causal and gather: "
+        f"{LLM.name}; strided: the first launch of {LONG.name}. "
         "By `benchmarks/profile_kernels.py`.",
         "results": [],
     }

@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from accelkit.errors import KernelUnavailableError, UnsupportedConfigurationError
-from accelkit.kernels import dispatch, scores, select
+from accelkit.kernels import dispatch, pyramid, scores, select
 from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import ALL, BlockIndex, ceil_div, plain_inputs
 from accelkit.kernels.merge import merge
@@ -35,7 +36,9 @@ OPTIONS = {
     "full": {"causal": False},
     "skip": {"causal": True, "skip": 0.01},
     "int8, fp8": {"causal": True, "qk": "int8", "pv": "fp8", "smooth_k": True},
-    "fp8": {"causal": False, "qk": "fp8"},
+    "fp8, fp8": {"causal": False, "qk": "fp8", "pv": "fp8"},
+    "int8": {"causal": False, "qk": "int8"},
+    "fp8": {"causal": True, "qk": "fp8", "smooth_k": True},
 }
 
 
@@ -44,9 +47,9 @@ def tensors(d: int) -> list[Tensor]:
     return [torch.randn(s, device="cuda").bfloat16().transpose(1, 2) for s in sizes]
 
 
-def lists(size: tuple[int, int]) -> BlockIndex:
-    """Random blocks with one empty and one dense row."""
-    nq, nk = ceil_div(N, size[0]), ceil_div(N, size[1])
+def lists(size: tuple[int, int], nk: int | None = None) -> BlockIndex:
+    """Random blocks, or entries of `nk`, with one empty and one dense row."""
+    nq, nk = ceil_div(N, size[0]), nk or ceil_div(N, size[1])
     index = BlockIndex.from_mask(torch.rand(2, HEADS, nq, nk, device="cuda") < 0.4, size)
     count = index.count.clone()
     count[:, 0, 1], count[:, 1, 1] = 0, ALL
@@ -61,6 +64,14 @@ def attention(d: int) -> Iterator[tuple[str, Callable[[], object]]]:
             for backend in dispatch.KERNELS:
                 run = partial(attend, q, k, v, index, backend=backend, **options)
                 yield f"{backend}, d{d}, {size}, {name}", run
+        biased = replace(index, bias=torch.rand(1, HEADS, N, device="cuda"))
+        levels = replace(lists(size, pyramid.firsts(N, size[1])[-1]), pyramid=True)
+        for backend in dispatch.KERNELS:
+            run = partial(attend, q, k, v, biased, backend=backend)
+            yield f"{backend}, d{d}, {size}, biased keys", run
+            if size[1] > 1:
+                run = partial(attend, q, k, v, levels, causal=False, backend=backend)
+                yield f"{backend}, d{d}, {size}, levels", run
 
 
 def estimators() -> Iterator[tuple[str, Callable[[], object]]]:

@@ -22,7 +22,9 @@ class EveryOther(AttentionMethod):
 
     static = True  # the index follows from the shapes alone
     stride_blocks: int = 2
+    """Of so many blocks one is read."""
     block: int = 64
+    """Side of a block in tokens."""
 
     def index(self, call: AttentionCall) -> BlockIndex:
         size = (self.block, self.block)

@@ -45,6 +45,32 @@ ROOMS = {
     "adapters": 6,
     "patch": 7,
 }
+# Inside calibration, from the bottom; prefill and denoise share what stands above them and do not
+# know each other. Rooms of one number do not import one another.
+CALIBRATION_ROOMS = {
+    "timing": 0,
+    "memory": 0,
+    "results": 0,
+    "journal": 0,
+    "capture": 0,
+    "profile": 0,
+    "search": 0,
+    "show": 0,
+    "session": 1,
+    "evaluation": 1,
+    "candidates": 1,
+    "data": 2,
+    "fit": 2,
+    "refine": 2,
+    "assemble": 2,
+    "stages": 3,
+    "prefill": 4,
+    "denoise": 4,
+    "opening": 5,
+    "bench": 5,
+    "compare": 5,
+    "calibrate": 6,
+}
 EXCEPTIONS = {
     # `Plan.check(model)` needs the model's side of the comparison, inside the function.
     ("accelkit.patches.plan", "accelkit.patches.adapters"),
@@ -194,6 +220,27 @@ def test_rooms_of_patches():
         if target > source:
             wrong.append(edge)
     report(wrong, "inside patches: patch → adapters → sites → plan → method → call")
+
+
+def test_rooms_of_calibration():
+    def room(module: str) -> str | None:
+        parts = module.split(".")
+        return parts[2] if parts[:2] == ["accelkit", "calibration"] and len(parts) > 2 else None
+
+    known = {room(m) for m in MODULES} - {None}
+    strangers = sorted(known ^ CALIBRATION_ROOMS.keys())
+    assert not strangers, f"rooms and folders of calibration differ: {strangers}"
+    wrong = []
+    for edge in imports():
+        source, target = room(edge.source), room(edge.target)
+        if source is None or target is None or source == target:
+            continue
+        if CALIBRATION_ROOMS[target] >= CALIBRATION_ROOMS[source]:
+            wrong.append(edge)
+    report(
+        wrong,
+        "inside calibration: calibrate → bench → prefill, denoise → stages → … → timing",
+    )
 
 
 def test_methods_know_little():

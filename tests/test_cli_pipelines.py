@@ -8,6 +8,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from imageio import v3
 from test_cli import failed, run
+from tiny_cases import probe_methods, tiny_model, tiny_plan
 from tiny_pipes import tiny_pipe
 
 import accelkit
@@ -66,6 +67,14 @@ def test_patch_writes_both_videos_and_a_sheet(pipe, plan, tmp_path):
     assert v3.imread(out).shape == (9, 128, 128, 3)
     assert v3.imread(tmp_path / "out-dense.mp4").shape == (9, 128, 128, 3)
     assert v3.imread(tmp_path / "out-sheet.png").shape == (3 * 136, 6 * 136, 3)
+
+
+def test_a_plan_of_another_model_is_refused_before_anything_runs(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelkit.calibration.denoise.video.run", None)
+    with probe_methods():
+        tiny_plan(tiny_model()).save_pretrained(tmp_path)
+        for command in ("patch", "bench"):
+            assert "no such component" in failed(command, pipe, "--plan", str(tmp_path), code=4)
 
 
 def test_patch_as_a_person_reads_it(pipe, plan):

@@ -1,59 +1,15 @@
-"""The whole flow on one page: measure, choose, check, and choose again until the check holds."""
+"""The way in: `calibrate` for language models and pipelines, and what it could gain at most."""
 
 from __future__ import annotations
 
-import logging
 import os
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from accelkit.calibration import data as prompts
-from accelkit.calibration import memory
-from accelkit.calibration.candidates import Family, chosen_methods
-from accelkit.calibration.capture import forward
-from accelkit.calibration.evaluation import quality
-from accelkit.calibration.evaluation.tasks import MIN_LENGTH
-from accelkit.calibration.fit import fit
-from accelkit.calibration.journal import Journal
-from accelkit.calibration.prefill import assemble, measure
-from accelkit.calibration.prefill.assemble import SiteData
-from accelkit.calibration.prefill.measure import PRESETS, PROBE_TOKENS, Run
-from accelkit.calibration.prefill.plan import refined
-from accelkit.calibration.session import (
-    Bar,
-    Stopwatch,
-    as_budget,
-    by_stage,
-    checked_limit,
-    compile_clock,
-    digest,
-    producer,
-    version,
-    weights_digest,
-)
-from accelkit.errors import InvalidInputError, NothingPatchedError
-from accelkit.patches.adapters import adapter_for, facts, sites, trimmable
+from accelkit.errors import InvalidInputError
+from accelkit.patches.adapters import adapter_for
 from accelkit.patches.method import Method
-from accelkit.patches.patch import handle_of
-from accelkit.patches.plan import Budget, Fingerprint, Plan
-
-log = logging.getLogger("accelkit")
-LENGTHS = {"cpu": (4096, 8192), "cuda": (8192, 32768)}
-"""Prompt lengths without a wish of the user's, by kind of device."""
-STAGES = {
-    "fit": "fit", "screening": "screen/", "measuring": "measure/", "weighing": "weight/",
-    "checking": "check/", "timing": "speed/",
-}  # fmt: skip
-"""Stages whose seconds a plan holds, by the beginning of their units' keys; compiling is apart."""
-SCREEN_TOKENS = 4096
-"""Length of the prompt on which methods are screened: half of the longest up to here, else a
-quarter of it.
-"""
+from accelkit.patches.plan import Budget, Plan
 
 
 def calibrate(
@@ -82,8 +38,9 @@ def calibrate(
     Args:
         model: a transformers causal language model in evaluation mode, or a diffusers pipeline.
             It is left as it was.
-        data: what to run on; see `calibration.data.gather` and `calibration.video.gather`. None:
-            built-in tasks and text, or built-in prompts.
+        data: what to run on; see `calibration.data.gather` and
+            `calibration.denoise.video.gather`. None: built-in tasks
+            and text, or built-in prompts.
         tokenizer: of a language model; needed unless `data` holds token ids.
         budget: of a language model, relative L1 error of the last hidden state at scored positions,
             worst prompt with a margin for further ones (0.02); of a pipeline, of the final
@@ -108,253 +65,53 @@ def calibrate(
     >>> plan = accelkit.calibrate(pipe, prompts, budget=0.1, height=480, width=832, num_frames=81)
     """
     adapter, bare = adapter_for(model)
-    size = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
+    size: dict[str, Any] = {
+        "height": height, "width": width, "num_frames": num_frames, "steps": steps,
+    }  # fmt: skip
+    shared: dict[str, Any] = {
+        "budget": budget, "methods": methods, "preset": preset, "seed": seed,
+        "time_limit": time_limit, "journal": journal, "resume": resume, "progress": progress,
+    }  # fmt: skip
     if "denoise" in adapter.PHASES:
         from accelkit.calibration.denoise import calibrate as denoise
 
         others = {"batch": batch if batch != 1 else None, "every_row": every_row or None}
         _unused({"tokenizer": tokenizer, "lengths": lengths, **others}, "a pipeline")
-        return denoise.calibrate(
-            bare, data, budget=budget, methods=methods, preset=preset, seed=seed,
-            time_limit=time_limit, journal=journal, resume=resume, progress=progress, **size,
-        )  # fmt: skip
+        return denoise.calibrate(bare, data, **shared, **size)
+    from accelkit.calibration.prefill import calibrate as prefill
+
     _unused(size, "a language model")
-    begun = time.monotonic()
-    budget = as_budget(0.02 if budget is None else budget)
-    if preset not in PRESETS:
-        raise InvalidInputError(
-            f"preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}"
-        )
-    time_limit = checked_limit(time_limit)
-    fingerprint, heads = facts(model)
-    places = sites(model)
-    if not places:
-        raise NothingPatchedError(f"{type(bare).__name__}: no attention that could run sparse")
-    trimmed = None if every_row else trimmable(bare)
-    if any(s.path != trimmed for s in places):
-        places = tuple(s for s in places if s.path != trimmed)
-    else:
-        trimmed = None  # the only layer
-    if handle_of(model) is not None:
-        raise InvalidInputError(
-            "the model is patched; call its handle's remove() before calibrating"
-        )
-    if batch < 1:
-        raise InvalidInputError(f"batch is {batch}; expected at least one prompt")
-    lengths = _lengths(lengths, bare)
-    tried = chosen_methods(methods)
-    inputs = prompts.gather(data, tokenizer, lengths, preset, seed)
-    # Short enough to be cheap, long enough that methods have something to leave out.
-    short = max(MIN_LENGTH, inputs.longest // 4, min(inputs.longest // 2, SCREEN_TOKENS))
-    screen_on = prompts.screening(inputs, tokenizer, short, seed)
-
-    settings = {
-        "accelkit": version(),
-        "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
-        "weights": weights_digest([bare]),
-        "device": str(bare.device),
-        "dtype": str(bare.dtype),
-        "prompts": digest([s.ids.tobytes() for s in (*inputs.measure, *inputs.check, screen_on)]),
-        "methods": [f"{m.kind} {m.model_dump_json()}" for m in tried],
-        "preset": preset,
-        "batch": batch,
-        "trimmed": trimmed,
-        "seed": seed,
-    }
-    with (
-        compile_clock() as compiled,
-        Bar(progress) as bar,
-        closing(Journal(journal, settings, resume, compiled)) as book,
-    ):
-        watch = Stopwatch(book, begun)
-        bar.expect(_units(len(places), inputs, PRESETS[preset]))
-        run = Run(
-            bare,
-            bare.device,
-            places,
-            heads,
-            book,
-            PRESETS[preset],
-            bar.tell,
-            batch,
-            time_limit,
-            begun,
-            trimmed=trimmed,
-        )
-        try:
-            was = bare.training
-            bare.eval()
-            plan = _plan(run, inputs, screen_on, tried, fingerprint, budget, seed, tokenizer)
-        finally:
-            bare.train(was)
-        took = watch.read(budget)
-    about = {
-        "data": inputs.about,
-        "prompts": [f"{s.task}@{len(s.ids)}" for s in inputs.measure],
-        "checked_on": [f"{s.task}@{len(s.ids)}" for s in inputs.check],
-        "lengths": sorted({len(s.ids) for s in inputs.measure}),
-        "seed": seed,
-        "preset": preset,
-        "batch": batch,
-        "methods": [m.kind for m in tried],
-        "skipped": run.skipped,
-        "dense_prefills": round(
-            1e3 * (took["whole"] - took["compiling"]) / plan.calibration["dense_prefill_ms"], 1
-        ),
-        "seconds": by_stage(book, STAGES) | took,
-    }
-    update = {"calibration": about | plan.calibration, "producer": producer("transformers")}
-    done = plan.model_copy(update=update)
-    return done.with_tables(plan.tables)
-
-
-def _plan(
-    run: Run,
-    inputs: prompts.Inputs,
-    screen_on: prompts.Sample,
-    methods: Sequence[Any],
-    fingerprint: Fingerprint,
-    budget: Budget,
-    seed: int,
-    tokenizer: Any,
-) -> Plan:
-    """Measure, then search and check in turns."""
-    component = fingerprint.components["text"]
-    shape = fit.Shape(
-        component.q_heads, component.kv_heads, component.head_dim, len(run.sites), run.batch
-    )
-    tokens = inputs.longest
-    dense = run.journal.unit("dense", lambda: _dense_prefill(run, inputs))
-    memory.restart(run.device)
-    costs = measure.fitted(run, shape, run.model.dtype, tokens, methods)
-    able = [m for m in methods if m.kind in costs.methods]
-    screen = measure.screened(run, screen_on, able)
-    families = {
-        path: measure.kept(record, costs, tokens, len(screen_on.ids), run.preset.families)
-        for path, record in screen.items()
-    }
-    probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
-    heads = {s.path: run.heads[s.path] for s in run.sites}
-    shows = [measure.probe_of(run.model, p) for p in probes]
-    weights = measure.weighed(run, heads, shows, lambda place: quality.faintest)
-    brief = len(screen_on.ids)
-
-    def data(families: Mapping[str, Sequence[Family]], units: Sequence[Any]) -> list[SiteData]:
-        rows = [(len(s.ids), unit) for s, unit in zip(inputs.measure, units, strict=False)]
-        return assemble.site_data(list(heads), families, screen, rows, brief, weights, costs)
-
-    def narrow(families: dict[str, list[Family]], unit: Any) -> dict[str, list[Family]]:
-        return assemble.wanted(data(families, [unit]), families, budget.max_rel_error)
-
-    families, units = measure.measured(run, inputs.measure, screen, families, narrow)
-    found = data(families, units)
-    plan = refined(run, found, inputs, fingerprint, budget, costs)
-    about = {
-        "refused": dict(costs.refused),
-        "fit_error": round(costs.error(), 4),
-        **dense,
-        "peak_bytes": run.journal.unit("peak", lambda: memory.peak(run.device)),
-    }
-    done = plan.model_copy(update={"calibration": {**plan.calibration, **about}})
-    return done.with_tables(plan.tables)
-
-
-def _dense_prefill(run: Run, inputs: prompts.Inputs) -> dict[str, Any]:
-    """Milliseconds and peak memory of what the search is compared with: the longest prompts."""
-    ids = np.repeat(inputs.measure[0].ids[None], run.batch, 0)
-    memory.restart(run.device)
-    ms = fit.clock(partial(forward, run.model, ids), 1, run.device)
-    return {"dense_prefill_ms": round(ms, 3), "dense_peak_bytes": memory.peak(run.device)}
+    return prefill.calibrate(
+        model, data, tokenizer=tokenizer, lengths=lengths, batch=batch, every_row=every_row,
+        **shared,
+    )  # fmt: skip
 
 
 def dry_run(
     model: Any,
     *,
     lengths: Sequence[int] | None = None,
-    tokenizer: Any = None,
-    repeat: int = 2,
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
     steps: int | None = None,
 ) -> list[dict[str, Any]]:
     """Attention's share of prefill at each length on this device (of a step, for a pipeline), and
-    how much faster it would be if attention, and a last layer that can be trimmed, cost
-    nothing. Writes nothing; random tokens stand for a
-    prompt.
+    how much faster it would be if attention cost nothing. Writes nothing.
     """
     adapter, bare = adapter_for(model)
     if "denoise" in adapter.PHASES:
-        from accelkit.calibration.bench import video as video_bench
+        from accelkit.calibration.bench import video as speed
         from accelkit.calibration.denoise import video
 
         size = video.Settings(height, width, num_frames, steps)
-        return video_bench.bound(bare, size, video.gather(None, 0, 1, 1).measure[0])
-    fingerprint, _ = facts(model)
-    component = fingerprint.components["text"]
-    count = len(sites(model))
-    if not count:
-        raise NothingPatchedError(f"{type(bare).__name__}: no attention that could run sparse")
-    shape = fit.Shape(component.q_heads, component.kv_heads, component.head_dim, count)
-    # A last layer that is trimmed leaves the others' share of what is not attention.
-    layers = component.layers
-    others = 1 - 1 / layers if trimmable(bare) else 1.0
-    rows = []
-    for n in _lengths(lengths, bare):
-        ids = np.random.default_rng(0).integers(0, bare.config.get_text_config().vocab_size, n)
-        whole = fit.clock(partial(forward, bare, ids), repeat, bare.device)
-        call = fit.random_call(shape, bare.dtype, bare.device, n)
-        attention = count * fit.dense_ms(call, lambda run: fit.clock(run, repeat, bare.device))
-        share = min(attention / whole, 1.0)
-        rows.append(
-            {
-                "tokens": n,
-                "prefill_ms": round(whole, 3),
-                "attention_ms": round(attention, 3),
-                "attention_share": round(share, 4),
-                "most_speedup": round(1 / max(others * (1 - share), 1e-3), 2),
-            }
-        )
-    return rows
+        return speed.bound(bare, size, video.gather(None, 0, 1, 1).measure[0])
+    from accelkit.calibration.bench import prefill
 
-
-def _probes(
-    inputs: prompts.Inputs, tokenizer: Any, names: Sequence[str], seed: int
-) -> list[prompts.Sample]:
-    """Short prompts for the weights: of the built-in tasks, or the ends of the user's own."""
-    if inputs.about.startswith("built-in"):
-        n = min(PROBE_TOKENS, inputs.longest)
-        return [
-            prompts.made(t, n, 200 + seed * 1000 + i, False, tokenizer) for i, t in enumerate(names)
-        ]
-    some = inputs.measure[: len(names)]
-    return [prompts.Sample(s.task, s.ids[-PROBE_TOKENS:], ()) for s in some]
+    return prefill.bound(bare, lengths)
 
 
 def _unused(options: dict[str, Any], what: str) -> None:
     given = [k for k, v in options.items() if v is not None]
     if given:
         raise InvalidInputError(f"{what} has no use for {' and '.join(given)}; leave it out")
-
-
-def _lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    if lengths is None:
-        kind = "cuda" if model.device.type == "cuda" else "cpu"
-        return sorted({min(n, most) for n in LENGTHS[kind]})
-    found = sorted({int(n) for n in lengths})
-    if not found or found[0] < MIN_LENGTH:
-        raise InvalidInputError(
-            f"lengths {list(lengths)}: expected numbers of tokens from {MIN_LENGTH} on"
-        )
-    if found[-1] > most:
-        raise InvalidInputError(
-            f"length {found[-1]}: the model has positions for {most} tokens; take shorter prompts"
-        )
-    return found
-
-
-def _units(places: int, inputs: prompts.Inputs, preset: measure.Preset) -> int:
-    """The most units of work: the fit, each site by stage and prompt, and every check."""
-    by_site = places * (1 + len(inputs.measure) + len(preset.weigh))
-    return 2 + by_site + preset.rounds * len(inputs.check) + 1

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accelkit.calibration.bench.prefill import times_ms
+from accelkit.calibration.timing import times_ms
 from accelkit.errors import InvalidInputError
 from accelkit.kernels.cost import CostTable
 from accelkit.kernels.index import BlockIndex, Partial, ceil_div
@@ -28,7 +28,14 @@ from accelkit.patches import method as registry
 from accelkit.patches.call import AttentionCall, Phase, Site
 from accelkit.patches.method import AttentionMethod, Method
 from accelkit.patches.plan import Policy, Reuse
-from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute, in_kernel_order
+from accelkit.patches.sites.attention import (
+    PLAIN,
+    Answer,
+    answer,
+    compute,
+    in_kernel_order,
+    joined,
+)
 from accelkit.patches.state import Saved
 
 SHARE = 8
@@ -45,6 +52,10 @@ ROUNDS = 8
 """Most settings of a family that are measured at a site."""
 ROW = ("error", "recall", "density", "ms", "size", "parts")
 """What is measured of a setting."""
+MOST_TOGETHER = 1 << 26
+"""Numbers in the outputs of the settings that share a launch on a GPU: launches of small calls take
+the host longer than the device, those of large calls take memory.
+"""
 REUSE_UNIT = 16
 """Lists of at least this many keys a block can be lent to later layers."""
 
@@ -177,6 +188,9 @@ class Bench:
         self.scored = torch.from_numpy(scored).to(call.q.device)
         self._tiles: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.lent: dict[Method, BlockIndex] = {}
+        # What is known of settings that are about to be measured.
+        self._asked: dict[Method, tuple[Answer, ...] | None] = {}
+        self._rows: dict[Method, dict[str, Any]] = {}
 
     def tiles(self, height: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query tiles of `height` rows to compute, and the positions in them that are judged: of
@@ -194,6 +208,17 @@ class Bench:
             scored = self.scored[torch.isin(self.scored // height, last)]
             self._tiles[height] = (rows, even[even < n], scored)
         return self._tiles[height]
+
+    def families(self, some: Iterable[Family], most: int | None = None) -> dict[str, Any]:
+        """Measure several families; see `family`. Those that leave this call dense are left out;
+        None: no values between.
+        """
+        some = list(some)
+        self._together([m for f in some for m in f.settings])
+        found = {f.name: self.family(f, len(f.settings) if most is None else most) for f in some}
+        self._asked.clear()
+        self._rows.clear()
+        return {name: one for name, one in found.items() if one is not None}
 
     def family(self, family: Family, most: int) -> dict[str, Any] | None:
         """Measure the settings of a family, from densest to sparsest, then values between them up
@@ -224,16 +249,43 @@ class Bench:
             **{k: [r[k] for r in rows] for k in ROW},
         }
 
+    def _together(self, settings: Sequence[AttentionMethod]) -> None:
+        """Ask for the lists of all settings, and measure those that can share a launch in one."""
+        most = most_together(self.call)
+        if most < 2:
+            return
+        lanes: dict[Any, list[AttentionMethod]] = {}
+        for m in settings:
+            if m.renewed(self.steps):
+                continue
+            answers = self._asked[m] = self._answers(m)
+            if answers is not None and len(answers) == 1 and answers[0].plain:
+                lanes.setdefault(answers[0].lane, []).append(m)
+        for lane in lanes.values():
+            for n in range(0, len(lane), most):
+                self._in_one(lane[n : n + most])
+
+    def _in_one(self, settings: Sequence[AttentionMethod]) -> None:
+        """Measure settings whose lists share a launch."""
+        asked = [self._asked[m] for m in settings]
+        one = joined([answers[0] for answers in asked if answers is not None])
+        found = {**self._one(one), "density": _density(one)}
+        numbers = {k: v.reshape(len(settings), -1) for k, v in found.items()}
+        for n, m in enumerate(settings):
+            row = {k: _numbers(v[n]) for k, v in numbers.items()}
+            self._rows[m] = {**row, "ms": None, "size": list(one.index.size), "parts": None}
+
     def _setting(self, method: AttentionMethod) -> dict[str, Any] | None:
         renewed = method.renewed(self.steps)
-        answers = self._answers(method)
+        answers = self._asked.pop(method) if method in self._asked else self._answers(method)
+        row = self._rows.pop(method, None)
         if answers is not None and renewed and not self.primed:
             prime(answers)
             answers = answer(self.call, Policy(methods=(method,)))
         if answers is None:
             return None
-        kept = self.shelf if method.static else None
-        row = self.measure(answers, kept, method)
+        if row is None:
+            row = self.measure(answers, self.shelf if method.static else None, method)
         row["density"] = [renewed + (1 - renewed) * d for d in row["density"]]
         one = answers[0]
         if one.execution != PLAIN:
@@ -345,6 +397,12 @@ class Bench:
         policy = Policy(reuse=Reuse(site=anchor, heads=tuple(heads)))
         answers = answer(self.call, policy, state)  # type: ignore[arg-type]
         return None if answers is None else {"heads": list(heads), **self.measure(answers)}
+
+
+def most_together(call: AttentionCall) -> int:
+    """How many settings of a call may share a launch."""
+    numbers = call.n_q * len(call.heads) * call.v.shape[-1]
+    return MOST_TOGETHER // numbers if call.q.is_cuda and numbers else 1
 
 
 def for_call(a: Answer, call: AttentionCall) -> Answer:

@@ -60,6 +60,12 @@ def forward(model: Any, ids: np.ndarray, first: int = 0) -> Tensor:
     return found[0]
 
 
+@torch.inference_mode()
+def prefill(model: Any, ids: Tensor) -> Tensor:
+    """Logits `[B, 1, vocabulary]` of the next token, filling a cache as `generate` does."""
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+
+
 def dense_attention(call: AttentionCall) -> Partial:
     """All heads of a call over every visible key."""
     tiles = call.tiles(DENSE_UNIT)[0]

@@ -18,8 +18,8 @@ from accelkit.calibration.evaluation import tasks
 from accelkit.calibration.evaluation.tasks import Sample
 from accelkit.errors import InvalidInputError
 
-QUESTION = 8
-"""Tokens of a question, about."""
+LENGTHS = {"cpu": (4096, 8192), "cuda": (8192, 32768)}
+"""Prompt lengths without a wish of the user's, by kind of device."""
 CHECK_SEED = 500_000
 """Prompts to check on are numbered from here on, those to measure on below."""
 
@@ -35,15 +35,17 @@ class Mix:
 
 
 # Balanced measures on text, on a task that is mostly text and on few questions behind much text.
-# Text varies most from prompt to prompt, and needles fail at one place or another: several of both
-# are checked, text first, since it fails before lists of keys do.
+# Text comes first, since its error is what the budget meets first: the first prompt decides which
+# settings the others measure. It varies most from prompt to prompt, and needles fail at one place
+# or another: several of both are checked.
 _TEXTS, _NEEDLES = ("text",) * 3, ("needle",) * 2
+_ALL = ("text", *(t for t in tasks.TASKS if t != "text"))
 _REST = tuple(t for t in tasks.TASKS if t not in ("text", "variables"))
 _CHECK = (*_TEXTS, "variables", *_NEEDLES, *_REST)
 MIXES = {
-    "fast": Mix(("variables", "text"), ("variables",), ("text", "text", "variables", "needle"), ()),
-    "balanced": Mix(("variables", "needle", "text"), ("multi_value",), _CHECK, ("key_value",)),
-    "careful": Mix(tasks.TASKS, ("multi_key", "variables", "text"), _CHECK * 2, _CHECK),
+    "fast": Mix(("text", "variables"), ("variables",), ("text", "text", "variables", "needle"), ()),
+    "balanced": Mix(("text", "variables", "needle"), ("multi_value",), _CHECK, ("key_value",)),
+    "careful": Mix(_ALL, ("multi_key", "variables", "text"), _CHECK * 2, _CHECK),
 }
 
 
@@ -66,6 +68,28 @@ class Inputs:
     @property
     def shortest(self) -> int:
         return min(len(s.ids) for s in self.measure)
+
+
+def chosen_lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
+    """The prompt lengths that are wished, or those by the model's device; tokens, ascending.
+
+    Raises:
+        InvalidInputError: too short, or longer than the model has positions for.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    if lengths is None:
+        kind = "cuda" if model.device.type == "cuda" else "cpu"
+        return sorted({min(n, most) for n in LENGTHS[kind]})
+    found = sorted({int(n) for n in lengths})
+    if not found or found[0] < tasks.MIN_LENGTH:
+        raise InvalidInputError(
+            f"lengths {list(lengths)}: expected numbers of tokens from {tasks.MIN_LENGTH} on"
+        )
+    if found[-1] > most:
+        raise InvalidInputError(
+            f"length {found[-1]}: the model has positions for {most} tokens; take shorter prompts"
+        )
+    return found
 
 
 def gather(data: Any, tokenizer: Any, lengths: Sequence[int], preset: str, seed: int) -> Inputs:
@@ -128,25 +152,9 @@ def gather(data: Any, tokenizer: Any, lengths: Sequence[int], preset: str, seed:
 def screening(inputs: Inputs, tokenizer: Any, tokens: int, seed: int) -> Sample:
     """A short prompt on which hopeless methods are found out cheaply."""
     first = inputs.measure[0]
-    if first.answers and tokenizer is not None:
+    if any(s.answers for s in inputs.measure) and tokenizer is not None:
         return made("multi_key", tokens, seed + 99, False, tokenizer)
     return Sample(first.task, first.ids[-tokens:], ())
-
-
-def scored_rows(sample: Sample, most: int = 2048) -> np.ndarray:
-    """Positions whose next token counts: those before the answers' tokens, or the end of a text."""
-    if sample.answers:
-        return np.concatenate([np.arange(a - 1, b - 1) for a, b in sample.answers])
-    n = len(sample.ids)
-    return np.arange(max(n // 2, n - 1 - most), n - 1)
-
-
-def judged_rows(sample: Sample, most: int = 2048) -> np.ndarray:
-    """Positions at which attention is judged: the whole part with the questions, since what is
-    looked up there is handed on between its rows, or the end of a text.
-    """
-    rows = scored_rows(sample, most)
-    return np.arange(max(0, rows[0] - QUESTION), len(sample.ids)) if sample.answers else rows
 
 
 def _built_in(tokenizer: Any, lengths: Sequence[int], preset: str, seed: int) -> Inputs:

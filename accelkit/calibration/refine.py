@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from accelkit.calibration import session
-from accelkit.calibration.prefill.measure import Run
+from accelkit.calibration.session import Run
 from accelkit.patches.plan import Plan
 
 log = logging.getLogger("accelkit")

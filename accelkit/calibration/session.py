@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.results import installed
 from accelkit.errors import InvalidInputError
+from accelkit.patches.call import Site
 from accelkit.patches.plan import Budget
 
 
@@ -122,6 +124,53 @@ def by_stage(book: Journal, stages: Mapping[str, str]) -> dict[str, float]:
         stage: round(book.seconds(prefix) - book.compiling(prefix), 2)
         for stage, prefix in stages.items()
     }
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much is measured: families kept at a site, settings of each while screening and on long
+    prompts, how far lists are lent, rounds of the end-to-end check, prompts to weigh heads on.
+    """
+
+    families: int
+    settings: int
+    finest: int
+    lookback: int
+    rounds: int
+    weigh: tuple[str, ...]
+
+
+@dataclass
+class Run:
+    """What all stages share: model, sites, journal, time and who is told."""
+
+    model: Any
+    device: torch.device
+    sites: tuple[Site, ...]
+    heads: Mapping[str, int]
+    journal: Journal
+    preset: Preset
+    tell: Callable[[str], None]
+    batch: int = 1
+    deadline: float | None = None
+    begun: float = field(default_factory=time.monotonic)
+    skipped: list[str] = field(default_factory=list)
+    trimmed: str | None = None
+    """Attention of the last layer where that is computed for the kept rows only; not a site."""
+
+    def late(self, share: float, what: str) -> bool:
+        """Whether this share of the time limit is used up, in which case `what` is skipped. Part of
+        the journal, for a resumed run must skip the same.
+        """
+        key = f"skipped/{what}"
+        spent = time.monotonic() - self.begun
+        if key not in self.journal:
+            if self.deadline is None or spent < share * self.deadline:
+                return False
+            self.journal.put(key, True, 0.0)
+        if what not in self.skipped:
+            self.skipped.append(what)
+        return True
 
 
 class Bar:

@@ -104,7 +104,7 @@ def calibrate(
 
     loaded, tokenizer = open_any(model, dtype=dtype, device=device)
     if dry_run:
-        bound = bound_of(loaded, lengths=limits, tokenizer=tokenizer, **size)
+        bound = bound_of(loaded, lengths=limits, **size)
         console.emit(
             bound,
             as_json,

@@ -100,7 +100,7 @@ def patch(
 
 def _show(opened: Any, save: Path | None, yes: bool, **how: Any) -> tuple[dict[str, Any], Any]:
     """A pipeline with its plan: videos, a contact sheet and what was gained."""
-    from accelkit.calibration.bench import video as video_bench
+    from accelkit.calibration.compare import videos
     from accelkit.calibration.opening import models as opening
     from accelkit.calibration.opening import pipelines
 
@@ -108,12 +108,12 @@ def _show(opened: Any, save: Path | None, yes: bool, **how: Any) -> tuple[dict[s
     for path in (how["output"], save and save / pipelines.INDEX):
         if path and path.exists():
             console.replaces(path, yes)
-    made = video_bench.compare(*opened, **how)
+    made = videos.compare(*opened, **how)
     files = made.files()
     if save is not None:
         files["saved"] = str(opening.save_model(pipe, None, plan, save).parent)
     lines = [f"{k:9}{v}" for k, v in files.items()]
-    return made.as_dict() | {"files": files}, [video_bench.table(made), *lines]
+    return made.as_dict() | {"files": files}, [videos.table(made), *lines]
 
 
 def _answer(
@@ -127,7 +127,7 @@ def _answer(
     """A language model with its plan: both answers, if there is a question (text or None for the
     demo, its length, its seed), and where things lie.
     """
-    from accelkit.calibration.evaluation import compare as sides
+    from accelkit.calibration.compare import answers
     from accelkit.calibration.opening import models as opening
 
     model, tokenizer, read, place = opening.opened(name, plan, **where)
@@ -135,10 +135,10 @@ def _answer(
     shown: list[Any] = []
     if question is not None:
         opening.need_tokenizer(tokenizer, name)
-        ids, expected = sides.prompt(tokenizer, read, *question)
-        result = sides.compare(model, tokenizer, read, ids, expected=expected, **how)
+        ids, expected = answers.prompt(tokenizer, read, *question)
+        result = answers.compare(model, tokenizer, read, ids, expected=expected, **how)
         document |= result.as_dict()
-        shown += [sides.table(result), *([f"note: {result.note}"] if result.note else [])]
+        shown += [answers.table(result), *([f"note: {result.note}"] if result.note else [])]
     if save is not None:
         document["saved"] = str(opening.save_model(model, tokenizer, read, save).parent)
     files = [f"{k:9}{document[k]}" for k in ("plan", "report", "saved") if document.get(k)]

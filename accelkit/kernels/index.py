@@ -32,6 +32,13 @@ def device_ids(
         return torch.tensor(values, dtype=dtype, device=device)
 
 
+@lru_cache(maxsize=64)
+def device_range(n: int, device: torch.device) -> Tensor:
+    """0 … n − 1, int64; the same tensor for all calls."""
+    with torch.inference_mode(False):
+        return torch.arange(n, device=device)
+
+
 @dataclass(frozen=True)
 class BlockIndex:
     """Rows of key blocks, in visiting order. Row (b, h, i) is `blocks[start : start + count]`.
@@ -40,9 +47,11 @@ class BlockIndex:
     flat int32 list, so padded and ragged rows are the same type and joining head groups is `cat`
     and an offset. `size` is `(bq, bk)` in tokens and independent of any kernel's tile; `bk == 1`
     means single keys. With `pyramid` the entries run through means of 8, 4 and 2 keys and the keys
-    themselves (`kernels.pyramid`); `bias` is added to the logits of the whole piece (float) or of
-    each key (`[B|1, H|1, Nk]`), for merged or sampled keys that stand for several;
-    `bias_by_entry` says that all keys of an entry have the same one, which kernels apply for less.
+    themselves (`kernels.pyramid`), taken in `key_order` (int32 `[Nk]`, for all heads; None: as they
+    come), so that nobody has to lay them out before. `bias` is added to the logits of the whole
+    piece (float) or of each key (`[B|1, H|1, Nk]`), for merged or sampled keys that stand for
+    several; `bias_by_entry` says that all keys of an entry have the same one, which kernels apply
+    for less.
     """
 
     start: Tensor
@@ -50,6 +59,7 @@ class BlockIndex:
     blocks: Tensor
     size: tuple[int, int]
     pyramid: bool = False
+    key_order: Tensor | None = None
     bias: Tensor | float = 0.0
     bias_by_entry: bool = False
     lowered: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)

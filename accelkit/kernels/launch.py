@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accelkit.kernels.index import BlockIndex, ceil_div
+from accelkit.kernels.index import BlockIndex, ceil_div, device_range
 
 FAR = 2**31 - 1
 """Last position of a key block with a hole in it: beyond every row, so such a block always gets its
@@ -79,7 +79,7 @@ class Launch:
         """Ids of the query tiles to compute, int64."""
         if self.rows is not None:
             return self.rows
-        return torch.arange(self.index.rows, device=self.q.device)
+        return device_range(self.index.rows, self.q.device)
 
     def row_positions(self) -> Tensor:
         """Last position that each query row may see, int32 `[B|1, H|1, Nq]`; −1 for rows that see

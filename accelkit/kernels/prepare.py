@@ -230,7 +230,11 @@ def prepare(
             f"ids, or a multiple of {kv_heads} heads",
         )
     else:
-        kv_ids = q_heads // (all_heads // kv_heads)
+        group, named = all_heads // kv_heads, range(all_heads) if heads is None else heads
+        if isinstance(named, Tensor):
+            kv_ids = q_heads // group
+        else:
+            kv_ids = device_ids(tuple(h // group for h in named), device)
     if kv_ids.numel() != count:
         raise _fail(
             "kv_of_head", f"of length {kv_ids.numel()}", f"{count}, one for each of `heads`"

@@ -39,7 +39,7 @@ def rows(tokens: int, unit: int) -> int:
 
 def lower(k: Tensor, v: Tensor, index: BlockIndex) -> tuple[Tensor, Tensor, BlockIndex]:
     """Keys and values of all levels, `[B, Hkv, rows, D]` in k's dtype, and the same lists over them
-    with what the logits of means get.
+    with what the logits of means get. Keys are averaged in the index's `key_order`.
 
     Raises:
         UnsupportedConfigurationError: the index has a bias of its own.
@@ -48,8 +48,9 @@ def lower(k: Tensor, v: Tensor, index: BlockIndex) -> tuple[Tensor, Tensor, Bloc
         raise UnsupportedConfigurationError("pyramid: an index over levels takes no other bias")
     unit = index.size[1]
     bias = _bias(k.shape[2], unit, k.device)
-    counted = replace(index, pyramid=False, bias=bias, bias_by_entry=True)
-    return _levels(k, unit), _levels(v, unit), counted
+    order = index.key_order
+    counted = replace(index, pyramid=False, key_order=None, bias=bias, bias_by_entry=True)
+    return _levels(k, unit, order), _levels(v, unit, order), counted
 
 
 @lru_cache(maxsize=32)
@@ -63,13 +64,14 @@ def _bias(tokens: int, unit: int, device: torch.device) -> Tensor:
         return bias
 
 
-def _levels(x: Tensor, unit: int) -> Tensor:
+def _levels(x: Tensor, unit: int, order: Tensor | None) -> Tensor:
     from accelkit.kernels.dispatch import fast_device
 
     if fast_device(x) and x.stride(-1) == 1:
         from accelkit.kernels._triton import pyramid as fast
 
-        return fast.levels(x, unit)
+        return fast.levels(x, unit, order)
+    x = x if order is None else x.index_select(2, order)
     parts = [x]
     for level in range(1, LEVELS):
         whole = x[:, :, : x.shape[2] // (unit << level) * (unit << level)]

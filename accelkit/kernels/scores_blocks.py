@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from accelkit.errors import InvalidInputError, UnsupportedConfigurationError
 from accelkit.kernels import dispatch
-from accelkit.kernels.index import Inputs, ceil_div
+from accelkit.kernels.index import Inputs, ceil_div, device_ids
 from accelkit.kernels.positions import (
     bounds,
     exp_,
@@ -94,11 +94,7 @@ def pool_keys(call: Inputs, block: int, mode: str = "mean") -> Tensor:
     masked = call.key_mask is not None or call.k_pos is not None
     places = key_places(call) if masked else None
     if mode == "mean" and dispatch.fast_device(call.k):
-        from accelkit.kernels._triton import scores as fast
-
-        if places is not None and places.shape[1] > 1:
-            return fast.pool(call.k, block, call.kv_of_head, places)
-        return fast.pool(call.k, block, None, places)[:, call.kv_of_head]
+        return _pool_heads(call.k, block, call.kv_of_head, places)
     if places is None or places.shape[1] == 1:
         mask = None if places is None else places >= 0
         return pool(call.k, block, mode, mask)[:, call.kv_of_head]
@@ -109,19 +105,34 @@ def pool_keys(call: Inputs, block: int, mode: str = "mean") -> Tensor:
     return torch.cat(parts, 1)
 
 
-def pool_runs(x: Tensor, begin: Tensor) -> Tensor:
-    """Means of runs of tokens of different lengths, fp32 `[B, H, runs, D]` from `[B, H, N, D]`: run
-    i is `begin[i] … begin[i + 1] − 1` (int32 `[runs + 1]`, on x's device, none of them empty).
+def pool_runs(x: Tensor, begin: Tensor, heads: Tensor) -> Tensor:
+    """Means of runs of tokens of different lengths, fp32 `[B, len(heads), runs, D]` of some heads
+    of `[B, H, N, D]`: run i is `begin[i] … begin[i + 1] − 1` (int32 `[runs + 1]`, on x's device,
+    none of them empty).
     """
     if dispatch.fast_device(x):
-        from accelkit.kernels._triton import scores as fast
-
-        return fast.pool(x, 64, None, begin=begin)
+        return _pool_heads(x, 64, heads, begin=begin)
     length = begin.diff()
     run = torch.repeat_interleave(torch.arange(length.numel(), device=x.device), length)
     total = x.new_zeros((*x.shape[:2], length.numel(), x.shape[3]), dtype=torch.float32)
     total.index_add_(2, run, x[:, :, int(begin[0]) : int(begin[-1])].float())
-    return total / length[:, None]
+    return (total / length[:, None])[:, heads]
+
+
+def _pool_heads(
+    x: Tensor,
+    block: int,
+    heads: Tensor,
+    places: Tensor | None = None,
+    begin: Tensor | None = None,
+) -> Tensor:
+    """Means on a GPU, of each head once: `heads` as they are asked for, unless many ask for one."""
+    from accelkit.kernels._triton import scores as fast
+
+    own = places is not None and places.shape[1] > 1
+    if own or heads.numel() <= x.shape[1]:
+        return fast.pool(x, block, heads, places, begin)
+    return fast.pool(x, block, None, places, begin)[:, heads]
 
 
 def pooled(call: Inputs, size: tuple[int, int], mode: str = "mean") -> Tensor:
@@ -135,7 +146,11 @@ def pooled(call: Inputs, size: tuple[int, int], mode: str = "mean") -> Tensor:
 
 
 def _pooled(call: Inputs, size: tuple[int, int], q: Tensor, k: Tensor) -> Tensor:
-    s = torch.matmul(q * call.scale, k.transpose(-1, -2))
+    return _products(call, size, q * call.scale, k)
+
+
+def _products(call: Inputs, size: tuple[int, int], q: Tensor, k: Tensor) -> Tensor:
+    s = torch.matmul(q, k.transpose(-1, -2))
     if sees_all(call):
         return s
     return s.masked_fill_(~visible_blocks(call, size), -float("inf"))
@@ -148,12 +163,16 @@ def pooled_alike(call: Inputs, size: tuple[int, int]) -> tuple[Tensor, Tensor, T
     if in_place(call) and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import scores as fast
 
-        heads = tuple(range(call.k.shape[1]))
-        rows, q = fast.self_similarity(call.q, size[0], call.heads, None, None)
+        # Heads as the call names them, unless several share their keys.
+        kv_heads, shared = call.k.shape[1], len(call.heads) > call.k.shape[1]
+        heads = device_ids(tuple(range(kv_heads)), call.k.device) if shared else call.kv_of_head
+        rows, q = fast.self_similarity(call.q, size[0], call.heads, None, None, call.scale)
         k = fast.pool(call.k, size[1], heads)
         centre = torch.matmul(_shares(call.n_k, size[1], k.device), k)
         keys, _ = fast.self_similarity(call.k, size[1], heads, None, centre)
-        return _pooled(call, size, q, k[:, call.kv_of_head]), rows, keys[:, call.kv_of_head]
+        if shared:
+            k, keys = k[:, call.kv_of_head], keys[:, call.kv_of_head]
+        return _products(call, size, q, k), rows, keys
     real = None if call.key_mask is None else call.key_mask[:, None]
     rows = self_similarity(take_heads(call.q, call.heads), size[0], voting_rows(call))
     keys = self_similarity(call.k, size[1], real, center=True)
@@ -353,11 +372,12 @@ def block_mass(
     then it is computed on the way. `rows` are the query tiles to look at, all by default.
     Calibration reads recall from this. Padding rows do not vote.
     """
-    if rows is None and lse is not None and dispatch.fast_device(call.q):
+    if lse is not None and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import scores as fast
 
         if fast.mass_fits(call, size):
-            return fast.block_mass(call, lse, size)
+            at = None if rows is None else torch.as_tensor(rows, device=call.q.device)
+            return fast.block_mass(call, lse, size, at)
     nq, nk = call.tiles(size)
     tiles = list(range(nq)) if rows is None else [int(r) for r in rows]
     places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
@@ -388,12 +408,19 @@ def block_mass(
     return out
 
 
-def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int = 0) -> Tensor:
+def sampled_max(
+    call: Inputs,
+    size: tuple[int, int],
+    every: int = 4,
+    seed: int = 0,
+    key_order: Tensor | None = None,
+) -> Tensor:
     """Greatest `exp(s − row maximum)` among sampled rows and keys of each block, fp32
     `[B, H, nq, nk]`, at most 1 (PSA, 2512.04025).
 
     One token in `every` is drawn at random, at the same places in all blocks; equal seeds draw
-    equal places. Ragged ends repeat their last token. Without causality and padding only.
+    equal places. Ragged ends repeat their last token. Keys are blocked in `key_order` (int32
+    `[Nk]`). Without causality and padding only.
     """
     if call.causal or call.key_mask is not None or call.q_pos is not None or call.k_pos is not None:
         raise UnsupportedConfigurationError(
@@ -410,9 +437,9 @@ def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int =
     ):
         from accelkit.kernels._triton import scores as fast
 
-        return fast.sampled_max(call, size, q_places, k_places)
+        return fast.sampled_max(call, size, q_places, k_places, key_order)
     q = take_heads(_sampled(call.q, size[0], q_places), call.heads)  # [B, H, nq, r, D]
-    k, rows = _sampled(call.k, size[1], k_places), q.shape[3]  # [B, Hkv, nk, c, D]
+    k, rows = _sampled(call.k, size[1], k_places, key_order), q.shape[3]  # [B, Hkv, nk, c, D]
     q, k = q.float() * call.scale, k[:, call.kv_of_head].flatten(2, 3).float().transpose(-1, -2)
     out = torch.empty((batch, len(call.heads), nq, nk), dtype=torch.float32, device=device)
     step = max(1, _rows_per_chunk(call, k.shape[-1] * batch * len(call.heads), 1, 1) // rows)
@@ -424,10 +451,11 @@ def sampled_max(call: Inputs, size: tuple[int, int], every: int = 4, seed: int =
     return out
 
 
-def _sampled(x: Tensor, block: int, places: Tensor) -> Tensor:
-    """Some tokens of each block, `[B, H, nb, len(places), D]`."""
+def _sampled(x: Tensor, block: int, places: Tensor, order: Tensor | None = None) -> Tensor:
+    """Some tokens of each block of x, taken in an order; `[B, H, nb, len(places), D]`."""
     first = torch.arange(0, x.shape[2], block, device=x.device)[:, None]
     at = (first + places).clamp(max=x.shape[2] - 1)
+    at = at if order is None else order[at]
     return x.index_select(2, at.flatten()).unflatten(2, at.shape)
 
 

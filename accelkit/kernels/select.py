@@ -25,12 +25,21 @@ from accelkit.kernels.positions import (
     row_places,
     visible_blocks,
 )
-from accelkit.kernels.select_lines import compact, compact_levels, lines, vertical_slash
+from accelkit.kernels.select_lines import (
+    Runs,
+    compact,
+    compact_levels,
+    compact_runs,
+    lines,
+    vertical_slash,
+)
 from accelkit.kernels.select_stats import density, pair_counts, recall
 
 __all__ = [
+    "Runs",
     "compact",
     "compact_levels",
+    "compact_runs",
     "density",
     "force",
     "global_prefix",
@@ -43,6 +52,7 @@ __all__ = [
     "pyramid",
     "ratio_of_max",
     "recall",
+    "routed",
     "threshold",
     "top_k",
     "top_p",
@@ -155,6 +165,22 @@ def global_prefix(scores: Tensor, mass: Tensor) -> Tensor:
     keep = value.cumsum(-1, dtype=torch.float64) - value < mass
     keep &= order.values != -float("inf")
     return torch.zeros_like(keep).scatter_(-1, order.indices, keep).view_as(scores)
+
+
+def routed(gate: Tensor, own: Tensor, coverage: float) -> Tensor:
+    """VMoBA's budget of a head (2506.23858): gates `[B, H, nq, n]` are scaled to 0 … 1 over a head,
+    and its greatest ones are chosen until they hold `coverage` of their sum together with those of
+    `own` (bool `[nq, n]`). Bool `[B, H, nq, n]` without the own ones.
+    """
+    if dispatch.fast_device(gate) and gate[0, 0].numel() > SORTED:
+        from accelkit.kernels._triton import runs as fast
+
+        return fast.routed(gate, own, coverage)
+    low, high = gate.amin((-2, -1), keepdim=True), gate.amax((-2, -1), keepdim=True)
+    gate = (gate - low) / (high - low).clamp(min=1e-6)
+    need = coverage * gate.sum((-2, -1), keepdim=True)
+    need = need - (gate * own).sum((-2, -1), keepdim=True)
+    return global_prefix(gate.masked_fill(own, -float("inf")), need)
 
 
 def nucleus(

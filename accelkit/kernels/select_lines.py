@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,14 @@ from torch.nn.functional import pad
 from accelkit.errors import UnsupportedConfigurationError
 from accelkit.kernels import dispatch
 from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
-from accelkit.kernels.positions import bounds, key_places, row_limits, row_places, visible_blocks
+from accelkit.kernels.positions import (
+    bounds,
+    key_places,
+    row_limits,
+    row_places,
+    sees_all,
+    visible_blocks,
+)
 from accelkit.kernels.pyramid import LEVELS
 
 
@@ -22,6 +29,35 @@ def compact(mask: Tensor, size: tuple[int, int]) -> BlockIndex:
 
         return fast.compact(mask, size)
     return BlockIndex.from_mask(mask, size)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Which of some runs of keys, one behind the other, each key block touches: those from `begin`
+    up to `end` (int32 `[nk]`), at most `most` of them.
+    """
+
+    begin: Tensor
+    end: Tensor
+    most: int
+
+    def blocks(self, chosen: Tensor) -> Tensor:
+        """Blocks that touch a chosen run: bool `[…, nk]` of bool `[…, runs]`."""
+        before = pad(chosen.cumsum(-1, dtype=torch.int32), (1, 0))
+        return before[..., self.end.long()] > before[..., self.begin.long()]
+
+
+def compact_runs(
+    call: Inputs, chosen: Tensor, runs: Runs, kept: Tensor, size: tuple[int, int]
+) -> BlockIndex:
+    """Lists of the visible blocks that touch a chosen run (bool `[B, H, nq, runs]`) and of those of
+    `kept` (bool `[B|1, H|1, nq, nk]`). On a GPU all of it is one launch, if every row sees all.
+    """
+    if sees_all(call) and dispatch.fast_device(chosen):
+        from accelkit.kernels._triton import runs as fast
+
+        return fast.compact(chosen, runs, kept, size)
+    return compact((runs.blocks(chosen) & visible_blocks(call, size)) | kept, size)
 
 
 def compact_levels(levels: Tensor, tokens: int, size: tuple[int, int], unit: int) -> BlockIndex:

@@ -106,8 +106,8 @@ class AttentionCall(Inputs):
         return self.memory[key]
 
     def per_head(self, value: float | str) -> float | Tensor:
-        """A `PerHead` field: the number itself, or the values of this call's heads (fp32 `[H]`)
-        from the tables.
+        """A field that may differ by head: the number itself or, where it names a side tensor of
+        the plan, the values of this call's heads, fp32 `[H]`.
         """
         if not isinstance(value, str):
             return value

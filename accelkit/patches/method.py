@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from accelkit.errors import UnknownMethodError
 
@@ -28,12 +29,8 @@ if TYPE_CHECKING:
 
     Pieces = BlockIndex | Partial | tuple[BlockIndex | Partial, ...]
 
-PerHead = float | str
-"""One number, or the name of a side tensor of the plan with one number for each query head of
-the layer.
-"""
-
 Precision = Literal["native", "int8", "fp8"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -277,7 +274,10 @@ def load(name: str) -> type[Method]:
             f"method {name!r}: no installed package offers it; install {package!r}"
         )
     if name not in names():
-        raise UnknownMethodError(f"unknown method {name!r}; known are: {', '.join(names())}")
+        bare = {n.replace("_", ""): n for n in names()}
+        near = get_close_matches(name.lower().replace("_", "").replace("-", ""), bare, 1)
+        meant = f" (did you mean {bare[near[0]]!r}?)" if near else ""
+        raise UnknownMethodError(f"unknown method {name!r}{meant}; known are: {', '.join(names())}")
     module = import_module(f"{_FOLDER}.{name}")
     own = [
         c

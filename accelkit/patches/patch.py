@@ -326,10 +326,16 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
     """A plan that runs the same methods in every head of every site, from the first token on; a
     block method among them changes every denoiser.
     """
-    if isinstance(what, Method):
+    if not isinstance(what, Policy | Sequence) or isinstance(what, str):
         what = (what,)
     block = None
     if not isinstance(what, Policy):
+        for method in what:
+            if not isinstance(method, Method):
+                raise InvalidInputError(
+                    f"{method!r} is neither a plan nor a method; give a plan, or a method with its "
+                    'numbers such as accelkit.method("window")(window_tokens=2048)'
+                )
         block = next((m for m in what if isinstance(m, BlockMethod)), None)
         what = Policy(methods=tuple(m for m in what if m is not block))
     policy = what

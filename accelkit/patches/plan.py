@@ -284,7 +284,7 @@ class Plan(_Part):
 
     @property
     def tables(self) -> dict[str, Tensor]:
-        """Side tensors by `<site>/<name>`; the `<name>` stands in a method's `PerHead` field."""
+        """Side tensors by `<site>/<name>`; the `<name>` stands in a method's field."""
         return self._tables
 
     def with_tables(self, tables: Mapping[str, Tensor]) -> Plan:

@@ -91,7 +91,7 @@ def _gathered(shape: Shape, budget_ms: float) -> dict[str, Any]:
     return _part(what, ms, dense, "rate 0.6") | {
         "backend": choice.backend, "why": choice.reason, "rate": rates[choice.backend],
         "rates": rates, "unit": list(index.size), "head_size": shape.head_size, "causal": True,
-        "errors": errors,
+        "tokens": shape.tokens, "errors": errors,
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from accelkit.kernels import dispatch
-from accelkit.kernels.speeds import TILE
+from accelkit.kernels.speeds import TILE, Kind
 
 Report = dict[str, Any]
 
@@ -61,28 +61,16 @@ def speeds(report: Report, known: list[Report] | None = None) -> list[Report]:
     """The table by which `dispatch` chooses: each kernel's mean rate relative to dense cuDNN, units
     larger than a tile under the tile's. What the report says nothing about stays as `known` has it.
     """
-    found: dict[tuple, list[float]] = {_key(row): [row["speed"]] for row in known or []}
-    measured: dict[tuple, list[float]] = {}
+    found = {Kind.of(row): [row["speed"]] for row in known or []}
+    measured: dict[Kind, list[float]] = {}
     for row in chain(report["results"], report["parts"]):
         ratio = row.get("ratio") or row.get("rates") or {}
         for name in (n for n in ratio if n in dispatch.KERNELS):
-            about = {"backend": name, "capability": report["capability"]}
-            unit = [min(n, TILE) for n in row["unit"]]
-            about |= {"head_dim": row["head_size"], "unit": unit, "causal": row["causal"]}
-            measured.setdefault(_key(about), []).append(ratio[name])
+            bq, bk = (min(n, TILE) for n in row["unit"])
+            shape = row["head_size"], (bq, bk), row["causal"], row["tokens"]
+            kind = Kind(name, report["gpu"], report["capability"], *shape)
+            measured.setdefault(kind, []).append(ratio[name])
     return [
-        {
-            "backend": name,
-            "capability": capability,
-            "head_dim": width,
-            "unit": list(size),
-            "causal": causal,
-            "speed": round(statistics.fmean(values), 3),
-        }
-        for (name, capability, width, size, causal), values in sorted((found | measured).items())
+        kind._asdict() | {"unit": list(kind.unit), "speed": round(statistics.fmean(values), 3)}
+        for kind, values in sorted((found | measured).items())
     ]
-
-
-def _key(row: Report) -> tuple[str, str, int, tuple[int, ...], bool]:
-    where = row["backend"], row["capability"], row["head_dim"]
-    return *where, tuple(row["unit"]), row["causal"]

@@ -70,7 +70,6 @@ def rates(
     cases: tuple[tuple[tuple[int, int], float | str], ...],
     targets: dict[float, float],
     budget_ms: float,
-    with_flex: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Block-sparse kernels over random lists, relative to dense cuDNN."""
     from accelkit.kernels._triton import lower
@@ -96,7 +95,7 @@ def rates(
         for name in names:
             work[name] = partial(attend, q, k, v, index, causal=shape.causal, backend=name)
         work["call"] = lambda i=index: attend(q, k, v, replace(i), causal=shape.causal)
-        if with_flex and "flex" not in LEFT_OUT and size == BLOCK and density != "mixed":
+        if "flex" not in LEFT_OUT and size == BLOCK and density != "mixed":
             work["flex"] = flex(shape, mask, q, k, v)
         ms = milliseconds(work, budget_ms)
         flops = 4.0 * shape.batch * float(computed.sum()) * size[0] * size[1] * shape.head_size

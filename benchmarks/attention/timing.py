@@ -10,9 +10,20 @@ import torch
 from accelkit.calibration.fit.clock import device_ms
 
 
+def turns(pieces: int, round: int) -> list[int]:
+    """Order of some pieces of work in a round. In as many rounds as there are pieces, or in twice
+    as many where their number is odd, each follows each other one equally often: how fast a
+    processor runs depends on how much power it drew just before.
+    """
+    zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(pieces)]
+    order = [(place + round) % pieces for place in zigzag]
+    return order[::-1] if round // pieces % 2 else order
+
+
 def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dict[str, float]:
     """Median device time of each piece of work, the pieces taking turns as often as the budget
-    allows: 3 to 15 rounds, once without a budget. A piece that cannot run is left out and says why.
+    allows: 3 to 15 rounds and whole cycles of turns, once without a budget. A piece that cannot run
+    is left out and says why.
     """
     able = {}
     for name, run in work.items():
@@ -24,10 +35,11 @@ def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dic
             text = (str(error).splitlines() or [""])[0][:120]
             print(f"    {name} cannot run: {type(error).__name__}: {text}", flush=True)
     times: dict[str, list[float]] = {name: [] for name in able}
-    spent, rounds = 0.0, 0
-    while rounds < (3 if budget_ms else 1) or (spent < budget_ms and rounds < 15):
-        for name, run in able.items():
-            times[name] += device_ms(run, 1)
+    names, spent, rounds = list(able), 0.0, 0
+    least, cycle = (3, max(len(names), 1)) if budget_ms else (1, 1)
+    while rounds < least or rounds % cycle or (spent < budget_ms and rounds < 15):
+        for name in (names[i] for i in turns(len(names), rounds)):
+            times[name] += device_ms(able[name], 1)
             spent += times[name][-1] + 1.0
         rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}

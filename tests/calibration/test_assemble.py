@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from tiny_cases import probe_methods
 
+from accelkit.calibration.assemble import Measured, SiteData, wanted
 from accelkit.calibration.candidates import Family
-from accelkit.calibration.prefill.assemble import Measured, SiteData, wanted
 from accelkit.calibration.search import Loan, Option, Table
 from accelkit.patches import method
 
@@ -29,7 +29,14 @@ def data(site: str, rows: dict[str, tuple[Family, list[tuple[float, float]]]], *
             options.append(Option(name, len(options), errors, np.full(HEADS, ms)))
             measured.append(
                 Measured(
-                    name, one, "blocks", (((64, 64), 1.0),), errors, 1 - errors, {1024: errors}
+                    name,
+                    one,
+                    "blocks",
+                    (((64, 64), 1.0),),
+                    errors,
+                    errors,
+                    1 - errors,
+                    {1024: errors},
                 )
             )
     table = Table(site, np.ones(HEADS), 4.0, 2.0, tuple(options), {}, **more)

@@ -12,7 +12,7 @@ from tiny_cases import byte_tokenizer
 from accelkit.calibration import results
 from accelkit.calibration.bench import prefill as speed
 from accelkit.calibration.bench.prefill import Measurement, Timing, bench
-from accelkit.calibration.evaluation.compare import compare, demo_length, demo_prompt, text_prompt
+from accelkit.calibration.compare.answers import compare, demo_length, demo_prompt, text_prompt
 from accelkit.errors import GateFailedError, InvalidInputError, NothingPatchedError
 
 

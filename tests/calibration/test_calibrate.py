@@ -12,6 +12,8 @@ import torch
 from tiny_cases import byte_tokenizer, probe_methods, tiny_model
 
 from accelkit.calibration import calibrate as flow
+from accelkit.calibration import session
+from accelkit.calibration.evaluation import quality
 from accelkit.calibration.fit import fit
 from accelkit.calibration.prefill import check as prefill_check
 from accelkit.errors import InvalidInputError, UnknownMethodError
@@ -158,7 +160,7 @@ def test_interrupted_by_hand(tmp_path, monkeypatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(flow.measure.quality, "site_weights", stop)
+        m.setattr(quality, "site_weights", stop)
         with pytest.raises(KeyboardInterrupt):
             run(model, journal=path)
     assert "screen/" in path.read_text()
@@ -190,7 +192,7 @@ def test_when_time_is_up_the_checked_plan_is_kept(monkeypatch) -> None:
             self.skipped.append(what)
         return "round" in what
 
-    monkeypatch.setattr(flow.measure.Run, "late", late)
+    monkeypatch.setattr(session.Run, "late", late)
     plan = run(planted(), time_limit=3600)
     assert len(plan.measured["rounds"]) == 1
     assert plan.measured["rounds"][0]["held"]
@@ -249,7 +251,7 @@ def test_built_in_prompts() -> None:
 
 
 def test_dry_run_bounds_the_gain(monkeypatch) -> None:
-    rows = flow.dry_run(tiny_model(), lengths=[512, 1024], repeat=1)
+    rows = flow.dry_run(tiny_model(), lengths=[512, 1024])
     assert [r["tokens"] for r in rows] == [512, 1024]
     for row in rows:
         assert 0 < row["attention_share"] <= 1

@@ -119,6 +119,7 @@ def test_gpus_measure_more_lengths_and_denoisers_one() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert fit.lengths(SMALL, 65536, gpu) == [4096, 16384, 32768, 65536]
     assert fit.lengths(SMALL, 65536, cpu) == [16384, 65536]
+    assert fit.lengths(SMALL, 65536, gpu, brief=True) == [16384, 65536]
     assert fit.lengths(SMALL, 1024, gpu) == [512, 1024]
     assert fit.lengths(replace(SMALL, causal=False), 4680, gpu) == [4680]
 
@@ -158,6 +159,10 @@ def test_a_rehearsal_runs_everything_and_survives_failures(monkeypatch) -> None:
     found = fit_ahead.rehearse(calls, methods, SMALL)
     assert found >= {(128, 128), (64, 64), (64, 1)}
     assert {(n, s) for n, s, _ in ran} >= {(n, s) for n in calls for s in found if s[1] > 1}
+    # Nothing was compiled here: then a brief one has seen enough at the shortest length.
+    ran.clear()
+    assert fit_ahead.rehearse(calls, methods, SMALL, brief=True) <= found
+    assert {n for n, _, _ in ran} == {512}
 
 
 def test_own_lists_count_beside_random_ones() -> None:

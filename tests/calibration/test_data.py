@@ -114,9 +114,9 @@ def test_texts_need_a_tokenizer() -> None:
 
 
 def test_scored_rows() -> None:
-    rows = data.scored_rows(Sample("needle", np.zeros(20, np.int32), ((5, 7), (10, 12))))
+    rows = tasks.scored_rows(Sample("needle", np.zeros(20, np.int32), ((5, 7), (10, 12))))
     assert rows.tolist() == [4, 5, 9, 10]
-    assert data.scored_rows(Sample("text", np.zeros(20, np.int32), ())).tolist() == list(
+    assert tasks.scored_rows(Sample("text", np.zeros(20, np.int32), ())).tolist() == list(
         range(10, 19)
     )
 
@@ -124,8 +124,8 @@ def test_scored_rows() -> None:
 def test_the_whole_question_part_is_judged() -> None:
     """Rows between the answers too: what is looked up is handed on there."""
     sample = tasks.make("needle", 1024, 3, tokenizer=byte_tokenizer())
-    rows, scored = data.judged_rows(sample), data.scored_rows(sample)
+    rows, scored = tasks.judged_rows(sample), tasks.scored_rows(sample)
     assert set(scored) < set(rows)
-    assert rows.tolist() == list(range(scored[0] - data.QUESTION, 1024))
+    assert rows.tolist() == list(range(scored[0] - tasks.QUESTION, 1024))
     text = tasks.make("text", 1024, 3, tokenizer=byte_tokenizer())
-    assert data.judged_rows(text).tolist() == data.scored_rows(text).tolist()
+    assert tasks.judged_rows(text).tolist() == tasks.scored_rows(text).tolist()

@@ -13,7 +13,7 @@ from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.denoise import measure as denoise_measure
 from accelkit.calibration.denoise import plan as denoise_plan
 from accelkit.calibration.denoise.caches import Cached
-from accelkit.calibration.denoise.check import CAREFUL, Checker
+from accelkit.calibration.denoise.check import CAREFUL, MOST_RUNS, Checker
 from accelkit.calibration.denoise.plan import Planner
 from accelkit.calibration.denoise.tables import Tables, left
 from accelkit.calibration.denoise.weights import Small, lasting
@@ -203,14 +203,17 @@ class Doubled(Planner):
 
 
 def test_a_plan_that_is_too_careful_is_better_than_none() -> None:
-    """The second round is more than the check may cost; without it the plan would be dense."""
+    """The second round runs the one prompt that the check still affords; without it the plan would
+    be dense.
+    """
     one = object.__new__(Doubled)
     one.budget, one.kappas, one.scale = Budget(max_rel_error=0.1), {None: 1.0}, 1.0
-    run = SimpleNamespace(preset=SimpleNamespace(rounds=5), late=lambda share, what: False)
-    checker = Checker(None, None, [None] * 2, lambda plan: 0.9, 1.0)  # type: ignore[arg-type]
+    preset = SimpleNamespace(rounds=5)
+    run = SimpleNamespace(preset=preset, late=lambda share, what: False, skipped=[])
+    checker = Checker(run, None, [None] * 2, lambda plan: 0.9, 1.0)  # type: ignore[arg-type]
 
     def check(now: Round, allowed: float) -> None:
-        now.rows = [{"done": 1.0}] * 2
+        now.rows = [{"done": 1.0}]  # the worst one, which fails or is the only one left
         now.measured = now.bound = 2 * now.plan  # type: ignore[operator]
         now.held = now.measured <= allowed
 
@@ -218,6 +221,16 @@ def test_a_plan_that_is_too_careful_is_better_than_none() -> None:
     found = one.settle(run, checker)  # type: ignore[arg-type]
     assert [r.held for r in found.rounds] == [False, True]
     assert found.best is found.rounds[1]
+    assert checker.used(found.rounds) <= MOST_RUNS
+    assert run.skipped[0].startswith("1 of 2 prompts of round 2")
+
+
+def test_a_check_that_affords_no_prompt_more_ends() -> None:
+    run = SimpleNamespace(skipped=[])
+    checker = Checker(run, None, [None] * 2, lambda plan: 0.9, 1.0)  # type: ignore[arg-type]
+    proposal = Proposal(None, None, 1.0, 2.0, 0.1, False)  # type: ignore[arg-type]
+    assert not checker.narrow([Round(0.1, proposal, [{"done": 1.0}] * 2)], proposal.plan)
+    assert run.skipped[0].startswith("2 of 2 prompts of round 2")
 
 
 def test_an_early_step_counts_for_no_less_than_a_later_one() -> None:

@@ -6,9 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from accelkit.calibration.candidates import lists_ms, parts_of, stored
-from accelkit.calibration.prefill.measure import kept
+from accelkit.calibration import candidates
+from accelkit.calibration.candidates import (
+    Bench,
+    calibrated_settings,
+    lists_ms,
+    parts_of,
+    stored,
+)
+from accelkit.calibration.capture import dense_attention
+from accelkit.calibration.fit.inputs import Shape, random_call
+from accelkit.calibration.stages import kept
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.method import load
 
@@ -52,3 +62,19 @@ def test_lists_of_two_units_cost_what_each_unit_costs() -> None:
     record["parts"][1] = [[(128, 128), [1.0, 0.25]], [(1024, 1), [0.0, 0.75]]]
     both = lists_ms(costs, "window", parts_of(record, 1), 1024, np.array([0.5, 0.4]))
     assert both == pytest.approx([0.5 * pairs, 0.4 * pairs * (0.25 + 7.5)])
+
+
+def test_settings_that_share_a_launch_read_as_they_do_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call = random_call(Shape(4, 2, 16), torch.float32, torch.device("cpu"), 2048)
+    dense, scored = dense_attention(call), np.arange(2030, 2048)
+    names = ("xattention", "flash_prefill", "window", "sparge_attn", "vertical_slash", "pbs_attn")
+    some, _ = calibrated_settings([load(n)() for n in names], call.site, call, dense)
+    alone = Bench(call, dense, scored).families(some)
+    launches: list[int] = []
+    both = candidates.joined
+    monkeypatch.setattr(candidates, "joined", lambda a: launches.append(len(a)) or both(a))
+    monkeypatch.setattr(candidates, "most_together", lambda call: 3)
+    assert Bench(call, dense, scored, shelf={}).families(some) == alone
+    assert max(launches) == 3 and sum(launches) > 12

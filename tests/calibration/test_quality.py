@@ -110,6 +110,11 @@ def test_every_prompt_decides_and_their_spread() -> None:
     other = {**row, "task": "b", "error": 0.015}
     assert not quality.holds(quality.by_task([*spread, other]), 0.02)
     assert quality.holds(quality.by_task([other]), 0.02)
+    # Those with several have their own, however far the prompts of another lie apart.
+    steady = [{**row, "task": "b", "error": 0.0199}] * 2
+    tasks = quality.by_task([*steady, *spread])
+    assert tasks["b@512"]["bound"] == pytest.approx(0.0199)
+    assert tasks["a@512"]["bound"] == found["bound"]
 
 
 def test_lost_answers_count() -> None:

@@ -162,3 +162,19 @@ def test_operands_equal_those_of_torch(qk, head_size) -> None:
         off = ((one - two).abs() > 1e-3 * two.abs() + 1e-4).float().mean()
         assert off < 2e-3
     torch.testing.assert_close(got.shift, want.shift, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("qk", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_operands_without_a_mean_are_those_of_torch_to_the_bit(qk, dtype) -> None:
+    """Few bits of input often lie half way between two steps, in bf16 one value in 300."""
+    q, k, v = tensors(2, 8, 2, 1000, 1100, 64, dtype, device="cuda")
+    ids = torch.arange(8, dtype=torch.int32, device="cuda")
+    how = Rounding(qk, "native", False, 128, 0.1, ids, ids // 4)
+    got, want = quantize(q, k, v, how), reference(q, k, v, how)
+    for name in ("q", "k", "q_scale", "k_scale"):
+        one, two = (getattr(ops, name).view(torch.uint8) for ops in (got, want))
+        assert torch.equal(one, two), name
+    if qk == "int8":
+        half = q.double() * 127 / q.double().abs().amax(-1, keepdim=True)
+        assert ((half - half.floor()) == 0.5).any()

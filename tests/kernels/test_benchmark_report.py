@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def case(part: str, ratio: float, **more: Any) -> dict[str, Any]:
-    shape = {"head_size": 128, "unit": [128, 128], "causal": True}
+    shape = {"head_size": 128, "unit": [128, 128], "causal": True, "tokens": 32768}
     return {"part": part, **shape, "ratio": {"gluon": ratio, "flex": 0.5}, **more}
 
 
@@ -46,7 +47,19 @@ def test_speeds_are_means_over_densities(report: ModuleType) -> None:
 
 def test_single_keys_have_a_speed_of_their_own(report: ModuleType) -> None:
     whole = made(case("a", 0.8))
-    shape = {"head_size": 128, "unit": [2048, 1], "causal": True}
+    shape = {"head_size": 128, "unit": [2048, 1], "causal": True, "tokens": 32768}
     whole["parts"] = [{"part": "gather", **shape, "rates": {"gluon": 0.7, "triton": 0.3}}]
     found = {(r["backend"], *r["unit"]): r["speed"] for r in report.speeds(whole)}
     assert found == {("gluon", 128, 128): 0.8, ("gluon", 128, 1): 0.7, ("triton", 128, 1): 0.3}
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 5, 6])
+def test_each_piece_of_work_follows_each_other_equally_often(
+    report: ModuleType, pieces: int
+) -> None:
+    timing = importlib.import_module("attention.timing")
+    rounds = [timing.turns(pieces, r) for r in range(2 * pieces)]
+    assert all(sorted(order) == list(range(pieces)) for order in rounds)
+    pairs = [(a, b) for order in rounds for a, b in pairwise(order)]
+    assert {pairs.count(p) for p in set(pairs)} <= {2}
+    assert len(set(pairs)) == pieces * (pieces - 1)

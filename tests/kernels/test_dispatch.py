@@ -85,17 +85,25 @@ def test_shipped_speeds_are_readable() -> None:
     )
 
 
-def test_the_nearest_head_size_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_nearest_reading_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = speeds.Kind("gluon", "H100", "9.0", 64, (64, 64), True, 32768)
     known = {
-        ("gluon", "9.0", 64, (64, 64), True): 0.7,
-        ("gluon", "9.0", 128, (64, 64), True): 0.9,
+        here: 0.7,
+        here._replace(head_dim=128): 0.9,
+        here._replace(tokens=131072): 0.8,
+        here._replace(gpu="H200"): 0.6,
+        here._replace(gpu="H200", head_dim=128): 1.1,
     }
     monkeypatch.setattr(speeds, "table", lambda: known)
     speeds._nearest.cache_clear()
-    assert speeds._nearest("gluon", "9.0", 80, (64, 64), True) == 0.7
-    assert speeds._nearest("gluon", "9.0", 120, (64, 64), True) == 0.9
-    assert speeds._nearest("gluon", "9.0", 64, (64, 64), False) is None
-    assert speeds._nearest("gluon", "8.0", 64, (64, 64), True) is None
+    assert speeds._nearest(here._replace(head_dim=80)) == 0.7
+    assert speeds._nearest(here._replace(head_dim=120)) == 0.9
+    assert speeds._nearest(here._replace(tokens=60000)) == 0.7
+    assert speeds._nearest(here._replace(tokens=70000)) == 0.8
+    assert speeds._nearest(here._replace(gpu="H200", head_dim=120)) == 1.1
+    assert speeds._nearest(here._replace(gpu="another", head_dim=64, tokens=0)) in (0.6, 0.7)
+    assert speeds._nearest(here._replace(causal=False)) is None
+    assert speeds._nearest(here._replace(capability="8.0")) is None
     speeds._nearest.cache_clear()
 
 

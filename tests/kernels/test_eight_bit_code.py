@@ -34,15 +34,16 @@ def test_machine_code() -> None:
     for case, found in zip(CASES, json.loads(done.stdout), strict=True):
         form, d = case[0], case[3]
         assert found["LDL"] == found["STL"] == found["stack"] == 0, (case, found)
-        # Products of 32 (16) terms; two sites of QK and of PV for each kind of consumer warp.
-        consumers = 2 if form == "gluon" else 1
+        # Products of 32 (16) terms for each kind of consumer warp: those of a row's first and other
+        # tiles, and on Hopper those of the next row's first.
+        consumers, scores = (2, 3) if form == "gluon" else (1, 2)
         products = dict.fromkeys(("IGMMA", "QGMMA", "HGMMA"), 0)
-        products["IGMMA" if case[1] == "int8" else "QGMMA"] += 2 * consumers * d // 32
+        products["IGMMA" if case[1] == "int8" else "QGMMA"] += scores * consumers * d // 32
         kind, depth = ("QGMMA", 32) if case[2] == "fp8" else ("HGMMA", 16)
         products[kind] += 2 * consumers * 128 // depth
         assert products == {name: found[name] for name in products}, (case, found)
         # One wait for each product, not for each of its instructions.
-        assert found["waits"] == 4 * consumers, (case, found)
+        assert found["waits"] == (scores + 2) * consumers, (case, found)
         # P stays in its registers as long as a product reads them.
         assert found["unheld" if form == "gluon" else "loose"] == 0, (case, found)
         # One program of twelve warps on a multiprocessor, two of four warps.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+import hand
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ if not torch.cuda.is_available():
 from accelkit.kernels._triton import permute as fast_permute
 from accelkit.kernels._triton import pyramid as fast_pyramid
 from accelkit.kernels._triton import rows as fast_rows
+from accelkit.kernels._triton import runs as fast_runs
 from accelkit.kernels._triton import scores as fast
 from accelkit.kernels._triton import select as fast_select
 
@@ -45,28 +47,56 @@ def test_means_of_runs():
     x = rows(2, 3, 93, 24)
     begin = torch.tensor([5, 75, 78, 90], dtype=torch.int32, device=DEVICE)
     expected = torch.stack([x[:, :, a:b].mean(2) for a, b in ((5, 75), (75, 78), (78, 90))], 2)
-    for found in (scores.pool_runs(x, begin), fast.pool(x, 64, None, begin=begin)):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    heads = torch.tensor([2, 0], device=DEVICE)
+    for found in (scores.pool_runs(x, begin, heads), fast.pool(x, 64, heads, begin=begin)):
+        torch.testing.assert_close(found, expected[:, heads], atol=1e-5, rtol=1e-5)
 
 
+def test_budgets_of_routed_heads():
+    """Beyond one chunk; own gates are spent first and are not chosen again."""
+    gate, own = torch.randn(2, 3, 40, 70, device=DEVICE), torch.zeros(40, 70).bool().to(DEVICE)
+    own[torch.arange(40), torch.arange(40)] = True
+    for coverage in (0.3, 0.9):
+        found = fast_runs.routed(gate, own, coverage)
+        assert torch.equal(found, select.routed(gate, own, coverage))
+        assert found.any() and not (found & own).any()
+
+
+def test_blocks_that_touch_chosen_runs():
+    """Block 0 touches no run, block 2 three of them."""
+    begin, end = (torch.tensor(t).int().to(DEVICE) for t in ([0, 0, 1, 3], [0, 2, 4, 4]))
+    runs, kept = select.Runs(begin, end, 3), torch.zeros(1, 1, 2, 4).bool().to(DEVICE)
+    kept[..., 1, 0] = True
+    chosen = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 1]]).bool().to(DEVICE)[None, None]
+    call = plain_inputs(rows(1, 1, 32, 16), rows(1, 1, 64, 16), rows(1, 1, 64, 16), causal=False)
+    slow = select.compact_runs(call, chosen, runs, kept, (16, 16))
+    for found in (slow, fast_runs.compact(chosen, runs, kept, (16, 16))):
+        assert hand.rows(found) == [[1, 2], [0, 2, 3]]
+
+
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize(("n", "unit"), [(91, 4), (205, 16), (64, 8)])
-def test_the_levels_of_a_pyramid(n: int, unit: int):
+def test_the_levels_of_a_pyramid(n: int, unit: int, ordered: bool):
     """Means behind the last whole entry of a level are left out."""
     x = rows(2, 3, n, 24)
-    torch.testing.assert_close(
-        fast_pyramid.levels(x, unit), pyramid._levels(x, unit), atol=1e-5, rtol=1e-5
-    )
+    order = torch.randperm(n, dtype=torch.int32, device=DEVICE) if ordered else None
+    slow = pyramid._levels(x, unit, order)
+    moved = x if order is None else x[:, :, order.long()]
+    torch.testing.assert_close(slow, pyramid._levels(moved, unit, None))
+    torch.testing.assert_close(fast_pyramid.levels(x, unit, order), slow, atol=1e-5, rtol=1e-5)
 
 
-def test_the_prefix_of_all_rows_of_a_head():
+def test_the_prefix_of_all_rows_of_a_head(monkeypatch: pytest.MonkeyPatch):
     """Beyond one chunk, with ties across chunks and entries that nobody may take."""
     x = (torch.rand(1, 2, 1, 9_000, device=DEVICE) * 50).floor() / 50
     x[..., ::7] = -float("inf")
     for share in (0.3, 0.9):
         mass = share * x.clamp(min=0).sum(-1, keepdim=True)
-        found = fast_select.long_prefix(x, mass)
-        assert torch.equal(found, select.global_prefix(x, mass))
-        assert found.any()
+        for wide in (1 << 22, 0):
+            monkeypatch.setattr(fast_select, "_WIDE", wide)
+            found = fast_select.long_prefix(x, mass)
+            assert torch.equal(found, select.global_prefix(x, mass))
+            assert found.any()
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -106,15 +136,26 @@ def test_self_similarity(center: bool, masked: bool):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (64, 64), (32, 16)])
-def test_block_mass(size: tuple[int, int]):
-    """Exact masses of a tile sum to one, whichever way they are found."""
-    call = plain_inputs(rows(1, 4, 150, 24), rows(1, 2, 150, 24), rows(1, 2, 150, 24), causal=False)
+@pytest.mark.parametrize("q_start", [None, 0, 20])
+def test_block_mass(size: tuple[int, int], q_start: int | None):
+    """Exact masses of a tile sum to one, whichever way they are found; causal calls with a
+    `q_start`.
+    """
+    keys, causal = 150 + (q_start or 0), q_start is not None
+    call = plain_inputs(
+        rows(1, 4, 150, 24), rows(1, 2, keys, 24), rows(1, 2, keys, 24), causal=causal,
+        q_start=q_start or 0,
+    )  # fmt: skip
     s = call.q @ call.k.repeat_interleave(2, 1).transpose(-1, -2) * call.scale
+    if causal:
+        s = s.masked_fill(torch.ones_like(s[0, 0]).triu(1 + call.q_start).bool(), -torch.inf)
     lse = s.logsumexp(-1)
     assert fast.mass_fits(call, size)
     found = fast.block_mass(call, lse, size)
     torch.testing.assert_close(found.sum(-1), torch.ones_like(found[..., 0]), atol=2e-4, rtol=0)
     torch.testing.assert_close(found, scores.block_mass(call, lse, size), atol=2e-4, rtol=1e-3)
+    some = torch.tensor([2, 0], device=DEVICE)
+    torch.testing.assert_close(fast.block_mass(call, lse, size, some), found[:, :, some])
 
 
 def test_sampled_maxima(monkeypatch: pytest.MonkeyPatch):
@@ -126,6 +167,14 @@ def test_sampled_maxima(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fast, "SCRATCH_BYTES", 1)  # head by head
     places = (scores_blocks._drawn(64, 4, seed, call.q.device) for seed in (0, 1))
     assert torch.equal(found, fast.sampled_max(call, (64, 64), *places))
+    monkeypatch.undo()
+    order = torch.randperm(270, dtype=torch.int32, device=DEVICE)
+    ordered = scores.sampled_max(call, (64, 64), every=4, key_order=order)
+    moved = replace(call, k=call.k[:, :, order.long()])
+    torch.testing.assert_close(ordered, scores.sampled_max(moved, (64, 64), every=4))
+    places = (scores_blocks._drawn(64, 4, seed, call.q.device) for seed in (0, 1))
+    found = fast.sampled_max(call, (64, 64), *places, order)
+    torch.testing.assert_close(found, ordered, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize("number", [1, 2])

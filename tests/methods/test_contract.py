@@ -125,6 +125,12 @@ def test_defaults_survive_json(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_fields_say_what_they_are(name: str):
+    mute = [field for field, about in load(name).model_fields.items() if not about.description]
+    assert not mute, f"no line below {mute}; `accelkit methods {name}` prints it"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_dial_turns_a_field(name: str):
     cls = load(name)
     if cls.dial is None:
@@ -216,7 +222,7 @@ def test_some_heads_only(name: str):
 
 @pytest.mark.parametrize("name", [n for n in SELECTORS if takes_table(n)])
 def test_a_number_for_each_head(name: str):
-    """A `PerHead` dial read from a side tensor gives each head what the plain number gives."""
+    """A dial read from a side tensor gives each head what the plain number gives."""
     dial, call = load(name).dial, random_call()
     values = [dial.values[0], dial.values[-1]] * 2
     tables = {"per_head": torch.tensor(values)}

@@ -76,6 +76,18 @@ def test_backends_agree():
     torch.testing.assert_close(keys[:, :, -150:], k)
 
 
+def test_keys_in_an_order():
+    """What a pyramid of keys in an order gives is what it gives on keys laid out that way."""
+    q, k, v = planted.noise(150, width=16)
+    levels = torch.randint(0, 4, (1, 4, 10, 10), generator=torch.Generator().manual_seed(1))
+    index = select.compact_levels(levels.to(torch.int8), 150, (16, 16), 8)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(2)).int()
+    found = attend(q, k, v, replace(index, key_order=order), causal=False)
+    laid = attend(q, k[:, :, order.long()], v[:, :, order.long()], index, causal=False)
+    torch.testing.assert_close(found.out, laid.out)
+    torch.testing.assert_close(found.lse, laid.lse)
+
+
 def test_ends_must_rise():
     with pytest.raises(ValueError, match="must rise"):
         PSA(ends=(0.5, 0.2, 0.6, 0.7))

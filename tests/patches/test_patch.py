@@ -356,6 +356,12 @@ def test_sharded_heads_are_refused(llama, ids):
             torch.ops.accelkit.attention(q, k, v, None, 0.25, number)
 
 
+@pytest.mark.parametrize("what", ["window", accelkit.method("window"), [NARROW, "window"]])
+def test_what_is_no_method_is_refused(llama, what):
+    with pytest.raises(InvalidInputError, match="neither a plan nor a method"):
+        accelkit.patch(llama, what)
+
+
 def test_compiled_model_is_refused(llama):
     with pytest.raises(InvalidInputError, match=r"torch\.compile afterwards"):
         accelkit.patch(torch.compile(llama), NARROW)

@@ -1,1 +1,3 @@
-"""Speed of patched models and pipelines against dense ones, in one process."""
+"""Speed of patched models (`prefill.py`) and pipelines (`video.py`) against dense ones, in one
+process: `accelkit bench`.
+"""

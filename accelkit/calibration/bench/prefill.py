@@ -8,23 +8,30 @@ counted as sparsity: both ratios are always given."""
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from accelkit.calibration.bench.served import heads_by_policy, serves
+from accelkit.calibration.candidates import chosen_methods
+from accelkit.calibration.capture import forward, prefill
+from accelkit.calibration.data import chosen_lengths
 from accelkit.calibration.evaluation import tasks
 from accelkit.calibration.evaluation.evaluate import FIRST_SEED, need_sparse
-from accelkit.errors import AccelkitError, GateFailedError, InvalidInputError
-from accelkit.patches.adapters import facts, sites
+from accelkit.calibration.fit import fit
+from accelkit.calibration.timing import times_ms
+from accelkit.errors import GateFailedError, InvalidInputError, NothingPatchedError
+from accelkit.patches.adapters import facts, sites, trimmable
 from accelkit.patches.call import Clock
 from accelkit.patches.patch import patch
-from accelkit.patches.plan import Component, Plan
+from accelkit.patches.plan import Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -181,35 +188,6 @@ def using(model: Any, path: str) -> Iterator[None]:
             model.set_attn_implementation(before)
 
 
-@torch.inference_mode()
-def prefill(model: Any, ids: Tensor) -> Tensor:
-    """Logits `[B, 1, vocabulary]` of the next token, filling a cache as `generate` does."""
-    return model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
-
-
-def times_ms(
-    run: Callable[[], Any], repeat: int, warmup: int, device: torch.device
-) -> tuple[float, ...]:
-    """Milliseconds of each of `repeat` runs: CUDA events on a GPU, the clock elsewhere."""
-    for _ in range(warmup):
-        run()
-    found = []
-    for _ in range(repeat):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize(device)
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize(device)
-            found.append(start.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            run()
-            found.append(1e3 * (time.perf_counter() - begin))
-    return tuple(found)
-
-
 def prompt(model: Any, tokenizer: Any, length: int, batch: int, seed: int) -> tuple[Tensor, str]:
     """Token ids `[batch, length]` on the model's device, and what they are."""
     if tokenizer is not None and length >= tasks.MIN_LENGTH:
@@ -240,35 +218,36 @@ def preview(model: Any, plan: Plan, lengths: Sequence[int]) -> list[dict[str, An
     ]
 
 
-def heads_by_policy(model: Any, plan: Plan, tokens: int, clock: Clock) -> dict[str, int]:
-    """How many heads run what, over all sites."""
-    component = next(iter(plan.fingerprint.components.values()))
-    heads: dict[str, int] = {}
-    for site in sites(model):
-        groups = plan.groups(site.path, tokens, clock)
-        for group in groups:
-            label = group.policy.label()
-            heads[label] = heads.get(label, 0) + len(group.heads)
-        if not groups:
-            heads["dense"] = heads.get("dense", 0) + component.q_heads
-    return heads
-
-
-def serves(
-    size: Component, dtype: torch.dtype, device: torch.device, causal: bool
-) -> dict[str, str]:
-    """The backend that would run lists of 128 × 128 blocks for heads of this size, and why."""
-    from accelkit.kernels import dispatch
-    from accelkit.kernels.index import BlockIndex
-
-    q = torch.zeros(1, size.q_heads, 128, size.head_dim, dtype=dtype, device=device)
-    kv = q[:, : size.kv_heads]
-    try:
-        index = BlockIndex.dense(size.q_heads, 1, (128, 128), device)
-        choice = dispatch.explain(q, kv, kv, index, causal=causal)
-    except AccelkitError as error:
-        return {"backend": "none", "reason": str(error)}
-    return {"backend": choice.backend, "reason": choice.reason}
+def bound(model: Any, lengths: Sequence[int] | None, repeat: int = 2) -> list[dict[str, Any]]:
+    """Attention's share of prefill at each length, and how much faster it would be if attention,
+    and a last layer that can be trimmed, cost nothing. Random tokens stand for a prompt.
+    """
+    fingerprint, _ = facts(model)
+    component = fingerprint.components["text"]
+    count = len(sites(model))
+    if not count:
+        raise NothingPatchedError(f"{type(model).__name__}: no attention that could run sparse")
+    shape = fit.Shape(component.q_heads, component.kv_heads, component.head_dim, count)
+    # A last layer that is trimmed leaves the others' share of what is not attention.
+    layers = component.layers
+    others = 1 - 1 / layers if trimmable(model) else 1.0
+    rows = []
+    for n in chosen_lengths(lengths, model):
+        ids = np.random.default_rng(0).integers(0, model.config.get_text_config().vocab_size, n)
+        whole = fit.clock(partial(forward, model, ids), repeat, model.device)
+        call = fit.random_call(shape, model.dtype, model.device, n)
+        attention = count * fit.dense_ms(call, lambda run: fit.clock(run, repeat, model.device))
+        share = min(attention / whole, 1.0)
+        rows.append(
+            {
+                "tokens": n,
+                "prefill_ms": round(whole, 3),
+                "attention_ms": round(attention, 3),
+                "attention_share": round(share, 4),
+                "most_speedup": round(1 / max(others * (1 - share), 1e-3), 2),
+            }
+        )
+    return rows
 
 
 def fit_costs(
@@ -280,14 +259,10 @@ def fit_costs(
     """The cost table of this device for layers like the model's and prompts up to the longest;
     `step` and `expect` as `fit` calls them.
     """
-    from accelkit.calibration.candidates import chosen_methods
-    from accelkit.calibration.fit.fit import fit
-    from accelkit.calibration.fit.inputs import Shape
-
     fingerprint, heads = facts(model)
     size = next(iter(fingerprint.components.values()))
-    shape = Shape(size.q_heads, size.kv_heads, size.head_dim, len(heads))
-    return fit(
+    shape = fit.Shape(size.q_heads, size.kv_heads, size.head_dim, len(heads))
+    return fit.fit(
         shape, model.dtype, model.device, max(lengths), chosen_methods(None),
         step=step, expect=expect,
     ).to_dict()  # fmt: skip

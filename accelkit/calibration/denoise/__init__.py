@@ -1,1 +1,4 @@
-"""Calibration of diffusers pipelines, by site and share of the denoising steps."""
+"""Calibration of diffusers pipelines, by site and share of the denoising steps. Begin with
+`calibrate.py`: `look.py` sees what is called, `measure.py`, `weights.py` and `caches.py` fill
+tables, `plan.py` searches, `check.py` runs whole denoisings; `video.py` is a run.
+"""

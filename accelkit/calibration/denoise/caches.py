@@ -20,7 +20,7 @@ from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.look import bucket_of, place_of
 from accelkit.calibration.denoise.weights import Small
 from accelkit.calibration.evaluation.quality import relative
-from accelkit.calibration.prefill.measure import Run
+from accelkit.calibration.session import Run
 from accelkit.errors import AccelkitError, UnsupportedModelError
 from accelkit.patches import method as registry
 from accelkit.patches.adapters import watch

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from accelkit.calibration import session
+from accelkit.calibration import session, stages
 from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.denoise import caches as denoise_caches
 from accelkit.calibration.denoise import look as denoise_look
@@ -27,8 +27,7 @@ from accelkit.calibration.denoise.video import Settings
 from accelkit.calibration.denoise.weights import Small, lasting, trial, weighed_at
 from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
-from accelkit.calibration.prefill import measure
-from accelkit.calibration.prefill.measure import Preset, Run
+from accelkit.calibration.session import Preset, Run
 from accelkit.errors import InvalidInputError, NothingPatchedError
 from accelkit.patches.adapters import facts, sites
 from accelkit.patches.method import Method
@@ -186,7 +185,7 @@ def _plan(
         geometry=denoise_look.geometry_of(glanced),
     )  # fmt: skip
     dtype = next(iter(roots.values())).dtype
-    costs = measure.fitted(run, shape, dtype, tokens, methods)
+    costs = stages.fitted(run, shape, dtype, tokens, methods)
     able = [m for m in methods if m.kind in costs.methods]
     found = denoise_measure.measured(run, seen, settings, shots.measure, able, costs, tokens)
     small = Small(run, seen, shots.measure, roots)
@@ -196,7 +195,7 @@ def _plan(
     if any(found.families.values()):
         trials = [trial(found, heads, small.shares, fingerprint, b) for b in range(len(influence))]
         at = weighed_at(seen.places)
-        some = measure.weighed(
+        some = stages.weighed(
             run, {p: heads[p] for p in dict.fromkeys(at.values())}, [small.probe],
             lambda place: trials[bucket_of(place)].left_out(place),
         )  # fmt: skip

@@ -14,15 +14,15 @@ from torch import Tensor
 from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.video import Enough, Settings, Shot, Take
 from accelkit.calibration.evaluation.quality import geometric_mean, relative
-from accelkit.calibration.prefill.measure import Run
 from accelkit.calibration.refine import Round, plan_digest
+from accelkit.calibration.session import Run
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 
 HOPELESS = 1.25
 """A run whose latents have this multiple of the budget is not finished."""
 MOST_RUNS = 2.0
-"""Dense runs for each prompt that the check may be worth."""
+"""Dense runs for each prompt that the check may be worth, the dense side included."""
 CAREFUL = 0.75
 """Share of its ε that the last round takes which the check can afford, if none held before."""
 CLEAR = 1.5
@@ -53,6 +53,7 @@ class Checker:
         self.run, self.settings, self.shots, self.cost = run, settings, shots, cost
         self.margin = margin
         self.order = list(range(len(shots)))
+        self.prompts = len(shots)
         self.references: dict[int, tuple[Take, dict[int, Tensor]]] = {}
         self.lately: dict[int, float] = {}
 
@@ -61,7 +62,7 @@ class Checker:
         is clear that further prompts would.
         """
         digest = plan_digest(now.plan)
-        for n in self.order:
+        for n in self.order[: self.prompts]:
             self.run.tell("checking a plan")
             key = f"check/{digest}/{n}"
             row = self._unit(key, partial(self._row, now.plan, n, allowed), allowed)
@@ -71,10 +72,10 @@ class Checker:
             now.measured = max(errors)
             likely = self.likely({r["prompt"]: e for r, e in zip(now.rows, errors, strict=True)})
             now.bound = self.margin * geometric_mean(likely)
-            clear = len(likely) == len(self.shots) and now.bound > CLEAR * allowed
+            clear = len(likely) >= self.prompts and now.bound > CLEAR * allowed
             if now.measured > allowed or clear:
                 break
-        now.held = len(now.rows) == len(self.shots) and now.reach <= allowed
+        now.held = len(now.rows) == self.prompts and now.reach <= allowed
         if len(now.rows) == len(self.shots):
             self.lately = {r["prompt"]: r["error"] / r["done"] for r in now.rows}
         worst = [r["prompt"] for r in sorted(now.rows, key=lambda r: -r["error"])]
@@ -107,6 +108,17 @@ class Checker:
         """
         return bool(rounds) and self.used(rounds) + self.cost(plan) > MOST_RUNS
 
+    def narrow(self, rounds: Sequence[Round], plan: Plan) -> bool:
+        """Let a last round run only the most telling prompts, as many as the check can still
+        afford; whether it affords any.
+        """
+        left = (MOST_RUNS - self.used(rounds)) * len(self.shots)
+        self.prompts = min(len(self.shots), int(left / self.cost(plan) + 1e-9))
+        what = f"{len(self.shots) - self.prompts} of {len(self.shots)} prompts of round"
+        why = f"the check would be worth more than {MOST_RUNS:g} dense runs a prompt"
+        self.run.skipped.append(f"{what} {len(rounds) + 1}: {why}")
+        return self.prompts > 0
+
     def care(self, rounds: Sequence[Round], plan: Plan) -> float:
         """The share of ε that a round shall take which takes this plan's time: less where no other
         could follow and none has held; a plan that is too careful is better than none.
@@ -122,7 +134,8 @@ class Checker:
         prompts, and dense ones no slower than some that are timed again.
         """
         digest = plan_digest(plan)
-        rows = [self.run.journal[f"check/{digest}/{n}"] for n in range(len(self.shots))]
+        keys = [f"check/{digest}/{n}" for n in range(len(self.shots))]
+        rows = [self.run.journal[key] for key in keys if key in self.run.journal]
         dense, patched = (
             np.min([row[side] for row in rows], 0) for side in ("dense_steps_ms", "steps_ms")
         )

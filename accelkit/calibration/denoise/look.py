@@ -14,7 +14,7 @@ from typing import Any
 
 from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.video import Enough, Settings, Shot
-from accelkit.calibration.prefill.measure import Run
+from accelkit.calibration.session import Run
 from accelkit.errors import NothingPatchedError
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall, Geometry, Span

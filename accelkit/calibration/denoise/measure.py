@@ -30,8 +30,9 @@ from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.look import Look, bucket_of, scaled, site_of
 from accelkit.calibration.denoise.video import Enough, Settings, Shot
-from accelkit.calibration.prefill.measure import Run, family_of, kept
 from accelkit.calibration.profile import UNIT, profile
+from accelkit.calibration.session import Run
+from accelkit.calibration.stages import family_of, kept
 from accelkit.kernels.cost import CostTable
 from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import watch

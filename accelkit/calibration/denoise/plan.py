@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from accelkit.calibration import refine
+from accelkit.calibration.assemble import assemble, site_data
 from accelkit.calibration.denoise.caches import Cached
 from accelkit.calibration.denoise.check import Checker
 from accelkit.calibration.denoise.look import Look, bucket_of, buckets, site_of
@@ -17,9 +18,8 @@ from accelkit.calibration.denoise.measure import Measurements
 from accelkit.calibration.denoise.tables import Tables
 from accelkit.calibration.denoise.weights import Small
 from accelkit.calibration.evaluation.quality import geometric_mean
-from accelkit.calibration.prefill.assemble import assemble, site_data
-from accelkit.calibration.prefill.measure import Run
 from accelkit.calibration.search import DENSE, Choice, Solution, composed, cost
+from accelkit.calibration.session import Run
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, LayerPlan, Limits, Plan, Schedule
 
@@ -79,8 +79,8 @@ class Planner:
         shares = buckets(self.seen.total)
         data = site_data(
             self.seen.places, self.found.families, self.found.screen,
-            [(self.tokens, unit) for unit in self.found.units], self.tokens, self.weights,
-            self.costs, self.seen.calls,
+            [(self.tokens, unit) for unit in self.found.units], self.tokens,
+            [self.weights] * len(self.found.units), self.costs, self.seen.calls,
             {p: self.found.refresh.get(site_of(p), 1) for p in self.seen.places},
         )  # fmt: skip
         self.data = [
@@ -99,10 +99,10 @@ class Planner:
     def settle(self, run: Run, checker: Checker) -> refine.Outcome:
         """Checks the fastest step cache alone if that is cheap, then what step caches and attention
         make together, and predicts anew after every check. The fastest plan that held wins; where
-        none did, a last and careful one may take more than the check is worth.
+        none did, a last and careful one runs the prompts that the check still affords.
         """
         allowed, rounds = self.budget.max_rel_error, list[refine.Round]()
-        aim, cautious, last = FIRST * allowed / checker.margin, True, False
+        aim, cautious = FIRST * allowed / checker.margin, True
         while len(rounds) < run.preset.rounds:
             if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
                 break
@@ -122,13 +122,14 @@ class Planner:
             if any(r.proposal.choice == proposal.choice for r in rounds):
                 aim *= refine.MARGIN  # it did not hold
                 continue
-            if checker.spent(rounds, proposal.plan):
-                if last or any(r.held for r in rounds):
-                    break
-                last = True
+            last = checker.spent(rounds, proposal.plan)
+            if last and (any(r.held for r in rounds) or not checker.narrow(rounds, proposal.plan)):
+                break
             now = refine.Round(epsilon, proposal)
             checker.check(now, allowed)
             rounds.append(now)
+            if last:
+                break
             typical = max(now.bound / checker.margin, 1e-12)
             self.learn(now, typical)
             aim, cautious = refine.MARGIN * allowed * typical / max(now.reach, 1e-12), False

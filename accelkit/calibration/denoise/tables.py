@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from accelkit.calibration.assemble import Measured, SiteData
 from accelkit.calibration.candidates import arithmetic_only
 from accelkit.calibration.denoise.caches import Cached
-from accelkit.calibration.prefill.assemble import Measured, SiteData
 from accelkit.calibration.search import DENSE, Choice, Solution, Table, predicted, search
 
 ANY = 1e3

@@ -37,8 +37,8 @@ from accelkit.calibration.evaluation.quality import (
     noise_like,
     relative,
 )
-from accelkit.calibration.prefill.measure import Run
 from accelkit.calibration.search import composed
+from accelkit.calibration.session import Run
 from accelkit.errors import AccelkitError
 from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import watch

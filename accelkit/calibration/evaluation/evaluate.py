@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accelkit.calibration.data import scored_rows
 from accelkit.calibration.evaluation import tasks
+from accelkit.calibration.evaluation.tasks import scored_rows
 from accelkit.errors import GateFailedError, InvalidInputError, NothingPatchedError
 from accelkit.patches.patch import PatchHandle, disabled, patch
 from accelkit.patches.plan import Plan

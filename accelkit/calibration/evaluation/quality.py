@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from accelkit.calibration.capture import See, forward
-from accelkit.calibration.data import scored_rows
-from accelkit.calibration.evaluation.tasks import Sample, right_answers
+from accelkit.calibration.evaluation.tasks import Sample, right_answers, scored_rows
 from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import adapter_for
 from accelkit.patches.adapters.last_layer import MOST as TRIM_BELOW
@@ -150,7 +149,6 @@ def by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     and `bound`, what further prompts will hardly exceed (see `margin`).
     """
     found: dict[str, dict[str, Any]] = {}
-    wide = margin(rows)
     for key in dict.fromkeys(map(_task, rows)):
         mine = [r for r in rows if _task(r) == key]
         asked = sum(r["asked"] for r in mine)
@@ -162,7 +160,7 @@ def by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "prompts": len(mine),
             "error": error,
             "worst": worst,
-            "bound": max(worst, error * wide),
+            "bound": max(worst, error * margin(mine if len(both) > 1 else rows)),
             "kl": float(np.mean([r["kl"] for r in both])),
             "asked": asked,
             "lost": lost(mine),
@@ -174,7 +172,8 @@ def by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def margin(rows: Sequence[dict[str, Any]]) -> float:
     """By which factor a prompt's error exceeds the mean of its task in one case of twenty, from the
-    spread of the logarithms within the tasks that have several prompts; 1 where none has.
+    spread of the logarithms within the tasks that have several prompts; 1 where none has. Tasks
+    spread differently: needles more than text, so each that has several prompts is asked alone.
     """
     squares, freedom = 0.0, 0
     for key in dict.fromkeys(map(_task, rows)):

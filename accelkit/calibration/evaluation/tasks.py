@@ -40,6 +40,9 @@ TASKS = ("needle", "multi_key", "multi_value", "key_value", "variables", "common
 MIN_LENGTH = 256
 """Shortest prompt that `make` builds, in tokens."""
 
+QUESTION = 8
+"""Tokens of a question, about."""
+
 _HEADERS = {
     "needle": "# Remember the lines key=value.\n",
     "multi_key": "# Remember the lines key=value.\n",
@@ -172,6 +175,22 @@ def count_right(sample: Sample, predicted: np.ndarray) -> int:
 
 
 # -- names, filler and questions ---------------------------------------------------------------
+
+
+def scored_rows(sample: Sample, most: int = 2048) -> np.ndarray:
+    """Positions whose next token counts: those before the answers' tokens, or the end of a text."""
+    if sample.answers:
+        return np.concatenate([np.arange(a - 1, b - 1) for a, b in sample.answers])
+    n = len(sample.ids)
+    return np.arange(max(n // 2, n - 1 - most), n - 1)
+
+
+def judged_rows(sample: Sample, most: int = 2048) -> np.ndarray:
+    """Positions at which attention is judged: the whole part with the questions, since what is
+    looked up there is handed on between its rows, or the end of a text.
+    """
+    rows = scored_rows(sample, most)
+    return np.arange(max(0, rows[0] - QUESTION), len(sample.ids)) if sample.answers else rows
 
 
 class _Names:

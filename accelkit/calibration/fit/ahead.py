@@ -17,6 +17,7 @@ from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit import kernels as fit_kernels
 from accelkit.calibration.fit import methods as fit_methods
 from accelkit.calibration.fit.inputs import Shape
+from accelkit.calibration.session import compile_clock
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 
@@ -25,15 +26,20 @@ UNIT = (128, 128)
 MOST_THREADS = 16
 LONG_AT_ONCE = 4
 """So many threads work on calls of full length, whose memory adds up."""
+COLD_S = 1.0
+"""Seconds of compiling for the shortest calls that tell of a machine without its cache."""
 Size = tuple[int, int]
 
 
 def rehearse(
-    calls: Mapping[int, AttentionCall], methods: Sequence[AttentionMethod], shape: Shape
+    calls: Mapping[int, AttentionCall],
+    methods: Sequence[AttentionMethod],
+    shape: Shape,
+    brief: bool = False,
 ) -> set[Size]:
     """Run once what a fit measures, first at the shortest length and then at all of them, and
     return the units of the lists. What fails here fails again where it is measured, and says why
-    there.
+    there. `brief`: the shortest length only, where its kernels lay in the cache.
     """
     room, device = Semaphore(LONG_AT_ONCE), calls[max(calls)].q.device
     short = {min(calls): calls[min(calls)]}
@@ -44,13 +50,14 @@ def rehearse(
             with torch.cuda.device(device):
                 if len(calls) > 1:
                     found |= set(job(short))
-                with room:
-                    found |= set(job(calls))
+                if not brief or compiled() > COLD_S:
+                    with room:
+                        found |= set(job(calls))
         except Exception:  # left to the measurement
             torch.cuda.empty_cache()
         return found
 
-    with ThreadPoolExecutor(min(MOST_THREADS, _processors())) as pool:
+    with compile_clock() as compiled, ThreadPoolExecutor(_threads()) as pool:
         # Kernels of the unit that is always there take longest to compile and come first.
         waiting = [pool.submit(both, partial(_kernel, UNIT)), pool.submit(both, _dense)]
         waiting += [pool.submit(both, partial(_method, m, shape)) for m in methods]
@@ -63,11 +70,11 @@ def rehearse(
     return known
 
 
-def _processors() -> int:
-    """CPUs that this process may use."""
+def _threads() -> int:
+    """One for each CPU that this process may use, up to a limit."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    return min(MOST_THREADS, os.cpu_count() or 1)
 
 
 def _dense(calls: Mapping[int, AttentionCall]) -> tuple[()]:

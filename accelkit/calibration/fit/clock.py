@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from accelkit.calibration.bench.prefill import times_ms
+from accelkit.calibration.timing import times_ms
 from accelkit.patches.call import AttentionCall
 
 PATIENCE_MS = 1000.0

@@ -40,6 +40,7 @@ def fit(
     *,
     repeat: int = 3,
     limit_s: float = 60.0,
+    brief: bool = False,
     step: Callable[[str], None] | None = None,
     expect: Callable[[int], None] | None = None,
 ) -> CostTable:
@@ -47,19 +48,21 @@ def fit(
     their lists follow from a grid.
 
     `step` is told what is measured next, `expect` how many steps are left after compiling. After
-    `limit_s` seconds nothing is repeated any more.
+    `limit_s` seconds nothing is repeated any more. `brief` is for a search on a GPU, in which a
+    fit would take longer than all the rest: fewer lengths, each reading the lesser of two.
     """
-    until = time.monotonic() + limit_s
-    calls = {n: random_call(shape, dtype, device, n) for n in lengths(shape, tokens, device)}
+    until = time.monotonic() + (0.0 if brief else limit_s)
+    at = lengths(shape, tokens, device, brief)
+    calls = {n: random_call(shape, dtype, device, n) for n in at}
     tell = step or (lambda _: None)
 
     def ms(run: Callable[[], Any], times: int = repeat) -> float:
-        return clock(run, times if time.monotonic() < until else 1, device)
+        return clock(run, 2 if brief else times if time.monotonic() < until else 1, device)
 
     known = {fit_ahead.UNIT}
     if device.type == "cuda":
         tell("compiling kernels")
-        known = fit_ahead.rehearse(calls, methods, shape)
+        known = fit_ahead.rehearse(calls, methods, shape, brief)
     if expect is not None:
         expect(1 + len(methods) + len(known))
     tell("dense attention")
@@ -91,11 +94,11 @@ def fit(
     return replace(table, methods=beside)
 
 
-def lengths(shape: Shape, tokens: int, device: torch.device) -> list[int]:
+def lengths(shape: Shape, tokens: int, device: torch.device, brief: bool = False) -> list[int]:
     """Lengths at which costs are measured, ascending; between two of them they are interpolated. A
     GPU has time for more of them, and the shortest one shows what launches cost.
     """
     if not shape.causal:
         return [tokens]
-    shares = (16, 4, 2, 1) if device.type == "cuda" else (4, 1)
+    shares = (16, 4, 2, 1) if device.type == "cuda" and not brief else (4, 1)
     return sorted({max(LEAST, tokens // s) for s in shares})

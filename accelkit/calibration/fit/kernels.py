@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from accelkit.calibration.bench.prefill import times_ms
 from accelkit.calibration.fit.clock import device_ms
 from accelkit.calibration.fit.inputs import random_index, shorter
+from accelkit.calibration.timing import times_ms
 from accelkit.kernels import dispatch, select
 from accelkit.kernels.cost import Kernel, least_squares, visible_pairs
 from accelkit.kernels.index import BlockIndex
@@ -58,7 +58,7 @@ def kernel(calls: Mapping[int, AttentionCall], size: tuple[int, int], until: flo
         before = found.error
         found = solved(list(zip(points, spent, strict=True)))
         settled = found.error < GOOD_FIT or found.error > MENDED * before
-        if turn and (settled or time.monotonic() > until):
+        if (turn and settled) or time.monotonic() > until:
             break
     return replace(found, backend=_backend(points[-1].one))
 

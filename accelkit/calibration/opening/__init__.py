@@ -1,1 +1,3 @@
-"""Opens models and pipelines, and says plainly what is wrong when that fails."""
+"""Opens models and pipelines, and says plainly what is wrong when that fails. Begin with
+`pipelines.open_any`, which takes either.
+"""

@@ -183,10 +183,12 @@ def open_plan(plan: str | None, model: str) -> tuple[Plan, str]:
 
 def opened(name: str, plan: str | None, *, dtype: str, device: str) -> tuple[Any, Any, Plan, str]:
     """What a run of a language model with a plan needs: model, tokenizer (None if it has none),
-    the plan and where that lies.
+    the plan and where that lies. A plan that does not fit says so here, before anything runs.
     """
     read, where = open_plan(plan, name)
-    return *open_model(name, dtype=dtype, device=device), read, where
+    model, tokenizer = open_model(name, dtype=dtype, device=device)
+    patch(model, read).remove()
+    return model, tokenizer, read, where
 
 
 def report_beside(plan: str) -> str | None:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from accelkit.calibration.opening.models import (
 )
 from accelkit.errors import InvalidInputError, MissingExtraError, UnsupportedModelError
 from accelkit.patches.adapters import facts, sites
+from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 
 INDEX = "model_index.json"
@@ -55,8 +57,10 @@ def open_pipeline(name: str, *, dtype: str = "auto", device: str = "auto") -> An
         kind = torch.bfloat16 if where.type == "cuda" else torch.float32
     if not (sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")):
         diffusers.utils.logging.disable_progress_bar()
-        if "transformers" in sys.modules:
-            sys.modules["transformers"].utils.logging.disable_progress_bar()
+        if find_spec("transformers"):  # text encoders show bars of their own
+            from transformers.utils import logging as encoders
+
+            encoders.disable_progress_bar()
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=kind)
     except (AttributeError, TypeError, ImportError) as error:
@@ -90,12 +94,15 @@ def opened(
     device: str,
 ) -> tuple[Any, Plan, video.Settings, video.Shot]:
     """What a run of a pipeline with a plan needs; size and steps are the plan's unless wished for.
-    Without a prompt the first of the built-in ones is taken.
+    Without a prompt the first of the built-in ones is taken. A plan that does not fit says so here,
+    before anything runs.
     """
     read, _ = open_plan(plan, name)
     text = prompt or video.BUILT_IN[0]
     shot = video.Shot(text, {"prompt": text}, seed)
-    return open_pipeline(name, dtype=dtype, device=device), read, settings_of(read, size), shot
+    pipe = open_pipeline(name, dtype=dtype, device=device)
+    patch(pipe, read).remove()
+    return pipe, read, settings_of(read, size), shot
 
 
 def settings_of(plan: Plan, size: Mapping[str, int]) -> video.Settings:

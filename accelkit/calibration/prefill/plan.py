@@ -6,14 +6,14 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from accelkit.calibration.assemble import SiteData, assemble, crossover, kept_row, trimmed
 from accelkit.calibration.data import Inputs
 from accelkit.calibration.evaluation import quality
-from accelkit.calibration.prefill.assemble import SiteData, assemble, crossover, kept_row, trimmed
 from accelkit.calibration.prefill.blame import Head, culprit, raised
 from accelkit.calibration.prefill.check import Checker
-from accelkit.calibration.prefill.measure import Run
 from accelkit.calibration.refine import Proposal, Round, in_turns, outcome_numbers, short
 from accelkit.calibration.search import DENSE, Choice, Solution, search
+from accelkit.calibration.session import Run
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 

@@ -1,1 +1,3 @@
-"""What a person looks at: pictures, the report page, videos."""
+"""What a person looks at: `report.py` has the tables and the page, `pictures.py` the drawings,
+`frames.py` videos.
+"""

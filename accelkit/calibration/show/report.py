@@ -181,7 +181,7 @@ def headline(plan: Plan, phase: str | None = None) -> list[tuple[str, str]]:
         lines.append(("note", str(s["note"])))
     made = [
         f"{'accelkit' if k == 'version' else k} {v}"
-        for k, v in s["producer"].items()
+        for k, v in sorted(s["producer"].items(), key=lambda item: (item[0] != "version", item[0]))
         if v and k not in ("name", "date")
     ]
     if made:

@@ -33,11 +33,9 @@ from accelkit.kernels._triton.gluon_eight_parts import (
     _in_turn,
     _key0,
     _pass_turn,
-    _place,
     _produce,
-    _rounds,
 )
-from accelkit.kernels._triton.gluon_kernel import _barriers, _item, _next
+from accelkit.kernels._triton.gluon_kernel import _barriers, _item, _next, _place
 from accelkit.kernels._triton.gluon_parts import K_FREE, give, normalised
 from accelkit.kernels._triton.lower import Work
 from accelkit.kernels._triton.tile import LOG2E, one_masked
@@ -45,14 +43,17 @@ from accelkit.kernels.launch import Launch
 from accelkit.kernels.quantize import Operands
 
 _MAGIC = gl.constexpr(0x4B400000)
+_NEVER = gl.constexpr(-0x800000)  # the bits of −inf
 _MAGIC_VALUE = gl.constexpr(12582912.0)  # the same bits as fp32: 1.5 · 2²³
 
 
 @gluon.jit
-def _hide(s, k0, limit, n_k, BN: gl.constexpr, layout: gl.constexpr):
-    col = k0 + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+def _hide(s, k0, limit, n_k, BN: gl.constexpr):
+    """Scores with −inf where row and key do not see each other, in the bits of integers too."""
+    col = k0 + gl.arange(0, BN, layout=gl.SliceLayout(0, s.type.layout))
     seen = (col < n_k)[None, :] & (col[None, :] <= limit[:, None])
-    return gl.where(seen, s, -float("inf"))
+    NEVER: gl.constexpr = _NEVER if s.dtype == gl.int32 else -float("inf")
+    return gl.where(seen, s, NEVER)
 
 
 @gluon.jit
@@ -92,15 +93,6 @@ def _scores(mine, k, stage, zero, BN: gl.constexpr, D: gl.constexpr):
     keys = k.index(stage).reshape([BN, D]).permute((1, 0))
     INT: gl.constexpr = zero.dtype == gl.int32
     return warpgroup_mma(mine, keys, zero, use_acc=INT, is_async=True)
-
-
-@gluon.jit
-def _logits(s, c, INT: gl.constexpr):
-    """Scores of a tile as base-2 logits; `c` is the rows' factor."""
-    s = s.to(gl.float32, bitcast=True)
-    if INT:
-        s -= _MAGIC_VALUE
-    return s * c[:, None]
 
 
 @gluon.jit
@@ -180,6 +172,108 @@ def _scaled(total, alpha):
 
 
 @gluon.jit
+def _softmax(
+    s, c, m, total, WHO: gl.constexpr, BN: gl.constexpr, PV8: gl.constexpr, DTYPE: gl.constexpr
+):
+    """Probabilities of a tile, packed, with maxima, their factor to the ones before, and sums."""
+    INT: gl.constexpr = s.dtype == gl.int32
+    m, alpha, below = _maxima(s, c, m, 8.0 if PV8 else 0.0, INT)
+    if PV8:  # exponentials of one group, then of the other
+        below = _in_turn(below, WHO)
+    p = gl.exp2(s.to(gl.float32, bitcast=True) * c[:, None] - below[:, None])
+    if PV8:  # the turn goes on when half of the exponentials are there
+        first, second = p.reshape([_ROWS, 2, BN // 2]).permute((0, 2, 1)).split()
+        total = _scaled(total, alpha) + _sums_like(first, total, BN // 2)
+        total = _in_order(total)
+        _pass_turn(1 - WHO)
+        total += _sums_like(second, total, BN // 2)
+    else:
+        total = _scaled(total, alpha) + _sums(p, BN)
+    packed = _pack(p, BN, DTYPE)
+    if PV8 or not INT:  # the assembler keeps int8 with 16 bits in order by itself
+        total = _in_order(total)
+    return packed, alpha, m, total
+
+
+@gluon.jit
+def _step(
+    WHO: gl.constexpr, mine, k, v, there, stage, phase, v_stage, v_phase, k_full, v_full, zero,
+    none, packed, acc, pv, before, alpha, m, total, c, k0, limit, hidden, n_k,
+    BN: gl.constexpr, D: gl.constexpr, PV8: gl.constexpr, pl: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of a tile with the product of the tile before. `m` and `total` are the
+    tile's row's, all others up to `alpha` those of the product's.
+    """
+    LAG: gl.constexpr = PV8 or zero.dtype == gl.int32
+    o_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    if not PV8:
+        before = gl.convert_layout(alpha, o_row)
+    base = none if PV8 else acc * before[:, None]
+    mbarrier.wait(k_full.index(stage), phase, pred=there)
+    if not LAG:
+        mbarrier.wait(v_full.index(v_stage), v_phase)
+        _await_turn(WHO)
+    s = _scores(mine, k, stage, zero, BN, D)
+    if not LAG:
+        pv = _product(packed, v, v_stage, base, BN, D, pl)
+        _pass_turn(1 - WHO)
+    if PV8:  # the tile before the last is added up while the scores are on their way
+        acc = _added(acc, before, pv, PV8)
+        before = gl.convert_layout(alpha, o_row)
+    if LAG:
+        s = warpgroup_mma_wait(0, deps=[s])
+        if there:
+            give(K_FREE + stage)
+        mbarrier.wait(v_full.index(v_stage), v_phase)
+        pv = _product(packed, v, v_stage, base, BN, D, pl)
+    else:
+        s = warpgroup_mma_wait(1, deps=[s])
+    if hidden:
+        s = _hide(s, k0, limit, n_k, BN)
+    following, alpha, m, total = _softmax(s, c, m, total, WHO, BN, PV8, v.dtype)
+    pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
+    if not LAG and there:
+        give(K_FREE + stage)
+    give(_V_FREE + v_stage)
+    if not PV8:
+        acc = pv
+    return following, acc, pv, before, alpha, m, total
+
+
+@gluon.jit
+def _facts(
+    Q_SCALE, K_SCALE, LISTS, KV_HEADS, row, m0, b, slot, masked, clean, n_heads, n_kv, n_q, n_kb,
+    capacity, factor, BK: gl.constexpr, BN: gl.constexpr, EXTRA_MASKED: gl.constexpr,
+    WHO: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Of a row: its KV head and list, scales of its keys and its queries, and where its first tile
+    and the first after the masked ones lie.
+    """
+    at = row.to(gl.int64) * capacity
+    hk = gl.load(KV_HEADS + slot)
+    scales = K_SCALE + (b.to(gl.int64) * n_kv + hk) * n_kb
+    rows = m0 + WHO * _ROWS + gl.arange(0, _ROWS, layout=layout)
+    q_at = (b.to(gl.int64) * n_heads + slot) * n_q
+    by_row = gl.load(Q_SCALE + q_at + rows, mask=rows < n_q, other=1.0) * factor
+    entries, first = masked + clean, 1
+    if EXTRA_MASKED:
+        first = gl.maximum(masked * (BK // BN), 1)
+    k0 = _key0(LISTS, at, 0, entries, BK, BN)
+    last = gl.maximum(entries * (BK // BN), 1) - 1
+    k1 = _key0(LISTS, at, gl.minimum(first, last), entries, BK, BN)
+    return hk, at, scales, by_row, k0, k1
+
+
+@gluon.jit
+def _limits(rows, entries, n_k, q_start, CAUSAL: gl.constexpr):
+    """Last key of each row; none where the row has no entries."""
+    limit = rows * 0 + n_k
+    if CAUSAL:
+        limit = rows + q_start
+    return gl.where(entries > 0, limit, -1)
+
+
+@gluon.jit
 def _consume(
     WHO: gl.constexpr, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS,
     KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k, n_kb,
@@ -189,7 +283,7 @@ def _consume(
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
     INT: gl.constexpr = k.dtype == gl.int8
-    FULL: gl.constexpr = 8.0 if PV8 else 0.0
+    PER_ROW: gl.constexpr = BQ // (2 * _ROWS)
     s_type: gl.constexpr = gl.int32 if INT else gl.float32
     sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     ol: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if PV8 else 16])
@@ -199,151 +293,130 @@ def _consume(
     stage, phase = 0, 0
     if WHO == 1:
         _pass_turn(0)
-    LAG: gl.constexpr = PV8 or INT
     zero = gl.full([_ROWS, BN], _MAGIC if INT else 0, s_type, sl)
     none = gl.zeros([_ROWS, D], gl.float32, ol)
-    for round in range(_rounds(n_items)):
-        row, m0, b, slot, masked, clean = _item(
-            ITEMS, _place(round), n_items, 2 * _ROWS, BQ // (2 * _ROWS)
+    lane = WHO * _ROWS + gl.arange(0, _ROWS, layout=s_row)
+    place, round = _place(0), 0
+    row, m0, b, slot, masked, clean = _item(ITEMS, place, n_items, 2 * _ROWS, PER_ROW)
+    hk, at, scales, by_row, k0, k1 = _facts(
+        Q_SCALE, K_SCALE, LISTS, KV_HEADS, row, m0, b, slot, masked, clean, n_heads, n_kv, n_q,
+        n_kb, capacity, factor, BK, BN, EXTRA_MASKED, WHO, s_row,
+    )  # fmt: skip
+    c, scale = by_row * gl.load(scales + k0 // BN), gl.load(scales + k1 // BN)
+    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    s = _scores(q.index(WHO).reshape([_ROWS, D]), k, 0, zero, BN, D)
+    s = warpgroup_mma_wait(0, deps=[s])
+    give(K_FREE)
+    if (masked > 0) | (clean == 0):
+        limit = _limits(m0 + lane, masked + clean, n_k, q_start, CAUSAL)
+        s = _hide(s, k0, limit, n_k, BN)
+    m = gl.full([_ROWS], -1e30, gl.float32, s_row)
+    nothing = _sums(gl.zeros([_ROWS, BN], gl.float32, sl), BN)
+    packed, alpha, m, total = _softmax(s, c, m, nothing, WHO, BN, PV8, v.dtype)
+    while place < n_items:
+        place = _place(round + 1)
+        more = place < n_items
+        next_row, next_m0, next_b, next_slot, next_masked, next_clean = _item(
+            ITEMS, place, n_items, 2 * _ROWS, PER_ROW
         )
-        b64, h64 = b.to(gl.int64), slot.to(gl.int64)
-        hk, ho = gl.load(KV_HEADS + slot), gl.load(OUT_HEADS + slot)
-        at = row.to(gl.int64) * capacity
-        n = (masked + clean) * R
-        rows = m0 + WHO * _ROWS + gl.arange(0, _ROWS, layout=s_row)
-        limit = rows * 0 + n_k
-        if CAUSAL:
-            limit = rows + q_start
-        q_at = (b64 * n_heads + h64) * n_q
-        by_row = gl.load(Q_SCALE + q_at + rows, mask=rows < n_q, other=0.0) * factor
-        scales = K_SCALE + (b64 * n_kv + hk) * n_kb
-        m = gl.full([_ROWS], -1e30, gl.float32, s_row)
-        total = _sums(gl.zeros([_ROWS, BN], gl.float32, sl), BN)
-        alpha = gl.zeros([_ROWS], gl.float32, s_row)
-        acc = gl.zeros([_ROWS, D], gl.float32, ol)
+        entries, n = masked + clean, gl.maximum((masked + clean) * R, 1)
+        limit = _limits(m0 + lane, entries, n_k, q_start, CAUSAL)
         side = round % 2
         mine = q.index(side * 2 + WHO).reshape([_ROWS, D])
-        mbarrier.wait(q_full.index(side), (round // 2) & 1)
-        if n > 0:
-            lead = 0
-            if EXTRA_MASKED:
-                lead = gl.maximum(masked * R - 1, 0)
-                for j in range(lead):
-                    k0 = _key0(LISTS, at, j, BK, BN)
-                    c = by_row * gl.load(scales + k0 // BN)
-                    mbarrier.wait(k_full.index(stage), phase)
-                    s = _scores(mine, k, stage, zero, BN, D)
-                    s = warpgroup_mma_wait(0, deps=[s])
-                    give(K_FREE + stage)
-                    x = _hide(_logits(s, c, INT), k0, limit, n_k, BN, sl)
-                    m_new = gl.maximum(m, gl.max(x, 1))
-                    alpha = gl.exp2(m - m_new)
-                    p = gl.exp2(x - (m_new - FULL)[:, None])
-                    total = _scaled(total, alpha) + _sums(p, BN)
-                    m = m_new
-                    mbarrier.wait(v_full.index(stage), phase)
-                    packed = _pack(p, BN, v.dtype)
-                    before = gl.convert_layout(alpha, o_row)
-                    base = none if PV8 else acc * before[:, None]
-                    pv = _product(packed, v, stage, base, BN, D, pl)
-                    pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-                    give(_V_FREE + stage)
-                    acc = _added(acc, before, pv, PV8)
-                    stage, phase = _next(stage, phase, STAGES)
-            k0 = _key0(LISTS, at, lead, BK, BN)
-            c = by_row * gl.load(scales + k0 // BN)
-            mbarrier.wait(k_full.index(stage), phase)
-            s = _scores(mine, k, stage, zero, BN, D)
-            s = warpgroup_mma_wait(0, deps=[s])
-            give(K_FREE + stage)
-            x = _hide(_logits(s, c, INT), k0, limit, n_k, BN, sl)
-            m_new = gl.maximum(m, gl.max(x, 1))
-            alpha = gl.exp2(m - m_new)
-            p = gl.exp2(x - (m_new - FULL)[:, None])
-            total = _scaled(total, alpha) + _sums(p, BN)
-            m = m_new
-            packed = _pack(p, BN, v.dtype)
-            # Where a tile lies is read two tiles early, its scale one.
-            k0 = _key0(LISTS, at, gl.minimum(lead + 1, n - 1), BK, BN)
-            scale = gl.load(scales + k0 // BN)
-            k0 = _key0(LISTS, at, gl.minimum(lead + 2, n - 1), BK, BN)
-            pv, before = none, gl.full([_ROWS], 1.0, gl.float32, o_row)
-            for j in range(lead + 1, n):
+        acc, pv, before = none, none, gl.full([_ROWS], 1.0, gl.float32, o_row)
+        first = 1
+        if EXTRA_MASKED:
+            first = gl.maximum(masked * R, 1)
+            for j in range(1, first):
+                k0 = _key0(LISTS, at, j, entries, BK, BN)
+                c = by_row * gl.load(scales + k0 // BN)
                 v_stage, v_phase = stage, phase
                 stage, phase = _next(stage, phase, STAGES)
-                c = by_row * scale
-                if not PV8:
-                    before = gl.convert_layout(alpha, o_row)
-                base = none if PV8 else acc * before[:, None]
-                mbarrier.wait(k_full.index(stage), phase)
-                if not LAG:
-                    mbarrier.wait(v_full.index(v_stage), v_phase)
-                    _await_turn(WHO)
-                s = _scores(mine, k, stage, zero, BN, D)
-                if not LAG:
-                    pv = _product(packed, v, v_stage, base, BN, D, pl)
-                    _pass_turn(1 - WHO)
-                if PV8:  # the tile before the last is added up while the scores are on their way
-                    acc = _added(acc, before, pv, PV8)
-                    before = gl.convert_layout(alpha, o_row)
-                scale = gl.load(scales + k0 // BN)
-                k0 = _key0(LISTS, at, gl.minimum(j + 2, n - 1), BK, BN)
-                if LAG:
-                    s = warpgroup_mma_wait(0, deps=[s])
-                    give(K_FREE + stage)
-                    mbarrier.wait(v_full.index(v_stage), v_phase)
-                    pv = _product(packed, v, v_stage, base, BN, D, pl)
-                else:
-                    s = warpgroup_mma_wait(1, deps=[s])
-                m, alpha, below = _maxima(s, c, m, FULL, INT)
-                if PV8:  # exponentials of one group, then of the other
-                    below = _in_turn(below, WHO)
-                p = gl.exp2(s.to(gl.float32, bitcast=True) * c[:, None] - below[:, None])
-                if PV8:  # the turn goes on when half of the exponentials are there
-                    first, second = p.reshape([_ROWS, 2, BN // 2]).permute((0, 2, 1)).split()
-                    total = _scaled(total, alpha) + _sums_like(first, total, BN // 2)
-                    total = _in_order(total)
-                    _pass_turn(1 - WHO)
-                    total += _sums_like(second, total, BN // 2)
-                else:
-                    total = _scaled(total, alpha) + _sums(p, BN)
-                following = _pack(p, BN, v.dtype)
-                if PV8 or not INT:  # the assembler keeps int8 with 16 bits in order by itself
-                    total = _in_order(total)
-                pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-                if not LAG:
-                    give(K_FREE + stage)
-                give(_V_FREE + v_stage)
-                if not PV8:
-                    acc = _added(acc, before, pv, PV8)
-                packed = following
-            if PV8:
-                acc = _added(acc, before, pv, PV8)
-            mbarrier.wait(v_full.index(stage), phase)
-            before = gl.convert_layout(alpha, o_row)
-            base = none if PV8 else acc * before[:, None]
-            pv = _product(packed, v, stage, base, BN, D, pl)
-            pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-            give(_V_FREE + stage)
-            acc = _added(acc, before, pv, PV8)
+                packed, acc, pv, before, alpha, m, total = _step(
+                    WHO, mine, k, v, True, stage, phase, v_stage, v_phase, k_full, v_full, zero,
+                    none, packed, acc, pv, before, alpha, m, total, c, k0, limit, True, n_k, BN, D,
+                    PV8, pl,
+                )  # fmt: skip
+        # Where a tile lies is read two tiles early, its scale one.
+        k0 = _key0(LISTS, at, gl.minimum(first + 1, n - 1), entries, BK, BN)
+        for j in range(first, n):
+            v_stage, v_phase = stage, phase
             stage, phase = _next(stage, phase, STAGES)
+            c = by_row * scale
+            scale = gl.load(scales + k0 // BN)
+            k0 = _key0(LISTS, at, gl.minimum(j + 2, n - 1), entries, BK, BN)
+            packed, acc, pv, before, alpha, m, total = _step(
+                WHO, mine, k, v, True, stage, phase, v_stage, v_phase, k_full, v_full, zero, none,
+                packed, acc, pv, before, alpha, m, total, c, k0, limit, False, n_k, BN, D, PV8, pl,
+            )  # fmt: skip
+        # The last product of this row goes with the first tile of the next.
         mbarrier.arrive(q_empty.index(side))
-        total = gl.convert_layout(gl.sum(total, 1), s_row)
-        m -= FULL
-        if SMOOTH:
-            m += gl.load(SHIFT + q_at + rows, mask=rows < n_q, other=0.0) * 1.4426950408889634
-        o_rows = m0 + WHO * _ROWS + gl.arange(0, _ROWS, layout=o_row)
-        d = gl.arange(0, D, layout=gl.SliceLayout(0, ol))
+        side = (round + 1) % 2
+        hk, at, scales, by_row, k0, k1 = _facts(
+            Q_SCALE, K_SCALE, LISTS, KV_HEADS, next_row, next_m0, next_b, next_slot, next_masked,
+            next_clean, n_heads, n_kv, n_q, n_kb, capacity, factor, BK, BN, EXTRA_MASKED, WHO,
+            s_row,
+        )  # fmt: skip
+        limit = _limits(next_m0 + lane, next_masked + next_clean, n_k, q_start, CAUSAL)
+        mbarrier.wait(q_full.index(side), ((round + 1) // 2) & 1, pred=more)
         if PV8:
-            channel = (b64 * n_kv + hk) * D + d
-            mass = gl.convert_layout(total, o_row)[:, None]
-            acc = acc * gl.load(V_SCALE + channel)[None, :]
-            acc += mass * gl.load(V_MEAN + channel)[None, :]
-        acc = normalised(acc, LSE, s_lb, s_lh, s_ln, b, ho, rows, n_q, m, total)
-        place = OUT + b64 * s_ob + ho.to(gl.int64) * s_oh + o_rows.to(gl.int64)[:, None] * s_on
-        gl.store(place + d[None, :], acc.to(OUT.dtype.element_ty), mask=(o_rows < n_q)[:, None])
+            acc = _added(acc, before, pv, PV8)
+        before = gl.convert_layout(alpha, o_row)
+        mbarrier.wait(v_full.index(stage), phase)
+        base = none if PV8 else acc * before[:, None]
+        pv = _product(packed, v, stage, base, BN, D, pl)
+        v_stage = stage
+        stage, phase = _next(stage, phase, STAGES)
+        mbarrier.wait(k_full.index(stage), phase, pred=more)
+        s = _scores(q.index(side * 2 + WHO).reshape([_ROWS, D]), k, stage, zero, BN, D)
+        c, scale = by_row * gl.load(scales + k0 // BN), gl.load(scales + k1 // BN)
+        pv, packed = warpgroup_mma_wait(1, deps=[pv, packed])
+        give(_V_FREE + v_stage)
+        acc = _added(acc, before, pv, PV8)
+        ho, hk = gl.load(OUT_HEADS + slot), gl.load(KV_HEADS + slot)
+        _finish(
+            OUT, LSE, V_SCALE, V_MEAN, SHIFT, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, b, slot, hk, ho,
+            m0 + lane, n_heads, n_kv, n_q, m, total, acc, D, PV8, SMOOTH,
+        )  # fmt: skip
+        s = warpgroup_mma_wait(0, deps=[s])
+        if more:
+            give(K_FREE + stage)
+        if (next_masked > 0) | (next_clean == 0):
+            s = _hide(s, k0, limit, n_k, BN)
+        m = gl.full([_ROWS], -1e30, gl.float32, s_row)
+        packed, alpha, m, total = _softmax(s, c, m, nothing, WHO, BN, PV8, v.dtype)
+        m0, b, slot = next_m0, next_b, next_slot
+        masked, clean = next_masked, next_clean
+        round += 1
     if WHO == 0:
         _await_turn(0)
+
+
+@gluon.jit
+def _finish(
+    OUT, LSE, V_SCALE, V_MEAN, SHIFT, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, b, slot, hk, ho, rows,
+    n_heads, n_kv, n_q, m, total, acc, D: gl.constexpr, PV8: gl.constexpr,
+    SMOOTH: gl.constexpr,
+):  # fmt: skip
+    """Normalise and store a row."""
+    o_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    b64 = b.to(gl.int64)
+    total = gl.convert_layout(gl.sum(total, 1), m.type.layout)
+    m -= 8.0 if PV8 else 0.0
+    if SMOOTH:
+        q_at = (b64 * n_heads + slot) * n_q
+        m += gl.load(SHIFT + q_at + rows, mask=rows < n_q, other=0.0) * 1.4426950408889634
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, acc.type.layout))
+    if PV8:
+        channel = (b64 * n_kv + hk) * D + d
+        mass = gl.convert_layout(total, o_row)[:, None]
+        acc = acc * gl.load(V_SCALE + channel)[None, :]
+        acc += mass * gl.load(V_MEAN + channel)[None, :]
+    acc = normalised(acc, LSE, s_lb, s_lh, s_ln, b, ho, rows, n_q, m, total)
+    o_rows = gl.convert_layout(rows, o_row)
+    place = OUT + b64 * s_ob + ho.to(gl.int64) * s_oh + o_rows.to(gl.int64)[:, None] * s_on
+    gl.store(place + d[None, :], acc.to(OUT.dtype.element_ty), mask=(o_rows < n_q)[:, None])
 
 
 _SIZES = ["n_items", "n_heads", "n_kv", "n_q", "n_k", "n_kb", "q_start", "capacity"]

@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from accelkit.kernels._triton.gluon_kernel import _item
+from accelkit.kernels._triton.gluon_kernel import _item, _place
 from accelkit.kernels._triton.gluon_parts import K_FREE, load, take
 
 _ROWS = gl.constexpr(64)
@@ -50,30 +50,10 @@ def _in_turn(x, WHO: gl.constexpr):
 
 
 @gluon.jit
-def _rounds(n_items):
-    """How many items this program serves."""
-    pid, width = gl.program_id(0), gl.num_programs(0)
-    full = n_items // width
-    place = pid
-    if full % 2 == 1:
-        place = width - 1 - pid
-    return full + (place < n_items - full * width).to(gl.int32)
-
-
-@gluon.jit
-def _place(round):
-    """The item of a round. Odd rounds run backwards: who had the longest row gets the shortest."""
-    pid, width = gl.program_id(0), gl.num_programs(0)
-    place = pid
-    if round % 2 == 1:
-        place = width - 1 - pid
-    return round * width + place
-
-
-@gluon.jit
-def _key0(LISTS, at, tile, BK: gl.constexpr, BN: gl.constexpr):
+def _key0(LISTS, at, tile, entries, BK: gl.constexpr, BN: gl.constexpr):
+    """First key of a tile; a row without entries reads the first tile of all, and hides it."""
     R: gl.constexpr = BK // BN
-    return gl.load(LISTS + at + tile // R) * BK + (tile % R) * BN
+    return gl.load(LISTS + at + tile // R, mask=entries > 0, other=0) * BK + (tile % R) * BN
 
 
 @gluon.jit
@@ -83,11 +63,9 @@ def _produce(
     BQ: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, PV8: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = BK // BN
-    stage, copied = 0, 0
-    for round in range(_rounds(n_items)):
-        row, m0, b, slot, masked, clean = _item(
-            ITEMS, _place(round), n_items, 2 * _ROWS, BQ // (2 * _ROWS)
-        )
+    stage, copied, place, round = 0, 0, _place(0), 0
+    while place < n_items:
+        row, m0, b, slot, masked, clean = _item(ITEMS, place, n_items, 2 * _ROWS, BQ // (2 * _ROWS))
         hk = gl.load(KV_HEADS + slot)
         at = row.to(gl.int64) * capacity
         side = round % 2
@@ -95,8 +73,8 @@ def _produce(
         mbarrier.expect(q_full.index(side), q_desc.block_type.nbytes * 2)
         load(q_desc, [b, slot, m0, 0], q_full.index(side), q.index(side * 2))
         load(q_desc, [b, slot, m0 + _ROWS, 0], q_full.index(side), q.index(side * 2 + 1))
-        for j in range((masked + clean) * R):
-            k0 = _key0(LISTS, at, j, BK, BN)
+        for j in range(gl.maximum((masked + clean) * R, 1)):
+            k0 = _key0(LISTS, at, j, masked + clean, BK, BN)
             if copied >= STAGES:
                 take(K_FREE + stage)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
@@ -109,6 +87,8 @@ def _produce(
             else:
                 load(v_desc, [b, hk, k0, 0], v_full.index(stage), v.index(stage))
             stage, copied = (stage + 1) % STAGES, copied + 1
+        round += 1
+        place = _place(round)
     for i in range(gl.minimum(copied, STAGES)):  # no barrier is left half full
         take(K_FREE + (copied - 1 - i) % STAGES)
         take(_V_FREE + (copied - 1 - i) % STAGES)

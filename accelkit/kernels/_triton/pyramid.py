@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accelkit.kernels import pyramid
-from accelkit.kernels._triton.select import greatest, starts
+from accelkit.kernels._triton.select import greatest, nested, starts
 from accelkit.kernels._triton.tile import next_power_of_two, table
 from accelkit.kernels.index import BlockIndex
 
@@ -19,11 +19,16 @@ _GROUPS = 16
 
 
 @triton.jit
-def _row(X, first, j: tl.constexpr, s_xn, n, group, d, D: tl.constexpr):
+def _row(
+    X, ORDER, first, j: tl.constexpr, s_xn, n, group, d, D: tl.constexpr, IN_ORDER: tl.constexpr
+):
     """Token j of each group of eight."""
     row = first + group * 8 + j
+    inside = row < n
+    if IN_ORDER:
+        row = tl.load(ORDER + row, mask=inside, other=0)
     at = X + row.to(tl.int64)[:, None] * s_xn + d[None, :]
-    return tl.load(at, mask=(row < n)[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -39,8 +44,8 @@ def _store(
 
 @triton.jit(do_not_specialize=["n_heads", "n", "first2", "first1", "first0", "rows"])
 def _levels(
-    X, OUT, s_xb, s_xh, s_xn, n_heads, n, first2, first1, first0, rows,
-    GROUPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    X, ORDER, OUT, s_xb, s_xh, s_xn, n_heads, n, first2, first1, first0, rows,
+    GROUPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
     block, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // n_heads).to(tl.int64), bh % n_heads
@@ -51,8 +56,9 @@ def _levels(
     for i in tl.static_range(2):
         half = tl.zeros([GROUPS, BD], tl.float32)
         for j in tl.static_range(2):
-            left = _row(x0, eighth * 8, 4 * i + 2 * j, s_xn, n, group, d, D)
-            right = _row(x0, eighth * 8, 4 * i + 2 * j + 1, s_xn, n, group, d, D)
+            at: tl.constexpr = 4 * i + 2 * j
+            left = _row(x0, ORDER, eighth * 8, at, s_xn, n, group, d, D, IN_ORDER)
+            right = _row(x0, ORDER, eighth * 8, at + 1, s_xn, n, group, d, D, IN_ORDER)
             _store(out, left, eighth * 8, first0, rows, 8, 4 * i + 2 * j, group, d, D)
             _store(out, right, eighth * 8, first0, rows, 8, 4 * i + 2 * j + 1, group, d, D)
             pair = left.to(tl.float32) + right.to(tl.float32)
@@ -63,16 +69,19 @@ def _levels(
     _store(out, all_of / 8, eighth, 0, first2, 1, 0, group, d, D)
 
 
-def levels(x: Tensor, unit: int) -> Tensor:
-    """Tokens of x `[B, H, N, D]` and their means as `kernels.pyramid` lays them out."""
+def levels(x: Tensor, unit: int, order: Tensor | None = None) -> Tensor:
+    """Tokens of x `[B, H, N, D]`, taken in an order int32 `[N]`, and their means as
+    `kernels.pyramid` lays them out.
+    """
     batch, heads, n, d = x.shape
     first = [f * unit for f in pyramid.firsts(n, unit)]
     out = x.new_empty((batch, heads, pyramid.rows(n, unit), d))
     if out.numel():
         with torch.cuda.device_of(x):
             _levels[(triton.cdiv(n, 8 * _GROUPS), batch * heads)](
-                x, out, *x.stride()[:3], heads, n, first[2], first[1], first[0], out.shape[2],
-                GROUPS=_GROUPS, D=d, BD=next_power_of_two(d), num_warps=4,
+                x, out if order is None else order, out, *x.stride()[:3], heads, n, first[2],
+                first[1], first[0], out.shape[2], GROUPS=_GROUPS, D=d, BD=next_power_of_two(d),
+                IN_ORDER=order is not None, num_warps=4,
             )  # fmt: skip
     return out
 
@@ -135,17 +144,14 @@ def _list(
     if BY_ENERGY:
         number = tl.maximum(tl.ceil(least * tl.sum(one, 0) - 1e-4), 1.0)
         whole = tl.where((least > 0) & real, greatest(x, one, number), 0)
-    level = tl.zeros([N], tl.int32) + 4
-    for i in tl.static_range(4):
-        end = (end0, end1, end2, end3)[i]
-        if BY_ENERGY:
-            chosen = tl.where(end >= 1.0, 1, greatest(x, value, end * total))
-        else:
-            chosen = greatest(x, value, tl.maximum(tl.ceil(end * total - 1e-4), 1.0))
-        chosen = tl.where(real, chosen, 0) | whole
-        if i == 0:
-            whole = chosen
-        level -= chosen
+    i = tl.arange(0, 4)
+    end = tl.where(i < 2, tl.where(i < 1, end0, end1), tl.where(i < 3, end2, end3))
+    if BY_ENERGY:
+        chosen = tl.where((end >= 1.0)[:, None], 1, nested(x, value, end * total))
+    else:
+        chosen = nested(x, value, tl.maximum(tl.ceil(end * total - 1e-4), 1.0))
+    chosen = tl.where(real[None, :], chosen, 0) | whole[None, :]
+    level = 4 - tl.sum(chosen, 0)
     level = tl.where((kept > 0) & (at < nk), 0, level)
     blocks, done = BLOCKS + row * most, 0
     level, done = _take(blocks, done, level, n, 0, 3, N, BK, UNIT)

@@ -1,4 +1,8 @@
-"""8-bit operands in two passes over K and V (sums, then values) and one over Q."""
+"""8-bit operands in two passes over K and V (sums, then values) and one over Q.
+
+Scales and values come out of the same operations as in `kernels.quantize.reference`, none fused
+with the next or divided in a hurry: of equal inputs both forms make equal bits.
+"""
 
 from __future__ import annotations
 
@@ -100,8 +104,9 @@ def _keys(
     if SMOOTH:
         mean = tl.load(K_MEAN + bh * WIDE + d, mask=d < D, other=0.0)
         k = tl.where(inside, k - mean[None, :], 0.0)
-    scale = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0) / TOP, _LEAST)
-    tl.store(K8 + (bh * n + at) * D + d[None, :], _eight(k * (1.0 / scale), INT), mask=inside)
+    scale = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0) * (1.0 / TOP), _LEAST)
+    k8 = _eight(k * tl.div_rn(1.0, scale), INT)
+    tl.store(K8 + (bh * n + at) * D + d[None, :], k8, mask=inside)
     tl.store(K_SCALE + bh * blocks + block, scale)
 
 
@@ -141,10 +146,9 @@ def _queries(
     head = tl.load(Q_HEADS + slot).to(tl.int64)
     q = tl.load(Q + b * s_qb + head * s_qh + at * s_qn + d[None, :], mask=inside, other=0.0)
     q = q.to(tl.float32)
-    top = tl.maximum(tl.max(tl.abs(q), 1) / TOP, _LEAST)
-    tl.store(
-        Q8 + (bh * n + at) * D + d[None, :], _eight(q * (1.0 / top)[:, None], INT), mask=inside
-    )
+    top = tl.maximum(tl.max(tl.abs(q), 1) * (1.0 / TOP), _LEAST)
+    q8 = _eight(q * tl.div_rn(1.0, top)[:, None], INT)
+    tl.store(Q8 + (bh * n + at) * D + d[None, :], q8, mask=inside)
     tl.store(Q_SCALE + bh * n + rows, top, mask=rows < n)
     if SMOOTH:
         kv = b * kv_heads + tl.load(KV_HEADS + slot)
@@ -180,6 +184,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, how: Rounding) -> Operands:
         _keys[(count, batch * kv)](
             k, facts[0], k8, k_scale, *k.stride()[:3], kv, n, count, BLOCK=block, D=d, BD=bd,
             WIDE=wide, TOP=TOP[qk], INT=qk == "int8", SMOOTH=smooth_k, num_warps=8,
+            enable_fp_fusion=False,
         )  # fmt: skip
         v8 = v
         if pv8:
@@ -195,6 +200,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, how: Rounding) -> Operands:
             q, facts[0], q8, q_scale, q_scale if shift is None else shift, how.q_heads,
             how.kv_heads, *q.stride()[:3], slots, kv, n_q, how.scale, ROWS=64, D=d, BD=bd,
             WIDE=wide, TOP=TOP[qk], INT=qk == "int8", SMOOTH=smooth_k, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
     v_mean, v_scale = (facts[1, ..., :dv], facts[2, ..., :dv]) if pv8 else (None, None)
     return Operands(q8, q_scale, k8, k_scale, shift, v8, v_scale, v_mean, block)

@@ -81,7 +81,7 @@ def pool(
         pairs = zip(places.stride(), places.shape, strict=True)
         steps = tuple(0 if number == 1 else step for step, number in pairs)
     _pool[(nb, batch * heads.numel())](
-        x, heads.int(), out if places is None else places, heads if begin is None else begin, out,
+        x, heads, out if places is None else places, heads if begin is None else begin, out,
         *x.stride(), *steps, heads.numel(), n, nb, BLOCK=block,
         BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
         HAS_PLACES=places is not None, HAS_BEGIN=begin is not None, num_warps=4,
@@ -241,6 +241,7 @@ def probe(call: Inputs, q: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 @triton.jit(do_not_specialize=["n_heads", "n", "nb"])
 def _alike(
     X, HEADS, PLACES, CENTRE, OUT, MEANS, s_xb, s_xh, s_xn, s_xd, s_pb, s_pn, n_heads, n, nb,
+    factor,
     BLOCK: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     HAS_PLACES: tl.constexpr, HAS_CENTRE: tl.constexpr,
 ):  # fmt: skip
@@ -261,25 +262,31 @@ def _alike(
         inside = real[:, None] & (d < D)[None, :]
         x = tl.load(x0 + row[:, None] * s_xn + d[None, :] * s_xd, mask=inside, other=0.0)
         x = tl.where(inside, x.to(tl.float32) - centre[None, :], 0.0)
-        plain += tl.sum(x, 0)
-        size = tl.sqrt(tl.sum(x * x, 1))
-        total += tl.sum(x / tl.maximum(size, 1e-12)[:, None], 0)
+        if not HAS_CENTRE:
+            plain += tl.sum(x, 0)
+        weight = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
+        total += tl.sum(x * weight[:, None], 0)
         count += tl.sum(real.to(tl.int32), 0)
     alike = tl.sum(total * total, 0) / (count * count).to(tl.float32)
     tl.store(OUT + bh.to(tl.int64) * nb + block, tl.where(count > 0, alike, 1.0))
     if not HAS_CENTRE:
-        mean = plain / tl.maximum(count, 1)
+        mean = plain / tl.maximum(count, 1) * factor
         tl.store(MEANS + (bh.to(tl.int64) * nb + block) * D + d, mean, mask=d < D)
 
 
 def self_similarity(
-    x: Tensor, block: int, heads: tuple[int, ...], places: Tensor | None, centre: Tensor | None
+    x: Tensor,
+    block: int,
+    heads: tuple[int, ...] | Tensor,
+    places: Tensor | None,
+    centre: Tensor | None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Self-similarity of the blocks of some heads of x `[B, Hx, N, D]`, fp32 `[B, H, nb]`, and
-    their means `[B, H, nb, D]`, in one read. Tokens with a place (`[B|1, 1, N]`) of −1 do not
-    count; `centre` fp32 `[B, H, D]` is taken off first, and no means are given then.
+    `factor` times their means `[B, H, nb, D]`, in one read. Tokens with a place (`[B|1, 1, N]`) of
+    −1 do not count; `centre` fp32 `[B, H, D]` is taken off first, and no means are given then.
     """
-    ids = head_table(tuple(heads), x.device)
+    ids = heads if isinstance(heads, Tensor) else head_table(tuple(heads), x.device)
     (batch, _, n, d), nb = x.shape, ceil_div(x.shape[2], block)
     out = torch.empty((batch, ids.numel(), nb), dtype=torch.float32, device=x.device)
     means = None if centre is not None else out.new_empty((*out.shape, d))
@@ -288,21 +295,21 @@ def self_similarity(
         steps = (places.stride(0) if places.shape[0] > 1 else 0, places.stride(2))
     _alike[(nb, batch * ids.numel())](
         x, ids, out if places is None else places, out if centre is None else centre.contiguous(),
-        out, out if means is None else means, *x.stride(), *steps, ids.numel(), n, nb, BLOCK=block,
-        BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
+        out, out if means is None else means, *x.stride(), *steps, ids.numel(), n, nb, factor,
+        BLOCK=block, BM=min(64, max(16, triton.next_power_of_2(block))), D=d, BD=padded_width(d),
         HAS_PLACES=places is not None, HAS_CENTRE=centre is not None, num_warps=4,
     )  # fmt: skip
     return out, means
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "nk"])
+@triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "nk", "q_start"])
 def _mass(
-    Q, K, HEADS, KV_HEADS, LSE, OUT, s_qb, s_qh, s_qn, s_qd, s_kb, s_kh, s_kn, s_kd,
-    s_lb, s_lh, s_ln, n_heads, n_q, n_k, nq, nk, factor,
+    Q, K, HEADS, KV_HEADS, TILES, LSE, OUT, s_qb, s_qh, s_qn, s_qd, s_kb, s_kh, s_kn, s_kd,
+    s_lb, s_lh, s_ln, n_heads, n_q, n_k, nk, q_start, factor,
     BQ: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    BD: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    tile, bh = tl.program_id(0), tl.program_id(1)
+    tile, bh = tl.load(TILES + tl.program_id(0)), tl.program_id(1)
     b, h = (bh // n_heads).to(tl.int64), bh % n_heads
     lane, d, col = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
     row = tile * BQ + lane
@@ -316,53 +323,63 @@ def _mass(
     shift = tl.where(real & (lse > -float("inf")), lse * 1.4426950408889634 + tl.log2(rows),
                      float("inf"))  # fmt: skip
     k0 = K + b * s_kb + tl.load(KV_HEADS + h).to(tl.int64) * s_kh
-    line = (bh.to(tl.int64) * nq + tile) * nk
+    line = (bh.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * nk
     PER: tl.constexpr = BN // BK
-    for j in tl.range(0, n_k, BN, num_stages=STAGES):
+    end = n_k
+    if CAUSAL:
+        end = tl.minimum(n_k, q_start + (tile + 1) * BQ)
+    for j in tl.range(0, end, BN, num_stages=STAGES):
         key = j + col
         k_at = key.to(tl.int64)[None, :] * s_kn + d[:, None] * s_kd
         k = tl.load(k0 + k_at, mask=(d < D)[:, None] & (key < n_k)[None, :], other=0.0)
         s = tl.dot(q, k, out_dtype=tl.float32, input_precision=PREC) * factor
         p = tl.where((key < n_k)[None, :], tl.exp2(s - shift[:, None]), 0.0)
+        if CAUSAL:
+            p = tl.where(key[None, :] <= q_start + row[:, None], p, 0.0)
         mass = tl.sum(tl.sum(p, 0).reshape(PER, BK), 1)
         block = j // BK + tl.arange(0, PER)
         tl.store(OUT + line + block, mass, mask=block < nk)
 
 
 def mass_fits(call: Inputs, size: tuple[int, int]) -> bool:
-    """Whether `block_mass` serves a call: no causality, padding or positions, powers of two."""
+    """Whether `block_mass` serves a call: no padding or positions, powers of two."""
     plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
     bq, bk = size
     return (
-        plain and not call.causal and bq <= 128 and 16 <= bk <= 128
+        plain and bq <= 128 and 16 <= bk <= 128
         and bq & (bq - 1) == 0 and bk & (bk - 1) == 0
     )  # fmt: skip
 
 
-def block_mass(call: Inputs, lse: Tensor, size: tuple[int, int]) -> Tensor:
-    """`kernels.scores.block_mass` over all tiles, fp32 `[B, H, nq, nk]`: a second pass of attention
-    without V, its softmax already known.
+def block_mass(
+    call: Inputs, lse: Tensor, size: tuple[int, int], tiles: Tensor | None = None
+) -> Tensor:
+    """`kernels.scores.block_mass` over all query tiles or some, fp32 `[B, H, len(tiles), nk]`: a
+    second pass of attention without V, its softmax already known.
     """
     (nq, nk), batch, heads = call.tiles(size), call.q.shape[0], len(call.heads)
-    d, wide = call.q.shape[3], call.q.dtype == torch.float32
-    out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=call.q.device)
+    d, wide, device = call.q.shape[3], call.q.dtype == torch.float32, call.q.device
+    at = torch.arange(nq, device=device) if tiles is None else tiles
+    shape = (batch, heads, at.numel(), nk)
+    out = (torch.zeros if call.causal else torch.empty)(shape, dtype=torch.float32, device=device)
     bm, bn = max(16, size[0]), max(size[1], 64 if wide else 128)
-    _mass[(nq, batch * heads)](
-        call.q, call.k, head_table(call.heads, call.q.device), call.kv_of_head.int(), lse, out,
-        *call.q.stride(), *call.k.stride(), *lse.stride(), heads, call.n_q, call.n_k, nq, nk,
-        call.scale * LOG2E, BQ=size[0], BM=bm, BK=size[1], BN=bn, D=d, BD=padded_width(d),
-        PREC=precision(call.q.dtype), STAGES=2 if wide else 3, num_warps=8 if bm == 128 else 4,
+    _mass[(at.numel(), batch * heads)](
+        call.q, call.k, head_table(call.heads, device), call.kv_of_head.int(), at.int(), lse, out,
+        *call.q.stride(), *call.k.stride(), *lse.stride(), heads, call.n_q, call.n_k, nk,
+        call.q_start, call.scale * LOG2E, BQ=size[0], BM=bm, BK=size[1], BN=bn, D=d,
+        BD=padded_width(d), CAUSAL=call.causal, PREC=precision(call.q.dtype),
+        STAGES=2 if wide else 3, num_warps=8 if bm == 128 else 4,
     )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "nq", "nk"])
 def _sampled_max(
-    Q, K, HEADS, KV_HEADS, Q_PLACES, K_PLACES, PEAKS, OUT, s_qb, s_qh, s_qn, s_kb, s_kh, s_kn,
-    n_heads, n_q, n_k, nq, nk, factor,
+    Q, K, HEADS, KV_HEADS, Q_PLACES, K_PLACES, K_ORDER, PEAKS, OUT, s_qb, s_qh, s_qn,
+    s_kb, s_kh, s_kn, n_heads, n_q, n_k, nq, nk, factor,
     BQ: tl.constexpr, BK: tl.constexpr, TQ: tl.constexpr, PQ: tl.constexpr, TK: tl.constexpr,
     PK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, PREC: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
     part, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // n_heads).to(tl.int64), bh % n_heads
@@ -379,6 +396,8 @@ def _sampled_max(
     top = tl.full([M], -float("inf"), tl.float32)
     for j in tl.range(0, nk, TK, num_stages=STAGES):
         key = tl.minimum((j + col // PK) * BK + place, n_k - 1)
+        if IN_ORDER:
+            key = tl.load(K_ORDER + key)
         k_at = key.to(tl.int64)[:, None] * s_kn + d[None, :]
         k = tl.load(k0 + k_at, mask=(d < D)[None, :], other=0.0)
         s = tl.dot(q, k.T, out_dtype=tl.float32, input_precision=PREC)
@@ -400,8 +419,12 @@ def _sampled_max(
 
 
 def sampled_max(
-    call: Inputs, size: tuple[int, int], q_places: Tensor, k_places: Tensor
-) -> Tensor:  # fmt: skip
+    call: Inputs,
+    size: tuple[int, int],
+    q_places: Tensor,
+    k_places: Tensor,
+    key_order: Tensor | None = None,
+) -> Tensor:
     """`kernels.scores.sampled_max` at the given places of a block, int32, powers of two of them up
     to 128.
     """
@@ -411,18 +434,19 @@ def sampled_max(
     tq, tk = 128 // pq, max(1, (64 if wide else 128) // pk)
     parts = ceil_div(nq, tq)
     out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=device)
-    q_heads, kv = head_table(call.heads, device), call.kv_of_head.int()
+    q_heads, kv = head_table(call.heads, device), call.kv_of_head
     some = max(1, SCRATCH_BYTES // (2 * batch * parts * nk * tq * pq))
     for i in range(0, heads, some):
         mine = min(some, heads - i)
         found = out if mine == heads else out.new_empty((batch, mine, nq, nk))
         peaks = torch.empty(batch * mine * parts * nk * tq * pq, dtype=torch.float16, device=device)
         _sampled_max[(parts, batch * mine)](
-            call.q, call.k, q_heads[i:], kv[i:], q_places, k_places, peaks, found,
+            call.q, call.k, q_heads[i:], kv[i:], q_places, k_places,
+            k_places if key_order is None else key_order, peaks, found,
             *call.q.stride()[:3], *call.k.stride()[:3], mine, call.n_q, call.n_k, nq, nk,
             call.scale, BQ=size[0], BK=size[1], TQ=tq, PQ=pq, TK=tk, PK=pk, D=d,
             BD=padded_width(d), CHUNK=32, PREC=precision(call.q.dtype),
-            STAGES=2 if wide else 3, num_warps=8,
+            STAGES=2 if wide else 3, IN_ORDER=key_order is not None, num_warps=8,
         )  # fmt: skip
         if found is not out:
             out[:, i : i + mine] = found

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
 
-_WAYS = 8
-"""Thresholds of a pass: more make passes dearer than they save passes."""
-_PASSES = 11
-"""What narrows 2³¹ keys to one."""
+_WIDE = 1 << 22
+"""Entries from which the thresholds cost more than the passes that they save."""
 
 
 @triton.jit
@@ -84,6 +82,27 @@ def greatest(x, value, target):
 
 
 @triton.jit
+def nested(x, value, targets):
+    """`greatest` for some targets at once, which takes hardly longer than for one; int32
+    `[targets, n]`.
+    """
+    key, n = _key(x)[None, :], value[None, :]
+    low = tl.min(_key(x), 0) - 1 + tl.zeros_like(targets).to(tl.int32)
+    high = tl.max(_key(x), 0) + 1 + tl.zeros_like(targets).to(tl.int32)
+    for _ in range(32):
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        above = tl.sum(tl.where(key > middle[:, None], n, 0.0), 1)
+        fits = above < targets
+        high = tl.where(fits, middle, high)
+        low = tl.where(fits, low, tl.minimum(middle + 1, high))
+    above = tl.sum(tl.where(key > high[:, None], n, 0.0), 1)
+    tied = (key == high[:, None]).to(tl.int32)
+    before = (tl.cumsum(tied, 1) - 1).to(tl.float32) * n
+    fits = above[:, None] + before < targets[:, None]
+    return tl.where(key > high[:, None], 1, tl.where(fits, tied, 0))
+
+
+@triton.jit
 def _prefix(SCORES, TARGET, OUT, n, BY_MASS: tl.constexpr, N: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, N)
@@ -117,34 +136,41 @@ def _limit(low, high, i, WAYS: tl.constexpr):
     return low + (high.to(tl.int64) - low) * i // WAYS
 
 
-@triton.jit(do_not_specialize=["n", "n_chunks"])
-def _mass_above(
-    SCORES, RANGE, OUT, TIED, n, n_chunks, WAYS: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    at = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
-    value, key = tl.maximum(x, 0.0), _key(x)
-    low, high = tl.load(RANGE + row * 2), tl.load(RANGE + row * 2 + 1)
-    for i in tl.static_range(WAYS):
-        mass = tl.sum(tl.where(key > _limit(low, high, i, WAYS), value, 0.0), 0)
-        tl.store(OUT + (row * WAYS + i) * n_chunks + chunk, mass)
-    tl.store(TIED + row * n_chunks + chunk, tl.sum((key == high).to(tl.int32), 0))
-
-
-@triton.jit(do_not_specialize=["n_chunks"])
-def _narrow(PART, GOAL, RANGE, n_chunks, WAYS: tl.constexpr, CHUNKS: tl.constexpr):
+@triton.jit
+def _narrowed(PART, GOAL, row, low, high, n_chunks, WAYS: tl.constexpr, CHUNKS: tl.constexpr):
     """The range between the last threshold with too much above it and the first with less."""
-    row = tl.program_id(0).to(tl.int64)
-    low, high = tl.load(RANGE + row * 2), tl.load(RANGE + row * 2 + 1)
     way, chunk = tl.arange(0, WAYS), tl.arange(0, CHUNKS)
     at = (row * WAYS + way)[:, None] * n_chunks + chunk[None, :]
     mass = tl.sum(tl.load(PART + at, mask=chunk[None, :] < n_chunks, other=0.0).to(tl.float64), 1)
     first = tl.sum((mass >= tl.load(GOAL + row)).to(tl.int32), 0)  # rising along the thresholds
     below = tl.where(first > 0, _limit(low, high, first - 1, WAYS) + 1, low)
     top = tl.where(first < WAYS, _limit(low, high, first, WAYS), high)
-    tl.store(RANGE + row * 2, tl.minimum(below, top).to(tl.int32))
-    tl.store(RANGE + row * 2 + 1, top.to(tl.int32))
+    return tl.minimum(below, top).to(tl.int32), top.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["n", "n_chunks"])
+def _mass_above(
+    SCORES, GOAL, BEFORE, PART_BEFORE, RANGE, PART, TIED, n, n_chunks,
+    FIRST: tl.constexpr, WAYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """What lies above each threshold of a chunk. Every program narrows the range by what all chunks
+    found in the pass before: that takes less time than a launch between the passes.
+    """
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    low, high = n * 0, n * 0 + 0x7F7FFFFF  # the greatest finite number
+    if not FIRST:
+        low, high = tl.load(BEFORE + row * 2), tl.load(BEFORE + row * 2 + 1)
+        low, high = _narrowed(PART_BEFORE, GOAL, row, low, high, n_chunks, WAYS, CHUNKS)
+    if chunk == 0:
+        tl.store(RANGE + row * 2, low)
+        tl.store(RANGE + row * 2 + 1, high)
+    at = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
+    value, key = tl.maximum(x, 0.0), _key(x)
+    for i in tl.static_range(WAYS):
+        mass = tl.sum(tl.where(key > _limit(low, high, i, WAYS), value, 0.0), 0)
+        tl.store(PART + (row * WAYS + i) * n_chunks + chunk, mass)
+    tl.store(TIED + row * n_chunks + chunk, tl.sum((key == high).to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["n", "n_chunks"])
@@ -175,23 +201,26 @@ def long_prefix(scores: Tensor, target: Tensor) -> Tensor:
     """
     n = scores.shape[-1]
     flat, goal = scores.float().reshape(-1, n).contiguous(), target.reshape(-1).double()
-    rows, device, chunk = flat.shape[0], flat.device, 4096
+    rows, device = flat.shape[0], flat.device
+    # 2³¹ keys are narrowed to one, three or four bits a pass; the last pass looks at what is left.
+    ways, passes, chunk = (16, 9, 2048) if flat.numel() < _WIDE else (8, 12, 8192)
     n_chunks = triton.cdiv(n, chunk)
-    part = torch.empty((rows, _WAYS, n_chunks), dtype=torch.float32, device=device)
+    part = torch.empty((passes, rows, ways, n_chunks), dtype=torch.float32, device=device)
     tied = torch.empty((rows, n_chunks), dtype=torch.int32, device=device)
-    bounds = torch.zeros((rows, 2), dtype=torch.int32, device=device)
-    bounds[:, 1] = 0x7F7FFFFF  # the greatest finite number
+    bounds = torch.empty((passes, rows, 2), dtype=torch.int32, device=device)
     out = torch.empty(flat.shape, dtype=torch.bool, device=device)
-    sizes = {"WAYS": _WAYS, "num_warps": 4}
-    chunks = max(2, triton.next_power_of_2(n_chunks))
-    for last in (False,) * _PASSES + (True,):
-        _mass_above[(n_chunks, rows)](flat, bounds, part, tied, n, n_chunks, CHUNK=chunk, **sizes)
-        if not last:
-            _narrow[(rows,)](part, goal, bounds, n_chunks, CHUNKS=chunks, **sizes)
+    sizes = {
+        "WAYS": ways, "CHUNK": chunk, "CHUNKS": max(2, triton.next_power_of_2(n_chunks)),
+        "num_warps": 4 if chunk < 8192 else 8,
+    }  # fmt: skip
+    for i in range(passes):
+        _mass_above[(n_chunks, rows)](
+            flat, goal, bounds[i - 1], part[i - 1], bounds[i], part[i], tied, n, n_chunks,
+            FIRST=i == 0, **sizes,
+        )  # fmt: skip
     _take[(n_chunks, rows)](
-        flat, bounds, part, tied, goal, out.view(torch.uint8), n, n_chunks, CHUNK=chunk,
-        CHUNKS=chunks, **sizes,
-    )  # fmt: skip
+        flat, bounds[-1], part[-1], tied, goal, out.view(torch.uint8), n, n_chunks, **sizes
+    )
     return out.view(scores.shape)
 
 

@@ -31,9 +31,13 @@ class AShape(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"sink_tokens": 1 << 30}
 
     sink_tokens: int = Field(100, ge=0)
+    """First tokens, read by all rows."""
     local_tokens: int = Field(800, ge=1)
+    """Newest tokens that a row reads, itself among them."""
     dense_rows: int = Field(0, ge=0)
+    """Last rows of the prompt that read everything (Tri-shape); 0 is A-shape."""
     block: int = Field(64, ge=16)
+    """Side of a block in tokens."""
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         if call.n_k <= self.local_tokens:

@@ -39,10 +39,13 @@ class AdaSpa(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"sparsity": 0.0, "adaptive": False}
 
     sparsity: float = Field(0.8, ge=0, lt=1)
+    """s, share of the blocks that is left out, mean over the heads."""
     search_at: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.2, 0.6)
     """When to search, as shares of all steps; a search that was missed is made up for."""
     adaptive: bool = True
+    """Whether heads with good recall give some of their blocks to those with little."""
     block: int = Field(64, ge=16)
+    """Side of a block in tokens."""
 
     def index(self, call: AttentionCall) -> BlockIndex | Partial | None:
         size = (self.block, self.block)
@@ -68,16 +71,9 @@ class AdaSpa(AttentionMethod):
 
     def _dense(self, call: AttentionCall) -> Partial:
         return kernels.attend(
-            call.q,
-            call.k,
-            call.v,
-            parts.patterns.dense(call),
-            scale=call.scale,
-            causal=False,
-            heads=call.heads,
-            kv_of_head=call.kv_of_head,
-            key_mask=call.key_mask,
-        )
+            call.q, call.k, call.v, parts.patterns.dense(call), scale=call.scale, causal=False,
+            heads=call.heads, kv_of_head=call.kv_of_head, key_mask=call.key_mask,
+        )  # fmt: skip
 
     def _search(self, call: AttentionCall, lse: Tensor, size: tuple[int, int]) -> Tensor:
         mass = kernels.scores.block_mass(call, lse, size)

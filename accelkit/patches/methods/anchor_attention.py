@@ -32,8 +32,11 @@ class AnchorAttention(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"theta_nats": 1e9}
 
     theta_nats: float | str = 12.0
+    """By how much a key's logit may stay behind the anchor, in nats."""
     block: int = Field(128, ge=16)
+    """Rows of a tile, and keys of the first block, in tokens."""
     superblock_tiles: int = Field(16, ge=1)
+    """Tiles of rows that share their stripes."""
 
     def index(self, call: AttentionCall) -> tuple[BlockIndex, BlockIndex] | None:
         block, run = self.block, self.block * self.superblock_tiles

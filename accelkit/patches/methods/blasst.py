@@ -15,6 +15,7 @@ Calibration counts what would be skipped at many λ and fits  scale_factor = a �
 from __future__ import annotations
 
 from math import exp, log
+from statistics import fmean, linear_regression
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -32,6 +33,8 @@ TRIALS = tuple(10 ** (-6 + 6 * i / 19) * 0.99 for i in range(20))
 """λ at which calibration counts."""
 TARGETS = (0.9, 0.8, 0.7, 0.5, 0.3, 0.1)
 """Shares of skipped tiles that are worth measuring."""
+STEEPEST = 20.0
+"""Most that b is believed to be."""
 
 
 class BLASST(AttentionMethod):
@@ -43,8 +46,11 @@ class BLASST(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"scale_factor": 0.0}
 
     scale_factor: Annotated[float, Field(ge=0)] | str = 587.0
+    """λ times the number of keys: larger skips more."""
     block: int = Field(128, ge=16, le=128)
+    """Side of a tile in tokens."""
     min_tokens: int = Field(1024, ge=0)
+    """Shorter prompts run dense."""
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         if call.n_k < self.min_tokens:
@@ -89,13 +95,10 @@ class _Fit(Calibrator):
         points = [(s, log(f)) for s, f in self.points if 0.1 <= s <= 0.9]
         if len({s for s, _ in points}) < 2:
             return super().settings()
-        mean_s = sum(s for s, _ in points) / len(points)
-        mean_f = sum(f for _, f in points) / len(points)
-        spread = sum((s - mean_s) ** 2 for s, _ in points)
-        b = sum((s - mean_s) * (f - mean_f) for s, f in points) / spread
-        b = min(b, 20.0)
-        a = mean_f - b * mean_s
+        sparsities, logs = zip(*points, strict=True)
+        b = min(linear_regression(sparsities, logs).slope, STEEPEST)
+        log_a = fmean(logs) - b * fmean(sparsities)
         return tuple(
-            self.method.model_copy(update={"scale_factor": exp(a + b * target)})
+            self.method.model_copy(update={"scale_factor": exp(log_a + b * target)})
             for target in TARGETS
         )

@@ -26,6 +26,7 @@ class FirstBlockCache(BlockMethod):
     dial: ClassVar[Dial] = Dial("threshold", (0.4, 0.2, 0.1, 0.05, 0.025, 0.0125))
 
     threshold: float = Field(0.05, gt=0.0)
+    """Greatest δ at which a step is skipped."""
 
     def rewire(self, model: Any, undo: ExitStack) -> None:
         step_cache.enable(model, "FirstBlockCacheConfig", undo, threshold=self.threshold)

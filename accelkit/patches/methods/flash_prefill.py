@@ -11,19 +11,17 @@ Scores of a row depend on that row alone, which makes the method safe in chunked
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from accelkit import kernels
 from accelkit.patches import parts
-from accelkit.patches.method import AttentionMethod, Dial
+from accelkit.patches.method import AttentionMethod, Dial, Share
 
 if TYPE_CHECKING:
     from accelkit.kernels import BlockIndex
     from accelkit.patches.call import AttentionCall, Phase
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class FlashPrefill(AttentionMethod):
@@ -34,10 +32,15 @@ class FlashPrefill(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"alpha": 0.0}
 
     alpha: Share | str = 0.1
+    """Least score of a block that is read ÷ the greatest of its row."""
     sink_blocks: int = Field(2, ge=0)
+    """First blocks, read by all tiles."""
     local_blocks: int = Field(4, ge=1)
+    """Newest blocks that a tile reads, its own among them."""
     dense_tiles: int = Field(2, ge=0)
+    """Last tiles of the prompt, which read everything."""
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         if call.n_k <= self.block * (self.sink_blocks + self.local_blocks + self.dense_tiles):
@@ -48,11 +51,7 @@ class FlashPrefill(AttentionMethod):
         )
         mask = kernels.select.ratio_of_max(score, call.per_head(self.alpha))
         mask = kernels.select.force(
-            mask,
-            call,
-            size,
-            sink=self.sink_blocks,
-            local=self.local_blocks,
-            last=self.dense_tiles,
-        )
+            mask, call, size,
+            sink=self.sink_blocks, local=self.local_blocks, last=self.dense_tiles,
+        )  # fmt: skip
         return kernels.select.compact(parts.keep.text(mask, call, size), size)

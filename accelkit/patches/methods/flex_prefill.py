@@ -19,7 +19,7 @@ from pydantic import Field
 
 from accelkit import kernels
 from accelkit.patches import parts
-from accelkit.patches.method import AttentionMethod, Dial
+from accelkit.patches.method import AttentionMethod, Dial, Share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from accelkit.kernels import BlockIndex
     from accelkit.kernels.scores import Probe
     from accelkit.patches.call import AttentionCall
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class FlexPrefill(AttentionMethod):
@@ -38,10 +36,15 @@ class FlexPrefill(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"coverage": 1.0, "divergence": 0.0}
 
     coverage: Share | str = 0.9
+    """Share of the attention mass that blocks or lines must hold."""
     divergence: Annotated[float, Field(ge=0)] | str = 0.1
+    """Greatest √JSD (√nats) at which a head trusts pooled vectors."""
     min_budget_tokens: int = Field(1024, ge=1)
+    """Least columns, and least offsets, that a head reads."""
     max_budget_tokens: int | None = Field(None, ge=1)
+    """Most of each; None: all."""
     block: int = Field(128, ge=16, le=128)
+    """Side of a block, and rows of the last query block, in tokens."""
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         b, size = self.block, (self.block, self.block)

@@ -37,11 +37,13 @@ class FreeSwim(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"base": (1 << 20, 1 << 20)}
 
     base: tuple[Tokens, Tokens] = (30, 52)
+    """Rows and columns of the training size, in tokens."""
     windowed: bool = True
     """False: every token reads all, as sharply as in the window."""
     entropy: bool = True
     """Whether logits are sharpened; False leaves them as the model made them."""
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
 
     def order(self, call: AttentionCall) -> Order | None:
         where = self._where(call) if self.windowed else None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from accelkit.kernels import BlockIndex
     from accelkit.patches.call import AttentionCall, Phase, Site
-    from accelkit.patches.parts.grids import Axes, Visual
+    from accelkit.patches.parts.grids import Axes, Grid, Visual
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Step = Annotated[int, Field(ge=1)]
@@ -48,36 +48,37 @@ class GNA(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"window": (1.0, 1.0, 1.0)}
 
     window: tuple[Share, Share, Share] = (0.6, 0.5, 0.3)
+    """Window on frames, rows and columns, as shares of each axis."""
     stride: tuple[Step, Step, Step] | None = None
+    """Neighbours that share their leader's window, in tokens of each axis; None: a tile."""
     dilation: tuple[Step, Step, Step] = (1, 1, 1)
+    """Every so many tokens of an axis count as neighbours."""
     tile: tuple[Step, Step, Step] | None = None
+    """Frames, rows and columns of a tile, in tokens; None: what fits the grid best."""
     whole_tiles: bool = False
     """A block for each tile of queries, and every block of keys that its windows touch: no token
     misses a key of its window, and some see a few more. Otherwise blocks are rounded on both sides.
     """
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
 
     def order(self, call: AttentionCall) -> Order | None:
         where = parts.grids.narrowed(call, self.window)
         if where is None:
             return None
-        tile = self._tile(where)
-        if self.whole_tiles:
-            slowest = parts.grids.narrow_first(self.axes(where), tile, self.dilation)
-            return parts.orders.tiled(call, where, tile, self.dilation, self.block, slowest)
-        return parts.orders.chunked(call, where, tile, self.dilation)
+        tile, slowest = self._tile(where), self._slowest(where)
+        if slowest is None:
+            return parts.orders.chunked(call, where, tile, self.dilation)
+        return parts.orders.tiled(call, where, tile, self.dilation, self.block, slowest)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         where = parts.grids.narrowed(call, self.window)
         if where is None:
             return None
-        axes, tile = self.axes(where), self._tile(where)
-        slowest = None
-        if self.whole_tiles:
-            slowest = parts.grids.narrow_first(axes, tile, self.dilation)
         return parts.patterns.boxes(
-            call, where, axes, tile, self.block, dilation=self.dilation, slowest=slowest
-        )
+            call, where, self.axes(where), self._tile(where), self.block,
+            dilation=self.dilation, slowest=self._slowest(where),
+        )  # fmt: skip
 
     def axes(self, where: Visual) -> Axes:
         """What the positions of each axis read, bool `[L, L]`."""
@@ -97,6 +98,12 @@ class GNA(AttentionMethod):
             stride = self.stride[axis]
         window = max(1, window)
         return parts.grids.neighbourhood(length, window, min(stride, window), dilation)
+
+    def _slowest(self, where: Visual) -> Grid | None:
+        """In which order of the axes key tiles follow one another, if queries have whole tiles."""
+        if not self.whole_tiles:
+            return None
+        return parts.grids.narrow_first(self.axes(where), self._tile(where), self.dilation)
 
     def _tile(self, where: Visual) -> tuple[int, int, int]:
         return self.tile or parts.grids.fit_tile(where.grid, self.block)

@@ -34,9 +34,13 @@ class Kascade(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"share": 1.0}
 
     share: float = Field(0.1, gt=0, le=1)
+    """Share of the keys before a tile that it reads."""
     floor_tokens: int = Field(128, ge=1)
+    """Least keys that a tile reads."""
     tile: int = Field(32, ge=1)
+    """Query rows that share a list."""
     dense_output: bool = False
+    """Whether the layer itself runs dense and only lends its lists."""
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         return None if self.dense_output else self._lists(call, None)

@@ -28,8 +28,11 @@ class MagCache(BlockMethod):
     dial: ClassVar[Dial] = Dial("threshold", (0.48, 0.24, 0.12, 0.06, 0.03, 0.015))
 
     threshold: float = Field(0.06, gt=0.0)
+    """Greatest summed error of the skipped steps."""
     max_skip_steps: int = Field(3, ge=1)
+    """Most steps skipped one after another."""
     retention_ratio: float = Field(0.2, ge=0.0, le=1.0)
+    """Share of the steps at the beginning that is always computed."""
     ratios: tuple[float, ...] = (1.0,)
     """Mean of ‖r_t‖ ÷ ‖r_{t−1}‖ over tokens at every step; the first is 1."""
 

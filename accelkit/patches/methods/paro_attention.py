@@ -33,22 +33,22 @@ CELLS = 64
 
 
 class PAROAttention(AttentionMethod):
-    """Axis order and static blocks for each head.
-
-    `axes` names a side tensor `[H]` with 0 … 5 (FHW, FWH, HWF, HFW, WHF, WFH), or is one number for
-    all heads; `blocks` names a side tensor `[H, buckets, n, n]` of mass. Without it a call is
-    dense.
-    """
+    """Axis order and static blocks for each head."""
 
     phases: ClassVar[tuple[Phase, ...]] = ("denoise",)
     dial: ClassVar[Dial] = Dial("density", (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7))
     full: ClassVar[dict[str, Any]] = {"density": 1.0}
 
     density: float = Field(0.3, gt=0, le=1)
+    """Share of the blocks that is read."""
     axes: int | str = 0
+    """0 … 5 (FHW, FWH, HWF, HFW, WHF, WFH) for all heads, or a side tensor `[H]` of these."""
     blocks: str | None = None
+    """Side tensor `[H, buckets, n, n]` of mass; None: dense."""
     int8: bool = False
+    """Whether attention also runs in eight bits (QK in int8, PV in fp8)."""
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
 
     def order(self, call: AttentionCall) -> Order | None:
         where = parts.grids.visual(call)

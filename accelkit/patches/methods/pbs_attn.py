@@ -11,19 +11,17 @@ few that the last queries look at move into the same block and the rest become d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from accelkit import kernels
 from accelkit.patches import parts
-from accelkit.patches.method import AttentionMethod, Dial, Order
+from accelkit.patches.method import AttentionMethod, Dial, Order, Share
 
 if TYPE_CHECKING:
     from accelkit.kernels import BlockIndex
     from accelkit.patches.call import AttentionCall
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PBSAttn(AttentionMethod):
@@ -33,8 +31,11 @@ class PBSAttn(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"coverage": 1.0}
 
     coverage: Share | str = 0.9
+    """Share of a tile's pooled mass over earlier segments that its blocks must hold."""
     segment_tokens: int = Field(256, ge=16)
+    """Keys that may change places with one another."""
     block: int = Field(128, ge=16, le=128)
+    """Side of a block in tokens."""
 
     def order(self, call: AttentionCall) -> Order | None:
         if self._short(call):

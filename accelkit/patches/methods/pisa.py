@@ -14,18 +14,16 @@ stay dense.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from accelkit import kernels
-from accelkit.patches.method import AttentionMethod, Dial
+from accelkit.patches.method import AttentionMethod, Dial, Share
 
 if TYPE_CHECKING:
     from accelkit.kernels import BlockIndex, Partial
     from accelkit.patches.call import AttentionCall, Phase
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PISA(AttentionMethod):
@@ -36,10 +34,15 @@ class PISA(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"mass": 1.0}
 
     mass: Share | str = 0.85
+    """Share of the attention mass that is read; the rest is expanded."""
     sink_blocks: int = Field(1, ge=0)
+    """First blocks, read by all tiles."""
     local_blocks: int = Field(1, ge=1)
+    """Newest blocks that a tile reads."""
     tile: int = Field(256, ge=16)
+    """Query rows of a tile."""
     block: int = Field(128, ge=16)
+    """Keys of a block."""
 
     def index(self, call: AttentionCall) -> tuple[BlockIndex, Partial] | None:
         moved = call.q_pos is not None or call.k_pos is not None

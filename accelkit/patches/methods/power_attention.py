@@ -29,8 +29,11 @@ class PowerAttention(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"sink_blocks": 1 << 20}
 
     block: int = Field(256, ge=16)
+    """Side of a block in tokens."""
     local_blocks: int = Field(5, ge=1)
+    """Newest blocks that a tile reads, its own among them."""
     sink_blocks: int = Field(1, ge=0)
+    """First blocks, read by all tiles."""
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         if call.n_k <= self.block * self.local_blocks:

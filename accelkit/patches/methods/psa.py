@@ -8,13 +8,15 @@ keys counts for h of them.
     ranks up to ends[0]: keys themselves · up to ends[1]: means of 2 · 4 · 8 · the rest is left out
     logits of means get + log h
 
-Tokens lie along a space-filling curve, so that the keys of a mean are neighbours. `by_energy`
-counts the running sum of A instead of ranks; then at least 6 % of the blocks are read whole.
+Tokens lie along a space-filling curve, so that the keys of a mean are neighbours; keys and values
+are taken in that order where their means are made, not before. `by_energy` counts the running sum
+of A instead of ranks; then at least 6 % of the blocks are read whole.
 Entries are whole tiles of keys: see `kernels.pyramid`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import pydantic
@@ -46,9 +48,13 @@ class PSA(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"ends": (1.0, 1.0, 1.0, 1.0)}
 
     ends: tuple[End, End, End, End] = (0.1, 0.25, 0.4, 0.75)
+    """Where levels end (keys themselves, means of 2, 4, 8), as shares of the ranked blocks."""
     by_energy: bool = False
+    """Whether `ends` are shares of the running sum of A instead of ranks."""
     every: int = Field(4, ge=1)
+    """Of so many rows, and so many keys, one is sampled."""
     block: int = Field(128, ge=64, multiple_of=64)
+    """Side of a block in tokens."""
 
     @pydantic.field_validator("ends")
     @classmethod
@@ -61,22 +67,24 @@ class PSA(AttentionMethod):
         where = parts.grids.visual(call)
         if where is None or call.key_mask is not None:
             return None
-        return parts.orders.hilbert(call, where)
+        return replace(parts.orders.hilbert(call, where), k_table=None)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
-        size = (self.block, self.block)
-        if parts.grids.visual(call) is None or call.key_mask is not None:
+        where, size = parts.grids.visual(call), (self.block, self.block)
+        if where is None or call.key_mask is not None:
             return None
+        order = parts.orders.along_curve(call, where)[0]
         score = call.once(
             ("sampled_max", size, self.every),
-            lambda: kernels.scores.sampled_max(call, size, self.every),
+            lambda: kernels.scores.sampled_max(call, size, self.every, key_order=order),
         )
         least = LEAST if self.by_energy else 0.0
         seen = kernels.select.visible(call, size)
         text = call.remember((self, "text"), lambda: parts.keep.text(seen & False, call, size))
-        return kernels.select.pyramid(
+        index = kernels.select.pyramid(
             score, self.ends, text, call.n_k, size, UNIT, by_energy=self.by_energy, least=least
         )
+        return replace(index, key_order=order)
 
     def calibrator(self, site: Site) -> Calibrator:
         return _Tables(self)

@@ -37,9 +37,13 @@ class RadialAttention(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"whole_frames": 1 << 20}
 
     decay: float = Field(0.95, gt=0, le=1)
+    """Width of a band ÷ the reach L of its distance."""
     whole_frames: int = Field(1, ge=0)
+    """Up to this distance frames are read whole."""
     sink_frames: int = Field(1, ge=0)
+    """First frames, read by all."""
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         where = parts.grids.visual(call)

@@ -38,9 +38,13 @@ class ReTtention(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"window": 1.0}
 
     window: float = Field(0.03125, gt=0, le=1)
+    """Width of the window in a frame, as a share of its tokens."""
     period_steps: int = Field(5, ge=1)
+    """Of so many steps one is dense."""
     drift: float = Field(0.04, ge=0)
+    """By how much ρ grows from one sparse step to the next."""
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
 
     def order(self, call: AttentionCall) -> Order | None:
         where = parts.grids.visual(call)

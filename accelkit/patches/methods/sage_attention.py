@@ -36,8 +36,11 @@ class SageAttention(AttentionMethod):
     phases: ClassVar[tuple[Phase, ...]] = ("prefill", "denoise")
 
     qk: Precision = "int8"
+    """Format of q and k."""
     pv: Precision = "fp8"
+    """Format of the probabilities and of v."""
     smooth_k: bool = True
+    """Whether the mean key is taken off before rounding."""
 
     def execution(self, call: AttentionCall) -> Execution | None:
         return Execution(qk=self.qk, pv=self.pv, smooth_k=self.smooth_k)

@@ -38,8 +38,11 @@ class SlidingTile(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"window": (1.0, 1.0, 1.0)}
 
     window: tuple[Share, Share, Share] = (1.0, 0.5, 0.3)
+    """Window on frames, rows and columns, as shares of each axis."""
     tile: tuple[int, int, int] | None = None
+    """Frames, rows and columns of a tile, in tokens; None: what fits the grid best."""
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
 
     def order(self, call: AttentionCall) -> Order | None:
         where = parts.grids.narrowed(call, self.window)

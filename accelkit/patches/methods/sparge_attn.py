@@ -22,7 +22,15 @@ from pydantic import Field
 
 from accelkit import kernels
 from accelkit.patches import parts
-from accelkit.patches.method import AttentionMethod, Calibrator, Dial, Execution, Method, Order
+from accelkit.patches.method import (
+    AttentionMethod,
+    Calibrator,
+    Dial,
+    Execution,
+    Method,
+    Order,
+    Share,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +38,6 @@ if TYPE_CHECKING:
     from accelkit.kernels import BlockIndex
     from accelkit.patches.call import AttentionCall, Phase, Site
 
-Share = Annotated[float, Field(ge=0, le=1)]
 GUARDS = (-0.1, 0.6)
 """Similarities of the release's top-k and top-p calls: nearly every block regular, or few."""
 TALL_ROWS = (256, 1024)
@@ -45,11 +52,17 @@ class SpargeAttn(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"coverage": 1.0}
 
     coverage: Share | str = 0.98
+    """Share of a row's pooled mass that its blocks must hold."""
     similarity: Annotated[float, Field(ge=-1, le=1)] | str = 0.6
+    """Mean cosine above which a block is regular."""
     skip_log2: Annotated[float, Field(ge=0)] | str | None = None
+    """By how many powers of two a tile must stay behind to be skipped; None: never."""
     query_block: int = Field(128, ge=16)
+    """Query rows of a tile."""
     key_block: int = Field(64, ge=16)
+    """Keys of a block."""
     hilbert: bool = False
+    """Whether visual tokens are laid along a space-filling curve."""
 
     def order(self, call: AttentionCall) -> Order | None:
         where = parts.grids.visual(call) if self.hilbert else None
@@ -67,7 +80,7 @@ class SpargeAttn(AttentionMethod):
         if not isinstance(least, float):
             least = least[:, None]
         odd_rows, odd_keys = q_similar <= least, k_similar <= least
-        kept = call.once(("kept", size), lambda: parts.keep.anyhow(call, size))
+        kept = parts.keep.lasting(call, ("kept", size), lambda: parts.keep.anyhow(call, size))
         share = call.per_head(self.coverage)
         return kernels.select.nucleus(pooled, share, odd_keys, odd_rows, kept, size)
 

@@ -38,8 +38,11 @@ class SparseVDiT(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"density": 1.0}
 
     mode: Mode = "diagonal"
+    """Shape of what is read."""
     density: float = Field(0.2, gt=0, le=1)
+    """Share of the map in the band, or of the keys in the stripe."""
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
 
     def order(self, call: AttentionCall) -> Order | None:
         where = parts.grids.visual(call)

@@ -37,8 +37,11 @@ class SparseVideoGen(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"density": 1.0}
 
     density: float = Field(0.25, gt=0, le=1)
+    """Share of the pairs that is computed, text among them."""
     sampled_rows: int = Field(32, ge=1)
+    """Rows on which a head's order is decided."""
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
 
     def order(self, call: AttentionCall) -> Order | None:
         where = self._where(call)

@@ -30,9 +30,13 @@ class TaylorSeer(BlockMethod):
     dial: ClassVar[Dial] = Dial("interval", (8, 6, 5, 4, 3, 2))
 
     interval: int = Field(5, ge=1)
+    """Of so many steps one is computed."""
     first_steps: int = Field(3, ge=1)
+    """Steps at the beginning that are all computed."""
     order: int = Field(1, ge=0)
+    """Highest difference that the forecast uses."""
     lite: bool = False
+    """Whether only the last projection's output is kept, and whole blocks are skipped."""
 
     def variants(self) -> tuple[TaylorSeer, ...]:
         return self, self.model_copy(update={"lite": not self.lite})

@@ -37,11 +37,17 @@ class VerticalSlash(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"slash_offsets": 1 << 30}
 
     vertical_columns: int = Field(100, ge=1)
+    """Keys that every row reads."""
     slash_offsets: int = Field(800, ge=1)
+    """Distances that every row reads."""
     probe_rows: int = Field(64, ge=1, le=128)
+    """Last rows whose exact attention is looked at."""
     sink_tokens: int = Field(30, ge=0)
+    """First tokens that are always among the columns."""
     local_tokens: int = Field(100, ge=1)
+    """Smallest distances that are always among the offsets."""
     block: int = Field(64, ge=16)
+    """Side of a block in tokens."""
 
     def index(self, call: AttentionCall) -> tuple[BlockIndex, BlockIndex] | None:
         if call.n_k <= 8 * self.block:

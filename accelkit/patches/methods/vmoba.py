@@ -22,6 +22,8 @@ from accelkit.patches import parts
 from accelkit.patches.method import AttentionMethod, Dial, Order
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from accelkit.kernels import BlockIndex
     from accelkit.patches.call import AttentionCall, Phase
     from accelkit.patches.parts.grids import Grid, Visual
@@ -37,11 +39,17 @@ class VMoBA(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"coverage": 1.0}
 
     coverage: float = Field(0.25, gt=0, le=1)
+    """Share of Σ g that a head's chosen chunks hold."""
     frames: Size = 2
+    """Frames of a chunk in time."""
     columns: tuple[Size, Size] = (3, 4)
+    """Rows and columns of a chunk in space, in tokens."""
     box: tuple[Size, Size, Size] = (4, 6, 4)
+    """Frames, rows and columns of a box, in tokens."""
     query_block: int = Field(128, ge=16)
+    """Query rows of a tile."""
     key_block: int = Field(64, ge=16)
+    """Keys of a block."""
 
     def order(self, call: AttentionCall) -> Order | None:
         where = parts.grids.visual(call)
@@ -57,18 +65,17 @@ class VMoBA(AttentionMethod):
             self, lambda: parts.chunks.of(where, self._chunk(call, where), size, call.q.device)
         )
         gate = parts.chunks.gate(call, chunks, self.query_block)  # [B, H, nq, chunks]
-        low, high = gate.amin((-2, -1), keepdim=True), gate.amax((-2, -1), keepdim=True)
-        gate = (gate - low) / (high - low).clamp(min=1e-6)
-        own = chunks.own.expand_as(gate)
-        spent = (gate * own).sum((-2, -1), keepdim=True)
-        need = self.coverage * gate.sum((-2, -1), keepdim=True) - spent
-        rest = gate.masked_fill(own, -float("inf"))
-        chosen = own | kernels.select.global_prefix(rest, need)
+        chosen = kernels.select.routed(gate, chunks.own, self.coverage)
         if self.coverage >= 1:
             chosen = chosen.fill_(True)
-        mask = parts.keep.text(chunks.blocks(chosen), call, size)
-        # A tile's own block lies in its own chunks: with it no row can be empty.
-        return kernels.select.compact(kernels.select.force(mask, call, size, sink=0, local=1), size)
+
+        def kept() -> Tensor:
+            # A tile's own block lies in its own chunks: with it no row can be empty.
+            own = parts.keep.text(chunks.touched.blocks(chunks.own)[None, None], call, size)
+            return kernels.select.force(own, call, size, sink=0, local=1)
+
+        anyhow = parts.keep.lasting(call, (self, "kept"), kept)
+        return kernels.select.compact_runs(call, chosen, chunks.touched, anyhow, size)
 
     def _chunk(self, call: AttentionCall, where: Visual) -> Grid:
         f, y, x = where.grid

@@ -29,8 +29,11 @@ class Window(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"sink_tokens": 1 << 30}
 
     sink_tokens: int = Field(4, ge=0)
+    """First tokens, read by all rows."""
     window_tokens: int = Field(1024, ge=1)
+    """Newest tokens that a row reads, itself among them; on both sides if not causal."""
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         if call.n_k <= self.window_tokens:

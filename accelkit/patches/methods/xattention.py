@@ -14,19 +14,17 @@ which counts them first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from accelkit import kernels
 from accelkit.patches import parts
-from accelkit.patches.method import AttentionMethod, Dial
+from accelkit.patches.method import AttentionMethod, Dial, Share
 
 if TYPE_CHECKING:
     from accelkit.kernels import BlockIndex
     from accelkit.patches.call import AttentionCall, Phase
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class XAttention(AttentionMethod):
@@ -37,8 +35,11 @@ class XAttention(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"coverage": 1.0}
 
     coverage: Share | str = 0.9
+    """Share of a row's score that its blocks must hold."""
     stride: int = Field(8, ge=1)
+    """S, tokens between the antidiagonals."""
     block: int = Field(128, ge=16)
+    """Side of a block in tokens."""
     qk: Literal["native", "int8"] | None = None
     """Precision of the score's products; None: int8 on a GPU, where it takes about half the time
     and finds nearly the same blocks, else the inputs' own."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 
 import torch
@@ -29,6 +30,13 @@ def anyhow(call: Inputs, size: tuple[int, int]) -> Tensor:
     selection it leaves no row empty that sees anything.
     """
     return force(text(torch.zeros_like(visible(call, size)), call, size), call, size)
+
+
+def lasting(call: AttentionCall, key: Hashable, made: Callable[[], Tensor]) -> Tensor:
+    """`made()`, for the whole generation where every row sees every key, so that it follows from
+    the geometry; for this call elsewhere.
+    """
+    return call.remember(key, made) if sees_all(call) else call.once(key, made)
 
 
 def spans(

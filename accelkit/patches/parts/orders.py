@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from accelkit.errors import InvalidInputError
-from accelkit.kernels.index import Inputs
+from accelkit.kernels.index import Inputs, device_ids
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import Order
 from accelkit.patches.parts import grids
@@ -70,7 +70,12 @@ def hilbert(call: AttentionCall, where: Visual) -> Order:
     """Along a space-filling curve: neighbours in the list are neighbours on the grid, for boxes of
     any size. Other tokens keep their places.
     """
-    return shared(call, _on(call.q.device, _hilbert, where))
+    return shared(call, along_curve(call, where))
+
+
+def along_curve(call: AttentionCall, where: Visual) -> Tensor:
+    """The table of `hilbert`, int32 `[1, N]`."""
+    return _on(call.q.device, _hilbert, where)
 
 
 def tiled(
@@ -88,8 +93,7 @@ def tiled(
 
 def shared(call: AttentionCall, table: Tensor) -> Order:
     """One permutation `[1, N]` of all tokens, for queries and keys of all heads."""
-    row = torch.zeros(len(call.heads), dtype=torch.int32, device=table.device)
-    return Order(table, table, row, whole=True)
+    return Order(table, table, device_ids((0,) * len(call.heads), table.device), whole=True)
 
 
 @lru_cache(maxsize=128)

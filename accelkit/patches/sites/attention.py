@@ -20,7 +20,8 @@ from accelkit.kernels.merge import merge
 from accelkit.kernels.permute import put_rows, take_rows
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, Execution, Order
-from accelkit.patches.plan import HeadGroup, Policy, Reuse
+from accelkit.patches.plan import HeadGroup, Policy
+from accelkit.patches.sites.reuse import borrow, order_of, store
 from accelkit.patches.state import Saved
 
 if TYPE_CHECKING:
@@ -92,12 +93,12 @@ def answer(
     if policy.reuse is not None:
         if state is None:
             return None
-        borrowed = _borrow(call, policy.reuse, state)
+        borrowed = borrow(call, policy.reuse, state)
         if borrowed is None:
             return None
         found = []
         for b in borrowed:
-            own = order and _order_of(order, [call.heads.index(h) for h in b.heads])
+            own = order and order_of(order, [call.heads.index(h) for h in b.heads])
             a = Answer(call, b.pieces, execution, b.order or own, finishers, call.n_q)
             found.append(_again(a, call.take(b.heads)))
         return tuple(found)
@@ -161,7 +162,7 @@ def attend(
             dense.extend(group.heads)
         else:
             answers.extend(found)
-        _store(narrowed, group.policy, found, state)
+        store(narrowed, group.policy, _saved(narrowed, group.policy, found), state)
     if not answers:
         return False
     if dense:
@@ -387,26 +388,32 @@ def _weightless(index: BlockIndex, place: Tensor) -> BlockIndex:
     return kept[1]
 
 
-def _launch(lane: list[Answer], out: Tensor) -> None:
-    """One launch for all answers of a lane, written in place."""
+def joined(lane: Sequence[Answer]) -> Answer:
+    """Answers of equal lane as one, for the heads of all of them; a head may come several times."""
     first, heads = lane[0], tuple(h for a in lane for h in a.call.heads)
     kv = first.call.kv_of_head if len(lane) == 1 else torch.cat([a.call.kv_of_head for a in lane])
-    joined = replace(first.call, heads=heads, kv_of_head=kv)
+    call = replace(first.call, heads=heads, kv_of_head=kv)
     index = BlockIndex.cat([a.index for a in lane])
     execution = first.execution
     if execution.skip is not None:
         columns = [
-            torch.as_tensor(a.execution.skip, dtype=torch.float32, device=out.device)
+            torch.as_tensor(a.execution.skip, dtype=torch.float32, device=call.q.device)
             .reshape(-1)
             .expand(len(a.call.heads))
             for a in lane
         ]
         execution = replace(execution, skip=torch.cat(columns))
-    order = first.order
+    return Answer(call, (index,), execution, first.order)
+
+
+def _launch(lane: list[Answer], out: Tensor) -> None:
+    """One launch for all answers of a lane, written in place."""
+    one = joined(lane)
+    order, heads = one.order, one.call.heads
     if order is None or order.q_table is None:
-        run(joined, index, execution, out=out)
+        run(one.call, one.index, one.execution, out=out)
         return
-    part = run(joined, index, execution)
+    part = run(one.call, one.index, one.execution)
     if not (order.whole or order.whole_keys):  # tokens that the order leaves out
         out.index_fill_(1, device_ids(heads, out.device, torch.int64), 0)
     put_rows(out, part.out, order.q_table, None if _common(order) else order.row, heads)
@@ -418,60 +425,6 @@ def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
     size = max(sizes, default=DENSE_UNIT)
     index = BlockIndex.dense(len(call.heads), -(-call.n_q // size[0]), size, call.q.device)
     return Answer(call, (index,))
-
-
-def _borrow(call: AttentionCall, reuse: Reuse, state: PatchState) -> list[Saved] | None:
-    """The anchor's lists for this call's heads, newest first. None: the anchor ran dense."""
-    if reuse.site is None:
-        saved = call.memory.get("saved")
-    else:
-        saved = state.indices.get((reuse.site, call.ordinal))
-    source = {h: (reuse.heads[h] if reuse.heads is not None else h) for h in call.heads}
-    found: list[Saved] = []
-    for s in reversed(saved or []):
-        mine = tuple(h for h in call.heads if source.get(h) in s.heads)
-        if mine:
-            at = [s.heads.index(source.pop(h)) for h in mine]
-            pieces = tuple(_moved(p, call.q.device).take(at) for p in s.pieces)
-            order = s.order and _order_of(s.order, at)
-            found.append(Saved(mine, pieces, order))
-    return None if source else found
-
-
-def _order_of(order: Order, at: Sequence[int]) -> Order:
-    """The order of some of its heads."""
-    return replace(order, row=order.row[..., list(at)])
-
-
-def _moved(index: BlockIndex, device: torch.device) -> BlockIndex:
-    if index.blocks.device == device:
-        return index
-    return replace(
-        index,
-        start=index.start.to(device),
-        count=index.count.to(device),
-        blocks=index.blocks.to(device),
-    )
-
-
-def _store(
-    call: AttentionCall, policy: Policy, answers: tuple[Answer, ...] | None, state: PatchState
-) -> None:
-    """Keep the lists of an anchor for the layers that read them in this forward, and those of a
-    site that reads its own for the steps to come.
-    """
-    shelves: list[list[Saved]] = []
-    if call.site.path in state.anchors:
-        shelves.append(state.indices.setdefault((call.site.path, call.ordinal), []))
-    if call.site.path in state.own_anchors and policy.reuse is None:
-        own = call.memory.setdefault("saved", [])
-        own[:] = [s for s in own if not set(s.heads) <= set(call.heads)]
-        shelves.append(own)
-    if not shelves:
-        return
-    for saved in _saved(call, policy, answers):
-        for shelf in shelves:
-            shelf.append(saved)
 
 
 def _saved(

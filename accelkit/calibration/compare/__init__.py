@@ -1,0 +1,3 @@
+"""One prompt, dense and patched side by side: `accelkit patch`. `answers.py` for language models,
+`videos.py` for pipelines.
+"""

@@ -1,0 +1,257 @@
+"""The whole flow for language models on one page: measure, choose, check, and choose again until
+the check holds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from accelkit.calibration import assemble, memory, stages
+from accelkit.calibration import data as prompts
+from accelkit.calibration.assemble import SiteData
+from accelkit.calibration.candidates import Family, chosen_methods
+from accelkit.calibration.capture import forward
+from accelkit.calibration.evaluation import quality
+from accelkit.calibration.evaluation.tasks import MIN_LENGTH
+from accelkit.calibration.fit import fit
+from accelkit.calibration.journal import Journal
+from accelkit.calibration.prefill import measure
+from accelkit.calibration.prefill.measure import PRESETS, PROBE_TOKENS
+from accelkit.calibration.prefill.plan import refined
+from accelkit.calibration.session import (
+    Bar,
+    Preset,
+    Run,
+    Stopwatch,
+    as_budget,
+    by_stage,
+    checked_limit,
+    compile_clock,
+    digest,
+    producer,
+    version,
+    weights_digest,
+)
+from accelkit.errors import InvalidInputError, NothingPatchedError
+from accelkit.patches.adapters import adapter_for, facts, sites, trimmable
+from accelkit.patches.method import Method
+from accelkit.patches.patch import handle_of
+from accelkit.patches.plan import Budget, Fingerprint, Plan
+
+STAGES = {
+    "fit": "fit", "screening": "screen/", "measuring": "measure/", "weighing": "weight/",
+    "checking": "check/", "timing": "speed/",
+}  # fmt: skip
+"""Stages whose seconds a plan holds, by the beginning of their units' keys; compiling is apart."""
+SCREEN_TOKENS = 4096
+"""Length of the prompt on which methods are screened: half of the longest up to here, else a
+quarter of it.
+"""
+
+
+def calibrate(
+    model: Any,
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    budget: float | Budget | None = None,
+    lengths: Sequence[int] | None = None,
+    methods: Sequence[str | Method | type[Method]] | None = None,
+    preset: str = "balanced",
+    batch: int = 1,
+    every_row: bool = False,
+    seed: int = 0,
+    time_limit: float | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Plan:
+    """What `accelkit.calibrate` does for a language model; its arguments are explained there."""
+    bare = adapter_for(model)[1]
+    begun = time.monotonic()
+    budget = as_budget(0.02 if budget is None else budget)
+    if preset not in PRESETS:
+        raise InvalidInputError(
+            f"preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}"
+        )
+    time_limit = checked_limit(time_limit)
+    fingerprint, heads = facts(model)
+    places = sites(model)
+    if not places:
+        raise NothingPatchedError(f"{type(bare).__name__}: no attention that could run sparse")
+    trimmed = None if every_row else trimmable(bare)
+    if any(s.path != trimmed for s in places):
+        places = tuple(s for s in places if s.path != trimmed)
+    else:
+        trimmed = None  # the only layer
+    if handle_of(model) is not None:
+        raise InvalidInputError(
+            "the model is patched; call its handle's remove() before calibrating"
+        )
+    if batch < 1:
+        raise InvalidInputError(f"batch is {batch}; expected at least one prompt")
+    lengths = prompts.chosen_lengths(lengths, bare)
+    tried = chosen_methods(methods)
+    inputs = prompts.gather(data, tokenizer, lengths, preset, seed)
+    # Short enough to be cheap, long enough that methods have something to leave out.
+    short = max(MIN_LENGTH, inputs.longest // 4, min(inputs.longest // 2, SCREEN_TOKENS))
+    screen_on = prompts.screening(inputs, tokenizer, short, seed)
+
+    settings = {
+        "accelkit": version(),
+        "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
+        "weights": weights_digest([bare]),
+        "device": str(bare.device),
+        "dtype": str(bare.dtype),
+        "prompts": digest([s.ids.tobytes() for s in (*inputs.measure, *inputs.check, screen_on)]),
+        "methods": [f"{m.kind} {m.model_dump_json()}" for m in tried],
+        "preset": preset,
+        "batch": batch,
+        "trimmed": trimmed,
+        "seed": seed,
+    }
+    with (
+        compile_clock() as compiled,
+        Bar(progress) as bar,
+        closing(Journal(journal, settings, resume, compiled)) as book,
+    ):
+        watch = Stopwatch(book, begun)
+        bar.expect(_units(len(places), inputs, PRESETS[preset]))
+        run = Run(
+            bare,
+            bare.device,
+            places,
+            heads,
+            book,
+            PRESETS[preset],
+            bar.tell,
+            batch,
+            time_limit,
+            begun,
+            trimmed=trimmed,
+        )
+        try:
+            was = bare.training
+            bare.eval()
+            plan = _plan(run, inputs, screen_on, tried, fingerprint, budget, seed, tokenizer)
+        finally:
+            bare.train(was)
+        took = watch.read(budget)
+    about = {
+        "data": inputs.about,
+        "prompts": [f"{s.task}@{len(s.ids)}" for s in inputs.measure],
+        "checked_on": [f"{s.task}@{len(s.ids)}" for s in inputs.check],
+        "lengths": sorted({len(s.ids) for s in inputs.measure}),
+        "seed": seed,
+        "preset": preset,
+        "batch": batch,
+        "methods": [m.kind for m in tried],
+        "skipped": run.skipped,
+        "dense_prefills": round(
+            1e3 * (took["whole"] - took["compiling"]) / plan.calibration["dense_prefill_ms"], 1
+        ),
+        "seconds": by_stage(book, STAGES) | took,
+    }
+    update = {"calibration": about | plan.calibration, "producer": producer("transformers")}
+    done = plan.model_copy(update=update)
+    return done.with_tables(plan.tables)
+
+
+def _plan(
+    run: Run,
+    inputs: prompts.Inputs,
+    screen_on: prompts.Sample,
+    methods: Sequence[Any],
+    fingerprint: Fingerprint,
+    budget: Budget,
+    seed: int,
+    tokenizer: Any,
+) -> Plan:
+    """Measure, then search and check in turns."""
+    component = fingerprint.components["text"]
+    shape = fit.Shape(
+        component.q_heads, component.kv_heads, component.head_dim, len(run.sites), run.batch
+    )
+    tokens = inputs.longest
+    dense = run.journal.unit("dense", lambda: _dense_prefill(run, inputs))
+    memory.restart(run.device)
+    costs = stages.fitted(run, shape, run.model.dtype, tokens, methods)
+    able = [m for m in methods if m.kind in costs.methods]
+    screen = measure.screened(run, screen_on, able)
+    families = {
+        path: stages.kept(record, costs, tokens, len(screen_on.ids), run.preset.families)
+        for path, record in screen.items()
+    }
+    probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
+    heads = {s.path: run.heads[s.path] for s in run.sites}
+    shows = [measure.probe_of(run.model, p) for p in probes]
+    by_probe = stages.probed(run, heads, shows, lambda place: quality.faintest)
+    weights = [stages.worst(heads, _alike(s, probes, by_probe)) for s in inputs.measure]
+    brief = len(screen_on.ids)
+
+    def data(families: Mapping[str, Sequence[Family]], units: Sequence[Any]) -> list[SiteData]:
+        rows = [(len(s.ids), unit) for s, unit in zip(inputs.measure, units, strict=False)]
+        return assemble.site_data(list(heads), families, screen, rows, brief, weights, costs)
+
+    def narrow(families: dict[str, list[Family]], unit: Any) -> dict[str, list[Family]]:
+        return assemble.wanted(data(families, [unit]), families, budget.max_rel_error)
+
+    families, units = measure.measured(run, inputs.measure, screen, families, narrow)
+    found = data(families, units)
+    plan = refined(run, found, inputs, fingerprint, budget, costs)
+    about = {
+        "refused": dict(costs.refused),
+        "fit_error": round(costs.error(), 4),
+        **dense,
+        "peak_bytes": run.journal.unit("peak", lambda: memory.peak(run.device)),
+    }
+    done = plan.model_copy(update={"calibration": {**plan.calibration, **about}})
+    return done.with_tables(plan.tables)
+
+
+def _dense_prefill(run: Run, inputs: prompts.Inputs) -> dict[str, Any]:
+    """Milliseconds and peak memory of what the search is compared with: the longest prompts."""
+    ids = np.repeat(inputs.measure[0].ids[None], run.batch, 0)
+    memory.restart(run.device)
+    ms = fit.clock(partial(forward, run.model, ids), 1, run.device)
+    return {"dense_prefill_ms": round(ms, 3), "dense_peak_bytes": memory.peak(run.device)}
+
+
+def _probes(
+    inputs: prompts.Inputs, tokenizer: Any, names: Sequence[str], seed: int
+) -> list[prompts.Sample]:
+    """Short prompts for the weights: of the built-in tasks, or the ends of the user's own."""
+    if inputs.about.startswith("built-in"):
+        n = min(PROBE_TOKENS, inputs.longest)
+        return [
+            prompts.made(t, n, 200 + seed * 1000 + i, False, tokenizer) for i, t in enumerate(names)
+        ]
+    some = inputs.measure[: len(names)]
+    return [prompts.Sample(s.task, s.ids[-PROBE_TOKENS:], ()) for s in some]
+
+
+def _alike(
+    sample: prompts.Sample,
+    probes: Sequence[prompts.Sample],
+    found: Sequence[dict[str, list[float]]],
+) -> Sequence[dict[str, list[float]]]:
+    """What was found on the probes of a sample's kind, tasks with answers or text; on all of them
+    where there is none.
+    """
+    alike = [
+        f for p, f in zip(probes, found, strict=True) if bool(p.answers) == bool(sample.answers)
+    ]
+    return alike or found
+
+
+def _units(places: int, inputs: prompts.Inputs, preset: Preset) -> int:
+    """The most units of work: the fit, each site by stage and prompt, and every check."""
+    by_site = places * (1 + len(inputs.measure) + len(preset.weigh))
+    return 2 + by_site + preset.rounds * len(inputs.check) + 1

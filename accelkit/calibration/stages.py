@@ -1,0 +1,150 @@
+"""Stages of measuring that prefill and denoising share: the fit, which families are worth the long
+prompts, and how much each head weighs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from accelkit.calibration.candidates import Family, lists_ms, parts_of
+from accelkit.calibration.evaluation import quality
+from accelkit.calibration.fit import fit
+from accelkit.calibration.session import Run
+from accelkit.kernels.cost import CostTable
+from accelkit.patches.method import AttentionMethod, load
+
+TOLERANCES = (0.02, 0.05, 0.1, 0.2)
+"""Errors of a head at which families are compared after screening."""
+LEAST_WEIGHT = 0.1
+"""Share of the median weight that no head is below: noise that seems to do nothing was drowned."""
+PROBES = 2048
+"""Heads that get noise of their own; models with more share probes among neighbours."""
+
+
+def fitted(
+    run: Run, shape: fit.Shape, dtype: torch.dtype, tokens: int, methods: Sequence[AttentionMethod]
+) -> CostTable:
+    """The cost table of this device."""
+    run.tell("timing kernels and methods")
+    brief = run.device.type == "cuda"  # CPUs time few lengths anyway, and patiently
+    work = partial(fit.fit, shape, dtype, run.device, tokens, methods, brief=brief)
+    return CostTable.from_dict(run.journal.unit("fit", lambda: work().to_dict()))
+
+
+def kept(
+    record: Mapping[str, Any],
+    costs: CostTable,
+    tokens: int,
+    screened_on: int,
+    most: int,
+    tolerances: Sequence[float] = TOLERANCES,
+) -> list[Family]:
+    """The families of a site that are worth measuring on long prompts, the best first.
+
+    One after another, the family that makes the layer cheapest beside those before it, summed over
+    the tolerated errors: each head runs the cheapest setting of any of them, or dense.
+    """
+    found = record["families"]
+    once: dict[str, float] = {}
+    ms: dict[str, np.ndarray] = {}  # [tolerance, head]
+    for name, f in found.items():
+        kind = f["settings"][0]["kind"]
+        if kind not in costs.methods:
+            continue
+        once[name], each = costs.method_ms(kind, tokens)
+        error, share = np.array(f["error"]), np.array(f["density"])
+        grown = costs.dense_ms(tokens) / costs.dense_ms(screened_on) / share.shape[1]
+        cost = np.array(
+            [
+                each + lists_ms(costs, kind, parts_of(f, at), tokens, row)
+                if clocked is None
+                else [each + clocked * grown] * len(row)
+                for at, (row, clocked) in enumerate(zip(share, f["ms"], strict=True))
+            ]
+        )
+        ms[name] = np.array([np.where(error <= t, cost, np.inf).min(0) for t in tolerances])
+    chosen: list[str] = []
+    best: Any = costs.ride_ms(tokens)
+    while len(chosen) < min(most, len(ms)):
+        rest = [n for n in ms if n not in chosen]
+        total = {n: float(np.minimum(best, ms[n]).sum()) + len(tolerances) * once[n] for n in rest}
+        chosen.append(min(rest, key=lambda n: (total[n], n)))
+        best = np.minimum(best, ms[chosen[-1]])
+    return [family_of(n, found[n]) for n in chosen]
+
+
+def weighed(
+    run: Run,
+    heads: Mapping[str, int],
+    probes: Sequence[Callable[[str], quality.Show]],
+    left_out: Callable[[str], quality.LeftOut | None] = lambda place: None,
+) -> dict[str, list[float]]:
+    """Weight of every head of each place, the worst over the probes; see `probed` and `worst`."""
+    return worst(heads, probed(run, heads, probes, left_out))
+
+
+def probed(
+    run: Run,
+    heads: Mapping[str, int],
+    probes: Sequence[Callable[[str], quality.Show]],
+    left_out: Callable[[str], quality.LeftOut | None] = lambda place: None,
+) -> list[dict[str, list[float]]]:
+    """Weight of every head of each place on each probe; `probe(place)` is what runs,
+    `left_out(place)` what disturbs there instead of noise. Places that time did not allow are not
+    there.
+    """
+    every = max(1, -(-sum(heads.values()) // PROBES))
+    found: list[dict[str, list[float]]] = [{} for _ in probes]
+    for place, count in heads.items():
+        groups = [list(range(h, min(h + every, count))) for h in range(0, count, every)]
+        for n, probe in enumerate(probes):
+            key = f"weight/{n}/{place}"
+            if key not in run.journal and run.late(0.7, "weights of some sites"):
+                continue
+            run.tell("weighing heads")
+            work = partial(_weigh, probe, place, groups, left_out(place))
+            weights = run.journal.unit(key, work)
+            found[n][place] = [weights[h // every] for h in range(count)]
+    return found
+
+
+def worst(
+    heads: Mapping[str, int], found: Sequence[Mapping[str, Sequence[float]]]
+) -> dict[str, list[float]]:
+    """Weight of every head of each place, the worst over some probes, none below a share of the
+    median, which places have that no probe saw.
+    """
+    known = {
+        place: np.max([one[place] for one in found if place in one], axis=0)
+        for place in heads
+        if any(place in one for one in found)
+    }
+    middle = float(np.median(np.concatenate(list(known.values())))) if known else 1.0
+    least = LEAST_WEIGHT * middle
+    return {
+        place: np.maximum(known.get(place, np.full(count, middle)), least).tolist()
+        for place, count in heads.items()
+    }
+
+
+def _weigh(
+    probe: Callable[[str], quality.Show],
+    place: str,
+    groups: Sequence[Sequence[int]],
+    left_out: quality.LeftOut | None,
+) -> list[float]:
+    return quality.site_weights(probe(place), groups, left_out)
+
+
+def family_of(name: str, record: Mapping[str, Any]) -> Family:
+    """A family as the journal holds it."""
+    settings: list[Any] = []
+    for row in record["settings"]:
+        fields = dict(row)
+        settings.append(load(fields.pop("kind")).model_validate(fields))
+    return Family(name, tuple(settings), record["field"])
