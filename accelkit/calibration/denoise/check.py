@@ -73,7 +73,7 @@ class Checker:
             now.measured = max(errors)
             likely = self.likely({r["prompt"]: e for r, e in zip(now.rows, errors, strict=True)})
             now.bound = self.margin * geometric_mean(likely)
-            clear = len(likely) == len(self.shots) and now.bound > CLEAR * allowed
+            clear = len(likely) >= self.prompts and now.bound > CLEAR * allowed
             if now.measured > allowed or clear:
                 break
         now.held = len(now.rows) == self.prompts and now.reach <= allowed
