@@ -216,7 +216,7 @@ class CostTable:
                 **{
                     **v,
                     "points": _points(v["points"]),
-                    "lists": _points(v.get("lists", ())),
+                    "lists": _lists(v.get("lists", ())),
                     "terms": {t: _points(p) for t, p in v.get("terms", {}).items()},
                 }
             )
@@ -306,6 +306,11 @@ def least_squares(features: Sequence[Sequence[float]], ms: Sequence[float]) -> l
             break
         active.pop(int(np.argmin(part * scale)))
     return found.tolist()
+
+
+def _lists(lists: float | Sequence[Sequence[float]]) -> Points:
+    """By length; older tables hold one number for all of them."""
+    return ((1, float(lists)),) if isinstance(lists, (int, float)) else _points(lists)
 
 
 def _points(points: Sequence[Sequence[float]]) -> Points:

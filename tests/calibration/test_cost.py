@@ -225,6 +225,13 @@ def test_lengths_between_lie_on_a_curve_through_the_points() -> None:
     assert interpolate(bent, 16384) == pytest.approx(1.5 * curve[16384])
 
 
+def test_older_tables_hold_one_factor_for_all_lengths() -> None:
+    data = json.loads(json.dumps(TABLE.to_dict()))
+    kind = next(iter(data["methods"]))
+    data["methods"][kind]["lists"] = 1.2
+    assert CostTable.from_dict(data).methods[kind].lists == ((1, 1.2),)
+
+
 def test_checks_survive_json() -> None:
     table = replace(TABLE, checks=(Check("kernel", "128x128", 1280, 2, 0.1, 1.1, 1.0),))
     again = CostTable.from_dict(json.loads(json.dumps(table.to_dict())))

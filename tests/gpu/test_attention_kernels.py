@@ -66,6 +66,8 @@ CASES = [
     Case(head_size=64, size=(64, 64), dtype=F16),
     Case(head_size=96, lengths=RAGGED),
     Case(head_size=80, value_size=64, lengths=RAGGED),
+    Case(head_size=40, value_size=16, lengths=RAGGED),
+    Case(head_size=64, value_size=32, causal=False),
     Case(head_size=256, lengths=RAGGED),
     Case(head_size=256, size=(64, 64), causal=False),
     Case(head_size=64, dtype=F32, size=(64, 64)),

@@ -225,6 +225,8 @@ def run(launch: Launch, work: Work, tile: Tile) -> None:
     (bq, bk), q, k, v = launch.index.size, launch.q, launch.k, launch.v
     d, dv = q.shape[3], v.shape[3]
     bd, bdv = (max(16, next_power_of_two(n)) for n in (d, dv))
+    # Narrower tiles of V beside wide ones of K gave wrong results on a Hopper card (Triton 3.6).
+    bdv = max(bdv, min(bd, 64))
     tma = all(describable(t) for t in (q, k, v))
     tensors = (q, k, v)
     if tma:
