@@ -20,6 +20,7 @@ from accelkit.calibration.journal import Journal
 from accelkit.calibration.results import installed
 from accelkit.errors import InvalidInputError
 from accelkit.patches.call import Site
+from accelkit.patches.patch import handle_of
 from accelkit.patches.plan import Budget
 
 
@@ -47,6 +48,28 @@ def checked_limit(seconds: float | None) -> float | None:
     if seconds is not None and seconds <= 0:
         raise InvalidInputError(f"time_limit is {seconds} s; expected a positive number")
     return seconds
+
+
+def need_preset(preset: str, known: Mapping[str, Any]) -> None:
+    """Refuse a name that is no preset.
+
+    Raises:
+        InvalidInputError: none of the known ones.
+    """
+    if preset not in known:
+        raise InvalidInputError(f"preset {preset!r} is unknown; expected one of {', '.join(known)}")
+
+
+def need_unpatched(model: Any, what: str) -> None:
+    """Refuse a model, or whatever it is called here, that already runs a plan.
+
+    Raises:
+        InvalidInputError: it is patched.
+    """
+    if handle_of(model) is not None:
+        raise InvalidInputError(
+            f"the {what} is patched; call its handle's remove() before calibrating"
+        )
 
 
 def weights_digest(models: Iterable[Any]) -> str:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,9 +23,6 @@ from accelkit.patches.call import Clock
 from accelkit.patches.method import BlockMethod, load
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import LayerPlan, Plan, Policy
-
-if TYPE_CHECKING:
-    pass
 
 
 def bench(

@@ -31,7 +31,6 @@ from accelkit.calibration.session import Preset, Run
 from accelkit.errors import InvalidInputError, NothingPatchedError
 from accelkit.patches.adapters import facts, sites
 from accelkit.patches.method import Method
-from accelkit.patches.patch import handle_of
 from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 
 log = logging.getLogger("accelkit")
@@ -85,10 +84,7 @@ def calibrate(
     """
     begun = time.monotonic()
     budget = session.as_budget(BUDGET if budget is None else budget)
-    if preset not in PRESETS:
-        raise InvalidInputError(
-            f"preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}"
-        )
+    session.need_preset(preset, PRESETS)
     if not hasattr(pipe, "scheduler"):
         raise InvalidInputError(
             f"{type(pipe).__name__} is no pipeline; calibration runs whole denoisings, so it needs "
@@ -101,10 +97,7 @@ def calibrate(
     if not tried and not caches:
         raise InvalidInputError("methods is empty; name at least one, or None for all")
     fingerprint, heads = facts(pipe)
-    if handle_of(pipe) is not None:
-        raise InvalidInputError(
-            "the pipeline is patched; call its handle's remove() before calibrating"
-        )
+    session.need_unpatched(pipe, "pipeline")
     places = sites(pipe)
     if not places:
         raise NothingPatchedError(f"{type(pipe).__name__}: no attention that could run sparse")

@@ -36,6 +36,8 @@ from accelkit.calibration.session import (
     checked_limit,
     compile_clock,
     digest,
+    need_preset,
+    need_unpatched,
     producer,
     version,
     weights_digest,
@@ -43,7 +45,6 @@ from accelkit.calibration.session import (
 from accelkit.errors import InvalidInputError, NothingPatchedError
 from accelkit.patches.adapters import adapter_for, facts, sites, trimmable
 from accelkit.patches.method import Method
-from accelkit.patches.patch import handle_of
 from accelkit.patches.plan import Budget, Fingerprint, Plan
 
 STAGES = {
@@ -78,10 +79,7 @@ def calibrate(
     bare = adapter_for(model)[1]
     begun = time.monotonic()
     budget = as_budget(0.02 if budget is None else budget)
-    if preset not in PRESETS:
-        raise InvalidInputError(
-            f"preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}"
-        )
+    need_preset(preset, PRESETS)
     time_limit = checked_limit(time_limit)
     fingerprint, heads = facts(model)
     places = sites(model)
@@ -92,10 +90,7 @@ def calibrate(
         places = tuple(s for s in places if s.path != trimmed)
     else:
         trimmed = None  # the only layer
-    if handle_of(model) is not None:
-        raise InvalidInputError(
-            "the model is patched; call its handle's remove() before calibrating"
-        )
+    need_unpatched(model, "model")
     if batch < 1:
         raise InvalidInputError(f"batch is {batch}; expected at least one prompt")
     lengths = prompts.chosen_lengths(lengths, bare)
