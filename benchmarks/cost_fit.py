@@ -29,7 +29,7 @@ from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.fit import fit
 from accelkit.calibration.fit import kernels as fit_kernels
 from accelkit.calibration.fit import methods as fit_methods
-from accelkit.calibration.fit.clock import clock, dense_ms, rest
+from accelkit.calibration.fit.clock import clock, dense_ms
 from accelkit.calibration.fit.inputs import Shape, random_call, shorter
 from accelkit.calibration.session import compile_clock
 from accelkit.kernels.cost import Check, CostTable, MethodCost, interpolate, unit
@@ -104,7 +104,6 @@ def methods(
             continue
         one, cost = answers[0], costs.methods[method.kind]
         ms = timer(call)
-        rest(call.q.device)
         found = [fit_methods.permutation(there, one, ms)]
         if not method.static:  # otherwise made once
             found = [*fit_methods.choosing(there, now, one, ms), *found]

@@ -199,8 +199,8 @@ def test_the_lesser_of_two_measurements() -> None:
         return fit_methods.Found(cost, {1024: ((), lists)}, [(64, 64)], kept=False)
 
     one = found(1.0, 3.0, 7.0)
-    both = one.lesser(found(2.0, 2.5, 6.0))
-    assert both == found(1.0, 2.5, 6.0)
+    assert one.lesser(found(1.5, 2.0, 6.0)) == found(1.5, 2.0, 6.0)
+    assert one.lesser(found(0.5, 4.0, 6.0)) == found(1.0, 3.0, 6.0)
     assert one.lesser("it does not run here") is one
 
 

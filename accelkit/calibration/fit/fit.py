@@ -22,9 +22,9 @@ from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit import ahead as fit_ahead
 from accelkit.calibration.fit import kernels as fit_kernels
 from accelkit.calibration.fit import methods as fit_methods
-from accelkit.calibration.fit.clock import clock, dense_ms, rest
+from accelkit.calibration.fit.clock import clock, dense_ms
 from accelkit.calibration.fit.inputs import Shape, random_call, shorter
-from accelkit.kernels.cost import Check, CostTable, Kernel, MethodCost, Points, name
+from accelkit.kernels.cost import Check, CostTable, Kernel, MethodCost, name
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 
@@ -60,6 +60,9 @@ def fit(
     def ms(run: Callable[[], Any], times: int = repeat) -> float:
         return clock(run, times if brief or time.monotonic() < until else 1, device)
 
+    def once(run: Callable[[], Any], _: int = 1) -> float:
+        return clock(run, 1, device)
+
     known = {fit_ahead.UNIT}
     if device.type == "cuda":
         tell("compiling kernels")
@@ -75,8 +78,6 @@ def fit(
     refused: dict[str, str] = {}
     for method in methods:
         tell(method.kind)
-        if not brief:
-            rest(device)
         found = fit_methods.cost(method, calls, dense, ms, shape)
         if isinstance(found, str):
             refused[method.kind] = found
@@ -89,38 +90,20 @@ def fit(
         tell(f"kernel {name(size)}")
         fitted[name(size)], seen = fit_kernels.kernel(calls, size, until)
         checks += seen
-    if twice and time.monotonic() < until:
+    if twice:
+        # Whatever slows a card down for a while spoils one of two readings that lie seconds apart.
         tell("methods once more")
-        costs |= _again([m for m in methods if m.kind in costs], costs, calls, dense, shape)
+        for method in methods:
+            if method.kind in costs and time.monotonic() < until:
+                again = fit_methods.cost(method, calls, dense, once, shape)
+                costs[method.kind] = costs[method.kind].lesser(again)
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     table = CostTable(
         about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
         dense, ride, fitted, {}, refused, shape.causal, checks,
     )  # fmt: skip
     table = replace(table, methods={k: _with_lists(table, f) for k, f in costs.items()})
-    return _judged(table, methods, calls, ms) if twice else table
-
-
-def _again(
-    methods: Sequence[AttentionMethod],
-    costs: Mapping[str, fit_methods.Found],
-    calls: Mapping[int, AttentionCall],
-    dense: Points,
-    shape: Shape,
-) -> dict[str, fit_methods.Found]:
-    """The lesser of two readings that lie seconds apart: whatever slows a card down for a while
-    spoils one of them.
-    """
-    device, found = calls[max(calls)].q.device, dict[str, fit_methods.Found]()
-
-    def once(run: Callable[[], Any], _: int = 1) -> float:
-        return clock(run, 1, device)
-
-    for method in methods:
-        rest(device)
-        again = fit_methods.cost(method, calls, dense, once, shape)
-        found[method.kind] = costs[method.kind].lesser(again)
-    return found
+    return _judged(table, methods, calls, ms, until) if twice else table
 
 
 def _with_lists(table: CostTable, found: fit_methods.Found) -> MethodCost:
@@ -137,9 +120,10 @@ def _judged(
     methods: Sequence[AttentionMethod],
     calls: Mapping[int, AttentionCall],
     ms: Callable[..., float],
+    until: float,
 ) -> CostTable:
-    """The table with the errors of whole calls at a length that it has not seen; a denoiser's at
-    the one that there is.
+    """The table with the errors of whole calls at a length that it has not seen, a denoiser's at
+    the one that there is; of as many as there is time for before the moment `until`.
     """
     longest = max(calls)
     call = calls[longest]
@@ -147,7 +131,7 @@ def _judged(
         call = shorter(call, fit_kernels.held(longest))
     found, checks = dict(table.methods), list(table.checks)
     for method in methods:
-        if method.kind not in found:
+        if method.kind not in found or time.monotonic() > until:
             continue
         seen = fit_methods.checked(table, method, call, ms)
         if seen is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from accelkit.calibration.fit.clock import device_ms
+from accelkit.calibration.fit.clock import device_ms, settle
 from accelkit.calibration.fit.inputs import random_index, shorter
 from accelkit.calibration.timing import times_ms
 from accelkit.kernels import dispatch, select
@@ -65,8 +65,8 @@ def kernel(
         return _least_ms(partial(anew, p.one), p.one)
 
     spent = [least(p) for p in points]
+    found, said = solved(points, spent)
     for _ in range(ROUNDS):
-        found, said = solved(points, spent)
         odd = [i for i, ms in enumerate(said) if abs(ms / spent[i] - 1) > ODD]
         if not odd or time.monotonic() > until:
             break
@@ -74,9 +74,9 @@ def kernel(
         stayed = all(ms > STAYED * spent[i] for i, ms in again.items())
         for i, ms in again.items():
             spent[i] = min(ms, spent[i])
+        found, said = solved(points, spent)
         if stayed:
             break
-    found, said = solved(points, spent)
     checks = tuple(
         Check("kernel", name(size), p.one.call.n_q, len(p.one.call.heads), p.density, want, got)
         for p, want, got in zip(points, said, spent, strict=True)
@@ -156,6 +156,7 @@ def solved(points: Sequence[Point], spent: Sequence[float]) -> tuple[Kernel, lis
 def _least_ms(run: Callable[[], Any], one: Answer) -> float:
     """The lesser of two runs after one to warm up; on a CPU, where runs are long, of two."""
     device = one.call.q.device
+    settle(device)
     return min(device_ms(run, 2, 1) if device.type == "cuda" else times_ms(run, 2, 0, device))
 
 

@@ -58,18 +58,24 @@ class Found:
         return [size for own, _ in self.lists.values() for size, _ in own] + list(self.others)
 
     def lesser(self, again: Found | str) -> Found:
-        """The lesser of every reading of two measurements; this one where the other failed."""
+        """Of two measurements at each length that which took less, and the lesser time of its
+        lists; this one where the other failed.
+        """
         if isinstance(again, str):
             return self
-        terms = {t: _lesser(p, again.cost.terms[t]) for t, p in self.cost.terms.items()}
-        lists = {n: (own, min(ms, again.lists[n][1])) for n, (own, ms) in self.lists.items()}
-        return replace(
-            self, cost=replace(self.cost, points=_summed(terms), terms=terms), lists=lists
+        mine, others = self.cost, again.cost
+        first = [a[1] <= b[1] for a, b in zip(mine.points, others.points, strict=True)]
+
+        def of(points: Points, other: Points) -> Points:
+            return tuple(a if f else b for f, a, b in zip(first, points, other, strict=True))
+
+        cost = replace(
+            mine,
+            points=of(mine.points, others.points),
+            terms={t: of(p, others.terms[t]) for t, p in mine.terms.items()},
         )
-
-
-def _lesser(points: Points, others: Points) -> Points:
-    return tuple((n, min(ms, again)) for (n, ms), (_, again) in zip(points, others, strict=True))
+        lists = {n: (own, min(ms, again.lists[n][1])) for n, (own, ms) in self.lists.items()}
+        return replace(self, cost=cost, lists=lists)
 
 
 def _summed(terms: Mapping[str, Points]) -> Points:
