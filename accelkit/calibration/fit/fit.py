@@ -78,7 +78,7 @@ def fit(
     refused: dict[str, str] = {}
     for method in methods:
         tell(method.kind)
-        found = fit_methods.cost(method, calls, dense, ms, shape)
+        found = fit_methods.cost(method, calls, dense, ms, shape, thin=twice)
         if isinstance(found, str):
             refused[method.kind] = found
             continue
@@ -95,7 +95,7 @@ def fit(
         tell("methods once more")
         for method in methods:
             if method.kind in costs and time.monotonic() < until:
-                again = fit_methods.cost(method, calls, dense, once, shape)
+                again = fit_methods.cost(method, calls, dense, once, shape, thin=True)
                 costs[method.kind] = costs[method.kind].lesser(again)
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     table = CostTable(
@@ -107,12 +107,13 @@ def fit(
 
 
 def _with_lists(table: CostTable, found: fit_methods.Found) -> MethodCost:
-    """A method's cost with the factor of its lists."""
-    factors = tuple(
-        (n, fit_methods.beside_random(table, own, n, took, found.kept))
-        for n, (own, took) in found.lists.items()
-    )
-    return replace(found.cost, lists=factors)
+    """A method's cost with the factors of its lists."""
+    rows, pairs = [], []
+    for n, seen in found.lists.items():
+        of_rows, of_pairs = fit_methods.beside_random(table, n, seen, found.kept)
+        rows.append((n, of_rows))
+        pairs.append((n, of_pairs))
+    return replace(found.cost, lists=tuple(pairs), rows=tuple(rows))
 
 
 def _judged(
@@ -142,10 +143,11 @@ def _judged(
 
 def lengths(shape: Shape, tokens: int, device: torch.device, brief: bool = False) -> list[int]:
     """Lengths at which costs are measured, ascending; between two of them they are interpolated. A
-    GPU has time for more of them, and the shortest one shows what launches cost.
+    GPU has time for more of them, the shortest one shows what launches cost, and one is another
+    share of its next power of two than the others.
     """
     if not shape.causal:
         return [tokens]
-    shares = (16, 8, 4, 2, 1) if device.type == "cuda" and not brief else (4, 1)
+    shares = (16, 8, 4, 1.6, 1) if device.type == "cuda" and not brief else (4, 1)
     least = min(LEAST.get(device.type, LEAST["cpu"]), tokens)
-    return sorted({max(least, tokens // s) for s in shares})
+    return sorted({max(least, int(tokens / s)) for s in shares})
