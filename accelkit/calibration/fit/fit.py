@@ -19,11 +19,10 @@ from typing import Any
 import torch
 
 from accelkit.calibration.capture import dense_attention
-from accelkit.calibration.fit import ahead as fit_ahead
-from accelkit.calibration.fit import kernels as fit_kernels
-from accelkit.calibration.fit import methods as fit_methods
+from accelkit.calibration.fit import ahead, kernels
 from accelkit.calibration.fit.clock import clock, dense_ms
 from accelkit.calibration.fit.inputs import Shape, random_call, shorter
+from accelkit.calibration.fit.methods import Found, beside_random, checked, cost
 from accelkit.kernels.cost import Check, CostTable, Kernel, MethodCost, name
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
@@ -63,22 +62,22 @@ def fit(
     def once(run: Callable[[], Any], _: int = 1) -> float:
         return clock(run, 1, device)
 
-    known = {fit_ahead.UNIT}
+    known = {ahead.UNIT}
     if device.type == "cuda":
         tell("compiling kernels")
-        known = fit_ahead.rehearse(calls, methods, shape)
+        known = ahead.rehearse(calls, methods, shape)
     twice = device.type == "cuda" and not brief
     if expect is not None:
         expect(1 + len(methods) + len(known) + twice)
     tell("dense attention")
     dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
     ride = tuple((n, ms(partial(dense_attention, call))) for n, call in calls.items())
-    sizes = dict.fromkeys([fit_ahead.UNIT])
-    costs: dict[str, fit_methods.Found] = {}
+    sizes = dict.fromkeys([ahead.UNIT])
+    costs: dict[str, Found] = {}
     refused: dict[str, str] = {}
     for method in methods:
         tell(method.kind)
-        found = fit_methods.cost(method, calls, dense, ms, shape, thin=twice)
+        found = cost(method, calls, dense, ms, shape, thin=twice)
         if isinstance(found, str):
             refused[method.kind] = found
             continue
@@ -88,14 +87,14 @@ def fit(
     checks: tuple[Check, ...] = ()
     for size in sizes:
         tell(f"kernel {name(size)}")
-        fitted[name(size)], seen = fit_kernels.kernel(calls, size, until)
+        fitted[name(size)], seen = kernels.kernel(calls, size, until)
         checks += seen
     if twice:
         # Whatever slows a card down for a while spoils one of two readings that lie seconds apart.
         tell("methods once more")
         for method in methods:
             if method.kind in costs and time.monotonic() < until:
-                again = fit_methods.cost(method, calls, dense, once, shape, thin=True)
+                again = cost(method, calls, dense, once, shape, thin=True)
                 costs[method.kind] = costs[method.kind].lesser(again)
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     table = CostTable(
@@ -106,11 +105,11 @@ def fit(
     return _judged(table, methods, calls, ms, until) if twice else table
 
 
-def _with_lists(table: CostTable, found: fit_methods.Found) -> MethodCost:
+def _with_lists(table: CostTable, found: Found) -> MethodCost:
     """A method's cost with the factors of its lists."""
     rows, pairs = [], []
     for n, seen in found.lists.items():
-        of_rows, of_pairs = fit_methods.beside_random(table, n, seen, found.kept)
+        of_rows, of_pairs = beside_random(table, n, seen, found.kept)
         rows.append((n, of_rows))
         pairs.append((n, of_pairs))
     return replace(found.cost, lists=tuple(pairs), rows=tuple(rows))
@@ -129,12 +128,12 @@ def _judged(
     longest = max(calls)
     call = calls[longest]
     if table.causal:
-        call = shorter(call, fit_kernels.held(longest))
+        call = shorter(call, kernels.held(longest))
     found, checks = dict(table.methods), list(table.checks)
     for method in methods:
         if method.kind not in found or time.monotonic() > until:
             continue
-        seen = fit_methods.checked(table, method, call, ms)
+        seen = checked(table, method, call, ms)
         if seen is not None:
             checks.append(seen)
             found[method.kind] = replace(found[method.kind], error=round(abs(seen.error), 4))
