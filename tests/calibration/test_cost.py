@@ -214,18 +214,6 @@ def test_a_launch_of_few_heads_has_the_whole_tail() -> None:
     assert all_heads == pytest.approx(0.5 + 4 * table.head_ms((128, 128), 4096, 0.25))
 
 
-def test_the_lesser_of_two_measurements() -> None:
-    def found(estimator: float, selection: float, lists: float) -> fit_methods.Found:
-        terms = {"estimator": ((1024, estimator),), "selection": ((1024, selection),)}
-        cost = MethodCost(((1024, estimator + selection),), terms=terms)
-        return fit_methods.Found(cost, {1024: [((), lists)]}, [(64, 64)], kept=False)
-
-    one = found(1.0, 3.0, 7.0)
-    assert one.lesser(found(1.5, 2.0, 6.0)) == found(1.5, 2.0, 6.0)
-    assert one.lesser(found(0.5, 4.0, 6.0)) == found(1.0, 3.0, 6.0)
-    assert one.lesser("it does not run here") is one
-
-
 def test_kept_lists_start_sooner() -> None:
     kernel = Kernel(0.5, 0.01, 2.0, sort=0.1, kept=0.2)
     table = replace(TABLE, kernels={"128x128": kernel})

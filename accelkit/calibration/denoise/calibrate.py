@@ -165,9 +165,7 @@ def _plan(
     """Measure, then search and check in turns."""
     first, allowed = shots.measure[0], budget.max_rel_error
     seen = look.look(run, settings, first)
-    glanced = run.journal.unit(
-        "look/whole", lambda: look.glance(run.model, settings, first)
-    )
+    glanced = run.journal.unit("look/whole", lambda: look.glance(run.model, settings, first))
     tokens = max(glanced["tokens"].values())
     size = next(iter(fingerprint.components.values()))
     layers = len(glanced["tokens"])

@@ -59,16 +59,13 @@ def fit(
     def ms(run: Callable[[], Any], times: int = repeat) -> float:
         return clock(run, times if brief or time.monotonic() < until else 1, device)
 
-    def once(run: Callable[[], Any], _: int = 1) -> float:
-        return clock(run, 1, device)
-
     known = {ahead.UNIT}
     if device.type == "cuda":
         tell("compiling kernels")
         known = ahead.rehearse(calls, methods, shape)
-    twice = device.type == "cuda" and not brief
+    thorough = device.type == "cuda" and not brief
     if expect is not None:
-        expect(1 + len(methods) + len(known) + twice)
+        expect(1 + len(methods) + len(known) + thorough)
     tell("dense attention")
     dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
     ride = tuple((n, ms(partial(dense_attention, call))) for n, call in calls.items())
@@ -77,7 +74,7 @@ def fit(
     refused: dict[str, str] = {}
     for method in methods:
         tell(method.kind)
-        found = cost(method, calls, dense, ms, shape, thin=twice)
+        found = cost(method, calls, dense, ms, shape, thin=thorough)
         if isinstance(found, str):
             refused[method.kind] = found
             continue
@@ -89,20 +86,16 @@ def fit(
         tell(f"kernel {name(size)}")
         fitted[name(size)], seen = kernels.kernel(calls, size, until)
         checks += seen
-    if twice:
-        # Whatever slows a card down for a while spoils one of two readings that lie seconds apart.
-        tell("methods once more")
-        for method in methods:
-            if method.kind in costs and time.monotonic() < until:
-                again = cost(method, calls, dense, once, shape, thin=True)
-                costs[method.kind] = costs[method.kind].lesser(again)
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     table = CostTable(
         about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
         dense, ride, fitted, {}, refused, shape.causal, checks,
     )  # fmt: skip
     table = replace(table, methods={k: _with_lists(table, f) for k, f in costs.items()})
-    return _judged(table, methods, calls, ms, until) if twice else table
+    if thorough:
+        tell("whole calls")
+        table = _judged(table, methods, calls, ms, until)
+    return table
 
 
 def _with_lists(table: CostTable, found: Found) -> MethodCost:

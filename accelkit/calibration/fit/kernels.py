@@ -91,14 +91,14 @@ def kernel(
 def launches(
     calls: Mapping[int, AttentionCall], size: tuple[int, int], few: bool = False
 ) -> Iterator[Point]:
-    """The launches of a fit, over random lists; `few`: one of each shape. On a GPU some have a
-    quarter of the heads: at one head count rows and launches cannot be told apart at long lengths.
+    """The launches of a fit, over random lists; `few`: one of each shape. On a GPU some are of few
+    heads: at one head count rows and launches cannot be told apart at long lengths.
     """
     longest = max(calls)
     if size[1] == 1 and longest > MOST_SINGLE_KEYS:
         # A mask of single keys grows with the square of the length; shorter prompts tell as much.
         whole = calls[longest]
-        calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS // 4, MOST_SINGLE_KEYS)}
+        calls = {n: shorter(whole, n) for n in (s * MOST_SINGLE_KEYS // 8 for s in (2, 3, 8))}
         longest = MOST_SINGLE_KEYS
     fitted = (0.02, 0.05, 0.12) if size[1] == 1 else FITTED
     for n, call in calls.items():
@@ -121,8 +121,10 @@ def held(longest: int) -> int:
 
 
 def _parts(call: AttentionCall) -> list[AttentionCall]:
-    """The call with all heads and, on a GPU, with a quarter of them."""
-    few = len(call.heads) // 4
+    """The call with all heads and, on a GPU, with about a third of them: a power of two would fill
+    its multiprocessors about equally at all lengths.
+    """
+    few = 5 * len(call.heads) // 16
     return [call, call.take(call.heads[:few])] if call.q.is_cuda and few else [call]
 
 

@@ -70,29 +70,6 @@ class Found:
         seen = chain(*self.lists.values())
         return [size for own, _ in seen for size, _ in own] + list(self.others)
 
-    def lesser(self, again: Found | str) -> Found:
-        """Of two measurements at each length that which took less, and the lesser time of its
-        lists; this one where the other failed.
-        """
-        if isinstance(again, str):
-            return self
-        mine, others = self.cost, again.cost
-        first = [a[1] <= b[1] for a, b in zip(mine.points, others.points, strict=True)]
-
-        def of(points: Points, other: Points) -> Points:
-            return tuple(a if f else b for f, a, b in zip(first, points, other, strict=True))
-
-        cost = replace(
-            mine,
-            points=of(mine.points, others.points),
-            terms={t: of(p, others.terms[t]) for t, p in mine.terms.items()},
-        )
-        lists = {
-            n: [(own, min(a, b)) for (own, a), (_, b) in zip(each, again.lists[n], strict=True)]
-            for n, each in self.lists.items()
-        }
-        return replace(self, cost=cost, lists=lists)
-
 
 def _summed(terms: Mapping[str, Points]) -> Points:
     """What the terms take together at each length."""
