@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from accelkit.calibration.fit import ahead as fit_ahead
+from accelkit.calibration.fit import clock as fit_clock
 from accelkit.calibration.fit import fit
 from accelkit.calibration.fit import inputs as fit_inputs
 from accelkit.calibration.fit import kernels as fit_kernels
@@ -212,6 +213,26 @@ def test_a_launch_of_few_heads_has_the_whole_tail() -> None:
     assert table.random_ms((128, 128), 4096, [0.25] * 2) == pytest.approx(bare + tail)
     all_heads = table.random_ms((128, 128), 4096, [0.25] * 4)
     assert all_heads == pytest.approx(0.5 + 4 * table.head_ms((128, 128), 4096, 0.25))
+
+
+def test_a_gpu_is_waited_for(monkeypatch) -> None:
+    """Until its clock is back, or for good where it does not come back."""
+    gpu, slept = torch.device("cuda", 0), list[float]()
+    speeds = iter([100.0, 80.0, 90.0, 98.0])
+    monkeypatch.setattr(fit_clock, "_best", {})
+    monkeypatch.setattr(fit_clock, "_cycles_per_ms", lambda: next(speeds, 70.0))
+    monkeypatch.setattr(fit_clock.time, "sleep", slept.append)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    fit_clock.settle(gpu)
+    assert not slept
+    fit_clock.settle(gpu)
+    assert len(slept) == 2
+    assert fit_clock._best == {gpu: 100.0}
+    monkeypatch.setattr(fit_clock, "PATIENCE_S", 0.0)
+    fit_clock.settle(gpu)
+    assert fit_clock._best == {gpu: 70.0}
+    fit_clock.settle(gpu)
+    assert len(slept) == 2
 
 
 def test_kept_lists_start_sooner() -> None:
