@@ -30,6 +30,8 @@ FITTED = (0.01, 0.04, 0.12, 0.35, 1.0)
 CHECKED = (0.1, 0.2)
 """Densities of random blocks that the fit sees, and those on which it is judged. On a GPU the
 length and the head count on which it is judged are none of those that it sees either."""
+FITTED_KEYS = (0.02, 0.05, 0.08, 0.12)
+"""Densities of single keys that the fit sees."""
 SINGLE_KEYS = 0.15
 """Lists of single keys denser than this are not measured: nobody runs them."""
 MOST_SINGLE_KEYS = 8192
@@ -98,9 +100,9 @@ def launches(
     if size[1] == 1 and longest > MOST_SINGLE_KEYS:
         # A mask of single keys grows with the square of the length; shorter prompts tell as much.
         whole = calls[longest]
-        calls = {n: shorter(whole, n) for n in (s * MOST_SINGLE_KEYS // 8 for s in (2, 3, 8))}
+        calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS * s // 8 for s in (2, 3, 7, 8))}
         longest = MOST_SINGLE_KEYS
-    fitted = (0.02, 0.05, 0.12) if size[1] == 1 else FITTED
+    fitted = FITTED_KEYS if size[1] == 1 else FITTED
     for n, call in calls.items():
         for part in _parts(call):
             for density in fitted[:1] if few else fitted if part is call else fitted[1::2]:
