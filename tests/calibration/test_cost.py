@@ -235,6 +235,20 @@ def test_a_gpu_is_waited_for(monkeypatch) -> None:
     assert len(slept) == 2
 
 
+def test_a_last_turn_that_is_not_full_counts() -> None:
+    size = (2048, 1)
+    kernels = {"2048x1": Kernel(0.5, 0.01, 2.0), "128x128": Kernel(0.5, 0.01, 2.0)}
+    full = replace(TABLE, kernels=kernels)
+    kernels = {"2048x1": replace(kernels["2048x1"], lanes=132), "128x128": kernels["128x128"]}
+    table = replace(TABLE, kernels=kernels)
+    # 20 heads of 3 rows of 16 programs on 132 multiprocessors: 7.3 turns take as long as 8.
+    expected = 0.5 + (full.random_ms(size, 5120, [0.1] * 20) - 0.5) * 8 / (20 * 3 * 16 / 132)
+    assert table.random_ms(size, 5120, [0.1] * 20) == pytest.approx(expected)
+    one = table.head_ms(size, 5120, 0.1) / full.head_ms(size, 5120, 0.1)
+    assert one == pytest.approx(2 / (TABLE.heads * 3 * 16 / 132))
+    assert table.head_ms((128, 128), 5120, 0.1) == full.head_ms((128, 128), 5120, 0.1)
+
+
 def test_kept_lists_start_sooner() -> None:
     kernel = Kernel(0.5, 0.01, 2.0, sort=0.1, kept=0.2)
     table = replace(TABLE, kernels={"128x128": kernel})
