@@ -32,8 +32,6 @@ FITTED = (0.01, 0.04, 0.12, 0.35, 1.0)
 CHECKED = (0.1, 0.2)
 """Densities of random blocks that the fit sees, and those on which it is judged. On a GPU the
 length and the head count on which it is judged are none of those that it sees either."""
-FITTED_KEYS = (0.02, 0.05, 0.08, 0.12)
-"""Densities of single keys that the fit sees."""
 SINGLE_KEYS = 0.15
 """Lists of single keys denser than this are not measured: nobody runs them."""
 MOST_SINGLE_KEYS = 8192
@@ -96,16 +94,16 @@ def kernel(
 def launches(
     calls: Mapping[int, AttentionCall], size: tuple[int, int], few: bool = False
 ) -> Iterator[Point]:
-    """The launches of a fit, over random lists; `few`: one of each shape. On a GPU some are of few
-    heads: at one head count rows and launches cannot be told apart at long lengths.
+    """The launches of a fit, over random lists; `few`: one of each shape. On a GPU some have a
+    quarter of the heads: at one head count rows and launches cannot be told apart at long lengths.
     """
     longest = max(calls)
     if size[1] == 1 and longest > MOST_SINGLE_KEYS:
         # A mask of single keys grows with the square of the length; shorter prompts tell as much.
         whole = calls[longest]
-        calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS * s // 8 for s in (2, 3, 7, 8))}
+        calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS // 4, MOST_SINGLE_KEYS)}
         longest = MOST_SINGLE_KEYS
-    fitted = FITTED_KEYS if size[1] == 1 else FITTED
+    fitted = (0.02, 0.05, 0.12) if size[1] == 1 else FITTED
     for n, call in calls.items():
         for part in _parts(call):
             for density in fitted[:1] if few else fitted if part is call else fitted[1::2]:
@@ -126,10 +124,8 @@ def held(longest: int) -> int:
 
 
 def _parts(call: AttentionCall) -> list[AttentionCall]:
-    """The call with all heads and, on a GPU, with about a third of them: a power of two would fill
-    its multiprocessors about equally at all lengths.
-    """
-    few = 5 * len(call.heads) // 16
+    """The call with all heads and, on a GPU, with a quarter of them."""
+    few = len(call.heads) // 4
     return [call, call.take(call.heads[:few])] if call.q.is_cuda and few else [call]
 
 
