@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from accelkit import console
 from accelkit.cli import app
-from accelkit.errors import CalibrationError, InvalidInputError
+from accelkit.errors import AlreadyPatchedError, InvalidInputError
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("calibrate", "patch", "show", "methods", "bench", "eval", "doctor")
@@ -460,10 +460,10 @@ def test_an_interruption_says_how_to_go_on(model, flow, tmp_path, monkeypatch):
 
 def test_unexpected_and_deliberate_errors(model, flow, tmp_path):
     def fail(*_, **__):
-        raise CalibrationError("the disk is full; free some space and add --resume")
+        raise AlreadyPatchedError("the model already runs a plan")
 
     flow.calibrate = fail
-    assert "disk is full" in failed("calibrate", model, "--out", str(tmp_path), code=1)
+    assert "already runs" in failed("calibrate", model, "--out", str(tmp_path), code=1)
 
     class OutOfMemoryError(RuntimeError):
         pass

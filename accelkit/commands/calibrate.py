@@ -44,7 +44,9 @@ def calibrate(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, help="For pipelines: a prompt a line, or JSON lines."
+            exists=True,
+            dir_okay=False,
+            help="For pipelines: a prompt a line, or JSON lines. Default: built-in ones.",
         ),
     ] = None,
     height: Height = None,

@@ -14,7 +14,11 @@ from accelkit.errors import InvalidInputError
 
 def show(
     plan_or_model: Annotated[
-        str, typer.Argument(metavar="PLAN|MODEL", help="A plan, or a model whose sites are listed.")
+        str,
+        typer.Argument(
+            metavar="PLAN|MODEL",
+            help="A plan: file, folder or hub id; or a model's folder, whose sites are listed.",
+        ),
     ],
     phase: Annotated[
         str | None, typer.Option(help="prefill, decode or denoise. Default: the plan's own.")
