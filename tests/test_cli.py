@@ -55,6 +55,29 @@ def failed(*arguments: str, code: int) -> str:
     return result.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("calibrate", "--batch", "0"),
+        ("calibrate", "--height", "0"),
+        ("calibrate", "--frames", "-1"),
+        ("patch", "--repeat", "0"),
+        ("patch", "--max-new-tokens", "0"),
+        ("patch", "--fps", "0"),
+        ("bench", "--repeat", "0"),
+        ("bench", "--warmup", "-1"),
+        ("bench", "--batch", "0"),
+        ("bench", "--seed", "-1"),
+        ("eval", "--samples", "0"),
+        ("eval", "--answers", "-1"),
+    ],
+)
+def test_counts_that_are_none(command, option, value):
+    said = run(command, "model", option, value, code=2).stderr
+    assert option in said
+    assert "greater than or equal to" in said
+
+
 # -- start --------------------------------------------------------------------------------------
 
 

@@ -35,10 +35,11 @@ def bench(
     frames: Frames = None,
     steps: Steps = None,
     repeat: Annotated[
-        int | None, typer.Option(help="Timed runs of each path. Default: 5, for pipelines 1.")
+        int | None,
+        typer.Option(min=1, help="Timed runs of each path. Default: 5, for pipelines 1."),
     ] = None,
-    warmup: Annotated[int, typer.Option(help="Runs before the timed ones.")] = 1,
-    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs before the timed ones.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     fit: Annotated[
         bool, typer.Option("--fit", help="Measure this device's kernels and fit their cost table.")
     ] = False,
@@ -112,7 +113,7 @@ def bench(
         tokenizer,
         lengths=limits,
         batch=batch,
-        repeat=5 if repeat is None else repeat,
+        repeat=repeat or 5,
         warmup=warmup,
         seed=seed,
         progress=console.say,

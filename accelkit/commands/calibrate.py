@@ -58,7 +58,7 @@ def calibrate(
         str | None, typer.Option(help="Methods to try, such as flex_prefill,window. Default: all.")
     ] = None,
     batch: Annotated[
-        int, typer.Option(help="Prompts that will be prefilled together; costs are theirs.")
+        int, typer.Option(min=1, help="Prompts that will be prefilled together; costs are theirs.")
     ] = 1,
     every_row: Annotated[
         bool,
