@@ -114,6 +114,13 @@ def given(**options: Any) -> dict[str, Any]:
     return {k: v for k, v in options.items() if v is not None}
 
 
+def refuse(what: str, **options: Any) -> None:
+    """What this kind of model has no use for and somebody set all the same."""
+    found = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if found:
+        raise InvalidInputError(f"{what} has no use for {' and '.join(found)}; leave it out")
+
+
 def table(title: str, rows: Sequence[dict[str, Any]]) -> Any:
     """A rich table of rows that have the same keys; numbers stand at the right."""
     from rich.console import Group

@@ -276,6 +276,10 @@ def test_patch_needs_one_prompt(model, plan):
     assert "--demo" in failed("patch", model, "--plan", plan, code=2)
     assert "one of" in failed("patch", model, "--plan", plan, "--demo", "--prompt", "x", code=2)
     assert "--plan is missing" in failed("patch", model, "--prompt", "x", code=2)
+    words = ("--plan", plan, "--prompt", "x")
+    said = failed("patch", model, *words, "--frames", "9", "--output", "x.mp4", code=2)
+    assert "a language model has no use for --output and --frames; leave it out" in said
+    assert "no use for --prompt" in failed("bench", model, *words, code=2)
 
 
 def test_nothing_ran_sparse_is_exit_6(model, tmp_path):

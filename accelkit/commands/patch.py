@@ -73,13 +73,16 @@ def patch(
 
     text = prompt if prompt_file is None else console.read_text(prompt_file)
     where = {"dtype": dtype, "device": device}
+    size = {"height": height, "width": width, "steps": steps}
     if pipelines.is_pipeline(model):
-        size = console.given(height=height, width=width, num_frames=frames, steps=steps)
-        opened = pipelines.opened(model, plan, text and text.strip(), size, seed, **where)
+        console.refuse("a pipeline", demo=demo, length=length)
+        wished = console.given(num_frames=frames, **size)
+        opened = pipelines.opened(model, plan, text and text.strip(), wished, seed, **where)
         document, shown = _show(
             opened, save, yes, dense=compare, repeat=repeat or 1, output=output, fps=fps
         )
     else:
+        console.refuse("a language model", output=output, frames=frames, **size)
         sources = [prompt is not None, prompt_file is not None, demo]
         if sum(sources) > 1 or (not any(sources) and save is None):
             raise InvalidInputError(
