@@ -182,6 +182,7 @@ def test_show_a_model(model):
     document = json.loads(run("show", model, "--json").stdout)
     assert len(document["sites"]) == 2
     assert "no plan" in failed("show", model, "--plot", "x.png", code=2)
+    assert "prefill, decode, denoise" in failed("show", model, "--phase", "later", code=2)
 
 
 def test_methods(monkeypatch):

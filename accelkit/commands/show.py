@@ -11,6 +11,8 @@ from accelkit import console
 from accelkit.console import AsJson, Talk
 from accelkit.errors import InvalidInputError
 
+PHASES = ("prefill", "decode", "denoise")
+
 
 def show(
     plan_or_model: Annotated[
@@ -32,6 +34,8 @@ def show(
 ) -> None:
     """Show a plan: policy, density and error of each head; or the attention sites of a model."""
     console.verbosity(talk)
+    if phase not in (None, *PHASES):
+        raise InvalidInputError(f"--phase: {phase!r} is unknown; expected {', '.join(PHASES)}")
     from accelkit.patches.plan import Plan
     from accelkit.patches.plan_file import FILE
 

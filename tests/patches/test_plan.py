@@ -208,6 +208,12 @@ def test_full_disk_keeps_the_old_plan(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [FILE]
 
 
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(PlanError, match="no folder can be made there"):
+        make().save_pretrained(tmp_path / "taken")
+
+
 def test_compare_lists_every_problem():
     plan = make(
         policies=(Policy(), Policy(reuse=Reuse(site="model.layers.5.self_attn"))),
