@@ -467,6 +467,15 @@ def test_calibrate_dry_run_writes_nothing(model, flow, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_a_plan_without_a_report(model, flow, tmp_path, monkeypatch):
+    """matplotlib belongs to an extra: a calibration must not fail for it in the end."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run("calibrate", model, "--out", str(tmp_path))
+    assert "accelkit_plan.json" in result.stdout
+    assert "report.html" not in result.stdout
+    assert 'pip install "accelkit[report]", then accelkit show' in result.stderr
+
+
 def test_calibrate_refuses_before_it_works(model, flow, tmp_path):
     assert "--budget" in failed("calibrate", model, "--budget", "200%", code=2)
     assert "--time-limit" in failed("calibrate", model, "--time-limit", "soon", code=2)

@@ -21,6 +21,7 @@ from accelkit.console import (
     Width,
     Yes,
 )
+from accelkit.errors import MissingExtraError
 
 
 def calibrate(
@@ -133,8 +134,11 @@ def calibrate(
     path = plan.save_pretrained(out)
     from accelkit.calibration.show import report
 
-    page = report.write_html(plan, out / "report.html")
-    files = {"plan": str(path), "journal": str(journal), "report": str(page)}
+    files = {"plan": str(path), "journal": str(journal)}
+    try:
+        files["report"] = str(report.write_html(plan, out / "report.html"))
+    except MissingExtraError as error:
+        console.say(f"no report: {error}, then accelkit show {out} --out report.html")
     where = "\n".join(f"{name:8}{place}" for name, place in files.items())
     console.emit(
         report.summary(plan) | {"files": files},
