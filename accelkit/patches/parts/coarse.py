@@ -10,7 +10,6 @@ from accelkit.patches.call import AttentionCall
 from accelkit.patches.parts import orders
 from accelkit.patches.parts.grids import Visual
 
-
 STEP = 64
 """Query rows at a time."""
 
