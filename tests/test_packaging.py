@@ -87,6 +87,13 @@ def test_public_names_exist():
         accelkit.nothing_of_this_name  # noqa: B018
 
 
+def test_public_names_are_explained():
+    """Each on a page of the site."""
+    text = "\n".join(page.read_text("utf-8") for page in PAGES)
+    for name, (module, attribute) in accelkit._WHERE.items():
+        assert f"::: {module}.{attribute}\n" in text, f"accelkit.{name} stands on no page"
+
+
 def pins() -> dict[str, Version]:
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     found = (Requirement(line) for line in lines if line and not line.startswith("#"))
