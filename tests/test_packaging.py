@@ -147,9 +147,13 @@ def test_schema_accepts_plans_and_refuses_others():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_pages_hold_together(page):
-    """Links lead somewhere, results that are named are there, Python snippets parse, generated
-    parts are filled."""
+    """Links lead somewhere, files and results that are named are there, Python snippets parse,
+    generated parts are filled."""
     text = page.read_text("utf-8")
+    rooms = "accelkit|kernels|patches|calibration|commands|benchmarks|docs|examples|tests"
+    for name in re.findall(rf"[`( ]((?:{rooms})/[\w/.-]*\w/?)(?![\w/<*])", text):
+        there = [home for home in (ROOT, ROOT / "accelkit") if (home / name).exists()]
+        assert there, f"{page.name} names {name}"
     for name in re.findall(r"[\w-]+-(?:h100|h200|cpu)\.json", text):
         assert (ROOT / "benchmarks" / "results" / name).exists(), f"{page.name} names {name}"
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
