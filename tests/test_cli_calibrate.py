@@ -96,6 +96,13 @@ def test_a_plan_without_a_report(model, flow, tmp_path, monkeypatch):
     assert 'pip install "accelkit[report]", then accelkit show' in result.stderr
 
 
+def test_nothing_to_resume_is_said(model, flow, tmp_path):
+    words = ("calibrate", model, "--out", str(tmp_path), "--resume")
+    assert "no journal to take up" in run(*words).stderr
+    (tmp_path / "journal.jsonl").write_text("")
+    assert "no journal to take up" not in run(*words).stderr
+
+
 def test_calibrate_refuses_before_it_works(model, flow, tmp_path):
     assert "--budget" in failed("calibrate", model, "--budget", "200%", code=2)
     assert "--time-limit" in failed("calibrate", model, "--time-limit", "soon", code=2)
