@@ -233,6 +233,8 @@ class BlockMethod(Method):
         """A structural change; every edit pushes its reverse onto `undo` (an `ExitStack`)."""
 
 
+UNSERVED = frozenset({"keep", "compress", "run"})
+"""Questions that nothing asks yet: token streams, caches and single blocks have no runner."""
 _FOLDER = "accelkit.patches.methods"
 _GROUP = "accelkit.methods"
 

@@ -234,7 +234,8 @@ def test_compare_looks_at_what_nothing_runs_and_at_maps_of_heads():
     first, second = "model.layers.0.self_attn", "model.layers.1.self_attn"
 
     class Thinning(TokenMethod):
-        pass
+        def keep(self, stream):
+            return None
 
     plan = make(policies=(Policy(), Policy(reuse=Reuse(site=first, heads=(0, 1)))))
     rules = plan.sites[first].rules
@@ -242,8 +243,8 @@ def test_compare_looks_at_what_nothing_runs_and_at_maps_of_heads():
     plan = plan.model_copy(update={"sites": layers})
     found = [str(p) for p in compare(plan, plan.fingerprint, {first: 4, second: 4})]
     assert len(found) == 2
-    assert f"{first}: nothing runs" in found[0]
-    assert "(tokens); take 'tokens' out of this site" in found[0]
+    assert f"{first}: nothing asks" in found[0]
+    assert "to keep yet; take 'tokens' out of this site" in found[0]
     assert f"{second}: reuses {first!r} by a map of 2 heads, the site has 4" in found[1]
 
 
