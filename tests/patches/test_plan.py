@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from accelkit.errors import PlanCorruptError, PlanError, PlanVersionError
 from accelkit.patches import plan_file
 from accelkit.patches.call import Clock
-from accelkit.patches.method import TokenMethod
+from accelkit.patches.method import TokenMethod, load
 from accelkit.patches.plan import (
     Component,
     Fingerprint,
@@ -122,11 +122,23 @@ def test_first_matching_rule_wins():
             PlanError,
             r"self_attn\.rules\.0\.phase: .*'prefill', 'decode' or 'denoise'",
         ),
+        (
+            lambda d: d["sites"]["model.layers.0.self_attn"]["rules"][0].update(steps=[0.5, 0.2]),
+            PlanError,
+            r"rules\.0\.steps: expected shares of the steps that rise",
+        ),
     ],
 )
 def test_damaged_plans_say_where(edit, error, message):
     with pytest.raises(error, match=message):
         Plan.from_json(damaged(edit))
+
+
+def test_a_field_that_a_method_does_not_have():
+    with pytest.raises(
+        ValueError, match="unknown field 'window_token'; known are: sink_tokens, win"
+    ):
+        load("window")(window_token=3)
 
 
 def test_older_schemas_are_migrated(monkeypatch):
