@@ -13,6 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from accelkit.errors import (
@@ -338,10 +339,16 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
     else:
         alone = isinstance(what, str) or not isinstance(what, Sequence)
         methods = (what,) if alone else tuple(what)
+        if not methods:
+            raise InvalidInputError("no method: give a plan, or at least one method")
         for method in methods:
             _refuse_idle(method)
         block = next((m for m in methods if isinstance(m, BlockMethod)), None)
-        policy = Policy(methods=tuple(m for m in methods if m is not block))
+        try:
+            policy = Policy(methods=tuple(m for m in methods if m is not block))
+        except ValidationError as error:
+            told = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise InvalidInputError(told) from error
     fingerprint, heads = facts(model)
     places = sites(model)
     if not places:

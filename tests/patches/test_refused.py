@@ -42,3 +42,12 @@ def test_methods_of_denoisers_and_language_models(name):
     with pytest.raises(InvalidInputError, match=f"{name}: no common phase .*prefill"):
         accelkit.patch(model, accelkit.method(name)())
     assert handle_of(model) is None
+
+
+def test_two_answers_to_one_question_and_none_at_all():
+    model, window, other = tiny_model(), accelkit.method("window"), accelkit.method("xattention")
+    with pytest.raises(InvalidInputError, match=r"^window and xattention both answer 'index'"):
+        accelkit.patch(model, [window(), other()])
+    with pytest.raises(InvalidInputError, match="no method"):
+        accelkit.patch(model, [])
+    assert handle_of(model) is None
