@@ -354,6 +354,9 @@ def test_bench(model, plan, tmp_path):
     assert "× best dense" in run(*words).stdout
     missed = run(*words, "--min-speedup", "1000", code=3)
     assert "wanted 1000" in missed.stderr
+    shown = run(*words, "--json", "--out", str(kept / "below a file"), code=2)
+    assert "cannot be written" in shown.stderr
+    assert json.loads(shown.stdout)[0]["speedup_vs_own"] > 0, "what was timed is not lost"
 
 
 def test_bench_fits_the_cost_table(model, monkeypatch):
