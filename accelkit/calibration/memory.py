@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 import torch
 
@@ -17,10 +18,23 @@ def keep() -> None:
     every layer are fresh pages again, which the system clears first. It speeds up dense and sparse
     attention alike.
     """
-    option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    option = _of_glibc("mallopt")
     if option is not None:
         option(_TRIM_THRESHOLD, 2**31 - 1)
         option(_MMAP_MAX, 0)
+
+
+def give_back() -> None:
+    """Give the system what lies free between blocks that are in use, where `keep` keeps it: the
+    work of another stage has other sizes and takes fresh memory beside it.
+    """
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def restart(device: torch.device) -> None:

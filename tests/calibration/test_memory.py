@@ -59,6 +59,20 @@ for _ in range(9):
     fresh()  # finds its places by and by
 print(min(fresh() for _ in range(3)))
 """
+FREE = """
+import torch
+from accelkit.calibration import memory
+cpu, size = torch.device("cpu"), 1 << 27
+memory.keep()
+low = torch.ones(size, dtype=torch.uint8)
+high = torch.ones(1000)  # above it in the heap
+del low
+memory.restart(cpu)
+before = memory.peak(cpu)
+memory.give_back()
+memory.restart(cpu)
+print((before - memory.peak(cpu)) / size, float(high.sum()))
+"""
 
 
 def said(code: str, *arguments: str) -> list[float]:
@@ -79,6 +93,12 @@ def test_kept_memory_is_not_cleared_again() -> None:
     (kept,), (left,) = said(PAGES, "keep"), said(PAGES, "leave")
     assert kept < 100
     assert left > 5_000
+
+
+@on_linux
+def test_free_memory_goes_back() -> None:
+    back, _ = said(FREE)
+    assert back >= 0.9
 
 
 def test_the_ledger_counts_what_lives() -> None:

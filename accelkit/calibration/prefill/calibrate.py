@@ -181,6 +181,7 @@ def _plan(
     dense = run.journal.unit("dense", lambda: _dense_prefill(run, inputs))
     memory.restart(run.device)
     costs = stages.fitted(run, shape, run.model.dtype, tokens, methods)
+    memory.give_back()
     able = [m for m in methods if m.kind in costs.methods]
     screen = measure.screened(run, screen_on, able, measure.dear(run, costs, tokens))
     families = {
@@ -202,6 +203,7 @@ def _plan(
 
     families, units = measure.measured(run, inputs.measure, screen, families, narrow)
     found = data(families, units)
+    memory.give_back()
     plan = refined(run, found, inputs, fingerprint, budget, costs)
     about = {
         "refused": dict(costs.refused),
