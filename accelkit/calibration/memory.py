@@ -24,10 +24,17 @@ def keep() -> None:
         option(_MMAP_MAX, 0)
 
 
-def give_back() -> None:
-    """Give the system what lies free between blocks that are in use, where `keep` keeps it: the
-    work of another stage has other sizes and takes fresh memory beside it.
+def give_back(device: torch.device) -> None:
+    """Give back what nobody uses between two stages of work. On a CPU that lies free between blocks
+    in use, where `keep` keeps it; on a GPU it is the workspace of every thread that multiplied
+    matrices, which outlives the thread.
     """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+        if clear is not None:
+            clear()
+        return
     trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)
@@ -60,3 +67,10 @@ def peak(device: torch.device) -> int | None:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return None
+
+
+def room(device: torch.device, most: int | None) -> int | None:
+    """Bytes beside those in use on a GPU up to `most`; None where nobody counts."""
+    if device.type != "cuda" or most is None:
+        return None
+    return max(0, most - torch.cuda.memory_allocated(device))

@@ -69,7 +69,7 @@ high = torch.ones(1000)  # above it in the heap
 del low
 memory.restart(cpu)
 before = memory.peak(cpu)
-memory.give_back()
+memory.give_back(cpu)
 memory.restart(cpu)
 print((before - memory.peak(cpu)) / size, float(high.sum()))
 """

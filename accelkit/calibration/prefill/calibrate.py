@@ -180,8 +180,9 @@ def _plan(
     tokens = inputs.longest
     dense = run.journal.unit("dense", lambda: _dense_prefill(run, inputs))
     memory.restart(run.device)
-    costs = stages.fitted(run, shape, run.model.dtype, tokens, methods)
-    memory.give_back()
+    room = memory.room(run.device, dense["dense_peak_bytes"])
+    costs = stages.fitted(run, shape, run.model.dtype, tokens, methods, room)
+    memory.give_back(run.device)
     able = [m for m in methods if m.kind in costs.methods]
     screen = measure.screened(run, screen_on, able, measure.dear(run, costs, tokens))
     families = {
@@ -203,7 +204,7 @@ def _plan(
 
     families, units = measure.measured(run, inputs.measure, screen, families, narrow)
     found = data(families, units)
-    memory.give_back()
+    memory.give_back(run.device)
     plan = refined(run, found, inputs, fingerprint, budget, costs)
     about = {
         "refused": dict(costs.refused),
