@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,7 +40,12 @@ class Ledger(TorchDispatchMode):
         return self.peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        ours = OPDEFS.get(f"{func.namespace}::{func._opname}")
+        if ours is None:
+            out = func(*args, **(kwargs or {}))
+        else:  # written in Python: what it makes inside counts as well
+            with self:
+                out = ours._init_fn(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
                 self._add(value)

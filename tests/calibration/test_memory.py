@@ -28,7 +28,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "models" / "tiny-llama"
 MIB = 2**20
 LENGTH = 3072
-LAYERS = 2
+LAYERS = 4
 METHODS = ["window", "anchor_attention", "xattention"]
 MOST = 1.25
 """Peak of a calibration ÷ that of a dense prefill."""
@@ -101,6 +101,12 @@ def test_free_memory_goes_back() -> None:
     assert back >= 0.9
 
 
+@torch.library.custom_op("accelkit_tests::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """Through numbers eight times as wide."""
+    return (x.double() * 2).to(x.dtype)
+
+
 def test_the_ledger_counts_what_lives() -> None:
     def work() -> None:
         kept = torch.zeros(2 * MIB, dtype=torch.uint8)
@@ -111,6 +117,9 @@ def test_the_ledger_counts_what_lives() -> None:
     model = nn.Linear(256, 1024, bias=False)  # 1 MiB
     with Ledger(model) as ledger:
         assert ledger.of(work) == 6 * MIB
+        small = torch.zeros(MIB, dtype=torch.uint8)
+        assert ledger.of(lambda: doubled(small)) == (1 + 1 + 2 * 8) * MIB
+        del small
         ledger.restart()
         assert ledger.peak == MIB
 
@@ -145,6 +154,7 @@ def test_a_calibration_takes_little_more_than_a_prefill(monkeypatch) -> None:
     with Ledger(model) as ledger:
         prefill(model, prompts[0][None])  # makes what is made once
         dense = ledger.of(lambda: prefill(model, prompts[0][None]))
-        assert ledger.of(whole) < MOST * dense
+        peak = ledger.of(whole)
+    assert peak < MOST * dense
     assert plans[0].measured["rounds"]
     assert "prefill_ms" in plans[0].measured
