@@ -27,12 +27,17 @@ PROBES = 2048
 
 
 def fitted(
-    run: Run, shape: fit.Shape, dtype: torch.dtype, tokens: int, methods: Sequence[AttentionMethod]
+    run: Run,
+    shape: fit.Shape,
+    dtype: torch.dtype,
+    tokens: int,
+    methods: Sequence[AttentionMethod],
+    room: int | None = None,
 ) -> CostTable:
-    """The cost table of this device."""
+    """The cost table of this device; `room` as in `fit`."""
     run.tell("timing kernels and methods")
     brief = run.device.type == "cuda"  # CPUs time few lengths anyway, and patiently
-    work = partial(fit.fit, shape, dtype, run.device, tokens, methods, brief=brief)
+    work = partial(fit.fit, shape, dtype, run.device, tokens, methods, brief=brief, room=room)
     return CostTable.from_dict(run.journal.unit("fit", lambda: work().to_dict()))
 
 

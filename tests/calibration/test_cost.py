@@ -168,6 +168,17 @@ def test_a_rehearsal_runs_what_must_be_compiled(monkeypatch, cold: bool) -> None
     assert len(precisions) == 5  # the inputs' own and all that sage_attention names
 
 
+def test_a_rehearsal_stays_within_its_room() -> None:
+    call = fit_inputs.random_call(SMALL, torch.float32, CPU, 1024)
+    rows = sum(t.nbytes for t in (call.q, call.k, call.v))
+    assert fit_ahead._at_once(call, None, 8) == 8
+    assert fit_ahead._at_once(call, 0, 8) == 1
+    few = fit_ahead._at_once(call, 24 * rows, 8)
+    assert 1 < few < 8
+    assert fit_ahead._at_once(call, 48 * rows, 8) in (2 * few, 2 * few + 1)
+    assert fit_ahead._at_once(call, 1 << 40, 8) == 8
+
+
 def test_own_lists_count_beside_random_ones() -> None:
     own = (((128, 128), [0.5, 0.25]),)
     heads = sum(TABLE.head_ms((128, 128), 4096, d) for d in (0.5, 0.25))
