@@ -264,17 +264,23 @@ def run_mixture(
         dense = sum(seen.calls.values()) * costs.dense_ms(args[-1])
         return replace(found, step_seconds=dense / about["share"] / 1e3 / seen.total)
 
+    # The check may be worth two dense runs a prompt at the target's prices, for its plans differ
+    # in speed there and hardly here, where launches take most of the time.
+    def took(checker: Any, plan: Plan, row: dict[str, Any]) -> float:
+        return checker.cost(plan) * row["done"]
+
     def speed(checker: Any, plan: Plan) -> dict[str, float]:
         return {"ms": checker.cost(plan), "dense_ms": 1.0}
 
-    saved = fit.fit, denoise_measure.measured, denoise_check.Checker.speed, Bench._clock
+    check = denoise_check.Checker
+    saved = fit.fit, denoise_measure.measured, check.speed, check.took, Bench._clock
     worth = denoise.CACHES
     denoise.CACHES = float("inf")  # a run at the small geometry takes as long here as a whole one
     fit.fit = lambda *args, **options: costs  # type: ignore[assignment]
     ((_, dense_ms),) = costs.dense  # what was not clocked counts as no faster
     Bench._clock = lambda bench, one: about["clocked"].get(repr(one.execution), dense_ms)  # type: ignore[method-assign]
     denoise_measure.measured = measured
-    denoise_check.Checker.speed = speed  # type: ignore[method-assign]
+    check.speed, check.took = speed, took  # type: ignore[method-assign]
     size = subject.settings
     begin = time.perf_counter()
     try:
@@ -284,7 +290,7 @@ def run_mixture(
             journal=journal, resume=True, progress=False, methods=methods,
         )  # fmt: skip
     finally:
-        fit.fit, denoise_measure.measured, denoise_check.Checker.speed, Bench._clock = saved  # type: ignore[method-assign]
+        fit.fit, denoise_measure.measured, check.speed, check.took, Bench._clock = saved  # type: ignore[method-assign]
         denoise.CACHES = worth
     seconds = time.perf_counter() - begin
     opened = accelkit.patch(subject.pipe, plan) if "note" not in plan.measured else nullcontext()

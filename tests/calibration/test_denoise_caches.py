@@ -36,7 +36,7 @@ def ran(monkeypatch) -> list[Any]:
 
 def options(afford: float) -> tuple[list[Cached], dict[str, str]]:
     run = SimpleNamespace(late=lambda share, what: False)
-    small = SimpleNamespace(seen=SimpleNamespace(calls=PLACES, places=[*PLACES]))
+    small = SimpleNamespace(seen=SimpleNamespace(calls=PLACES, places=[*PLACES], total=20))
     names = ("first_block_cache", "mag_cache", "taylor_seer")
     return denoise_caches.options(run, small, [load(n)() for n in names], 0.1, afford)  # type: ignore[arg-type]
 

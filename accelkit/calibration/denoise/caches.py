@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import numpy as np
 
+from accelkit.calibration.candidates import between as halfway
 from accelkit.calibration.candidates import stored
 from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.look import bucket_of, place_of
@@ -27,7 +28,7 @@ from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import BlockMethod, Method, load
 
-RUNS = 4
+RUNS = 6
 """Most settings of a variant that are run."""
 
 
@@ -69,10 +70,10 @@ def _is_cache(cls: type[Method]) -> bool:
 
 
 def options(
-    run: Run, small: Small, caches: Sequence[BlockMethod], allowed: float, afford: float
+    run: Run, small: Small, caches: Sequence[BlockMethod], aim: float, afford: float
 ) -> tuple[list[Cached], dict[str, str]]:
-    """None at all, and the settings around the budget that skip something; and why others were
-    refused. No run begins behind `afford` seconds of runs.
+    """None at all, and the settings around an error of `aim` that skip something; and why others
+    were refused. No run begins behind `afford` seconds of runs.
     """
     found = [Cached(None, 0.0, dict.fromkeys(small.seen.places, 1.0))]
     tried: list[list[BlockMethod]] = []
@@ -86,7 +87,7 @@ def options(
     turns = [[v for v in turn if v is not None] for turn in zip_longest(*tried)]
     calls = small.seen.calls
     for variants in turns:
-        searches = [(v, _bisected(run, small, v, allowed)) for v in variants]
+        searches = [(v, _bisected(run, small, v, aim)) for v in variants]
         while searches and sum(c.seconds for c in found) < afford:
             variant, search = searches.pop(0)
             if run.late(0.75, f"step cache {variant.kind}"):
@@ -110,25 +111,42 @@ def options(
     return best, refused
 
 
-def _bisected(run: Run, small: Small, cache: BlockMethod, allowed: float) -> Iterator[Cached]:
-    """By bisection the sparsest setting within the budget; what is left of the runs goes to denser
-    ones, for attention wants some of the error as well.
+def _bisected(run: Run, small: Small, cache: BlockMethod, aim: float) -> Iterator[Cached]:
+    """By bisection the sparsest setting whose error is at most `aim`, between the dial's values as
+    well; what is left of the runs goes to denser ones, for attention wants some of the error too.
     """
     assert cache.dial is not None
-    field, values = cache.dial.field, cache.dial.values
-    tried: set[int] = set()
-    low, high = 0, len(values) - 1
-    while low <= high and len(tried) < RUNS:
-        middle = (low + high) // 2
-        tried.add(middle)
-        one = _run(run, small, cache.model_copy(update={field: values[middle]}))
-        if one.error <= allowed:
-            high = middle - 1
-        else:
-            low = middle + 1
-        yield one
-    for n in [n for n in range(low, len(values)) if n not in tried][: RUNS - len(tried)]:
-        yield _run(run, small, cache.model_copy(update={field: values[n]}))
+    found: dict[float, Cached] = {}
+    while len(found) < RUNS:
+        value = _next(cache.dial.values, found, aim, small)
+        if value is None:
+            return
+        found[value] = _run(run, small, cache.model_copy(update={cache.dial.field: value}))
+        yield found[value]
+
+
+def _next(
+    values: Sequence[float], found: Mapping[float, Cached], aim: float, small: Small
+) -> float | None:
+    """The value of a dial to try next: between the densest one that failed and the sparsest one
+    that held, then among the denser ones; None if what is left would skip the same steps.
+    """
+    calls, step = small.seen.calls, 1 / small.seen.total
+    dense = values[-1] > values[0]  # whether larger ones are denser
+    line = sorted({*values, *found}, reverse=not dense)
+    held = next((n for n, v in enumerate(line) if v in found and found[v].error <= aim), len(line))
+    failed = max((n for n in range(held) if line[n] in found), default=-1)
+    if between := line[failed + 1 : held]:
+        return between[len(between) // 2] if held < len(line) or failed < 0 else between[-1]
+    # The first gap, then those behind it.
+    tried = [v for v in line[max(failed, 0) :] if v in found]
+    for a, b in pairwise(tried):
+        if found[b].work(calls) - found[a].work(calls) > 1.5 * step:
+            untried = [v for v in line[line.index(a) + 1 : line.index(b)]]
+            value = untried[len(untried) // 2] if untried else halfway(a, b)
+            if value not in found:
+                return value
+    return next((v for v in line[held:] if v not in found), None)
 
 
 def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:

@@ -110,7 +110,7 @@ class Planner:
             if (share := checker.care(rounds, proposal.plan)) < 1:
                 epsilon = share * aim
                 proposal = self.propose(epsilon, alone=cautious)
-            if cautious and proposal.ms > CHEAP * proposal.dense_ms:
+            if cautious and not self.worth_hoping(checker, proposal, aim):
                 cautious = False
                 continue
             if proposal.dense and not rounds and self.kappas[None] > 1 / MOST_KAPPA:
@@ -133,7 +133,16 @@ class Planner:
             typical = max(now.bound / checker.margin, 1e-12)
             self.learn(now, typical)
             aim, cautious = refine.MARGIN * allowed * typical / max(now.reach, 1e-12), False
+        checker.least(rounds, allowed)
         return refine.fastest(rounds, checker)
+
+    def worth_hoping(self, checker: Checker, proposal: refine.Proposal, aim: float) -> bool:
+        """Whether a step cache may be tried alone first: its round is cheap, and where it is not
+        predicted to hold, the check affords what is.
+        """
+        if proposal.ms > CHEAP * proposal.dense_ms:
+            return False
+        return proposal.error <= aim or checker.affords(proposal.plan, self.propose(aim).plan)
 
     def propose(self, epsilon: float, alone: bool = False) -> refine.Proposal:
         """The fastest denoising whose predicted error, the step cache's included, is ε; `alone`:
