@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +30,8 @@ from accelkit.calibration.denoise import calibrate as denoise
 from accelkit.calibration.denoise import check as denoise_check
 from accelkit.calibration.denoise import measure as denoise_measure
 from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.caches import OWN
+from accelkit.calibration.denoise.schedule import recorded, schedules
 from accelkit.calibration.denoise.video import Settings, Shot, Take
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.fit import fit
@@ -213,20 +215,24 @@ def run_alone(
 
 def measured_cache(cache: Any, subject: Subject) -> Any:
     """A step cache with the numbers of this model that it needs."""
-    if "ratios" not in type(cache).model_fields:
-        return cache
     noted: list[float] = []
-    with step_cache.magnitudes(subject.pipe.transformer, subject.steps) as ratios:
+    with ExitStack() as stack:
+        magnitudes = step_cache.magnitudes(subject.pipe.transformer, subject.steps)
+        ratios, kept = stack.enter_context(magnitudes), stack.enter_context(recorded(subject.pipe))
         each = lambda done, latents: noted.__setitem__(slice(None), ratios())  # noqa: E731
         video.run(subject.pipe, subject.settings, subject.one, each=each)
-    return cache.model_copy(update={"ratios": tuple(round(r, 5) for r in noted)})
+    own = {
+        "ratios": tuple(round(r, 5) for r in noted),
+        "schedules": tuple(map(tuple, schedules(kept))),
+    }
+    return cache.model_copy(update={k: v for k, v in own.items() if k in type(cache).model_fields})
 
 
 def dialled(cache: Any) -> Family:
     """At least eight settings of a step cache, named as `families` names variants."""
     field, usual = cache.dial.field, type(cache)()
     own = {
-        k: v for k, v in cache if k not in (field, "ratios") and v != getattr(usual, k)
+        k: v for k, v in cache if k not in (field, *OWN) and v != getattr(usual, k)
     }  # fmt: skip
     name = cache.kind + (json.dumps(own) if own else "")
     some = tuple(cache.model_copy(update={field: v}) for v in cache.dial.values)

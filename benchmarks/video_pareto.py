@@ -89,7 +89,9 @@ def missing(waiting: list[list[Job]], known: dict[str, list[dict[str, Any]]]) ->
     """
 
     def plain(setting: dict[str, Any]) -> Any:  # a model's own numbers are measured in each run
-        return json.loads(json.dumps({k: v for k, v in setting.items() if k != "ratios"}))
+        return json.loads(
+            json.dumps({k: v for k, v in setting.items() if k not in denoise_caches.OWN})
+        )
 
     found: list[list[Job]] = []
     for jobs in waiting:
@@ -146,7 +148,7 @@ def places(curves: dict[str, list[dict[str, Any]]], key: str = "psnr") -> list[d
             if not row["finite"] or cost >= 1:
                 continue
             mixed = float(np.interp(cost, costs, best)) if cost >= costs[0] else None
-            setting = {k: v for k, v in row["setting"].items() if k != "ratios"}
+            setting = {k: v for k, v in row["setting"].items() if k not in denoise_caches.OWN}
             found.append({
                 "curve": name, "setting": setting, "cost": round(cost, 4),
                 "value": round(value, 4), "mixture": mixed and round(mixed, 4),

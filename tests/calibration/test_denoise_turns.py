@@ -113,6 +113,13 @@ def test_a_step_cache_that_is_only_guessed_is_tried_first() -> None:
     assert one.propose(0.15, alone=True).choice[0] == 1
 
 
+def test_a_step_cache_that_changes_what_rounding_does_is_as_good_as_none() -> None:
+    one = planner(known={0: 0.06})
+    assert one.propose(0.03).choice[0] == 1, "its error is 0.05"
+    one.known[0] = 0.04
+    assert one.propose(0.03).choice[0] == 0
+
+
 def test_eight_bits_are_proposed_where_what_is_left_out_goes_too_far() -> None:
     one = planner(kappas={None: 10.0})
     assert one.propose(0.03).choice == (0, EIGHT)

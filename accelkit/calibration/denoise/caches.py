@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, zip_longest
 from typing import Any
 
@@ -28,6 +29,8 @@ from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import BlockMethod, Method, load
 
+OWN = {"ratios": "sizes of residuals", "schedules": "what steps change"}
+"""Fields of step caches that hold numbers of the model, and words for them."""
 RUNS = 6
 """Most settings of a variant that are run."""
 
@@ -78,12 +81,15 @@ def options(
     found = [Cached(None, 0.0, dict.fromkeys(small.seen.places, 1.0))]
     tried: list[list[BlockMethod]] = []
     refused: dict[str, str] = {}
-    for cache in caches:
+    # What knows most of the model comes first.
+    knowing = sorted(caches, key=lambda c: [k not in type(c).model_fields for k in reversed(OWN)])
+    for cache in knowing:
         try:
             tried.append([*_fitted(run, small, cache).variants()])
         except AccelkitError as error:
             refused[cache.kind] = str(error)
-    # In turns: the first variant of every technique, then their second ones, while it is worth it.
+    # In turns: the first variant of every technique, then their second ones, while it is worth it;
+    # one that has found the least work within the aim goes on.
     turns = [[v for v in turn if v is not None] for turn in zip_longest(*tried)]
     calls = small.seen.calls
     for variants in turns:
@@ -99,16 +105,17 @@ def options(
                 continue
             if one is not None:
                 found.append(one)
-                searches.append((variant, search))
+                best = min((c for c in found if c.error <= aim), key=lambda c: c.work(calls))
+                searches.insert(0 if one is best else len(searches), (variant, search))
     # Only what no other beats in both error and work; and none at all, which comes first.
     some = [c for c in found if c.method is None or min(c.left.values()) < 1]
-    best = [
+    front = [
         c
         for c in some
         if c.method is None
         or not any(o.error <= c.error and o.work(calls) < c.work(calls) for o in some)
     ]
-    return best, refused
+    return front, refused
 
 
 def _bisected(run: Run, small: Small, cache: BlockMethod, aim: float) -> Iterator[Cached]:
@@ -142,7 +149,7 @@ def _next(
     tried = [v for v in line[max(failed, 0) :] if v in found]
     for a, b in pairwise(tried):
         if found[b].work(calls) - found[a].work(calls) > 1.5 * step:
-            untried = [v for v in line[line.index(a) + 1 : line.index(b)]]
+            untried = line[line.index(a) + 1 : line.index(b)]
             value = untried[len(untried) // 2] if untried else halfway(a, b)
             if value not in found:
                 return value
@@ -150,7 +157,7 @@ def _next(
 
 
 def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:
-    """A whole run with this cache alone; the median error of its results."""
+    """A whole run with this cache alone; the mean error of its results."""
 
     def work() -> dict[str, Any]:
         calls: dict[str, int] = Counter()
@@ -165,11 +172,11 @@ def _run(run: Run, small: Small, cache: BlockMethod) -> Cached:
         # Some denoisers take the results of a batch one by one: counted beside a run of as many.
         left = {p: calls.get(p, 0) / n for p, n in small.whole.calls.items()}
         errors = [relative(f, t) for f, t in zip(take.latents, small.whole.latents, strict=True)]
-        # The median: one of them may tip over into another picture.
-        return {"error": float(np.median(errors)), "left": left, "seconds": take.ends[-1]}
+        # The mean: how readily one of them tips over into another picture tells of others.
+        return {"error": float(np.mean(errors)), "left": left, "seconds": take.ends[-1]}
 
     run.tell(f"step cache {cache.kind}")
-    settings = {k: v for k, v in stored(cache).items() if k not in ("kind", "ratios")}
+    settings = {k: v for k, v in stored(cache).items() if k not in ("kind", *OWN)}
     key = f"cache/{cache.kind}/" + ",".join(f"{k}={v}" for k, v in settings.items())
     found = run.journal.unit(key, work)
     return Cached(cache, found["error"], found["left"], found["seconds"])
@@ -181,13 +188,16 @@ def _fitted(run: Run, small: Small, cache: BlockMethod) -> BlockMethod:
     Raises:
         UnsupportedModelError: they cannot be measured on it.
     """
-    if "ratios" not in type(cache).model_fields:
-        return cache
-    run.tell("sizes of residuals")
-    ratios = run.journal.unit("cache/ratios", lambda: small.whole.ratios)
-    if not ratios:
-        raise UnsupportedModelError(
-            f"{', '.join(small.roots)}: the sizes of residuals cannot be measured; that needs one "
-            "denoiser whose blocks the library knows"
-        )
-    return cache.model_copy(update={"ratios": tuple(ratios)})
+    for name, words in OWN.items():
+        if name not in type(cache).model_fields:
+            continue
+        run.tell(words)
+        found = run.journal.unit(f"cache/{name}", partial(small.own, name))
+        if not found:
+            raise UnsupportedModelError(
+                f"{', '.join(small.roots)}: {words} cannot be measured; that needs one denoiser "
+                "whose blocks the library knows, and a scheduler that only weighs its outputs"
+            )
+        own = tuple(tuple(v) if isinstance(v, list) else v for v in found)
+        cache = cache.model_copy(update={name: own})
+    return cache

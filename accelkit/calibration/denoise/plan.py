@@ -152,7 +152,8 @@ class Planner:
         for n, cache in enumerate(self.caches):
             error = self.cached_error(n)
             hope = HOPE if alone and n not in self.known else 1.0
-            if n and error > hope * epsilon:
+            # What changes no more than rounding alone is as good as nothing.
+            if n and error > max(hope * epsilon, self.cached_error(0)):
                 continue
             # Rounding alone may take it all, in theory, and so may a step cache that is tried.
             least = epsilon / 2 if not n or error > epsilon else 0.0
