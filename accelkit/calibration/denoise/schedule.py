@@ -41,8 +41,10 @@ def recorded(pipe: Any) -> Iterator[Given]:
 
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kept.scheduler is None:
-            kept.scheduler = copy.deepcopy(pipe.scheduler)
-            vars(kept.scheduler).pop("step", None)  # the copy shall not tell
+            twin, own = copy.copy(pipe.scheduler), type(pipe.scheduler)
+            for name in [n for n, v in vars(twin).items() if callable(v) and hasattr(own, n)]:
+                delattr(twin, name)  # whoever listens shall not hear the copy
+            kept.scheduler = copy.deepcopy(twin)
         kept.steps.append((tuple(a.clone() if isinstance(a, Tensor) else a for a in args), kwargs))
 
     def see(latents: Tensor, again: bool) -> None:

@@ -112,7 +112,6 @@ class Small:
 
         with ExitStack() as undo:
             ratios: Callable[[], list[float]] = list
-            kept = undo.enter_context(schedule.recorded(self.run.model))
             if len(self.roots) == 1:
                 root = next(iter(self.roots.values()))
                 with suppress(AccelkitError):  # a class without; asking for one will say so
@@ -122,6 +121,7 @@ class Small:
                 noted[:] = ratios()
 
             undo.enter_context(watch(self.run.model, count))
+            kept = undo.enter_context(schedule.recorded(self.run.model))
             take = video.run(self.run.model, self.seen.settings, self.shots[0], each=each)
         best = schedule.schedules(kept) if len(self.roots) == 1 else []
         return Whole(take.latents, [round(r, 5) for r in noted], best, take.ends[-1], calls)
