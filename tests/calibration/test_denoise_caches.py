@@ -64,10 +64,29 @@ def test_without_a_limit_every_variant_is_bisected(ran) -> None:
     found, _ = options(float("inf"))
     assert [c.kind for c in ran].count("first_block_cache") == denoise_caches.RUNS
     assert {c.lite for c in ran if c.kind == "taylor_seer"} == {True, False}
-    values = load("first_block_cache").dial.values
-    held = [
-        c for c in found if c.method and c.method.kind == "first_block_cache" and c.error <= 0.1
-    ]
+    values = load("step_schedule").dial.values
+    held = [c for c in found if c.method and c.method.kind == "step_schedule" and c.error <= 0.1]
     best = min(held, key=lambda c: c.left["a@0"])
-    assert best.method.threshold not in values, "the sparsest that holds lies between them"
+    assert best.method.share not in values, "the sparsest that holds lies between them"
     assert best.error > 0.095
+
+
+def test_of_what_is_alike_the_one_that_knows_more_is_kept() -> None:
+    small = SimpleNamespace(seen=SimpleNamespace(calls=PLACES, total=20))
+
+    def one(kind: str, error: float, work: float) -> Cached:
+        return Cached(load(kind)(), error, dict.fromkeys(PLACES, work))
+
+    def kept(*some: Cached) -> list[Cached]:
+        found = denoise_caches._front([none, *some], ["step_schedule", "mag_cache"], small)  # type: ignore[arg-type]
+        assert found.pop(0) is none
+        return found
+
+    none = Cached(None, 0.0, dict.fromkeys(PLACES, 1.0))
+    fixed, mag = one("step_schedule", 0.11, 0.4), one("mag_cache", 0.1, 0.4)
+    assert kept(mag, fixed) == [fixed]
+    assert kept(one("mag_cache", 0.09, 0.4), fixed)[1:] == [fixed], "less by more than a sixth"
+    assert kept(one("mag_cache", 0.1, 0.38), fixed) == [fixed], "within half a step"
+    sparser = one("mag_cache", 0.11, 0.35)
+    assert kept(sparser, fixed) == [sparser], "no more error and a whole step less"
+    assert kept(one("mag_cache", 0.12, 0.4), fixed) == [fixed]

@@ -31,8 +31,12 @@ from accelkit.patches.method import BlockMethod, Method, load
 
 OWN = {"ratios": "sizes of residuals", "schedules": "what steps change"}
 """Fields of step caches that hold numbers of the model, and words for them."""
-RUNS = 6
+RUNS = 8
 """Most settings of a variant that are run."""
+ALIKE = 1.15
+"""Errors at the small geometry that differ by less than this factor do not tell which one is less
+at the whole one.
+"""
 
 
 @dataclass(frozen=True)
@@ -107,15 +111,27 @@ def options(
                 found.append(one)
                 best = min((c for c in found if c.error <= aim), key=lambda c: c.work(calls))
                 searches.insert(0 if one is best else len(searches), (variant, search))
-    # Only what no other beats in both error and work; and none at all, which comes first.
-    some = [c for c in found if c.method is None or min(c.left.values()) < 1]
-    front = [
+    return _front(found, [c.kind for c in knowing], small), refused
+
+
+def _front(found: list[Cached], kinds: Sequence[str], small: Small) -> list[Cached]:
+    """None at all, which comes first, and what no other beats in both error and work. Of what is
+    alike in both, that of the first of `kinds` is kept.
+    """
+    calls, half = small.seen.calls, 0.5 / small.seen.total
+    some = [c for c in found if c.method is not None and min(c.left.values()) < 1]
+
+    def alike(one: Cached, other: Cached) -> bool:
+        more = one.work(calls) - other.work(calls)
+        return one.error <= ALIKE * other.error and more <= half
+
+    rank = {id(c): kinds.index(c.method.kind) for c in some if c.method is not None}
+    some = [c for c in some if not any(rank[id(o)] < rank[id(c)] and alike(o, c) for o in some)]
+    return found[:1] + [
         c
         for c in some
-        if c.method is None
-        or not any(o.error <= c.error and o.work(calls) < c.work(calls) for o in some)
+        if not any(o.error <= c.error and o.work(calls) < c.work(calls) for o in some)
     ]
-    return front, refused
 
 
 def _bisected(run: Run, small: Small, cache: BlockMethod, aim: float) -> Iterator[Cached]:

@@ -159,13 +159,14 @@ class Planner:
             least = epsilon / 2 if not n or error > epsilon else 0.0
             room = max(epsilon**2 - error**2, least**2) ** 0.5
             solution = self.tables.quiet.search(n, room / self.quiet)
-            ways.append((solution.ms + self._rest(cache), n, solution))
+            ways.append((solution.ms + self._rest(cache), error, n, solution))
             if not alone:
                 solution = self.tables.all.search(n, room / self.kappa(n))
                 loud = self.tables.errors(solution.choices)[0] > 0
                 handicap = 1 / TRUST if loud else 1.0
-                ways.append(((solution.ms + self._rest(cache)) * handicap, n, solution))
-        _, n, solution = min(ways, key=lambda w: w[:2])
+                ways.append(((solution.ms + self._rest(cache)) * handicap, error, n, solution))
+        # Equally fast ones differ in their last digits.
+        _, _, n, solution = min(ways, key=lambda w: (float(f"{w[0]:.6g}"), *w[1:3]))
         return self.proposal(n, solution)
 
     def proposal(self, n: int, solution: Solution) -> refine.Proposal:

@@ -14,6 +14,12 @@ from torch import Tensor
 from accelkit.calibration.denoise import video
 from accelkit.calibration.evaluation.quality import relative
 
+EARLY = 0.03
+"""A row of skipped steps counts 1 ÷ (this + the share of the steps before it): all that follows
+carries it on.
+"""
+LATE = 4.0
+"""How much more it counts where it ends with the last step: no later one clears the noise away."""
 ALIKE = 0.02
 """Most by which a scheduler's steps that are taken again may differ from the run itself."""
 
@@ -102,8 +108,7 @@ def losses(
     outputs: Sequence[Tensor], weights: Sequence[float], last: Tensor
 ) -> Callable[[int, int], float]:
     """A function of two steps: relative change of the final latents if the steps between them reuse
-    the output of the first, the median of the results; times how many times earlier than the end
-    they begin, for what early steps decide all later ones carry on.
+    the output of the first, the median of the results; times what that counts for where it lies.
     """
     total, size = len(outputs), last.float().abs().flatten(1).mean(1)
     sums = torch.stack([w * o for w, o in zip(weights, outputs, strict=True)]).cumsum(0)
@@ -115,8 +120,8 @@ def losses(
         if (first, end) not in known:
             reused = sum(weights[first + 1 : end]) * outputs[first]
             change = reused - (sums[end - 1] - sums[first])
-            early = total / (first + 0.5)
-            known[first, end] = early * float((change.abs().flatten(1).mean(1) / size).median())
+            counts = 1 / (EARLY + first / total) + LATE * ((end - 1) / (total - 1)) ** 8
+            known[first, end] = counts * float((change.abs().flatten(1).mean(1) / size).median())
         return known[first, end]
 
     return loss
