@@ -18,7 +18,7 @@ EARLY = 0.03
 """A row of skipped steps counts 1 ÷ (this + the share of the steps before it): all that follows
 carries it on.
 """
-LATE = 4.0
+LATE = 2.0
 """How much more it counts where it ends with the last step: no later one clears the noise away."""
 ALIKE = 0.02
 """Most by which a scheduler's steps that are taken again may differ from the run itself."""
