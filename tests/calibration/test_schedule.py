@@ -51,7 +51,7 @@ def outputs(changes: dict[int, float]) -> list[torch.Tensor]:
 def test_losses_are_what_reused_outputs_change(name) -> None:
     given = outputs({s: 0.1 * s for s in range(STEPS)})
     kept = denoised(SCHEDULERS[name](), given)
-    loss = schedule.losses(given, schedule.carried(kept), kept.last)
+    loss = schedule.losses(kept.outputs, schedule.carried(kept), kept.last)
     reused = [given[2] if 2 < n < 6 else v for n, v in enumerate(given)]
     changed = denoised(SCHEDULERS[name](), reused).last
     rows = [relative(a, b) for a, b in zip(changed, kept.last, strict=True)]
@@ -93,5 +93,5 @@ def test_a_pipeline_is_recorded() -> None:
     pipe = tiny_pipe("wan")
     with schedule.recorded(pipe) as kept:
         made = latents(pipe, "wan", steps=STEPS)
-    assert torch.equal(kept.last, made)
+    assert torch.equal(kept.last, made.flatten(1)[:, :: -(-made[0].numel() // 4096)])
     assert len(schedule.schedules(kept)) == STEPS

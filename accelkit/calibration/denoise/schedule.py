@@ -24,25 +24,34 @@ ALIKE = 0.02
 """Most by which a scheduler's steps that are taken again may differ from the run itself."""
 
 
+NUMBERS = 4096
+"""Most numbers of a result that are looked at, evenly spread: a scheduler weighs each by itself."""
+
+
 @dataclass
 class Given:
-    """What a scheduler was given: itself as it was before the first step, the arguments of every
-    step, and the latents behind the last one.
+    """What a scheduler was given: itself as it was before the first step; of every step the output
+    of the denoiser, guidance included, the timestep and further arguments; the first latents and
+    those behind the last step. Of tensors some numbers, fp32 `[results, numbers]`.
     """
 
     scheduler: Any = None
-    steps: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    first: Tensor | None = None
     last: Tensor | None = None
 
-    @property
-    def outputs(self) -> list[Tensor]:
-        """The denoiser's output at every step, guidance included, in fp32."""
-        return [args[0].float() for args, _ in self.steps]
+
+def _some(latents: Tensor) -> Tensor:
+    flat = latents.detach().flatten(1)
+    return flat[:, :: -(-flat.shape[1] // NUMBERS)].float().clone()
 
 
 @contextmanager
 def recorded(pipe: Any) -> Iterator[Given]:
-    """While open, what the pipeline's scheduler is given is kept."""
+    """While open, what the pipeline's scheduler is given is kept; of a scheduler that is not called
+    with output, timestep and latents nothing.
+    """
     kept = Given()
 
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -51,10 +60,14 @@ def recorded(pipe: Any) -> Iterator[Given]:
             for name in [n for n, v in vars(twin).items() if callable(v) and hasattr(own, n)]:
                 delattr(twin, name)  # whoever listens shall not hear the copy
             kept.scheduler = copy.deepcopy(twin)
-        kept.steps.append((tuple(a.clone() if isinstance(a, Tensor) else a for a in args), kwargs))
+        if len(args) >= 3:
+            output, timestep, latents, *rest = args
+            kept.first = _some(latents) if kept.first is None else kept.first
+            kept.outputs.append(_some(output))
+            kept.calls.append((timestep, tuple(rest), kwargs))
 
     def see(latents: Tensor, again: bool) -> None:
-        kept.last = latents.clone()
+        kept.last = _some(latents)
 
     with video.listening(pipe, see, before):
         yield kept
@@ -84,23 +97,22 @@ def carried(kept: Given) -> list[float]:
     """How far each output is carried into the final latents, from the scheduler's steps taken again
     with each of them doubled in turn; empty where that is not what happened.
     """
-    scheduler, total = copy.deepcopy(kept.scheduler), len(kept.steps)
+    scheduler, total = copy.deepcopy(kept.scheduler), len(kept.calls)
     once = len(getattr(scheduler, "timesteps", ())) == total
-    if kept.last is None or not once or any(len(args) < 3 for args, _ in kept.steps):
+    if kept.first is None or kept.last is None or not once:
         return []
-    outputs, begin = kept.outputs, kept.steps[0][0][2]
     # The last of the copies has none doubled.
-    latents = begin[:1].float().repeat(total + 1, *[1] * (begin.ndim - 1))
-    for n, ((_, timestep, _, *rest), kwargs) in enumerate(kept.steps):
-        out = outputs[n][:1].repeat(total + 1, *[1] * (begin.ndim - 1))
+    latents = kept.first[:1].repeat(total + 1, 1)
+    for n, (timestep, rest, kwargs) in enumerate(kept.calls):
+        out = kept.outputs[n][:1].repeat(total + 1, 1)
         out[n] *= 2
         latents = scheduler.step(out, timestep, latents, *rest, **kwargs)[0]
     plain = latents[-1]
-    if relative(plain, kept.last[0].float()) > ALIKE:
+    if relative(plain, kept.last[0]) > ALIKE:
         return []
     return [
         float(((end - plain) * out[0]).sum() / out[0].square().sum().clamp_min(1e-30))
-        for end, out in zip(latents[:-1], outputs, strict=True)
+        for end, out in zip(latents[:-1], kept.outputs, strict=True)
     ]
 
 
@@ -110,7 +122,7 @@ def losses(
     """A function of two steps: relative change of the final latents if the steps between them reuse
     the output of the first, the median of the results; times what that counts for where it lies.
     """
-    total, size = len(outputs), last.float().abs().flatten(1).mean(1)
+    total, size = len(outputs), last.abs().mean(1)
     sums = torch.stack([w * o for w, o in zip(weights, outputs, strict=True)]).cumsum(0)
     known: dict[tuple[int, int], float] = {}
 
@@ -121,7 +133,7 @@ def losses(
             reused = sum(weights[first + 1 : end]) * outputs[first]
             change = reused - (sums[end - 1] - sums[first])
             counts = 1 / (EARLY + first / total) + LATE * ((end - 1) / (total - 1)) ** 8
-            known[first, end] = counts * float((change.abs().flatten(1).mean(1) / size).median())
+            known[first, end] = counts * float((change.abs().mean(1) / size).median())
         return known[first, end]
 
     return loss
