@@ -254,7 +254,8 @@ def run_cache(subject: Subject, cache: Any) -> dict[str, Any]:
     with accelkit.patch(subject.pipe, plan) as handle:
         take, pictures = subject.drawn()
         calls = handle.report().calls
-    return {"setting": stored(cache), "cost": calls / whole, **subject.judged(take, pictures)}
+    setting = {k: v for k, v in stored(cache).items() if k != "schedules"}  # one for every share
+    return {"setting": setting, "cost": calls / whole, **subject.judged(take, pictures)}
 
 
 def run_mixture(
