@@ -53,7 +53,7 @@ SETTINGS: dict[str, list[dict]] = {
     "sparse_videogen": [{"density": 0.15}],
     "re_ttention": [{"window": 0.03125}, {"window": 0.2}],
     "paro_attention": [{"density": 0.2}],
-    "ada_spa": [{}, {"block": 128}],
+    "ada_spa": [{}, {"block": 64}],
     "vmoba": [{"coverage": 0.3}, {"coverage": 0.26, "key_block": 128}],
     "psa": [
         {},
