@@ -12,8 +12,7 @@ its cross-attention is read again. The last steps and the unconditional pass hav
 Patch with `[FreeSwim(), FreeSwimTwin()]`: the full pass is a guidance branch of its own, "full". It
 costs time for quality, so calibration does not choose it. The release begins from a video of the
 training size, enlarged and noised to 0.7, which is the pipeline's part. Each denoiser of a pipeline
-counts its own steps. Leave the denoiser uncompiled: what a layer reads of the full pass is another
-tensor in each, so that compiled blocks would be compiled for every layer, and fail at the limit.
+counts its own steps. Its repeated blocks may be compiled; as a whole it runs uncompiled.
 """
 
 from __future__ import annotations
