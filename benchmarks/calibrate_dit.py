@@ -122,7 +122,8 @@ def main() -> None:
     with told() as checks:
         plan = accelkit.calibrate(
             pipe, [arguments] * 4, height=size.height, width=size.width, num_frames=size.num_frames,
-            steps=args.steps, preset=args.preset, methods=args.methods, budget=args.budget, journal=args.journal,
+            steps=args.steps, preset=args.preset, methods=args.methods, budget=args.budget,
+            journal=args.journal,
         )  # fmt: skip
     seconds = time.perf_counter() - begin
     about = plan.calibration

@@ -363,7 +363,8 @@ def _consume(
         at = LISTS + next_row.to(gl.int64) * capacity
         block = _first_block(at, next_masked, next_clean, BK)
         bias_at = BIAS + next_b.to(gl.int64) * s_bb + next_slot.to(gl.int64) * s_bh
-        bias = _first_bias(bias_at, at, next_masked, next_clean, n_k, BK, BN, sl, BIAS_BY)
+        if BIAS_BY == "entry":
+            bias = _first_bias(bias_at, at, next_masked, next_clean, n_k, BK, BN, sl, BIAS_BY)
         limit = _limits(next_q_row + lane, next_masked + next_clean, n_k, q_start, CAUSAL)
         mbarrier.arrive(q_empty.index(half))
         next_half = (round + 1) % Q_STAGES
@@ -375,6 +376,8 @@ def _consume(
             v_full.index(stage), v_empty.index(stage), phase, mine, other, turn, MODE, BK, BN, BD,
             BDV,
         )  # fmt: skip
+        if BIAS_BY != "entry":  # registers for keys are there only now
+            bias = _first_bias(bias_at, at, next_masked, next_clean, n_k, BK, BN, sl, BIAS_BY)
         next_p16, next_m, next_total = _begin(
             s, bias, block, places.index(k_stage), v_full.index(k_stage), k_phase, more, limit,
             next_masked, next_clean, factor, BK, dtype, sl, pl, BIAS_BY,

@@ -96,7 +96,7 @@ def softmax(s, m, total, factor, bias, BK: gl.constexpr, BIAS_BY: gl.constexpr):
         p = gl.exp2(s - m_new[:, None])
     elif BIAS_BY == "entry" and BK < BN:
         # Each half has its own shift, which costs its elements nothing. They share a maximum, which
-        # may then be as much above the true one as their biases differ: counts of keys do by little.
+        # may then be as much above the true one as their biases differ: by little.
         half = (gl.arange(0, BN, layout=gl.SliceLayout(0, s.type.layout)) < BK)[None, :]
         m_new = gl.maximum(m, gl.max(s, 1) * factor + gl.maximum(first, second))
         shift = gl.where(half, (m_new - first)[:, None], (m_new - second)[:, None])
