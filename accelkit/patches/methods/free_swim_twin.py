@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from accelkit.patches import parts
 from accelkit.patches.method import BlockMethod, Method
-from accelkit.patches.parts import dual_path
 
 if TYPE_CHECKING:
     from accelkit.patches.call import Phase
@@ -48,4 +48,4 @@ class FreeSwimTwin(BlockMethod):
         return {FULL: [m.model_copy(update={"windowed": False}) for m in windows]}
 
     def rewire(self, model: Any, undo: ExitStack) -> None:
-        dual_path.connect(model, FULL, self.every, self.until_step, undo)
+        parts.dual_path.connect(model, FULL, self.every, self.until_step, undo)
