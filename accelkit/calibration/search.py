@@ -29,6 +29,8 @@ error of 1 costs as much as the dense layer.
 """
 NEAR = 0.1
 """Share of the least price within which a set is promising."""
+MOST_SETS = 16
+"""Most sets of several families that get a front."""
 POINTS = 300
 """Points that a front keeps; they lie closer together where errors are small."""
 MANY = 3000
@@ -276,9 +278,9 @@ def _layer(
 
 
 def _worth(table: Table, sets: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The sets of families that may hold points of the layer's front: at some price of error, more
-    than any of their families alone, they come near the least price of all. Heads choose apart at
-    a price, so that every set's is at hand without its front; single families always stay.
+    """Single families, and the sets that are likely to hold points of the layer's front: at some
+    price of error they come near the least price of all, and each of their families serves a head.
+    Heads choose apart at a price, so that every set's is at hand without its front.
     """
     unit = table.dense_ms / max(float(table.weight.sum()), 1e-30)
     price = unit * np.logspace(*PRICES)[:, None]
@@ -292,15 +294,19 @@ def _worth(table: Table, sets: Sequence[tuple[str, ...]]) -> list[tuple[str, ...
         return each + sum(table.fixed.get(f, 0.0) for f in some)
 
     found = {some: least(some) for some in sets}
-    near = np.minimum.reduce(list(found.values())).clip(max=table.dense_ms) * (1 + NEAR)
+    best = np.minimum.reduce(list(found.values())).clip(max=table.dense_ms)
 
-    def wanted(some: Sequence[str], total: np.ndarray) -> bool:
+    def above(some: tuple[str, ...]) -> float:
+        """How far a set stays above the least price, relative; 0 where it has it."""
         apart = np.stack([found[f,] for f in some])
         used = (apart < table.heads * table.ride_ms).all(0)
-        mixed = (total < apart.min(0)) | (used & (apart.max(0) <= near))
-        return len(some) == 1 or bool(((total <= near) & mixed).any())
+        mixed = (found[some] < apart.min(0)) | (used & (apart.max(0) <= best * (1 + NEAR)))
+        ratio = np.where(mixed, found[some] / best, np.inf)
+        return 0.0 if len(some) == 1 else float(ratio.min()) - 1
 
-    return [some for some, total in found.items() if wanted(some, total)]
+    far = {some: above(some) for some in sets}
+    together = sorted((s for s in sets if len(s) > 1 and far[s] <= NEAR), key=lambda s: (far[s], s))
+    return [s for s in sets if len(s) == 1] + together[:MOST_SETS]
 
 
 def _known(table: Table, some: Sequence[str], known: dict) -> _Front:
