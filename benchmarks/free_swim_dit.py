@@ -7,7 +7,7 @@ with torch's reference of the block kernels. Then whole denoisings are timed: de
 and the dual path with a full pass at one of two steps, whose time should be that of the windowed
 denoising and of half a dense one; all compiled by repeated blocks.
 
-    python benchmarks/free_swim_dit.py --out benchmarks/results/free-swim-h200.json
+    python benchmarks/free_swim_dit.py --out benchmarks/results/free-swim-h100.json
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def main() -> None:
     found: dict[str, Any] = {
         "title": "FreeSwim's dual path at Wan2.1-1.3B shapes, random weights",
         "note": "By `benchmarks/free_swim_dit.py`: bf16, windows of 11 × 20 of 30 × 52 places over "
-        "all frames; `expected_s` is the windowed denoising and a full pass at half the steps. "
+        "all frames, denoisings compiled by repeated blocks; `expected_s` is the windowed one and a "
+        "full pass at half the steps. "
         "Compared: a forward of few layers, whose cross-attention is made to ask more of the text.",
         "environment": environment(torch.device(args.device)),
     }
