@@ -136,8 +136,8 @@ def main() -> None:
     found: dict[str, Any] = {
         "title": "FreeSwim's dual path at Wan2.1-1.3B shapes, random weights",
         "note": "By `benchmarks/free_swim_dit.py`: bf16, windows of 11 × 20 of 30 × 52 places over "
-        "all frames, denoisings compiled by repeated blocks; `expected_s` is the windowed one and a "
-        "full pass at half the steps. "
+        "all frames, denoisings compiled by repeated blocks; `expected_s` is the windowed one and "
+        "a full pass at half the steps. "
         "Compared: a forward of few layers, whose cross-attention is made to ask more of the text.",
         "environment": environment(torch.device(args.device)),
     }
