@@ -288,24 +288,21 @@ def _worth(table: Table, sets: Sequence[tuple[str, ...]]) -> list[tuple[str, ...
     for o in table.options:
         paid = o.ms + price * (table.weight * o.error)
         alone[o.family] = np.minimum(alone.get(o.family, table.ride_ms), paid)
-
-    def least(some: Sequence[str]) -> np.ndarray:
-        each = np.minimum.reduce([alone[f] for f in some]).sum(1)
-        return each + sum(table.fixed.get(f, 0.0) for f in some)
-
-    found = {some: least(some) for some in sets}
-    best = np.minimum.reduce(list(found.values())).clip(max=table.dense_ms)
-
-    def above(some: tuple[str, ...]) -> float:
-        """How far a set stays above the least price, relative; 0 where it has it."""
-        apart = np.stack([found[f,] for f in some])
-        used = (apart < table.heads * table.ride_ms).all(0)
-        mixed = (found[some] < apart.min(0)) | (used & (apart.max(0) <= best * (1 + NEAR)))
-        ratio = np.where(mixed, found[some] / best, np.inf)
-        return 0.0 if len(some) == 1 else float(ratio.min()) - 1
-
-    far = {some: above(some) for some in sets}
-    together = sorted((s for s in sets if len(s) > 1 and far[s] <= NEAR), key=lambda s: (far[s], s))
+    # Family by family of every set; what a smaller set lacks is its first one again.
+    at = {f: i for i, f in enumerate(alone)}
+    most = max(map(len, sets))
+    which = np.array([[at[f] for f in (*s, *s[:1] * (most - len(s)))] for s in sets])
+    fixed = np.array([table.fixed.get(f, 0.0) for f in alone])
+    each = np.stack(list(alone.values()))
+    total = each[which].min(1).sum(-1)  # [set, price]
+    total += np.array([sum(table.fixed.get(f, 0.0) for f in s) for s in sets])[:, None]
+    apart = (each.sum(-1) + fixed[:, None])[which]  # [set, family, price]
+    least = total.min(0).clip(max=table.dense_ms)
+    used = (apart < table.heads * table.ride_ms).all(1) & (apart.max(1) <= least * (1 + NEAR))
+    mixed = used | (total < apart.min(1))
+    above = np.where(mixed, total / least, np.inf).min(1)
+    order = [n for n in above.argsort(kind="stable") if len(sets[n]) > 1]
+    together = [sets[n] for n in order if above[n] <= 1 + NEAR]
     return [s for s in sets if len(s) == 1] + together[:MOST_SETS]
 
 
