@@ -31,8 +31,9 @@ def fitted(
 ) -> CostTable:
     """The cost table of this device."""
     run.tell("timing kernels and methods")
-    brief = run.device.type == "cuda"  # CPUs time few lengths anyway, and patiently
-    work = partial(fit.fit, shape, dtype, run.device, tokens, methods, brief=brief)
+    brief = run.device.type == "cuda"  # CPUs time few lengths anyway
+    # Nothing is timed once more: a search has better use for the time.
+    work = partial(fit.fit, shape, dtype, run.device, tokens, methods, limit_s=0.0, brief=brief)
     return CostTable.from_dict(run.journal.unit("fit", lambda: work().to_dict()))
 
 
@@ -84,12 +85,22 @@ def weighed(
     probes: Sequence[Callable[[str], quality.Show]],
     left_out: Callable[[str], quality.LeftOut | None] = lambda place: None,
 ) -> dict[str, list[float]]:
-    """Weight of every head of each place, the worst over the probes; `probe(place)` is what runs,
-    `left_out(place)` what disturbs there instead of noise. Places that time did not allow get the
-    median.
+    """Weight of every head of each place, the worst over the probes; see `probed` and `worst`."""
+    return worst(heads, probed(run, heads, probes, left_out))
+
+
+def probed(
+    run: Run,
+    heads: Mapping[str, int],
+    probes: Sequence[Callable[[str], quality.Show]],
+    left_out: Callable[[str], quality.LeftOut | None] = lambda place: None,
+) -> list[dict[str, list[float]]]:
+    """Weight of every head of each place on each probe; `probe(place)` is what runs,
+    `left_out(place)` what disturbs there instead of noise. Places that time did not allow are not
+    there.
     """
     every = max(1, -(-sum(heads.values()) // PROBES))
-    found: dict[str, list[float]] = {}
+    found: list[dict[str, list[float]]] = [{} for _ in probes]
     for place, count in heads.items():
         groups = [list(range(h, min(h + every, count))) for h in range(0, count, every)]
         for n, probe in enumerate(probes):
@@ -99,13 +110,25 @@ def weighed(
             run.tell("weighing heads")
             work = partial(_weigh, probe, place, groups, left_out(place))
             weights = run.journal.unit(key, work)
-            spread = [weights[h // every] for h in range(count)]
-            found[place] = np.maximum(found.get(place, spread), spread).tolist()
-    known = [w for ws in found.values() for w in ws]
-    middle = float(np.median(known)) if known else 1.0
+            found[n][place] = [weights[h // every] for h in range(count)]
+    return found
+
+
+def worst(
+    heads: Mapping[str, int], found: Sequence[Mapping[str, Sequence[float]]]
+) -> dict[str, list[float]]:
+    """Weight of every head of each place, the worst over some probes, none below a share of the
+    median, which places have that no probe saw.
+    """
+    known = {
+        place: np.max([one[place] for one in found if place in one], axis=0)
+        for place in heads
+        if any(place in one for one in found)
+    }
+    middle = float(np.median(np.concatenate(list(known.values())))) if known else 1.0
     least = LEAST_WEIGHT * middle
     return {
-        place: [max(w, least) for w in found.get(place, [middle] * count)]
+        place: np.maximum(known.get(place, np.full(count, middle)), least).tolist()
         for place, count in heads.items()
     }
 
