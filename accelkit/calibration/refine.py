@@ -142,41 +142,45 @@ def in_turns(
     """
     rounds: list[Round] = []
     bracket, epsilon = Bracket(allowed), FIRST * allowed
-    most, looks_tell = run.preset.rounds + LAST, True
+    most, looks_tell, again = run.preset.rounds + LAST, True, False
     while len(rounds) < most and epsilon <= LARGEST * allowed:
         if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
             break
-        if rounds and not checker.affords():
+        scarce = not checker.affords()
+        if scarce and _held(rounds):
             break
-        proposal = propose(epsilon)
-        known = next((r for r in rounds if r.proposal.choice == proposal.choice), None)
-        now = known or Round(epsilon, proposal)
-        if proposal.dense:
-            bracket.put(epsilon, 0.0, True)
+        if (bracket.closed or scarce) and not again and _seemed(rounds):
+            now, new = max(_seemed(rounds), key=lambda r: r.epsilon), False
+            checker.check(now, allowed)
+        elif bracket.closed and not again:
+            if _held(rounds):
+                break
+            bracket.below()
+            epsilon = bracket.next()
+            continue
         else:
-            if known is None:
+            proposal = propose(epsilon)
+            known = next((r for r in rounds if r.proposal.choice == proposal.choice), None)
+            now, new = known or Round(epsilon, proposal), known is None and not proposal.dense
+            if new:
                 rounds.append(now)
                 checker.look(now, allowed)
                 now.looked = float("inf") if now.judged else now.reach
-            due = not looks_tell or now.reach >= ENOUGH * allowed
-            if not now.judged and (due or (len(rounds) > most - LAST and not _held(rounds))):
+            due = scarce or not looks_tell or now.reach >= ENOUGH * allowed
+            due = due or (len(rounds) > most - LAST and not _held(rounds))
+            if not now.judged and not proposal.dense and due:
                 checker.check(now, allowed)
-            if now.judged and not now.held and known is None and learn(now, rounds):
-                now.taught = True
-                most += 1
-                continue
-            looks_tell = _note(bracket, epsilon, now, rounds) and looks_tell
-            if now.held and now.reach >= ENOUGH * allowed:
-                break
-        if bracket.closed:
-            seemed = [r for r in rounds if not r.judged]
-            if _held(rounds) or not seemed:
-                break
-            now = max(seemed, key=lambda r: r.epsilon)
-            checker.check(now, allowed)
-            if now.held:
-                break
-            looks_tell = _note(bracket, now.epsilon, now, rounds) and looks_tell
+        if now.judged and not now.held and not now.taught and learn(now, rounds):
+            now.taught = again = True
+            most += 1
+            continue
+        if now.proposal.dense:
+            bracket.put(epsilon, 0.0, True)
+        else:
+            looks_tell = _note(bracket, epsilon if new else now.epsilon, now, rounds) and looks_tell
+        if now.held and (now.reach >= ENOUGH * allowed or bracket.closed):
+            break
+        again = False
         epsilon = bracket.next()
     for now in sorted((r for r in rounds if not r.judged or r.held), key=lambda r: r.proposal.ms):
         if not now.judged:
@@ -184,6 +188,11 @@ def in_turns(
         if now.held:
             break
     return fastest(rounds, checker)
+
+
+def _seemed(rounds: Sequence[Round]) -> list[Round]:
+    """Rounds that were only looked at."""
+    return [r for r in rounds if not r.judged]
 
 
 def _held(rounds: Sequence[Round]) -> list[Round]:
@@ -227,6 +236,11 @@ class Bracket:
         """Keep these alone of the values that fitted."""
         self.points = list(points)
         self.low = max(self.points, default=None)
+
+    def below(self) -> None:
+        """Look below the smallest that failed."""
+        if self.high is not None:
+            self.points, self.low = [self.high], None
 
     @property
     def closed(self) -> bool:
