@@ -126,9 +126,9 @@ class Checker:
         return rows
 
     def suspicion(self, now: Round, rounds: Sequence[Round]) -> Suspicion | None:
-        """For a round that failed with lost answers, or with a prompt whose error stands out, what to
-        ask of plans with some heads changed: is that mended? Beside it a round that ran the prompt
-        well, if there was one. None: nothing of the kind.
+        """For a round that failed with lost answers, or with a prompt whose error stands out, what
+        to ask of plans with some heads changed: is that mended? Beside it a round that ran the
+        prompt well, if there was one. None: nothing of the kind.
         """
         row = _spoilt(now)
         n = row["prompt"]
