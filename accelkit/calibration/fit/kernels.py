@@ -66,7 +66,7 @@ def kernel(
 
     spent = [least(p) for p in points]
     for _ in range(ROUNDS):
-        found, said = solved(points, spent)
+        said = solved(points, spent)[1]
         odd = [i for i, ms in enumerate(said) if abs(ms / spent[i] - 1) > ODD]
         if not odd or time.monotonic() > until:
             break
@@ -76,6 +76,15 @@ def kernel(
             spent[i] = min(ms, spent[i])
         if stayed:
             break
+    return judged(size, points, spent)
+
+
+def judged(
+    size: tuple[int, int], points: Sequence[Point], spent: Sequence[float]
+) -> tuple[Kernel, tuple[Check, ...]]:
+    """Coefficients of one unit from the milliseconds of its launches, and what they say of those
+    that are held out.
+    """
     found, said = solved(points, spent)
     checks = tuple(
         Check("kernel", name(size), p.one.call.n_q, len(p.one.call.heads), p.density, want, got)
