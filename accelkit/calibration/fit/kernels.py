@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from accelkit.calibration.fit.clock import device_ms
+from accelkit.calibration.fit.clock import device_ms, settle
 from accelkit.calibration.fit.inputs import random_index, shorter
 from accelkit.calibration.timing import times_ms
 from accelkit.kernels import dispatch, select
@@ -65,8 +65,8 @@ def kernel(
         return _least_ms(partial(anew, p.one), p.one)
 
     spent = [least(p) for p in points]
+    said = solved(points, spent)[1]
     for _ in range(ROUNDS):
-        said = solved(points, spent)[1]
         odd = [i for i, ms in enumerate(said) if abs(ms / spent[i] - 1) > ODD]
         if not odd or time.monotonic() > until:
             break
@@ -74,6 +74,7 @@ def kernel(
         stayed = all(ms > STAYED * spent[i] for i, ms in again.items())
         for i, ms in again.items():
             spent[i] = min(ms, spent[i])
+        said = solved(points, spent)[1]
         if stayed:
             break
     return judged(size, points, spent)
@@ -100,14 +101,14 @@ def judged(
 def launches(
     calls: Mapping[int, AttentionCall], size: tuple[int, int], few: bool = False
 ) -> Iterator[Point]:
-    """The launches of a fit, over random lists; `few`: one of each shape. On a GPU some have a
-    quarter of the heads: at one head count rows and launches cannot be told apart at long lengths.
+    """The launches of a fit, over random lists; `few`: one of each shape. On a GPU some are of few
+    heads: at one head count rows and launches cannot be told apart at long lengths.
     """
     longest = max(calls)
     if size[1] == 1 and longest > MOST_SINGLE_KEYS:
         # A mask of single keys grows with the square of the length; shorter prompts tell as much.
         whole = calls[longest]
-        calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS // 4, MOST_SINGLE_KEYS)}
+        calls = {n: shorter(whole, n) for n in (s * MOST_SINGLE_KEYS // 8 for s in (2, 3, 8))}
         longest = MOST_SINGLE_KEYS
     fitted = (0.02, 0.05, 0.12) if size[1] == 1 else FITTED
     for n, call in calls.items():
@@ -130,8 +131,10 @@ def held(longest: int) -> int:
 
 
 def _parts(call: AttentionCall) -> list[AttentionCall]:
-    """The call with all heads and, on a GPU, with a quarter of them."""
-    few = len(call.heads) // 4
+    """The call with all heads and, on a GPU, with about a third of them: a power of two would fill
+    its multiprocessors about equally at all lengths.
+    """
+    few = 5 * len(call.heads) // 16
     return [call, call.take(call.heads[:few])] if call.q.is_cuda and few else [call]
 
 
@@ -165,6 +168,7 @@ def solved(points: Sequence[Point], spent: Sequence[float]) -> tuple[Kernel, lis
 def _least_ms(run: Callable[[], Any], one: Answer) -> float:
     """The lesser of two runs after one to warm up; on a CPU, where runs are long, of two."""
     device = one.call.q.device
+    settle(device)
     return min(device_ms(run, 2, 1) if device.type == "cuda" else times_ms(run, 2, 0, device))
 
 
