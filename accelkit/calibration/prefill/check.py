@@ -78,7 +78,7 @@ class Checker:
         now.held = not failed and quality.holds(tasks, allowed)
         now.judged = True
         errors = {r["prompt"]: r["error"] for r in now.rows if r["error"] is not None}
-        if now.held or not self._apart(now):
+        if len(errors) > 1 and (now.held or not self._apart(now)):
             self.lifts |= {n: now.reach / max(e, 1e-12) for n, e in errors.items()}
         worst = sorted(errors, key=lambda n: -errors[n])
         if not now.held:  # also where it lost answers, which the next round must not
