@@ -81,26 +81,30 @@ def kept(
 def weighed(
     run: Run,
     heads: Mapping[str, int],
-    probes: Sequence[Callable[[str], quality.Show]],
+    probes: Sequence[Callable[[Sequence[str]], quality.Show]],
     left_out: Callable[[str], quality.LeftOut | None] = lambda place: None,
+    most: int = 1,
 ) -> dict[str, list[float]]:
-    """Weight of every head of each place, the worst over the probes; `probe(place)` is what runs,
-    `left_out(place)` what disturbs there instead of noise. Places that time did not allow get the
-    median.
+    """Weight of every head of each place, the worst over the probes; `probe(places)` is what runs,
+    `left_out(place)` what disturbs there instead of noise. Places share a forward of at most `most`
+    entries. Those that time did not allow get the median.
     """
     every = max(1, -(-sum(heads.values()) // PROBES))
+    groups = {
+        place: [list(range(h, min(h + every, count))) for h in range(0, count, every)]
+        for place, count in heads.items()
+    }
     found: dict[str, list[float]] = {}
-    for place, count in heads.items():
-        groups = [list(range(h, min(h + every, count))) for h in range(0, count, every)]
+    for some in _shared(groups, most):
         for n, probe in enumerate(probes):
-            key = f"weight/{n}/{place}"
+            key = f"weight/{n}/{some[0]}"
             if key not in run.journal and run.late(0.7, "weights of some sites"):
                 continue
             run.tell("weighing heads")
-            work = partial(_weigh, probe, place, groups, left_out(place))
-            weights = run.journal.unit(key, work)
-            spread = [weights[h // every] for h in range(count)]
-            found[place] = np.maximum(found.get(place, spread), spread).tolist()
+            work = partial(_weigh, probe, {place: groups[place] for place in some}, left_out)
+            for place, weights in run.journal.unit(key, work).items():
+                spread = [weights[h // every] for h in range(heads[place])]
+                found[place] = np.maximum(found.get(place, spread), spread).tolist()
     known = [w for ws in found.values() for w in ws]
     middle = float(np.median(known)) if known else 1.0
     least = LEAST_WEIGHT * middle
@@ -110,13 +114,26 @@ def weighed(
     }
 
 
+def _shared(groups: Mapping[str, Sequence[Any]], most: int) -> list[list[str]]:
+    """Places whose groups fit into one forward of `most` entries, at least one place each."""
+    found: list[list[str]] = []
+    room = 0
+    for place, some in groups.items():
+        entries = len(some) + 1  # and one for rounding
+        if not found or entries > room:
+            found.append([])
+            room = most - 1  # one without noise
+        found[-1].append(place)
+        room -= entries
+    return found
+
+
 def _weigh(
-    probe: Callable[[str], quality.Show],
-    place: str,
-    groups: Sequence[Sequence[int]],
-    left_out: quality.LeftOut | None,
-) -> list[float]:
-    return quality.site_weights(probe(place), groups, left_out)
+    probe: Callable[[Sequence[str]], quality.Show],
+    groups: Mapping[str, Sequence[Sequence[int]]],
+    left_out: Callable[[str], quality.LeftOut | None],
+) -> dict[str, list[float]]:
+    return quality.site_weights(probe(list(groups)), groups, left_out)
 
 
 def family_of(name: str, record: Mapping[str, Any]) -> Family:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,47 +222,59 @@ LeftOut = Callable[[AttentionCall, Partial], Tensor | None]
 run dense.
 """
 Show = Callable[[int, See], Tensor]
-"""`show(copies, see)`: one forward over that many equal entries of a batch, with `see` at one site;
-returns what to compare, `[copies, …]`.
+"""`show(copies, see)`: one forward over that many equal entries of a batch, with `see` at some
+sites; returns what to compare, `[copies, …]`.
 """
 
 
 def site_weights(
-    show: Show, groups: Sequence[Sequence[int]], left_out: LeftOut | None = None
-) -> list[float]:
-    """Change of the budget error ÷ the noise when the heads of each group get some on their output:
-    5 % in fp32, more in half precision. With `left_out`, what a method leaves out of a head takes
-    the place of noise, brought to the same size.
+    show: Show,
+    groups: Mapping[str, Sequence[Sequence[int]]],
+    left_out: Callable[[str], LeftOut | None] = lambda place: None,
+) -> dict[str, list[float]]:
+    """Change of the budget error ÷ the noise when the heads of each group of a place get some on
+    their output: 5 % in fp32, more in half precision. What a method leaves out of a head,
+    `left_out(place)`, takes the place of noise, brought to the same size.
 
-    All groups share one forward: entry g of the batch has the noise of group g, the last two have
-    none and the noise of rounding. What rounding alone does in half precision is subtracted in
-    squares. Heads of a group share its weight in squares as well.
+    All places and groups share one forward. Its first entry has no noise; then come, for each
+    place, an entry for every group and one with the noise of rounding. What rounding alone does in
+    half precision is subtracted in squares. Heads of a group share its weight in squares as well.
     """
-    probes, size = len(groups), NOISE
+    size, entries = NOISE, 1
+    first: dict[str, int] = {}
+    for place, some in groups.items():
+        first[place] = entries
+        entries += len(some) + 1
 
     def disturb(call: AttentionCall, dense: Partial) -> None:
         nonlocal size
+        place = call.site.path if len(groups) > 1 else next(iter(groups))
         size = NOISE if dense.out.dtype == torch.float32 else LOUD
         noise = noise_like(dense.out[0])
-        gap = None if left_out is None else left_out(call, dense)
+        leave = left_out(place)
+        gap = None if leave is None else leave(call, dense)
         if gap is not None:
             true = dense.out[0].float().abs().sum((1, 2))
             share = gap.abs().sum((1, 2)) / true.clamp(min=1e-30)
             real = (share > FAINT)[:, None, None]
             noise = torch.where(real, gap / share.clamp(min=FAINT)[:, None, None], noise)
-        for g, heads in enumerate(groups):
-            dense.out[g, list(heads)] += (size * noise[list(heads)]).to(dense.out.dtype)
-        dense.out[probes + 1] += (ROUNDING * noise).to(dense.out.dtype)
+        for entry, heads in enumerate(groups[place], first[place]):
+            dense.out[entry, list(heads)] += (size * noise[list(heads)]).to(dense.out.dtype)
+        rounded = first[place] + len(groups[place])
+        dense.out[rounded] += (ROUNDING * noise).to(dense.out.dtype)
 
-    found = show(probes + 2, disturb)
+    found = show(entries, disturb)
     half = found.dtype != torch.float32
     found = found.float()
-    true = found[probes]
-    floor = relative(found[probes + 1], true) if half else 0.0
-    out = []
-    for g, heads in enumerate(groups):
-        change = relative(found[g], true)
-        out.append(max(change**2 - floor**2, 0.0) ** 0.5 / size / len(heads) ** 0.5)
+    out: dict[str, list[float]] = {}
+    for place, some in groups.items():
+        at = first[place]
+        floor = relative(found[at + len(some)], found[0]) if half else 0.0
+        change = [relative(found[at + g], found[0]) for g in range(len(some))]
+        out[place] = [
+            max(c**2 - floor**2, 0.0) ** 0.5 / size / len(heads) ** 0.5
+            for c, heads in zip(change, some, strict=True)
+        ]
     return out
 
 

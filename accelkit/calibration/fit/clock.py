@@ -25,6 +25,8 @@ AHEAD_MS = (1.0, 20.0)
 """How long a GPU waits before a measurement, at least and at most, so that the host is ahead of it,
 as it is in a model.
 """
+MOST_AHEAD_MS = 200.0
+"""How long it waits at most before several pieces."""
 SLACK = 1.5
 """How much longer it waits than the host took to start the same work before."""
 AGREE = 1.03
@@ -83,6 +85,27 @@ def device_ms(run: Callable[[], Any], times: int, warmup: int = 0) -> list[float
         marks.append((begin, end))
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) for begin, end in marks]
+
+
+def each_ms(runs: Sequence[Callable[[], Any]]) -> list[float]:
+    """The lesser of two readings of several short pieces of work on the current GPU, which waits
+    once for all of them: for each alone it would wait longer than it works.
+    """
+    start = time.perf_counter()
+    for run in runs:
+        run()
+    ahead = max(AHEAD_MS[0], 2 * SLACK * 1e3 * (time.perf_counter() - start))
+    readings: list[list[tuple[Any, Any]]] = [[] for _ in runs]
+    torch.cuda._sleep(int(min(ahead, MOST_AHEAD_MS) * CYCLES))
+    for _ in range(2):
+        for run, mine in zip(runs, readings, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            mine.append((begin, end))
+    torch.cuda.synchronize()
+    return [min(begin.elapsed_time(end) for begin, end in mine) for mine in readings]
 
 
 def dense_ms(call: AttentionCall, ms: Callable[..., float]) -> float:

@@ -63,7 +63,7 @@ def fit(
     known = {fit_ahead.UNIT}
     if device.type == "cuda":
         tell("compiling kernels")
-        known = fit_ahead.rehearse(calls, methods, shape)
+        known = fit_ahead.rehearse(calls, methods, shape, brief)
     twice = device.type == "cuda" and not brief
     if expect is not None:
         expect(1 + len(methods) + len(known) + twice)
@@ -77,7 +77,7 @@ def fit(
         tell(method.kind)
         if not brief:
             rest(device)
-        found = fit_methods.cost(method, calls, dense, ms, shape)
+        found = fit_methods.cost(method, calls, dense, ms, shape, brief)
         if isinstance(found, str):
             refused[method.kind] = found
             continue
@@ -87,7 +87,7 @@ def fit(
     checks: tuple[Check, ...] = ()
     for size in sizes:
         tell(f"kernel {name(size)}")
-        fitted[name(size)], seen = fit_kernels.kernel(calls, size, until)
+        fitted[name(size)], seen = fit_kernels.kernel(calls, size, until, brief and shape.causal)
         checks += seen
     if twice and time.monotonic() < until:
         tell("methods once more")

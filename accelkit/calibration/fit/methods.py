@@ -82,16 +82,23 @@ def cost(
     method: AttentionMethod,
     calls: Mapping[int, AttentionCall],
     dense: Points,
-    ms: Clocked,
+    clocked: Clocked,
     shape: Shape,
+    brief: bool = False,
 ) -> Found | str:
     """Cost of a method's estimate, selection, order and merging at the lengths of `calls`, and of
-    the kernels over its lists. Or why it is refused.
+    the kernels over its lists. Or why it is refused. `brief`: from single readings at all lengths
+    but the longest.
     """
     setting, longest = middle(method), max(calls)
+
+    def once(run: Callable[[], Any], _: int = 1) -> float:
+        return clocked(run, 1)
+
     found: dict[str, list[tuple[int, float]]] = {t: [] for t in MethodCost.TERMS}
     own: dict[int, tuple[Lists, float]] = {}
     for n, bare in calls.items():
+        ms = once if brief and n < longest else clocked
         try:
             call, now = prepared(bare, method, setting)
             answers = asked(call, now)

@@ -189,7 +189,9 @@ def _plan(
     probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
     heads = {s.path: run.heads[s.path] for s in run.sites}
     shows = [measure.probe_of(run.model, p) for p in probes]
-    weights = stages.weighed(run, heads, shows, lambda place: quality.faintest)
+    # Half as many tokens at a time as a prefill has.
+    copies = run.batch * tokens // (2 * max(len(p.ids) for p in probes))
+    weights = stages.weighed(run, heads, shows, lambda place: quality.faintest, copies)
     brief = len(screen_on.ids)
 
     def data(families: Mapping[str, Sequence[Family]], units: Sequence[Any]) -> list[SiteData]:
