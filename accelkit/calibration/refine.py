@@ -2,7 +2,8 @@
 
 A round first looks at the prompt that told most so far; all prompts are run only where that one
 says that the plan uses most of the budget and stays within it. ε is found between the largest that
-seemed to hold and the smallest that failed. The fastest plan that held on every prompt wins; if
+seemed to hold and the smallest that failed, for as long as the check may still run. What failed for
+a cause of its own is learnt and tried again. The fastest plan that held on every prompt wins; if
 none held, or none was faster, the plan is dense and says so.
 """
 
@@ -62,7 +63,8 @@ class Round:
 
     `measured` is the worst error of them; `bound`, at least that, what further ones may reach.
     `judged` says that it held or failed; without that, only some prompts were looked at. `looked`
-    is the reach that a look expected of all, if it did not fail at once.
+    is the reach that a look expected of all, if it did not fail at once. `taught`: proposals of
+    equal ε are others since.
     """
 
     epsilon: float
@@ -73,6 +75,7 @@ class Round:
     held: bool = False
     judged: bool = False
     looked: float = float("inf")
+    taught: bool = False
 
     @property
     def plan(self) -> Plan:
@@ -105,7 +108,7 @@ class Checker(Timer, Protocol):
         """Run the inputs that are left until one fails, and judge whether the round held."""
 
     def affords(self) -> bool:
-        """Whether another plan may be checked on all inputs."""
+        """Whether another plan may be looked at, and one be checked on all inputs."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,11 @@ class Outcome:
 
     @property
     def composition(self) -> float:
-        """κ of the rounds besides the best: what predicted the best one."""
+        """κ of the rounds besides the best: what predicted the best one. What a round failed for is
+        no longer in proposals once it has been learnt.
+        """
         rest = [r for r in self.rounds if r is not self.best and r.proposal.error]
+        rest = [r for r in rest if not r.taught] or rest
         return statistics.median([r.measured / r.proposal.error for r in rest]) if rest else 1.0
 
 
@@ -129,16 +135,18 @@ def in_turns(
     propose: Callable[[float], Proposal],
     checker: Checker,
     allowed: float,
-    learn: Callable[[Round], bool] = lambda now: False,
+    learn: Callable[[Round, Sequence[Round]], bool] = lambda now, rounds: False,
 ) -> Outcome:
-    """Propose, look and check until ε is found. `learn` from a round that failed says whether
-    proposals of equal ε are others now.
+    """Propose, look and check until ε is found. `learn` from a round that failed, beside all rounds
+    so far, says whether proposals of equal ε are others now.
     """
     rounds: list[Round] = []
     bracket, epsilon = Bracket(allowed), FIRST * allowed
     most, looks_tell = run.preset.rounds + LAST, True
     while len(rounds) < most and epsilon <= LARGEST * allowed:
         if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
+            break
+        if rounds and not checker.affords():
             break
         proposal = propose(epsilon)
         known = next((r for r in rounds if r.proposal.choice == proposal.choice), None)
@@ -153,11 +161,12 @@ def in_turns(
             due = not looks_tell or now.reach >= ENOUGH * allowed
             if not now.judged and (due or (len(rounds) > most - LAST and not _held(rounds))):
                 checker.check(now, allowed)
-            if now.judged and not now.held and known is None and learn(now):
+            if now.judged and not now.held and known is None and learn(now, rounds):
+                now.taught = True
                 most += 1
                 continue
             looks_tell = _note(bracket, epsilon, now, rounds) and looks_tell
-            if now.held and (now.reach >= ENOUGH * allowed or not checker.affords()):
+            if now.held and now.reach >= ENOUGH * allowed:
                 break
         if bracket.closed:
             seemed = [r for r in rounds if not r.judged]

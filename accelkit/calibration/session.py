@@ -179,7 +179,8 @@ def by_stage(book: Journal, stages: Mapping[str, str]) -> dict[str, float]:
 @dataclass(frozen=True)
 class Preset:
     """How much is measured: families kept at a site, settings of each while screening and on long
-    prompts, how far lists are lent, rounds of the end-to-end check, prompts to weigh heads on.
+    prompts, how far lists are lent, rounds of the end-to-end check, prompts to weigh heads on: each
+    way to look something up has heads of its own, which other tasks hardly ask.
     """
 
     families: int

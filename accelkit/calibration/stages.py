@@ -22,6 +22,8 @@ TOLERANCES = (0.02, 0.05, 0.1, 0.2)
 """Errors of a head at which families are compared after screening."""
 LEAST_WEIGHT = 0.1
 """Share of the median weight that no head is below: noise that seems to do nothing was drowned."""
+Probe = Callable[[Sequence[str]], quality.Show]
+"""What runs to weigh the heads of some places."""
 PROBES = 2048
 """Heads that get noise of their own; models with more share probes among neighbours."""
 
@@ -31,8 +33,9 @@ def fitted(
 ) -> CostTable:
     """The cost table of this device."""
     run.tell("timing kernels and methods")
-    brief = run.device.type == "cuda"  # CPUs time few lengths anyway, and patiently
-    work = partial(fit.fit, shape, dtype, run.device, tokens, methods, brief=brief)
+    brief = run.device.type == "cuda"  # CPUs time few lengths anyway
+    # Nothing is timed once more: a search has better use for the time.
+    work = partial(fit.fit, shape, dtype, run.device, tokens, methods, limit_s=0.0, brief=brief)
     return CostTable.from_dict(run.journal.unit("fit", lambda: work().to_dict()))
 
 
@@ -81,20 +84,30 @@ def kept(
 def weighed(
     run: Run,
     heads: Mapping[str, int],
-    probes: Sequence[Callable[[Sequence[str]], quality.Show]],
+    probes: Sequence[Probe],
+    left_out: Callable[[str], quality.LeftOut | None] = lambda place: None,
+) -> dict[str, list[float]]:
+    """Weight of every head of each place, the worst over the probes; see `probed` and `worst`."""
+    return worst(heads, probed(run, heads, probes, left_out))
+
+
+def probed(
+    run: Run,
+    heads: Mapping[str, int],
+    probes: Sequence[Probe],
     left_out: Callable[[str], quality.LeftOut | None] = lambda place: None,
     most: int = 1,
-) -> dict[str, list[float]]:
-    """Weight of every head of each place, the worst over the probes; `probe(places)` is what runs,
+) -> list[dict[str, list[float]]]:
+    """Weight of every head of each place on each probe; `probe(places)` is what runs,
     `left_out(place)` what disturbs there instead of noise. Places share a forward of at most `most`
-    entries. Those that time did not allow get the median.
+    entries. Those that time did not allow are not there.
     """
     every = max(1, -(-sum(heads.values()) // PROBES))
     groups = {
         place: [list(range(h, min(h + every, count))) for h in range(0, count, every)]
         for place, count in heads.items()
     }
-    found: dict[str, list[float]] = {}
+    found: list[dict[str, list[float]]] = [{} for _ in probes]
     for some in _shared(groups, most):
         for n, probe in enumerate(probes):
             key = f"weight/{n}/{some[0]}"
@@ -103,15 +116,8 @@ def weighed(
             run.tell("weighing heads")
             work = partial(_weigh, probe, {place: groups[place] for place in some}, left_out)
             for place, weights in run.journal.unit(key, work).items():
-                spread = [weights[h // every] for h in range(heads[place])]
-                found[place] = np.maximum(found.get(place, spread), spread).tolist()
-    known = [w for ws in found.values() for w in ws]
-    middle = float(np.median(known)) if known else 1.0
-    least = LEAST_WEIGHT * middle
-    return {
-        place: [max(w, least) for w in found.get(place, [middle] * count)]
-        for place, count in heads.items()
-    }
+                found[n][place] = [weights[h // every] for h in range(heads[place])]
+    return found
 
 
 def _shared(groups: Mapping[str, Sequence[Any]], most: int) -> list[list[str]]:
@@ -128,8 +134,27 @@ def _shared(groups: Mapping[str, Sequence[Any]], most: int) -> list[list[str]]:
     return found
 
 
+def worst(
+    heads: Mapping[str, int], found: Sequence[Mapping[str, Sequence[float]]]
+) -> dict[str, list[float]]:
+    """Weight of every head of each place, the worst over some probes, none below a share of the
+    median, which places have that no probe saw.
+    """
+    known = {
+        place: np.max([one[place] for one in found if place in one], axis=0)
+        for place in heads
+        if any(place in one for one in found)
+    }
+    middle = float(np.median(np.concatenate(list(known.values())))) if known else 1.0
+    least = LEAST_WEIGHT * middle
+    return {
+        place: np.maximum(known.get(place, np.full(count, middle)), least).tolist()
+        for place, count in heads.items()
+    }
+
+
 def _weigh(
-    probe: Callable[[Sequence[str]], quality.Show],
+    probe: Probe,
     groups: Mapping[str, Sequence[Sequence[int]]],
     left_out: Callable[[str], quality.LeftOut | None],
 ) -> dict[str, list[float]]:

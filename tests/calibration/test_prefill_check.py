@@ -113,7 +113,8 @@ def test_what_ends_a_round_is_asked_of_other_plans(made, monkeypatch) -> None:
     lost = made((0.01, 0.012, 0.011, 0.009), {3: 2})
     now = lost.round()
     lost.checker.check(now, ALLOWED)
-    mended = lost.checker.suspicion(now)
+    mended, fine = lost.checker.suspicion(now, [now])
+    assert fine is None
     given = {"some": [False, True], "others": [True, True]}
     monkeypatch.setattr(quality, "answered", lambda model, plan, sample: (given[plan], 1.0))
     assert not mended("some")
@@ -122,7 +123,7 @@ def test_what_ends_a_round_is_asked_of_other_plans(made, monkeypatch) -> None:
     far = made((0.01, 0.012, 0.04, 0.009))
     now = far.round()
     far.checker.check(now, ALLOWED)
-    mended = far.checker.suspicion(now)
+    mended, _ = far.checker.suspicion(now, [now])
     far.errors[2] = 0.025  # its geometric mean with the others' is lower
     assert not mended("one")
     far.errors[2] = 0.015
@@ -132,12 +133,45 @@ def test_what_ends_a_round_is_asked_of_other_plans(made, monkeypatch) -> None:
     now = even.round()
     even.checker.check(now, ALLOWED)
     assert not now.held
-    assert even.checker.suspicion(now) is None
+    assert even.checker.suspicion(now, [now]) is None
 
 
-def test_another_plan_is_afforded_within_three_runs_a_prompt(made) -> None:
+def test_a_round_that_ran_the_prompt_well_is_found(made) -> None:
     one = made((0.01, 0.012, 0.011, 0.009))
+    fine = one.round("fine")
+    one.checker.check(fine, ALLOWED)
+    one.errors[2] = 0.05
+    now = one.round("now")
+    one.checker.check(now, ALLOWED)
+    assert one.checker.suspicion(now, [fine, now])[1] is fine
+    one.lost[3], one.errors[2] = 2, 0.011
+    now = one.round("later")
+    one.checker.check(now, ALLOWED)
+    assert one.checker.suspicion(now, [fine, now])[1] is fine
+
+
+def test_a_look_that_fails_is_compared_with_another_task(made) -> None:
+    """A prompt that stood out before is looked at first: whether it does again, only another one of
+    the same plan can tell.
+    """
+    one = made((0.01, 0.012, 0.05, 0.009))
+    one.checker.check(one.round("before"), ALLOWED)
+    now = one.round("now")
+    one.checker.look(now, ALLOWED)
+    assert (now.judged, one.asked[-1]) == (True, 2)
+    mended, _ = one.checker.suspicion(now, [now])
+    assert one.asked[-1] == 1
+    assert [r["prompt"] for r in now.rows] == [1, 2]
+    one.errors[2] = 0.01
+    assert mended("one")
+
+
+def test_another_plan_is_afforded_within_what_the_check_is_worth(made) -> None:
+    """Beside a look and a check of all prompts, whose dense side counts where it has not run."""
+    one = made((0.01, 0.012, 0.011, 0.009))
+    assert one.checker.affords()  # 1 + 8 of 14 runs
     one.checker.check(one.round(), ALLOWED)
-    assert one.checker.affords()  # 8 of 12 runs, and 4 more
+    assert one.checker.affords()  # 8, and 1 + 4
     one.checker.look(one.round("another"), ALLOWED)
+    one.checker.look(one.round("a third"), ALLOWED)
     assert not one.checker.affords()

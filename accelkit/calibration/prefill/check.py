@@ -28,8 +28,12 @@ OUTLIER = 1.6
 """A prompt's error that is this multiple of the others' has a cause of its own."""
 LIFT = 1.15
 """What all prompts reach ÷ the error of the first one, before anything is known."""
-MOST_RUNS = 3.0
-"""Runs for each prompt that the check may be worth once a plan has held, dense ones included."""
+MOST_RUNS = 3.5
+"""Runs for each prompt that the check may be worth, dense ones included."""
+
+
+Suspicion = tuple[Callable[[Plan], bool], Round | None]
+"""Whether a plan mends what a round ended with, and a round that did not have it."""
 
 
 class Checker:
@@ -76,8 +80,9 @@ class Checker:
         self.order = list(dict.fromkeys([*worst, *self.order]))
 
     def affords(self) -> bool:
-        """Whether another plan may be checked on all prompts."""
-        return self.runs + self.whole <= MOST_RUNS * self.whole
+        """Whether another plan may be looked at, and one be checked on all prompts."""
+        new = sum(self._share(n) for n in self.order if n not in self.dense_runs)
+        return self.runs + 1 + new + self.whole <= MOST_RUNS * self.whole
 
     def _share(self, n: int) -> float:
         return len(self.samples[n].ids) / max(len(s.ids) for s in self.samples)
@@ -116,36 +121,68 @@ class Checker:
             further = partial(self.more, sample.task, len(sample.ids), at)
             self.run.tell("checking a plan")
             work = partial(quality.answers, self.run.model, plan, self.still, further)
+            self.runs += self._share(n)
             rows.append(self.run.journal.unit(f"{key}+{at}", work) | {"further": at})
         return rows
 
-    def suspicion(self, now: Round) -> Callable[[Plan], bool] | None:
+    def suspicion(self, now: Round, rounds: Sequence[Round]) -> Suspicion | None:
         """For a round that ended with a lost answer, or on a prompt whose error stands out, what to
-        ask of plans with some heads dense: is that mended? None: nothing of the kind.
+        ask of plans with some heads changed: is that mended? Beside it a round that ran the prompt
+        well, if there was one. None: nothing of the kind.
         """
         n = now.rows[-1]["prompt"]
         mine = [r for r in now.rows if r["prompt"] == n]
         row = next((r for r in reversed(mine) if r["lost_answers"]), None)
         if row is not None:
-            sample = self.samples[n]
-            if "further" in row and self.more is not None:
-                sample = self.more(sample.task, len(sample.ids), row["further"])
-            return partial(self._gives, sample=sample, place=row["lost_answers"][0])
-        others = [r["error"] for r in now.rows if r["prompt"] != n and r["error"] is not None]
-        found, usual = mine[0]["error"], float(np.median(others)) if others else np.inf
+            sample, further = self.samples[n], row.get("further")
+            if further is not None and self.more is not None:
+                sample = self.more(sample.task, len(sample.ids), further)
+            place = row["lost_answers"][0]
+
+            def gave(other: dict[str, Any]) -> bool:
+                same = other["prompt"] == n and other.get("further") == further
+                return same and place not in other["lost_answers"]
+
+            return partial(self._gives, sample=sample, place=place), _latest(rounds, gave)
+        if not self._others(now, n):
+            self._beside(now, n)
+        found, usual = mine[0]["error"], float(np.median(self._others(now, n) or [np.inf]))
         if found < OUTLIER * usual:
             return None
-        return lambda plan: self._again(plan, n)["error"] < (found * usual) ** 0.5
+        limit = (found * usual) ** 0.5
+
+        def fine(other: dict[str, Any]) -> bool:
+            return other["prompt"] == n and other["error"] is not None and other["error"] < limit
+
+        return lambda plan: self._again(plan, n)["error"] < limit, _latest(rounds, fine)
+
+    @staticmethod
+    def _others(now: Round, n: int) -> list[float]:
+        """Errors of the round's prompts but the n-th."""
+        return [r["error"] for r in now.rows if r["prompt"] != n and r["error"] is not None]
+
+    def _beside(self, now: Round, n: int) -> None:
+        """Run a prompt of another task, to tell whether the n-th stands out; the row is not the
+        round's last, which says what it ended on.
+        """
+        other = next((m for m in self.order if not self._alike(n, m)), None)
+        if other is not None:
+            key = f"check/{plan_digest(now.plan)}/{other}"
+            self.runs += self._share(other) * (1 + (other not in self.dense_runs))
+            self.dense_runs.add(other)
+            now.rows.insert(0, {**self._row(now.plan, key, other), "prompt": other})
 
     def _gives(self, plan: Plan, sample: Sample, place: int) -> bool:
         def work() -> list[bool]:
             return quality.answered(self.run.model, plan, sample)[0]
 
         self.run.tell("finding what went wrong")
+        self.runs += 1
         key = f"blame/{plan_digest(plan)}/{session.digest([sample.ids.tobytes()])}"
         return self.run.journal.unit(key, work)[place]
 
     def _again(self, plan: Plan, n: int) -> dict[str, Any]:
+        self.runs += self._share(n)
         return self._row(plan, f"blame/{plan_digest(plan)}/{n}", n)
 
     @staticmethod
@@ -191,3 +228,8 @@ class Checker:
 
         self.run.tell("timing the plan")
         return self.run.journal.unit(f"speed/{plan_digest(plan)}", work)
+
+
+def _latest(rounds: Sequence[Round], fine: Callable[[dict[str, Any]], bool]) -> Round | None:
+    """The latest round with such a row."""
+    return next((r for r in reversed(rounds) if any(map(fine, r.rows))), None)

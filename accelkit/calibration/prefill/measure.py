@@ -42,9 +42,9 @@ DEAR = 0.3
 PROBE_TOKENS = 512
 """Length of the prompts on which weights are measured."""
 PRESETS = {
-    "fast": Preset(2, 4, 5, 0, 4, ("multi_key", "text")),
-    "balanced": Preset(4, 5, 7, 2, 5, ("multi_key", "text")),
-    "careful": Preset(5, 6, 8, 4, 5, ("multi_key", "variables", "text")),
+    "fast": Preset(2, 4, 5, 0, 4, ("variables", "text")),
+    "balanced": Preset(4, 5, 7, 2, 5, ("needle", "key_value", "variables", "text")),
+    "careful": Preset(5, 6, 8, 4, 5, ("needle", "multi_key", "key_value", "variables", "text")),
 }
 
 

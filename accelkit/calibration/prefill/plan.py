@@ -18,8 +18,10 @@ from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 
 log = logging.getLogger("accelkit")
-MOST_BLAMED = 2
-"""Heads that may be looked for by halves: each takes as many runs as halving all heads."""
+MOST_BLAMED = 4
+"""Heads that may be looked for by halves: each takes as many runs as halving those that differ from
+a plan that ran the prompt well, or all heads.
+"""
 
 
 def refined(
@@ -60,18 +62,22 @@ def refined(
 
     learnt: list[Head] = []
 
-    def learn(now: Round) -> bool:
-        mended, choices = checker.suspicion(now), now.proposal.choice
-        if mended is None or len(learnt) == MOST_BLAMED:
+    def learn(now: Round, rounds: Sequence[Round]) -> bool:
+        if len(learnt) == MOST_BLAMED or not checker.affords():
             return False
+        suspected, choices = checker.suspicion(now, rounds), now.proposal.choice
+        if suspected is None:
+            return False
+        mended, fine = suspected
+        good = None if fine is None else fine.proposal.choice
 
         def mends(some: Sequence[Choice]) -> bool:
             return mended(planned(Solution(tuple(some), 0.0, 0.0), now.plan.limits))
 
-        blamed = culprit(choices, mends)
+        blamed = culprit(choices, mends, good)
         if blamed is not None:
             learnt.append(blamed)
-            tables[:] = raised(tables, choices, blamed)
+            tables[:] = raised(tables, choices, blamed, good)
             fronts.clear()
         return blamed is not None
 
