@@ -66,25 +66,47 @@ def reference(model: Any, sample: Sample, still: Plan | None = None) -> Referenc
     """Run one prompt dense; with `still`, a plan that leaves attention dense and trims the last
     layer, only as far as scored rows need it.
     """
+    return references(model, [sample], still)[0]
+
+
+def references(model: Any, samples: Sequence[Sample], still: Plan | None = None) -> list[Reference]:
+    """The same for several prompts of one length, in one forward."""
     if still is None or not still.trim_last_layer:
-        rows = scored_rows(sample)
-        hidden, ms = _hidden(model, sample, rows, False)
+        rows = [scored_rows(s) for s in samples]
+        hidden, ms = _hidden(model, samples, rows, False)
     else:
-        rows = scored_rows(sample, _most(sample))
+        rows = [scored_rows(s, _most(s)) for s in samples]
         with patch(model, still):
-            hidden, ms = _hidden(model, sample, rows, True)
-    return Reference(sample, rows, hidden, _answered(model, sample, rows, hidden), ms)
+            hidden, ms = _hidden(model, samples, rows, True)
+    return [
+        Reference(s, r, h, _answered(model, s, r, h), ms)
+        for s, r, h in zip(samples, rows, hidden, strict=True)
+    ]
 
 
 def check(model: Any, plan: Plan, dense: Reference) -> dict[str, Any]:
     """Run one prompt with `plan` and compare: error, KL, right answers, milliseconds."""
+    return checks(model, plan, [dense])[0]
+
+
+def checks(model: Any, plan: Plan, dense: Sequence[Reference]) -> list[dict[str, Any]]:
+    """The same for several prompts of one length, in one forward."""
     with patch(model, plan):
-        return compare(model, dense, plan.trim_last_layer)
+        return _compared(model, dense, plan.trim_last_layer)
 
 
-def compare(model: Any, dense: Reference, trimmed: bool = False) -> dict[str, Any]:
-    """The same with a model that is patched already."""
-    hidden, ms = _hidden(model, dense.sample, dense.rows, trimmed)
+def compare(model: Any, dense: Reference) -> dict[str, Any]:
+    """The same with a model that is patched already and does not trim the last layer."""
+    return _compared(model, [dense], False)[0]
+
+
+def _compared(model: Any, dense: Sequence[Reference], trimmed: bool) -> list[dict[str, Any]]:
+    samples = [d.sample for d in dense]
+    hidden, ms = _hidden(model, samples, [d.rows for d in dense], trimmed)
+    return [_row(model, d, h, ms) for d, h in zip(dense, hidden, strict=True)]
+
+
+def _row(model: Any, dense: Reference, hidden: Tensor, ms: float) -> dict[str, Any]:
     given = _answered(model, dense.sample, dense.rows, hidden)
     return {
         "task": dense.sample.task,
@@ -129,7 +151,7 @@ def answered(model: Any, plan: Plan, sample: Sample) -> tuple[list[bool], float]
     """Which answers of a prompt `plan` gives right, and the milliseconds of the run."""
     rows = scored_rows(sample)
     with patch(model, plan):
-        hidden, ms = _hidden(model, sample, rows, plan.trim_last_layer)
+        (hidden,), ms = _hidden(model, [sample], [rows], plan.trim_last_layer)
     return _answered(model, sample, rows, hidden), ms
 
 
@@ -311,17 +333,21 @@ def noise_like(values: Tensor, seed: int = 0) -> Tensor:
 
 
 @torch.inference_mode()
-def _hidden(model: Any, sample: Sample, rows: np.ndarray, trims: bool) -> tuple[Tensor, float]:
-    """Last hidden states at `rows`, fp32 `[rows, C]`, and the milliseconds of the forward; where
-    the last layer is trimmed, rows before them are left out there.
+def _hidden(
+    model: Any, samples: Sequence[Sample], rows: Sequence[np.ndarray], trims: bool
+) -> tuple[list[Tensor], float]:
+    """Last hidden states of each prompt at its `rows`, fp32 `[rows, C]`, and the milliseconds of
+    the forward for each; where the last layer is trimmed, rows before them are left out there.
     """
     _, bare = adapter_for(model)
+    ids = np.stack([s.ids for s in samples])
     synchronise(bare.device)
     begin = time.perf_counter()
-    states = forward(model, sample.ids, int(rows.min()) if trims else 0)
+    states = forward(model, ids, min(int(r.min()) for r in rows) if trims else 0)
     synchronise(bare.device)
-    ms = 1e3 * (time.perf_counter() - begin)
-    return states[0, torch.from_numpy(rows).to(states.device)].float(), ms
+    ms = 1e3 * (time.perf_counter() - begin) / len(samples)
+    at = [torch.from_numpy(r).to(states.device) for r in rows]
+    return [states[n, r].float() for n, r in enumerate(at)], ms
 
 
 def _most(sample: Sample) -> int:
@@ -344,16 +370,16 @@ def _answered(model: Any, sample: Sample, rows: np.ndarray, hidden: Tensor) -> l
     """Which answers of a prompt are right."""
     if not sample.answers:
         return []
-    best = [_logits(model, part).argmax(-1).cpu() for part in hidden.split(_ROWS)]
+    best = [_logits(model, part).argmax(-1) for part in hidden.split(_ROWS)]
     predicted = np.full(len(sample.ids), -1)
-    predicted[rows] = torch.cat(best).numpy()
+    predicted[rows] = torch.cat(best).cpu().numpy()
     return right_answers(sample, predicted)
 
 
 def _divergence(model: Any, dense: Tensor, sparse: Tensor) -> float:
     """Mean KL(dense ‖ sparse) of the next-token distributions, in nats."""
-    total = 0.0
+    total = dense.new_zeros(())
     for a, b in zip(dense.split(_ROWS), sparse.split(_ROWS), strict=True):
         p, q = _logits(model, a).log_softmax(-1), _logits(model, b).log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum())
-    return total / len(dense)
+        total += (p.exp() * (p - q)).sum()
+    return float(total) / len(dense)
