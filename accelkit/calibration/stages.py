@@ -20,6 +20,8 @@ from accelkit.patches.method import AttentionMethod, load
 
 TOLERANCES = (0.02, 0.05, 0.1, 0.2)
 """Errors of a head at which families are compared after screening."""
+LEAST_GAIN = 0.003
+"""Share of a layer's time by which another family lowers it, if it is worth measuring."""
 LEAST_WEIGHT = 0.1
 """Share of the median weight that no head is below: noise that seems to do nothing was drowned."""
 Probe = Callable[[Sequence[str]], quality.Show]
@@ -76,8 +78,11 @@ def kept(
     while len(chosen) < min(most, len(ms)):
         rest = [n for n in ms if n not in chosen]
         total = {n: float(np.minimum(best, ms[n]).sum()) + len(tolerances) * once[n] for n in rest}
-        chosen.append(min(rest, key=lambda n: (total[n], n)))
-        best = np.minimum(best, ms[chosen[-1]])
+        first = min(rest, key=lambda n: (total[n], n))
+        if chosen and np.minimum(best, ms[first]).sum() > (1 - LEAST_GAIN) * best.sum():
+            break
+        chosen.append(first)
+        best = np.minimum(best, ms[first])
     return [family_of(n, found[n]) for n in chosen]
 
 

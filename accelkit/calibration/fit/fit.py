@@ -77,7 +77,7 @@ def fit(
         tell(method.kind)
         if not brief:
             rest(device)
-        found = fit_methods.cost(method, calls, dense, ms, shape, brief)
+        found = fit_methods.cost(method, calls, dense, ms, shape, brief and shape.causal)
         if isinstance(found, str):
             refused[method.kind] = found
             continue

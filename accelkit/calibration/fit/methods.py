@@ -87,8 +87,8 @@ def cost(
     brief: bool = False,
 ) -> Found | str:
     """Cost of a method's estimate, selection, order and merging at the lengths of `calls`, and of
-    the kernels over its lists. Or why it is refused. `brief`: from single readings at all lengths
-    but the longest.
+    the kernels over its lists. Or why it is refused. `brief`: estimate and selection are not told
+    apart, and shorter calls than the longest are read once, without the kernels.
     """
     setting, longest = middle(method), max(calls)
 
@@ -107,7 +107,7 @@ def cost(
             one = answers[0]
             if not units(answers):
                 return "it computes its pieces by itself, which the cost table cannot predict"
-            estimator, selection = choosing(call, now, one, ms)
+            estimator, selection = choosing(call, now, one, ms, brief)
             if method.static:
                 # Made once for all layers and, in a denoiser, for all steps and runs of a size.
                 share = 1 / shape.layers if call.causal else 0.0
@@ -121,14 +121,15 @@ def cost(
             spent = (estimator, selection, permutation(call, one, ms))
             for term, each in zip(found.values(), spent, strict=True):
                 term.append((n, each))
-            own[n] = lists(one, now, ms)
+            if n == longest or not brief:
+                own[n] = lists(one, now, ms)
         except Exception as error:  # a method that fails must not end the calibration of the others
             return f"it does not run here: {type(error).__name__}: {error}"
     if not own:
         return f"it leaves prompts of {longest} tokens dense"
     parts = {name: tuple(points) for name, points in found.items()}
     summed = _summed(parts)
-    share = _share(now, call, summed[-1][1], ms)
+    share = _share(now, call, summed[-1][1], once if brief else clocked)
     others = other_units(method, bare) if bare.causal else []
     return Found(MethodCost(summed, share, terms=parts), own, others, method.static)
 
@@ -307,15 +308,15 @@ def no_faster(one: Answer, method: AttentionMethod, whole: float, ms: Clocked) -
 
 
 def choosing(
-    call: AttentionCall, method: AttentionMethod, one: Answer, ms: Clocked
+    call: AttentionCall, method: AttentionMethod, one: Answer, ms: Clocked, brief: bool = False
 ) -> tuple[float, float]:
     """Milliseconds of a method's estimate and of its selection. Estimates of rows in another order
     are not left with the call and count as selection; on a CPU, where they would be timed for
-    seconds, everything counts as estimate.
+    seconds, or `brief`, everything counts as estimate.
     """
     policy, moved = Policy(methods=(method,)), _moved(call, one, ms)
     whole = max(0.0, ms(lambda: answer(fresh(call), policy)) - moved)
-    if not call.q.is_cuda:
+    if brief or not call.q.is_cuda:
         return whole, 0.0
     known = fresh(call)
     answer(known, policy)

@@ -37,7 +37,7 @@ from accelkit.patches.sites.attention import answer
 
 LENDABLE = 0.15
 """Error up to which a head's lists are worth lending."""
-DEAR = 0.3
+DEAR = 0.25
 """Share of dense attention from which a method's own work makes it an unlikely winner."""
 PROBE_TOKENS = 512
 """Length of the prompts on which weights are measured."""
