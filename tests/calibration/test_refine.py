@@ -145,10 +145,10 @@ def test_rounds_end_with_what_the_check_may_cost() -> None:
     """The first prompt is the worst of them all: a plan within the budget leaves room, and the next
     one is only tried where it can be checked.
     """
-    poor = Made(lambda e: 0.8 * e, first=1.1, afford=False).run()
+    poor = Made(lambda e: 0.65 * e, first=1.1, afford=False).run()
     assert len(poor.rounds) == 1
     assert poor.best is poor.rounds[0]
-    rich = Made(lambda e: 0.8 * e, first=1.1).run()
+    rich = Made(lambda e: 0.65 * e, first=1.4).run()
     assert len(rich.rounds) > 1
     assert rich.best.epsilon > poor.best.epsilon
 

@@ -171,8 +171,8 @@ def by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     and `bound`, what further prompts will hardly exceed (see `margin`).
     """
     found: dict[str, dict[str, Any]] = {}
-    for key in dict.fromkeys(map(_task, rows)):
-        mine = [r for r in rows if _task(r) == key]
+    for key in dict.fromkeys(map(task_of, rows)):
+        mine = [r for r in rows if task_of(r) == key]
         asked = sum(r["asked"] for r in mine)
         both = [r for r in mine if r["error"] is not None]
         error = float(np.mean([r["error"] for r in both]))
@@ -198,15 +198,16 @@ def margin(rows: Sequence[dict[str, Any]]) -> float:
     spread differently: needles more than text, so each that has several prompts is asked alone.
     """
     squares, freedom = 0.0, 0
-    for key in dict.fromkeys(map(_task, rows)):
-        errors = [r["error"] for r in rows if _task(r) == key and r["error"] is not None]
+    for key in dict.fromkeys(map(task_of, rows)):
+        errors = [r["error"] for r in rows if task_of(r) == key and r["error"] is not None]
         logs = np.log(np.maximum(errors, 1e-12))
         squares += float(((logs - logs.mean()) ** 2).sum())
         freedom += len(logs) - 1
     return math.exp(ONE_IN_TWENTY * (squares / freedom) ** 0.5) if freedom else 1.0
 
 
-def _task(row: dict[str, Any]) -> str:
+def task_of(row: dict[str, Any]) -> str:
+    """What a check is judged by: "task@tokens"."""
     return f"{row['task']}@{row['tokens']}"
 
 

@@ -54,7 +54,7 @@ def mended(
 ) -> tuple[Choice, ...]:
     """The choices with some heads as in `fine`, or dense where there is none or it borrows."""
     return tuple(
-        _mended(c, {h for s, h in heads if s == site}, fine and fine[site])
+        _mended(c, {h for s, h in heads if s == site}, None if fine is None else fine[site])
         for site, c in enumerate(choices)
     )
 

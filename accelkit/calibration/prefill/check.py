@@ -30,7 +30,7 @@ LIFT = 1.15
 """What all prompts reach ÷ the error of the first one, before anything is known."""
 TOGETHER = 4
 """Prompts that share a forward, where so many are calibrated for: what fails, fails early."""
-MOST_RUNS = 3.5
+MOST_RUNS = 4.0
 """Runs for each prompt that the check may be worth, dense ones included."""
 
 
@@ -79,11 +79,11 @@ class Checker:
         now.bound = max(t["bound"] for t in tasks.values())
         now.held = not failed and quality.holds(tasks, allowed)
         now.judged = True
-        errors = {r["prompt"]: r["error"] for r in reversed(now.rows) if r["error"] is not None}
+        errors = {r["prompt"]: r["error"] for r in now.rows if r["error"] is not None}
         self.lifts |= {n: now.reach / max(e, 1e-12) for n, e in errors.items()}
         worst = sorted(errors, key=lambda n: -errors[n])
-        if failed:  # also where it lost answers, which the next round must not
-            worst = [now.rows[-1]["prompt"], *worst]
+        if not now.held:  # also where it lost answers, which the next round must not
+            worst = [_spoilt(now)["prompt"], *worst]
         self.order = list(dict.fromkeys([*worst, *self.order]))
 
     def affords(self) -> bool:
@@ -133,14 +133,13 @@ class Checker:
         return rows
 
     def suspicion(self, now: Round, rounds: Sequence[Round]) -> Suspicion | None:
-        """For a round that ended with a lost answer, or on a prompt whose error stands out, what to
-        ask of plans with some heads changed: is that mended? Beside it a round that ran the prompt
-        well, if there was one. None: nothing of the kind.
+        """For a round that failed with lost answers, or with a prompt whose error stands out, what
+        to ask of plans with some heads changed: is that mended? Beside it a round that ran the
+        prompt well, if there was one. None: nothing of the kind.
         """
-        n = now.rows[-1]["prompt"]
-        mine = [r for r in now.rows if r["prompt"] == n]
-        row = next((r for r in reversed(mine) if r["lost_answers"]), None)
-        if row is not None:
+        row = _spoilt(now)
+        n = row["prompt"]
+        if row["lost_answers"]:
             sample, further = self.samples[n], row.get("further")
             if further is not None and self.more is not None:
                 sample = self.more(sample.task, len(sample.ids), further)
@@ -153,7 +152,7 @@ class Checker:
             return partial(self._gives, sample=sample, place=place), _latest(rounds, gave)
         if not self._others(now, n):
             self._beside(now, n)
-        found, usual = mine[0]["error"], float(np.median(self._others(now, n) or [np.inf]))
+        found, usual = row["error"], float(np.median(self._others(now, n) or [np.inf]))
         if found < OUTLIER * usual:
             return None
         limit = (found * usual) ** 0.5
@@ -169,15 +168,13 @@ class Checker:
         return [r["error"] for r in now.rows if r["prompt"] != n and r["error"] is not None]
 
     def _beside(self, now: Round, n: int) -> None:
-        """Run a prompt of another task, to tell whether the n-th stands out; the row is not the
-        round's last, which says what it ended on.
-        """
+        """Run a prompt of another task, to tell whether the n-th stands out."""
         other = next((m for m in self.order if not self._alike(n, m)), None)
         if other is not None:
             key = f"check/{plan_digest(now.plan)}/{other}"
             self.runs += self._share(other) * (1 + (other not in self.dense_runs))
             self.dense_runs.add(other)
-            now.rows.insert(0, {**self._row(now.plan, key, other), "prompt": other})
+            now.rows.append({**self._row(now.plan, key, other), "prompt": other})
 
     def _gives(self, plan: Plan, sample: Sample, place: int) -> bool:
         def work() -> list[bool]:
@@ -249,6 +246,16 @@ class Checker:
 
         self.run.tell("timing the plan")
         return self.run.journal.unit(f"speed/{plan_digest(plan)}", work)
+
+
+def _spoilt(now: Round) -> dict[str, Any]:
+    """What tells most about a round that failed: the last row with a lost answer of a task that
+    lost too many, else the one with the largest error.
+    """
+    tasks = quality.by_task(now.rows)
+    many = {k for k, t in tasks.items() if t["lost"] > quality.MOST_DROP * t["asked"]}
+    lost = [r for r in now.rows if r["lost_answers"] and quality.task_of(r) in many]
+    return lost[-1] if lost else max(now.rows, key=lambda r: r["error"] or 0.0)
 
 
 def _latest(rounds: Sequence[Round], fine: Callable[[dict[str, Any]], bool]) -> Round | None:

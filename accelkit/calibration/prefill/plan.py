@@ -63,7 +63,8 @@ def refined(
     learnt: list[Head] = []
 
     def learn(now: Round, rounds: Sequence[Round]) -> bool:
-        if len(learnt) == MOST_BLAMED or not checker.affords():
+        held = any(r.held for r in rounds)
+        if len(learnt) == MOST_BLAMED or (held and not checker.affords()):
             return False
         suspected, choices = checker.suspicion(now, rounds), now.proposal.choice
         if suspected is None:
