@@ -44,7 +44,7 @@ from accelkit.patches.plan import Plan
 
 MATCHES = 2
 """How often `--match` looks for settings that no mixture beats."""
-SHARED = ("dense", "fit", "screen", "weight")
+SHARED = ("dense", "fit", "screen/", "weight/", "measure/0/")
 """Units of a calibration's journal that are alike for all budgets, by the beginning of their keys.
 """
 
@@ -128,19 +128,14 @@ class Study:
 
     def journal(self, budget: float) -> Path:
         """A budget's journal: what its search picks is measured further for it alone, everything
-        before that is shared with the budget that was calibrated first.
+        before that is shared with the budget that was calibrated first. Plans are shared by all.
         """
         mine: Path = self.args.out.with_suffix(f".journal-{budget:g}.jsonl")
         known = sorted(self.args.out.parent.glob(self.args.out.stem + ".journal-*.jsonl"))
         if known and not mine.exists():
-            lines = known[0].read_text("utf-8").splitlines(keepends=True)
-            units = [json.loads(line).get("unit", "") for line in lines]
-            shared = [
-                line
-                for line, unit in zip(lines, units, strict=True)
-                if unit.partition("/")[0] in SHARED or unit.startswith("measure/0/")
-            ]
-            mine.write_text("".join(lines[:1] + shared), "utf-8")
+            shared = _lines(known[0], SHARED)
+            plans = [line for path in known for line in _lines(path, ("plan/",))[1:]]
+            mine.write_text("".join(shared + plans), "utf-8")
         return mine
 
     def singles(self, kind: str) -> None:
@@ -187,6 +182,12 @@ class Study:
             if errors <= tried:
                 return
             self.together()
+
+
+def _lines(journal: Path, prefixes: tuple[str, ...]) -> list[str]:
+    """The first line of a journal and those of the units whose keys begin so."""
+    first, *units = journal.read_text("utf-8").splitlines(keepends=True)
+    return [first, *(u for u in units if json.loads(u)["unit"].startswith(prefixes))]
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

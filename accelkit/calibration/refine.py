@@ -144,9 +144,10 @@ def in_turns(
     checker: Checker,
     allowed: float,
     learn: Callable[[Round, Sequence[Round]], bool] = lambda now, rounds: False,
+    others: Sequence[Proposal] = (),
 ) -> Outcome:
     """Propose, look and check until ε is found. `learn` from a round that failed, beside all rounds
-    so far, says whether proposals of equal ε are others now.
+    so far, says whether proposals of equal ε are others now. `others` compete in the end.
     """
     turns = _Turns(checker, allowed, run.preset.rounds)
     epsilon, again = FIRST * allowed, False  # again: what was learnt has changed proposals
@@ -174,7 +175,7 @@ def in_turns(
         if now.held and (now.reach >= ENOUGH * allowed or turns.bracket.closed):
             break
         epsilon = turns.bracket.next()
-    turns.end()
+    turns.end(others)
     return fastest(turns.rounds, checker)
 
 
@@ -243,11 +244,16 @@ class _Turns:
             self.looks_tell = False
         self.bracket.put(epsilon, now.reach, not now.failed)
 
-    def end(self) -> None:
-        """Check what was only looked at, the fastest plans first, until one holds."""
-        for now in sorted(self.rounds, key=lambda r: r.proposal.ms):
+    def end(self, others: Sequence[Proposal]) -> None:
+        """Check what was only looked at and further proposals, the fastest first, until one
+        holds.
+        """
+        known = [Round(p.error, p) for p in others]
+        for now in sorted([*self.rounds, *known], key=lambda r: r.proposal.ms):
             if not now.judged:
                 self.checker.check(now, self.allowed)
+                if now not in self.rounds:
+                    self.rounds.append(now)
             if now.held:
                 break
 

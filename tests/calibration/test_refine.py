@@ -52,10 +52,13 @@ class Made:
         return self.timed
 
     def run(
-        self, rounds: int = 8, learn: Callable[[Any, Any], Any] = lambda now, rounds: False
+        self,
+        rounds: int = 8,
+        learn: Callable[[Any, Any], Any] = lambda now, rounds: False,
+        others: Any = (),
     ) -> Outcome:
         run = SimpleNamespace(preset=SimpleNamespace(rounds=rounds), late=lambda share, what: False)
-        return in_turns(run, lambda e: self.propose(e), self, ALLOWED, learn)  # type: ignore
+        return in_turns(run, lambda e: self.propose(e), self, ALLOWED, learn, others)  # type: ignore
 
 
 def test_one_round_is_enough_where_the_budget_is_used() -> None:
@@ -182,6 +185,16 @@ def test_what_was_learnt_does_not_predict() -> None:
     rounds = (made(0.4, taught=True), best, made(0.05), made(0.5, taught=True))
     assert Outcome(rounds, best).composition == pytest.approx(0.5)
     assert Outcome((rounds[0], best), best).composition == pytest.approx(4.0)
+
+
+def test_a_plan_for_a_tighter_budget_competes() -> None:
+    """It is checked where it is the faster one, and wins if it holds."""
+    for ms, wins in ((1.0, True), (1e3, False)):
+        made = Made(lambda e: 0.9 * e)
+        known = Proposal("known", "known", ms, 1000.0, 0.008, False)  # type: ignore
+        found = made.run(others=[known])
+        assert (found.best.proposal is known) is wins
+        assert (len(found.rounds) > 1) is wins
 
 
 def test_a_plan_has_to_beat_the_trimmed_layer_alone() -> None:

@@ -74,8 +74,7 @@ def kernel(
     measured again after the moment `until`. `brief`: from as few launches as tell them apart, on a
     GPU.
     """
-    usual = BRIEF if brief else FITTED
-    points = list(launches(calls, size, SINGLE_KEYS if size[1] == 1 else usual))
+    points = list(launches(calls, size, densities(size, brief)))
 
     def least(p: Point) -> float:
         return _least_ms(partial(anew, p.one), p.one)
@@ -83,7 +82,7 @@ def kernel(
     runs = [partial(anew, p.one) for p in points]
     spent = each_ms(runs) if brief else [least(p) for p in points]
     for _ in range(ROUNDS):
-        found, said = solved(points, spent)
+        said = solved(points, spent)[1]
         odd = [i for i, ms in enumerate(said) if abs(ms / spent[i] - 1) > ODD]
         if not odd or time.monotonic() > until:
             break
@@ -93,6 +92,15 @@ def kernel(
             spent[i] = min(ms, spent[i])
         if stayed:
             break
+    return judged(size, points, spent)
+
+
+def judged(
+    size: tuple[int, int], points: Sequence[Point], spent: Sequence[float]
+) -> tuple[Kernel, tuple[Check, ...]]:
+    """Coefficients of one unit from the milliseconds of its launches, and what they say of those
+    that are held out.
+    """
     found, said = solved(points, spent)
     checks = tuple(
         Check("kernel", name(size), p.one.call.n_q, len(p.one.call.heads), p.density, want, got)
@@ -105,8 +113,13 @@ def kernel(
     return replace(found, error=round(error, 4), backend=_backend(one), kept=kept), checks
 
 
+def densities(size: tuple[int, int], brief: bool = False) -> Densities:
+    """Densities at which a unit is measured."""
+    return SINGLE_KEYS if size[1] == 1 else BRIEF if brief else FITTED
+
+
 def launches(
-    calls: Mapping[int, AttentionCall], size: tuple[int, int], densities: Densities
+    calls: Mapping[int, AttentionCall], size: tuple[int, int], some: Densities
 ) -> Iterator[Point]:
     """The launches of a fit, over random lists. On a GPU some have a quarter of the heads: at one
     head count rows and launches cannot be told apart at long lengths.
@@ -119,7 +132,7 @@ def launches(
         longest = MOST_SINGLE_KEYS
     for n, call in calls.items():
         for part in _parts(call):
-            for density in densities.whole if part is call else densities.part:
+            for density in some.whole if part is call else some.part:
                 if density < 1.0 or n < longest:
                     yield point(part, size, density, held=False)
     whole = calls[longest]
@@ -127,7 +140,7 @@ def launches(
         if whole.causal:
             whole = shorter(whole, held(longest))
         whole = whole.take(whole.heads[: max(1, len(whole.heads) // 2)])
-    for density in densities.held:
+    for density in some.held:
         yield point(whole, size, density, held=True)
 
 
