@@ -18,7 +18,8 @@ them and dense in every turn of one process; the table is made of these times al
 A run goes on with what its `--out` holds already, so it may be cut into several. Parts of several
 machines are put together with `--join`: what mixtures and settings lose may come from another
 device than their times (`asked_on`), for the plans are the same. `--match` calibrates one more
-mixture, with the error of that setting for a budget, for every setting that no mixture beats yet.
+mixture for every setting that no mixture beats yet, with a budget that should bring its error near
+that setting's: plans keep a distance from their budgets.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 from mixture_bench import Bench, label, settings_of, told
-from mixture_table import joined, losses, name_of, rivals, save, shown
+from mixture_table import joined, losses, matching, name_of, rivals, save, shown
 
 import accelkit
 from accelkit.calibration.evaluation.tasks import TASKS
@@ -176,10 +177,12 @@ class Study:
         """Mixtures for the errors of settings that none of them beats."""
         for _ in range(MATCHES):
             tried = {m["budget"] for m in self.found["mixtures"]}
-            errors = {float(f"{s['worst_error']:.3g}") for s in losses(self.found)}
-            for budget in sorted(errors - tried):
+            budgets = {
+                matching(self.found["mixtures"], s["worst_error"]) for s in losses(self.found)
+            }
+            for budget in sorted(budgets - tried):
                 self.mixture(budget)
-            if errors <= tried:
+            if budgets <= tried:
                 return
             self.together()
 
