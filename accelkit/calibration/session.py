@@ -133,7 +133,7 @@ def calm() -> Iterator[None]:
 
 def compile_clock(cached: bool = True) -> AbstractContextManager[Callable[[], float]]:
     """Gives a function that says how many seconds have gone into compiling Triton kernels since,
-    and, with `cached`, into reading compiled ones.
+    and, with `cached`, into reading compiled ones and putting them on the device.
     """
     if find_spec("triton") is None:
         return nullcontext(lambda: 0.0)
