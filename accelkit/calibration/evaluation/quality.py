@@ -92,15 +92,11 @@ def check(model: Any, plan: Plan, dense: Reference) -> dict[str, Any]:
 def checks(model: Any, plan: Plan, dense: Sequence[Reference]) -> list[dict[str, Any]]:
     """The same for several prompts of one length, in one forward."""
     with patch(model, plan):
-        return _compared(model, dense, plan.trim_last_layer)
+        return compared(model, dense, plan.trim_last_layer)
 
 
-def compare(model: Any, dense: Reference) -> dict[str, Any]:
-    """The same with a model that is patched already and does not trim the last layer."""
-    return _compared(model, [dense], False)[0]
-
-
-def _compared(model: Any, dense: Sequence[Reference], trimmed: bool) -> list[dict[str, Any]]:
+def compared(model: Any, dense: Sequence[Reference], trimmed: bool = False) -> list[dict[str, Any]]:
+    """The same with a model that is patched already."""
     samples = [d.sample for d in dense]
     hidden, ms = _hidden(model, samples, [d.rows for d in dense], trimmed)
     return [_row(model, d, h, ms) for d, h in zip(dense, hidden, strict=True)]
