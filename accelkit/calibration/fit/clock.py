@@ -25,8 +25,6 @@ AHEAD_MS = (1.0, 20.0)
 """How long a GPU waits before a measurement, at least and at most, so that the host is ahead of it,
 as it is in a model.
 """
-MOST_AHEAD_MS = 200.0
-"""How long it waits at most before several pieces."""
 SLACK = 1.5
 """How much longer it waits than the host took to start the same work before."""
 EASY = 1.2
@@ -70,19 +68,17 @@ def _agree(found: Sequence[float]) -> bool:
 
 def device_ms(run: Callable[[], Any], times: int, warmup: int = 0) -> list[float]:
     """Milliseconds of each run on the current GPU, without the time in which it waits for the
-    host; for work that takes the host more than a millisecond, a run to warm up tells how long.
+    host; for work that takes the host more than a millisecond, runs before tell how long.
     """
-    ahead, most = AHEAD_MS
-    for _ in range(warmup):
-        start = time.perf_counter()
-        run()
-        ahead = min(max(AHEAD_MS[0], SLACK * 1e3 * (time.perf_counter() - start)), most)
+    least, most = AHEAD_MS
+    hosts = [_host_ms(run) for _ in range(warmup)]
     marks = []
     for _ in range(times):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        ahead = min(max(least, SLACK * min(hosts, default=0.0)), most)
         torch.cuda._sleep(int(ahead * CYCLES))
         begin.record()
-        run()
+        hosts.append(_host_ms(run))
         end.record()
         marks.append((begin, end))
     torch.cuda.synchronize()
@@ -93,21 +89,26 @@ def each_ms(runs: Sequence[Callable[[], Any]]) -> list[float]:
     """The lesser of two readings of several short pieces of work on the current GPU, which waits
     once for all of them: for each alone it would wait longer than it works.
     """
-    start = time.perf_counter()
-    for run in runs:
-        run()
-    ahead = max(AHEAD_MS[0], 2 * EASY * 1e3 * (time.perf_counter() - start))
+    hosts = [sum(map(_host_ms, runs))]
     readings: list[list[tuple[Any, Any]]] = [[] for _ in runs]
-    torch.cuda._sleep(int(min(ahead, MOST_AHEAD_MS) * CYCLES))
     for _ in range(2):
+        torch.cuda._sleep(int(max(AHEAD_MS[0], EASY * min(hosts)) * CYCLES))
+        hosts.append(0.0)
         for run, mine in zip(runs, readings, strict=True):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            run()
+            hosts[-1] += _host_ms(run)
             end.record()
             mine.append((begin, end))
     torch.cuda.synchronize()
     return [min(begin.elapsed_time(end) for begin, end in mine) for mine in readings]
+
+
+def _host_ms(run: Callable[[], Any]) -> float:
+    """Milliseconds that the host takes to start some work."""
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def dense_ms(call: AttentionCall, ms: Callable[..., float]) -> float:

@@ -32,6 +32,8 @@ from accelkit.patches.sites.attention import (
 
 MOST = 0.8
 """A method whose estimate alone takes this share of dense attention is refused."""
+MOST_BRIEF = 0.5
+"""The same in a search, which hardly takes a method that could halve attention at best."""
 Size = tuple[int, int]
 Lists = tuple[tuple[Size, list[float]], ...]
 """Units, each with the share of the visible pairs that a method lists for every head."""
@@ -112,7 +114,8 @@ def cost(
                 # Made once for all layers and, in a denoiser, for all steps and runs of a size.
                 share = 1 / shape.layers if call.causal else 0.0
                 estimator, selection = share * estimator, share * selection
-            if reason := _hopeless(found, (n, estimator + selection), call, longest, dense):
+            most = MOST_BRIEF if brief else MOST
+            if reason := _hopeless(found, (n, estimator + selection), call, longest, dense, most):
                 return reason
             if n < longest and call.q.device.type == "cpu" and one.execution != PLAIN:
                 return "skipping tiles and 8-bit products save no time on a CPU"
@@ -140,9 +143,11 @@ def _hopeless(
     call: AttentionCall,
     longest: int,
     dense: Points,
+    most: float,
 ) -> str | None:
-    """Why a method whose choosing takes so many milliseconds at a length cannot win at the longest.
-    What it took at two lengths goes on at least as fast.
+    """Why a method whose choosing takes so many milliseconds at a length cannot win at the longest,
+    where it may take the share `most` of dense attention. What it took at two lengths goes on at
+    least as fast.
     """
     n, ms = now
     before = (
@@ -152,7 +157,7 @@ def _hopeless(
     grown = ms * (longest / n if call.q.device.type == "cpu" else 1.0)
     if before and call.q.is_cuda:
         grown = max(ms, interpolate([(found["estimator"][-1][0], before[0]), now], longest))
-    if grown <= MOST * interpolate(dense, longest):
+    if grown <= most * interpolate(dense, longest):
         return None
     whole = interpolate(dense, n)
     return f"choosing takes {ms:.1f} ms at {n} tokens, dense attention {whole:.1f} ms"
