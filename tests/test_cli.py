@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from accelkit import console
 from accelkit.cli import app
-from accelkit.errors import CalibrationError, InvalidInputError
+from accelkit.errors import AlreadyPatchedError, InvalidInputError
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("calibrate", "patch", "show", "methods", "bench", "eval", "doctor")
@@ -53,6 +53,29 @@ def failed(*arguments: str, code: int) -> str:
     last = result.stderr.strip().splitlines()
     assert any(line.startswith("error: ") for line in last), result.stderr
     return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("calibrate", "--batch", "0"),
+        ("calibrate", "--height", "0"),
+        ("calibrate", "--frames", "-1"),
+        ("patch", "--repeat", "0"),
+        ("patch", "--max-new-tokens", "0"),
+        ("patch", "--fps", "0"),
+        ("bench", "--repeat", "0"),
+        ("bench", "--warmup", "-1"),
+        ("bench", "--batch", "0"),
+        ("bench", "--seed", "-1"),
+        ("eval", "--samples", "0"),
+        ("eval", "--answers", "-1"),
+    ],
+)
+def test_counts_that_are_none(command, option, value):
+    said = run(command, "model", option, value, code=2).stderr
+    assert option in said
+    assert "greater than or equal to" in said
 
 
 # -- start --------------------------------------------------------------------------------------
@@ -159,6 +182,7 @@ def test_show_a_model(model):
     document = json.loads(run("show", model, "--json").stdout)
     assert len(document["sites"]) == 2
     assert "no plan" in failed("show", model, "--plot", "x.png", code=2)
+    assert "prefill, decode, denoise" in failed("show", model, "--phase", "later", code=2)
 
 
 def test_methods(monkeypatch):
@@ -253,6 +277,10 @@ def test_patch_needs_one_prompt(model, plan):
     assert "--demo" in failed("patch", model, "--plan", plan, code=2)
     assert "one of" in failed("patch", model, "--plan", plan, "--demo", "--prompt", "x", code=2)
     assert "--plan is missing" in failed("patch", model, "--prompt", "x", code=2)
+    words = ("--plan", plan, "--prompt", "x")
+    said = failed("patch", model, *words, "--frames", "9", "--output", "x.mp4", code=2)
+    assert "a language model has no use for --output and --frames; leave it out" in said
+    assert "no use for --prompt" in failed("bench", model, *words, code=2)
 
 
 def test_nothing_ran_sparse_is_exit_6(model, tmp_path):
@@ -439,6 +467,15 @@ def test_calibrate_dry_run_writes_nothing(model, flow, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_a_plan_without_a_report(model, flow, tmp_path, monkeypatch):
+    """matplotlib belongs to an extra: a calibration must not fail for it in the end."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run("calibrate", model, "--out", str(tmp_path))
+    assert "accelkit_plan.json" in result.stdout
+    assert "report.html" not in result.stdout
+    assert 'pip install "accelkit[report]", then accelkit show' in result.stderr
+
+
 def test_calibrate_refuses_before_it_works(model, flow, tmp_path):
     assert "--budget" in failed("calibrate", model, "--budget", "200%", code=2)
     assert "--time-limit" in failed("calibrate", model, "--time-limit", "soon", code=2)
@@ -460,10 +497,10 @@ def test_an_interruption_says_how_to_go_on(model, flow, tmp_path, monkeypatch):
 
 def test_unexpected_and_deliberate_errors(model, flow, tmp_path):
     def fail(*_, **__):
-        raise CalibrationError("the disk is full; free some space and add --resume")
+        raise AlreadyPatchedError("the model already runs a plan")
 
     flow.calibrate = fail
-    assert "disk is full" in failed("calibrate", model, "--out", str(tmp_path), code=1)
+    assert "already runs" in failed("calibrate", model, "--out", str(tmp_path), code=1)
 
     class OutOfMemoryError(RuntimeError):
         pass

@@ -149,6 +149,8 @@ def test_what_cannot_be_used(pipe, plan, tmp_path):
     assert ".mp4" in failed("patch", pipe, "--plan", plan, "--output", str(tmp_path / "a.png"),
                             code=2)  # fmt: skip
     assert "pipeline" in failed("eval", pipe, code=2)
+    assert "no use for --demo" in failed("patch", pipe, "--plan", plan, "--demo", code=2)
+    assert "no use for --batch" in failed("bench", pipe, "--plan", plan, "--batch", "2", code=2)
     assert "accelkit calibrate" in failed("bench", pipe, code=2)
 
 

@@ -140,8 +140,11 @@ def test_schema_accepts_plans_and_refuses_others():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_pages_hold_together(page):
-    """Links lead somewhere, Python snippets parse, generated parts are filled."""
+    """Links lead somewhere, results that are named are there, Python snippets parse, generated
+    parts are filled."""
     text = page.read_text("utf-8")
+    for name in re.findall(r"[\w-]+-(?:h100|h200|cpu)\.json", text):
+        assert (ROOT / "benchmarks" / "results" / name).exists(), f"{page.name} names {name}"
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         made = page.parent.name == "docs" and target.startswith(("methods/", "cli.md"))
         assert made or (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -77,8 +77,9 @@ class MethodCost:
     of it is paid however few heads take part. `terms` are what `points` are the sum of, by the
     names in `TERMS`. `lists` is, by length, what its own lists took ÷ what their kernels are
     predicted to take, which were fitted over random lists: neighbours in windows and tiles read
-    the same keys. `error` is how far the prediction of a whole call lay from one that the fit did
-    not see.
+    the same keys. `rows` is the same of the part that does not shrink with density, in which a few
+    long rows among short ones count; without it `lists` holds for all. `error` is how far the
+    prediction of a whole call lay from one that the fit did not see.
     """
 
     TERMS: ClassVar = ("estimator", "selection", "permutation")
@@ -88,6 +89,7 @@ class MethodCost:
     error: float = 0.0
     terms: Mapping[str, Points] = field(default_factory=dict)
     lists: Points = ()
+    rows: Points = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,11 @@ class CostTable:
         k = self._kernel(size)
         pairs = density * visible_pairs(tokens, self.causal) / 1e6
         tail = k.tail * density * tokens / 1e3 / self.heads
-        return k.row * ceil_div(tokens, size[0]) + (k.pair + k.far * beyond(tokens)) * pairs + tail
+        return self.rows_ms(size, tokens) + (k.pair + k.far * beyond(tokens)) * pairs + tail
+
+    def rows_ms(self, size: tuple[int, int], tokens: int) -> float:
+        """What a head's rows cost whatever is in their lists."""
+        return self._kernel(size).row * ceil_div(tokens, size[0])
 
     def random_ms(self, size: tuple[int, int], tokens: int, densities: Sequence[float]) -> float:
         """A launch over random lists of one unit, of these densities by head."""
@@ -146,8 +152,9 @@ class CostTable:
         self, kind: str, size: tuple[int, int], tokens: int, densities: Sequence[float]
     ) -> list[float]:
         """Heads of a call over a method's lists of one unit, without the launch."""
-        own = _between(self.methods[kind].lists, tokens)
-        return [own * self.head_ms(size, tokens, density) for density in densities]
+        cost, each = self.methods[kind], self.rows_ms(size, tokens)
+        own, rows = (_between(p, tokens) for p in (cost.lists, cost.rows or cost.lists))
+        return [rows * each + own * (self.head_ms(size, tokens, d) - each) for d in densities]
 
     def method_ms(self, kind: str, tokens: int, anew: float = 1.0) -> tuple[float, float]:
         """A method beside its kernels: ms of the layer, and ms more for each head. Lists are made
@@ -221,6 +228,7 @@ class CostTable:
                     **v,
                     "points": _points(v["points"]),
                     "lists": _lists(v.get("lists", ())),
+                    "rows": _points(v.get("rows", ())),
                     "terms": {t: _points(p) for t, p in v.get("terms", {}).items()},
                 }
             )
@@ -251,8 +259,9 @@ def unit(text: str) -> tuple[int, int]:
 
 
 def interpolate(points: Sequence[Sequence[float]], tokens: int) -> float:
-    """Milliseconds at `tokens`: a constant, a linear and a quadratic part, none negative, that come
-    nearest to the points, times what these lie off it, between them on logarithmic axes.
+    """Milliseconds at `tokens`: a constant, a linear and a quadratic part and, for rows that are
+    filled up to a power of two in kernels, a part that grows with those; none negative, as near to
+    the points as they come, times what these lie off it, between them on logarithmic axes.
 
     Two points are joined by a power of the length; a single one grows with the length.
     """
@@ -264,18 +273,28 @@ def interpolate(points: Sequence[Sequence[float]], tokens: int) -> float:
     known = tuple((int(n), max(float(ms), 1e-9)) for n, ms in points)
     if len(known) == 2:
         return _power(known, tokens)
-    smooth = _smooth(known)
-    curve = sum(c * tokens**i for i, c in enumerate(smooth))
-    off = [(n, ms / sum(c * n**i for i, c in enumerate(smooth))) for n, ms in known]
-    return curve * _between(off, tokens)
+    parts = _smooth(known)
+
+    def curve(n: int) -> float:
+        return sum(c * f for c, f in zip(parts, _growth(n), strict=False))
+
+    return curve(tokens) * _between([(n, ms / curve(n)) for n, ms in known], tokens)
+
+
+def _growth(tokens: int) -> tuple[float, float, float, float]:
+    """What the parts of a time are proportional to."""
+    n = float(tokens)
+    return 1.0, n, n * n, n * (1 << (tokens - 1).bit_length())
 
 
 @lru_cache(maxsize=512)
 def _smooth(points: Points) -> tuple[float, ...]:
-    """Constant, linear and quadratic part of the curve that comes nearest to the points."""
-    return tuple(
-        least_squares([(1.0, n, float(n) ** 2) for n, _ in points], [m for _, m in points])
-    )
+    """The parts of the curve that comes nearest to the points. Only lengths that fill up their
+    power of two differently tell the last part from the quadratic one.
+    """
+    filled = {(1 << (n - 1).bit_length()) / n for n, _ in points}
+    parts = 4 if len(points) > 3 and max(filled) > 1.01 * min(filled) else 3
+    return tuple(least_squares([_growth(n)[:parts] for n, _ in points], [m for _, m in points]))
 
 
 def _between(points: Sequence[tuple[int, float]], tokens: int) -> float:

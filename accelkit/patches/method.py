@@ -96,7 +96,11 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     phases: ClassVar[tuple[Phase, ...]] = ("prefill",)
+    """When the method can run."""
     dial: ClassVar[Dial | None] = None
+    """The field that calibration turns."""
+    full: ClassVar[dict[str, Any]] = {}
+    """Values of the fields at which a method reads every key: what its tests hold against dense."""
 
     @property
     def kind(self) -> str:

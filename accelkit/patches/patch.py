@@ -260,11 +260,12 @@ def patch(
     Raises:
         AlreadyPatchedError: the model carries another plan (an equal one is a no-op).
         PlanMismatchError: the plan does not fit; the message lists the first five problems.
-        NothingPatchedError: no site of the plan is in the model. UnsupportedModelError,
-        InvalidInputError: a model that cannot be patched, or a compiled one.
+        NothingPatchedError: no site of the plan is in the model.
+        UnsupportedModelError: no adapter knows the model.
+        InvalidInputError: a compiled model, or something that is neither plan nor method.
 
     Example:
-    >>> with accelkit.patch(model, FlexPrefill(coverage=0.9)):
+    >>> with accelkit.patch(model, accelkit.method("flex_prefill")(coverage=0.9)):
     ...     model.generate(**inputs)
     """
     adapter, bare = adapter_for(model)
@@ -308,7 +309,11 @@ def handle_of(model: Any) -> PatchHandle | None:
 
 @contextmanager
 def disabled(model: Any) -> Iterator[None]:
-    """Dense for this block; the patch stays installed."""
+    """Dense for this block; the patch stays installed.
+
+    Raises:
+        InvalidInputError: the model is not patched.
+    """
     handle = handle_of(model)
     if handle is None:
         raise InvalidInputError("the model is not patched; nothing to disable")

@@ -326,7 +326,9 @@ class Plan(_Part):
         return [r for row in rows if (r := self.policies[row].reuse) is not None]
 
     def check(self, model: Any) -> list[Problem]:
-        """Every problem of running this plan on `model`, each with its mend; empty when it fits."""
+        """Every problem of running this plan on `model`, each with its mend; empty when it fits.
+        What is `fatal` among them makes `patch` refuse.
+        """
         # The model's side of the comparison lies above the plan, so it is fetched when asked for.
         from accelkit.patches.adapters import facts
         from accelkit.patches.plan_check import compare
@@ -345,8 +347,9 @@ class Plan(_Part):
         """Parse and validate.
 
         Raises:
-            PlanCorruptError: not JSON, or not an object. PlanVersionError: written by a newer
-            schema. PlanError: a field is wrong; the message has its path.
+            PlanCorruptError: not JSON, or not an object.
+            PlanVersionError: written by a newer schema.
+            PlanError: a field is wrong; the message has its path.
         """
         try:
             return Plan.model_validate(plan_file.parse(text, where))
@@ -362,7 +365,11 @@ class Plan(_Part):
     ) -> Path:
         """Write the plan into `folder` and return the JSON's path.
 
-        An older plan there stays intact until the new one is whole.
+        An older plan there stays intact until the new one is whole. With `push_to_hub` it is also
+        uploaded to `repo_id`, by default the folder's name.
+
+        Raises:
+            PlanError: it cannot be written.
         """
         blob, plan = None, self
         if self._tables:
@@ -388,8 +395,9 @@ class Plan(_Part):
         """Read a plan from a file, a folder or a hub repository.
 
         Raises:
-            PlanError: nothing there, or a wrong field. PlanCorruptError: damaged text, side tensors
-            missing or with a wrong hash. PlanVersionError: newer schema.
+            PlanError: nothing there, or a wrong field.
+            PlanCorruptError: damaged text, side tensors missing or with a wrong hash.
+            PlanVersionError: newer schema.
         """
         path, fetch = plan_file.find(
             name_or_path,

@@ -71,7 +71,12 @@ def describe(error: ValidationError, most: int = 5) -> str:
 
 def write(folder: Path, text: str, tables: bytes | None) -> Path:
     """Put a plan's text and packed side tensors into `folder`; returns the text's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(
+            f"{folder}: no folder can be made there ({error}); choose another one"
+        ) from error
     if tables is not None:
         _replace(folder / TABLES_FILE, tables)
     _replace(folder / FILE, text.encode())

@@ -4,9 +4,9 @@
     python examples/train/tiny_llama.py --out DIR --minutes 9      one GPU
     python examples/train/tiny_llama.py --out DIR --smoke          a few steps on the CPU
 
-The model reads bytes (``accelkit.calibration.tasks.ByteTokenizer``), has about six million
-parameters and learns Python source text and the long-context tasks of
-``accelkit.calibration.tasks`` at lengths that grow from 512 to 32768 tokens. Worker processes
+The model reads bytes (``accelkit.calibration.evaluation.tasks.ByteTokenizer``), has about six
+million parameters and learns Python source text and the long-context tasks of
+``accelkit.calibration.evaluation.tasks`` at lengths that grow from 512 to 32768 tokens. Workers
 write the prompts while the GPU trains; the schedule follows the clock, so that the script ends
 in time. DIR receives a Hugging Face model directory: weights, configuration, tokenizer, and a
 README.md with the scores, measured on the saved model through transformers.
@@ -492,7 +492,7 @@ pretrained model in seconds; it is no use as an assistant.
   up to {longest} tokens, bfloat16.
 - Byte-level tokenizer: token ids 0-255 are the bytes, 256 begins a text.
 - Trained on Python source text (standard library and installed packages) and the tasks of
-  `accelkit.calibration.tasks` at 512 to 32768 tokens:
+  `accelkit.calibration.evaluation.tasks` at 512 to 32768 tokens:
   {how}.
 - Made by `examples/train/tiny_llama.py`, which also measured the scores below and wrote this
   file.

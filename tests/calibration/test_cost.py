@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -112,10 +113,10 @@ def test_random_lists_are_visible_and_hold_the_diagonal() -> None:
 
 def test_gpus_measure_more_lengths_and_denoisers_one() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert fit.lengths(SMALL, 65536, gpu) == [4096, 8192, 16384, 32768, 65536]
+    assert fit.lengths(SMALL, 65536, gpu) == [4096, 8192, 16384, 40960, 65536]
     assert fit.lengths(SMALL, 65536, cpu) == [16384, 65536]
     assert fit.lengths(SMALL, 65536, gpu, brief=True) == [16384, 65536]
-    assert fit.lengths(SMALL, 16384, gpu) == [2048, 4096, 8192, 16384]
+    assert fit.lengths(SMALL, 16384, gpu) == [2048, 4096, 10240, 16384]
     assert fit.lengths(SMALL, 1024, gpu) == [1024]
     assert fit.lengths(replace(SMALL, causal=False), 4680, gpu) == [4680]
 
@@ -126,7 +127,7 @@ def test_terms_add_up_to_the_points() -> None:
     found = fit_methods.cost(load("pbs_attn")(), calls, slow, lambda run, times=1: 2.0, SMALL)
     assert not isinstance(found, str)
     cost, lists = found.cost, found.lists
-    assert lists[1024][0][0][0] == (128, 128)
+    assert lists[1024][0][0][0][0] == (128, 128)
     # Rows are laid out and put back, which choosing includes once.
     assert dict(cost.terms["permutation"]) == {1024: 4.0}
     assert cost.points == ((1024, sum(p[-1][1] for p in cost.terms.values())),)
@@ -197,8 +198,8 @@ def test_own_lists_count_beside_random_ones() -> None:
     own = (((128, 128), [0.5, 0.25]),)
     heads = sum(TABLE.head_ms((128, 128), 4096, d) for d in (0.5, 0.25))
     launch = TABLE.launch_ms((128, 128))
-    found = fit_methods.beside_random(TABLE, own, 4096, launch + 0.8 * heads)
-    assert found == pytest.approx(0.8)
+    rows, found = fit_methods.beside_random(TABLE, 4096, [(own, launch + 0.8 * heads)])
+    assert (rows, found) == pytest.approx((0.8, 0.8))
     cost = replace(TABLE.methods["m"], lists=((1024, 1.2), (4096, found)))
     table = replace(TABLE, methods={"m": cost})
     for n, factor in ((1024, 1.2), (4096, 0.8), (8192, 0.8), (2048, 0.96**0.5)):
@@ -210,6 +211,27 @@ def test_own_lists_count_beside_random_ones() -> None:
     assert whole == pytest.approx(once + 4 * each + launch + 0.8 * heads)
 
 
+def test_thin_lists_tell_rows_and_pairs_apart() -> None:
+    """A few long rows among short ones take their time however thin the others are."""
+    size, launch = (128, 128), TABLE.launch_ms((128, 128))
+    rows = 4 * TABLE.rows_ms(size, 4096)
+
+    def took(density: float) -> tuple[fit_methods.Lists, float]:
+        pairs = 4 * TABLE.head_ms(size, 4096, density) - rows
+        return ((size, [density] * 4),), launch + 3 * rows + 0.9 * pairs
+
+    middle, thin, thinner = (took(d) for d in (0.5, 0.1, 0.02))
+    of_rows, of_pairs = fit_methods.beside_random(TABLE, 4096, [middle, thin])
+    assert (of_rows, of_pairs) == pytest.approx((3, 0.9))
+    cost = MethodCost(((4096, 0.0),), lists=((4096, of_pairs),), rows=((4096, of_rows),))
+    table = replace(TABLE, methods={"m": cost})
+    assert table.call_ms("m", 4096, thinner[0]) == pytest.approx(thinner[1])
+    assert CostTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+    # Lists of nearly the same density tell nothing.
+    one, other = fit_methods.beside_random(TABLE, 4096, [middle, took(0.45)])
+    assert one == other
+
+
 def test_a_launch_of_few_heads_has_the_whole_tail() -> None:
     table = replace(TABLE, kernels={"128x128": Kernel(0.5, 0.01, 2.0, tail=3.0)})
     tail = 3.0 * 0.25 * 4.096
@@ -217,18 +239,6 @@ def test_a_launch_of_few_heads_has_the_whole_tail() -> None:
     assert table.random_ms((128, 128), 4096, [0.25] * 2) == pytest.approx(bare + tail)
     all_heads = table.random_ms((128, 128), 4096, [0.25] * 4)
     assert all_heads == pytest.approx(0.5 + 4 * table.head_ms((128, 128), 4096, 0.25))
-
-
-def test_the_lesser_of_two_measurements() -> None:
-    def found(estimator: float, selection: float, lists: float) -> fit_methods.Found:
-        terms = {"estimator": ((1024, estimator),), "selection": ((1024, selection),)}
-        cost = MethodCost(((1024, estimator + selection),), terms=terms)
-        return fit_methods.Found(cost, {1024: ((), lists)}, [(64, 64)], kept=False)
-
-    one = found(1.0, 3.0, 7.0)
-    both = one.lesser(found(2.0, 2.5, 6.0))
-    assert both == found(1.0, 2.5, 6.0)
-    assert one.lesser("it does not run here") is one
 
 
 def test_kept_lists_start_sooner() -> None:
@@ -239,7 +249,8 @@ def test_kept_lists_start_sooner() -> None:
     assert table.launch_ms(size, kept=True) == pytest.approx(0.4)
     heads = 4 * table.head_ms(size, 4096, 0.25)
     assert table.call_ms("m", 4096, own, anew=0.0) == pytest.approx(0.4 + heads)
-    assert fit_methods.beside_random(table, own, 4096, 0.4 + heads, kept=True) == pytest.approx(1)
+    found = fit_methods.beside_random(table, 4096, [(own, 0.4 + heads)], kept=True)
+    assert found == pytest.approx((1, 1))
 
 
 def test_lengths_between_lie_on_a_curve_through_the_points() -> None:
@@ -250,6 +261,15 @@ def test_lengths_between_lie_on_a_curve_through_the_points() -> None:
         assert interpolate(points, n) == pytest.approx(0.05 + 2e-5 * n + 3e-10 * n * n, rel=1e-3)
     bent = (*points[:2], (16384, 1.5 * curve[16384]), *points[3:])
     assert interpolate(bent, 16384) == pytest.approx(1.5 * curve[16384])
+
+
+def test_rows_that_are_filled_up_grow_in_steps() -> None:
+    def ms(n: int) -> float:
+        return 0.01 + 1e-10 * n * 2 ** math.ceil(math.log2(n))
+
+    points = tuple((n, ms(n)) for n in (4096, 8192, 16384, 40960, 65536))
+    for n in (12288, 24576, 49152):
+        assert interpolate(points, n) == pytest.approx(ms(n), rel=1e-3)
 
 
 def test_older_tables_hold_one_factor_for_all_lengths() -> None:

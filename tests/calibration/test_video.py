@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -98,6 +99,20 @@ def test_a_run_is_seeded_and_can_be_cut_short():
 def test_a_pipeline_is_not_given_what_it_does_not_know():
     with pytest.raises(InvalidInputError, match="num_frames"):
         SIZE.arguments(tiny_pipe("flux"))
+
+
+@pytest.mark.parametrize(
+    ("size", "arguments", "words"),
+    [
+        ({"height": 47}, {}, "divisible by 16 but are 47"),
+        ({}, {"guidance": 3.0}, "no argument guidance; it has .*guidance_scale"),
+    ],
+)
+def test_what_a_pipeline_refuses_is_bad_input(size, arguments, words):
+    pipe = tiny_pipe("wan")
+    shot = video.Shot("a", {"prompt": "a", **arguments}, 0)
+    with pytest.raises(InvalidInputError, match=words):
+        video.run(pipe, replace(SIZE, **size), shot)
 
 
 def take(latents, pictures=None):

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from accelkit.calibration.denoise.perceptual import lpips_of
 from accelkit.calibration.evaluation.quality import relative, synchronise
-from accelkit.errors import InvalidInputError
+from accelkit.errors import AccelkitError, InvalidInputError
 
 BUILT_IN = (
     "a red fox running through fresh snow, low winter sun",
@@ -230,13 +230,7 @@ def run(
     with listening(pipe, see), _quiet(pipe):
         clock.mark()
         try:
-            out = pipe(
-                **settings.arguments(pipe),
-                **shot.arguments,
-                **extra,
-                generator=torch.Generator().manual_seed(shot.seed),
-                output_type="np" if decode else "latent",
-            )
+            out = _called(pipe, settings, shot, output_type="np" if decode else "latent", **extra)
             if decode:
                 frames = _frames(out)
         except Enough:
@@ -271,16 +265,31 @@ class _Clock:
         return [m - first for m in rest]
 
 
+def _called(pipe: Any, settings: Settings, shot: Shot, **extra: Any) -> Any:
+    """The pipeline's own call; arguments that it refuses are bad input, told in its words."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    strange = [k for k in shot.arguments if k not in known]
+    if strange:
+        raise InvalidInputError(
+            f"prompt {shot.name!r}: {type(pipe).__name__} has no argument {', '.join(strange)}; "
+            f"it has {', '.join(k for k in known if k != 'self')}"
+        )
+    arguments = {**settings.arguments(pipe), **shot.arguments, **extra}
+    try:
+        return pipe(**arguments, generator=torch.Generator().manual_seed(shot.seed))
+    except AccelkitError:
+        raise
+    except ValueError as error:
+        raise InvalidInputError(
+            f"{type(pipe).__name__} refuses what it was called with: {error}"
+        ) from error
+
+
 def begin(pipe: Any, settings: Settings, shot: Shot) -> None:
     """Run a pipeline until something raises `Enough`, and tidy up behind it."""
     try:
         with torch.inference_mode(), _quiet(pipe):
-            pipe(
-                **settings.arguments(pipe),
-                **shot.arguments,
-                generator=torch.Generator().manual_seed(shot.seed),
-                output_type="latent",
-            )
+            _called(pipe, settings, shot, output_type="latent")
     except Enough:
         pipe.maybe_free_model_hooks()
 

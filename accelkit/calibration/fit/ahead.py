@@ -14,9 +14,9 @@ import torch
 
 from accelkit.calibration.candidates import families
 from accelkit.calibration.capture import dense_attention
-from accelkit.calibration.fit import kernels as fit_kernels
-from accelkit.calibration.fit import methods as fit_methods
+from accelkit.calibration.fit import kernels
 from accelkit.calibration.fit.inputs import Shape
+from accelkit.calibration.fit.methods import asked, cost
 from accelkit.calibration.session import compile_clock, compile_once
 from accelkit.patches.call import AttentionCall, Site
 from accelkit.patches.method import AttentionMethod
@@ -95,8 +95,8 @@ def _dense(calls: Mapping[int, AttentionCall]) -> tuple[()]:
 
 
 def _kernel(size: Size, calls: Mapping[int, AttentionCall]) -> tuple[()]:
-    for point in fit_kernels.launches(calls, size, fit_kernels.EACH_SHAPE):
-        fit_kernels.anew(point.one)
+    for point in kernels.launches(calls, size, kernels.EACH_SHAPE):
+        kernels.anew(point.one)
     return ()
 
 
@@ -111,8 +111,8 @@ def _jobs(method: AttentionMethod, shape: Shape) -> list[Job]:
 
 
 def _setting(setting: AttentionMethod, calls: Mapping[int, AttentionCall]) -> tuple[()]:
-    for one in fit_methods.asked(calls[max(calls)], setting) or ():
-        fit_kernels.anew(one)
+    for one in asked(calls[max(calls)], setting) or ():
+        kernels.anew(one)
     return ()
 
 
@@ -126,7 +126,7 @@ def _method(
         return 1.0
 
     slow = tuple((n, 1e9) for n in calls)  # no method is refused
-    found = fit_methods.cost(method, calls, slow, once, shape)
+    found = cost(method, calls, slow, once, shape)
     if isinstance(found, str):
         return []
     return found.sizes

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from accelkit.calibration.fit.clock import device_ms, each_ms
+from accelkit.calibration.fit.clock import device_ms, each_ms, settle
 from accelkit.calibration.fit.inputs import random_index, shorter
 from accelkit.calibration.timing import times_ms
 from accelkit.kernels import dispatch, select
@@ -37,9 +37,9 @@ STAYED = 0.97
 
 @dataclass(frozen=True)
 class Densities:
-    """Densities of random blocks in launches with all heads and with a quarter of them, and those
-    on which the fit is judged. On a GPU the length and the head count on which it is judged are
-    none of those that it sees either.
+    """Densities of random blocks in launches with all heads and with few of them, and those on
+    which the fit is judged. On a GPU the length and the head count on which it is judged are none
+    of those that it sees either.
     """
 
     whole: tuple[float, ...]
@@ -72,17 +72,18 @@ def kernel(
 ) -> tuple[Kernel, tuple[Check, ...]]:
     """Coefficients of one unit, and what they say of launches that they have not seen; nothing is
     measured again after the moment `until`. `brief`: from as few launches as tell them apart, on a
-    GPU.
+    GPU that need not be rested.
     """
     points = list(launches(calls, size, densities(size, brief)))
+    if brief:
+        return judged(size, points, each_ms([partial(anew, p.one) for p in points]))
 
     def least(p: Point) -> float:
         return _least_ms(partial(anew, p.one), p.one)
 
-    runs = [partial(anew, p.one) for p in points]
-    spent = each_ms(runs) if brief else [least(p) for p in points]
+    spent = [least(p) for p in points]
+    said = solved(points, spent)[1]
     for _ in range(ROUNDS):
-        said = solved(points, spent)[1]
         odd = [i for i, ms in enumerate(said) if abs(ms / spent[i] - 1) > ODD]
         if not odd or time.monotonic() > until:
             break
@@ -90,6 +91,7 @@ def kernel(
         stayed = all(ms > STAYED * spent[i] for i, ms in again.items())
         for i, ms in again.items():
             spent[i] = min(ms, spent[i])
+        said = solved(points, spent)[1]
         if stayed:
             break
     return judged(size, points, spent)
@@ -109,7 +111,8 @@ def judged(
     )
     error = statistics.fmean(abs(c.error) for c in checks)
     one = points[0].one
-    kept = max(spent[0] - _least_ms(partial(compute, one), one), 0.0) if one.call.q.is_cuda else 0.0
+    again = min(device_ms(partial(compute, one), 2, 1)) if one.call.q.is_cuda else spent[0]
+    kept = max(spent[0] - again, 0.0)
     return replace(found, error=round(error, 4), backend=_backend(one), kept=kept), checks
 
 
@@ -121,14 +124,14 @@ def densities(size: tuple[int, int], brief: bool = False) -> Densities:
 def launches(
     calls: Mapping[int, AttentionCall], size: tuple[int, int], some: Densities
 ) -> Iterator[Point]:
-    """The launches of a fit, over random lists. On a GPU some have a quarter of the heads: at one
-    head count rows and launches cannot be told apart at long lengths.
+    """The launches of a fit, over random lists. On a GPU some are of few heads: at one head count
+    rows and launches cannot be told apart at long lengths.
     """
     longest = max(calls)
     if size[1] == 1 and longest > MOST_SINGLE_KEYS:
         # A mask of single keys grows with the square of the length; shorter prompts tell as much.
         whole = calls[longest]
-        calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS // 4, MOST_SINGLE_KEYS)}
+        calls = {n: shorter(whole, n) for n in (s * MOST_SINGLE_KEYS // 8 for s in (2, 3, 8))}
         longest = MOST_SINGLE_KEYS
     for n, call in calls.items():
         for part in _parts(call):
@@ -150,8 +153,10 @@ def held(longest: int) -> int:
 
 
 def _parts(call: AttentionCall) -> list[AttentionCall]:
-    """The call with all heads and, on a GPU, with a quarter of them."""
-    few = len(call.heads) // 4
+    """The call with all heads and, on a GPU, with about a third of them: a power of two would fill
+    its multiprocessors about equally at all lengths.
+    """
+    few = 5 * len(call.heads) // 16
     return [call, call.take(call.heads[:few])] if call.q.is_cuda and few else [call]
 
 
@@ -185,6 +190,7 @@ def solved(points: Sequence[Point], spent: Sequence[float]) -> tuple[Kernel, lis
 def _least_ms(run: Callable[[], Any], one: Answer) -> float:
     """The lesser of two runs after one to warm up; on a CPU, where runs are long, of two."""
     device = one.call.q.device
+    settle(device)
     return min(device_ms(run, 2, 1) if device.type == "cuda" else times_ms(run, 2, 0, device))
 
 

@@ -15,7 +15,14 @@ from typing import Any
 from accelkit.calibration.candidates import calibrated_settings, families, prime
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit.inputs import Shape, fresh
-from accelkit.kernels.cost import Check, CostTable, MethodCost, Points, interpolate
+from accelkit.kernels.cost import (
+    Check,
+    CostTable,
+    MethodCost,
+    Points,
+    interpolate,
+    least_squares,
+)
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.select import density
 from accelkit.patches.call import AttentionCall
@@ -38,40 +45,32 @@ Size = tuple[int, int]
 Lists = tuple[tuple[Size, list[float]], ...]
 """Units, each with the share of the visible pairs that a method lists for every head."""
 LEAST_LISTS = 0.05
-"""Share of a measurement that is left to the lists when launches seem to take all of it."""
+"""Share of a measurement that is left to the lists when launches seem to take all of it, and least
+factor of rows and pairs.
+"""
+THIN = 0.6
+"""Lists tell rows and pairs apart when some have less than this share of the pairs of others."""
 Clocked = Callable[..., float]
 """Milliseconds of a piece of work, given it and how often to run it."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A method's cost without the factor of its lists; by length its lists, and the milliseconds
-    of their kernels; units of its variants; whether its lists are made once.
+    """A method's cost without the factors of its lists; by length its lists and the milliseconds
+    of their kernels, at the middle of its dial and thinner; units of its variants; whether its
+    lists are made once.
     """
 
     cost: MethodCost
-    lists: Mapping[int, tuple[Lists, float]]
+    lists: Mapping[int, Sequence[tuple[Lists, float]]]
     others: Sequence[Size]
     kept: bool
 
     @property
     def sizes(self) -> list[Size]:
         """Every unit of its lists and its variants' lists."""
-        return [size for own, _ in self.lists.values() for size, _ in own] + list(self.others)
-
-    def lesser(self, again: Found | str) -> Found:
-        """The lesser of every reading of two measurements; this one where the other failed."""
-        if isinstance(again, str):
-            return self
-        terms = {t: _lesser(p, again.cost.terms[t]) for t, p in self.cost.terms.items()}
-        lists = {n: (own, min(ms, again.lists[n][1])) for n, (own, ms) in self.lists.items()}
-        return replace(
-            self, cost=replace(self.cost, points=_summed(terms), terms=terms), lists=lists
-        )
-
-
-def _lesser(points: Points, others: Points) -> Points:
-    return tuple((n, min(ms, again)) for (n, ms), (_, again) in zip(points, others, strict=True))
+        seen = chain(*self.lists.values())
+        return [size for own, _ in seen for size, _ in own] + list(self.others)
 
 
 def _summed(terms: Mapping[str, Points]) -> Points:
@@ -86,11 +85,14 @@ def cost(
     dense: Points,
     clocked: Clocked,
     shape: Shape,
+    *,
+    thin: bool = False,
     brief: bool = False,
 ) -> Found | str:
     """Cost of a method's estimate, selection, order and merging at the lengths of `calls`, and of
-    the kernels over its lists. Or why it is refused. `brief`: estimate and selection are not told
-    apart, and shorter calls than the longest are read once, without the kernels.
+    the kernels over its lists; with `thin` over thinner ones, too. Or why it is refused. `brief`:
+    estimate and selection are not told apart, and shorter calls than the longest are read once,
+    without the kernels.
     """
     setting, longest = middle(method), max(calls)
 
@@ -98,7 +100,7 @@ def cost(
         return clocked(run, 1)
 
     found: dict[str, list[tuple[int, float]]] = {t: [] for t in MethodCost.TERMS}
-    own: dict[int, tuple[Lists, float]] = {}
+    own: dict[int, list[tuple[Lists, float]]] = {}
     for n, bare in calls.items():
         ms = once if brief and n < longest else clocked
         try:
@@ -124,8 +126,12 @@ def cost(
             spent = (estimator, selection, permutation(call, one, ms))
             for term, each in zip(found.values(), spent, strict=True):
                 term.append((n, each))
-            if n == longest or not brief:
-                own[n] = lists(one, now, ms)
+            if brief and n < longest:
+                continue
+            own[n] = [lists(one, now, ms)]
+            fewer = thinner(method) if thin and now == setting else None
+            if fewer is not None and (answers := asked(call, fewer)) is not None:
+                own[n].append(lists(answers[0], fewer, ms))
         except Exception as error:  # a method that fails must not end the calibration of the others
             return f"it does not run here: {type(error).__name__}: {error}"
     if not own:
@@ -200,14 +206,24 @@ def own_lists(one: Answer) -> Lists:
 
 
 def beside_random(
-    table: CostTable, own: Lists, tokens: int, took: float, kept: bool = False
-) -> float:
+    table: CostTable, tokens: int, seen: Sequence[tuple[Lists, float]], kept: bool = False
+) -> tuple[float, float]:
     """What lists took ÷ what `table` predicts for random ones of the same densities, without the
-    launches; `kept`: of lists that ran before.
+    launches: of their rows, and of the pairs in them. The two are told apart where some lists are
+    much thinner than others. `kept`: of lists that ran before.
     """
-    launches = sum(table.launch_ms(size, kept) for size, _ in own)
-    heads = sum(table.head_ms(size, tokens, d) for size, each in own for d in each)
-    return max(took - launches, LEAST_LISTS * took) / heads if heads else 1.0
+    parts, spent = [], []
+    for own, took in seen:
+        launches = sum(table.launch_ms(size, kept) for size, _ in own)
+        rows = sum(table.rows_ms(size, tokens) * len(each) for size, each in own)
+        heads = sum(table.head_ms(size, tokens, d) for size, each in own for d in each)
+        parts.append((rows, heads - rows))
+        spent.append(max(took - launches, LEAST_LISTS * took))
+    if len(parts) > 1 and parts[-1][1] < THIN * parts[0][1]:
+        rows, pairs = (max(f, LEAST_LISTS) for f in least_squares(parts, spent))
+        return rows, pairs
+    whole = sum(parts[0])
+    return (spent[0] / whole,) * 2 if whole else (1.0, 1.0)
 
 
 def checked(
@@ -262,6 +278,14 @@ def middle(method: AttentionMethod) -> AttentionMethod:
     if dial is None:
         return method
     return method.model_copy(update={dial.field: dial.values[len(dial.values) // 2]})
+
+
+def thinner(method: AttentionMethod) -> AttentionMethod | None:
+    """The method near the thin end of its dial, if that lies before the middle."""
+    dial = method.dial
+    if dial is None or len(dial.values) < 4:
+        return None
+    return method.model_copy(update={dial.field: dial.values[1]})
 
 
 def ends(method: AttentionMethod) -> list[AttentionMethod]:

@@ -13,11 +13,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from accelkit.calibration.search import DENSE, Choice, Table
+from accelkit.calibration.search import DENSE, Choice, Option, Table
 
 TIMES = 4.0
 """By which factor the errors of a blamed head's family are raised: search then prefers another
 family, or much denser settings.
+"""
+BANNED = 1e4
+"""The same for the setting that it ran, and for those with larger errors: none of them is tried
+again.
 """
 Head = tuple[int, int]
 """Site, by its place in the tables, and head."""
@@ -71,17 +75,20 @@ def raised(
     site, h = blamed
     table, choice = tables[site], choices[site]
     if choice.borrowed and choice.borrowed[h]:
-        loans = [_more(x, h) if n == choice.loan else x for n, x in enumerate(table.loans)]
+        loans = [_more(x, h, BANNED) if n == choice.loan else x for n, x in enumerate(table.loans)]
         changed = replace(table, loans=tuple(loans))
     else:
-        family = table.options[choice.heads[h]].family
+        ran = table.options[choice.heads[h]]
         good = DENSE if fine is None else fine[site].heads[h]
-        known = good != DENSE and table.options[good].family == family
+        known = good != DENSE and table.options[good].family == ran.family
         least = table.options[good].error[h] if known else -1.0
-        options = [
-            _more(x, h) if x.family == family and x.error[h] > least else x for x in table.options
-        ]
-        changed = replace(table, options=tuple(options))
+
+        def times(x: Option) -> float:
+            if x.family != ran.family or x.error[h] <= least:
+                return 1.0
+            return BANNED if x.error[h] >= ran.error[h] else TIMES
+
+        changed = replace(table, options=tuple(_more(x, h, times(x)) for x in table.options))
     return [changed if n == site else t for n, t in enumerate(tables)]
 
 
@@ -95,8 +102,8 @@ def _mended(choice: Choice, heads: set[int], fine: Choice | None) -> Choice:
     return Choice(kept, choice.loan, borrowed) if any(borrowed) else Choice(kept)
 
 
-def _more(row: Any, h: int) -> Any:
+def _more(row: Any, h: int, times: float) -> Any:
     """An option or a loan with the error of one head raised."""
     error = row.error.copy()
-    error[h] *= TIMES
+    error[h] *= times
     return replace(row, error=error)

@@ -219,7 +219,7 @@ def _dense_prefill(run: Run, inputs: prompts.Inputs) -> dict[str, Any]:
     """Milliseconds and peak memory of what the search is compared with: the longest prompts."""
     ids = np.repeat(inputs.measure[0].ids[None], run.batch, 0)
     memory.restart(run.device)
-    ms = fit.clock(partial(forward, run.model, ids), 1, run.device)
+    ms = fit.clock(partial(forward, run.model, ids), 1, run.device, rested=False)
     return {"dense_prefill_ms": round(ms, 3), "dense_peak_bytes": memory.peak(run.device)}
 
 

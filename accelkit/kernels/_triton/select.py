@@ -221,25 +221,25 @@ def _below(x, keys):
     return m * (m - 1) // 2 + (x - m) * keys
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n_blocks", "n_q", "n_k", "q_start"])
+@triton.jit(do_not_specialize=["n_tiles", "n_blocks", "n_q", "n_k", "q_start", "bq", "bk"])
 def _listed(
-    START, COUNT, BLOCKS, OUT, n_tiles, n_blocks, n_q, n_k, q_start,
-    BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
+    START, COUNT, BLOCKS, OUT, n_tiles, n_blocks, n_q, n_k, q_start, bq, bk,
+    CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     tile = row % n_tiles
     start, count = tl.load(START + row), tl.load(COUNT + row)
     n = tl.where(count < 0, n_blocks, count)
-    rows = tl.minimum(n_q - tile * BQ, BQ)
+    rows = tl.minimum(n_q - tile * bq, bq)
     total = tl.zeros([CHUNK], tl.int64)
     for j in range(0, n, CHUNK):
         lane = j + tl.arange(0, CHUNK)
         block = tl.load(BLOCKS + start + lane, mask=lane < count, other=0)
         block = tl.where(count < 0, lane, block)
         real = (lane < n) & (block >= 0) & (block < n_blocks)
-        keys = tl.minimum(n_k - block * BK, BK).to(tl.int64)
+        keys = tl.minimum(n_k - block * bk, bk).to(tl.int64)
         if CAUSAL:
-            first = q_start + tile * BQ + 1 - block.to(tl.int64) * BK
+            first = q_start + tile * bq + 1 - block.to(tl.int64) * bk
             pairs = _below(first + rows, keys) - _below(first, keys)
         else:
             pairs = rows * keys
@@ -257,7 +257,7 @@ def listed_pairs(index: BlockIndex, call: Inputs, keys: int) -> Tensor:
     chunk = min(1024, max(16, triton.next_power_of_2(nk)))
     blocks = index.blocks if index.blocks.numel() else count
     _listed[(count.numel(),)](
-        start, count, blocks, out, nq, nk, call.n_q, keys, call.q_start,
-        BQ=bq, BK=bk, CAUSAL=call.causal, CHUNK=chunk, num_warps=4 if chunk > 256 else 1,
+        start, count, blocks, out, nq, nk, call.n_q, keys, call.q_start, bq, bk,
+        CAUSAL=call.causal, CHUNK=chunk, num_warps=4 if chunk > 256 else 1,
     )  # fmt: skip
     return out
