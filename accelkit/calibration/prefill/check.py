@@ -15,7 +15,6 @@ from accelkit.calibration.capture import prefill
 from accelkit.calibration.data import Inputs
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.evaluation.tasks import Sample
-from accelkit.calibration.fit.clock import device_ms
 from accelkit.calibration.refine import Round, plan_digest
 from accelkit.calibration.session import Run
 from accelkit.calibration.timing import times_ms
@@ -236,7 +235,7 @@ class Checker:
         def once(side: Plan | None) -> float:
             with nullcontext() if side is None else patch(model, side):
                 # The first of two warms up: lists from geometry are made once in a patch's life.
-                return min(device_ms(run, 2)) if on_gpu else times_ms(run, 1, 0, device)[0]
+                return min(times_ms(run, 2 if on_gpu else 1, 0, device))
 
         def work() -> dict[str, float]:
             took = {k: once(s) for k, s in sides.items()}
