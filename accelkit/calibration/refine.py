@@ -112,6 +112,9 @@ class Checker(Timer, Protocol):
         all inputs; judged only if it failed.
         """
 
+    def expect(self, now: Round) -> None:
+        """Fill in the bound of a round that was only looked at anew, after checks of others."""
+
     def check(self, now: Round, allowed: float) -> None:
         """Run the inputs that are left until one fails, and judge whether the round held."""
 
@@ -194,8 +197,8 @@ class _Turns:
 
     @property
     def seemed(self) -> list[Round]:
-        """Rounds that were only looked at."""
-        return [r for r in self.rounds if not r.judged]
+        """Rounds that were only looked at and may hold, as far as is known by now."""
+        return [r for r in self.rounds if not r.judged and r.reach <= self.allowed]
 
     @property
     def open(self) -> bool:
@@ -214,8 +217,15 @@ class _Turns:
         """The round of largest ε that was only looked at, checked; None: there is none."""
         now = max(self.seemed, key=lambda r: r.epsilon, default=None)
         if now is not None:
-            self.checker.check(now, self.allowed)
+            self.check(now)
         return now
+
+    def check(self, now: Round) -> None:
+        """Judge a round, and what that says of those that were only looked at."""
+        self.checker.check(now, self.allowed)
+        for other in self.rounds:
+            if not other.judged:
+                self.checker.expect(other)
 
     def look(self, epsilon: float, proposal: Proposal) -> Round:
         """A round of this proposal, looked at, and checked where that tells more."""
@@ -229,7 +239,7 @@ class _Turns:
             now.looked = float("inf") if now.judged else now.reach
         due = not self.looks_tell or now.reach >= DUE * self.allowed or not self.checker.affords()
         if not now.judged and (due or (len(self.rounds) > self.most - LAST and not self.held)):
-            self.checker.check(now, self.allowed)
+            self.check(now)
         return now
 
     def note(self, epsilon: float, now: Round) -> None:
@@ -248,12 +258,12 @@ class _Turns:
         """Check what was only looked at and further proposals, the fastest first, until one
         holds.
         """
-        known = [Round(p.error, p) for p in others]
-        for now in sorted([*self.rounds, *known], key=lambda r: r.proposal.ms):
-            if not now.judged:
-                self.checker.check(now, self.allowed)
-                if now not in self.rounds:
+        further = [Round(p.error, p) for p in others]
+        for now in sorted([*self.rounds, *further], key=lambda r: r.proposal.ms):
+            if not now.judged and now.reach <= self.allowed:
+                if not now.rows:
                     self.rounds.append(now)
+                self.check(now)
             if now.held:
                 break
 

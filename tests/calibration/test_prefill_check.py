@@ -186,6 +186,23 @@ def test_a_look_that_fails_is_compared_with_another_task(made) -> None:
     assert mended("one")
 
 
+def test_what_was_looked_at_is_judged_anew_after_a_check(made) -> None:
+    one = made((0.01, 0.012, 0.011, 0.009))
+    looked = one.round("looked")
+    one.checker.look(looked, ALLOWED)
+    assert looked.bound == pytest.approx(0.01 * LIFT)
+    one.errors[1] = 0.0155
+    other = one.round("other")
+    one.checker.check(other, ALLOWED)
+    one.checker.expect(looked)
+    assert looked.bound == pytest.approx(other.reach)  # all reach as much beside the first
+    assert other.reach > 0.015
+    one.errors[1] = 0.05  # this one stands out, which says nothing of other plans
+    before = dict(one.checker.lifts)
+    one.checker.check(one.round("a third"), ALLOWED)
+    assert one.checker.lifts == before
+
+
 def test_another_plan_is_afforded_within_what_the_check_is_worth(made) -> None:
     """Beside a look and a check of all prompts, whose dense side counts where it has not run."""
     one = made((0.01, 0.012, 0.011, 0.009))

@@ -57,8 +57,13 @@ class Checker:
         """Run the most revealing prompt of earlier rounds."""
         first = self.order[0]
         self._add(now, first, allowed)
-        now.bound = max(now.measured, now.rows[0]["error"] * self.lifts.get(first, LIFT))
+        self.expect(now)
         now.judged = self._fails(now, first, allowed)
+
+    def expect(self, now: Round) -> None:
+        """What all prompts may reach, from those that were run and what checks of others told."""
+        known = [r["error"] * self.lifts.get(r["prompt"], LIFT) for r in now.rows if r["error"]]
+        now.bound = max(known, default=0.0)
 
     def check(self, now: Round, allowed: float) -> None:
         """Run the other prompts, the most revealing of earlier rounds first, until one fails."""
@@ -79,7 +84,8 @@ class Checker:
         now.held = not failed and quality.holds(tasks, allowed)
         now.judged = True
         errors = {r["prompt"]: r["error"] for r in now.rows if r["error"] is not None}
-        self.lifts |= {n: now.reach / max(e, 1e-12) for n, e in errors.items()}
+        if now.held or not self._apart(now):
+            self.lifts |= {n: now.reach / max(e, 1e-12) for n, e in errors.items()}
         worst = sorted(errors, key=lambda n: -errors[n])
         if not now.held:  # also where it lost answers, which the next round must not
             worst = [_spoilt(now)["prompt"], *worst]
@@ -165,6 +171,14 @@ class Checker:
     def _others(now: Round, n: int) -> list[float]:
         """Errors of the round's prompts but the n-th."""
         return [r["error"] for r in now.rows if r["prompt"] != n and r["error"] is not None]
+
+    def _apart(self, now: Round) -> bool:
+        """Whether a round failed for a cause of its own."""
+        row = _spoilt(now)
+        others = self._others(now, row["prompt"])
+        return bool(row["lost_answers"]) or (
+            bool(others) and row["error"] >= OUTLIER * float(np.median(others))
+        )
 
     def _beside(self, now: Round, n: int) -> None:
         """Run a prompt of another task, to tell whether the n-th stands out."""
