@@ -65,8 +65,8 @@ class Clocks:
         """Time random lists of these units once more."""
         for size in sizes:
             if size not in self._points:
-                some = densities(size, brief=True)
-                self._points[size] = list(launches(self.calls, size, some))
+                few = densities(size, brief=True)
+                self._points[size] = list(launches(self.calls, size, few))
         for size, some in self._points.items():
             clock = self.turn(f"{size}")
             self._spent[size] = [clock(partial(anew, p.one)) for p in some]
