@@ -190,15 +190,19 @@ def crossover(data: Sequence[SiteData], solution: Solution, costs: CostTable, to
 def _ms_at(data: SiteData, choice: Choice, costs: CostTable, tokens: int) -> float:
     if choice.dense:
         return costs.dense_ms(tokens)
-    ms, paid = 0.0, {}
+    ms, paid, known = 0.0, dict[str, float](), dict[int, np.ndarray]()
     for h, at in enumerate(choice.heads):
         if choice.borrowed and choice.borrowed[h]:
             ms += float(head_ms(data.loans[choice.loan], costs, tokens, 0.0)[h])  # type: ignore[index]
         elif at == DENSE:
             ms += costs.ride_ms(tokens)
         else:
-            ms += float(head_ms(data.options[at], costs, tokens)[h])
-            paid[data.options[at].family] = _once(data.options[at], costs, tokens)
+            one = data.options[at]
+            if at not in known:
+                known[at] = head_ms(one, costs, tokens)
+            if one.family not in paid:
+                paid[one.family] = _once(one, costs, tokens)
+            ms += float(known[at][h])
     return ms + sum(paid.values())
 
 

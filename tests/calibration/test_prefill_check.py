@@ -31,16 +31,18 @@ def plan():
 class Made:
     """Prompts whose errors and lost answers are given; `asked` notes what was run."""
 
-    def __init__(self, plan, monkeypatch, errors: dict[int, float], lost: dict[Any, int]) -> None:
+    def __init__(self, plan, monkeypatch, errors, lost, batch) -> None:
         samples = tuple(
             Sample(t, np.full(64, n), () if t == "text" else ((8, 9),) * 24)
             for n, t in enumerate(TASKS)
         )
         self.errors, self.lost, self.asked, self.plan = errors, lost, [], plan
         more = lambda task, tokens, n: Sample(task, np.full(64, 100 + n), ((8, 9),) * 24)  # noqa: E731
-        run = SimpleNamespace(model=None, journal=Journal(None, {}, False), tell=lambda stage: None)
-        monkeypatch.setattr(quality, "reference", lambda model, sample, still: sample)
-        monkeypatch.setattr(quality, "check", lambda model, plan, sample: self.row(sample))
+        run = SimpleNamespace(
+            model=None, journal=Journal(None, {}, False), tell=lambda stage: None, batch=batch
+        )
+        monkeypatch.setattr(quality, "references", lambda model, samples, still: samples)
+        monkeypatch.setattr(quality, "checks", lambda model, plan, some: [*map(self.row, some)])
         monkeypatch.setattr(quality, "answers", lambda m, plan, still, make: self.row(make()))
         monkeypatch.setattr(prefill_check, "plan_digest", lambda plan: repr(plan))
         self.checker = Checker(run, Inputs(samples, samples, "", more), plan)  # type: ignore
@@ -62,8 +64,8 @@ class Made:
 
 @pytest.fixture
 def made(plan, monkeypatch) -> Callable[..., Made]:
-    def make(errors: tuple[float, ...], lost: dict[Any, int] | None = None) -> Made:
-        return Made(plan, monkeypatch, dict(enumerate(errors)), lost or {})
+    def make(errors: tuple[float, ...], lost: dict[Any, int] | None = None, batch: int = 1) -> Made:
+        return Made(plan, monkeypatch, dict(enumerate(errors)), lost or {}, batch)
 
     return make
 
@@ -93,6 +95,18 @@ def test_a_check_ends_where_it_fails(made) -> None:
     assert now.judged
     assert not now.held
     assert one.checker.order[0] == 2
+
+
+def test_prompts_share_forwards_as_far_as_the_batch_goes(made) -> None:
+    """What failed is judged by the first prompt that did, whatever ran beside it."""
+    one = made((0.01, 0.012, 0.021, 0.009), batch=3)
+    now = one.round()
+    one.checker.look(now, ALLOWED)
+    one.checker.check(now, ALLOWED)
+    assert one.asked == [0, 1, 2, 3]
+    assert [r["prompt"] for r in now.rows] == [0, 1, 2]
+    assert now.judged
+    assert not now.held
 
 
 def test_lost_answers_are_asked_about_on_further_prompts(made) -> None:

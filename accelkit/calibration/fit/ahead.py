@@ -32,14 +32,23 @@ Job = Callable[[Mapping[int, AttentionCall]], Iterable[Size]]
 
 
 def rehearse(
-    calls: Mapping[int, AttentionCall], methods: Sequence[AttentionMethod], shape: Shape
+    calls: Mapping[int, AttentionCall],
+    methods: Sequence[AttentionMethod],
+    shape: Shape,
+    brief: bool = False,
 ) -> set[Size]:
     """Run once what a fit measures at the shortest length and, where that had to compile something,
     at all of them; return the units of the lists. What fails here fails again where it is
-    measured, and says why there.
+    measured, and says why there. `brief`: only where the kernels of the first unit had to be
+    compiled; else all others lie in the cache as well.
     """
     device = calls[max(calls)].q.device
     short = {min(calls): calls[min(calls)]}
+    if brief:
+        with compile_clock(cached=False) as missing:
+            _kernel(UNIT, calls)
+            if not missing():
+                return {UNIT}
 
     def tried(job: Job, at: Mapping[int, AttentionCall]) -> Iterable[Size]:
         try:
@@ -86,7 +95,7 @@ def _dense(calls: Mapping[int, AttentionCall]) -> tuple[()]:
 
 
 def _kernel(size: Size, calls: Mapping[int, AttentionCall]) -> tuple[()]:
-    for point in kernels.launches(calls, size, few=True):
+    for point in kernels.launches(calls, size, kernels.EACH_SHAPE):
         kernels.anew(point.one)
     return ()
 

@@ -57,13 +57,14 @@ def fit(
     tell = step or (lambda _: None)
 
     def ms(run: Callable[[], Any], times: int = repeat) -> float:
-        return clock(run, times if brief or time.monotonic() < until else 1, device)
+        often = times if brief or time.monotonic() < until else 1
+        return clock(run, often, device, rested=not brief)
 
     known = {ahead.UNIT}
     if device.type == "cuda":
         tell("compiling kernels")
-        known = ahead.rehearse(calls, methods, shape)
-    thorough = device.type == "cuda" and not brief
+        known = ahead.rehearse(calls, methods, shape, brief)
+    thorough, few = device.type == "cuda" and not brief, brief and shape.causal
     if expect is not None:
         once = 1 + len(methods) + len(known) + thorough
         expect(once if device.type == "cuda" else turns.TURNS[0] * once)
@@ -71,10 +72,10 @@ def fit(
     checks: tuple[Check, ...] = ()
     fitted: dict[str, Kernel] = {}
     if device.type == "cuda":
-        seen = timed(lambda _: ms, thin=thorough)
+        seen = timed(lambda _: ms, thin=thorough, brief=few)
         for size in seen.sizes:
             tell(f"kernel {name(size)}")
-            fitted[name(size)], more = kernels.kernel(calls, size, until)
+            fitted[name(size)], more = kernels.kernel(calls, size, until, few)
             checks += more
     else:
         clocks = turns.Clocks(calls)
@@ -122,9 +123,11 @@ def _timed(
     shape: Shape,
     tell: Callable[[str], None],
     clocked: Callable[[str], Callable[..., float]],
-    thin: bool = False,
+    **how: bool,
 ) -> _Seen:
-    """Dense attention and every method; `clocked(name)` times what is called so."""
+    """Dense attention and every method; `clocked(name)` times what is called so, `how` are options
+    of `methods.cost`.
+    """
     tell("dense attention")
     ms = clocked("dense")
     dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
@@ -133,7 +136,7 @@ def _timed(
     refused: dict[str, str] = {}
     for method in methods:
         tell(method.kind)
-        found = cost(method, calls, dense, clocked(method.kind), shape, thin=thin)
+        found = cost(method, calls, dense, clocked(method.kind), shape, **how)
         if isinstance(found, str):
             refused[method.kind] = found
         else:

@@ -13,17 +13,13 @@ from typing import Any
 
 import torch
 
-from accelkit.calibration.fit.kernels import Point, anew, judged, launches
+from accelkit.calibration.fit.kernels import Point, anew, densities, judged, launches
 from accelkit.calibration.timing import times_ms
 from accelkit.kernels.cost import Check, Kernel
 from accelkit.patches.call import AttentionCall
 
 TURNS = (2, 4)
 """Readings of everything, at least and at most; the least one counts."""
-FEW = (0.04, 0.35, 1.0, 0.2)
-"""Densities of random lists that tell the terms of a CPU's kernels apart, and one to judge them."""
-NEAR = 0.3
-"""How far the density of a list may be from the one that was asked for, as a share of it."""
 Size = tuple[int, int]
 
 
@@ -69,8 +65,8 @@ class Clocks:
         """Time random lists of these units once more."""
         for size in sizes:
             if size not in self._points:
-                some = [p for p in launches(self.calls, size) if size[1] == 1 or _counts(p)]
-                self._points[size] = some
+                few = densities(size, brief=True)
+                self._points[size] = list(launches(self.calls, size, few))
         for size, some in self._points.items():
             clock = self.turn(f"{size}")
             self._spent[size] = [clock(partial(anew, p.one)) for p in some]
@@ -78,7 +74,3 @@ class Clocks:
     def fitted(self, size: Size) -> tuple[Kernel, tuple[Check, ...]]:
         """Coefficients of a unit, and what they say of launches that they have not seen."""
         return judged(size, self._points[size], self._spent[size])
-
-
-def _counts(point: Point) -> bool:
-    return any(abs(point.density / d - 1) < NEAR for d in FEW)

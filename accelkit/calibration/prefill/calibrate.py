@@ -189,7 +189,9 @@ def _plan(
     probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
     heads = {s.path: run.heads[s.path] for s in run.sites}
     shows = [measure.probe_of(run.model, p) for p in probes]
-    by_probe = stages.probed(run, heads, shows, lambda place: quality.faintest)
+    # Half as many tokens at a time as a prefill has.
+    copies = run.batch * tokens // (2 * max(len(p.ids) for p in probes))
+    by_probe = stages.probed(run, heads, shows, lambda place: quality.faintest, copies)
     weights = [stages.worst(heads, _alike(s, probes, by_probe)) for s in inputs.measure]
     brief = len(screen_on.ids)
 
@@ -217,7 +219,7 @@ def _dense_prefill(run: Run, inputs: prompts.Inputs) -> dict[str, Any]:
     """Milliseconds and peak memory of what the search is compared with: the longest prompts."""
     ids = np.repeat(inputs.measure[0].ids[None], run.batch, 0)
     memory.restart(run.device)
-    ms = fit.clock(partial(forward, run.model, ids), 1, run.device)
+    ms = fit.clock(partial(forward, run.model, ids), 1, run.device, rested=False)
     return {"dense_prefill_ms": round(ms, 3), "dense_peak_bytes": memory.peak(run.device)}
 
 

@@ -15,7 +15,6 @@ from accelkit.calibration.capture import prefill
 from accelkit.calibration.data import Inputs
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.evaluation.tasks import Sample
-from accelkit.calibration.fit.clock import device_ms
 from accelkit.calibration.refine import Round, plan_digest
 from accelkit.calibration.session import Run
 from accelkit.calibration.timing import times_ms
@@ -28,6 +27,8 @@ OUTLIER = 1.6
 """A prompt's error that is this multiple of the others' has a cause of its own."""
 LIFT = 1.15
 """What all prompts reach ÷ the error of the first one, before anything is known."""
+TOGETHER = 4
+"""Prompts that share a forward, where so many are calibrated for: what fails, fails early."""
 MOST_RUNS = 4.0
 """Runs for each prompt that the check may be worth, dense ones included."""
 
@@ -46,7 +47,7 @@ class Checker:
     def __init__(self, run: Run, inputs: Inputs, still: Plan) -> None:
         self.run, self.samples, self.more, self.still = run, inputs.check, inputs.more, still
         self.order = list(range(len(inputs.check)))
-        self.references: dict[str, quality.Reference] = {}
+        self.references: dict[int, quality.Reference] = {}
         self.lifts: dict[int, float] = {}
         # Runs so far, and those of all prompts, in runs of the longest one.
         self.runs, self.whole = 0.0, sum(map(self._share, self.order))
@@ -67,12 +68,17 @@ class Checker:
     def check(self, now: Round, allowed: float) -> None:
         """Run the other prompts, the most revealing of earlier rounds first, until one fails."""
         seen = {r["prompt"] for r in now.rows}
+        left = [n for n in self.order if n not in seen]
         failed = False
-        for n in [n for n in self.order if n not in seen]:
-            self._add(now, n, allowed)
-            failed = self._fails(now, n, allowed)
-            if failed:
-                break
+        while left and not failed:
+            some = self._together(left)
+            self._checked(now.plan, f"check/{plan_digest(now.plan)}", some)
+            for n in some:
+                self._add(now, n, allowed)
+                failed = self._fails(now, n, allowed)
+                if failed:
+                    break
+            left = left[len(some) :]
         tasks = quality.by_task(now.rows)
         now.bound = max(t["bound"] for t in tasks.values())
         now.held = not failed and quality.holds(tasks, allowed)
@@ -201,16 +207,30 @@ class Checker:
         lost = quality.lost(rows)
         return 0 < lost <= FEW and lost > quality.MOST_DROP * sum(r["asked"] for r in rows)
 
-    def _row(self, plan: Plan, key: str, n: int) -> dict[str, Any]:
-        def work() -> dict[str, Any]:
-            name = str(n)
-            if name not in self.references:
-                found = quality.reference(self.run.model, self.samples[n], self.still)
-                self.references[name] = found
-            return quality.check(self.run.model, plan, self.references[name])
+    def _together(self, prompts: Sequence[int]) -> list[int]:
+        """The first of some prompts and those after it that may share its forward."""
+        tokens = [len(self.samples[n].ids) for n in prompts]
+        alike = next((i for i, n in enumerate(tokens) if n != tokens[0]), len(tokens))
+        return list(prompts[: min(alike, self.run.batch, TOGETHER)])
 
-        self.run.tell("checking a plan")
-        return self.run.journal.unit(key, work)
+    def _checked(self, plan: Plan, prefix: str, prompts: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows of prompts that share a forward, dense and with a plan."""
+
+        def work(places: Sequence[int]) -> list[dict[str, Any]]:
+            some = [prompts[i] for i in places]
+            new = [n for n in some if n not in self.references]
+            if new:
+                samples = [self.samples[n] for n in new]
+                found = quality.references(self.run.model, samples, self.still)
+                self.references |= dict(zip(new, found, strict=True))
+            return quality.checks(self.run.model, plan, [self.references[n] for n in some])
+
+        for _ in prompts:
+            self.run.tell("checking a plan")
+        return self.run.journal.together([f"{prefix}/{n}" for n in prompts], work)
+
+    def _row(self, plan: Plan, key: str, n: int) -> dict[str, Any]:
+        return self._checked(plan, key.rpartition("/")[0], [n])[0]
 
     def speed(self, plan: Plan) -> dict[str, float]:
         """Milliseconds of a whole prefill as `generate` does it, dense and patched, on the longest
@@ -229,7 +249,7 @@ class Checker:
         def once(side: Plan | None) -> float:
             with nullcontext() if side is None else patch(model, side):
                 # The first of two warms up: lists from geometry are made once in a patch's life.
-                return min(device_ms(run, 2)) if on_gpu else times_ms(run, 1, 0, device)[0]
+                return min(times_ms(run, 2 if on_gpu else 1, 0, device))
 
         def work() -> dict[str, float]:
             took = {k: once(s) for k, s in sides.items()}
