@@ -163,6 +163,8 @@ def in_turns(
         if turns.settled and not again:
             now = turns.largest()
             if now is None:
+                if turns.bracket.low is not None and not turns.bracket.low[1]:
+                    break  # plans are dense below what failed
                 turns.bracket.below()
                 epsilon = turns.bracket.next()
                 continue
