@@ -165,7 +165,14 @@ def test_where_every_sparse_plan_fails_rounds_end(dense: float, first: float) ->
     found = Made(lambda e: 3.0 * ALLOWED, first=first, dense=dense * ALLOWED, loses=0.0).run()
     assert found.best is None
     assert found.why == "no sparse plan held within the budget"
-    assert len(found.rounds) <= 10
+    assert len(found.rounds) <= 13
+
+
+def test_a_far_more_careful_plan_is_tried_before_none() -> None:
+    """Looks see nothing and answers are lost down to a hundredth of the budget."""
+    found = Made(lambda e: 0.5 * e, loses=0.01 * ALLOWED).run(rounds=2)
+    assert found.best is not None
+    assert found.best.epsilon < 0.01 * ALLOWED
 
 
 def test_what_lost_an_answer_is_learnt_before_errors_narrow() -> None:
