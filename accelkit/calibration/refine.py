@@ -42,6 +42,9 @@ WIDEN = 8.0
 """Most by which one round may widen ε."""
 LAST = 2
 """Rounds beyond a preset's, which run all prompts if nothing has held, whatever room they leave."""
+RESCUES = 3
+"""Further rounds, each at a quarter of the smallest ε so far, if nothing has held."""
+RESCUE = 4.0
 LARGEST = 100.0
 """ε ÷ the budget beyond which no plan is looked for."""
 
@@ -163,6 +166,8 @@ def in_turns(
         if turns.settled and not again:
             now = turns.largest()
             if now is None:
+                if turns.bracket.low is not None and not turns.bracket.low[1]:
+                    break  # plans are dense below what failed
                 turns.bracket.below()
                 epsilon = turns.bracket.next()
                 continue
@@ -179,6 +184,10 @@ def in_turns(
             break
         epsilon = turns.bracket.next()
     turns.end(others)
+    for _ in range(RESCUES):
+        if turns.held or not turns.rounds or run.late(0.9, "smaller errors for the check"):
+            break
+        turns.rescue(propose)
     return fastest(turns.rounds, checker)
 
 
@@ -253,6 +262,14 @@ class _Turns:
             self.bracket.restart([(r.epsilon, r.reach) for r in self.held])
             self.looks_tell = False
         self.bracket.put(epsilon, now.reach, not now.failed)
+
+    def rescue(self, propose: Callable[[float], Proposal]) -> None:
+        """Check a proposal that is far more careful than all before."""
+        epsilon = min(r.epsilon for r in self.rounds) / RESCUE
+        now = Round(epsilon, propose(epsilon))
+        if not now.proposal.dense:
+            self.rounds.append(now)
+            self.check(now)
 
     def end(self, others: Sequence[Proposal]) -> None:
         """Check what was only looked at and further proposals, the fastest first, until one

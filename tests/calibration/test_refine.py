@@ -159,6 +159,22 @@ def test_rounds_end_with_what_the_check_may_cost() -> None:
     assert rich.best.epsilon > poor.best.epsilon
 
 
+@pytest.mark.parametrize("dense", [0.05, 0.3, 0.95])
+@pytest.mark.parametrize("first", [0.01, 0.5, 1.0])
+def test_where_every_sparse_plan_fails_rounds_end(dense: float, first: float) -> None:
+    found = Made(lambda e: 3.0 * ALLOWED, first=first, dense=dense * ALLOWED, loses=0.0).run()
+    assert found.best is None
+    assert found.why == "no sparse plan held within the budget"
+    assert len(found.rounds) <= 13
+
+
+def test_a_far_more_careful_plan_is_tried_before_none() -> None:
+    """Looks see nothing and answers are lost down to a hundredth of the budget."""
+    found = Made(lambda e: 0.5 * e, loses=0.01 * ALLOWED).run(rounds=2)
+    assert found.best is not None
+    assert found.best.epsilon < 0.01 * ALLOWED
+
+
 def test_what_lost_an_answer_is_learnt_before_errors_narrow() -> None:
     """The same ε is tried again once proposals have changed, and only then a smaller one."""
     made, asked = Made(lambda e: 0.95 * e, loses=0.0), []
