@@ -189,9 +189,7 @@ def lower(launch: Launch, *, in_order: bool = False) -> Work:
     return work
 
 
-def lists_of(
-    launch: Launch, *, plain: bool = True, in_order: bool = False, apart: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def lists_of(launch: Launch, apart: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Lists and the two counts of each row. With `apart` a row has `key_blocks` places for clean
     blocks and then so many for masked ones.
     """
@@ -201,7 +199,7 @@ def lists_of(
         device=launch.q.device,
     )
     masked, clean = counts
-    lists = _fill_lists(launch, launch.tiles, (masked, clean), plain, in_order, apart, None)
+    lists = _fill_lists(launch, launch.tiles, (masked, clean), True, False, apart, None)
     return lists, masked, clean
 
 
