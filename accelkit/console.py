@@ -32,11 +32,11 @@ PlanAt = Annotated[
     ),
 ]
 Lengths = Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 8k,32k.")]
-Height = Annotated[int | None, typer.Option(help="Of a pipeline's pictures, in pixels.")]
-Width = Annotated[int | None, typer.Option(help="Of a pipeline's pictures, in pixels.")]
-Frames = Annotated[int | None, typer.Option(help="Of a pipeline's videos.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps of a pipeline.")]
-Seed = Annotated[int, typer.Option(help="Seed of prompts and choices.")]
+Height = Annotated[int | None, typer.Option(min=1, help="Of a pipeline's pictures, in pixels.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Of a pipeline's pictures, in pixels.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Of a pipeline's videos.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of a pipeline.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of prompts and choices.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -112,6 +112,13 @@ def emit(document: Any, as_json: bool, *renderables: Any) -> None:
 def given(**options: Any) -> dict[str, Any]:
     """The options that somebody set."""
     return {k: v for k, v in options.items() if v is not None}
+
+
+def refuse(what: str, **options: Any) -> None:
+    """What this kind of model has no use for and somebody set all the same."""
+    found = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if found:
+        raise InvalidInputError(f"{what} has no use for {' and '.join(found)}; leave it out")
 
 
 def table(title: str, rows: Sequence[dict[str, Any]]) -> Any:

@@ -56,10 +56,6 @@ class UnsupportedConfigurationError(AccelkitError, NotImplementedError):
     exit_code = 5
 
 
-class TrainingNotSupportedError(UnsupportedConfigurationError):
-    """Sparse kernels have no backward pass."""
-
-
 class ParallelNotSupportedError(UnsupportedConfigurationError):
     """A form of multi-device execution that is not supported."""
 
@@ -90,12 +86,6 @@ class GateFailedError(AccelkitError, RuntimeError):
     """A speed or quality limit set by the user was missed."""
 
     exit_code = 3
-
-
-class CalibrationError(AccelkitError, RuntimeError):
-    """Calibration could not finish; finished units stay in the journal and `--resume` takes them
-    up.
-    """
 
 
 class AccelkitWarning(UserWarning):

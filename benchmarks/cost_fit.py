@@ -7,8 +7,9 @@ query heads, 8 KV heads, head size 128, bfloat16, causal) with all methods of la
 one of a video model (24 heads, head size 128, a grid of 32,760 tokens, not causal) with all methods
 of denoisers. It is judged on what it never timed: other lengths (a denoiser has one), other
 densities, other head counts, and whole calls of every method at the middle of its dial ("call"),
-and at its ends ("setting"). Compiling is told apart: a process
-starts with what Triton's cache holds, so an empty TRITON_CACHE_DIR shows a new machine.
+and at its ends ("setting"). Every reading is taken, in the fit and here, once the card's clock is
+back from what ran before. Compiling is told apart: a process starts with what Triton's cache holds,
+so an empty TRITON_CACHE_DIR shows a new machine.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.fit import fit
 from accelkit.calibration.fit import kernels as fit_kernels
 from accelkit.calibration.fit import methods as fit_methods
-from accelkit.calibration.fit.clock import clock, dense_ms, rest
+from accelkit.calibration.fit.clock import clock, dense_ms
 from accelkit.calibration.fit.inputs import Shape, random_call, shorter
 from accelkit.calibration.session import compile_clock
 from accelkit.kernels.cost import Check, CostTable, MethodCost, interpolate, unit
@@ -43,6 +44,8 @@ SHAPES = {
 }
 GRID = 21 * 30 * 52
 DENSITIES = (0.07, 0.15, 0.3)
+DENSEST_KEYS = 0.15
+"""Lists of single keys denser than this are not measured: nobody runs them."""
 HEADS = (0.625, 0.375)
 """Shares of the heads."""
 KEYS = 5 * fit_kernels.MOST_SINGLE_KEYS // 8
@@ -79,7 +82,7 @@ def kernels(costs: CostTable, call: AttentionCall, keys: bool) -> Iterator[Row]:
             heads = int(share * len(call.heads))
             part = there.take(there.heads[:heads])
             for wanted in DENSITIES:
-                if size[1] == 1 and wanted > fit_kernels.SINGLE_KEYS:
+                if size[1] == 1 and wanted > DENSEST_KEYS:
                     continue
                 one = fit_kernels.point(part, size, wanted, held=True).one
                 shares = density([one.index], part).tolist()
@@ -104,7 +107,6 @@ def methods(
             continue
         one, cost = answers[0], costs.methods[method.kind]
         ms = timer(call)
-        rest(call.q.device)
         found = [fit_methods.permutation(there, one, ms)]
         if not method.static:  # otherwise made once
             found = [*fit_methods.choosing(there, now, one, ms), *found]
@@ -137,8 +139,19 @@ def counts(r: Row, dense: dict[int, float]) -> bool:
     return r["measured_ms"] >= SMALL * dense[max(r["tokens"], min(dense))]
 
 
+def unclear(r: Row) -> bool:
+    """Whether a row that is missed was read so differently that the prediction lies between its
+    readings.
+    """
+    least, most = min(r["readings_ms"]), max(r["readings_ms"])
+    apart = most > (1 + GOOD) * least and least <= r["predicted_ms"] <= most
+    return abs(r["error"]) > GOOD and apart
+
+
 def judged(rows: Sequence[Row], dense: dict[int, float]) -> dict[str, dict[str, Any]]:
-    """By term: how many rows there are, which share lies within 10 %, the mean and the worst."""
+    """By term: how many rows there are, which share lies within 10 % of the median reading, how
+    many of the others lie between readings, the mean and the worst.
+    """
     found = {}
     for term in dict.fromkeys(r["term"] for r in rows):
         mine = [r for r in rows if r["term"] == term and counts(r, dense)]
@@ -148,6 +161,7 @@ def judged(rows: Sequence[Row], dense: dict[int, float]) -> dict[str, dict[str, 
             found[term] = {
                 "rows": len(mine),
                 "within": statistics.fmean(g <= GOOD for g in gaps),
+                "unclear": sum(map(unclear, mine)),
                 "mean": statistics.fmean(gaps),
                 "worst": worst["error"],
                 "worst_row": f"{worst['what']} at {worst['tokens']}",
@@ -201,7 +215,8 @@ def case(
         call = random_call(shape, dtype, device, n)
         dense[n] = dense_ms(call, timer(call))
         if shape.causal:
-            found["rows"].append(row("dense", "dense", n, costs.dense_ms(n), dense[n]))
+            plain = row("dense", "dense", n, costs.dense_ms(n), dense[n])
+            found["rows"].append(plain | {"readings_ms": [dense[n]]})
 
         def once(call: AttentionCall = call, n: int = n) -> Iterator[Row]:
             yield from kernels(costs, call, n == lengths[0])

@@ -158,7 +158,7 @@ def moved(costs: CostTable, tokens: int, heads: int) -> CostTable:
         ride=((tokens, costs.ride_ms(big) * costs.heads),),
         kernels={s: kernel(s, k) for s, k in costs.kernels.items()},
         methods={
-            m: MethodCost(((tokens, c.points[-1][1]),), c.share, lists=c.lists)
+            m: MethodCost(((tokens, c.points[-1][1]),), c.share, lists=c.lists, rows=c.rows)
             for m, c in costs.methods.items()
         },
     )  # fmt: skip

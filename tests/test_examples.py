@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import planted
 import pytest
+import torch
+from transformers import AutoConfig
+
+from accelkit.patches.method import load
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -67,6 +74,33 @@ def test_add_a_method():
     assert densities[0] == 1.0, "every block: dense"
     assert densities == sorted(densities, reverse=True), "fewer blocks, lower density"
     assert densities[-1] < 0.35
+
+
+def test_the_page_s_method_is_the_one_of_the_house():
+    """`docs/add-a-method.md` shows `window` whole, short of its bounds and its other phases."""
+    page = (ROOT / "docs" / "add-a-method.md").read_text("utf-8")
+    room: dict[str, Any] = {"__name__": "page"}
+    exec(re.search(r"^```python\n(.*?)^```", page, re.S | re.M)[1], room)
+    shown, real = room["Window"], load("window")
+    assert (shown.static, shown.dial, shown.full) == (real.static, real.dial, real.full)
+    assert shown().model_dump() == real().model_dump()
+    assert shown.answers() == real.answers()
+    q, k, v = torch.randn(3, 1, 1, 2304, 16, generator=torch.Generator().manual_seed(0))
+    call = planted.make_call(q, k, v)
+    lists = [method().index(call).to_mask(18) for method in (shown, real)]
+    assert torch.equal(*lists)
+    assert not lists[0].tril().all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(320)
+def test_tiny_llama_is_trained_by_its_script(tmp_path):
+    """A few steps on the CPU, saved, scored as transformers opens it, with its card."""
+    out = run("train/tiny_llama.py", "--out", str(tmp_path), "--smoke", "--minutes", "0.1")
+    assert "| held-out source text, bits per byte |" in out
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert "A Llama model of 6,363,392 parameters" in card
+    assert AutoConfig.from_pretrained(tmp_path).num_hidden_layers == 8
 
 
 @pytest.mark.timeout(320)

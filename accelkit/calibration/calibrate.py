@@ -38,9 +38,11 @@ def calibrate(
     Args:
         model: a transformers causal language model in evaluation mode, or a diffusers pipeline.
             It is left as it was.
-        data: what to run on; see `calibration.data.gather` and
-            `calibration.denoise.video.gather`. None: built-in tasks
-            and text, or built-in prompts.
+        data: what to run on. For a language model a text or JSON-lines file, texts, chats (lists
+            of messages), token ids (1-d, `[1, N]` or a dict with `input_ids`), or a function that
+            returns one of these; None: built-in tasks and text. For a pipeline a file with a prompt
+            in each line (or JSON lines of call arguments), prompts, or dicts of call arguments;
+            None: built-in prompts.
         tokenizer: of a language model; needed unless `data` holds token ids.
         budget: of a language model, relative L1 error of the last hidden state at scored positions,
             worst prompt with a margin for further ones (0.02); of a pipeline, of the final
@@ -53,18 +55,26 @@ def calibrate(
         every_row: of a language model, whether it will be asked for the logits of every row.
             Otherwise its last layer is computed for the rows that are asked for, as `generate`
             asks for the last one; that is exact, and all methods are for the other layers.
+        seed: of prompts and choices; the same seed and readings give the same plan.
         time_limit: seconds, after which the best plan that was checked is returned.
-        journal, resume: file of finished units, and whether to take up an older one.
+        journal: file of finished units; None keeps them in memory.
+        resume: whether to take up an older journal.
+        progress: whether to show a progress bar on a terminal.
+
+    Returns:
+        The plan, dense where nothing was faster within the budget, with the evidence behind it.
 
     Raises:
-        InvalidInputError: an argument that cannot be used. NothingPatchedError: a model without a
-        site. UnsupportedModelError: no adapter knows the model.
+        InvalidInputError: an argument that cannot be used.
+        NothingPatchedError: a model without a site.
+        UnsupportedModelError: no adapter knows the model.
 
     Example:
     >>> plan = accelkit.calibrate(model, tokenizer=tokenizer, budget=0.02, lengths=[8192])
     >>> plan = accelkit.calibrate(pipe, prompts, budget=0.1, height=480, width=832, num_frames=81)
     """
     adapter, bare = adapter_for(model)
+    _named(methods)
     size: dict[str, Any] = {
         "height": height, "width": width, "num_frames": num_frames, "steps": steps,
     }  # fmt: skip
@@ -109,6 +119,20 @@ def dry_run(
     from accelkit.calibration.bench import prefill
 
     return prefill.bound(bare, lengths)
+
+
+def _named(methods: Any) -> None:
+    """Refuse what is no list of methods."""
+    listed = isinstance(methods, Sequence) and not isinstance(methods, str)
+    if methods is not None and not (listed and all(map(_is_method, methods))):
+        raise InvalidInputError(
+            f"methods is {methods!r}; expected a list of names, classes or instances, such as "
+            "['flex_prefill', 'window']"
+        )
+
+
+def _is_method(one: Any) -> bool:
+    return isinstance(one, str | Method) or (isinstance(one, type) and issubclass(one, Method))
 
 
 def _unused(options: dict[str, Any], what: str) -> None:

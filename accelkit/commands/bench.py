@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +24,6 @@ from accelkit.console import (
     Talk,
     Width,
 )
-from accelkit.errors import InvalidInputError
 
 
 def bench(
@@ -35,10 +36,11 @@ def bench(
     frames: Frames = None,
     steps: Steps = None,
     repeat: Annotated[
-        int | None, typer.Option(help="Timed runs of each path. Default: 5, for pipelines 1.")
+        int | None,
+        typer.Option(min=1, help="Timed runs of each path. Default: 5, for pipelines 1."),
     ] = None,
-    warmup: Annotated[int, typer.Option(help="Runs before the timed ones.")] = 1,
-    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs before the timed ones.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     fit: Annotated[
         bool, typer.Option("--fit", help="Measure this device's kernels and fit their cost table.")
     ] = False,
@@ -59,68 +61,76 @@ def bench(
 ) -> None:
     """Time prefill or denoising against the model's own path and the best dense one present."""
     console.verbosity(talk)
-    limits = console.sizes(lengths)
-    from accelkit.calibration import results, session
-    from accelkit.calibration.bench import prefill as speed
-    from accelkit.calibration.opening import pipelines
-    from accelkit.calibration.opening.models import open_model, opened
+    from accelkit.calibration import results
+    from accelkit.calibration.opening import models, pipelines
 
+    where = {"dtype": dtype, "device": device}
+    size = {"height": height, "width": width, "steps": steps}
+    opened: Sequence[Any]
     if pipelines.is_pipeline(model):
-        from accelkit.calibration.bench import video as video_bench
-
+        console.refuse("a pipeline", fit=fit, batch=batch > 1)
+        opened = pipelines.opened(
+            model, plan, prompt, console.given(num_frames=frames, **size), seed, **where
+        )
+        place = plan or model
+        timed = _denoising(opened, dry_run, repeat=repeat or 1, warmup=warmup)
+    else:
+        console.refuse("a language model", prompt=prompt, frames=frames, **size)
+        limits = console.sizes(lengths)
         if fit:
-            raise InvalidInputError(
-                "--fit is for language models; `accelkit calibrate` fits the costs of a pipeline"
-            )
-
-        size = console.given(height=height, width=width, num_frames=frames, steps=steps)
-        pipe, read, setting, shot = pipelines.opened(
-            model, plan, prompt, size, seed, dtype=dtype, device=device
-        )
-        if dry_run:
-            expected = video_bench.preview(pipe, read, setting)
-            console.emit(expected, as_json, console.table("What would run", expected))
+            _fit(models.open_model(model, **where)[0], limits, as_json)
             return
-        timed = video_bench.bench(
-            *(pipe, read, setting, shot), repeat=repeat or 1, warmup=warmup, progress=console.say
-        )
-        if out:
-            about = results.about(pipe, model, str(plan or model))
-            results.append_jsonl(out, [about | vars(setting) | row for row in timed])
-        console.emit(timed, as_json, console.table("Denoising", timed))
-        if min_speedup is not None:
-            video_bench.gate(timed, min_speedup)
-        return
-
-    if fit:
-        loaded = open_model(model, dtype=dtype, device=device)[0]
-        with session.Bar(True) as bar:
-            step = bar.tell if bar.wanted else console.say
-            costs = speed.fit_costs(loaded, limits, step, bar.expect)
-        console.emit(
-            costs, as_json, *(console.table(k, v) for k, v in speed.cost_rows(costs).items())
-        )
-        return
-    loaded, tokenizer, read, where = opened(model, plan, dtype=dtype, device=device)
-    if dry_run:
-        expected = speed.preview(loaded, read, limits)
-        console.emit(expected, as_json, console.table("What would run", expected))
-        return
-    found = speed.bench(
-        loaded,
-        read,
-        tokenizer,
-        lengths=limits,
-        batch=batch,
-        repeat=5 if repeat is None else repeat,
-        warmup=warmup,
-        seed=seed,
-        progress=console.say,
-    )
-    about = results.about(loaded, model, where)
-    rows = [about | m.as_dict() for m in found]
-    if out:
+        *opened, place = models.opened(model, plan, **where)
+        often = {"repeat": repeat or 5, "warmup": warmup, "batch": batch, "seed": seed}
+        timed = _prefill(opened, limits, dry_run, **often)
+    rows, shown, gate = timed
+    if not dry_run:
+        about = results.about(opened[0], model, place)
+        rows = [about | row for row in rows]
+    console.emit(rows, as_json, *shown)
+    if out and not dry_run:
         results.append_jsonl(out, rows)
-    console.emit(rows, as_json, speed.table(found), "own = " + speed.dense_paths(loaded)["own"])
-    if min_speedup is not None:
-        speed.gate(found, min_speedup)
+    if gate is not None and min_speedup is not None:
+        gate(min_speedup)
+
+
+Timed = tuple[list[dict[str, Any]], list[Any], Callable[[float], None] | None]
+"""Rows, what a person reads of them, and the gate of `--min-speedup` unless nothing was timed."""
+
+
+def _denoising(opened: Sequence[Any], dry_run: bool, **often: int) -> Timed:
+    """Whole videos of a pipeline."""
+    from accelkit.calibration.bench import video as speed
+
+    pipe, plan, settings, shot = opened
+    if dry_run:
+        expected = speed.preview(pipe, plan, settings)
+        return expected, [console.table("What would run", expected)], None
+    found = speed.bench(pipe, plan, settings, shot, progress=console.say, **often)
+    rows = [vars(settings) | row for row in found]
+    return rows, [console.table("Denoising", found)], partial(speed.gate, found)
+
+
+def _prefill(opened: Sequence[Any], lengths: Sequence[int], dry_run: bool, **often: int) -> Timed:
+    """Prefill of a language model at each length."""
+    from accelkit.calibration.bench import prefill as speed
+
+    model, tokenizer, plan = opened
+    if dry_run:
+        expected = speed.preview(model, plan, lengths)
+        return expected, [console.table("What would run", expected)], None
+    found = speed.bench(model, plan, tokenizer, lengths=lengths, progress=console.say, **often)
+    shown = [speed.table(found), "own = " + speed.dense_paths(model)["own"]]
+    return [m.as_dict() for m in found], shown, partial(speed.gate, found)
+
+
+def _fit(model: Any, lengths: Sequence[int], as_json: bool) -> None:
+    """The cost table of this device for layers like the model's."""
+    from accelkit.calibration import session
+    from accelkit.calibration.bench import prefill as speed
+
+    with session.Bar(True) as bar:
+        step = bar.tell if bar.wanted else console.say
+        costs = speed.fit_costs(model, lengths, step, bar.expect)
+    tables = speed.cost_rows(costs)
+    console.emit(costs, as_json, *(console.table(k, v) for k, v in tables.items()))

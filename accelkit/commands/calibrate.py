@@ -21,6 +21,7 @@ from accelkit.console import (
     Width,
     Yes,
 )
+from accelkit.errors import MissingExtraError
 
 
 def calibrate(
@@ -44,7 +45,9 @@ def calibrate(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, help="For pipelines: a prompt a line, or JSON lines."
+            exists=True,
+            dir_okay=False,
+            help="For pipelines: a prompt a line, or JSON lines. Default: built-in ones.",
         ),
     ] = None,
     height: Height = None,
@@ -56,7 +59,7 @@ def calibrate(
         str | None, typer.Option(help="Methods to try, such as flex_prefill,window. Default: all.")
     ] = None,
     batch: Annotated[
-        int, typer.Option(help="Prompts that will be prefilled together; costs are theirs.")
+        int, typer.Option(min=1, help="Prompts that will be prefilled together; costs are theirs.")
     ] = 1,
     every_row: Annotated[
         bool,
@@ -96,6 +99,8 @@ def calibrate(
     from accelkit.patches.plan import Budget
     from accelkit.patches.plan_file import FILE
 
+    if resume and not journal.exists():
+        console.say(f"{journal}: there is no journal to take up, so all is measured anew")
     if not dry_run and not resume and (out / FILE).exists():
         console.replaces(out / FILE, yes)
     from accelkit.calibration.calibrate import calibrate as measure
@@ -131,8 +136,11 @@ def calibrate(
     path = plan.save_pretrained(out)
     from accelkit.calibration.show import report
 
-    page = report.write_html(plan, out / "report.html")
-    files = {"plan": str(path), "journal": str(journal), "report": str(page)}
+    files = {"plan": str(path), "journal": str(journal)}
+    try:
+        files["report"] = str(report.write_html(plan, out / "report.html"))
+    except MissingExtraError as error:
+        console.say(f"no report: {error}, then accelkit show {out} --out report.html")
     where = "\n".join(f"{name:8}{place}" for name, place in files.items())
     console.emit(
         report.summary(plan) | {"files": files},

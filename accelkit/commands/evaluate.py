@@ -16,8 +16,12 @@ def evaluate(
     plan: PlanAt = None,
     tasks: Annotated[str, typer.Option(help="Names between commas, or all.")] = "all",
     lengths: Lengths = "8k",
-    samples: Annotated[int, typer.Option(help="Prompts for each task and length, at least.")] = 4,
-    answers: Annotated[int, typer.Option(help="Answers for each task and length, at least.")] = 0,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Prompts for each task and length, at least.")
+    ] = 4,
+    answers: Annotated[
+        int, typer.Option(min=0, help="Answers for each task and length, at least.")
+    ] = 0,
     against: Annotated[str, typer.Option(help="dense, or none to score one side only.")] = "dense",
     max_drop: Annotated[
         float | None, typer.Option(help="Fail (exit 3) if a task loses more points out of 100.")

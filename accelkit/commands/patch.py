@@ -38,12 +38,13 @@ def patch(
     length: Annotated[
         str | None, typer.Option(help="Length of the demo in tokens, such as 16k.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     compare: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Run the dense model as well.")
     ] = True,
     repeat: Annotated[
-        int | None, typer.Option(help="Runs behind each median. Default: 3, for pipelines 1.")
+        int | None,
+        typer.Option(min=1, help="Runs behind each median. Default: 3, for pipelines 1."),
     ] = None,
     height: Height = None,
     width: Width = None,
@@ -52,7 +53,7 @@ def patch(
     output: Annotated[
         Path | None, typer.Option(help="Write a pipeline's video (.mp4) or picture (.png).")
     ] = None,
-    fps: Annotated[float, typer.Option(help="Frames a second of that video.")] = 16.0,
+    fps: Annotated[float, typer.Option(min=1.0, help="Frames a second of that video.")] = 16.0,
     save: Annotated[
         Path | None,
         typer.Option(
@@ -72,13 +73,16 @@ def patch(
 
     text = prompt if prompt_file is None else console.read_text(prompt_file)
     where = {"dtype": dtype, "device": device}
+    size = {"height": height, "width": width, "steps": steps}
     if pipelines.is_pipeline(model):
-        size = console.given(height=height, width=width, num_frames=frames, steps=steps)
-        opened = pipelines.opened(model, plan, text and text.strip(), size, seed, **where)
+        console.refuse("a pipeline", demo=demo, length=length)
+        wished = console.given(num_frames=frames, **size)
+        opened = pipelines.opened(model, plan, text and text.strip(), wished, seed, **where)
         document, shown = _show(
             opened, save, yes, dense=compare, repeat=repeat or 1, output=output, fps=fps
         )
     else:
+        console.refuse("a language model", output=output, frames=frames, **size)
         sources = [prompt is not None, prompt_file is not None, demo]
         if sum(sources) > 1 or (not any(sources) and save is None):
             raise InvalidInputError(
@@ -89,12 +93,8 @@ def patch(
             question = text, console.size(length, "--length") if length else None, seed
         if save is not None and (save / "config.json").exists():
             console.replaces(save, yes)
-        document, shown = _answer(
-            *(model, plan, question, save, where),
-            max_new_tokens=max_new_tokens,
-            dense=compare,
-            repeat=3 if repeat is None else repeat,
-        )
+        how = {"max_new_tokens": max_new_tokens, "dense": compare, "repeat": repeat or 3}
+        document, shown = _answer(model, plan, question, save, where, **how)
     console.emit(document, as_json, *shown)
 
 

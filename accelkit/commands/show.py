@@ -11,10 +11,16 @@ from accelkit import console
 from accelkit.console import AsJson, Talk
 from accelkit.errors import InvalidInputError
 
+PHASES = ("prefill", "decode", "denoise")
+
 
 def show(
     plan_or_model: Annotated[
-        str, typer.Argument(metavar="PLAN|MODEL", help="A plan, or a model whose sites are listed.")
+        str,
+        typer.Argument(
+            metavar="PLAN|MODEL",
+            help="A plan: file, folder or hub id; or a model's folder, whose sites are listed.",
+        ),
     ],
     phase: Annotated[
         str | None, typer.Option(help="prefill, decode or denoise. Default: the plan's own.")
@@ -28,6 +34,8 @@ def show(
 ) -> None:
     """Show a plan: policy, density and error of each head; or the attention sites of a model."""
     console.verbosity(talk)
+    if phase not in (None, *PHASES):
+        raise InvalidInputError(f"--phase: {phase!r} is unknown; expected {', '.join(PHASES)}")
     from accelkit.patches.plan import Plan
     from accelkit.patches.plan_file import FILE
 

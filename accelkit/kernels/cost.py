@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 from accelkit.kernels.index import ceil_div
@@ -26,6 +26,8 @@ NEAR = 16384
 """Tokens up to which the pairs of a call cost the same."""
 FEW_ROWS = 128
 """Rows of a launch that are sorted at no cost of their own."""
+TALL = 128
+"""Query rows that a program of the kernel over single keys computes at one time."""
 Points = tuple[tuple[int, float], ...]
 """Milliseconds by length in tokens, ascending."""
 
@@ -35,7 +37,9 @@ class Kernel:
     """Coefficients of one unit on the backend that serves it: ms a launch, a row of a head, a
     million pairs, a thousand keys of the longest row, sorting more than `FEW_ROWS` rows, and a
     million pairs for each time that the length doubles beyond `NEAR`. `kept` is what a launch takes
-    less over lists that an earlier one has brought into the order in which they run.
+    less over lists that an earlier one has brought into the order in which they run. `lanes` is how
+    many programs run at one time where many of them have one list and so end at one time: the last
+    turn is not full, and that counts. 0 where they are of all lengths.
 
     `error` is the mean relative error on points that the fit did not see.
     """
@@ -49,6 +53,14 @@ class Kernel:
     sort: float = 0.0
     far: float = 0.0
     kept: float = 0.0
+    lanes: int = 0
+
+    def turns(self, rows: float) -> float:
+        """Turns of programs ÷ what they would be if the last one was full, for so many query
+        rows.
+        """
+        full = rows / TALL / self.lanes if self.lanes else 0.0
+        return math.ceil(full) / full if full else 1.0
 
 
 @dataclass(frozen=True)
@@ -77,8 +89,9 @@ class MethodCost:
     of it is paid however few heads take part. `terms` are what `points` are the sum of, by the
     names in `TERMS`. `lists` is, by length, what its own lists took ÷ what their kernels are
     predicted to take, which were fitted over random lists: neighbours in windows and tiles read
-    the same keys. `error` is how far the prediction of a whole call lay from one that the fit did
-    not see.
+    the same keys. `rows` is the same of the part that does not shrink with density, in which a few
+    long rows among short ones count; without it `lists` holds for all. `error` is how far the
+    prediction of a whole call lay from one that the fit did not see.
     """
 
     TERMS: ClassVar = ("estimator", "selection", "permutation")
@@ -88,6 +101,7 @@ class MethodCost:
     error: float = 0.0
     terms: Mapping[str, Points] = field(default_factory=dict)
     lists: Points = ()
+    rows: Points = ()
 
 
 @dataclass(frozen=True)
@@ -129,25 +143,30 @@ class CostTable:
         part in the tail of a launch over all heads.
         """
         k = self._kernel(size)
+        rows = ceil_div(tokens, size[0])
         pairs = density * visible_pairs(tokens, self.causal) / 1e6
+        turns = k.turns(self.heads * rows * size[0])
         tail = k.tail * density * tokens / 1e3 / self.heads
-        return k.row * ceil_div(tokens, size[0]) + (k.pair + k.far * beyond(tokens)) * pairs + tail
+        return turns * (k.row * rows + (k.pair + k.far * beyond(tokens)) * pairs) + tail
+
+    def rows_ms(self, size: tuple[int, int], tokens: int) -> float:
+        """What a head's rows cost whatever is in their lists."""
+        return self.head_ms(size, tokens, 0.0)
 
     def random_ms(self, size: tuple[int, int], tokens: int, densities: Sequence[float]) -> float:
         """A launch over random lists of one unit, of these densities by head."""
-        k, heads = self._kernel(size), len(densities)
-        few = heads * ceil_div(tokens, size[0]) <= FEW_ROWS
-        # The longest row ends alone, however few heads there are.
-        tail = k.tail * tokens / 1e3 * sum(densities) * (1 / heads - 1 / self.heads)
-        each = sum(self.head_ms(size, tokens, d) for d in densities)
-        return k.launch + (0.0 if few else k.sort) + each + tail
+        alone = replace(self, heads=len(densities))  # the last turn and the longest row are theirs
+        k, rows = self._kernel(size), len(densities) * ceil_div(tokens, size[0])
+        sort = k.sort if rows > FEW_ROWS else 0.0
+        return k.launch + sort + sum(alone.head_ms(size, tokens, d) for d in densities)
 
     def lists_ms(
         self, kind: str, size: tuple[int, int], tokens: int, densities: Sequence[float]
     ) -> list[float]:
         """Heads of a call over a method's lists of one unit, without the launch."""
-        own = _between(self.methods[kind].lists, tokens)
-        return [own * self.head_ms(size, tokens, density) for density in densities]
+        cost, each = self.methods[kind], self.rows_ms(size, tokens)
+        own, rows = (_between(p, tokens) for p in (cost.lists, cost.rows or cost.lists))
+        return [rows * each + own * (self.head_ms(size, tokens, d) - each) for d in densities]
 
     def method_ms(self, kind: str, tokens: int, anew: float = 1.0) -> tuple[float, float]:
         """A method beside its kernels: ms of the layer, and ms more for each head. Lists are made
@@ -186,8 +205,12 @@ class CostTable:
         """The worst kernel's fit error on points that the fit did not see."""
         return max((k.error for k in self.kernels.values()), default=0.0)
 
+    @cached_property
+    def _by_unit(self) -> dict[tuple[int, int], Kernel]:
+        return {unit(name): k for name, k in self.kernels.items()}
+
     def _kernel(self, size: tuple[int, int]) -> Kernel:
-        known = {unit(name): k for name, k in self.kernels.items()}
+        known = self._by_unit
         if size in known:
             return known[size]
         # A unit that was not measured: the nearest one of its kind, tokens apart on a log scale.
@@ -217,6 +240,7 @@ class CostTable:
                     **v,
                     "points": _points(v["points"]),
                     "lists": _lists(v.get("lists", ())),
+                    "rows": _points(v.get("rows", ())),
                     "terms": {t: _points(p) for t, p in v.get("terms", {}).items()},
                 }
             )
@@ -247,8 +271,9 @@ def unit(text: str) -> tuple[int, int]:
 
 
 def interpolate(points: Sequence[Sequence[float]], tokens: int) -> float:
-    """Milliseconds at `tokens`: a constant, a linear and a quadratic part, none negative, that come
-    nearest to the points, times what these lie off it, between them on logarithmic axes.
+    """Milliseconds at `tokens`: a constant, a linear and a quadratic part and, for rows that are
+    filled up to a power of two in kernels, a part that grows with those; none negative, as near to
+    the points as they come, times what these lie off it, between them on logarithmic axes.
 
     Two points are joined by a power of the length; a single one grows with the length.
     """
@@ -260,18 +285,28 @@ def interpolate(points: Sequence[Sequence[float]], tokens: int) -> float:
     known = tuple((int(n), max(float(ms), 1e-9)) for n, ms in points)
     if len(known) == 2:
         return _power(known, tokens)
-    smooth = _smooth(known)
-    curve = sum(c * tokens**i for i, c in enumerate(smooth))
-    off = [(n, ms / sum(c * n**i for i, c in enumerate(smooth))) for n, ms in known]
-    return curve * _between(off, tokens)
+    parts = _smooth(known)
+
+    def curve(n: int) -> float:
+        return sum(c * f for c, f in zip(parts, _growth(n), strict=False))
+
+    return curve(tokens) * _between([(n, ms / curve(n)) for n, ms in known], tokens)
+
+
+def _growth(tokens: int) -> tuple[float, float, float, float]:
+    """What the parts of a time are proportional to."""
+    n = float(tokens)
+    return 1.0, n, n * n, n * (1 << (tokens - 1).bit_length())
 
 
 @lru_cache(maxsize=512)
 def _smooth(points: Points) -> tuple[float, ...]:
-    """Constant, linear and quadratic part of the curve that comes nearest to the points."""
-    return tuple(
-        least_squares([(1.0, n, float(n) ** 2) for n, _ in points], [m for _, m in points])
-    )
+    """The parts of the curve that comes nearest to the points. Only lengths that fill up their
+    power of two differently tell the last part from the quadratic one.
+    """
+    filled = {(1 << (n - 1).bit_length()) / n for n, _ in points}
+    parts = 4 if len(points) > 3 and max(filled) > 1.01 * min(filled) else 3
+    return tuple(least_squares([_growth(n)[:parts] for n, _ in points], [m for _, m in points]))
 
 
 def _between(points: Sequence[tuple[int, float]], tokens: int) -> float:

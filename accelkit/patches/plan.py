@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     PrivateAttr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -32,6 +31,7 @@ from accelkit.patches.method import (
     BlockMethod,
     CacheMethod,
     Method,
+    Strict,
     TokenMethod,
     load,
 )
@@ -54,7 +54,6 @@ def _read_method(value: Any) -> Any:
         cls = load(kind)
     except UnknownMethodError as error:
         raise ValueError(str(error)) from error
-    _refuse_strangers(cls, fields)
     return cls.model_validate(fields)
 
 
@@ -69,23 +68,8 @@ AnyCacheMethod = Annotated[CacheMethod, _read, _write]
 AnyBlockMethod = Annotated[BlockMethod, _read, _write]
 
 
-def _refuse_strangers(cls: type[BaseModel], fields: Mapping[str, Any]) -> None:
-    """Name the fields that `cls` does not have, and those that it has."""
-    strange = [repr(name) for name in fields if name not in cls.model_fields]
-    if strange:
-        known = ", ".join(cls.model_fields) or "none"
-        raise ValueError(f"unknown field {', '.join(strange)}; known are: {known}")
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            _refuse_strangers(cls, value)
-        return value
+class _Part(Strict):
+    """A part of a plan."""
 
 
 class Reuse(_Part):
@@ -141,6 +125,13 @@ class Rule(_Part):
     steps: tuple[float, float] = (0.0, 1.0)
     branch: str | None = None
     policies: tuple[int, ...]
+
+    @field_validator("steps")
+    @classmethod
+    def _rising(cls, steps: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= steps[0] < steps[1] <= 1:
+            raise ValueError("expected shares of the steps that rise, such as [0.2, 1.0]")
+        return steps
 
     def applies(self, tokens: int, clock: Clock) -> bool:
         done = clock.step / max(clock.total, 1)
@@ -326,7 +317,9 @@ class Plan(_Part):
         return [r for row in rows if (r := self.policies[row].reuse) is not None]
 
     def check(self, model: Any) -> list[Problem]:
-        """Every problem of running this plan on `model`, each with its mend; empty when it fits."""
+        """Every problem of running this plan on `model`, each with its mend; empty when it fits.
+        What is `fatal` among them makes `patch` refuse.
+        """
         # The model's side of the comparison lies above the plan, so it is fetched when asked for.
         from accelkit.patches.adapters import facts
         from accelkit.patches.plan_check import compare
@@ -345,8 +338,9 @@ class Plan(_Part):
         """Parse and validate.
 
         Raises:
-            PlanCorruptError: not JSON, or not an object. PlanVersionError: written by a newer
-            schema. PlanError: a field is wrong; the message has its path.
+            PlanCorruptError: not JSON, or not an object.
+            PlanVersionError: written by a newer schema.
+            PlanError: a field is wrong; the message has its path.
         """
         try:
             return Plan.model_validate(plan_file.parse(text, where))
@@ -362,7 +356,11 @@ class Plan(_Part):
     ) -> Path:
         """Write the plan into `folder` and return the JSON's path.
 
-        An older plan there stays intact until the new one is whole.
+        An older plan there stays intact until the new one is whole. With `push_to_hub` it is also
+        uploaded to `repo_id`, by default the folder's name.
+
+        Raises:
+            PlanError: it cannot be written.
         """
         blob, plan = None, self
         if self._tables:
@@ -388,8 +386,9 @@ class Plan(_Part):
         """Read a plan from a file, a folder or a hub repository.
 
         Raises:
-            PlanError: nothing there, or a wrong field. PlanCorruptError: damaged text, side tensors
-            missing or with a wrong hash. PlanVersionError: newer schema.
+            PlanError: nothing there, or a wrong field.
+            PlanCorruptError: damaged text, side tensors missing or with a wrong hash.
+            PlanVersionError: newer schema.
         """
         path, fetch = plan_file.find(
             name_or_path,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from accelkit.patches.plan import Component, Fingerprint, Plan
+from accelkit.patches.method import UNSERVED
+from accelkit.patches.plan import Component, Fingerprint, Plan, Reuse
 
 
 @dataclass(frozen=True)
@@ -23,82 +24,79 @@ class Problem:
         return f"{self.where}: {self.what}; {self.mend}"
 
 
+AGAIN = "calibrate this model, or use the plan's own model"
+
+
 def compare(plan: Plan, model: Fingerprint, sites: Mapping[str, int]) -> list[Problem]:
     """Differences between a plan and a model, given the model's fingerprint and its sites with
     their query heads.
     """
-    problems: list[Problem] = []
-    made_for = plan.fingerprint
-    again = "calibrate this model, or use the plan's own model"
+    problems = [*_sizes(plan.fingerprint, model)]
+    place = {path: n for n, path in enumerate(sites)}
+    for path, layer in plan.sites.items():
+        for slot in ("tokens", "cache", "block"):
+            method = getattr(layer, slot)
+            if method is not None and (idle := method.answers() & UNSERVED):
+                what = f"nothing asks {method.kind} to {' or '.join(sorted(idle))} yet"
+                problems.append(Problem(path, what, f"take {slot!r} out of this site"))
+        if layer.block is not None and not layer.rules and path in model.components:
+            continue  # a whole sub-model is rewired; it has no attention of its own
+        if path not in sites:
+            problems.append(Problem(path, "no such attention module in the model", AGAIN))
+            continue
+        for rule in layer.rules:
+            heads = len(rule.policies)
+            if heads != sites[path]:
+                what = f"{heads} heads in the plan, {sites[path]} in the model"
+                problems.append(Problem(path, what, AGAIN))
+            for row in set(rule.policies):
+                reuse = plan.policies[row].reuse
+                if reuse is not None:
+                    problems += _anchor(path, heads, reuse, place, sites)
+    return problems or _config(plan.fingerprint, model)
+
+
+def _sizes(made_for: Fingerprint, model: Fingerprint) -> Iterator[Problem]:
+    """Another class, or other sizes of a sub-model."""
     if (made_for.class_name, made_for.model_type) != (model.class_name, model.model_type):
-        problems.append(
-            Problem(
-                "model",
-                f"the plan is for {made_for.class_name} ({made_for.model_type}), "
-                f"this is {model.class_name} ({model.model_type})",
-                again,
-            )
+        what = (
+            f"the plan is for {made_for.class_name} ({made_for.model_type}), "
+            f"this is {model.class_name} ({model.model_type})"
         )
+        yield Problem("model", what, AGAIN)
     for name, component in made_for.components.items():
         here = model.components.get(name)
         if here is None:
-            problems.append(Problem(name, "the model has no such component", again))
+            yield Problem(name, "the model has no such component", AGAIN)
             continue
         for field in Component.model_fields:
             expected, found = getattr(component, field), getattr(here, field)
             if expected != found:
-                problems.append(
-                    Problem(name, f"{field}: the plan has {expected}, the model {found}", again)
-                )
-    order = {path: n for n, path in enumerate(sites)}
-    for path, layer in plan.sites.items():
-        if layer.block is not None and not layer.rules and path in model.components:
-            continue  # a whole sub-model is rewired; it has no attention of its own
-        if path not in sites:
-            problems.append(Problem(path, "no such attention module in the model", again))
-            continue
-        for rule in layer.rules:
-            if len(rule.policies) != sites[path]:
-                problems.append(
-                    Problem(
-                        path,
-                        f"{len(rule.policies)} heads in the plan, {sites[path]} in the model",
-                        again,
-                    )
-                )
-            for row in set(rule.policies):
-                reuse = plan.policies[row].reuse
-                if reuse is None or reuse.site is None:
-                    continue
-                if reuse.site not in order or order[reuse.site] >= order[path]:
-                    problems.append(
-                        Problem(
-                            path,
-                            f"reuses {reuse.site!r}, which does not run before it",
-                            "anchors must be earlier sites of the same model",
-                        )
-                    )
-                elif reuse.heads is not None and max(reuse.heads) >= sites[reuse.site]:
-                    problems.append(
-                        Problem(
-                            path,
-                            f"reuses head {max(reuse.heads)} of {reuse.site!r}, which has "
-                            f"{sites[reuse.site]}",
-                            "use head ids of the anchor",
-                        )
-                    )
-    if not problems and made_for.config_hash != model.config_hash:
-        keys = sorted(
-            k
-            for k in made_for.config.keys() | model.config.keys()
-            if made_for.config.get(k) != model.config.get(k)
-        )
-        problems.append(
-            Problem(
-                "config",
-                f"differs in {', '.join(keys) or 'unrecorded keys'}",
-                "check with `accelkit eval --against dense`",
-                fatal=False,
-            )
-        )
-    return problems
+                what = f"{field}: the plan has {expected}, the model {found}"
+                yield Problem(name, what, AGAIN)
+
+
+def _anchor(
+    path: str, heads: int, reuse: Reuse, place: Mapping[str, int], sites: Mapping[str, int]
+) -> Iterator[Problem]:
+    """An anchor that comes too late, or a map of heads that does not fit."""
+    anchor = reuse.site or path
+    if reuse.site is not None and place.get(anchor, len(place)) >= place[path]:
+        mend = "anchors must be earlier sites of the same model"
+        yield Problem(path, f"reuses {anchor!r}, which does not run before it", mend)
+    elif reuse.heads is not None and max(reuse.heads, default=0) >= sites[anchor]:
+        what = f"reuses head {max(reuse.heads)} of {anchor!r}, which has {sites[anchor]}"
+        yield Problem(path, what, "use head ids of the anchor")
+    if reuse.heads is not None and len(reuse.heads) != heads:
+        what = f"reuses {anchor!r} by a map of {len(reuse.heads)} heads, the site has {heads}"
+        yield Problem(path, what, "name the anchor's head for every head")
+
+
+def _config(made_for: Fingerprint, model: Fingerprint) -> list[Problem]:
+    """Another config of equal sizes need not matter."""
+    if made_for.config_hash == model.config_hash:
+        return []
+    before, now = made_for.config, model.config
+    keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    what = f"differs in {', '.join(keys) or 'unrecorded keys'}"
+    return [Problem("config", what, "check with `accelkit eval --against dense`", fatal=False)]

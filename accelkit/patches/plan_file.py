@@ -64,14 +64,20 @@ def describe(error: ValidationError, most: int = 5) -> str:
     for item in error.errors()[:most]:
         path = ".".join(str(p) for p in item["loc"]) or "top level"
         found = repr(item.get("input"))
-        lines.append(f"{path}: {item['msg']} (found {found[:80]})")
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append(f"{path}: {message} (found {found[:80]})")
     more = error.error_count() - most
     return "; ".join(lines) + (f"; and {more} more" if more > 0 else "")
 
 
 def write(folder: Path, text: str, tables: bytes | None) -> Path:
     """Put a plan's text and packed side tensors into `folder`; returns the text's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(
+            f"{folder}: no folder can be made there ({error}); choose another one"
+        ) from error
     if tables is not None:
         _replace(folder / TABLES_FILE, tables)
     _replace(folder / FILE, text.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from accelkit.calibration.fit import ahead as fit_ahead
+from accelkit.calibration.fit import clock as fit_clock
 from accelkit.calibration.fit import fit
 from accelkit.calibration.fit import inputs as fit_inputs
 from accelkit.calibration.fit import kernels as fit_kernels
@@ -112,10 +114,10 @@ def test_random_lists_are_visible_and_hold_the_diagonal() -> None:
 
 def test_gpus_measure_more_lengths_and_denoisers_one() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert fit.lengths(SMALL, 65536, gpu) == [4096, 8192, 16384, 32768, 65536]
+    assert fit.lengths(SMALL, 65536, gpu) == [4096, 8192, 16384, 40960, 65536]
     assert fit.lengths(SMALL, 65536, cpu) == [16384, 65536]
     assert fit.lengths(SMALL, 65536, gpu, brief=True) == [16384, 65536]
-    assert fit.lengths(SMALL, 16384, gpu) == [2048, 4096, 8192, 16384]
+    assert fit.lengths(SMALL, 16384, gpu) == [2048, 4096, 10240, 16384]
     assert fit.lengths(SMALL, 1024, gpu) == [1024]
     assert fit.lengths(replace(SMALL, causal=False), 4680, gpu) == [4680]
 
@@ -126,7 +128,7 @@ def test_terms_add_up_to_the_points() -> None:
     found = fit_methods.cost(load("pbs_attn")(), calls, slow, lambda run, times=1: 2.0, SMALL)
     assert not isinstance(found, str)
     cost, lists = found.cost, found.lists
-    assert lists[1024][0][0][0] == (128, 128)
+    assert lists[1024][0][0][0][0] == (128, 128)
     # Rows are laid out and put back, which choosing includes once.
     assert dict(cost.terms["permutation"]) == {1024: 4.0}
     assert cost.points == ((1024, sum(p[-1][1] for p in cost.terms.values())),)
@@ -166,12 +168,50 @@ def test_a_rehearsal_runs_what_must_be_compiled(monkeypatch, cold: bool) -> None
     assert len(precisions) == 5  # the inputs' own and all that sage_attention names
 
 
+def test_a_rehearsal_stays_within_its_room() -> None:
+    call = fit_inputs.random_call(SMALL, torch.float32, CPU, 1024)
+    rows = sum(t.nbytes for t in (call.q, call.k, call.v))
+    assert fit_ahead._at_once(call, None, 8) == 8
+    assert fit_ahead._at_once(call, 0, 8) == 1
+    few = fit_ahead._at_once(call, 24 * rows, 8)
+    assert 1 < few < 8
+    assert fit_ahead._at_once(call, 48 * rows, 8) in (2 * few, 2 * few + 1)
+    assert fit_ahead._at_once(call, 1 << 40, 8) == 8
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_brief_rehearsal_asks_the_first_unit_alone_on_a_warm_machine(monkeypatch, cold) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    clock = nullcontext(lambda: float(cold))
+    monkeypatch.setattr(fit_ahead, "compile_clock", lambda cached: clock)
+    calls = {n: fit_inputs.random_call(SMALL, torch.float32, CPU, n) for n in (512, 1024)}
+    found = fit_ahead.rehearse(calls, [load("vertical_slash")()], SMALL, brief=True)
+    assert found == ({(128, 128), (64, 64), (64, 1)} if cold else {(128, 128)})
+
+
+def test_a_brief_cost_reads_shorter_calls_once_and_without_their_kernels() -> None:
+    calls = {n: fit_inputs.random_call(SMALL, torch.float32, CPU, n) for n in (1024, 2048)}
+    slow = tuple((n, 1e9) for n in calls)
+    asked: list[int] = []
+
+    def clocked(run, times=3) -> float:
+        asked.append(times)
+        return 2.0
+
+    found = fit_methods.cost(load("xattention")(), calls, slow, clocked, SMALL, brief=True)
+    assert not isinstance(found, str)
+    assert dict(found.cost.points) == {1024: 2.0, 2048: 2.0}
+    assert list(found.lists) == [2048]
+    assert asked == [1, 3, 3]  # choosing; choosing and the kernels
+
+
 def test_own_lists_count_beside_random_ones() -> None:
     own = (((128, 128), [0.5, 0.25]),)
     heads = sum(TABLE.head_ms((128, 128), 4096, d) for d in (0.5, 0.25))
     launch = TABLE.launch_ms((128, 128))
-    found = fit_methods.beside_random(TABLE, own, 4096, launch + 0.8 * heads)
-    assert found == pytest.approx(0.8)
+    rows, found = fit_methods.beside_random(TABLE, 4096, [(own, launch + 0.8 * heads)])
+    assert (rows, found) == pytest.approx((0.8, 0.8))
     cost = replace(TABLE.methods["m"], lists=((1024, 1.2), (4096, found)))
     table = replace(TABLE, methods={"m": cost})
     for n, factor in ((1024, 1.2), (4096, 0.8), (8192, 0.8), (2048, 0.96**0.5)):
@@ -183,6 +223,27 @@ def test_own_lists_count_beside_random_ones() -> None:
     assert whole == pytest.approx(once + 4 * each + launch + 0.8 * heads)
 
 
+def test_thin_lists_tell_rows_and_pairs_apart() -> None:
+    """A few long rows among short ones take their time however thin the others are."""
+    size, launch = (128, 128), TABLE.launch_ms((128, 128))
+    rows = 4 * TABLE.rows_ms(size, 4096)
+
+    def took(density: float) -> tuple[fit_methods.Lists, float]:
+        pairs = 4 * TABLE.head_ms(size, 4096, density) - rows
+        return ((size, [density] * 4),), launch + 3 * rows + 0.9 * pairs
+
+    middle, thin, thinner = (took(d) for d in (0.5, 0.1, 0.02))
+    of_rows, of_pairs = fit_methods.beside_random(TABLE, 4096, [middle, thin])
+    assert (of_rows, of_pairs) == pytest.approx((3, 0.9), rel=0.15)
+    cost = MethodCost(((4096, 0.0),), lists=((4096, of_pairs),), rows=((4096, of_rows),))
+    table = replace(TABLE, methods={"m": cost})
+    assert table.call_ms("m", 4096, thinner[0]) == pytest.approx(thinner[1], rel=0.1)
+    assert CostTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+    # Lists of the same density tell nothing.
+    one, other = fit_methods.beside_random(TABLE, 4096, [middle, middle])
+    assert one == pytest.approx(other)
+
+
 def test_a_launch_of_few_heads_has_the_whole_tail() -> None:
     table = replace(TABLE, kernels={"128x128": Kernel(0.5, 0.01, 2.0, tail=3.0)})
     tail = 3.0 * 0.25 * 4.096
@@ -192,16 +253,38 @@ def test_a_launch_of_few_heads_has_the_whole_tail() -> None:
     assert all_heads == pytest.approx(0.5 + 4 * table.head_ms((128, 128), 4096, 0.25))
 
 
-def test_the_lesser_of_two_measurements() -> None:
-    def found(estimator: float, selection: float, lists: float) -> fit_methods.Found:
-        terms = {"estimator": ((1024, estimator),), "selection": ((1024, selection),)}
-        cost = MethodCost(((1024, estimator + selection),), terms=terms)
-        return fit_methods.Found(cost, {1024: ((), lists)}, [(64, 64)], kept=False)
+def test_a_gpu_is_waited_for(monkeypatch) -> None:
+    """Until its clock is back, or for good where it does not come back."""
+    gpu, slept = torch.device("cuda", 0), list[float]()
+    speeds = iter([103.0, 100.0, 80.0, 90.0, 98.0])
+    monkeypatch.setattr(fit_clock, "_best", {})
+    monkeypatch.setattr(fit_clock, "_cycles_per_ms", lambda: next(speeds, 70.0))
+    monkeypatch.setattr(fit_clock.time, "sleep", slept.append)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    fit_clock.settle(gpu)
+    assert not slept
+    fit_clock.settle(gpu)
+    assert len(slept) == 2
+    assert fit_clock._best == {gpu: 100.0}
+    monkeypatch.setattr(fit_clock, "PATIENCE_S", 0.0)
+    fit_clock.settle(gpu)
+    assert fit_clock._best == {gpu: 70.0}
+    fit_clock.settle(gpu)
+    assert len(slept) == 2
 
-    one = found(1.0, 3.0, 7.0)
-    both = one.lesser(found(2.0, 2.5, 6.0))
-    assert both == found(1.0, 2.5, 6.0)
-    assert one.lesser("it does not run here") is one
+
+def test_a_last_turn_that_is_not_full_counts() -> None:
+    size = (2048, 1)
+    kernels = {"2048x1": Kernel(0.5, 0.01, 2.0), "128x128": Kernel(0.5, 0.01, 2.0)}
+    full = replace(TABLE, kernels=kernels)
+    kernels = {"2048x1": replace(kernels["2048x1"], lanes=132), "128x128": kernels["128x128"]}
+    table = replace(TABLE, kernels=kernels)
+    # 20 heads of 3 rows of 16 programs on 132 multiprocessors: 7.3 turns take as long as 8.
+    expected = 0.5 + (full.random_ms(size, 5120, [0.1] * 20) - 0.5) * 8 / (20 * 3 * 16 / 132)
+    assert table.random_ms(size, 5120, [0.1] * 20) == pytest.approx(expected)
+    one = table.head_ms(size, 5120, 0.1) / full.head_ms(size, 5120, 0.1)
+    assert one == pytest.approx(2 / (TABLE.heads * 3 * 16 / 132))
+    assert table.head_ms((128, 128), 5120, 0.1) == full.head_ms((128, 128), 5120, 0.1)
 
 
 def test_kept_lists_start_sooner() -> None:
@@ -212,7 +295,8 @@ def test_kept_lists_start_sooner() -> None:
     assert table.launch_ms(size, kept=True) == pytest.approx(0.4)
     heads = 4 * table.head_ms(size, 4096, 0.25)
     assert table.call_ms("m", 4096, own, anew=0.0) == pytest.approx(0.4 + heads)
-    assert fit_methods.beside_random(table, own, 4096, 0.4 + heads, kept=True) == pytest.approx(1)
+    found = fit_methods.beside_random(table, 4096, [(own, 0.4 + heads)], kept=True)
+    assert found == pytest.approx((1, 1))
 
 
 def test_lengths_between_lie_on_a_curve_through_the_points() -> None:
@@ -223,6 +307,15 @@ def test_lengths_between_lie_on_a_curve_through_the_points() -> None:
         assert interpolate(points, n) == pytest.approx(0.05 + 2e-5 * n + 3e-10 * n * n, rel=1e-3)
     bent = (*points[:2], (16384, 1.5 * curve[16384]), *points[3:])
     assert interpolate(bent, 16384) == pytest.approx(1.5 * curve[16384])
+
+
+def test_rows_that_are_filled_up_grow_in_steps() -> None:
+    def ms(n: int) -> float:
+        return 0.01 + 1e-10 * n * 2 ** math.ceil(math.log2(n))
+
+    points = tuple((n, ms(n)) for n in (4096, 8192, 16384, 40960, 65536))
+    for n in (12288, 24576, 49152):
+        assert interpolate(points, n) == pytest.approx(ms(n), rel=1e-3)
 
 
 def test_older_tables_hold_one_factor_for_all_lengths() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -100,6 +101,20 @@ def test_a_pipeline_is_not_given_what_it_does_not_know():
         SIZE.arguments(tiny_pipe("flux"))
 
 
+@pytest.mark.parametrize(
+    ("size", "arguments", "words"),
+    [
+        ({"height": 47}, {}, "divisible by 16 but are 47"),
+        ({}, {"guidance": 3.0}, "no argument guidance; it has .*guidance_scale"),
+    ],
+)
+def test_what_a_pipeline_refuses_is_bad_input(size, arguments, words):
+    pipe = tiny_pipe("wan")
+    shot = video.Shot("a", {"prompt": "a", **arguments}, 0)
+    with pytest.raises(InvalidInputError, match=words):
+        video.run(pipe, replace(SIZE, **size), shot)
+
+
 def take(latents, pictures=None):
     return Take(torch.tensor(latents), pictures, 0.0)
 
@@ -159,7 +174,7 @@ def test_videos_and_sheets_are_written(tmp_path):
     path = frames.write(a, tmp_path / "deep" / "a.mp4", fps=8)
     back = v3.imread(path)
     assert back.shape == (8, 34, 40, 3)
-    sheet = v3.imread(frames.contact_sheet(a, b, tmp_path / "sheet.png"))
+    sheet = v3.imread(frames.contact_sheet(a, b, tmp_path / "new" / "sheet.png"))
     assert sheet.shape == (3 * (33 + 8), 6 * (40 + 8), 3)
     np.testing.assert_array_equal(sheet[4:37, 4:44], (a[0] * 255).round().astype(np.uint8))
     np.testing.assert_array_equal(sheet[45:78, 4:44], (b[0] * 255).round().astype(np.uint8))

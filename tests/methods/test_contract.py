@@ -49,9 +49,8 @@ N = 2300
 def full(name: str) -> AttentionMethod:
     """The method at its densest."""
     cls = load(name)
-    densest = getattr(cls, "full", None)
-    assert densest, f"{name}: say what its full budget is, `full: ClassVar = {{field: value}}`"
-    return cls.model_validate({**cls().model_dump(), **densest})
+    assert cls.full, f"{name}: say with which fields it reads every key, `full`"
+    return cls.model_validate({**cls().model_dump(), **cls.full})
 
 
 def run(method: AttentionMethod, call: AttentionCall) -> torch.Tensor:

@@ -30,5 +30,5 @@ def test_density_of_a_video_of_21_frames(decay: float, density: float):
     where = Visual(0, (21, 45, 80), 75600)
     widths = [method._width(d, where.frame) for d in range(21)]
     mask = grids.frame_bands(where, widths, (128, 128), least=PARTLY)
-    mask |= grids.blocks_of(where, 0, where.frame, 128)
+    mask |= grids.first_blocks(where, where.frame, 128)
     assert float(mask.float().mean()) == pytest.approx(density, abs=0.015)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from accelkit.errors import PlanCorruptError, PlanError, PlanVersionError
 from accelkit.patches import plan_file
 from accelkit.patches.call import Clock
+from accelkit.patches.method import TokenMethod, load
 from accelkit.patches.plan import (
     Component,
     Fingerprint,
@@ -121,11 +122,23 @@ def test_first_matching_rule_wins():
             PlanError,
             r"self_attn\.rules\.0\.phase: .*'prefill', 'decode' or 'denoise'",
         ),
+        (
+            lambda d: d["sites"]["model.layers.0.self_attn"]["rules"][0].update(steps=[0.5, 0.2]),
+            PlanError,
+            r"rules\.0\.steps: expected shares of the steps that rise",
+        ),
     ],
 )
 def test_damaged_plans_say_where(edit, error, message):
     with pytest.raises(error, match=message):
         Plan.from_json(damaged(edit))
+
+
+def test_a_field_that_a_method_does_not_have():
+    with pytest.raises(
+        ValueError, match="unknown field 'window_token'; known are: sink_tokens, win"
+    ):
+        load("window")(window_token=3)
 
 
 def test_older_schemas_are_migrated(monkeypatch):
@@ -207,6 +220,12 @@ def test_full_disk_keeps_the_old_plan(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [FILE]
 
 
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(PlanError, match="no folder can be made there"):
+        make().save_pretrained(tmp_path / "taken")
+
+
 def test_compare_lists_every_problem():
     plan = make(
         policies=(Policy(), Policy(reuse=Reuse(site="model.layers.5.self_attn"))),
@@ -220,6 +239,25 @@ def test_compare_lists_every_problem():
     assert any("head_dim" in p for p in problems)
     assert any("4 heads in the plan, 8 in the model" in p for p in problems)
     assert any("does not run before it" in p for p in problems)
+
+
+def test_compare_looks_at_what_nothing_runs_and_at_maps_of_heads():
+    """Where `patch` would go on without a word, or fail in the first forward."""
+    first, second = "model.layers.0.self_attn", "model.layers.1.self_attn"
+
+    class Thinning(TokenMethod):
+        def keep(self, stream):
+            return None
+
+    plan = make(policies=(Policy(), Policy(reuse=Reuse(site=first, heads=(0, 1)))))
+    rules = plan.sites[first].rules
+    layers = {first: LayerPlan(tokens=Thinning()), second: LayerPlan(rules=rules)}
+    plan = plan.model_copy(update={"sites": layers})
+    found = [str(p) for p in compare(plan, plan.fingerprint, {first: 4, second: 4})]
+    assert len(found) == 2
+    assert f"{first}: nothing asks" in found[0]
+    assert "to keep yet; take 'tokens' out of this site" in found[0]
+    assert f"{second}: reuses {first!r} by a map of 2 heads, the site has 4" in found[1]
 
 
 def test_reading_a_plan_needs_no_torch(tmp_path):

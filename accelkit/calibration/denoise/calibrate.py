@@ -17,9 +17,7 @@ import torch
 from accelkit.calibration import session, stages
 from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.denoise import caches as denoise_caches
-from accelkit.calibration.denoise import look as denoise_look
-from accelkit.calibration.denoise import measure as denoise_measure
-from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise import look, measure, video
 from accelkit.calibration.denoise.check import Checker
 from accelkit.calibration.denoise.look import bucket_of, site_of
 from accelkit.calibration.denoise.plan import Planner
@@ -166,21 +164,19 @@ def _plan(
 ) -> Plan:
     """Measure, then search and check in turns."""
     first, allowed = shots.measure[0], budget.max_rel_error
-    seen = denoise_look.look(run, settings, first)
-    glanced = run.journal.unit(
-        "look/whole", lambda: denoise_look.glance(run.model, settings, first)
-    )
+    seen = look.look(run, settings, first)
+    glanced = run.journal.unit("look/whole", lambda: look.glance(run.model, settings, first))
     tokens = max(glanced["tokens"].values())
     size = next(iter(fingerprint.components.values()))
     layers = len(glanced["tokens"])
     shape = fit.Shape(
         size.q_heads, size.kv_heads, size.head_dim, layers, glanced["batch"], causal=False,
-        geometry=denoise_look.geometry_of(glanced),
+        geometry=look.geometry_of(glanced),
     )  # fmt: skip
     dtype = next(iter(roots.values())).dtype
     costs = stages.fitted(run, shape, dtype, tokens, methods)
     able = [m for m in methods if m.kind in costs.methods]
-    found = denoise_measure.measured(run, seen, settings, shots.measure, able, costs, tokens)
+    found = measure.measured(run, seen, settings, shots.measure, able, costs, tokens)
     small = Small(run, seen, shots.measure, roots)
     heads = {p: run.heads[site_of(p)] for p in seen.places}
     weights = {p: [1.0] * n for p, n in heads.items()}
@@ -202,7 +198,9 @@ def _plan(
         dense = found.step_seconds * seen.total
         whole = run.journal.unit("cache/whole", lambda: small.whole.seconds)
         afford = SHORT * whole if SHORT * whole > dense else CACHES * dense - whole
-    cached, refused = denoise_caches.options(run, small, caches, allowed, afford)
+    # Spread as the trials show it: what hardly changes anything may tip a single result over.
+    margin = small.margin()
+    cached, refused = denoise_caches.options(run, small, caches, allowed / margin, afford)
     planner = Planner(
         seen, found, weights, costs, tokens, cached, fingerprint, budget,
         Limits(
@@ -213,8 +211,6 @@ def _plan(
         ),
     )  # fmt: skip
     planner.known[0] = rounding = small.rounding()
-    # Spread as the trials show it: what hardly changes anything may tip a single result over.
-    margin = small.margin()
     planner.rehearse(small, margin)
     checker = Checker(run, settings, shots.check, planner.ratio, margin)
     plan = planner.finished(planner.settle(run, checker))
@@ -257,7 +253,7 @@ def _plain(shot: video.Shot) -> bytes:
 
 def _units(places: int, prompts: int, preset: Preset, caches: int, check: int) -> int:
     """The most units of work: looking, the fit, each place by stage, caches, and every check."""
-    bucket = len(denoise_look.EDGES) - 1
+    bucket = len(look.EDGES) - 1
     by_place = places * bucket * (2 + prompts)
     runs = bucket + 1 + caches * denoise_caches.RUNS
     return 3 + by_place + runs + (preset.rounds + 1) * check

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from accelkit.calibration.denoise.perceptual import lpips_of
 from accelkit.calibration.evaluation.quality import relative, synchronise
-from accelkit.errors import InvalidInputError
+from accelkit.errors import AccelkitError, InvalidInputError
 
 BUILT_IN = (
     "a red fox running through fresh snow, low winter sun",
@@ -230,13 +230,7 @@ def run(
     with listening(pipe, see), _quiet(pipe):
         clock.mark()
         try:
-            out = pipe(
-                **settings.arguments(pipe),
-                **shot.arguments,
-                **extra,
-                generator=torch.Generator().manual_seed(shot.seed),
-                output_type="np" if decode else "latent",
-            )
+            out = _called(pipe, settings, shot, output_type="np" if decode else "latent", **extra)
             if decode:
                 frames = _frames(out)
         except Enough:
@@ -271,24 +265,43 @@ class _Clock:
         return [m - first for m in rest]
 
 
+def _called(pipe: Any, settings: Settings, shot: Shot, **extra: Any) -> Any:
+    """The pipeline's own call; arguments that it refuses are bad input, told in its words."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    strange = [k for k in shot.arguments if k not in known]
+    if strange:
+        raise InvalidInputError(
+            f"prompt {shot.name!r}: {type(pipe).__name__} has no argument {', '.join(strange)}; "
+            f"it has {', '.join(k for k in known if k != 'self')}"
+        )
+    arguments = {**settings.arguments(pipe), **shot.arguments, **extra}
+    try:
+        return pipe(**arguments, generator=torch.Generator().manual_seed(shot.seed))
+    except AccelkitError:
+        raise
+    except ValueError as error:
+        raise InvalidInputError(
+            f"{type(pipe).__name__} refuses what it was called with: {error}"
+        ) from error
+
+
 def begin(pipe: Any, settings: Settings, shot: Shot) -> None:
     """Run a pipeline until something raises `Enough`, and tidy up behind it."""
     try:
         with torch.inference_mode(), _quiet(pipe):
-            pipe(
-                **settings.arguments(pipe),
-                **shot.arguments,
-                generator=torch.Generator().manual_seed(shot.seed),
-                output_type="latent",
-            )
+            _called(pipe, settings, shot, output_type="latent")
     except Enough:
         pipe.maybe_free_model_hooks()
 
 
 @contextmanager
-def listening(pipe: Any, see: Callable[[Tensor, bool], None]) -> Iterator[None]:
+def listening(
+    pipe: Any,
+    see: Callable[[Tensor, bool], None],
+    before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+) -> Iterator[None]:
     """While open, `see` gets the latents that each of the scheduler's steps gives, and whether it
-    was another look at the same timestep.
+    was another look at the same timestep; `before` gets the arguments, ahead of the step.
     """
     scheduler, own = pipe.scheduler, "step" in vars(pipe.scheduler)
     step = scheduler.step
@@ -297,6 +310,8 @@ def listening(pipe: Any, see: Callable[[Tensor, bool], None]) -> Iterator[None]:
 
     @wraps(step)
     def listened(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(args, kwargs)
         found = step(*args, **kwargs)
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         again = timestep is not None and timestep is last[0]

@@ -185,11 +185,11 @@ def scored_rows(sample: Sample, most: int = 2048) -> np.ndarray:
     return np.arange(max(n // 2, n - 1 - most), n - 1)
 
 
-def judged_rows(sample: Sample, most: int = 2048) -> np.ndarray:
+def judged_rows(sample: Sample) -> np.ndarray:
     """Positions at which attention is judged: the whole part with the questions, since what is
     looked up there is handed on between its rows, or the end of a text.
     """
-    rows = scored_rows(sample, most)
+    rows = scored_rows(sample)
     return np.arange(max(0, rows[0] - QUESTION), len(sample.ids)) if sample.answers else rows
 
 

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from accelkit.calibration.capture import dense_attention
-from accelkit.calibration.fit import ahead as fit_ahead
-from accelkit.calibration.fit import kernels as fit_kernels
-from accelkit.calibration.fit import methods as fit_methods
-from accelkit.calibration.fit.clock import clock, dense_ms, rest
+from accelkit.calibration.fit import ahead, kernels, turns
+from accelkit.calibration.fit.clock import clock, dense_ms
 from accelkit.calibration.fit.inputs import Shape, random_call, shorter
+from accelkit.calibration.fit.methods import Found, beside_random, checked, cost
 from accelkit.kernels.cost import Check, CostTable, Kernel, MethodCost, Points, name
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
@@ -42,6 +41,7 @@ def fit(
     repeat: int = 3,
     limit_s: float = 60.0,
     brief: bool = False,
+    room: int | None = None,
     step: Callable[[str], None] | None = None,
     expect: Callable[[int], None] | None = None,
 ) -> CostTable:
@@ -50,7 +50,8 @@ def fit(
 
     `step` is told what is measured next, `expect` how many steps are left after compiling. After
     `limit_s` seconds nothing is repeated any more. `brief` is for a search on a GPU, in which a
-    fit would take longer than all the rest: fewer lengths, and whole calls are not checked.
+    fit would take longer than all the rest: fewer lengths, and whole calls are not checked. `room`
+    is how many bytes of a GPU the calls that are compiled side by side may take.
     """
     until = time.monotonic() + (0.0 if brief else limit_s)
     at = lengths(shape, tokens, device, brief)
@@ -58,78 +59,101 @@ def fit(
     tell = step or (lambda _: None)
 
     def ms(run: Callable[[], Any], times: int = repeat) -> float:
-        return clock(run, times if brief or time.monotonic() < until else 1, device)
+        often = times if brief or time.monotonic() < until else 1
+        return clock(run, often, device, rested=not brief)
 
-    known = {fit_ahead.UNIT}
+    known = {ahead.UNIT}
     if device.type == "cuda":
         tell("compiling kernels")
-        known = fit_ahead.rehearse(calls, methods, shape)
-    twice = device.type == "cuda" and not brief
+        known = ahead.rehearse(calls, methods, shape, room, brief)
+    thorough, few = device.type == "cuda" and not brief, brief and shape.causal
     if expect is not None:
-        expect(1 + len(methods) + len(known) + twice)
-    tell("dense attention")
-    dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
-    ride = tuple((n, ms(partial(dense_attention, call))) for n, call in calls.items())
-    sizes = dict.fromkeys([fit_ahead.UNIT])
-    costs: dict[str, fit_methods.Found] = {}
-    refused: dict[str, str] = {}
-    for method in methods:
-        tell(method.kind)
-        if not brief:
-            rest(device)
-        found = fit_methods.cost(method, calls, dense, ms, shape)
-        if isinstance(found, str):
-            refused[method.kind] = found
-            continue
-        costs[method.kind] = found
-        sizes |= dict.fromkeys(found.sizes)
-    fitted: dict[str, Kernel] = {}
+        once = 1 + len(methods) + len(known) + thorough
+        expect(once if device.type == "cuda" else turns.TURNS[0] * once)
+    timed = partial(_timed, calls, methods, shape, tell)
     checks: tuple[Check, ...] = ()
-    for size in sizes:
-        tell(f"kernel {name(size)}")
-        fitted[name(size)], seen = fit_kernels.kernel(calls, size, until)
-        checks += seen
-    if twice and time.monotonic() < until:
-        tell("methods once more")
-        costs |= _again([m for m in methods if m.kind in costs], costs, calls, dense, shape)
+    fitted: dict[str, Kernel] = {}
+    if device.type == "cuda":
+        seen = timed(lambda _: ms, thin=thorough, brief=few)
+        for size in seen.sizes:
+            tell(f"kernel {name(size)}")
+            fitted[name(size)], more = kernels.kernel(calls, size, until, few)
+            checks += more
+    else:
+        clocks = turns.Clocks(calls)
+        for turn in range(turns.TURNS[1]):
+            if turn >= turns.TURNS[0] and time.monotonic() > until:
+                break
+            seen = timed(clocks.turn)
+            tell("kernels")
+            clocks.kernels(seen.sizes)
+        for size in seen.sizes:
+            fitted[name(size)], more = clocks.fitted(size)
+            checks += more
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     table = CostTable(
         about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
-        dense, ride, fitted, {}, refused, shape.causal, checks,
+        seen.dense, seen.ride, fitted, {}, seen.refused, shape.causal, checks,
     )  # fmt: skip
-    table = replace(table, methods={k: _with_lists(table, f) for k, f in costs.items()})
-    return _judged(table, methods, calls, ms) if twice else table
+    table = replace(table, methods={k: _with_lists(table, f) for k, f in seen.costs.items()})
+    if thorough:
+        tell("whole calls")
+        table = _judged(table, methods, calls, ms, until)
+    return table
 
 
-def _again(
-    methods: Sequence[AttentionMethod],
-    costs: Mapping[str, fit_methods.Found],
-    calls: Mapping[int, AttentionCall],
-    dense: Points,
-    shape: Shape,
-) -> dict[str, fit_methods.Found]:
-    """The lesser of two readings that lie seconds apart: whatever slows a card down for a while
-    spoils one of them.
+@dataclass(frozen=True)
+class _Seen:
+    """Dense attention by length, as the model runs it and through the kernels here; what methods
+    cost, or why they are refused.
     """
-    device, found = calls[max(calls)].q.device, dict[str, fit_methods.Found]()
 
-    def once(run: Callable[[], Any], _: int = 1) -> float:
-        return clock(run, 1, device)
+    dense: Points
+    ride: Points
+    costs: dict[str, Found]
+    refused: dict[str, str]
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Units whose kernels are needed."""
+        return list(dict.fromkeys([ahead.UNIT, *(s for f in self.costs.values() for s in f.sizes)]))
+
+
+def _timed(
+    calls: Mapping[int, AttentionCall],
+    methods: Sequence[AttentionMethod],
+    shape: Shape,
+    tell: Callable[[str], None],
+    clocked: Callable[[str], Callable[..., float]],
+    **how: bool,
+) -> _Seen:
+    """Dense attention and every method; `clocked(name)` times what is called so, `how` are options
+    of `methods.cost`.
+    """
+    tell("dense attention")
+    ms = clocked("dense")
+    dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
+    ride = tuple((n, ms(partial(dense_attention, call))) for n, call in calls.items())
+    costs: dict[str, Found] = {}
+    refused: dict[str, str] = {}
     for method in methods:
-        rest(device)
-        again = fit_methods.cost(method, calls, dense, once, shape)
-        found[method.kind] = costs[method.kind].lesser(again)
-    return found
+        tell(method.kind)
+        found = cost(method, calls, dense, clocked(method.kind), shape, **how)
+        if isinstance(found, str):
+            refused[method.kind] = found
+        else:
+            costs[method.kind] = found
+    return _Seen(dense, ride, costs, refused)
 
 
-def _with_lists(table: CostTable, found: fit_methods.Found) -> MethodCost:
-    """A method's cost with the factor of its lists."""
-    factors = tuple(
-        (n, fit_methods.beside_random(table, own, n, took, found.kept))
-        for n, (own, took) in found.lists.items()
-    )
-    return replace(found.cost, lists=factors)
+def _with_lists(table: CostTable, found: Found) -> MethodCost:
+    """A method's cost with the factors of its lists."""
+    rows, pairs = [], []
+    for n, seen in found.lists.items():
+        of_rows, of_pairs = beside_random(table, n, seen, found.kept)
+        rows.append((n, of_rows))
+        pairs.append((n, of_pairs))
+    return replace(found.cost, lists=tuple(pairs), rows=tuple(rows))
 
 
 def _judged(
@@ -137,19 +161,20 @@ def _judged(
     methods: Sequence[AttentionMethod],
     calls: Mapping[int, AttentionCall],
     ms: Callable[..., float],
+    until: float,
 ) -> CostTable:
-    """The table with the errors of whole calls at a length that it has not seen; a denoiser's at
-    the one that there is.
+    """The table with the errors of whole calls at a length that it has not seen, a denoiser's at
+    the one that there is; of as many as there is time for before the moment `until`.
     """
     longest = max(calls)
     call = calls[longest]
     if table.causal:
-        call = shorter(call, fit_kernels.held(longest))
+        call = shorter(call, kernels.held(longest))
     found, checks = dict(table.methods), list(table.checks)
     for method in methods:
-        if method.kind not in found:
+        if method.kind not in found or time.monotonic() > until:
             continue
-        seen = fit_methods.checked(table, method, call, ms)
+        seen = checked(table, method, call, ms)
         if seen is not None:
             checks.append(seen)
             found[method.kind] = replace(found[method.kind], error=round(abs(seen.error), 4))
@@ -158,10 +183,11 @@ def _judged(
 
 def lengths(shape: Shape, tokens: int, device: torch.device, brief: bool = False) -> list[int]:
     """Lengths at which costs are measured, ascending; between two of them they are interpolated. A
-    GPU has time for more of them, and the shortest one shows what launches cost.
+    GPU has time for more of them, the shortest one shows what launches cost, and one is another
+    share of its next power of two than the others.
     """
     if not shape.causal:
         return [tokens]
-    shares = (16, 8, 4, 2, 1) if device.type == "cuda" and not brief else (4, 1)
+    shares = (16, 8, 4, 1.6, 1) if device.type == "cuda" and not brief else (4, 1)
     least = min(LEAST.get(device.type, LEAST["cpu"]), tokens)
-    return sorted({max(least, tokens // s) for s in shares})
+    return sorted({max(least, int(tokens / s)) for s in shares})

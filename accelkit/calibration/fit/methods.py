@@ -12,6 +12,8 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from accelkit.calibration.candidates import calibrated_settings, families, prime
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit.inputs import Shape, fresh
@@ -32,44 +34,38 @@ from accelkit.patches.sites.attention import (
 
 MOST = 0.8
 """A method whose estimate alone takes this share of dense attention is refused."""
+MOST_BRIEF = 0.5
+"""The same in a search, which hardly takes a method that could halve attention at best."""
 Size = tuple[int, int]
 Lists = tuple[tuple[Size, list[float]], ...]
 """Units, each with the share of the visible pairs that a method lists for every head."""
 LEAST_LISTS = 0.05
-"""Share of a measurement that is left to the lists when launches seem to take all of it."""
+"""Share of a measurement that is left to the lists when launches seem to take all of it, and least
+factor of rows and pairs.
+"""
+ALIKE = 0.25
+"""Weight of the belief that the factors of rows and pairs are alike, beside that of a reading."""
 Clocked = Callable[..., float]
 """Milliseconds of a piece of work, given it and how often to run it."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A method's cost without the factor of its lists; by length its lists, and the milliseconds
-    of their kernels; units of its variants; whether its lists are made once.
+    """A method's cost without the factors of its lists; by length its lists and the milliseconds
+    of their kernels, at the middle of its dial and thinner; units of its variants; whether its
+    lists are made once.
     """
 
     cost: MethodCost
-    lists: Mapping[int, tuple[Lists, float]]
+    lists: Mapping[int, Sequence[tuple[Lists, float]]]
     others: Sequence[Size]
     kept: bool
 
     @property
     def sizes(self) -> list[Size]:
         """Every unit of its lists and its variants' lists."""
-        return [size for own, _ in self.lists.values() for size, _ in own] + list(self.others)
-
-    def lesser(self, again: Found | str) -> Found:
-        """The lesser of every reading of two measurements; this one where the other failed."""
-        if isinstance(again, str):
-            return self
-        terms = {t: _lesser(p, again.cost.terms[t]) for t, p in self.cost.terms.items()}
-        lists = {n: (own, min(ms, again.lists[n][1])) for n, (own, ms) in self.lists.items()}
-        return replace(
-            self, cost=replace(self.cost, points=_summed(terms), terms=terms), lists=lists
-        )
-
-
-def _lesser(points: Points, others: Points) -> Points:
-    return tuple((n, min(ms, again)) for (n, ms), (_, again) in zip(points, others, strict=True))
+        seen = chain(*self.lists.values())
+        return [size for own, _ in seen for size, _ in own] + list(self.others)
 
 
 def _summed(terms: Mapping[str, Points]) -> Points:
@@ -82,16 +78,26 @@ def cost(
     method: AttentionMethod,
     calls: Mapping[int, AttentionCall],
     dense: Points,
-    ms: Clocked,
+    clocked: Clocked,
     shape: Shape,
+    *,
+    thin: bool = False,
+    brief: bool = False,
 ) -> Found | str:
     """Cost of a method's estimate, selection, order and merging at the lengths of `calls`, and of
-    the kernels over its lists. Or why it is refused.
+    the kernels over its lists; with `thin` over thinner ones, too. Or why it is refused. `brief`:
+    estimate and selection are not told apart, and shorter calls than the longest are read once,
+    without the kernels.
     """
     setting, longest = middle(method), max(calls)
+
+    def once(run: Callable[[], Any], _: int = 1) -> float:
+        return clocked(run, 1)
+
     found: dict[str, list[tuple[int, float]]] = {t: [] for t in MethodCost.TERMS}
-    own: dict[int, tuple[Lists, float]] = {}
+    own: dict[int, list[tuple[Lists, float]]] = {}
     for n, bare in calls.items():
+        ms = once if brief and n < longest else clocked
         try:
             call, now = prepared(bare, method, setting)
             answers = asked(call, now)
@@ -100,12 +106,13 @@ def cost(
             one = answers[0]
             if not units(answers):
                 return "it computes its pieces by itself, which the cost table cannot predict"
-            estimator, selection = choosing(call, now, one, ms)
+            estimator, selection = choosing(call, now, one, ms, brief)
             if method.static:
                 # Made once for all layers and, in a denoiser, for all steps and runs of a size.
                 share = 1 / shape.layers if call.causal else 0.0
                 estimator, selection = share * estimator, share * selection
-            if reason := _hopeless(found, (n, estimator + selection), call, longest, dense):
+            most = MOST_BRIEF if brief else MOST
+            if reason := _hopeless(found, (n, estimator + selection), call, longest, dense, most):
                 return reason
             if n < longest and call.q.device.type == "cpu" and one.execution != PLAIN:
                 return "skipping tiles and 8-bit products save no time on a CPU"
@@ -114,14 +121,19 @@ def cost(
             spent = (estimator, selection, permutation(call, one, ms))
             for term, each in zip(found.values(), spent, strict=True):
                 term.append((n, each))
-            own[n] = lists(one, now, ms)
+            if brief and n < longest:
+                continue
+            own[n] = [lists(one, now, ms)]
+            fewer = thinner(method) if thin and now == setting else None
+            if fewer is not None and (answers := asked(call, fewer)) is not None:
+                own[n].append(lists(answers[0], fewer, ms))
         except Exception as error:  # a method that fails must not end the calibration of the others
             return f"it does not run here: {type(error).__name__}: {error}"
     if not own:
         return f"it leaves prompts of {longest} tokens dense"
     parts = {name: tuple(points) for name, points in found.items()}
     summed = _summed(parts)
-    share = _share(now, call, summed[-1][1], ms)
+    share = _share(now, call, summed[-1][1], once if brief else clocked)
     others = other_units(method, bare) if bare.causal else []
     return Found(MethodCost(summed, share, terms=parts), own, others, method.static)
 
@@ -132,9 +144,11 @@ def _hopeless(
     call: AttentionCall,
     longest: int,
     dense: Points,
+    most: float,
 ) -> str | None:
-    """Why a method whose choosing takes so many milliseconds at a length cannot win at the longest.
-    What it took at two lengths goes on at least as fast.
+    """Why a method whose choosing takes so many milliseconds at a length cannot win at the longest,
+    where it may take the share `most` of dense attention. What it took at two lengths goes on at
+    least as fast.
     """
     n, ms = now
     before = (
@@ -144,7 +158,7 @@ def _hopeless(
     grown = ms * (longest / n if call.q.device.type == "cpu" else 1.0)
     if before and call.q.is_cuda:
         grown = max(ms, interpolate([(found["estimator"][-1][0], before[0]), now], longest))
-    if grown <= MOST * interpolate(dense, longest):
+    if grown <= most * interpolate(dense, longest):
         return None
     whole = interpolate(dense, n)
     return f"choosing takes {ms:.1f} ms at {n} tokens, dense attention {whole:.1f} ms"
@@ -187,14 +201,26 @@ def own_lists(one: Answer) -> Lists:
 
 
 def beside_random(
-    table: CostTable, own: Lists, tokens: int, took: float, kept: bool = False
-) -> float:
+    table: CostTable, tokens: int, seen: Sequence[tuple[Lists, float]], kept: bool = False
+) -> tuple[float, float]:
     """What lists took ÷ what `table` predicts for random ones of the same densities, without the
-    launches; `kept`: of lists that ran before.
+    launches: of their rows, and of the pairs in them. Lists that are thinner than others tell the
+    two apart; as far as they do not, both are alike. `kept`: of lists that ran before.
     """
-    launches = sum(table.launch_ms(size, kept) for size, _ in own)
-    heads = sum(table.head_ms(size, tokens, d) for size, each in own for d in each)
-    return max(took - launches, LEAST_LISTS * took) / heads if heads else 1.0
+    parts = []
+    for own, took in seen:
+        launches = sum(table.launch_ms(size, kept) for size, _ in own)
+        rows = sum(table.rows_ms(size, tokens) * len(each) for size, each in own)
+        heads = sum(table.head_ms(size, tokens, d) for size, each in own for d in each)
+        spent = max(took - launches, LEAST_LISTS * took)
+        parts.append((rows / spent, (heads - rows) / spent))
+    thinnest = parts[-1][0]
+    if not any(map(sum, parts)):
+        return 1.0, 1.0
+    x = np.array([*parts, (ALIKE * thinnest, -ALIKE * thinnest)])
+    found = np.linalg.lstsq(x, np.array([1.0] * len(parts) + [0.0]), rcond=None)[0]
+    of_rows, of_pairs = found.clip(LEAST_LISTS).tolist()
+    return of_rows, of_pairs
 
 
 def checked(
@@ -251,6 +277,14 @@ def middle(method: AttentionMethod) -> AttentionMethod:
     return method.model_copy(update={dial.field: dial.values[len(dial.values) // 2]})
 
 
+def thinner(method: AttentionMethod) -> AttentionMethod | None:
+    """The method near the thin end of its dial, if that lies before the middle."""
+    dial = method.dial
+    if dial is None or len(dial.values) < 4:
+        return None
+    return method.model_copy(update={dial.field: dial.values[1]})
+
+
 def ends(method: AttentionMethod) -> list[AttentionMethod]:
     """The method at both ends of its dial."""
     dial = method.dial
@@ -300,15 +334,15 @@ def no_faster(one: Answer, method: AttentionMethod, whole: float, ms: Clocked) -
 
 
 def choosing(
-    call: AttentionCall, method: AttentionMethod, one: Answer, ms: Clocked
+    call: AttentionCall, method: AttentionMethod, one: Answer, ms: Clocked, brief: bool = False
 ) -> tuple[float, float]:
     """Milliseconds of a method's estimate and of its selection. Estimates of rows in another order
     are not left with the call and count as selection; on a CPU, where they would be timed for
-    seconds, everything counts as estimate.
+    seconds, or `brief`, everything counts as estimate.
     """
     policy, moved = Policy(methods=(method,)), _moved(call, one, ms)
     whole = max(0.0, ms(lambda: answer(fresh(call), policy)) - moved)
-    if not call.q.is_cuda:
+    if brief or not call.q.is_cuda:
         return whole, 0.0
     known = fresh(call)
     answer(known, policy)

@@ -113,7 +113,7 @@ def settings_of(plan: Plan, size: Mapping[str, int]) -> video.Settings:
 
 
 def describe_any(name: str) -> dict[str, Any]:
-    """Class, size and attention sites of a model or a pipeline; no weights are read."""
+    """Class, size and attention sites of a folder's model or pipeline; no weights are read."""
     return describe_pipeline(name) if is_pipeline(name) else describe_model(name)
 
 

@@ -114,7 +114,7 @@ def _lists(launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (batch, count, rows), (bq, bk) = index.count.shape, index.size
         one = replace(launch, index=index, q=launch.q[:batch])
         apart = ceil_div(bq, bk) + 2 if launch.causal else 1  # blocks that a diagonal can touch
-        lists, masked, clean = lower.lists_of(one, apart=apart)
+        lists, masked, clean = lower.lists_of(one, apart)
         ids = lists.view(batch, count, rows, launch.key_blocks + apart)
         masked, clean = (t.view(batch, count, rows) for t in (masked, clean))
         most = launch.key_blocks

@@ -47,7 +47,14 @@ class Work:
     capacity: int
 
 
-_SIZES = ["n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity", "step", "n_kv", "section"]
+_STRIDES = [f"s_{t}{d}" for t in ("i", "kf", "kl", "ql", "qh") for d in "bhn"]
+_SIZES = [
+    "n_heads", "n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity", "step", "n_kv",
+    "section", "bq", "bk", *_STRIDES,
+]  # fmt: skip
+"""Lists are read from where they begin, wherever that is: Triton would compile the same once more
+for every length and unit.
+"""
 
 
 @triton.jit
@@ -79,21 +86,20 @@ def _bin(BIN, KV_HEADS, pid, b, h, length, n_kv, section, BINS: tl.constexpr):
 def _lower(
     START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, MASKED, CLEAN, KV_HEADS,
     BIN,
-    s_ib, s_ih, s_ir, s_kfb, s_kfh, s_kfn, s_klb, s_klh, s_kln, s_qlb, s_qlh, s_qln, s_qhb, s_qhh,
+    s_ib, s_ih, s_in, s_kfb, s_kfh, s_kfn, s_klb, s_klh, s_kln, s_qlb, s_qlh, s_qln, s_qhb, s_qhh,
     s_qhn,
-    n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity, step, n_kv, section,
-    BQ: tl.constexpr, BK: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr, IN_ORDER:
-    tl.constexpr,
-    APART: tl.constexpr, SORT: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity, step, n_kv, section, bq, bk,
+    CAUSAL: tl.constexpr, PLAIN: tl.constexpr, IN_ORDER: tl.constexpr, APART: tl.constexpr,
+    SORT: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     pid, b, h, tile, start, count = _row(
-        START, COUNT, TILES, s_ib, s_ih, s_ir, n_heads, n_tiles
+        START, COUNT, TILES, s_ib, s_ih, s_in, n_heads, n_tiles
     )  # fmt: skip
     listed = tl.maximum(count, 0)
     n = tl.where(count < 0, n_blocks, count)
     if PLAIN:
-        low = q_start + tile * BQ
-        high = q_start + tl.minimum((tile + 1) * BQ, n_q) - 1
+        low = q_start + tile * bq
+        high = q_start + tl.minimum((tile + 1) * bq, n_q) - 1
         if not CAUSAL:
             low = low * 0 + 2147483646
             high = low
@@ -112,8 +118,8 @@ def _lower(
             block = tl.where(count < 0, lane, block)
             real = (lane < n) & (block >= 0) & (block < n_blocks)
             if PLAIN:
-                first = block.to(tl.int64) * BK
-                last = tl.where(first + BK > n_k, 2147483647, first + BK - 1)
+                first = block.to(tl.int64) * bk
+                last = tl.where(first + bk > n_k, 2147483647, first + bk - 1)
             else:
                 first = tl.load(
                     K_FIRST + b * s_kfb + h * s_kfh + block * s_kfn, mask=real, other=0
@@ -143,15 +149,14 @@ def _lower(
         _bin(BIN, KV_HEADS, pid, b, h, length, n_kv, section, BINS)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_tiles"])
+@triton.jit(do_not_specialize=["n_rows", "n_heads", "n_tiles", "bq"])
 def _place(
-    MASKED, CLEAN, TILES, SORTED, ORDER, ITEMS, n_rows, n_heads, n_tiles,
-    BQ: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    MASKED, CLEAN, TILES, SORTED, ORDER, ITEMS, n_rows, n_heads, n_tiles, bq, ROWS: tl.constexpr
+):
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = place < n_rows
     row = tl.load(SORTED + place, mask=real, other=0).to(tl.int32)
-    first = tl.load(TILES + row % n_tiles, mask=real, other=0) * BQ
+    first = tl.load(TILES + row % n_tiles, mask=real, other=0) * bq
     item = ITEMS + place.to(tl.int64) * FIELDS
     tl.store(ORDER + place, row, mask=real)
     tl.store(item, row, mask=real)
@@ -184,9 +189,7 @@ def lower(launch: Launch, *, in_order: bool = False) -> Work:
     return work
 
 
-def lists_of(
-    launch: Launch, *, plain: bool = True, in_order: bool = False, apart: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def lists_of(launch: Launch, apart: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Lists and the two counts of each row. With `apart` a row has `key_blocks` places for clean
     blocks and then so many for masked ones.
     """
@@ -196,7 +199,7 @@ def lists_of(
         device=launch.q.device,
     )
     masked, clean = counts
-    lists = _fill_lists(launch, launch.tiles, (masked, clean), plain, in_order, apart, None)
+    lists = _fill_lists(launch, launch.tiles, (masked, clean), True, False, apart, None)
     return lists, masked, clean
 
 
@@ -221,7 +224,7 @@ def _ordered(launch: Launch, tiles: Tensor, fill: Callable[[Tensor, Tensor, Sort
     # Sorted, not counted by atomics: a program that starts again changes nothing.
     _place[(triton.cdiv(rows, 128),)](
         masked, clean, tiles, bins.argsort(stable=True), order, items, rows, launch.heads,
-        tiles.numel(), BQ=launch.index.size[0], ROWS=128,
+        tiles.numel(), launch.index.size[0], ROWS=128,
     )  # fmt: skip
     return Work(lists, masked, clean, order, items, tiles, launch.key_blocks)
 
@@ -251,8 +254,8 @@ def _fill_lists(
         *(t[0] for t in tables), lists, *counts, launch.kv_heads, bins,
         *steps, *(s for t in tables for s in t[1:]),
         launch.heads, tiles.numel(), capacity, launch.n_q, launch.n_k, launch.q_start, capacity,
-        step, launch.k.shape[1], section,
-        BQ=index.size[0], BK=index.size[1], CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order,
+        step, launch.k.shape[1], section, *index.size,
+        CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order,
         APART=apart > 0, SORT=sort is not None, CHUNK=chunk, BINS=_BINS,
         num_warps=4 if chunk > 256 else 1,
     )  # fmt: skip

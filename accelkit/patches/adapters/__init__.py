@@ -56,7 +56,8 @@ def adapter_for(model: Any) -> tuple[Adapter, Any]:
     """The adapter of a model's library and the bare model inside wrappers (PEFT, DDP, FSDP).
 
     Raises:
-        InvalidInputError: a compiled model. UnsupportedModelError: no adapter knows the class.
+        InvalidInputError: a compiled model.
+        UnsupportedModelError: no adapter knows the class.
     """
     if type(model).__name__ == "OptimizedModule":
         raise InvalidInputError(

@@ -178,7 +178,8 @@ def connect(model: DiffusionPipeline | ModelMixin, runner: Runner, undo: ExitSta
     Raises:
         NothingPatchedError: no self- or joint-attention in the denoisers' blocks.
         InvalidInputError: an attention backend that does not end in SDPA.
-        ParallelNotSupportedError: ring attention. AlreadyPatchedError: connected already.
+        ParallelNotSupportedError: ring attention.
+        AlreadyPatchedError: connected already.
     """
     places = [(n, p) for n, p in enumerate(attention_modules(model)) if p.kind != "cross"]
     if not places:

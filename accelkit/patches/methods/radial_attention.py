@@ -52,7 +52,7 @@ class RadialAttention(AttentionMethod):
         unit = (self.block, self.block)
         widths = [self._width(d, where.frame) for d in range(where.grid[0])]
         mask = parts.grids.frame_bands(where, widths, unit, least=PARTLY)
-        mask |= parts.grids.blocks_of(where, 0, self.sink_frames * where.frame, self.block)
+        mask |= parts.grids.first_blocks(where, self.sink_frames * where.frame, self.block)
         return parts.patterns.listed(mask, call, unit)
 
     def _width(self, distance: int, frame: int) -> int:

@@ -59,7 +59,7 @@ class SparseVDiT(AttentionMethod):
             return parts.patterns.nothing(call, unit)
         if self.mode == "stripe":
             stop = round(self.density * where.count)
-            mask = parts.grids.blocks_of(where, 0, stop, self.block)
+            mask = parts.grids.first_blocks(where, stop, self.block)
             return parts.patterns.listed(mask.expand(call.tiles(unit)), call, unit)
         width = parts.grids.half_width(where.count, self.density)
         return parts.patterns.window(call, 0, width, unit)

@@ -10,10 +10,11 @@ from accelkit.patches.call import AttentionCall
 from accelkit.patches.parts import orders
 from accelkit.patches.parts.grids import Visual
 
+MASSES = 1 << 24
+"""Most masses that are held at once."""
 
-def maps(
-    call: AttentionCall, lse: Tensor, where: Visual, cells: int, rows: int = 1024, step: int = 64
-) -> Tensor:
+
+def maps(call: AttentionCall, lse: Tensor, where: Visual, cells: int, rows: int = 1024) -> Tensor:
     """Mean attention mass from query cells to key cells in each of the six orders of the axes, fp32
     `[6, H, n, n]` with n = min(cells, tokens); a row of cells sums to one.
 
@@ -28,6 +29,7 @@ def maps(
     sums = of.transpose(0, 1).reshape(tokens, 6 * n)
     chance = torch.Generator().manual_seed(0)
     drawn = torch.randperm(tokens, generator=chance)[:rows].to(device)
+    step = max(1, MASSES // tokens)
     total = torch.zeros(6, len(call.heads), n, n, device=device)
     for part in drawn.split(step):
         for kv, slots in groups(call):

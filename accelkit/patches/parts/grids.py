@@ -25,6 +25,8 @@ Axes = tuple[Tensor, Tensor, Tensor]
 WHOLE: Grid = (1, 1, 1)
 RASTER: Grid = (0, 1, 2)
 """Frames, rows and columns, slowest first."""
+ASPECT = 2.7
+"""Most that the sides of a tile that fits a grid differ, as a ratio."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,9 @@ def cells_in_blocks(where: Visual, cell: Grid, dilation: Grid, block: int, slowe
 
 
 @lru_cache(maxsize=256)
-def fit_tile(grid: Grid, block: int = 128, aspect: float = 2.7) -> Grid:
+def fit_tile(grid: Grid, block: int = 128) -> Grid:
     """The tile of at most `block` tokens that cuts the grid into the fewest tiles, sides within
-    `aspect` of one another where the grid allows; among equals the most cubic one.
+    `ASPECT` of one another where the grid allows; among equals the most cubic one.
     """
     best: tuple[tuple[bool, int, float], Grid] | None = None
     for f, y in product(range(1, min(grid[0], block) + 1), range(1, min(grid[1], block) + 1)):
@@ -141,7 +143,7 @@ def fit_tile(grid: Grid, block: int = 128, aspect: float = 2.7) -> Grid:
             short = [t for t, n in zip(tile, grid, strict=True) if t < n]
             skew = longest / min(short, default=longest)
             count = prod(ceil_div(n, t) for n, t in zip(grid, tile, strict=True))
-            rank = (skew > aspect, count, skew)
+            rank = (skew > ASPECT, count, skew)
             if best is None or rank < best[0]:
                 best = (rank, tile)
     assert best is not None
@@ -273,10 +275,10 @@ def _segments(where: Visual, block: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     return out
 
 
-def blocks_of(where: Visual, first: int, last: int, block: int) -> Tensor:
-    """Blocks that hold some of the visual tokens `[first, last)`, bool `[nk]`."""
+def first_blocks(where: Visual, count: int, block: int) -> Tensor:
+    """Blocks that hold some of the first `count` visual tokens, bool `[nk]`."""
     begin = torch.arange(ceil_div(where.tokens, block)) * block
-    return (begin < where.start + last) & (begin + block > where.start + first) & (last > first)
+    return (begin < where.start + count) & (begin + block > where.start) & (count > 0)
 
 
 def spread(start: int, stop: int, count: int, device: torch.device) -> Tensor:

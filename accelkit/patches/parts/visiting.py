@@ -31,11 +31,12 @@ def sink_then_newest(call: Inputs, size: tuple[int, int]) -> BlockIndex:
     """Every visible block, the first one and then from the diagonal back. Heads share the lists."""
     visible = visible_blocks(call, size)  # [B|1, H|1, nq, nk]
     nk = visible.shape[-1]
-    block = torch.arange(nk, device=visible.device)
-    rank = torch.where(visible & (visible.cumsum(-1) > 1), nk - block, 0)
-    rank = rank.masked_fill_(~visible, nk + 1)
-    blocks = rank.argsort(dim=-1, stable=True).int()
-    count = visible.sum(-1, dtype=torch.int32)
+    block = torch.arange(nk, dtype=torch.int32, device=visible.device)
+    rank = visible.cumsum(-1, dtype=torch.int32)
+    count = rank[..., -1].contiguous()
+    place = torch.where(rank > 1, count[..., None] - rank + 1, 0)
+    place = torch.where(visible, place, count[..., None] + block - rank)  # hidden ones behind
+    blocks = torch.empty_like(place).scatter_(-1, place.long(), block.expand_as(place))
     start = torch.arange(count.numel(), device=count.device).view_as(count) * nk
     wide = (-1, len(call.heads), -1)
     return BlockIndex(start.expand(wide), count.expand(wide), blocks.flatten(), size)
