@@ -4,9 +4,9 @@ A producer warp reads the lists and copies Q, K and V tiles into shared memory; 
 warpgroups of 64 query rows each multiply them. A softmax runs under the PV of the tile before. It
 starts when the scores are there ("lag"), or, with fp8 QK and 16-bit PV, together with them, the
 groups taking turns: whichever was measured to be faster. With fp8 PV a group starts its
-exponentials when the other has half of its own, and PV is added up while the next scores are on
-their way. A program stays on its multiprocessor and walks over rows, longest first. Scales, the
-factor 2⁸ of P and fresh accumulators are those of `eight_bit`.
+exponentials when the other is nearly through with its own, and PV is added up while the next scores
+are on their way. A program stays on its multiprocessor and walks over rows, longest first. Scales,
+the factor 2⁸ of P and fresh accumulators are those of `eight_bit`.
 
 Int8 scores are added up from the integer that is the float 1.5 · 2²³: the sums, whole numbers below
 2²², are floats without a conversion.
@@ -268,6 +268,9 @@ def _consume(
             scale = gl.load(scales + k0 // BN)
             k0 = _key0(LISTS, at, gl.minimum(lead + 2, n - 1), BK, BN)
             pv, before = none, gl.full([_ROWS], 1.0, gl.float32, o_row)
+            if LAG:
+                then, then_phase = _next(stage, phase, STAGES)
+                mbarrier.wait(k_full.index(then), then_phase, pred=lead + 1 < n)
             for j in range(lead + 1, n):
                 v_stage, v_phase = stage, phase
                 stage, phase = _next(stage, phase, STAGES)
@@ -275,8 +278,8 @@ def _consume(
                 if not PV8:
                     before = gl.convert_layout(alpha, o_row)
                 base = none if PV8 else acc * before[:, None]
-                mbarrier.wait(k_full.index(stage), phase)
                 if not LAG:
+                    mbarrier.wait(k_full.index(stage), phase)
                     mbarrier.wait(v_full.index(v_stage), v_phase)
                     _await_turn(WHO)
                 s = _scores(mine, k, stage, zero, BN, D)
@@ -289,9 +292,13 @@ def _consume(
                 scale = gl.load(scales + k0 // BN)
                 k0 = _key0(LISTS, at, gl.minimum(j + 2, n - 1), BK, BN)
                 if LAG:
+                    # What is asked of barriers, these values and the next keys, is asked while the
+                    # scores are on their way: an answer takes long even if it is yes.
+                    mbarrier.wait(v_full.index(v_stage), v_phase)
+                    then, then_phase = _next(stage, phase, STAGES)
+                    mbarrier.wait(k_full.index(then), then_phase, pred=j + 1 < n)
                     s = warpgroup_mma_wait(0, deps=[s])
                     give(K_FREE + stage)
-                    mbarrier.wait(v_full.index(v_stage), v_phase)
                     pv = _product(packed, v, v_stage, base, BN, D, pl)
                 else:
                     s = warpgroup_mma_wait(1, deps=[s])
@@ -299,7 +306,7 @@ def _consume(
                 if PV8:  # exponentials of one group, then of the other
                     below = _in_turn(below, WHO)
                 p = gl.exp2(s.to(gl.float32, bitcast=True) * c[:, None] - below[:, None])
-                if PV8:  # the turn goes on when half of the exponentials are there
+                if PV8:  # the turn goes on before the last of the exponentials
                     first, second = p.reshape([_ROWS, 2, BN // 2]).permute((0, 2, 1)).split()
                     total = _scaled(total, alpha) + _sums_like(first, total, BN // 2)
                     total = _in_order(total)

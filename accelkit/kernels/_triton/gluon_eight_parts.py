@@ -39,10 +39,12 @@ def _await_turn(WHO: gl.constexpr):
 @gluon.jit
 def _in_turn(x, WHO: gl.constexpr):
     """`x`, two numbers a thread, when the turn has come. It goes by way of a load that never
-    happens (no maximum is infinite), so that what follows from it stays behind the barrier.
+    happens (no maximum is infinite), so that what follows from it stays behind the barrier, and of
+    stores that never happen, so that both numbers are there before the turn is awaited.
     """
     return gl.inline_asm_elementwise(
-        "{.reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.eq.f32 p, $2, 0f7f800000;"
+        "{.reg .pred p, o; .reg .b32 a; mov.b32 a, 0; setp.eq.f32 p, $2, 0f7f800000;"
+        " setp.eq.f32 o, $3, 0f7f800000; @p st.shared.f32 [a], $2; @o st.shared.f32 [a], $3;"
         f" bar.sync {_TURN + WHO}, 256; mov.f32 $0, $2; mov.f32 $1, $3;"
         " @p ld.volatile.shared.f32 $0, [a]; @p ld.volatile.shared.f32 $1, [a];}",
         "=f,=f,f,f", [x], gl.float32, False, 2,
