@@ -44,11 +44,14 @@ def rehearse(
     room: int | None = None,
 ) -> set[Size]:
     """Run once what a fit measures at the shortest length and, where that had to compile something,
-    at all of them; return the units of the lists. What fails here fails again where it is
-    measured, and says why there. Threads are so few that they find `room` bytes enough.
+    at one of those with each next power of two, for which rows are filled up alike; return the
+    units of the lists. What fails here fails again where it is measured, and says why there.
+    Threads are so few that they find `room` bytes enough.
     """
     device = calls[max(calls)].q.device
     short = {min(calls): calls[min(calls)]}
+    each = {(n - 1).bit_length(): n for n in sorted(calls, reverse=True)}
+    longer = {n: calls[n] for n in sorted(each.values())}
 
     def tried(job: Job, at: Mapping[int, AttentionCall]) -> Iterable[Size]:
         try:
@@ -76,7 +79,7 @@ def rehearse(
                 if job is not None and len(calls) > 1:
                     ran.append(job)
             while ran and compiled():
-                running[whole.submit(tried, ran.pop(), calls)] = None
+                running[whole.submit(tried, ran.pop(), longer)] = None
     memory.give_back(device)
     return known
 
