@@ -36,15 +36,17 @@ class Mix:
 
 
 # Balanced measures on text, on a task that is mostly text and on few questions behind much text.
-# Text varies most from prompt to prompt, and needles fail at one place or another: several of both
-# are checked, text first, since it fails before lists of keys do.
+# Text comes first, since its error is what the budget meets first: the first prompt decides which
+# settings the others measure. It varies most from prompt to prompt, and needles fail at one place
+# or another: several of both are checked.
 _TEXTS, _NEEDLES = ("text",) * 3, ("needle",) * 2
+_ALL = ("text", *(t for t in tasks.TASKS if t != "text"))
 _REST = tuple(t for t in tasks.TASKS if t not in ("text", "variables"))
 _CHECK = (*_TEXTS, "variables", *_NEEDLES, *_REST)
 MIXES = {
-    "fast": Mix(("variables", "text"), ("variables",), ("text", "text", "variables", "needle"), ()),
-    "balanced": Mix(("variables", "needle", "text"), ("multi_value",), _CHECK, ("key_value",)),
-    "careful": Mix(tasks.TASKS, ("multi_key", "variables", "text"), _CHECK * 2, _CHECK),
+    "fast": Mix(("text", "variables"), ("variables",), ("text", "text", "variables", "needle"), ()),
+    "balanced": Mix(("text", "variables", "needle"), ("multi_value",), _CHECK, ("key_value",)),
+    "careful": Mix(_ALL, ("multi_key", "variables", "text"), _CHECK * 2, _CHECK),
 }
 
 
@@ -156,7 +158,7 @@ def gather(data: Any, tokenizer: Any, lengths: Sequence[int], preset: str, seed:
 def screening(inputs: Inputs, tokenizer: Any, tokens: int, seed: int) -> Sample:
     """A short prompt on which hopeless methods are found out cheaply."""
     first = inputs.measure[0]
-    if first.answers and tokenizer is not None:
+    if any(s.answers for s in inputs.measure) and tokenizer is not None:
         return made("multi_key", tokens, seed + 99, False, tokenizer)
     return Sample(first.task, first.ids[-tokens:], ())
 

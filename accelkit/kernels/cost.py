@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 from accelkit.kernels.index import ceil_div
@@ -205,8 +205,12 @@ class CostTable:
         """The worst kernel's fit error on points that the fit did not see."""
         return max((k.error for k in self.kernels.values()), default=0.0)
 
+    @cached_property
+    def _by_unit(self) -> dict[tuple[int, int], Kernel]:
+        return {unit(name): k for name, k in self.kernels.items()}
+
     def _kernel(self, size: tuple[int, int]) -> Kernel:
-        known = {unit(name): k for name, k in self.kernels.items()}
+        known = self._by_unit
         if size in known:
             return known[size]
         # A unit that was not measured: the nearest one of its kind, tokens apart on a log scale.

@@ -16,6 +16,8 @@ from accelkit.calibration import session
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.fit import fit
 from accelkit.calibration.prefill import check as prefill_check
+from accelkit.calibration.prefill import plan as prefill_plan
+from accelkit.calibration.search import DENSE, Choice, Solution
 from accelkit.errors import InvalidInputError, UnknownMethodError
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.patch import patch
@@ -133,6 +135,23 @@ def test_the_same_journal_gives_the_same_plan(tmp_path) -> None:
     again = run(model, journal=path, resume=True)
     assert again.to_json() == first.to_json()
     assert set(again.tables) == set(first.tables)
+
+
+def test_a_tighter_budgets_plan_competes(tmp_path, monkeypatch) -> None:
+    """With the same journal a wider budget is never slower, even where it proposes nothing else."""
+    model, path = planted(), tmp_path / "journal.jsonl"
+    narrow = run(model, journal=path)
+    dense = lambda tables, *_: Solution(  # noqa: E731
+        tuple(Choice((DENSE,) * t.heads) for t in tables), sum(t.dense_ms for t in tables), 0.0
+    )
+    monkeypatch.setattr(prefill_plan, "search", dense)
+    assert "note" in run(model, budget=0.1).measured
+    wide = run(model, budget=0.1, journal=path, resume=True)
+    assert wide.sites == narrow.sites
+    assert wide.measured["measured_error"] == narrow.measured["measured_error"]
+    assert wide.budget.max_rel_error == 0.1
+    tighter = run(model, budget=0.02, journal=path, resume=True)
+    assert "note" in tighter.measured
 
 
 def test_killed_and_resumed(tmp_path) -> None:

@@ -179,6 +179,33 @@ def test_a_rehearsal_stays_within_its_room() -> None:
     assert fit_ahead._at_once(call, 1 << 40, 8) == 8
 
 
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_brief_rehearsal_asks_the_first_unit_alone_on_a_warm_machine(monkeypatch, cold) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    clock = nullcontext(lambda: float(cold))
+    monkeypatch.setattr(fit_ahead, "compile_clock", lambda cached: clock)
+    calls = {n: fit_inputs.random_call(SMALL, torch.float32, CPU, n) for n in (512, 1024)}
+    found = fit_ahead.rehearse(calls, [load("vertical_slash")()], SMALL, brief=True)
+    assert found == ({(128, 128), (64, 64), (64, 1)} if cold else {(128, 128)})
+
+
+def test_a_brief_cost_reads_shorter_calls_once_and_without_their_kernels() -> None:
+    calls = {n: fit_inputs.random_call(SMALL, torch.float32, CPU, n) for n in (1024, 2048)}
+    slow = tuple((n, 1e9) for n in calls)
+    asked: list[int] = []
+
+    def clocked(run, times=3) -> float:
+        asked.append(times)
+        return 2.0
+
+    found = fit_methods.cost(load("xattention")(), calls, slow, clocked, SMALL, brief=True)
+    assert not isinstance(found, str)
+    assert dict(found.cost.points) == {1024: 2.0, 2048: 2.0}
+    assert list(found.lists) == [2048]
+    assert asked == [1, 3, 3]  # choosing; choosing and the kernels
+
+
 def test_own_lists_count_beside_random_ones() -> None:
     own = (((128, 128), [0.5, 0.25]),)
     heads = sum(TABLE.head_ms((128, 128), 4096, d) for d in (0.5, 0.25))

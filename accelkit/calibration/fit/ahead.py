@@ -42,16 +42,23 @@ def rehearse(
     methods: Sequence[AttentionMethod],
     shape: Shape,
     room: int | None = None,
+    brief: bool = False,
 ) -> set[Size]:
     """Run once what a fit measures at the shortest length and, where that had to compile something,
     at one of those with each next power of two, for which rows are filled up alike; return the
     units of the lists. What fails here fails again where it is measured, and says why there.
-    Threads are so few that they find `room` bytes enough.
+    Threads are so few that they find `room` bytes enough. `brief`: only where the kernels of the
+    first unit had to be compiled; else all others lie in the cache as well.
     """
     device = calls[max(calls)].q.device
     short = {min(calls): calls[min(calls)]}
     each = {(n - 1).bit_length(): n for n in sorted(calls, reverse=True)}
     longer = {n: calls[n] for n in sorted(each.values())}
+    if brief:
+        with compile_clock(cached=False) as missing:
+            _kernel(UNIT, calls)
+            if not missing():
+                return {UNIT}
 
     def tried(job: Job, at: Mapping[int, AttentionCall]) -> Iterable[Size]:
         try:
@@ -107,7 +114,7 @@ def _dense(calls: Mapping[int, AttentionCall]) -> tuple[()]:
 
 
 def _kernel(size: Size, calls: Mapping[int, AttentionCall]) -> tuple[()]:
-    for point in kernels.launches(calls, size, few=True):
+    for point in kernels.launches(calls, size, kernels.EACH_SHAPE):
         kernels.anew(point.one)
     return ()
 

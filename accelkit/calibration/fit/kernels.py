@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from accelkit.calibration.fit.clock import device_ms, settle
+from accelkit.calibration.fit.clock import device_ms, each_ms, settle
 from accelkit.calibration.fit.inputs import random_index, shorter
 from accelkit.calibration.timing import times_ms
 from accelkit.kernels import dispatch, select
@@ -28,14 +28,6 @@ from accelkit.kernels.index import BlockIndex
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.sites.attention import Answer, compute
 
-FITTED = (0.01, 0.04, 0.12, 0.35, 1.0)
-CHECKED = (0.1, 0.2)
-"""Densities of random blocks that the fit sees, and those on which it is judged. On a GPU the
-length and the head count on which it is judged are none of those that it sees either."""
-FITTED_KEYS = (0.02, 0.05, 0.08, 0.12)
-"""Densities of single keys that the fit sees."""
-SINGLE_KEYS = 0.15
-"""Lists of single keys denser than this are not measured: nobody runs them."""
 MOST_SINGLE_KEYS = 8192
 """Length up to which lists of single keys are measured."""
 ODD = 0.05
@@ -43,6 +35,26 @@ ODD = 0.05
 ROUNDS = 4
 """Most often that this is done; it ends when readings stay as they were."""
 STAYED = 0.97
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Densities of random blocks in launches with all heads and with few of them, and those on
+    which the fit is judged. On a GPU the length and the head count on which it is judged are none
+    of those that it sees either.
+    """
+
+    whole: tuple[float, ...]
+    part: tuple[float, ...]
+    held: tuple[float, ...]
+
+
+FITTED = Densities((0.01, 0.04, 0.12, 0.35, 1.0), (0.04, 0.35), (0.1, 0.2))
+BRIEF = Densities((0.04, 0.35, 1.0), (0.12,), (0.2,))
+SINGLE_KEYS = Densities((0.02, 0.05, 0.08, 0.12), (0.05, 0.12), (0.1,))
+"""Nobody runs denser lists of single keys."""
+EACH_SHAPE = Densities((0.04,), (0.04,), (0.1,))
+"""One launch of every shape."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +70,21 @@ class Point:
 
 
 def kernel(
-    calls: Mapping[int, AttentionCall], size: tuple[int, int], until: float
+    calls: Mapping[int, AttentionCall], size: tuple[int, int], until: float, brief: bool = False
 ) -> tuple[Kernel, tuple[Check, ...]]:
     """Coefficients of one unit, and what they say of launches that they have not seen; nothing is
-    measured again after the moment `until`.
+    measured again after the moment `until`. `brief`: from as few launches as tell them apart, on a
+    GPU that need not be rested.
     """
-    points = list(launches(calls, size))
+    points = list(launches(calls, size, densities(size, brief)))
+    if brief:
+        return judged(size, points, each_ms([partial(anew, p.one) for p in points]))
 
     def least(p: Point) -> float:
         return _least_ms(partial(anew, p.one), p.one)
 
     spent = [least(p) for p in points]
-    found, said = solved(points, spent)
+    said = solved(points, spent)[1]
     for _ in range(ROUNDS):
         odd = [i for i, ms in enumerate(said) if abs(ms / spent[i] - 1) > ODD]
         if not odd or time.monotonic() > until:
@@ -78,9 +93,19 @@ def kernel(
         stayed = all(ms > STAYED * spent[i] for i, ms in again.items())
         for i, ms in again.items():
             spent[i] = min(ms, spent[i])
-        found, said = solved(points, spent)
+        said = solved(points, spent)[1]
         if stayed:
             break
+    return judged(size, points, spent)
+
+
+def judged(
+    size: tuple[int, int], points: Sequence[Point], spent: Sequence[float]
+) -> tuple[Kernel, tuple[Check, ...]]:
+    """Coefficients of one unit from the milliseconds of its launches, and what they say of those
+    that are held out.
+    """
+    found, said = solved(points, spent)
     checks = tuple(
         Check("kernel", name(size), p.one.call.n_q, len(p.one.call.heads), p.density, want, got)
         for p, want, got in zip(points, said, spent, strict=True)
@@ -88,16 +113,22 @@ def kernel(
     )
     error = statistics.fmean(abs(c.error) for c in checks)
     one = points[0].one
-    kept = max(spent[0] - _least_ms(partial(compute, one), one), 0.0) if one.call.q.is_cuda else 0.0
+    again = min(device_ms(partial(compute, one), 2, 1)) if one.call.q.is_cuda else spent[0]
+    kept = max(spent[0] - again, 0.0)
     found = replace(found, error=round(error, 4), backend=_backend(one), kept=kept)
     return replace(found, lanes=_lanes(one)), checks
 
 
+def densities(size: tuple[int, int], brief: bool = False) -> Densities:
+    """Densities at which a unit is measured."""
+    return SINGLE_KEYS if size[1] == 1 else BRIEF if brief else FITTED
+
+
 def launches(
-    calls: Mapping[int, AttentionCall], size: tuple[int, int], few: bool = False
+    calls: Mapping[int, AttentionCall], size: tuple[int, int], some: Densities
 ) -> Iterator[Point]:
-    """The launches of a fit, over random lists; `few`: one of each shape. On a GPU some are of few
-    heads: at one head count rows and launches cannot be told apart at long lengths.
+    """The launches of a fit, over random lists. On a GPU some are of few heads: at one head count
+    rows and launches cannot be told apart at long lengths.
     """
     longest = max(calls)
     if size[1] == 1 and longest > MOST_SINGLE_KEYS:
@@ -105,18 +136,17 @@ def launches(
         whole = calls[longest]
         calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS * s // 8 for s in (2, 3, 7, 8))}
         longest = MOST_SINGLE_KEYS
-    fitted = FITTED_KEYS if size[1] == 1 else FITTED
     for n, call in calls.items():
         for part in _parts(call):
-            for density in fitted[:1] if few else fitted if part is call else fitted[1::2]:
+            for density in some.whole if part is call else some.part:
                 if density < 1.0 or n < longest:
                     yield point(part, size, density, held=False)
-    unseen, whole = CHECKED if size[1] > 1 else CHECKED[:1], calls[longest]
+    whole = calls[longest]
     if whole.q.is_cuda:
         if whole.causal:
             whole = shorter(whole, held(longest))
         whole = whole.take(whole.heads[: max(1, len(whole.heads) // 2)])
-    for density in unseen:
+    for density in some.held:
         yield point(whole, size, density, held=True)
 
 

@@ -34,6 +34,8 @@ from accelkit.patches.sites.attention import (
 
 MOST = 0.8
 """A method whose estimate alone takes this share of dense attention is refused."""
+MOST_BRIEF = 0.5
+"""The same in a search, which hardly takes a method that could halve attention at best."""
 Size = tuple[int, int]
 Lists = tuple[tuple[Size, list[float]], ...]
 """Units, each with the share of the visible pairs that a method lists for every head."""
@@ -76,18 +78,26 @@ def cost(
     method: AttentionMethod,
     calls: Mapping[int, AttentionCall],
     dense: Points,
-    ms: Clocked,
+    clocked: Clocked,
     shape: Shape,
     *,
     thin: bool = False,
+    brief: bool = False,
 ) -> Found | str:
     """Cost of a method's estimate, selection, order and merging at the lengths of `calls`, and of
-    the kernels over its lists; with `thin` over thinner ones, too. Or why it is refused.
+    the kernels over its lists; with `thin` over thinner ones, too. Or why it is refused. `brief`:
+    estimate and selection are not told apart, and shorter calls than the longest are read once,
+    without the kernels.
     """
     setting, longest = middle(method), max(calls)
+
+    def once(run: Callable[[], Any], _: int = 1) -> float:
+        return clocked(run, 1)
+
     found: dict[str, list[tuple[int, float]]] = {t: [] for t in MethodCost.TERMS}
     own: dict[int, list[tuple[Lists, float]]] = {}
     for n, bare in calls.items():
+        ms = once if brief and n < longest else clocked
         try:
             call, now = prepared(bare, method, setting)
             answers = asked(call, now)
@@ -96,12 +106,13 @@ def cost(
             one = answers[0]
             if not units(answers):
                 return "it computes its pieces by itself, which the cost table cannot predict"
-            estimator, selection = choosing(call, now, one, ms)
+            estimator, selection = choosing(call, now, one, ms, brief)
             if method.static:
                 # Made once for all layers and, in a denoiser, for all steps and runs of a size.
                 share = 1 / shape.layers if call.causal else 0.0
                 estimator, selection = share * estimator, share * selection
-            if reason := _hopeless(found, (n, estimator + selection), call, longest, dense):
+            most = MOST_BRIEF if brief else MOST
+            if reason := _hopeless(found, (n, estimator + selection), call, longest, dense, most):
                 return reason
             if n < longest and call.q.device.type == "cpu" and one.execution != PLAIN:
                 return "skipping tiles and 8-bit products save no time on a CPU"
@@ -110,6 +121,8 @@ def cost(
             spent = (estimator, selection, permutation(call, one, ms))
             for term, each in zip(found.values(), spent, strict=True):
                 term.append((n, each))
+            if brief and n < longest:
+                continue
             own[n] = [lists(one, now, ms)]
             fewer = thinner(method) if thin and now == setting else None
             if fewer is not None and (answers := asked(call, fewer)) is not None:
@@ -120,7 +133,7 @@ def cost(
         return f"it leaves prompts of {longest} tokens dense"
     parts = {name: tuple(points) for name, points in found.items()}
     summed = _summed(parts)
-    share = _share(now, call, summed[-1][1], ms)
+    share = _share(now, call, summed[-1][1], once if brief else clocked)
     others = other_units(method, bare) if bare.causal else []
     return Found(MethodCost(summed, share, terms=parts), own, others, method.static)
 
@@ -131,9 +144,11 @@ def _hopeless(
     call: AttentionCall,
     longest: int,
     dense: Points,
+    most: float,
 ) -> str | None:
-    """Why a method whose choosing takes so many milliseconds at a length cannot win at the longest.
-    What it took at two lengths goes on at least as fast.
+    """Why a method whose choosing takes so many milliseconds at a length cannot win at the longest,
+    where it may take the share `most` of dense attention. What it took at two lengths goes on at
+    least as fast.
     """
     n, ms = now
     before = (
@@ -143,7 +158,7 @@ def _hopeless(
     grown = ms * (longest / n if call.q.device.type == "cpu" else 1.0)
     if before and call.q.is_cuda:
         grown = max(ms, interpolate([(found["estimator"][-1][0], before[0]), now], longest))
-    if grown <= MOST * interpolate(dense, longest):
+    if grown <= most * interpolate(dense, longest):
         return None
     whole = interpolate(dense, n)
     return f"choosing takes {ms:.1f} ms at {n} tokens, dense attention {whole:.1f} ms"
@@ -319,15 +334,15 @@ def no_faster(one: Answer, method: AttentionMethod, whole: float, ms: Clocked) -
 
 
 def choosing(
-    call: AttentionCall, method: AttentionMethod, one: Answer, ms: Clocked
+    call: AttentionCall, method: AttentionMethod, one: Answer, ms: Clocked, brief: bool = False
 ) -> tuple[float, float]:
     """Milliseconds of a method's estimate and of its selection. Estimates of rows in another order
     are not left with the call and count as selection; on a CPU, where they would be timed for
-    seconds, everything counts as estimate.
+    seconds, or `brief`, everything counts as estimate.
     """
     policy, moved = Policy(methods=(method,)), _moved(call, one, ms)
     whole = max(0.0, ms(lambda: answer(fresh(call), policy)) - moved)
-    if not call.q.is_cuda:
+    if brief or not call.q.is_cuda:
         return whole, 0.0
     known = fresh(call)
     answer(known, policy)

@@ -192,7 +192,10 @@ def _plan(
     probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
     heads = {s.path: run.heads[s.path] for s in run.sites}
     shows = [measure.probe_of(run.model, p) for p in probes]
-    weights = stages.weighed(run, heads, shows, lambda place: quality.faintest)
+    # Half as many tokens at a time as a prefill has.
+    copies = run.batch * tokens // (2 * max(len(p.ids) for p in probes))
+    by_probe = stages.probed(run, heads, shows, lambda place: quality.faintest, copies)
+    weights = [stages.worst(heads, _alike(s, probes, by_probe)) for s in inputs.measure]
     brief = len(screen_on.ids)
 
     def data(families: Mapping[str, Sequence[Family]], units: Sequence[Any]) -> list[SiteData]:
@@ -223,7 +226,7 @@ def _dense_prefill(run: Run, inputs: prompts.Inputs) -> dict[str, Any]:
     ids = np.repeat(inputs.measure[0].ids[None].astype(np.int64), run.batch, 0)
     work = partial(prefill, run.model, torch.from_numpy(ids).to(run.device))
     memory.restart(run.device)
-    ms = fit.clock(work, 1, run.device)
+    ms = fit.clock(work, 1, run.device, rested=False)
     return {"dense_prefill_ms": round(ms, 3), "dense_peak_bytes": memory.peak(run.device)}
 
 
@@ -238,6 +241,20 @@ def _probes(
         ]
     some = inputs.measure[: len(names)]
     return [prompts.Sample(s.task, s.ids[-PROBE_TOKENS:], ()) for s in some]
+
+
+def _alike(
+    sample: prompts.Sample,
+    probes: Sequence[prompts.Sample],
+    found: Sequence[dict[str, list[float]]],
+) -> Sequence[dict[str, list[float]]]:
+    """What was found on the probes of a sample's kind, tasks with answers or text; on all of them
+    where there is none.
+    """
+    alike = [
+        f for p, f in zip(probes, found, strict=True) if bool(p.answers) == bool(sample.answers)
+    ]
+    return alike or found
 
 
 def _units(places: int, inputs: prompts.Inputs, preset: Preset) -> int:
