@@ -79,8 +79,8 @@ class Planner:
         shares = buckets(self.seen.total)
         data = site_data(
             self.seen.places, self.found.families, self.found.screen,
-            [(self.tokens, unit) for unit in self.found.units], self.tokens, self.weights,
-            self.costs, self.seen.calls,
+            [(self.tokens, unit) for unit in self.found.units], self.tokens,
+            [self.weights] * len(self.found.units), self.costs, self.seen.calls,
             {p: self.found.refresh.get(site_of(p), 1) for p in self.seen.places},
         )  # fmt: skip
         self.data = [

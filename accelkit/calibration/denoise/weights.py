@@ -172,8 +172,9 @@ class Small:
             self._few[n] = video.run(self.run.model, self.settings, self.shots[n]).latents
         return self._few[n]
 
-    def probe(self, place: str) -> Show:
-        """What runs to weigh the heads of a place: one call of its denoiser."""
+    def probe(self, places: Sequence[str]) -> Show:
+        """What runs to weigh the heads of a single place: one call of its denoiser."""
+        (place,) = places
         component = site_of(place).partition(".")[0]
 
         @torch.inference_mode()
