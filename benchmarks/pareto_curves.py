@@ -263,8 +263,8 @@ SHARED = ("dense_run_s", "dense_runs", "check_dense_runs", "seconds")
 
 
 def check_runs(measured: dict[str, Any]) -> float:
-    """Dense runs a prompt that a plan's check was worth at the target's prices, with the dense side;
-    a round that ended early counts whole.
+    """Dense runs a prompt that a plan's check was worth at the target's prices, the dense side
+    included; a run that ended early counts whole.
     """
     ratios = [
         r["prompts"] * r["predicted_ms"] / r["predicted_dense_ms"] for r in measured["rounds"]
