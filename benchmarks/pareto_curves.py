@@ -258,6 +258,21 @@ def run_cache(subject: Subject, cache: Any) -> dict[str, Any]:
     return {"setting": setting, "cost": calls / whole, **subject.judged(take, pictures)}
 
 
+SHARED = ("dense_run_s", "dense_runs", "check_dense_runs", "seconds")
+"""What a plan says of its calibration's time."""
+
+
+def check_runs(measured: dict[str, Any]) -> float:
+    """Dense runs a prompt that a plan's check was worth at the target's prices, the dense side
+    included; a run that ended early counts whole.
+    """
+    ratios = [
+        r["prompts"] * r["predicted_ms"] / r["predicted_dense_ms"] for r in measured["rounds"]
+    ]
+    most = max((r["prompts"] for r in measured["rounds"]), default=1)
+    return 1 + sum(ratios) / most
+
+
 def run_mixture(
     subject: Subject, budget: float, costs: CostTable, about: dict[str, Any], prompts: list[dict],
     journal: Path, preset: str, methods: list[str] | None,
@@ -309,8 +324,10 @@ def run_mixture(
         "again": again["mean"],  # what equal runs differ by
         "cost": 1 / plan.measured.get("predicted_speedup", 1.0),
         "seconds": seconds,
+        "check_runs": check_runs(plan.measured),
         "measured": plan.measured,
-        "calibration": plan.calibration,
+        # One journal serves all budgets, so what it took is not that of one.
+        "calibration": {k: v for k, v in plan.calibration.items() if k not in SHARED},
         "policies": [p.label() for p in plan.policies],
         **subject.judged(take, pictures),
     }

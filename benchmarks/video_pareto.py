@@ -178,7 +178,7 @@ def speed_at(rows: Sequence[dict[str, Any]], level: float) -> float | None:
     return round(1 / float(np.interp(level, best, costs)), 2) if best[0] <= level else None
 
 
-SPEEDS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6)
+SPEEDS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 NEAR_ONE = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 """SSIM that is marked on its axis, which is stretched towards 1."""
 
