@@ -44,6 +44,8 @@ SHAPES = {
 }
 GRID = 21 * 30 * 52
 DENSITIES = (0.07, 0.15, 0.3)
+DENSEST_KEYS = 0.15
+"""Lists of single keys denser than this are not measured: nobody runs them."""
 HEADS = (0.625, 0.375)
 """Shares of the heads."""
 KEYS = 5 * fit_kernels.MOST_SINGLE_KEYS // 8
@@ -80,7 +82,7 @@ def kernels(costs: CostTable, call: AttentionCall, keys: bool) -> Iterator[Row]:
             heads = int(share * len(call.heads))
             part = there.take(there.heads[:heads])
             for wanted in DENSITIES:
-                if size[1] == 1 and wanted > fit_kernels.SINGLE_KEYS:
+                if size[1] == 1 and wanted > DENSEST_KEYS:
                     continue
                 one = fit_kernels.point(part, size, wanted, held=True).one
                 shares = density([one.index], part).tolist()

@@ -18,7 +18,8 @@ them and dense in every turn of one process; the table is made of these times al
 A run goes on with what its `--out` holds already, so it may be cut into several. Parts of several
 machines are put together with `--join`: what mixtures and settings lose may come from another
 device than their times (`asked_on`), for the plans are the same. `--match` calibrates one more
-mixture, with the error of that setting for a budget, for every setting that no mixture beats yet.
+mixture for every setting that no mixture beats yet, with a budget that should bring its error near
+that setting's: plans keep a distance from their budgets.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 from mixture_bench import Bench, label, settings_of, told
-from mixture_table import joined, losses, name_of, rivals, save, shown
+from mixture_table import joined, losses, matching, name_of, rivals, save, shown
 
 import accelkit
 from accelkit.calibration.evaluation.tasks import TASKS
@@ -44,7 +45,7 @@ from accelkit.patches.plan import Plan
 
 MATCHES = 2
 """How often `--match` looks for settings that no mixture beats."""
-SHARED = ("dense", "fit", "screen", "weight")
+SHARED = ("dense", "fit", "screen/", "weight/", "measure/0/")
 """Units of a calibration's journal that are alike for all budgets, by the beginning of their keys.
 """
 
@@ -79,6 +80,10 @@ class Study:
     def save(self) -> None:
         save(self.found, self.args.out)
 
+    def warm(self) -> None:
+        """Calibrate once, so that kernels are compiled and loaded before a search is counted."""
+        self.calibrated(self.args.budgets[0])
+
     def mixture(self, budget: float) -> None:
         """A plan, calibrated or of an earlier run, and what it loses."""
         begin = time.perf_counter()
@@ -105,34 +110,33 @@ class Study:
 
     def plan(self, budget: float) -> Plan:
         """The plan of an earlier run, or one calibrated now."""
-        args = self.args
-        folder = args.plans / f"{budget:g}"
+        folder = self.args.plans / f"{budget:g}"
         if folder.exists():
             return Plan.from_pretrained(folder)
-        # Every row: what cutting the last layer short saves, single methods would save as well.
-        plan = accelkit.calibrate(
-            self.bench.model, tokenizer=self.bench.tokenizer, budget=budget, lengths=[args.length],
-            methods=args.among, preset=args.preset, batch=args.batch,
-            journal=self.journal(budget), resume=True, progress=False, every_row=True,
-        )  # fmt: skip
+        plan = self.calibrated(budget, self.journal(budget))
         plan.save_pretrained(folder)
         return plan
 
+    def calibrated(self, budget: float, journal: Path | None = None) -> Plan:
+        """A plan made now."""
+        args = self.args
+        # Every row: what cutting the last layer short saves, single methods would save as well.
+        return accelkit.calibrate(
+            self.bench.model, tokenizer=self.bench.tokenizer, budget=budget, lengths=[args.length],
+            methods=args.among, preset=args.preset, batch=args.batch,
+            journal=journal, resume=True, progress=False, every_row=True,
+        )  # fmt: skip
+
     def journal(self, budget: float) -> Path:
         """A budget's journal: what its search picks is measured further for it alone, everything
-        before that is shared with the budget that was calibrated first.
+        before that is shared with the budget that was calibrated first. Plans are shared by all.
         """
         mine: Path = self.args.out.with_suffix(f".journal-{budget:g}.jsonl")
         known = sorted(self.args.out.parent.glob(self.args.out.stem + ".journal-*.jsonl"))
         if known and not mine.exists():
-            lines = known[0].read_text("utf-8").splitlines(keepends=True)
-            units = [json.loads(line).get("unit", "") for line in lines]
-            shared = [
-                line
-                for line, unit in zip(lines, units, strict=True)
-                if unit.partition("/")[0] in SHARED or unit.startswith("measure/0/")
-            ]
-            mine.write_text("".join(lines[:1] + shared), "utf-8")
+            shared = _lines(known[0], SHARED)
+            plans = [line for path in known for line in _lines(path, ("plan/",))[1:]]
+            mine.write_text("".join(shared + plans), "utf-8")
         return mine
 
     def singles(self, kind: str) -> None:
@@ -173,12 +177,20 @@ class Study:
         """Mixtures for the errors of settings that none of them beats."""
         for _ in range(MATCHES):
             tried = {m["budget"] for m in self.found["mixtures"]}
-            errors = {float(f"{s['worst_error']:.3g}") for s in losses(self.found)}
-            for budget in sorted(errors - tried):
+            budgets = {
+                matching(self.found["mixtures"], s["worst_error"]) for s in losses(self.found)
+            }
+            for budget in sorted(budgets - tried):
                 self.mixture(budget)
-            if errors <= tried:
+            if budgets <= tried:
                 return
             self.together()
+
+
+def _lines(journal: Path, prefixes: tuple[str, ...]) -> list[str]:
+    """The first line of a journal and those of the units whose keys begin so."""
+    first, *units = journal.read_text("utf-8").splitlines(keepends=True)
+    return [first, *(u for u in units if json.loads(u)["unit"].startswith(prefixes))]
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -197,6 +209,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--most-error", type=float, default=0.12, help="of rivals, mean of a task")
     parser.add_argument("--slow", type=float, default=1.1, help="share of dense that ends a test")
     parser.add_argument("--turns", type=int, default=5, help="times that all are timed; 0: not yet")
+    parser.add_argument("--warm", action="store_true", help="calibrate once before anything counts")
     parser.add_argument("--match", action="store_true", help="mixtures for unbeaten settings")
     parser.add_argument("--plans", type=Path, help="folder of the mixtures' plans, kept or read")
     parser.add_argument("--join", type=Path, nargs="*", help="results to put together")
@@ -214,6 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(shown(found))
         return
     study = Study(args)
+    if args.warm:
+        study.warm()
     for budget in args.budgets:
         study.mixture(budget)
     able = [n for n in names() if "prefill" in load(n).phases]

@@ -90,7 +90,7 @@ class Bench:
         self, model: str, tasks: Sequence[str], tokens: int, batch: int, answers: int,
         device: str, dtype: str | None, most: float,
     ) -> None:  # fmt: skip
-        self.most = most
+        self.most, self.batch = most, batch
         wanted = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
         self.model = loaded.to(device).eval()
@@ -117,12 +117,14 @@ class Bench:
         quality.synchronise(self.model.device)
         return 1e3 * (time.perf_counter() - begin)
 
-    def reference(self, n: int) -> quality.Reference:
-        """The dense side of a prompt."""
-        if n not in self.references:
+    def rows(self, some: Sequence[int]) -> list[dict[str, Any]]:
+        """What the patched model loses on prompts that share a forward."""
+        new = [n for n in some if n not in self.references]
+        if new:
             with disabled(self.model):
-                self.references[n] = quality.reference(self.model, self.samples[n])
-        return self.references[n]
+                found = quality.references(self.model, [self.samples[n] for n in new])
+            self.references |= dict(zip(new, found, strict=True))
+        return quality.compared(self.model, [self.references[n] for n in some])
 
     def over(self, rows: Sequence[dict[str, Any]], most: float) -> bool:
         """Whether the last row's task is above an error already, whatever its other prompts say."""
@@ -148,15 +150,18 @@ class Bench:
             if self.gpu:
                 self.clock_ms()  # compiles
                 ms = self.clock_ms()
-            for n in range(len(self.samples)):
-                rows.append(quality.compare(self.model, self.reference(n)))
-                ms = ms or rows[0]["ms"]  # a single prompt tells as much
-                if most_error is not None and self.over(rows, most_error):
-                    stopped = f"error of {rows[-1]['task']} above {most_error:g}"
-                elif most_error is not None and not n and self.slow(ms):
-                    stopped = "slower than dense attention"
-                if stopped:
-                    break
+            while len(rows) < len(self.samples) and not stopped:
+                # The first prompt says the most of what is hopeless.
+                end = min(len(rows) + self.batch, len(self.samples)) if rows else 1
+                for row in self.rows(range(len(rows), end)):
+                    rows.append(row)
+                    ms = ms or row["ms"]  # a single prompt tells as much
+                    if most_error is not None and self.over(rows, most_error):
+                        stopped = f"error of {row['task']} above {most_error:g}"
+                    elif most_error is not None and len(rows) == 1 and self.slow(ms):
+                        stopped = "slower than dense attention"
+                    if stopped:
+                        break
             if handle.report().sparse_calls == 0:
                 stopped = "every call ran dense"
             if stopped is None:

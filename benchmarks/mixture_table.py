@@ -13,6 +13,9 @@ QUALITY = ("prompts", "worst_error", "worst_prompt", "answers", "points_lost", "
 """What a row holds of the prompts it was run on."""
 SAME = ("model", "tokens", "dtype")
 """What results must share to be put together."""
+MOST_WIDER = 3.0
+"""How much wider a budget may be than that of the mixture from which it is scaled."""
+LARGEST = 0.9
 
 Row = dict[str, Any]
 
@@ -75,6 +78,18 @@ def losses(found: Row) -> list[Row]:
             kept = {k: s[k] for k in ("setting", "worst_error", "answers", "points_lost")}
             lost.append({**kept, "ratio": ratio})
     return lost
+
+
+def matching(mixtures: Sequence[Row], error: float) -> float:
+    """The budget at which a mixture should lose as much as this: scaled from the mixture that comes
+    nearest from below.
+    """
+    below = [m for m in mixtures if m["stopped"] is None and 0 < m["worst_error"] <= error]
+    near = max(below, key=lambda m: m["worst_error"], default=None)
+    budget = error
+    if near is not None:
+        budget = near["budget"] * min(error / near["worst_error"], MOST_WIDER)
+    return float(f"{min(budget, LARGEST):.3g}")
 
 
 def timed(found: Row) -> list[Row]:

@@ -32,12 +32,18 @@ NEAR = (0.5, 1.0, 2.0)
 """Predicted errors ÷ the budget at which search tells what is worth measuring further."""
 
 
+Row = tuple[int, Mapping[str, Any], np.ndarray]
+"""What one prompt measured at a site: its tokens, the unit, weights there ÷ the largest `[H]`."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """One setting of a family at one site, over all prompts; arrays are per query head.
 
     `error` is the worst over prompts, `recall` the least; `density` by length in tokens is a mean.
-    `parts` are the units of its lists with their shares of the computed pairs.
+    `counted` is the error that search counts at the heads' largest weights: the worst of what a
+    prompt's own weights make of its own error. `parts` are the units of its lists with their shares
+    of the computed pairs.
     """
 
     family: str
@@ -45,6 +51,7 @@ class Measured:
     field: str | None
     parts: Parts
     error: np.ndarray
+    counted: np.ndarray
     recall: np.ndarray
     density: dict[int, np.ndarray]
     ms: float | None = None
@@ -70,12 +77,13 @@ def site_data(
     screen: Mapping[str, Any],
     units: Sequence[tuple[int, Mapping[str, Any]]],
     screen_tokens: int,
-    weights: Mapping[str, Sequence[float]],
+    weights: Sequence[Mapping[str, Sequence[float]]],
     costs: CostTable,
     calls: Mapping[str, int] | None = None,
     refresh: Mapping[str, int] | None = None,
 ) -> list[SiteData]:
-    """Tables in running order. `units` are the measured prompts with their lengths in tokens;
+    """Tables in running order. `units` are the measured prompts with their lengths in tokens,
+    `weights` those of the heads on each: a head may matter to one task and hardly to another.
     `calls`, how often a place is called, multiplies its milliseconds; `refresh`, for how many calls
     its lists are kept, divides those of choosing.
     """
@@ -84,7 +92,13 @@ def site_data(
     for path in places:
         times = 1 if calls is None else calls[path]
         anew = 1.0 if refresh is None else 1 / refresh[path]
-        rows = [(n, u[path]) for n, u in units if path in u]
+        own = np.maximum([some[path] for some in weights], 1e-6)
+        weight = own.max(0)
+        rows = [
+            (n, u[path], mine / weight)
+            for (n, u), mine in zip(units, own, strict=False)
+            if path in u
+        ]
         options = []
         for family in families.get(path, ()):
             sparse = screen[path]["families"][family.name]
@@ -95,7 +109,6 @@ def site_data(
                 if one is not None:
                     options.append(one)
         loans, lent = _loans(places, rows, found, tokens)
-        weight = np.maximum(np.asarray(weights[path], float), 1e-6)
         fixed = {o.family: times * _once(o, costs, tokens, anew) for o in options}
         table = Table(
             path,
@@ -103,12 +116,12 @@ def site_data(
             times * costs.dense_ms(tokens),
             times * costs.ride_ms(tokens),
             tuple(
-                Option(o.family, i, o.error, times * head_ms(o, costs, tokens, anew))
+                Option(o.family, i, o.counted, times * head_ms(o, costs, tokens, anew))
                 for i, o in enumerate(options)
             ),
             fixed,
             tuple(
-                Loan(anchor, option, heads, m.error, head_ms(m, costs, tokens, 0.0))
+                Loan(anchor, option, heads, m.counted, head_ms(m, costs, tokens, 0.0))
                 for (anchor, option, heads), m in zip(lent, loans, strict=True)
             ),
         )
@@ -177,15 +190,19 @@ def crossover(data: Sequence[SiteData], solution: Solution, costs: CostTable, to
 def _ms_at(data: SiteData, choice: Choice, costs: CostTable, tokens: int) -> float:
     if choice.dense:
         return costs.dense_ms(tokens)
-    ms, paid = 0.0, {}
+    ms, paid, known = 0.0, dict[str, float](), dict[int, np.ndarray]()
     for h, at in enumerate(choice.heads):
         if choice.borrowed and choice.borrowed[h]:
             ms += float(head_ms(data.loans[choice.loan], costs, tokens, 0.0)[h])  # type: ignore[index]
         elif at == DENSE:
             ms += costs.ride_ms(tokens)
         else:
-            ms += float(head_ms(data.options[at], costs, tokens)[h])
-            paid[data.options[at].family] = _once(data.options[at], costs, tokens)
+            one = data.options[at]
+            if at not in known:
+                known[at] = head_ms(one, costs, tokens)
+            if one.family not in paid:
+                paid[one.family] = _once(one, costs, tokens)
+            ms += float(known[at][h])
     return ms + sum(paid.values())
 
 
@@ -327,7 +344,7 @@ def _evidence(data: SiteData, choice: Choice, tokens: int) -> Evidence:
 def _join(
     family: Family,
     method: AttentionMethod,
-    rows: Sequence[tuple[int, Mapping[str, Any]]],
+    rows: Sequence[Row],
     tokens: int,
     brief: Mapping[int, np.ndarray],
 ) -> Measured | None:
@@ -335,8 +352,8 @@ def _join(
     wanted = stored(method)
     parts: list[Parts] = []
     shares: dict[int, list[list[float]]] = {}
-    errors, recalls, ms = [], [], []
-    for n, row in rows:
+    errors, counted, recalls, ms = [], [], [], []
+    for n, row, share in rows:
         found = row["families"].get(family.name)
         if found is None:
             continue  # the method leaves this prompt dense
@@ -344,6 +361,7 @@ def _join(
             return None
         at = found["settings"].index(wanted)
         errors.append(found["error"][at])
+        counted.append(share * found["error"][at])
         recalls.append(found["recall"][at])
         shares.setdefault(n, []).append(found["density"][at])
         if n == tokens:
@@ -359,13 +377,14 @@ def _join(
         name, field = f"{name} {field}={getattr(method, field)}", None
     return Measured(
         name, method, field, _mean_parts(parts), np.max(errors, axis=0),
-        np.min(recalls, axis=0), density, float(np.mean(ms)) if ms else None,
+        np.max(counted, axis=0), np.min(recalls, axis=0), density,
+        float(np.mean(ms)) if ms else None,
     )  # fmt: skip
 
 
 def _loans(
     places: Sequence[str],
-    rows: Sequence[tuple[int, Mapping[str, Any]]],
+    rows: Sequence[Row],
     earlier: Sequence[SiteData],
     tokens: int,
 ) -> tuple[list[Measured], list[tuple[int, int, tuple[int, ...]]]]:
@@ -374,8 +393,9 @@ def _loans(
     lent: list[tuple[int, int, tuple[int, ...]]] = []
     for loan in rows[0][1]["loans"] if rows else ():
         anchor = loan["anchor"]
-        seen = [(n, x) for n, row in rows for x in row["loans"] if x["anchor"] == anchor]
-        longest = [x for n, x in seen if n == tokens]
+        seen = [x | {"tokens": n, "share": s} for n, row, s in rows for x in row["loans"]]
+        seen = [x for x in seen if x["anchor"] == anchor]
+        longest = [x for x in seen if x["tokens"] == tokens]
         place = list(places).index(anchor)
         options = earlier[place].options
         option = next(
@@ -389,8 +409,9 @@ def _loans(
                 options[option].method,
                 None,
                 ((tuple(loan["size"]), 1.0),),
-                np.max([x["error"] for _, x in seen], axis=0),
-                np.min([x["recall"] for _, x in seen], axis=0),
+                np.max([x["error"] for x in seen], axis=0),
+                np.max([x["share"] * x["error"] for x in seen], axis=0),
+                np.min([x["recall"] for x in seen], axis=0),
                 {tokens: np.mean([x["density"] for x in longest], axis=0)},
             )
         )

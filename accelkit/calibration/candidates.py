@@ -168,8 +168,8 @@ class Bench:
 
     A method that now and then runs dense to renew its memory is measured at a later step; `primed`
     says that the call's memory is that of an earlier one, and it renews itself within `steps`
-    (None: all of the run's). `shelf` keeps what follows from geometry
-    alone for other calls of the same shape. Clocked milliseconds are those of `batch` such calls.
+    (None: all of the run's). `shelf` keeps what follows from geometry alone, and from the scored
+    rows, for other calls of the same shape. Clocked milliseconds are those of `batch` such calls.
     """
 
     def __init__(
@@ -186,7 +186,9 @@ class Bench:
         self.steps = call.clock.total if steps is None else steps
         self.shelf, self.batch = shelf, batch
         self.scored = torch.from_numpy(scored).to(call.q.device)
-        self._tiles: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._tiles: dict[Any, tuple[Tensor, Tensor, Tensor]] = (
+            {} if shelf is None else shelf.setdefault("tiles", {})
+        )
         self.lent: dict[Method, BlockIndex] = {}
         # What is known of settings that are about to be measured.
         self._asked: dict[Method, tuple[Answer, ...] | None] = {}
@@ -196,8 +198,8 @@ class Bench:
         """Query tiles of `height` rows to compute, and the positions in them that are judged: of
         the stratified ones, and the scored ones.
         """
-        if height not in self._tiles:
-            n = self.call.n_q
+        n, key = self.call.n_q, (height, self.call.n_q)
+        if key not in self._tiles:
             count = ceil_div(n, height)
             wanted = min(count, max(2, ceil_div(count, SHARE)))
             device = self.scored.device
@@ -206,8 +208,8 @@ class Bench:
             rows = torch.unique(torch.cat([spread, last]))
             even = (spread[:, None] * height + torch.arange(height, device=device)).flatten()
             scored = self.scored[torch.isin(self.scored // height, last)]
-            self._tiles[height] = (rows, even[even < n], scored)
-        return self._tiles[height]
+            self._tiles[key] = (rows, even[even < n], scored)
+        return self._tiles[key]
 
     def families(self, some: Iterable[Family], most: int | None = None) -> dict[str, Any]:
         """Measure several families; see `family`. Those that leave this call dense are left out;
@@ -259,8 +261,9 @@ class Bench:
             if m.renewed(self.steps):
                 continue
             answers = self._asked[m] = self._answers(m)
-            if answers is not None and len(answers) == 1 and answers[0].plain:
-                lanes.setdefault(answers[0].lane, []).append(m)
+            kind = answers[0].kind if answers is not None and len(answers) == 1 else None
+            if kind is not None:
+                lanes.setdefault(kind, []).append(m)
         for lane in lanes.values():
             for n in range(0, len(lane), most):
                 self._in_one(lane[n : n + most])
@@ -271,9 +274,11 @@ class Bench:
         one = joined([answers[0] for answers in asked if answers is not None])
         found = {**self._one(one), "density": _density(one)}
         numbers = {k: v.reshape(len(settings), -1) for k, v in found.items()}
+        parts, heads = _parts((one,)), len(self.call.heads)
         for n, m in enumerate(settings):
             row = {k: _numbers(v[n]) for k, v in numbers.items()}
-            self._rows[m] = {**row, "ms": None, "size": list(one.index.size), "parts": None}
+            own = parts and [[unit, of[n * heads : (n + 1) * heads]] for unit, of in parts]
+            self._rows[m] = {**row, "ms": None, "size": list(one.index.size), "parts": own}
 
     def _setting(self, method: AttentionMethod) -> dict[str, Any] | None:
         renewed = method.renewed(self.steps)

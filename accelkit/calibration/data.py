@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,17 @@ class Mix:
 
 
 # Balanced measures on text, on a task that is mostly text and on few questions behind much text.
-# Text varies most from prompt to prompt, and needles fail at one place or another: several of both
-# are checked, text first, since it fails before lists of keys do.
+# Text comes first, since its error is what the budget meets first: the first prompt decides which
+# settings the others measure. It varies most from prompt to prompt, and needles fail at one place
+# or another: several of both are checked.
 _TEXTS, _NEEDLES = ("text",) * 3, ("needle",) * 2
+_ALL = ("text", *(t for t in tasks.TASKS if t != "text"))
 _REST = tuple(t for t in tasks.TASKS if t not in ("text", "variables"))
 _CHECK = (*_TEXTS, "variables", *_NEEDLES, *_REST)
 MIXES = {
-    "fast": Mix(("variables", "text"), ("variables",), ("text", "text", "variables", "needle"), ()),
-    "balanced": Mix(("variables", "needle", "text"), ("multi_value",), _CHECK, ("key_value",)),
-    "careful": Mix(tasks.TASKS, ("multi_key", "variables", "text"), _CHECK * 2, _CHECK),
+    "fast": Mix(("text", "variables"), ("variables",), ("text", "text", "variables", "needle"), ()),
+    "balanced": Mix(("text", "variables", "needle"), ("multi_value",), _CHECK, ("key_value",)),
+    "careful": Mix(_ALL, ("multi_key", "variables", "text"), _CHECK * 2, _CHECK),
 }
 
 
@@ -78,7 +81,12 @@ def chosen_lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
     if lengths is None:
         kind = "cuda" if model.device.type == "cuda" else "cpu"
         return sorted({min(n, most) for n in LENGTHS[kind]})
-    found = sorted({int(n) for n in lengths})
+    try:
+        found = sorted({index(n) for n in lengths})
+    except TypeError as error:
+        raise InvalidInputError(
+            f"lengths is {lengths!r}; expected numbers of tokens, such as [8192, 32768]"
+        ) from error
     if not found or found[0] < tasks.MIN_LENGTH:
         raise InvalidInputError(
             f"lengths {list(lengths)}: expected numbers of tokens from {tasks.MIN_LENGTH} on"
@@ -150,7 +158,7 @@ def gather(data: Any, tokenizer: Any, lengths: Sequence[int], preset: str, seed:
 def screening(inputs: Inputs, tokenizer: Any, tokens: int, seed: int) -> Sample:
     """A short prompt on which hopeless methods are found out cheaply."""
     first = inputs.measure[0]
-    if first.answers and tokenizer is not None:
+    if any(s.answers for s in inputs.measure) and tokenizer is not None:
         return made("multi_key", tokens, seed + 99, False, tokenizer)
     return Sample(first.task, first.ids[-tokens:], ())
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -108,6 +108,22 @@ class Journal:
         begin, compiled = time.perf_counter(), self.compiled()
         value = work()
         return self.put(key, value, time.perf_counter() - begin, self.compiled() - compiled)
+
+    def together(
+        self, keys: Sequence[str], work: Callable[[list[int]], Sequence[Any]]
+    ) -> list[Any]:
+        """The values of several units: those that are missing are made at once by `work`, which
+        gets their places in `keys`, and share its duration.
+        """
+        missing = [n for n, key in enumerate(keys) if key not in self.units]
+        if missing:
+            begin, compiled = time.perf_counter(), self.compiled()
+            made = work(missing)
+            seconds = (time.perf_counter() - begin) / len(missing)
+            compiling = (self.compiled() - compiled) / len(missing)
+            for n, value in zip(missing, made, strict=True):
+                self.put(keys[n], value, seconds, compiling)
+        return [self.units[key]["value"] for key in keys]
 
     def put(self, key: str, value: Any, seconds: float, compiling: float = 0.0) -> Any:
         """Store a finished unit, which took so long and compiled kernels for a part of it; returns

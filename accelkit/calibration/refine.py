@@ -2,7 +2,8 @@
 
 A round first looks at the prompt that told most so far; all prompts are run only where that one
 says that the plan uses most of the budget and stays within it. ε is found between the largest that
-seemed to hold and the smallest that failed. The fastest plan that held on every prompt wins; if
+seemed to hold and the smallest that failed, for as long as the check may still run. What failed for
+a cause of its own is learnt and tried again. The fastest plan that held on every prompt wins; if
 none held, or none was faster, the plan is dense and says so.
 """
 
@@ -25,8 +26,12 @@ MARGIN = 0.9
 """Share of the budget that the next round aims at."""
 FIRST = 1.0
 """ε of the first round ÷ the budget."""
-ENOUGH = 0.85
-"""Share of the budget whose use ends the rounds: the next one would cost more than it finds."""
+DUE = 0.85
+"""Share of the budget that a look has to expect for all prompts to be run."""
+ENOUGH = 0.7
+"""Share of the budget whose use by all prompts ends the rounds: checking the next plan on all of
+them would cost more than it finds.
+"""
 CLOSE = 1.1
 """Rounds end when the largest ε that held and the smallest that failed are this close."""
 SLOPES = (0.4, 1.0)
@@ -37,6 +42,9 @@ WIDEN = 8.0
 """Most by which one round may widen ε."""
 LAST = 2
 """Rounds beyond a preset's, which run all prompts if nothing has held, whatever room they leave."""
+RESCUES = 3
+"""Further rounds, each at a quarter of the smallest ε so far, if nothing has held."""
+RESCUE = 4.0
 LARGEST = 100.0
 """ε ÷ the budget beyond which no plan is looked for."""
 
@@ -62,7 +70,8 @@ class Round:
 
     `measured` is the worst error of them; `bound`, at least that, what further ones may reach.
     `judged` says that it held or failed; without that, only some prompts were looked at. `looked`
-    is the reach that a look expected of all, if it did not fail at once.
+    is the reach that a look expected of all, if it did not fail at once. `taught`: proposals of
+    equal ε are others since.
     """
 
     epsilon: float
@@ -73,10 +82,15 @@ class Round:
     held: bool = False
     judged: bool = False
     looked: float = float("inf")
+    taught: bool = False
 
     @property
     def plan(self) -> Plan:
         return self.proposal.plan
+
+    @property
+    def failed(self) -> bool:
+        return self.judged and not self.held
 
     @property
     def reach(self) -> float:
@@ -101,11 +115,14 @@ class Checker(Timer, Protocol):
         all inputs; judged only if it failed.
         """
 
+    def expect(self, now: Round) -> None:
+        """Fill in the bound of a round that was only looked at anew, after checks of others."""
+
     def check(self, now: Round, allowed: float) -> None:
         """Run the inputs that are left until one fails, and judge whether the round held."""
 
     def affords(self) -> bool:
-        """Whether another plan may be checked on all inputs."""
+        """Whether another plan may be looked at, and one be checked on all inputs."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +136,11 @@ class Outcome:
 
     @property
     def composition(self) -> float:
-        """κ of the rounds besides the best: what predicted the best one."""
+        """κ of the rounds besides the best: what predicted the best one. What a round failed for is
+        no longer in proposals once it has been learnt.
+        """
         rest = [r for r in self.rounds if r is not self.best and r.proposal.error]
+        rest = [r for r in rest if not r.taught] or rest
         return statistics.median([r.measured / r.proposal.error for r in rest]) if rest else 1.0
 
 
@@ -129,67 +149,140 @@ def in_turns(
     propose: Callable[[float], Proposal],
     checker: Checker,
     allowed: float,
-    learn: Callable[[Round], bool] = lambda now: False,
+    learn: Callable[[Round, Sequence[Round]], bool] = lambda now, rounds: False,
+    others: Sequence[Proposal] = (),
 ) -> Outcome:
-    """Propose, look and check until ε is found. `learn` from a round that failed says whether
-    proposals of equal ε are others now.
+    """Propose, look and check until ε is found. `learn` from a round that failed, beside all rounds
+    so far, says whether proposals of equal ε are others now. `others` compete in the end.
     """
-    rounds: list[Round] = []
-    bracket, epsilon = Bracket(allowed), FIRST * allowed
-    most, looks_tell = run.preset.rounds + LAST, True
-    while len(rounds) < most and epsilon <= LARGEST * allowed:
+    turns = _Turns(checker, allowed, run.preset.rounds)
+    epsilon, again = FIRST * allowed, False  # again: what was learnt has changed proposals
+    while turns.open and epsilon <= LARGEST * allowed:
+        rounds = turns.rounds
         if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
             break
-        proposal = propose(epsilon)
-        known = next((r for r in rounds if r.proposal.choice == proposal.choice), None)
+        if turns.held and not checker.affords():
+            break
+        if turns.settled and not again:
+            now = turns.largest()
+            if now is None:
+                if turns.bracket.low is not None and not turns.bracket.low[1]:
+                    break  # plans are dense below what failed
+                turns.bracket.below()
+                epsilon = turns.bracket.next()
+                continue
+            epsilon = now.epsilon
+        else:
+            now = turns.look(epsilon, propose(epsilon))
+        again = now.failed and not now.taught and learn(now, rounds)
+        if again:
+            now.taught = True
+            turns.most += 1
+            continue
+        turns.note(epsilon, now)
+        if now.held and (now.reach >= ENOUGH * allowed or turns.bracket.closed):
+            break
+        epsilon = turns.bracket.next()
+    turns.end(others)
+    for _ in range(RESCUES):
+        if turns.held or not turns.rounds or run.late(0.9, "smaller errors for the check"):
+            break
+        turns.rescue(propose)
+    return fastest(turns.rounds, checker)
+
+
+class _Turns:
+    """The rounds so far, and what they say of ε."""
+
+    def __init__(self, checker: Checker, allowed: float, rounds: int) -> None:
+        self.checker, self.allowed, self.most = checker, allowed, rounds + LAST
+        self.rounds: list[Round] = []
+        self.bracket = Bracket(allowed)
+        self.looks_tell = True
+
+    @property
+    def held(self) -> list[Round]:
+        return [r for r in self.rounds if r.held]
+
+    @property
+    def seemed(self) -> list[Round]:
+        """Rounds that were only looked at and may hold, as far as is known by now."""
+        return [r for r in self.rounds if not r.judged and r.reach <= self.allowed]
+
+    @property
+    def open(self) -> bool:
+        """Whether a further round may find more."""
+        done = self.bracket.closed and self.held
+        return len(self.rounds) < self.most and not done
+
+    @property
+    def settled(self) -> bool:
+        """Whether no ε is left to look at: then what seemed to fit is checked, and if nothing did,
+        smaller ones follow.
+        """
+        return self.bracket.closed or (bool(self.seemed) and not self.checker.affords())
+
+    def largest(self) -> Round | None:
+        """The round of largest ε that was only looked at, checked; None: there is none."""
+        now = max(self.seemed, key=lambda r: r.epsilon, default=None)
+        if now is not None:
+            self.check(now)
+        return now
+
+    def check(self, now: Round) -> None:
+        """Judge a round, and what that says of those that were only looked at."""
+        self.checker.check(now, self.allowed)
+        for other in self.rounds:
+            if not other.judged:
+                self.checker.expect(other)
+
+    def look(self, epsilon: float, proposal: Proposal) -> Round:
+        """A round of this proposal, looked at, and checked where that tells more."""
+        known = next((r for r in self.rounds if r.proposal.choice == proposal.choice), None)
         now = known or Round(epsilon, proposal)
         if proposal.dense:
-            bracket.put(epsilon, 0.0, True)
-        else:
-            if known is None:
-                rounds.append(now)
-                checker.look(now, allowed)
-                now.looked = float("inf") if now.judged else now.reach
-            due = not looks_tell or now.reach >= ENOUGH * allowed
-            if not now.judged and (due or (len(rounds) > most - LAST and not _held(rounds))):
-                checker.check(now, allowed)
-            if now.judged and not now.held and known is None and learn(now):
-                most += 1
-                continue
-            looks_tell = _note(bracket, epsilon, now, rounds) and looks_tell
-            if now.held and (now.reach >= ENOUGH * allowed or not checker.affords()):
-                break
-        if bracket.closed:
-            seemed = [r for r in rounds if not r.judged]
-            if _held(rounds) or not seemed:
-                break
-            now = max(seemed, key=lambda r: r.epsilon)
-            checker.check(now, allowed)
+            return now
+        if known is None:
+            self.rounds.append(now)
+            self.checker.look(now, self.allowed)
+            now.looked = float("inf") if now.judged else now.reach
+        due = not self.looks_tell or now.reach >= DUE * self.allowed or not self.checker.affords()
+        if not now.judged and (due or (len(self.rounds) > self.most - LAST and not self.held)):
+            self.check(now)
+        return now
+
+    def note(self, epsilon: float, now: Round) -> None:
+        """Put a round into the bracket. Once one has failed that seemed to fit, looks tell nothing
+        any more, and what else only seemed to fit is forgotten.
+        """
+        if now.proposal.dense:
+            self.bracket.put(epsilon, 0.0, True)
+            return
+        if now.failed and now.looked <= self.allowed:
+            self.bracket.restart([(r.epsilon, r.reach) for r in self.held])
+            self.looks_tell = False
+        self.bracket.put(epsilon, now.reach, not now.failed)
+
+    def rescue(self, propose: Callable[[float], Proposal]) -> None:
+        """Check a proposal that is far more careful than all before."""
+        epsilon = min(r.epsilon for r in self.rounds) / RESCUE
+        now = Round(epsilon, propose(epsilon))
+        if not now.proposal.dense:
+            self.rounds.append(now)
+            self.check(now)
+
+    def end(self, others: Sequence[Proposal]) -> None:
+        """Check what was only looked at and further proposals, the fastest first, until one
+        holds.
+        """
+        further = [Round(p.error, p) for p in others]
+        for now in sorted([*self.rounds, *further], key=lambda r: r.proposal.ms):
+            if not now.judged and now.reach <= self.allowed:
+                if not now.rows:
+                    self.rounds.append(now)
+                self.check(now)
             if now.held:
                 break
-            looks_tell = _note(bracket, now.epsilon, now, rounds) and looks_tell
-        epsilon = bracket.next()
-    for now in sorted((r for r in rounds if not r.judged or r.held), key=lambda r: r.proposal.ms):
-        if not now.judged:
-            checker.check(now, allowed)
-        if now.held:
-            break
-    return fastest(rounds, checker)
-
-
-def _held(rounds: Sequence[Round]) -> list[Round]:
-    return [r for r in rounds if r.held]
-
-
-def _note(bracket: Bracket, epsilon: float, now: Round, rounds: Sequence[Round]) -> bool:
-    """Put a round into the bracket. Whether looks still tell something: not once a round has failed
-    that seemed to fit, and what else only seemed to fit is forgotten then.
-    """
-    deceived = now.judged and not now.held and now.looked <= bracket.allowed
-    if deceived:
-        bracket.restart([(r.epsilon, r.reach) for r in _held(rounds)])
-    bracket.put(epsilon, now.reach, now.held or not now.judged)
-    return not deceived
 
 
 class Bracket:
@@ -218,6 +311,11 @@ class Bracket:
         """Keep these alone of the values that fitted."""
         self.points = list(points)
         self.low = max(self.points, default=None)
+
+    def below(self) -> None:
+        """Look below the smallest that failed."""
+        if self.high is not None:
+            self.points, self.low = [self.high], None
 
     @property
     def closed(self) -> bool:

@@ -23,6 +23,9 @@ from accelkit.patches.call import Site
 from accelkit.patches.patch import handle_of
 from accelkit.patches.plan import Budget
 
+NEVER = 2**31 - 1
+"""Collections of the middle generation after which the collector looks through everything."""
+
 
 def as_budget(budget: float | Budget) -> Budget:
     """A budget from a number.
@@ -45,8 +48,10 @@ def checked_limit(seconds: float | None) -> float | None:
     Raises:
         InvalidInputError: not positive.
     """
-    if seconds is not None and seconds <= 0:
-        raise InvalidInputError(f"time_limit is {seconds} s; expected a positive number")
+    if seconds is not None and (not isinstance(seconds, int | float) or seconds <= 0):
+        raise InvalidInputError(
+            f"time_limit is {seconds!r}; expected a positive number, in seconds"
+        )
     return seconds
 
 
@@ -117,22 +122,20 @@ def producer(*libraries: str) -> dict[str, str | None]:
 
 @contextmanager
 def calm() -> Iterator[None]:
-    """Python's collector of cycles leaves alone what was there before: it takes a third of a second
-    to look through all of torch, now and then, while nothing of that can go.
+    """Python's collector of cycles looks through young objects only: it takes a third of a second
+    to look through all of torch and what a calibration knows, now and then, for hardly anything.
     """
-    if gc.get_freeze_count():  # somebody else has said so
-        yield
-        return
-    gc.freeze()
+    usual = gc.get_threshold()
+    gc.set_threshold(*usual[:2], NEVER)
     try:
         yield
     finally:
-        gc.unfreeze()
+        gc.set_threshold(*usual)
 
 
 def compile_clock(cached: bool = True) -> AbstractContextManager[Callable[[], float]]:
     """Gives a function that says how many seconds have gone into compiling Triton kernels since,
-    and, with `cached`, into reading compiled ones.
+    and, with `cached`, into reading compiled ones and putting them on the device.
     """
     if find_spec("triton") is None:
         return nullcontext(lambda: 0.0)
@@ -179,7 +182,8 @@ def by_stage(book: Journal, stages: Mapping[str, str]) -> dict[str, float]:
 @dataclass(frozen=True)
 class Preset:
     """How much is measured: families kept at a site, settings of each while screening and on long
-    prompts, how far lists are lent, rounds of the end-to-end check, prompts to weigh heads on.
+    prompts, how far lists are lent, rounds of the end-to-end check, prompts to weigh heads on: each
+    way to look something up has heads of its own, which other tasks hardly ask.
     """
 
     families: int

@@ -20,19 +20,31 @@ from accelkit.patches.method import AttentionMethod, load
 
 TOLERANCES = (0.02, 0.05, 0.1, 0.2)
 """Errors of a head at which families are compared after screening."""
+LEAST_GAIN = 0.003
+"""Share of a layer's time by which another family lowers it, if it is worth measuring."""
 LEAST_WEIGHT = 0.1
 """Share of the median weight that no head is below: noise that seems to do nothing was drowned."""
+Probe = Callable[[Sequence[str]], quality.Show]
+"""What runs to weigh the heads of some places."""
 PROBES = 2048
 """Heads that get noise of their own; models with more share probes among neighbours."""
 
 
 def fitted(
-    run: Run, shape: fit.Shape, dtype: torch.dtype, tokens: int, methods: Sequence[AttentionMethod]
+    run: Run,
+    shape: fit.Shape,
+    dtype: torch.dtype,
+    tokens: int,
+    methods: Sequence[AttentionMethod],
+    room: int | None = None,
 ) -> CostTable:
-    """The cost table of this device."""
+    """The cost table of this device; `room` as in `fit`."""
     run.tell("timing kernels and methods")
     brief = run.device.type == "cuda"  # CPUs time few lengths anyway, and patiently
-    work = partial(fit.fit, shape, dtype, run.device, tokens, methods, brief=brief)
+    # Nothing is timed once more: a search has better use for the time.
+    work = partial(
+        fit.fit, shape, dtype, run.device, tokens, methods, limit_s=0.0, brief=brief, room=room
+    )
     return CostTable.from_dict(run.journal.unit("fit", lambda: work().to_dict()))
 
 
@@ -73,50 +85,92 @@ def kept(
     while len(chosen) < min(most, len(ms)):
         rest = [n for n in ms if n not in chosen]
         total = {n: float(np.minimum(best, ms[n]).sum()) + len(tolerances) * once[n] for n in rest}
-        chosen.append(min(rest, key=lambda n: (total[n], n)))
-        best = np.minimum(best, ms[chosen[-1]])
+        first = min(rest, key=lambda n: (total[n], n))
+        if chosen and np.minimum(best, ms[first]).sum() > (1 - LEAST_GAIN) * best.sum():
+            break
+        chosen.append(first)
+        best = np.minimum(best, ms[first])
     return [family_of(n, found[n]) for n in chosen]
 
 
 def weighed(
     run: Run,
     heads: Mapping[str, int],
-    probes: Sequence[Callable[[str], quality.Show]],
+    probes: Sequence[Probe],
     left_out: Callable[[str], quality.LeftOut | None] = lambda place: None,
 ) -> dict[str, list[float]]:
-    """Weight of every head of each place, the worst over the probes; `probe(place)` is what runs,
-    `left_out(place)` what disturbs there instead of noise. Places that time did not allow get the
-    median.
+    """Weight of every head of each place, the worst over the probes; see `probed` and `worst`."""
+    return worst(heads, probed(run, heads, probes, left_out))
+
+
+def probed(
+    run: Run,
+    heads: Mapping[str, int],
+    probes: Sequence[Probe],
+    left_out: Callable[[str], quality.LeftOut | None] = lambda place: None,
+    most: int = 1,
+) -> list[dict[str, list[float]]]:
+    """Weight of every head of each place on each probe; `probe(places)` is what runs,
+    `left_out(place)` what disturbs there instead of noise. Places share a forward of at most `most`
+    entries. Those that time did not allow are not there.
     """
     every = max(1, -(-sum(heads.values()) // PROBES))
-    found: dict[str, list[float]] = {}
-    for place, count in heads.items():
-        groups = [list(range(h, min(h + every, count))) for h in range(0, count, every)]
+    groups = {
+        place: [list(range(h, min(h + every, count))) for h in range(0, count, every)]
+        for place, count in heads.items()
+    }
+    found: list[dict[str, list[float]]] = [{} for _ in probes]
+    for some in _shared(groups, most):
         for n, probe in enumerate(probes):
-            key = f"weight/{n}/{place}"
+            key = f"weight/{n}/{some[0]}"
             if key not in run.journal and run.late(0.7, "weights of some sites"):
                 continue
             run.tell("weighing heads")
-            work = partial(_weigh, probe, place, groups, left_out(place))
-            weights = run.journal.unit(key, work)
-            spread = [weights[h // every] for h in range(count)]
-            found[place] = np.maximum(found.get(place, spread), spread).tolist()
-    known = [w for ws in found.values() for w in ws]
-    middle = float(np.median(known)) if known else 1.0
+            work = partial(_weigh, probe, {place: groups[place] for place in some}, left_out)
+            for place, weights in run.journal.unit(key, work).items():
+                found[n][place] = [weights[h // every] for h in range(heads[place])]
+    return found
+
+
+def _shared(groups: Mapping[str, Sequence[Any]], most: int) -> list[list[str]]:
+    """Places whose groups fit into one forward of `most` entries, at least one place each."""
+    found: list[list[str]] = []
+    room = 0
+    for place, some in groups.items():
+        entries = len(some) + 1  # and one for rounding
+        if not found or entries > room:
+            found.append([])
+            room = most - 1  # one without noise
+        found[-1].append(place)
+        room -= entries
+    return found
+
+
+def worst(
+    heads: Mapping[str, int], found: Sequence[Mapping[str, Sequence[float]]]
+) -> dict[str, list[float]]:
+    """Weight of every head of each place, the worst over some probes, none below a share of the
+    median, which places have that no probe saw.
+    """
+    known = {
+        place: np.max([one[place] for one in found if place in one], axis=0)
+        for place in heads
+        if any(place in one for one in found)
+    }
+    middle = float(np.median(np.concatenate(list(known.values())))) if known else 1.0
     least = LEAST_WEIGHT * middle
     return {
-        place: [max(w, least) for w in found.get(place, [middle] * count)]
+        place: np.maximum(known.get(place, np.full(count, middle)), least).tolist()
         for place, count in heads.items()
     }
 
 
 def _weigh(
-    probe: Callable[[str], quality.Show],
-    place: str,
-    groups: Sequence[Sequence[int]],
-    left_out: quality.LeftOut | None,
-) -> list[float]:
-    return quality.site_weights(probe(place), groups, left_out)
+    probe: Probe,
+    groups: Mapping[str, Sequence[Sequence[int]]],
+    left_out: Callable[[str], quality.LeftOut | None],
+) -> dict[str, list[float]]:
+    return quality.site_weights(probe(list(groups)), groups, left_out)
 
 
 def family_of(name: str, record: Mapping[str, Any]) -> Family:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from tiny_cases import probe_methods
 
-from accelkit.calibration.assemble import Measured, SiteData, wanted
+from accelkit.calibration.assemble import Measured, SiteData, site_data, wanted
 from accelkit.calibration.candidates import Family
 from accelkit.calibration.search import Loan, Option, Table
+from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches import method
 
 HEADS = 2
@@ -29,7 +31,14 @@ def data(site: str, rows: dict[str, tuple[Family, list[tuple[float, float]]]], *
             options.append(Option(name, len(options), errors, np.full(HEADS, ms)))
             measured.append(
                 Measured(
-                    name, one, "blocks", (((64, 64), 1.0),), errors, 1 - errors, {1024: errors}
+                    name,
+                    one,
+                    "blocks",
+                    (((64, 64), 1.0),),
+                    errors,
+                    errors,
+                    1 - errors,
+                    {1024: errors},
                 )
             )
     table = Table(site, np.ones(HEADS), 4.0, 2.0, tuple(options), {}, **more)
@@ -60,3 +69,30 @@ def test_what_is_lent_is_kept() -> None:
     later = data("b", {}, loans=(loan,))
     kept = wanted([anchor, later], {"a": [lent], "b": []}, BUDGET)
     assert kept == {"a": [lent], "b": []}
+
+
+def test_a_prompt_counts_with_its_own_weights() -> None:
+    """A head that one task hardly asks may be wrong there, and is not on another."""
+    some = family("dial", 1)
+    row = {"kind": some.settings[0].kind, **some.settings[0].model_dump(mode="json")}
+    costs = CostTable(
+        "cpu", "float32", HEADS, HEADS, 64, ((1024, 4.0),), ((1024, 4.0),),
+        {"64x64": Kernel(0.0, 0.0, 1.0)}, {row["kind"]: MethodCost(((1024, 0.1),))},
+    )  # fmt: skip
+
+    def unit(errors: list[float]) -> dict:
+        found = {
+            "settings": [row], "field": "blocks", "error": [errors], "recall": [[1.0, 1.0]],
+            "density": [[0.5, 0.5]], "ms": [None], "size": [[64, 64]], "parts": [None],
+        }  # fmt: skip
+        return {"a": {"families": {"dial": found}, "loans": []}}
+
+    units = [(1024, unit([0.1, 0.1])), (1024, unit([0.2, 0.04]))]
+    weights = [{"a": [1.0, 1.0]}, {"a": [0.25, 4.0]}]
+    (one,) = site_data(
+        ["a"], {"a": [some]}, {"a": unit([0.1, 0.1])["a"]}, units, 1024, weights, costs
+    )
+    assert one.table.weight.tolist() == [1.0, 4.0]
+    # Head 0: 1 · .1 and ¼ · .2; head 1: 1 · .1 and 4 · .04; at the weights of the table.
+    assert one.table.options[0].error.tolist() == pytest.approx([0.1, 0.04])
+    assert one.options[0].error.tolist() == [0.2, 0.1]

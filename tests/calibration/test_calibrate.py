@@ -16,6 +16,8 @@ from accelkit.calibration import session
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.fit import fit
 from accelkit.calibration.prefill import check as prefill_check
+from accelkit.calibration.prefill import plan as prefill_plan
+from accelkit.calibration.search import DENSE, Choice, Solution
 from accelkit.errors import InvalidInputError, UnknownMethodError
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.patch import patch
@@ -135,6 +137,23 @@ def test_the_same_journal_gives_the_same_plan(tmp_path) -> None:
     assert set(again.tables) == set(first.tables)
 
 
+def test_a_tighter_budgets_plan_competes(tmp_path, monkeypatch) -> None:
+    """With the same journal a wider budget is never slower, even where it proposes nothing else."""
+    model, path = planted(), tmp_path / "journal.jsonl"
+    narrow = run(model, journal=path)
+    dense = lambda tables, *_: Solution(  # noqa: E731
+        tuple(Choice((DENSE,) * t.heads) for t in tables), sum(t.dense_ms for t in tables), 0.0
+    )
+    monkeypatch.setattr(prefill_plan, "search", dense)
+    assert "note" in run(model, budget=0.1).measured
+    wide = run(model, budget=0.1, journal=path, resume=True)
+    assert wide.sites == narrow.sites
+    assert wide.measured["measured_error"] == narrow.measured["measured_error"]
+    assert wide.budget.max_rel_error == 0.1
+    tighter = run(model, budget=0.02, journal=path, resume=True)
+    assert "note" in tighter.measured
+
+
 def test_killed_and_resumed(tmp_path) -> None:
     model, path = planted(), tmp_path / "journal.jsonl"
     first = run(model, journal=path)
@@ -216,6 +235,11 @@ def test_two_seeds_alike() -> None:
         ({"preset": "best"}, "preset"),
         ({"methods": []}, "methods"),
         ({"time_limit": 0}, "time_limit"),
+        ({"time_limit": "15m"}, "time_limit is '15m'; expected a positive number, in seconds"),
+        ({"lengths": 512}, "lengths is 512; expected numbers of tokens"),
+        ({"lengths": ["8k"]}, "expected numbers of tokens, such as"),
+        ({"methods": "window"}, "methods is 'window'; expected a list"),
+        ({"methods": [3]}, "expected a list of names, classes or instances"),
     ],
 )
 def test_bad_arguments(changes: dict, words: str) -> None:

@@ -217,10 +217,11 @@ def test_weights_come_from_what_a_method_leaves_out() -> None:
         see(None, dense)
         return dense.out.mean(2) @ weight.T  # every row counts alike
 
-    noise = site_weights(show, [[0]])
-    bias = site_weights(show, [[0]], lambda call, dense: 0.1 * dense.out[0].abs())
-    nothing = site_weights(show, [[0]], lambda call, dense: 0 * dense.out[0])
-    assert bias[0] > 5 * noise[0]
+    groups = {"site": [[0]]}
+    noise = site_weights(show, groups)
+    bias = site_weights(show, groups, lambda _: lambda call, dense: 0.1 * dense.out[0].abs())
+    nothing = site_weights(show, groups, lambda _: lambda call, dense: 0 * dense.out[0])
+    assert bias["site"][0] > 5 * noise["site"][0]
     assert nothing == noise
 
 

@@ -39,7 +39,9 @@ def family(name: str, error: list[float], density: list[float]) -> dict[str, Any
 
 
 def test_families_complement_each_other() -> None:
-    """The best single family comes first, then what helps the other head, not the second best."""
+    """The best single family comes first, then what helps the other head; the second best for the
+    first head adds nothing to that.
+    """
     record = {
         "families": {
             "window": family("window", [0.01, 0.9], [0.1, 0.1]),
@@ -47,8 +49,8 @@ def test_families_complement_each_other() -> None:
             "xattention": family("xattention", [0.9, 0.15], [0.1, 0.1]),
         }
     }
-    assert [f.name for f in kept(record, COSTS, 4096, 1024, 2)] == ["window", "xattention"]
-    assert [f.name for f in kept(record, COSTS, 4096, 1024, 9)][-1] == "a_shape"
+    assert [f.name for f in kept(record, COSTS, 4096, 1024, 1)] == ["window"]
+    assert [f.name for f in kept(record, COSTS, 4096, 1024, 9)] == ["window", "xattention"]
 
 
 def test_lists_of_two_units_cost_what_each_unit_costs() -> None:
@@ -72,7 +74,10 @@ def test_settings_that_share_a_launch_read_as_they_do_alone(
 ) -> None:
     call = random_call(Shape(4, 2, 16), torch.float32, torch.device("cpu"), 2048)
     dense, scored = dense_attention(call), np.arange(2030, 2048)
-    names = ("xattention", "flash_prefill", "window", "sparge_attn", "vertical_slash", "pbs_attn")
+    names = (
+        "xattention", "flash_prefill", "window", "sparge_attn", "vertical_slash", "pbs_attn",
+        "anchor_attention",
+    )  # fmt: skip
     some, _ = calibrated_settings([load(n)() for n in names], call.site, call, dense)
     alone = Bench(call, dense, scored).families(some)
     launches: list[int] = []
@@ -80,7 +85,7 @@ def test_settings_that_share_a_launch_read_as_they_do_alone(
     monkeypatch.setattr(candidates, "joined", lambda a: launches.append(len(a)) or both(a))
     monkeypatch.setattr(candidates, "most_together", lambda call: 3)
     assert Bench(call, dense, scored, shelf={}).families(some) == alone
-    assert max(launches) == 3 and sum(launches) > 12
+    assert max(launches) == 3 and sum(launches) > 18
 
 
 def test_methods_whose_own_work_is_long_are_dear_on_a_gpu() -> None:

@@ -31,6 +31,22 @@ def test_units_are_done_once(tmp_path) -> None:
     assert again.seconds("u") == book.seconds("u")
 
 
+def test_units_made_together_share_their_time_and_are_kept_apart(tmp_path) -> None:
+    book = Journal(tmp_path / "journal.jsonl", HEADER, resume=False)
+    book.put("b", "known", 1.0)
+    asked: list[list[int]] = []
+
+    def work(places: list[int]) -> list[str]:
+        asked.append(places)
+        return [f"made {n}" for n in places]
+
+    found = book.together(["a", "b", "c"], work)
+    assert found == ["made 0", "known", "made 2"]
+    assert book.together(["c", "a"], work) == ["made 2", "made 0"]
+    assert asked == [[0, 2]]
+    assert book.seconds("a") == book.seconds("c")
+
+
 def test_every_unit_is_on_disk_when_it_is_done(tmp_path) -> None:
     path = tmp_path / "journal.jsonl"
     book = Journal(path, HEADER, resume=False)

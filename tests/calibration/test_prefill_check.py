@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_cases import probe_methods, tiny_model, tiny_plan
 
 from accelkit.calibration.data import Inputs
@@ -15,7 +17,7 @@ from accelkit.calibration.evaluation import quality
 from accelkit.calibration.evaluation.tasks import Sample
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.prefill import check as prefill_check
-from accelkit.calibration.prefill.check import LIFT, Checker
+from accelkit.calibration.prefill.check import LIFT, MOST_RUNS, Checker
 from accelkit.calibration.refine import Proposal, Round
 
 ALLOWED = 0.02
@@ -31,16 +33,18 @@ def plan():
 class Made:
     """Prompts whose errors and lost answers are given; `asked` notes what was run."""
 
-    def __init__(self, plan, monkeypatch, errors: dict[int, float], lost: dict[Any, int]) -> None:
+    def __init__(self, plan, monkeypatch, errors, lost, batch) -> None:
         samples = tuple(
             Sample(t, np.full(64, n), () if t == "text" else ((8, 9),) * 24)
             for n, t in enumerate(TASKS)
         )
         self.errors, self.lost, self.asked, self.plan = errors, lost, [], plan
         more = lambda task, tokens, n: Sample(task, np.full(64, 100 + n), ((8, 9),) * 24)  # noqa: E731
-        run = SimpleNamespace(model=None, journal=Journal(None, {}, False), tell=lambda stage: None)
-        monkeypatch.setattr(quality, "reference", lambda model, sample, still: sample)
-        monkeypatch.setattr(quality, "check", lambda model, plan, sample: self.row(sample))
+        run = SimpleNamespace(
+            model=None, journal=Journal(None, {}, False), tell=lambda stage: None, batch=batch
+        )
+        monkeypatch.setattr(quality, "references", lambda model, samples, still: samples)
+        monkeypatch.setattr(quality, "checks", lambda model, plan, some: [*map(self.row, some)])
         monkeypatch.setattr(quality, "answers", lambda m, plan, still, make: self.row(make()))
         monkeypatch.setattr(prefill_check, "plan_digest", lambda plan: repr(plan))
         self.checker = Checker(run, Inputs(samples, samples, "", more), plan)  # type: ignore
@@ -62,8 +66,8 @@ class Made:
 
 @pytest.fixture
 def made(plan, monkeypatch) -> Callable[..., Made]:
-    def make(errors: tuple[float, ...], lost: dict[Any, int] | None = None) -> Made:
-        return Made(plan, monkeypatch, dict(enumerate(errors)), lost or {})
+    def make(errors: tuple[float, ...], lost: dict[Any, int] | None = None, batch: int = 1) -> Made:
+        return Made(plan, monkeypatch, dict(enumerate(errors)), lost or {}, batch)
 
     return make
 
@@ -95,6 +99,18 @@ def test_a_check_ends_where_it_fails(made) -> None:
     assert one.checker.order[0] == 2
 
 
+def test_prompts_share_forwards_as_far_as_the_batch_goes(made) -> None:
+    """What failed is judged by the first prompt that did, whatever ran beside it."""
+    one = made((0.01, 0.012, 0.021, 0.009), batch=3)
+    now = one.round()
+    one.checker.look(now, ALLOWED)
+    one.checker.check(now, ALLOWED)
+    assert one.asked == [0, 1, 2, 3]
+    assert [r["prompt"] for r in now.rows] == [0, 1, 2]
+    assert now.judged
+    assert not now.held
+
+
 def test_lost_answers_are_asked_about_on_further_prompts(made) -> None:
     """One of 24 is more than one in a hundred; one of 120 is not."""
     one = made((0.01, 0.012, 0.011, 0.009), {3: 1})
@@ -113,7 +129,8 @@ def test_what_ends_a_round_is_asked_of_other_plans(made, monkeypatch) -> None:
     lost = made((0.01, 0.012, 0.011, 0.009), {3: 2})
     now = lost.round()
     lost.checker.check(now, ALLOWED)
-    mended = lost.checker.suspicion(now)
+    mended, fine = lost.checker.suspicion(now, [now])
+    assert fine is None
     given = {"some": [False, True], "others": [True, True]}
     monkeypatch.setattr(quality, "answered", lambda model, plan, sample: (given[plan], 1.0))
     assert not mended("some")
@@ -122,22 +139,98 @@ def test_what_ends_a_round_is_asked_of_other_plans(made, monkeypatch) -> None:
     far = made((0.01, 0.012, 0.04, 0.009))
     now = far.round()
     far.checker.check(now, ALLOWED)
-    mended = far.checker.suspicion(now)
+    mended, _ = far.checker.suspicion(now, [now])
     far.errors[2] = 0.025  # its geometric mean with the others' is lower
     assert not mended("one")
     far.errors[2] = 0.015
     assert mended("another")
 
+    early = made((0.01, 0.012, 0.011, 0.009), {2: 2})  # of needles, which another one decides
+    now = early.round()
+    early.checker.check(now, ALLOWED)
+    now.rows.append(early.row(Sample("text", np.full(64, 0), ())) | {"prompt": 0})
+    assert early.checker.suspicion(now, [now]) is not None
+
     even = made((0.019, 0.019, 0.021, 0.009))
     now = even.round()
     even.checker.check(now, ALLOWED)
     assert not now.held
-    assert even.checker.suspicion(now) is None
+    assert even.checker.suspicion(now, [now]) is None
 
 
-def test_another_plan_is_afforded_within_three_runs_a_prompt(made) -> None:
+def test_a_round_that_ran_the_prompt_well_is_found(made) -> None:
     one = made((0.01, 0.012, 0.011, 0.009))
+    fine = one.round("fine")
+    one.checker.check(fine, ALLOWED)
+    one.errors[2] = 0.05
+    now = one.round("now")
+    one.checker.check(now, ALLOWED)
+    assert one.checker.suspicion(now, [fine, now])[1] is fine
+    one.lost[3], one.errors[2] = 2, 0.011
+    now = one.round("later")
+    one.checker.check(now, ALLOWED)
+    assert one.checker.suspicion(now, [fine, now])[1] is fine
+
+
+def test_a_look_that_fails_is_compared_with_another_task(made) -> None:
+    """A prompt that stood out before is looked at first: whether it does again, only another one of
+    the same plan can tell.
+    """
+    one = made((0.01, 0.012, 0.05, 0.009))
+    one.checker.check(one.round("before"), ALLOWED)
+    now = one.round("now")
+    one.checker.look(now, ALLOWED)
+    assert (now.judged, one.asked[-1]) == (True, 2)
+    mended, _ = one.checker.suspicion(now, [now])
+    assert one.asked[-1] == 1
+    assert [r["prompt"] for r in now.rows] == [2, 1]
+    one.errors[2] = 0.01
+    assert mended("one")
+
+
+def test_what_was_looked_at_is_judged_anew_after_a_check(made) -> None:
+    one = made((0.01, 0.012, 0.011, 0.009))
+    looked = one.round("looked")
+    one.checker.look(looked, ALLOWED)
+    assert looked.bound == pytest.approx(0.01 * LIFT)
+    one.errors[1] = 0.0155
+    other = one.round("other")
+    one.checker.check(other, ALLOWED)
+    one.checker.expect(looked)
+    assert looked.bound == pytest.approx(other.reach)  # all reach as much beside the first
+    assert other.reach > 0.015
+    one.errors[1] = 0.05  # this one stands out, which says nothing of other plans
+    before = dict(one.checker.lifts)
+    one.checker.check(one.round("a third"), ALLOWED)
+    assert one.checker.lifts == before
+
+
+@pytest.mark.parametrize(
+    ("readings", "found"),
+    [
+        ([3.0, 2.0, 3.0, 2.0], (3.0, 2.0)),
+        # Something slowed the plan down twice, then dense attention once.
+        ([3.0, 9.0, 3.0, 8.0, 9.0, 2.0], (3.0, 2.0)),
+        ([3.0, 4.0] * 5, (3.0, 4.0)),
+    ],
+)
+def test_a_plan_that_seems_slow_is_timed_again(made, monkeypatch, readings, found) -> None:
+    one, left = made((0.01, 0.012, 0.011, 0.009)), list(readings)
+    monkeypatch.setattr(prefill_check, "times_ms", lambda *_: (left.pop(0),))
+    monkeypatch.setattr(prefill_check, "patch", lambda model, plan: nullcontext())
+    one.checker.run.device, one.checker.run.batch = torch.device("cpu"), 1
+    took = one.checker.speed(one.plan)
+    assert (took["dense_ms"], took["ms"]) == found
+    assert not left
+
+
+def test_another_plan_is_afforded_within_what_the_check_is_worth(made) -> None:
+    """Beside a look and a check of all prompts, whose dense side counts where it has not run."""
+    one = made((0.01, 0.012, 0.011, 0.009))
+    assert one.checker.affords()
     one.checker.check(one.round(), ALLOWED)
-    assert one.checker.affords()  # 8 of 12 runs, and 4 more
-    one.checker.look(one.round("another"), ALLOWED)
+    assert one.checker.runs == 8
+    while one.checker.runs <= MOST_RUNS * len(TASKS) - 5:
+        assert one.checker.affords()
+        one.checker.look(one.round(f"after {one.checker.runs} runs"), ALLOWED)
     assert not one.checker.affords()

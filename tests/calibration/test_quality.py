@@ -142,13 +142,33 @@ def test_weights_follow_what_a_head_does(sample) -> None:
         ids = np.repeat(sample.ids[None, :256], copies, 0)
         return capture(model, ids, see, lambda path: path == site)[:, 100:200]
 
-    found = quality.site_weights(show, [[0], [1], [2], [3]])
+    found = quality.site_weights(show, {site: [[0], [1], [2], [3]]})[site]
     assert found[0] < 1e-4
     assert found[1] > 5 * found[2] > 0
-    again = quality.site_weights(show, [[0], [1], [2], [3]])
+    again = quality.site_weights(show, {site: [[0], [1], [2], [3]]})[site]
     assert again == found
-    grouped = quality.site_weights(show, [[0, 1], [2, 3]])
+    grouped = quality.site_weights(show, {site: [[0, 1], [2, 3]]})[site]
     assert grouped[0] == pytest.approx(found[1] / 2**0.5, rel=0.05)
+
+
+def test_weights_of_several_sites_share_a_forward(sample) -> None:
+    model = tiny_model()
+    sites = [f"model.layers.{n}.self_attn" for n in range(2)]
+    groups = {sites[0]: [[0], [1, 2], [3]], sites[1]: [[0, 1], [2, 3]]}
+
+    def show_at(some):
+        def show(copies, see):
+            ids = np.repeat(sample.ids[None, :256], copies, 0)
+            return capture(model, ids, see, lambda path: path in some)[:, 100:200]
+
+        return show
+
+    found = quality.site_weights(show_at(sites), groups, lambda _: quality.faintest)
+    for site in sites:
+        one = quality.site_weights(
+            show_at([site]), {site: groups[site]}, lambda _: quality.faintest
+        )
+        assert found[site] == pytest.approx(one[site], rel=1e-3)
 
 
 def test_faintest_leaves_out_what_is_looked_at_least() -> None:
@@ -198,9 +218,10 @@ def test_rounding_does_not_drown_a_weight() -> None:
 
         return run
 
-    true = quality.site_weights(show(torch.float32), [[0], [1]])
-    found = quality.site_weights(show(torch.bfloat16), [[0], [1]])
-    assert found == pytest.approx(true, rel=0.2)
+    groups = {"site": [[0], [1]]}
+    true = quality.site_weights(show(torch.float32), groups)
+    found = quality.site_weights(show(torch.bfloat16), groups)
+    assert found["site"] == pytest.approx(true["site"], rel=0.2)
 
 
 def test_capture_shows_dense_attention(sample) -> None:

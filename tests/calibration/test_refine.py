@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from accelkit.calibration.refine import ENOUGH, FIRST, Outcome, Proposal, in_turns
+from accelkit.calibration.refine import ENOUGH, FIRST, Outcome, Proposal, Round, in_turns
 
 ALLOWED = 0.02
 
@@ -39,6 +39,9 @@ class Made:
         now.measured = self.first * self.error(now.epsilon)
         now.bound, now.judged = now.measured, now.measured > allowed
 
+    def expect(self, now) -> None:
+        now.bound = now.measured
+
     def check(self, now, allowed: float) -> None:
         self.checked.append(now.epsilon)
         now.measured = now.bound = self.error(now.epsilon)
@@ -51,9 +54,14 @@ class Made:
     def speed(self, plan) -> dict[str, float]:
         return self.timed
 
-    def run(self, rounds: int = 8, learn: Callable[[Any], Any] = lambda now: False) -> Outcome:
+    def run(
+        self,
+        rounds: int = 8,
+        learn: Callable[[Any, Any], Any] = lambda now, rounds: False,
+        others: Any = (),
+    ) -> Outcome:
         run = SimpleNamespace(preset=SimpleNamespace(rounds=rounds), late=lambda share, what: False)
-        return in_turns(run, lambda e: self.propose(e), self, ALLOWED, learn)  # type: ignore
+        return in_turns(run, lambda e: self.propose(e), self, ALLOWED, learn, others)  # type: ignore
 
 
 def test_one_round_is_enough_where_the_budget_is_used() -> None:
@@ -140,22 +148,39 @@ def test_answers_lost_where_looks_saw_nothing(loses: float) -> None:
 
 
 def test_rounds_end_with_what_the_check_may_cost() -> None:
-    """The first prompt is the worst of them all: a plan holds with room to spare. The next one is
-    only tried where it can be checked.
+    """The first prompt is the worst of them all: a plan within the budget leaves room, and the next
+    one is only tried where it can be checked.
     """
-    poor = Made(lambda e: 0.8 * e, first=1.1, afford=False).run()
+    poor = Made(lambda e: 0.65 * e, first=1.1, afford=False).run()
     assert len(poor.rounds) == 1
     assert poor.best is poor.rounds[0]
-    rich = Made(lambda e: 0.8 * e, first=1.1).run()
+    rich = Made(lambda e: 0.65 * e, first=1.4).run()
     assert len(rich.rounds) > 1
     assert rich.best.epsilon > poor.best.epsilon
+
+
+@pytest.mark.parametrize("dense", [0.05, 0.3, 0.95])
+@pytest.mark.parametrize("first", [0.01, 0.5, 1.0])
+def test_where_every_sparse_plan_fails_rounds_end(dense: float, first: float) -> None:
+    found = Made(lambda e: 3.0 * ALLOWED, first=first, dense=dense * ALLOWED, loses=0.0).run()
+    assert found.best is None
+    assert found.why == "no sparse plan held within the budget"
+    assert len(found.rounds) <= 13
+
+
+def test_a_far_more_careful_plan_is_tried_before_none() -> None:
+    """Looks see nothing and answers are lost down to a hundredth of the budget."""
+    found = Made(lambda e: 0.5 * e, loses=0.01 * ALLOWED).run(rounds=2)
+    assert found.best is not None
+    assert found.best.epsilon < 0.01 * ALLOWED
 
 
 def test_what_lost_an_answer_is_learnt_before_errors_narrow() -> None:
     """The same ε is tried again once proposals have changed, and only then a smaller one."""
     made, asked = Made(lambda e: 0.95 * e, loses=0.0), []
 
-    def learn(now) -> bool:
+    def learn(now, rounds) -> bool:
+        assert rounds[-1] is now
         asked.append(now.epsilon)
         made.loses = 1.0
         made.propose = lambda e: Proposal(None, (e,), 1.0, 2.0, e, False)  # type: ignore
@@ -166,6 +191,29 @@ def test_what_lost_an_answer_is_learnt_before_errors_narrow() -> None:
     assert [r.epsilon for r in found.rounds] == [FIRST * ALLOWED] * 2
     assert found.best is found.rounds[1]
     assert found.best.held
+    assert [r.taught for r in found.rounds] == [True, False]
+
+
+def test_what_was_learnt_does_not_predict() -> None:
+    """A round that failed for a cause of its own says nothing of proposals that avoid it."""
+
+    def made(measured: float, **more) -> Round:
+        return Round(0.1, Proposal(None, measured, 1.0, 2.0, 0.1, False), measured=measured, **more)  # type: ignore
+
+    best = made(0.03, held=True)
+    rounds = (made(0.4, taught=True), best, made(0.05), made(0.5, taught=True))
+    assert Outcome(rounds, best).composition == pytest.approx(0.5)
+    assert Outcome((rounds[0], best), best).composition == pytest.approx(4.0)
+
+
+def test_a_plan_for_a_tighter_budget_competes() -> None:
+    """It is checked where it is the faster one, and wins if it holds."""
+    for ms, wins in ((1.0, True), (1e3, False)):
+        made = Made(lambda e: 0.9 * e)
+        known = Proposal("known", "known", ms, 1000.0, 0.008, False)  # type: ignore
+        found = made.run(others=[known])
+        assert (found.best.proposal is known) is wins
+        assert (len(found.rounds) > 1) is wins
 
 
 def test_a_plan_has_to_beat_the_trimmed_layer_alone() -> None:

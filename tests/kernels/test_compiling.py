@@ -93,3 +93,21 @@ def test_kernels_in_the_cache_do_not_count_when_told_so(now) -> None:
         now.seconds += 3.0
         compiled(1.0)
         assert (every(), new()) == (3.0, 1.0)
+
+
+def test_putting_kernels_on_the_device_counts_with_reading_them(now, monkeypatch) -> None:
+    from accelkit.kernels._triton import compiling
+
+    def load(kernel) -> None:
+        if kernel.module is None:
+            now.seconds += 0.5
+            kernel.module = "on the device"
+
+    monkeypatch.setattr(compiling.CompiledKernel, "_init_handles", load)
+    kernel = SimpleNamespace(module=None)
+    with compiling.clock() as every, compiling.clock(cached=False) as new:
+        for _ in range(3):  # every launch asks
+            compiling.CompiledKernel._init_handles(kernel)
+            now.seconds += 1.0
+        assert (every(), new()) == (0.5, 0.0)
+    assert compiling.CompiledKernel._init_handles is load

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,25 +66,43 @@ def reference(model: Any, sample: Sample, still: Plan | None = None) -> Referenc
     """Run one prompt dense; with `still`, a plan that leaves attention dense and trims the last
     layer, only as far as scored rows need it.
     """
+    return references(model, [sample], still)[0]
+
+
+def references(model: Any, samples: Sequence[Sample], still: Plan | None = None) -> list[Reference]:
+    """The same for several prompts of one length, in one forward."""
     if still is None or not still.trim_last_layer:
-        rows = scored_rows(sample)
-        hidden, ms = _hidden(model, sample, rows, False)
+        rows = [scored_rows(s) for s in samples]
+        hidden, ms = _hidden(model, samples, rows, False)
     else:
-        rows = scored_rows(sample, _most(sample))
+        rows = [scored_rows(s, _most(s)) for s in samples]
         with patch(model, still):
-            hidden, ms = _hidden(model, sample, rows, True)
-    return Reference(sample, rows, hidden, _answered(model, sample, rows, hidden), ms)
+            hidden, ms = _hidden(model, samples, rows, True)
+    return [
+        Reference(s, r, h, _answered(model, s, r, h), ms)
+        for s, r, h in zip(samples, rows, hidden, strict=True)
+    ]
 
 
 def check(model: Any, plan: Plan, dense: Reference) -> dict[str, Any]:
     """Run one prompt with `plan` and compare: error, KL, right answers, milliseconds."""
+    return checks(model, plan, [dense])[0]
+
+
+def checks(model: Any, plan: Plan, dense: Sequence[Reference]) -> list[dict[str, Any]]:
+    """The same for several prompts of one length, in one forward."""
     with patch(model, plan):
-        return compare(model, dense, plan.trim_last_layer)
+        return compared(model, dense, plan.trim_last_layer)
 
 
-def compare(model: Any, dense: Reference, trimmed: bool = False) -> dict[str, Any]:
+def compared(model: Any, dense: Sequence[Reference], trimmed: bool = False) -> list[dict[str, Any]]:
     """The same with a model that is patched already."""
-    hidden, ms = _hidden(model, dense.sample, dense.rows, trimmed)
+    samples = [d.sample for d in dense]
+    hidden, ms = _hidden(model, samples, [d.rows for d in dense], trimmed)
+    return [_row(model, d, h, ms) for d, h in zip(dense, hidden, strict=True)]
+
+
+def _row(model: Any, dense: Reference, hidden: Tensor, ms: float) -> dict[str, Any]:
     given = _answered(model, dense.sample, dense.rows, hidden)
     return {
         "task": dense.sample.task,
@@ -129,7 +147,7 @@ def answered(model: Any, plan: Plan, sample: Sample) -> tuple[list[bool], float]
     """Which answers of a prompt `plan` gives right, and the milliseconds of the run."""
     rows = scored_rows(sample)
     with patch(model, plan):
-        hidden, ms = _hidden(model, sample, rows, plan.trim_last_layer)
+        (hidden,), ms = _hidden(model, [sample], [rows], plan.trim_last_layer)
     return _answered(model, sample, rows, hidden), ms
 
 
@@ -149,8 +167,8 @@ def by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     and `bound`, what further prompts will hardly exceed (see `margin`).
     """
     found: dict[str, dict[str, Any]] = {}
-    for key in dict.fromkeys(map(_task, rows)):
-        mine = [r for r in rows if _task(r) == key]
+    for key in dict.fromkeys(map(task_of, rows)):
+        mine = [r for r in rows if task_of(r) == key]
         asked = sum(r["asked"] for r in mine)
         both = [r for r in mine if r["error"] is not None]
         error = float(np.mean([r["error"] for r in both]))
@@ -176,15 +194,16 @@ def margin(rows: Sequence[dict[str, Any]]) -> float:
     spread differently: needles more than text, so each that has several prompts is asked alone.
     """
     squares, freedom = 0.0, 0
-    for key in dict.fromkeys(map(_task, rows)):
-        errors = [r["error"] for r in rows if _task(r) == key and r["error"] is not None]
+    for key in dict.fromkeys(map(task_of, rows)):
+        errors = [r["error"] for r in rows if task_of(r) == key and r["error"] is not None]
         logs = np.log(np.maximum(errors, 1e-12))
         squares += float(((logs - logs.mean()) ** 2).sum())
         freedom += len(logs) - 1
     return math.exp(ONE_IN_TWENTY * (squares / freedom) ** 0.5) if freedom else 1.0
 
 
-def _task(row: dict[str, Any]) -> str:
+def task_of(row: dict[str, Any]) -> str:
+    """What a check is judged by: "task@tokens"."""
     return f"{row['task']}@{row['tokens']}"
 
 
@@ -222,47 +241,59 @@ LeftOut = Callable[[AttentionCall, Partial], Tensor | None]
 run dense.
 """
 Show = Callable[[int, See], Tensor]
-"""`show(copies, see)`: one forward over that many equal entries of a batch, with `see` at one site;
-returns what to compare, `[copies, …]`.
+"""`show(copies, see)`: one forward over that many equal entries of a batch, with `see` at some
+sites; returns what to compare, `[copies, …]`.
 """
 
 
 def site_weights(
-    show: Show, groups: Sequence[Sequence[int]], left_out: LeftOut | None = None
-) -> list[float]:
-    """Change of the budget error ÷ the noise when the heads of each group get some on their output:
-    5 % in fp32, more in half precision. With `left_out`, what a method leaves out of a head takes
-    the place of noise, brought to the same size.
+    show: Show,
+    groups: Mapping[str, Sequence[Sequence[int]]],
+    left_out: Callable[[str], LeftOut | None] = lambda place: None,
+) -> dict[str, list[float]]:
+    """Change of the budget error ÷ the noise when the heads of each group of a place get some on
+    their output: 5 % in fp32, more in half precision. What a method leaves out of a head,
+    `left_out(place)`, takes the place of noise, brought to the same size.
 
-    All groups share one forward: entry g of the batch has the noise of group g, the last two have
-    none and the noise of rounding. What rounding alone does in half precision is subtracted in
-    squares. Heads of a group share its weight in squares as well.
+    All places and groups share one forward. Its first entry has no noise; then come, for each
+    place, an entry for every group and one with the noise of rounding. What rounding alone does in
+    half precision is subtracted in squares. Heads of a group share its weight in squares as well.
     """
-    probes, size = len(groups), NOISE
+    size, entries = NOISE, 1
+    first: dict[str, int] = {}
+    for place, some in groups.items():
+        first[place] = entries
+        entries += len(some) + 1
 
     def disturb(call: AttentionCall, dense: Partial) -> None:
         nonlocal size
+        place = call.site.path if len(groups) > 1 else next(iter(groups))
         size = NOISE if dense.out.dtype == torch.float32 else LOUD
         noise = noise_like(dense.out[0])
-        gap = None if left_out is None else left_out(call, dense)
+        leave = left_out(place)
+        gap = None if leave is None else leave(call, dense)
         if gap is not None:
             true = dense.out[0].float().abs().sum((1, 2))
             share = gap.abs().sum((1, 2)) / true.clamp(min=1e-30)
             real = (share > FAINT)[:, None, None]
             noise = torch.where(real, gap / share.clamp(min=FAINT)[:, None, None], noise)
-        for g, heads in enumerate(groups):
-            dense.out[g, list(heads)] += (size * noise[list(heads)]).to(dense.out.dtype)
-        dense.out[probes + 1] += (ROUNDING * noise).to(dense.out.dtype)
+        for entry, heads in enumerate(groups[place], first[place]):
+            dense.out[entry, list(heads)] += (size * noise[list(heads)]).to(dense.out.dtype)
+        rounded = first[place] + len(groups[place])
+        dense.out[rounded] += (ROUNDING * noise).to(dense.out.dtype)
 
-    found = show(probes + 2, disturb)
+    found = show(entries, disturb)
     half = found.dtype != torch.float32
     found = found.float()
-    true = found[probes]
-    floor = relative(found[probes + 1], true) if half else 0.0
-    out = []
-    for g, heads in enumerate(groups):
-        change = relative(found[g], true)
-        out.append(max(change**2 - floor**2, 0.0) ** 0.5 / size / len(heads) ** 0.5)
+    out: dict[str, list[float]] = {}
+    for place, some in groups.items():
+        at = first[place]
+        floor = relative(found[at + len(some)], found[0]) if half else 0.0
+        change = [relative(found[at + g], found[0]) for g in range(len(some))]
+        out[place] = [
+            max(c**2 - floor**2, 0.0) ** 0.5 / size / len(heads) ** 0.5
+            for c, heads in zip(change, some, strict=True)
+        ]
     return out
 
 
@@ -299,17 +330,21 @@ def noise_like(values: Tensor, seed: int = 0) -> Tensor:
 
 
 @torch.inference_mode()
-def _hidden(model: Any, sample: Sample, rows: np.ndarray, trims: bool) -> tuple[Tensor, float]:
-    """Last hidden states at `rows`, fp32 `[rows, C]`, and the milliseconds of the forward; where
-    the last layer is trimmed, rows before them are left out there.
+def _hidden(
+    model: Any, samples: Sequence[Sample], rows: Sequence[np.ndarray], trims: bool
+) -> tuple[list[Tensor], float]:
+    """Last hidden states of each prompt at its `rows`, fp32 `[rows, C]`, and the milliseconds of
+    the forward for each; where the last layer is trimmed, rows before them are left out there.
     """
     _, bare = adapter_for(model)
+    ids = np.stack([s.ids for s in samples])
     synchronise(bare.device)
     begin = time.perf_counter()
-    states = forward(model, sample.ids, int(rows.min()) if trims else 0)
+    states = forward(model, ids, min(int(r.min()) for r in rows) if trims else 0)
     synchronise(bare.device)
-    ms = 1e3 * (time.perf_counter() - begin)
-    return states[0, torch.from_numpy(rows).to(states.device)].float(), ms
+    ms = 1e3 * (time.perf_counter() - begin) / len(samples)
+    at = [torch.from_numpy(r).to(states.device) for r in rows]
+    return [states[n, r].float() for n, r in enumerate(at)], ms
 
 
 def _most(sample: Sample) -> int:
@@ -332,16 +367,16 @@ def _answered(model: Any, sample: Sample, rows: np.ndarray, hidden: Tensor) -> l
     """Which answers of a prompt are right."""
     if not sample.answers:
         return []
-    best = [_logits(model, part).argmax(-1).cpu() for part in hidden.split(_ROWS)]
+    best = [_logits(model, part).argmax(-1) for part in hidden.split(_ROWS)]
     predicted = np.full(len(sample.ids), -1)
-    predicted[rows] = torch.cat(best).numpy()
+    predicted[rows] = torch.cat(best).cpu().numpy()
     return right_answers(sample, predicted)
 
 
 def _divergence(model: Any, dense: Tensor, sparse: Tensor) -> float:
     """Mean KL(dense ‖ sparse) of the next-token distributions, in nats."""
-    total = 0.0
+    total = dense.new_zeros(())
     for a, b in zip(dense.split(_ROWS), sparse.split(_ROWS), strict=True):
         p, q = _logits(model, a).log_softmax(-1), _logits(model, b).log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum())
-    return total / len(dense)
+        total += (p.exp() * (p - q)).sum()
+    return float(total) / len(dense)

@@ -26,6 +26,8 @@ as it is in a model.
 """
 SLACK = 1.5
 """How much longer it waits than the host took to start the same work before."""
+EASY = 1.2
+"""The same for many pieces, whose times differ less together."""
 AGREE = 1.03
 """Two readings that lie so near each other are believed."""
 MOST_READINGS = 8
@@ -38,16 +40,17 @@ _best = dict[torch.device, float]()
 """The highest clock that was seen of each GPU, in cycles a millisecond."""
 
 
-def clock(run: Callable[[], Any], times: int, device: torch.device) -> float:
+def clock(run: Callable[[], Any], times: int, device: torch.device, rested: bool = True) -> float:
     """Milliseconds of `run` after one run to warm up; slow ones are not repeated. On a GPU `times`
-    beyond one asks for two readings that agree, since whatever disturbs one only adds time.
+    beyond one asks for two readings that agree, since whatever disturbs one only adds time;
+    without `rested` nobody waits for its best clock.
     """
     if device.type == "cuda":
-        settle(device)
-        found = device_ms(run, min(times, 2), 1)
-        while 1 < len(found) < MOST_READINGS and not _agree(found):
-            settle(device)
-            found += device_ms(run, 2, 1)
+        found = list[float]()
+        while not found or (1 < len(found) < MOST_READINGS and not _agree(found)):
+            if rested:
+                settle(device)
+            found += device_ms(run, min(times, 2), 1)
         return sorted(found)[:2][-1]
     found = list(times_ms(run, 1, 0, device))
     while len(found) < 2 or (len(found) <= times and sum(found) + found[-1] < PATIENCE_MS):
@@ -69,14 +72,16 @@ def settle(device: torch.device) -> None:
         while now < STEADY * _best.get(device, 0.0) and time.monotonic() < until:
             time.sleep(NAP_S)
             now = _cycles_per_ms()
-    rested = now >= STEADY * _best.get(device, 0.0)
-    _best[device] = max(now, _best.get(device, 0.0)) if rested else now
+        best = _best.get(device, 0.0)
+        if now > best:  # two must agree on it
+            now = min(now, _cycles_per_ms())
+    _best[device] = max(now, best) if now >= STEADY * best else now
 
 
 def _cycles_per_ms() -> float:
     """The clock of the current GPU, which counts its cycles itself while it waits."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    cycles = CYCLES // 4
+    cycles = CYCLES // 2
     torch.cuda._sleep(cycles // 4)  # the host is ahead
     begin.record()
     torch.cuda._sleep(cycles)
@@ -93,23 +98,47 @@ def _agree(found: Sequence[float]) -> bool:
 
 def device_ms(run: Callable[[], Any], times: int, warmup: int = 0) -> list[float]:
     """Milliseconds of each run on the current GPU, without the time in which it waits for the
-    host; for work that takes the host more than a millisecond, a run to warm up tells how long.
+    host; for work that takes the host more than a millisecond, runs before tell how long.
     """
-    ahead, most = AHEAD_MS
-    for _ in range(warmup):
-        start = time.perf_counter()
-        run()
-        ahead = min(max(AHEAD_MS[0], SLACK * 1e3 * (time.perf_counter() - start)), most)
+    least, most = AHEAD_MS
+    hosts = [_host_ms(run) for _ in range(warmup)]
     marks = []
     for _ in range(times):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        ahead = min(max(least, SLACK * min(hosts, default=0.0)), most)
         torch.cuda._sleep(int(ahead * CYCLES))
         begin.record()
-        run()
+        hosts.append(_host_ms(run))
         end.record()
         marks.append((begin, end))
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) for begin, end in marks]
+
+
+def each_ms(runs: Sequence[Callable[[], Any]]) -> list[float]:
+    """The lesser of two readings of several short pieces of work on the current GPU, which waits
+    once for all of them: for each alone it would wait longer than it works.
+    """
+    hosts = [sum(map(_host_ms, runs))]
+    readings: list[list[tuple[Any, Any]]] = [[] for _ in runs]
+    for _ in range(2):
+        torch.cuda._sleep(int(max(AHEAD_MS[0], EASY * min(hosts)) * CYCLES))
+        hosts.append(0.0)
+        for run, mine in zip(runs, readings, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            hosts[-1] += _host_ms(run)
+            end.record()
+            mine.append((begin, end))
+    torch.cuda.synchronize()
+    return [min(begin.elapsed_time(end) for begin, end in mine) for mine in readings]
+
+
+def _host_ms(run: Callable[[], Any]) -> float:
+    """Milliseconds that the host takes to start some work."""
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def dense_ms(call: AttentionCall, ms: Callable[..., float]) -> float:

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from accelkit.calibration.capture import dense_attention
-from accelkit.calibration.fit import ahead, kernels
+from accelkit.calibration.fit import ahead, kernels, turns
 from accelkit.calibration.fit.clock import clock, dense_ms
 from accelkit.calibration.fit.inputs import Shape, random_call, shorter
 from accelkit.calibration.fit.methods import Found, beside_random, checked, cost
-from accelkit.kernels.cost import Check, CostTable, Kernel, MethodCost, name
+from accelkit.kernels.cost import Check, CostTable, Kernel, MethodCost, Points, name
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 
@@ -41,6 +41,7 @@ def fit(
     repeat: int = 3,
     limit_s: float = 60.0,
     brief: bool = False,
+    room: int | None = None,
     step: Callable[[str], None] | None = None,
     expect: Callable[[int], None] | None = None,
 ) -> CostTable:
@@ -49,7 +50,8 @@ def fit(
 
     `step` is told what is measured next, `expect` how many steps are left after compiling. After
     `limit_s` seconds nothing is repeated any more. `brief` is for a search on a GPU, in which a
-    fit would take longer than all the rest: fewer lengths, and whole calls are not checked.
+    fit would take longer than all the rest: fewer lengths, and whole calls are not checked. `room`
+    is how many bytes of a GPU the calls that are compiled side by side may take.
     """
     until = time.monotonic() + (0.0 if brief else limit_s)
     at = lengths(shape, tokens, device, brief)
@@ -57,45 +59,91 @@ def fit(
     tell = step or (lambda _: None)
 
     def ms(run: Callable[[], Any], times: int = repeat) -> float:
-        return clock(run, times if brief or time.monotonic() < until else 1, device)
+        often = times if brief or time.monotonic() < until else 1
+        return clock(run, often, device, rested=not brief)
 
     known = {ahead.UNIT}
     if device.type == "cuda":
         tell("compiling kernels")
-        known = ahead.rehearse(calls, methods, shape)
-    thorough = device.type == "cuda" and not brief
+        known = ahead.rehearse(calls, methods, shape, room, brief)
+    thorough, few = device.type == "cuda" and not brief, brief and shape.causal
     if expect is not None:
-        expect(1 + len(methods) + len(known) + thorough)
-    tell("dense attention")
-    dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
-    ride = tuple((n, ms(partial(dense_attention, call))) for n, call in calls.items())
-    sizes = dict.fromkeys([ahead.UNIT])
-    costs: dict[str, Found] = {}
-    refused: dict[str, str] = {}
-    for method in methods:
-        tell(method.kind)
-        found = cost(method, calls, dense, ms, shape, thin=thorough)
-        if isinstance(found, str):
-            refused[method.kind] = found
-            continue
-        costs[method.kind] = found
-        sizes |= dict.fromkeys(found.sizes)
-    fitted: dict[str, Kernel] = {}
+        once = 1 + len(methods) + len(known) + thorough
+        expect(once if device.type == "cuda" else turns.TURNS[0] * once)
+    timed = partial(_timed, calls, methods, shape, tell)
     checks: tuple[Check, ...] = ()
-    for size in sizes:
-        tell(f"kernel {name(size)}")
-        fitted[name(size)], seen = kernels.kernel(calls, size, until)
-        checks += seen
+    fitted: dict[str, Kernel] = {}
+    if device.type == "cuda":
+        seen = timed(lambda _: ms, thin=thorough, brief=few)
+        for size in seen.sizes:
+            tell(f"kernel {name(size)}")
+            fitted[name(size)], more = kernels.kernel(calls, size, until, few)
+            checks += more
+    else:
+        clocks = turns.Clocks(calls)
+        for turn in range(turns.TURNS[1]):
+            if turn >= turns.TURNS[0] and time.monotonic() > until:
+                break
+            seen = timed(clocks.turn)
+            tell("kernels")
+            clocks.kernels(seen.sizes)
+        for size in seen.sizes:
+            fitted[name(size)], more = clocks.fitted(size)
+            checks += more
     about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     table = CostTable(
         about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
-        dense, ride, fitted, {}, refused, shape.causal, checks,
+        seen.dense, seen.ride, fitted, {}, seen.refused, shape.causal, checks,
     )  # fmt: skip
-    table = replace(table, methods={k: _with_lists(table, f) for k, f in costs.items()})
+    table = replace(table, methods={k: _with_lists(table, f) for k, f in seen.costs.items()})
     if thorough:
         tell("whole calls")
         table = _judged(table, methods, calls, ms, until)
     return table
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Dense attention by length, as the model runs it and through the kernels here; what methods
+    cost, or why they are refused.
+    """
+
+    dense: Points
+    ride: Points
+    costs: dict[str, Found]
+    refused: dict[str, str]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Units whose kernels are needed."""
+        return list(dict.fromkeys([ahead.UNIT, *(s for f in self.costs.values() for s in f.sizes)]))
+
+
+def _timed(
+    calls: Mapping[int, AttentionCall],
+    methods: Sequence[AttentionMethod],
+    shape: Shape,
+    tell: Callable[[str], None],
+    clocked: Callable[[str], Callable[..., float]],
+    **how: bool,
+) -> _Seen:
+    """Dense attention and every method; `clocked(name)` times what is called so, `how` are options
+    of `methods.cost`.
+    """
+    tell("dense attention")
+    ms = clocked("dense")
+    dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
+    ride = tuple((n, ms(partial(dense_attention, call))) for n, call in calls.items())
+    costs: dict[str, Found] = {}
+    refused: dict[str, str] = {}
+    for method in methods:
+        tell(method.kind)
+        found = cost(method, calls, dense, clocked(method.kind), shape, **how)
+        if isinstance(found, str):
+            refused[method.kind] = found
+        else:
+            costs[method.kind] = found
+    return _Seen(dense, ride, costs, refused)
 
 
 def _with_lists(table: CostTable, found: Found) -> MethodCost:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from accelkit.calibration.fit.clock import device_ms, settle
+import torch
+
+from accelkit.calibration.fit.clock import device_ms, each_ms, settle
 from accelkit.calibration.fit.inputs import random_index, shorter
 from accelkit.calibration.timing import times_ms
 from accelkit.kernels import dispatch, select
@@ -26,12 +28,6 @@ from accelkit.kernels.index import BlockIndex
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.sites.attention import Answer, compute
 
-FITTED = (0.01, 0.04, 0.12, 0.35, 1.0)
-CHECKED = (0.1, 0.2)
-"""Densities of random blocks that the fit sees, and those on which it is judged. On a GPU the
-length and the head count on which it is judged are none of those that it sees either."""
-SINGLE_KEYS = 0.15
-"""Lists of single keys denser than this are not measured: nobody runs them."""
 MOST_SINGLE_KEYS = 8192
 """Length up to which lists of single keys are measured."""
 ODD = 0.05
@@ -39,6 +35,26 @@ ODD = 0.05
 ROUNDS = 4
 """Most often that this is done; it ends when readings stay as they were."""
 STAYED = 0.97
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Densities of random blocks in launches with all heads and with few of them, and those on
+    which the fit is judged. On a GPU the length and the head count on which it is judged are none
+    of those that it sees either.
+    """
+
+    whole: tuple[float, ...]
+    part: tuple[float, ...]
+    held: tuple[float, ...]
+
+
+FITTED = Densities((0.01, 0.04, 0.12, 0.35, 1.0), (0.04, 0.35), (0.1, 0.2))
+BRIEF = Densities((0.04, 0.35, 1.0), (0.12,), (0.2,))
+SINGLE_KEYS = Densities((0.02, 0.05, 0.08, 0.12), (0.05, 0.12), (0.1,))
+"""Nobody runs denser lists of single keys."""
+EACH_SHAPE = Densities((0.04,), (0.04,), (0.1,))
+"""One launch of every shape."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +70,21 @@ class Point:
 
 
 def kernel(
-    calls: Mapping[int, AttentionCall], size: tuple[int, int], until: float
+    calls: Mapping[int, AttentionCall], size: tuple[int, int], until: float, brief: bool = False
 ) -> tuple[Kernel, tuple[Check, ...]]:
     """Coefficients of one unit, and what they say of launches that they have not seen; nothing is
-    measured again after the moment `until`.
+    measured again after the moment `until`. `brief`: from as few launches as tell them apart, on a
+    GPU that need not be rested.
     """
-    points = list(launches(calls, size))
+    points = list(launches(calls, size, densities(size, brief)))
+    if brief:
+        return judged(size, points, each_ms([partial(anew, p.one) for p in points]))
 
     def least(p: Point) -> float:
         return _least_ms(partial(anew, p.one), p.one)
 
     spent = [least(p) for p in points]
-    found, said = solved(points, spent)
+    said = solved(points, spent)[1]
     for _ in range(ROUNDS):
         odd = [i for i, ms in enumerate(said) if abs(ms / spent[i] - 1) > ODD]
         if not odd or time.monotonic() > until:
@@ -74,9 +93,19 @@ def kernel(
         stayed = all(ms > STAYED * spent[i] for i, ms in again.items())
         for i, ms in again.items():
             spent[i] = min(ms, spent[i])
-        found, said = solved(points, spent)
+        said = solved(points, spent)[1]
         if stayed:
             break
+    return judged(size, points, spent)
+
+
+def judged(
+    size: tuple[int, int], points: Sequence[Point], spent: Sequence[float]
+) -> tuple[Kernel, tuple[Check, ...]]:
+    """Coefficients of one unit from the milliseconds of its launches, and what they say of those
+    that are held out.
+    """
+    found, said = solved(points, spent)
     checks = tuple(
         Check("kernel", name(size), p.one.call.n_q, len(p.one.call.heads), p.density, want, got)
         for p, want, got in zip(points, said, spent, strict=True)
@@ -84,34 +113,40 @@ def kernel(
     )
     error = statistics.fmean(abs(c.error) for c in checks)
     one = points[0].one
-    kept = max(spent[0] - _least_ms(partial(compute, one), one), 0.0) if one.call.q.is_cuda else 0.0
-    return replace(found, error=round(error, 4), backend=_backend(one), kept=kept), checks
+    again = min(device_ms(partial(compute, one), 2, 1)) if one.call.q.is_cuda else spent[0]
+    kept = max(spent[0] - again, 0.0)
+    found = replace(found, error=round(error, 4), backend=_backend(one), kept=kept)
+    return replace(found, lanes=_lanes(one)), checks
+
+
+def densities(size: tuple[int, int], brief: bool = False) -> Densities:
+    """Densities at which a unit is measured."""
+    return SINGLE_KEYS if size[1] == 1 else BRIEF if brief else FITTED
 
 
 def launches(
-    calls: Mapping[int, AttentionCall], size: tuple[int, int], few: bool = False
+    calls: Mapping[int, AttentionCall], size: tuple[int, int], some: Densities
 ) -> Iterator[Point]:
-    """The launches of a fit, over random lists; `few`: one of each shape. On a GPU some are of few
-    heads: at one head count rows and launches cannot be told apart at long lengths.
+    """The launches of a fit, over random lists. On a GPU some are of few heads: at one head count
+    rows and launches cannot be told apart at long lengths.
     """
     longest = max(calls)
     if size[1] == 1 and longest > MOST_SINGLE_KEYS:
         # A mask of single keys grows with the square of the length; shorter prompts tell as much.
         whole = calls[longest]
-        calls = {n: shorter(whole, n) for n in (s * MOST_SINGLE_KEYS // 8 for s in (2, 3, 8))}
+        calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS * s // 8 for s in (2, 3, 7, 8))}
         longest = MOST_SINGLE_KEYS
-    fitted = (0.02, 0.05, 0.12) if size[1] == 1 else FITTED
     for n, call in calls.items():
         for part in _parts(call):
-            for density in fitted[:1] if few else fitted if part is call else fitted[1::2]:
+            for density in some.whole if part is call else some.part:
                 if density < 1.0 or n < longest:
                     yield point(part, size, density, held=False)
-    unseen, whole = CHECKED if size[1] > 1 else CHECKED[:1], calls[longest]
+    whole = calls[longest]
     if whole.q.is_cuda:
         if whole.causal:
             whole = shorter(whole, held(longest))
         whole = whole.take(whole.heads[: max(1, len(whole.heads) // 2)])
-    for density in unseen:
+    for density in some.held:
         yield point(whole, size, density, held=True)
 
 
@@ -131,14 +166,16 @@ def _parts(call: AttentionCall) -> list[AttentionCall]:
 def point(call: AttentionCall, size: tuple[int, int], density: float, held: bool) -> Point:
     """A launch over random lists of this density."""
     index = random_index(call, size, density)
+    one = Answer(call, (index,))
     shares, rows = select.density(index, call), len(call.heads) * call.tiles(size)[0]
     mean, pairs = shares.mean().item(), shares.sum().item() * visible_pairs(call.n_q, call.causal)
-    features = [1.0, float(rows), pairs / 1e6, 0.0, 0.0, 0.0]
+    turns = Kernel(0.0, 0.0, 0.0, lanes=_lanes(one)).turns(rows * size[0])
+    features = [1.0, turns * rows, turns * pairs / 1e6, 0.0, 0.0, 0.0]
     if call.q.is_cuda:
         features[3:5] = mean * call.n_q / 1e3, float(rows > FEW_ROWS)
     if call.causal:  # others have one length
-        features[5] = pairs / 1e6 * beyond(call.n_q)
-    return Point(Answer(call, (index,)), mean, tuple(features), held)
+        features[5] = turns * pairs / 1e6 * beyond(call.n_q)
+    return Point(one, mean, tuple(features), held)
 
 
 def anew(one: Answer) -> None:
@@ -160,6 +197,17 @@ def _least_ms(run: Callable[[], Any], one: Answer) -> float:
     device = one.call.q.device
     settle(device)
     return min(device_ms(run, 2, 1) if device.type == "cuda" else times_ms(run, 2, 0, device))
+
+
+def _lanes(one: Answer) -> int:
+    """Programs that run at one time where the kernel over single keys keeps them on their
+    multiprocessors; 0 for other kernels.
+    """
+    call, index = one.call, one.pieces[0]
+    assert isinstance(index, BlockIndex)
+    if index.size[1] > 1 or not call.q.is_cuda or _backend(one) != "gluon":
+        return 0
+    return torch.cuda.get_device_properties(call.q.device).multi_processor_count
 
 
 def _backend(one: Answer) -> str:

@@ -12,17 +12,12 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from accelkit.calibration.candidates import calibrated_settings, families, prime
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit.inputs import Shape, fresh
-from accelkit.kernels.cost import (
-    Check,
-    CostTable,
-    MethodCost,
-    Points,
-    interpolate,
-    least_squares,
-)
+from accelkit.kernels.cost import Check, CostTable, MethodCost, Points, interpolate
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.select import density
 from accelkit.patches.call import AttentionCall
@@ -39,6 +34,8 @@ from accelkit.patches.sites.attention import (
 
 MOST = 0.8
 """A method whose estimate alone takes this share of dense attention is refused."""
+MOST_BRIEF = 0.5
+"""The same in a search, which hardly takes a method that could halve attention at best."""
 Size = tuple[int, int]
 Lists = tuple[tuple[Size, list[float]], ...]
 """Units, each with the share of the visible pairs that a method lists for every head."""
@@ -46,8 +43,8 @@ LEAST_LISTS = 0.05
 """Share of a measurement that is left to the lists when launches seem to take all of it, and least
 factor of rows and pairs.
 """
-THIN = 0.6
-"""Lists tell rows and pairs apart when some have less than this share of the pairs of others."""
+ALIKE = 0.25
+"""Weight of the belief that the factors of rows and pairs are alike, beside that of a reading."""
 Clocked = Callable[..., float]
 """Milliseconds of a piece of work, given it and how often to run it."""
 
@@ -81,18 +78,26 @@ def cost(
     method: AttentionMethod,
     calls: Mapping[int, AttentionCall],
     dense: Points,
-    ms: Clocked,
+    clocked: Clocked,
     shape: Shape,
     *,
     thin: bool = False,
+    brief: bool = False,
 ) -> Found | str:
     """Cost of a method's estimate, selection, order and merging at the lengths of `calls`, and of
-    the kernels over its lists; with `thin` over thinner ones, too. Or why it is refused.
+    the kernels over its lists; with `thin` over thinner ones, too. Or why it is refused. `brief`:
+    estimate and selection are not told apart, and shorter calls than the longest are read once,
+    without the kernels.
     """
     setting, longest = middle(method), max(calls)
+
+    def once(run: Callable[[], Any], _: int = 1) -> float:
+        return clocked(run, 1)
+
     found: dict[str, list[tuple[int, float]]] = {t: [] for t in MethodCost.TERMS}
     own: dict[int, list[tuple[Lists, float]]] = {}
     for n, bare in calls.items():
+        ms = once if brief and n < longest else clocked
         try:
             call, now = prepared(bare, method, setting)
             answers = asked(call, now)
@@ -101,12 +106,13 @@ def cost(
             one = answers[0]
             if not units(answers):
                 return "it computes its pieces by itself, which the cost table cannot predict"
-            estimator, selection = choosing(call, now, one, ms)
+            estimator, selection = choosing(call, now, one, ms, brief)
             if method.static:
                 # Made once for all layers and, in a denoiser, for all steps and runs of a size.
                 share = 1 / shape.layers if call.causal else 0.0
                 estimator, selection = share * estimator, share * selection
-            if reason := _hopeless(found, (n, estimator + selection), call, longest, dense):
+            most = MOST_BRIEF if brief else MOST
+            if reason := _hopeless(found, (n, estimator + selection), call, longest, dense, most):
                 return reason
             if n < longest and call.q.device.type == "cpu" and one.execution != PLAIN:
                 return "skipping tiles and 8-bit products save no time on a CPU"
@@ -115,6 +121,8 @@ def cost(
             spent = (estimator, selection, permutation(call, one, ms))
             for term, each in zip(found.values(), spent, strict=True):
                 term.append((n, each))
+            if brief and n < longest:
+                continue
             own[n] = [lists(one, now, ms)]
             fewer = thinner(method) if thin and now == setting else None
             if fewer is not None and (answers := asked(call, fewer)) is not None:
@@ -125,7 +133,7 @@ def cost(
         return f"it leaves prompts of {longest} tokens dense"
     parts = {name: tuple(points) for name, points in found.items()}
     summed = _summed(parts)
-    share = _share(now, call, summed[-1][1], ms)
+    share = _share(now, call, summed[-1][1], once if brief else clocked)
     others = other_units(method, bare) if bare.causal else []
     return Found(MethodCost(summed, share, terms=parts), own, others, method.static)
 
@@ -136,9 +144,11 @@ def _hopeless(
     call: AttentionCall,
     longest: int,
     dense: Points,
+    most: float,
 ) -> str | None:
-    """Why a method whose choosing takes so many milliseconds at a length cannot win at the longest.
-    What it took at two lengths goes on at least as fast.
+    """Why a method whose choosing takes so many milliseconds at a length cannot win at the longest,
+    where it may take the share `most` of dense attention. What it took at two lengths goes on at
+    least as fast.
     """
     n, ms = now
     before = (
@@ -148,7 +158,7 @@ def _hopeless(
     grown = ms * (longest / n if call.q.device.type == "cpu" else 1.0)
     if before and call.q.is_cuda:
         grown = max(ms, interpolate([(found["estimator"][-1][0], before[0]), now], longest))
-    if grown <= MOST * interpolate(dense, longest):
+    if grown <= most * interpolate(dense, longest):
         return None
     whole = interpolate(dense, n)
     return f"choosing takes {ms:.1f} ms at {n} tokens, dense attention {whole:.1f} ms"
@@ -194,21 +204,23 @@ def beside_random(
     table: CostTable, tokens: int, seen: Sequence[tuple[Lists, float]], kept: bool = False
 ) -> tuple[float, float]:
     """What lists took ÷ what `table` predicts for random ones of the same densities, without the
-    launches: of their rows, and of the pairs in them. The two are told apart where some lists are
-    much thinner than others. `kept`: of lists that ran before.
+    launches: of their rows, and of the pairs in them. Lists that are thinner than others tell the
+    two apart; as far as they do not, both are alike. `kept`: of lists that ran before.
     """
-    parts, spent = [], []
+    parts = []
     for own, took in seen:
         launches = sum(table.launch_ms(size, kept) for size, _ in own)
         rows = sum(table.rows_ms(size, tokens) * len(each) for size, each in own)
         heads = sum(table.head_ms(size, tokens, d) for size, each in own for d in each)
-        parts.append((rows, heads - rows))
-        spent.append(max(took - launches, LEAST_LISTS * took))
-    if len(parts) > 1 and parts[-1][1] < THIN * parts[0][1]:
-        rows, pairs = (max(f, LEAST_LISTS) for f in least_squares(parts, spent))
-        return rows, pairs
-    whole = sum(parts[0])
-    return (spent[0] / whole,) * 2 if whole else (1.0, 1.0)
+        spent = max(took - launches, LEAST_LISTS * took)
+        parts.append((rows / spent, (heads - rows) / spent))
+    thinnest = parts[-1][0]
+    if not any(map(sum, parts)):
+        return 1.0, 1.0
+    x = np.array([*parts, (ALIKE * thinnest, -ALIKE * thinnest)])
+    found = np.linalg.lstsq(x, np.array([1.0] * len(parts) + [0.0]), rcond=None)[0]
+    of_rows, of_pairs = found.clip(LEAST_LISTS).tolist()
+    return of_rows, of_pairs
 
 
 def checked(
@@ -322,15 +334,15 @@ def no_faster(one: Answer, method: AttentionMethod, whole: float, ms: Clocked) -
 
 
 def choosing(
-    call: AttentionCall, method: AttentionMethod, one: Answer, ms: Clocked
+    call: AttentionCall, method: AttentionMethod, one: Answer, ms: Clocked, brief: bool = False
 ) -> tuple[float, float]:
     """Milliseconds of a method's estimate and of its selection. Estimates of rows in another order
     are not left with the call and count as selection; on a CPU, where they would be timed for
-    seconds, everything counts as estimate.
+    seconds, or `brief`, everything counts as estimate.
     """
     policy, moved = Policy(methods=(method,)), _moved(call, one, ms)
     whole = max(0.0, ms(lambda: answer(fresh(call), policy)) - moved)
-    if not call.q.is_cuda:
+    if brief or not call.q.is_cuda:
         return whole, 0.0
     known = fresh(call)
     answer(known, policy)

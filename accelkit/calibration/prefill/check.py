@@ -15,7 +15,6 @@ from accelkit.calibration.capture import prefill
 from accelkit.calibration.data import Inputs
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.evaluation.tasks import Sample
-from accelkit.calibration.fit.clock import device_ms
 from accelkit.calibration.refine import Round, plan_digest
 from accelkit.calibration.session import Run
 from accelkit.calibration.timing import times_ms
@@ -28,8 +27,19 @@ OUTLIER = 1.6
 """A prompt's error that is this multiple of the others' has a cause of its own."""
 LIFT = 1.15
 """What all prompts reach ÷ the error of the first one, before anything is known."""
-MOST_RUNS = 3.0
-"""Runs for each prompt that the check may be worth once a plan has held, dense ones included."""
+TOGETHER = 4
+"""Prompts that share a forward, where so many are calibrated for: what fails, fails early."""
+MOST_RUNS = 4.0
+"""Runs for each prompt that the check may be worth, dense ones included."""
+
+
+CLEAR = 0.95
+DOUBTS = 3
+"""On a CPU, a plan that does not take less than this share of the dense sides is timed again, so
+many times at most.
+"""
+Suspicion = tuple[Callable[[Plan], bool], Round | None]
+"""Whether a plan mends what a round ended with, and a round that did not have it."""
 
 
 class Checker:
@@ -42,7 +52,7 @@ class Checker:
     def __init__(self, run: Run, inputs: Inputs, still: Plan) -> None:
         self.run, self.samples, self.more, self.still = run, inputs.check, inputs.more, still
         self.order = list(range(len(inputs.check)))
-        self.references: dict[str, quality.Reference] = {}
+        self.references: dict[int, quality.Reference] = {}
         self.lifts: dict[int, float] = {}
         # Runs so far, and those of all prompts, in runs of the longest one.
         self.runs, self.whole = 0.0, sum(map(self._share, self.order))
@@ -52,32 +62,44 @@ class Checker:
         """Run the most revealing prompt of earlier rounds."""
         first = self.order[0]
         self._add(now, first, allowed)
-        now.bound = max(now.measured, now.rows[0]["error"] * self.lifts.get(first, LIFT))
+        self.expect(now)
         now.judged = self._fails(now, first, allowed)
+
+    def expect(self, now: Round) -> None:
+        """What all prompts may reach, from those that were run and what checks of others told."""
+        known = [r["error"] * self.lifts.get(r["prompt"], LIFT) for r in now.rows if r["error"]]
+        now.bound = max(known, default=0.0)
 
     def check(self, now: Round, allowed: float) -> None:
         """Run the other prompts, the most revealing of earlier rounds first, until one fails."""
         seen = {r["prompt"] for r in now.rows}
+        left = [n for n in self.order if n not in seen]
         failed = False
-        for n in [n for n in self.order if n not in seen]:
-            self._add(now, n, allowed)
-            failed = self._fails(now, n, allowed)
-            if failed:
-                break
+        while left and not failed:
+            some = self._together(left)
+            self._checked(now.plan, f"check/{plan_digest(now.plan)}", some)
+            for n in some:
+                self._add(now, n, allowed)
+                failed = self._fails(now, n, allowed)
+                if failed:
+                    break
+            left = left[len(some) :]
         tasks = quality.by_task(now.rows)
         now.bound = max(t["bound"] for t in tasks.values())
         now.held = not failed and quality.holds(tasks, allowed)
         now.judged = True
-        errors = {r["prompt"]: r["error"] for r in reversed(now.rows) if r["error"] is not None}
-        self.lifts |= {n: now.reach / max(e, 1e-12) for n, e in errors.items()}
+        errors = {r["prompt"]: r["error"] for r in now.rows if r["error"] is not None}
+        if len(errors) > 1 and (now.held or not self._apart(now)):
+            self.lifts |= {n: now.reach / max(e, 1e-12) for n, e in errors.items()}
         worst = sorted(errors, key=lambda n: -errors[n])
-        if failed:  # also where it lost answers, which the next round must not
-            worst = [now.rows[-1]["prompt"], *worst]
+        if not now.held:  # also where it lost answers, which the next round must not
+            worst = [_spoilt(now)["prompt"], *worst]
         self.order = list(dict.fromkeys([*worst, *self.order]))
 
     def affords(self) -> bool:
-        """Whether another plan may be checked on all prompts."""
-        return self.runs + self.whole <= MOST_RUNS * self.whole
+        """Whether another plan may be looked at, and one be checked on all prompts."""
+        new = sum(self._share(n) for n in self.order if n not in self.dense_runs)
+        return self.runs + 1 + new + self.whole <= MOST_RUNS * self.whole
 
     def _share(self, n: int) -> float:
         return len(self.samples[n].ids) / max(len(s.ids) for s in self.samples)
@@ -116,36 +138,73 @@ class Checker:
             further = partial(self.more, sample.task, len(sample.ids), at)
             self.run.tell("checking a plan")
             work = partial(quality.answers, self.run.model, plan, self.still, further)
+            self.runs += self._share(n)
             rows.append(self.run.journal.unit(f"{key}+{at}", work) | {"further": at})
         return rows
 
-    def suspicion(self, now: Round) -> Callable[[Plan], bool] | None:
-        """For a round that ended with a lost answer, or on a prompt whose error stands out, what to
-        ask of plans with some heads dense: is that mended? None: nothing of the kind.
+    def suspicion(self, now: Round, rounds: Sequence[Round]) -> Suspicion | None:
+        """For a round that failed with lost answers, or with a prompt whose error stands out, what
+        to ask of plans with some heads changed: is that mended? Beside it a round that ran the
+        prompt well, if there was one. None: nothing of the kind.
         """
-        n = now.rows[-1]["prompt"]
-        mine = [r for r in now.rows if r["prompt"] == n]
-        row = next((r for r in reversed(mine) if r["lost_answers"]), None)
-        if row is not None:
-            sample = self.samples[n]
-            if "further" in row and self.more is not None:
-                sample = self.more(sample.task, len(sample.ids), row["further"])
-            return partial(self._gives, sample=sample, place=row["lost_answers"][0])
-        others = [r["error"] for r in now.rows if r["prompt"] != n and r["error"] is not None]
-        found, usual = mine[0]["error"], float(np.median(others)) if others else np.inf
+        row = _spoilt(now)
+        n = row["prompt"]
+        if row["lost_answers"]:
+            sample, further = self.samples[n], row.get("further")
+            if further is not None and self.more is not None:
+                sample = self.more(sample.task, len(sample.ids), further)
+            place = row["lost_answers"][0]
+
+            def gave(other: dict[str, Any]) -> bool:
+                same = other["prompt"] == n and other.get("further") == further
+                return same and place not in other["lost_answers"]
+
+            return partial(self._gives, sample=sample, place=place), _latest(rounds, gave)
+        if not self._others(now, n):
+            self._beside(now, n)
+        found, usual = row["error"], float(np.median(self._others(now, n) or [np.inf]))
         if found < OUTLIER * usual:
             return None
-        return lambda plan: self._again(plan, n)["error"] < (found * usual) ** 0.5
+        limit = (found * usual) ** 0.5
+
+        def fine(other: dict[str, Any]) -> bool:
+            return other["prompt"] == n and other["error"] is not None and other["error"] < limit
+
+        return lambda plan: self._again(plan, n)["error"] < limit, _latest(rounds, fine)
+
+    @staticmethod
+    def _others(now: Round, n: int) -> list[float]:
+        """Errors of the round's prompts but the n-th."""
+        return [r["error"] for r in now.rows if r["prompt"] != n and r["error"] is not None]
+
+    def _apart(self, now: Round) -> bool:
+        """Whether a round failed for a cause of its own."""
+        row = _spoilt(now)
+        others = self._others(now, row["prompt"])
+        return bool(row["lost_answers"]) or (
+            bool(others) and row["error"] >= OUTLIER * float(np.median(others))
+        )
+
+    def _beside(self, now: Round, n: int) -> None:
+        """Run a prompt of another task, to tell whether the n-th stands out."""
+        other = next((m for m in self.order if not self._alike(n, m)), None)
+        if other is not None:
+            key = f"check/{plan_digest(now.plan)}/{other}"
+            self.runs += self._share(other) * (1 + (other not in self.dense_runs))
+            self.dense_runs.add(other)
+            now.rows.append({**self._row(now.plan, key, other), "prompt": other})
 
     def _gives(self, plan: Plan, sample: Sample, place: int) -> bool:
         def work() -> list[bool]:
             return quality.answered(self.run.model, plan, sample)[0]
 
         self.run.tell("finding what went wrong")
+        self.runs += 1
         key = f"blame/{plan_digest(plan)}/{session.digest([sample.ids.tobytes()])}"
         return self.run.journal.unit(key, work)[place]
 
     def _again(self, plan: Plan, n: int) -> dict[str, Any]:
+        self.runs += self._share(n)
         return self._row(plan, f"blame/{plan_digest(plan)}/{n}", n)
 
     @staticmethod
@@ -153,16 +212,30 @@ class Checker:
         lost = quality.lost(rows)
         return 0 < lost <= FEW and lost > quality.MOST_DROP * sum(r["asked"] for r in rows)
 
-    def _row(self, plan: Plan, key: str, n: int) -> dict[str, Any]:
-        def work() -> dict[str, Any]:
-            name = str(n)
-            if name not in self.references:
-                found = quality.reference(self.run.model, self.samples[n], self.still)
-                self.references[name] = found
-            return quality.check(self.run.model, plan, self.references[name])
+    def _together(self, prompts: Sequence[int]) -> list[int]:
+        """The first of some prompts and those after it that may share its forward."""
+        tokens = [len(self.samples[n].ids) for n in prompts]
+        alike = next((i for i, n in enumerate(tokens) if n != tokens[0]), len(tokens))
+        return list(prompts[: min(alike, self.run.batch, TOGETHER)])
 
-        self.run.tell("checking a plan")
-        return self.run.journal.unit(key, work)
+    def _checked(self, plan: Plan, prefix: str, prompts: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows of prompts that share a forward, dense and with a plan."""
+
+        def work(places: Sequence[int]) -> list[dict[str, Any]]:
+            some = [prompts[i] for i in places]
+            new = [n for n in some if n not in self.references]
+            if new:
+                samples = [self.samples[n] for n in new]
+                found = quality.references(self.run.model, samples, self.still)
+                self.references |= dict(zip(new, found, strict=True))
+            return quality.checks(self.run.model, plan, [self.references[n] for n in some])
+
+        for _ in prompts:
+            self.run.tell("checking a plan")
+        return self.run.journal.together([f"{prefix}/{n}" for n in prompts], work)
+
+    def _row(self, plan: Plan, key: str, n: int) -> dict[str, Any]:
+        return self._checked(plan, key.rpartition("/")[0], [n])[0]
 
     def speed(self, plan: Plan) -> dict[str, float]:
         """Milliseconds of a whole prefill as `generate` does it, dense and patched, on the longest
@@ -181,13 +254,32 @@ class Checker:
         def once(side: Plan | None) -> float:
             with nullcontext() if side is None else patch(model, side):
                 # The first of two warms up: lists from geometry are made once in a patch's life.
-                return min(device_ms(run, 2)) if on_gpu else times_ms(run, 1, 0, device)[0]
+                return min(times_ms(run, 2 if on_gpu else 1, 0, device))
 
         def work() -> dict[str, float]:
             took = {k: once(s) for k, s in sides.items()}
             if not on_gpu:  # in turns, so that a drifting clock meets both sides
                 took |= {k: min(took[k], once(sides[k])) for k in ("dense_ms", "ms")}
+                for _ in range(DOUBTS):  # other programs may have met one side alone
+                    if took["ms"] < CLEAR * min(v for k, v in took.items() if k != "ms"):
+                        break
+                    took = {k: min(took[k], once(s)) for k, s in sides.items()}
             return took | {"tokens": len(sample.ids)}
 
         self.run.tell("timing the plan")
         return self.run.journal.unit(f"speed/{plan_digest(plan)}", work)
+
+
+def _spoilt(now: Round) -> dict[str, Any]:
+    """What tells most about a round that failed: the last row with a lost answer of a task that
+    lost too many, else the one with the largest error.
+    """
+    tasks = quality.by_task(now.rows)
+    many = {k for k, t in tasks.items() if t["lost"] > quality.MOST_DROP * t["asked"]}
+    lost = [r for r in now.rows if r["lost_answers"] and quality.task_of(r) in many]
+    return lost[-1] if lost else max(now.rows, key=lambda r: r["error"] or 0.0)
+
+
+def _latest(rounds: Sequence[Round], fine: Callable[[dict[str, Any]], bool]) -> Round | None:
+    """The latest round with such a row."""
+    return next((r for r in reversed(rounds) if any(map(fine, r.rows))), None)

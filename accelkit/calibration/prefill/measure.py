@@ -37,14 +37,14 @@ from accelkit.patches.sites.attention import answer
 
 LENDABLE = 0.15
 """Error up to which a head's lists are worth lending."""
-DEAR = 0.3
+DEAR = 0.25
 """Share of dense attention from which a method's own work makes it an unlikely winner."""
 PROBE_TOKENS = 512
 """Length of the prompts on which weights are measured."""
 PRESETS = {
-    "fast": Preset(2, 4, 5, 0, 4, ("multi_key", "text")),
-    "balanced": Preset(4, 5, 7, 2, 5, ("multi_key", "text")),
-    "careful": Preset(5, 6, 8, 4, 5, ("multi_key", "variables", "text")),
+    "fast": Preset(2, 4, 5, 0, 4, ("variables", "text")),
+    "balanced": Preset(4, 5, 7, 2, 5, ("needle", "key_value", "variables", "text")),
+    "careful": Preset(5, 6, 8, 4, 5, ("needle", "multi_key", "key_value", "variables", "text")),
 }
 
 
@@ -230,14 +230,14 @@ def _loans(
     return out
 
 
-def probe_of(model: Any, sample: Sample) -> Callable[[str], quality.Show]:
+def probe_of(model: Any, sample: Sample) -> Callable[[Sequence[str]], quality.Show]:
     """A short prompt on which weights are measured: last hidden states at its scored rows."""
     rows = torch.from_numpy(tasks.scored_rows(sample))
 
-    def probe(site: str) -> quality.Show:
+    def probe(places: Sequence[str]) -> quality.Show:
         def show(copies: int, see: See) -> torch.Tensor:
             ids = np.repeat(sample.ids[None], copies, 0)
-            return capture(model, ids, see, lambda path: path == site)[:, rows]
+            return capture(model, ids, see, lambda path: path in places)[:, rows]
 
         return show
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from accelkit.calibration.assemble import SiteData, assemble, crossover, kept_row, trimmed
 from accelkit.calibration.data import Inputs
@@ -18,8 +20,12 @@ from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 
 log = logging.getLogger("accelkit")
-MOST_BLAMED = 2
-"""Heads that may be looked for by halves: each takes as many runs as halving all heads."""
+KEPT = "plan/"
+"""How keys of the journal's plans begin."""
+MOST_BLAMED = 4
+"""Heads that may be looked for by halves: each takes as many runs as halving those that differ from
+a plan that ran the prompt well, or all heads.
+"""
 
 
 def refined(
@@ -30,7 +36,9 @@ def refined(
     budget: Budget,
     costs: CostTable,
 ) -> Plan:
-    """The fastest plan for prefill that holds within the budget on every prompt to check on."""
+    """The fastest plan for prefill that holds within the budget on every prompt to check on. Plans
+    for tighter budgets that the journal holds compete: a wider one is never slower than these.
+    """
     tables = [d.table for d in data]
     dense_ms = sum(t.dense_ms for t in tables)
     tokens = inputs.longest
@@ -60,23 +68,30 @@ def refined(
 
     learnt: list[Head] = []
 
-    def learn(now: Round) -> bool:
-        mended, choices = checker.suspicion(now), now.proposal.choice
-        if mended is None or len(learnt) == MOST_BLAMED:
+    def learn(now: Round, rounds: Sequence[Round]) -> bool:
+        held = any(r.held for r in rounds)
+        if len(learnt) == MOST_BLAMED or (held and not checker.affords()):
             return False
+        suspected, choices = checker.suspicion(now, rounds), now.proposal.choice
+        if suspected is None:
+            return False
+        mended, fine = suspected
+        good = None if fine is None else fine.proposal.choice
 
         def mends(some: Sequence[Choice]) -> bool:
             return mended(planned(Solution(tuple(some), 0.0, 0.0), now.plan.limits))
 
-        blamed = culprit(choices, mends)
+        blamed = culprit(choices, mends, good)
         if blamed is not None:
             learnt.append(blamed)
-            tables[:] = raised(tables, choices, blamed)
+            tables[:] = raised(tables, choices, blamed, good)
             fronts.clear()
         return blamed is not None
 
-    found = in_turns(run, propose, checker, budget.max_rel_error, learn)
+    earlier = _tighter(run, budget)
+    found = in_turns(run, propose, checker, budget.max_rel_error, learn, earlier)
     if found.best is not None:
+        _keep(run, budget, found.best)
         return _measured(found.best.plan, outcome_numbers(found, dense_ms), found.speed, found.best)
     log.warning("the plan is dense: %s at %d tokens", found.why, tokens)
     numbers = outcome_numbers(found, dense_ms)
@@ -84,6 +99,32 @@ def refined(
         return _measured(still, numbers, {})
     numbers["ms"] = short(dense_ms - last.dense_ms + last.ms)
     return _measured(still, numbers, checker.speed(still))
+
+
+def _keep(run: Run, budget: Budget, best: Round) -> None:
+    """Leave a plan in the journal for wider budgets."""
+    plan, proposal = best.plan, best.proposal
+    tables = {k: (str(t.dtype).removeprefix("torch."), t.tolist()) for k, t in plan.tables.items()}
+    kept = {
+        "budget": budget.max_rel_error, "ms": proposal.ms, "dense_ms": proposal.dense_ms,
+        "error": proposal.error, "plan": plan.model_dump(mode="json"), "tables": tables,
+    }  # fmt: skip
+    run.journal.unit(f"{KEPT}{budget.max_rel_error}", lambda: kept)
+
+
+def _tighter(run: Run, budget: Budget) -> list[Proposal]:
+    """The journal's plans for tighter budgets."""
+    found = [run.journal[k] for k in run.journal.units if k.startswith(KEPT)]
+    return [
+        Proposal(_read(one, budget), one["budget"], one["ms"], one["dense_ms"], one["error"], False)
+        for one in found
+        if one["budget"] < budget.max_rel_error
+    ]
+
+
+def _read(kept: Mapping[str, Any], budget: Budget) -> Plan:
+    tables = {k: torch.tensor(v, dtype=getattr(torch, t)) for k, (t, v) in kept["tables"].items()}
+    return Plan.model_validate({**kept["plan"], "budget": budget}).with_tables(tables)
 
 
 def _measured(

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Any
 
 from triton import knobs
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 FIRST = "lower"
@@ -22,28 +23,39 @@ FIRST = "lower"
 def clock(cached: bool = True) -> Iterator[Callable[[], float]]:
     """Gives a function that says for how many seconds something was compiled since it was opened;
     kernels that were compiled at once count once. Without `cached` kernels that lay in Triton's
-    cache do not count, which are read in no time but not in none.
+    cache do not count, which are read and put on the device in no time but not in none.
     """
     spans: list[tuple[float, float]] = []  # apart, ascending
-    before = knobs.compilation.listener
+    before, load = knobs.compilation.listener, CompiledKernel._init_handles
+
+    def note(begin: float) -> None:
+        end = time.monotonic()
+        with lock:
+            while spans and spans[-1][1] > begin:
+                begin = min(begin, spans.pop()[0])
+            spans.append((begin, end))
 
     def hear(**compiled: Any) -> None:
-        end = time.monotonic()
-        begin = end - compiled["times"].total / 1e6
         if cached or not compiled["cache_hit"]:
-            with lock:
-                while spans and spans[-1][1] > begin:
-                    begin = min(begin, spans.pop()[0])
-                spans.append((begin, end))
+            note(time.monotonic() - compiled["times"].total / 1e6)
         if before is not None:
             before(**compiled)
 
+    def loaded(kernel: CompiledKernel) -> None:
+        begin, new = time.monotonic(), kernel.module is None
+        load(kernel)
+        if new:
+            note(begin)
+
     lock = Lock()
     knobs.compilation.listener = hear
+    if cached:
+        CompiledKernel._init_handles = loaded
     try:
         yield lambda: sum(end - begin for begin, end in spans)
     finally:
         knobs.compilation.listener = before
+        CompiledKernel._init_handles = load
 
 
 @contextmanager

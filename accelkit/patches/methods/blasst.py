@@ -85,10 +85,10 @@ class _Fit(Calibrator):
         if index is None:
             return
         gaps = parts.visiting.peak_gaps(call, index, range(index.rows)[::-1][::8])
-        visits = int((gaps == gaps).sum())
-        for trial in TRIALS:
-            skipped = int((gaps < log(trial)).sum()) / max(visits, 1)
-            self.points.append((skipped, trial * call.n_k))
+        least = gaps.new_tensor([*map(log, TRIALS), float("inf")])
+        *skipped, visits = (gaps.flatten()[:, None] <= least).sum(0).tolist()
+        for trial, count in zip(TRIALS, skipped, strict=True):
+            self.points.append((count / max(visits, 1), trial * call.n_k))
 
     def settings(self) -> tuple[Method, ...]:
         """Least squares of log scale_factor over sparsity, points of 10 … 90 % only."""

@@ -69,8 +69,21 @@ class Answer:
         return isinstance(self.lane, tuple) and self.order is None
 
     @property
+    def kind(self) -> Hashable | None:
+        """Answers of equal kind can be joined: plain ones of equal lane, and as many lists of the
+        same units in the inputs' own arithmetic.
+        """
+        if self.plain:
+            return self.lane
+        lists = [p for p in self.pieces if isinstance(p, BlockIndex) and not p.pyramid]
+        alone = len(lists) < len(self.pieces) or any(not isinstance(p.bias, float) for p in lists)
+        if alone or self.order is not None or self.finishers or self.execution != PLAIN:
+            return None
+        return tuple(p.size for p in lists)
+
+    @property
     def index(self) -> BlockIndex:
-        """The one list of an answer that has a lane."""
+        """The first list of an answer that has a kind."""
         index = self.pieces[0]
         assert isinstance(index, BlockIndex)
         return index
@@ -389,11 +402,14 @@ def _weightless(index: BlockIndex, place: Tensor) -> BlockIndex:
 
 
 def joined(lane: Sequence[Answer]) -> Answer:
-    """Answers of equal lane as one, for the heads of all of them; a head may come several times."""
+    """Answers of equal lane or kind as one, for the heads of all of them; a head may come several
+    times.
+    """
     first, heads = lane[0], tuple(h for a in lane for h in a.call.heads)
     kv = first.call.kv_of_head if len(lane) == 1 else torch.cat([a.call.kv_of_head for a in lane])
     call = replace(first.call, heads=heads, kv_of_head=kv)
-    index = BlockIndex.cat([a.index for a in lane])
+    lists = zip(*(a.pieces for a in lane), strict=True)
+    pieces = tuple(BlockIndex.cat([p for p in some if isinstance(p, BlockIndex)]) for some in lists)
     execution = first.execution
     if execution.skip is not None:
         columns = [
@@ -403,7 +419,7 @@ def joined(lane: Sequence[Answer]) -> Answer:
             for a in lane
         ]
         execution = replace(execution, skip=torch.cat(columns))
-    return Answer(call, (index,), execution, first.order)
+    return Answer(call, pieces, execution, first.order)
 
 
 def _launch(lane: list[Answer], out: Tensor) -> None:
