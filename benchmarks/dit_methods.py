@@ -56,9 +56,9 @@ SETTINGS: dict[str, list[dict]] = {
     "ada_spa": [{}, {"block": 64}],
     "vmoba": [{"coverage": 0.3}, {"coverage": 0.26, "key_block": 128}],
     "psa": [
-        {},
-        {"every": 4},
-        {"ends": (0.05, 0.12, 0.21, 0.54)},
+        {"block": 128},
+        {"block": 128, "every": 4},
+        {"ends": (0.05, 0.12, 0.21, 0.54), "block": 128},
         {"block": 256},
         {"ends": (0.06, 0.15, 0.26, 0.6), "block": 256},
     ],

@@ -10,6 +10,7 @@ import torch
 
 from accelkit.kernels import attend, pyramid, select
 from accelkit.kernels.index import BlockIndex
+from accelkit.patches.methods import psa
 from accelkit.patches.methods.psa import PSA
 from accelkit.patches.sites import attention
 
@@ -98,6 +99,15 @@ def test_runs_are_equal():
     call = planted.video()
     first, second = (PSA().index(replace(call, _shared={})) for _ in range(2))
     assert torch.equal(first.count, second.count) and torch.equal(first.blocks, second.blocks)
+
+
+def test_blocks_are_larger_in_long_calls(monkeypatch: pytest.MonkeyPatch):
+    """Unless their side is given."""
+    call = planted.video()
+    assert PSA().index(call).size == (128, 64)
+    monkeypatch.setattr(psa, "LONG", call.n_k - 1)
+    assert PSA().index(replace(call, _shared={})).size == (256, 64)
+    assert PSA(block=64).index(replace(call, _shared={})).size == (64, 64)
 
 
 def test_means_are_better_than_nothing():

@@ -342,7 +342,11 @@ def _consume(
         for j in range(first_clean, n):
             k_stage, k_phase = _next(stage, phase, STAGES)
             if BIAS_BY == "entry":
+                # Asked for a tile early, and where it lies two: nothing would cover the way from
+                # a list to a number in front of a product.
                 bias = first, second, 0.0
+                first, second = biases_at(bias_at, one, two)
+                one, two = entries_of(at, j + 2, masked + clean, lacks, j + 2 < n, BK, BN)
             else:
                 bias = bias_of(bias_at, at, j, masked + clean, lacks, n_k, BK, BN, sl, BIAS_BY)
             s, acc = _products(
@@ -351,11 +355,6 @@ def _consume(
                 phase, mine, other, turn, MODE, BK, BN, BD, BDV,
             )  # fmt: skip
             p, m, alpha, total = softmax(s, m, total, factor, bias, BK, BIAS_BY)
-            if BIAS_BY == "entry":
-                # Asked for a tile early, and where it lies two: nothing would cover the way from
-                # a list to a number in front of a product. Here the second product does.
-                first, second = biases_at(bias_at, one, two)
-                one, two = entries_of(at, j + 2, masked + clean, lacks, j + 2 < n, BK, BN)
             acc = _finished(p16, acc, v_empty.index(stage), MODE)
             acc = acc * gl.convert_layout(alpha, o_row)[:, None]
             p16 = gl.convert_layout(p.to(dtype), pl)

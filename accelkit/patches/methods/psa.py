@@ -39,6 +39,8 @@ TABLES = (
 LEAST = 0.06
 UNIT = 64
 """Keys of an entry: the least tile that the kernels run at full rate."""
+SIDE, LONG = 128, 65536
+"""Side of a block, and keys of a call from which it is twice that."""
 
 
 class PSA(AttentionMethod):
@@ -52,11 +54,13 @@ class PSA(AttentionMethod):
     by_energy: bool = False
     """Whether `ends` are shares of the running sum of A instead of ranks."""
     every: int = Field(8, ge=1)
-    """Of so many rows, and so many keys, one is sampled; 4 in the release, which takes four times
-    as long for little.
+    """Of so many rows, and so many keys, one is sampled; 4 in the release, which multiplies four
+    times as much.
     """
-    block: int = Field(128, ge=64, multiple_of=64)
-    """Side of a block in tokens."""
+    block: Annotated[int, Field(ge=64, multiple_of=64)] | None = None
+    """Side of a block in tokens. None: 128, and 256 in calls of more than 65,536 keys, which no
+    cache holds: blocks of so many rows read them half as often.
+    """
 
     @pydantic.field_validator("ends")
     @classmethod
@@ -72,7 +76,9 @@ class PSA(AttentionMethod):
         return replace(parts.orders.hilbert(call, where), k_table=None)
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
-        where, size = parts.grids.visual(call), (self.block, self.block)
+        where = parts.grids.visual(call)
+        side = self.block or (2 * SIDE if call.n_k > LONG else SIDE)
+        size = (side, side)
         if where is None or call.key_mask is not None:
             return None
         order = parts.orders.along_curve(call, where)[0]
@@ -82,7 +88,7 @@ class PSA(AttentionMethod):
         )
         least = LEAST if self.by_energy else 0.0
         seen = kernels.select.visible(call, size)
-        text = call.remember((self, "text"), lambda: parts.keep.text(seen & False, call, size))
+        text = call.remember((self, size), lambda: parts.keep.text(seen & False, call, size))
         index = kernels.select.pyramid(
             score, self.ends, text, call.n_k, size, UNIT, by_energy=self.by_energy, least=least
         )
