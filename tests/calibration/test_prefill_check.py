@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_cases import probe_methods, tiny_model, tiny_plan
 
 from accelkit.calibration.data import Inputs
@@ -201,6 +203,25 @@ def test_what_was_looked_at_is_judged_anew_after_a_check(made) -> None:
     before = dict(one.checker.lifts)
     one.checker.check(one.round("a third"), ALLOWED)
     assert one.checker.lifts == before
+
+
+@pytest.mark.parametrize(
+    ("readings", "found"),
+    [
+        ([3.0, 2.0, 3.0, 2.0], (3.0, 2.0)),
+        # Something slowed the plan down twice, then dense attention once.
+        ([3.0, 9.0, 3.0, 8.0, 9.0, 2.0], (3.0, 2.0)),
+        ([3.0, 4.0] * 5, (3.0, 4.0)),
+    ],
+)
+def test_a_plan_that_seems_slow_is_timed_again(made, monkeypatch, readings, found) -> None:
+    one, left = made((0.01, 0.012, 0.011, 0.009)), list(readings)
+    monkeypatch.setattr(prefill_check, "times_ms", lambda *_: (left.pop(0),))
+    monkeypatch.setattr(prefill_check, "patch", lambda model, plan: nullcontext())
+    one.checker.run.device, one.checker.run.batch = torch.device("cpu"), 1
+    took = one.checker.speed(one.plan)
+    assert (took["dense_ms"], took["ms"]) == found
+    assert not left
 
 
 def test_another_plan_is_afforded_within_what_the_check_is_worth(made) -> None:
