@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--budget", type=float)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--journal", type=Path, help="keeps each unit of work with its seconds")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/calibrate_dit.json"))
     args = parser.parse_args()
@@ -122,6 +123,7 @@ def main() -> None:
         plan = accelkit.calibrate(
             pipe, [arguments] * 4, height=size.height, width=size.width, num_frames=size.num_frames,
             steps=args.steps, preset=args.preset, methods=args.methods, budget=args.budget,
+            journal=args.journal,
         )  # fmt: skip
     seconds = time.perf_counter() - begin
     about = plan.calibration

@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +30,8 @@ from accelkit.calibration.denoise import calibrate as denoise
 from accelkit.calibration.denoise import check as denoise_check
 from accelkit.calibration.denoise import measure as denoise_measure
 from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.caches import OWN
+from accelkit.calibration.denoise.schedule import recorded, schedules
 from accelkit.calibration.denoise.video import Settings, Shot, Take
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.fit import fit
@@ -213,20 +215,24 @@ def run_alone(
 
 def measured_cache(cache: Any, subject: Subject) -> Any:
     """A step cache with the numbers of this model that it needs."""
-    if "ratios" not in type(cache).model_fields:
-        return cache
     noted: list[float] = []
-    with step_cache.magnitudes(subject.pipe.transformer, subject.steps) as ratios:
+    with ExitStack() as stack:
+        magnitudes = step_cache.magnitudes(subject.pipe.transformer, subject.steps)
+        ratios, kept = stack.enter_context(magnitudes), stack.enter_context(recorded(subject.pipe))
         each = lambda done, latents: noted.__setitem__(slice(None), ratios())  # noqa: E731
         video.run(subject.pipe, subject.settings, subject.one, each=each)
-    return cache.model_copy(update={"ratios": tuple(round(r, 5) for r in noted)})
+    own = {
+        "ratios": tuple(round(r, 5) for r in noted),
+        "schedules": tuple(map(tuple, schedules(kept))),
+    }
+    return cache.model_copy(update={k: v for k, v in own.items() if k in type(cache).model_fields})
 
 
 def dialled(cache: Any) -> Family:
     """At least eight settings of a step cache, named as `families` names variants."""
     field, usual = cache.dial.field, type(cache)()
     own = {
-        k: v for k, v in cache if k not in (field, "ratios") and v != getattr(usual, k)
+        k: v for k, v in cache if k not in (field, *OWN) and v != getattr(usual, k)
     }  # fmt: skip
     name = cache.kind + (json.dumps(own) if own else "")
     some = tuple(cache.model_copy(update={field: v}) for v in cache.dial.values)
@@ -248,7 +254,8 @@ def run_cache(subject: Subject, cache: Any) -> dict[str, Any]:
     with accelkit.patch(subject.pipe, plan) as handle:
         take, pictures = subject.drawn()
         calls = handle.report().calls
-    return {"setting": stored(cache), "cost": calls / whole, **subject.judged(take, pictures)}
+    setting = {k: v for k, v in stored(cache).items() if k != "schedules"}  # one for every share
+    return {"setting": setting, "cost": calls / whole, **subject.judged(take, pictures)}
 
 
 def run_mixture(
@@ -264,17 +271,23 @@ def run_mixture(
         dense = sum(seen.calls.values()) * costs.dense_ms(args[-1])
         return replace(found, step_seconds=dense / about["share"] / 1e3 / seen.total)
 
+    # The check may be worth two dense runs a prompt at the target's prices, for its plans differ
+    # in speed there and hardly here, where launches take most of the time.
+    def took(checker: Any, plan: Plan, row: dict[str, Any]) -> float:
+        return checker.cost(plan) * row["done"]
+
     def speed(checker: Any, plan: Plan) -> dict[str, float]:
         return {"ms": checker.cost(plan), "dense_ms": 1.0}
 
-    saved = fit.fit, denoise_measure.measured, denoise_check.Checker.speed, Bench._clock
+    check = denoise_check.Checker
+    saved = fit.fit, denoise_measure.measured, check.speed, check.took, Bench._clock
     worth = denoise.CACHES
     denoise.CACHES = float("inf")  # a run at the small geometry takes as long here as a whole one
     fit.fit = lambda *args, **options: costs  # type: ignore[assignment]
     ((_, dense_ms),) = costs.dense  # what was not clocked counts as no faster
     Bench._clock = lambda bench, one: about["clocked"].get(repr(one.execution), dense_ms)  # type: ignore[method-assign]
     denoise_measure.measured = measured
-    denoise_check.Checker.speed = speed  # type: ignore[method-assign]
+    check.speed, check.took = speed, took  # type: ignore[method-assign]
     size = subject.settings
     begin = time.perf_counter()
     try:
@@ -284,7 +297,7 @@ def run_mixture(
             journal=journal, resume=True, progress=False, methods=methods,
         )  # fmt: skip
     finally:
-        fit.fit, denoise_measure.measured, denoise_check.Checker.speed, Bench._clock = saved  # type: ignore[method-assign]
+        fit.fit, denoise_measure.measured, check.speed, check.took, Bench._clock = saved  # type: ignore[method-assign]
         denoise.CACHES = worth
     seconds = time.perf_counter() - begin
     opened = accelkit.patch(subject.pipe, plan) if "note" not in plan.measured else nullcontext()

@@ -89,7 +89,9 @@ def missing(waiting: list[list[Job]], known: dict[str, list[dict[str, Any]]]) ->
     """
 
     def plain(setting: dict[str, Any]) -> Any:  # a model's own numbers are measured in each run
-        return json.loads(json.dumps({k: v for k, v in setting.items() if k != "ratios"}))
+        return json.loads(
+            json.dumps({k: v for k, v in setting.items() if k not in denoise_caches.OWN})
+        )
 
     found: list[list[Job]] = []
     for jobs in waiting:
@@ -146,7 +148,7 @@ def places(curves: dict[str, list[dict[str, Any]]], key: str = "psnr") -> list[d
             if not row["finite"] or cost >= 1:
                 continue
             mixed = float(np.interp(cost, costs, best)) if cost >= costs[0] else None
-            setting = {k: v for k, v in row["setting"].items() if k != "ratios"}
+            setting = {k: v for k, v in row["setting"].items() if k not in denoise_caches.OWN}
             found.append({
                 "curve": name, "setting": setting, "cost": round(cost, 4),
                 "value": round(value, 4), "mixture": mixed and round(mixed, 4),
@@ -176,32 +178,51 @@ def speed_at(rows: Sequence[dict[str, Any]], level: float) -> float | None:
     return round(1 / float(np.interp(level, best, costs)), 2) if best[0] <= level else None
 
 
+SPEEDS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6)
+NEAR_ONE = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+"""SSIM that is marked on its axis, which is stretched towards 1."""
+
+
 def draw(found: dict[str, Any], path: Path) -> None:
-    """PSNR, SSIM and the detector's score against predicted speed-up, a line for every curve."""
+    """PSNR, SSIM and the detector's score against predicted speed-up, a line for every curve; that
+    of the mixture runs through its best points and the dense one.
+    """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(18, 8), layout="constrained")
+    figure = Figure(figsize=(20, 9.5), layout="constrained")
     panels = figure.subplots(1, len(KEYS))
-    marks = "osv^<>DPX*hp"
-    for axes, (key, (_, words)) in zip(panels, KEYS.items(), strict=True):
+    marks, colours = "osv^<>DPX*hp", colormaps["tab20"].colors
+    for axes, (key, (dense, words)) in zip(panels, KEYS.items(), strict=True):
         for n, (name, rows) in enumerate(found["curves"].items()):
             points = sorted((1 / r["cost"], quality(r, key)) for r in rows if r["finite"])
             special = name in ("mixture", "fewer steps")
-            cache = name.partition("{")[0] in found["caches"]
-            axes.plot(
-                *zip(*points, strict=True),
-                marker=marks[n % len(marks)], markersize=8 if special else 4,
-                linewidth=2.5 if special else 1.0, linestyle="--" if cache or special else "-",
-                color={"mixture": "black", "fewer steps": "grey"}.get(name), label=name[:60],
-                zorder=3 if special else 2,
-            )  # fmt: skip
+            cache = name.partition("{")[0] in (*found["caches"], "step_schedule")
+            look = {
+                "marker": marks[n % len(marks)], "markersize": 8 if special else 4,
+                "label": name[:60],
+                "linewidth": 2.5 if special else 1.0, "linestyle": "--" if cache else "-",
+                "color": {"mixture": "black", "fewer steps": "grey"}.get(name, colours[n % 20]),
+                "zorder": 3 if special else 2,
+            }  # fmt: skip
+            if name == "mixture" and key != "right":
+                axes.plot(*zip(*points, strict=True), **{**look, "linestyle": ""})
+                points = [(1 / c, min(v, dense)) for c, v in zip(*front(rows, key), strict=True)]
+                look |= {"marker": "", "label": None}
+            axes.plot(*zip(*points, strict=True), **look)
         axes.set_xlabel("predicted speed-up of the whole denoising, Wan2.1-1.3B 480p")
         axes.set_ylabel(f"{words}, mean over {found['prompts']} held-out prompts")
         axes.set_xscale("log")
-        axes.grid(alpha=0.3, which="both")
+        axes.set_xticks(SPEEDS, [f"{x:g} ×" for x in SPEEDS])
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3)
     panels[0].set_ylim(10, 60)
+    stretch = lambda v: -np.log10(np.maximum(1.002 - v, 1e-9))  # noqa: E731
+    panels[1].set_yscale("function", functions=(stretch, lambda v: 1.002 - 10.0**-v))
+    panels[1].set_ylim(NEAR_ONE[0], 1.0)
+    panels[1].set_yticks([*NEAR_ONE, 1.0], [f"{v:g}" for v in (*NEAR_ONE, 1.0)])
     figure.legend(
-        *panels[0].get_legend_handles_labels(), fontsize=7, ncols=5, loc="outside lower center"
+        *panels[0].get_legend_handles_labels(), fontsize=9, ncols=5, loc="outside lower center"
     )
     figure.savefig(path, dpi=110)
 

@@ -21,11 +21,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
-    parser.add_argument("--budget", type=float, default=0.02)
     parser.add_argument("--methods", nargs="+", help="some of `accelkit methods`; default: all")
-    parser.add_argument("--preset", default="balanced")
     parser.add_argument("--tasks", nargs="+", default=["needle", "multi_key", "text"])
-    parser.add_argument("--samples", type=int, default=4)
+    for name, default in (("budget", 0.02), ("preset", "balanced"), ("samples", 4)):
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--out", type=Path, default=Path("runs/verify"))
     args = parser.parse_args()
 

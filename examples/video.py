@@ -22,16 +22,15 @@ PROMPTS = [
     "a yellow triangle moving down on a black background",
     "a green square moving right",
 ]
+NUMBERS = {"height": 64, "width": 64, "frames": 25, "steps": 20, "budget": 0.1, "guidance": 3.0}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("pipeline", nargs="?", default=str(HERE / "models" / "tiny-wan"))
     parser.add_argument("--prompt", default="a blue circle moving right on a white background")
-    for name, default in (("height", 64), ("width", 64), ("frames", 25), ("steps", 20)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--budget", type=float, default=0.1)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    for name, default in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--preset", default="balanced", help="fast, balanced or careful")
     parser.add_argument("--out", type=Path, default=Path("runs/video"))

@@ -317,11 +317,13 @@ def lines(path: Path) -> int:
 
 
 def test_files_stay_short():
-    long = {str(f.relative_to(ROOT)): lines(f) for f in FILES if lines(f) > 500}
+    written = [f for d in ("accelkit", "benchmarks", "docs", "examples", "tests")
+               for f in (ROOT / d).rglob("*.py")]  # fmt: skip
+    long = {str(f.relative_to(ROOT)): lines(f) for f in written if lines(f) > 500}
     assert not long, f"over 500 lines, what would a stranger split off? {long}"
     methods = {f.name: lines(f) for f in METHOD_FILES if lines(f) > 200}
     assert not methods, f"over 200 lines, does it read like the paper's method section? {methods}"
-    examples = {f.name: lines(f) for f in (ROOT / "examples").glob("*.py") if lines(f) > 60}
+    examples = {f.name: lines(f) for f in (ROOT / "examples").glob("*.py") if lines(f) >= 60}
     assert not examples, f"examples stay under 60 lines: {examples}"
 
 

@@ -12,6 +12,7 @@ from tiny_cases import probe_methods, tiny_model, tiny_plan
 from tiny_pipes import tiny_pipe
 
 import accelkit
+from accelkit.calibration.denoise import video
 from accelkit.patches.method import load
 from accelkit.patches.patch import plan_of
 
@@ -139,7 +140,7 @@ def test_dry_run(pipe):
     assert 0 < row["attention_share"] <= 1
 
 
-def test_what_cannot_be_used(pipe, plan, tmp_path):
+def test_what_cannot_be_used(pipe, plan, tmp_path, monkeypatch):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     assert "empty" in failed("calibrate", pipe, "--prompts", str(empty), *SIZE, "--out",
@@ -148,6 +149,10 @@ def test_what_cannot_be_used(pipe, plan, tmp_path):
                                code=2)  # fmt: skip
     assert ".mp4" in failed("patch", pipe, "--plan", plan, "--output", str(tmp_path / "a.png"),
                             code=2)  # fmt: skip
+    (tmp_path / "taken").write_text("")
+    there = str(tmp_path / "taken" / "a.mp4")
+    monkeypatch.setattr(video, "run", lambda *_, **__: pytest.fail("nothing is run for it"))
+    assert "cannot be written" in failed("patch", pipe, "--plan", plan, "--output", there, code=2)
     assert "pipeline" in failed("eval", pipe, code=2)
     assert "no use for --demo" in failed("patch", pipe, "--plan", plan, "--demo", code=2)
     assert "no use for --batch" in failed("bench", pipe, "--plan", plan, "--batch", "2", code=2)

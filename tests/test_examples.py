@@ -13,6 +13,7 @@ from typing import Any
 import planted
 import pytest
 import torch
+from transformers import AutoConfig
 
 from accelkit.patches.method import load
 
@@ -89,6 +90,17 @@ def test_the_page_s_method_is_the_one_of_the_house():
     lists = [method().index(call).to_mask(18) for method in (shown, real)]
     assert torch.equal(*lists)
     assert not lists[0].tril().all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(320)
+def test_tiny_llama_is_trained_by_its_script(tmp_path):
+    """A few steps on the CPU, saved, scored as transformers opens it, with its card."""
+    out = run("train/tiny_llama.py", "--out", str(tmp_path), "--smoke", "--minutes", "0.1")
+    assert "| held-out source text, bits per byte |" in out
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert "A Llama model of 6,363,392 parameters" in card
+    assert AutoConfig.from_pretrained(tmp_path).num_hidden_layers == 8
 
 
 @pytest.mark.timeout(320)

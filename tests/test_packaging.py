@@ -87,6 +87,13 @@ def test_public_names_exist():
         accelkit.nothing_of_this_name  # noqa: B018
 
 
+def test_public_names_are_explained():
+    """Each on a page of the site."""
+    text = "\n".join(page.read_text("utf-8") for page in PAGES)
+    for name, (module, attribute) in accelkit._WHERE.items():
+        assert f"::: {module}.{attribute}\n" in text, f"accelkit.{name} stands on no page"
+
+
 def pins() -> dict[str, Version]:
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     found = (Requirement(line) for line in lines if line and not line.startswith("#"))
@@ -140,9 +147,13 @@ def test_schema_accepts_plans_and_refuses_others():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_pages_hold_together(page):
-    """Links lead somewhere, results that are named are there, Python snippets parse, generated
-    parts are filled."""
+    """Links lead somewhere, files and results that are named are there, Python snippets parse,
+    generated parts are filled."""
     text = page.read_text("utf-8")
+    rooms = "accelkit|kernels|patches|calibration|commands|benchmarks|docs|examples|tests"
+    for name in re.findall(rf"[`( ]((?:{rooms})/[\w/.-]*\w/?)(?![\w/<*])", text):
+        there = [home for home in (ROOT, ROOT / "accelkit") if (home / name).exists()]
+        assert there, f"{page.name} names {name}"
     for name in re.findall(r"[\w-]+-(?:h100|h200|cpu)\.json", text):
         assert (ROOT / "benchmarks" / "results" / name).exists(), f"{page.name} names {name}"
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):

@@ -74,6 +74,7 @@ def calibrate(
     >>> plan = accelkit.calibrate(pipe, prompts, budget=0.1, height=480, width=832, num_frames=81)
     """
     adapter, bare = adapter_for(model)
+    _named(methods)
     size: dict[str, Any] = {
         "height": height, "width": width, "num_frames": num_frames, "steps": steps,
     }  # fmt: skip
@@ -118,6 +119,20 @@ def dry_run(
     from accelkit.calibration.bench import prefill
 
     return prefill.bound(bare, lengths)
+
+
+def _named(methods: Any) -> None:
+    """Refuse what is no list of methods."""
+    listed = isinstance(methods, Sequence) and not isinstance(methods, str)
+    if methods is not None and not (listed and all(map(_is_method, methods))):
+        raise InvalidInputError(
+            f"methods is {methods!r}; expected a list of names, classes or instances, such as "
+            "['flex_prefill', 'window']"
+        )
+
+
+def _is_method(one: Any) -> bool:
+    return isinstance(one, str | Method) or (isinstance(one, type) and issubclass(one, Method))
 
 
 def _unused(options: dict[str, Any], what: str) -> None:

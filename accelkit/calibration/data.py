@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,12 @@ def chosen_lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
     if lengths is None:
         kind = "cuda" if model.device.type == "cuda" else "cpu"
         return sorted({min(n, most) for n in LENGTHS[kind]})
-    found = sorted({int(n) for n in lengths})
+    try:
+        found = sorted({index(n) for n in lengths})
+    except TypeError as error:
+        raise InvalidInputError(
+            f"lengths is {lengths!r}; expected numbers of tokens, such as [8192, 32768]"
+        ) from error
     if not found or found[0] < tasks.MIN_LENGTH:
         raise InvalidInputError(
             f"lengths {list(lengths)}: expected numbers of tokens from {tasks.MIN_LENGTH} on"

@@ -13,7 +13,7 @@ site, the anchor, whose own heads must then run what they lend.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
@@ -21,6 +21,16 @@ import numpy as np
 DENSE = -1
 MOST_FAMILIES = 2
 """Families besides dense that a layer may use."""
+FEW_SETS = 12
+"""Of more sets of families than these, only promising ones get a front."""
+PRICES = (-2.0, 6.0, 65)
+"""Prices of error at which sets are compared: powers of ten, and how many, of the price at which an
+error of 1 costs as much as the dense layer.
+"""
+NEAR = 0.1
+"""Share of the least price within which a set is promising."""
+MOST_SETS = 16
+"""Most sets of several families that get a front."""
 POINTS = 300
 """Points that a front keeps; they lie closer together where errors are small."""
 MANY = 3000
@@ -99,11 +109,12 @@ def search(tables: Sequence[Table], budget: float, memo: dict | None = None) -> 
     """The cheapest choice with a predicted error of at most `budget`, up to the grain of the
     fronts.
 
-    Sites are in running order. `memo` keeps the fronts of single layers for other budgets.
+    Sites are in running order. `memo` keeps the fronts of single layers for other budgets; what it
+    has under "sets" may be shared with other tables of the same sites.
     """
     memo, most = {} if memo is None else memo, budget**2
     if "layers" not in memo:
-        memo["layers"] = [_layer(t) for t in tables]
+        memo["layers"] = [_layer(t, known=memo.get("sets")) for t in tables]
         memo["segments"] = _segments(tables, memo["layers"])
     whole = [_Front(np.zeros(1), np.zeros(1), lambda _: ())]
     for end in range(1, len(tables) + 1):
@@ -234,25 +245,83 @@ def _unite(fronts: Sequence[_Front], budget: float | None = None) -> _Front:
 
 
 def _layer(
-    table: Table, forced: Mapping[int, int] | None = None, loan: int | None = None
+    table: Table,
+    forced: Mapping[int, int] | None = None,
+    loan: int | None = None,
+    known: dict | None = None,
 ) -> _Front:
     """The front of one site, its errors squared. `forced` heads must run the option given; with
-    `loan` every head may read that loan's lists, and some head does.
+    `loan` every head may read that loan's lists, and some head does. `known` fronts of sets are
+    taken and added to.
     """
     forced = forced or {}
     needed = {table.options[o].family for o in forced.values()}
     names = sorted({o.family for o in table.options})
     most = MOST_FAMILIES - (loan is not None)
-    ways = []
+    ways: list[_Front] = []
+    sets: list[tuple[str, ...]] = []
     if not forced and loan is None:
         still = (Choice((DENSE,) * table.heads),)
         ways.append(_Front(np.zeros(1), np.array([table.dense_ms]), lambda _: still))
     for count in range(0 if loan is not None else 1, most + 1):
         for some in combinations(names, count):
             if needed <= set(some):
-                ways.append(_set(table, some, forced, loan))
+                sets.append(some)
+    if not forced and loan is None and len(sets) > FEW_SETS:
+        sets = _worth(table, sets)
+    if known is not None and not forced and loan is None:
+        ways += [_known(table, some, known) for some in sets]
+    else:
+        ways += [_set(table, some, forced, loan) for some in sets]
     front = _unite(ways)
     return _Front(front.error**2, front.ms, front.made)
+
+
+def _worth(table: Table, sets: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Single families, and the sets that are likely to hold points of the layer's front: at some
+    price of error they come near the least price of all, and each of their families serves a head.
+    Heads choose apart at a price, so that every set's is at hand without its front.
+    """
+    unit = table.dense_ms / max(float(table.weight.sum()), 1e-30)
+    price = unit * np.logspace(*PRICES)[:, None]
+    alone: dict[str, np.ndarray] = {}  # [price, head]
+    for o in table.options:
+        paid = o.ms + price * (table.weight * o.error)
+        alone[o.family] = np.minimum(alone.get(o.family, table.ride_ms), paid)
+    # Family by family of every set; what a smaller set lacks is its first one again.
+    at = {f: i for i, f in enumerate(alone)}
+    most = max(map(len, sets))
+    which = np.array([[at[f] for f in (*s, *s[:1] * (most - len(s)))] for s in sets])
+    fixed = np.array([table.fixed.get(f, 0.0) for f in alone])
+    each = np.stack(list(alone.values()))
+    total = each[which].min(1).sum(-1)  # [set, price]
+    total += np.array([sum(table.fixed.get(f, 0.0) for f in s) for s in sets])[:, None]
+    apart = (each.sum(-1) + fixed[:, None])[which]  # [set, family, price]
+    least = total.min(0).clip(max=table.dense_ms)
+    used = (apart < table.heads * table.ride_ms).all(1) & (apart.max(1) <= least * (1 + NEAR))
+    mixed = used | (total < apart.min(1))
+    above = np.where(mixed, total / least, np.inf).min(1)
+    order = [n for n in above.argsort(kind="stable") if len(sets[n]) > 1]
+    together = [sets[n] for n in order if above[n] <= 1 + NEAR]
+    return [s for s in sets if len(s) == 1] + together[:MOST_SETS]
+
+
+def _known(table: Table, some: Sequence[str], known: dict) -> _Front:
+    """The front of a set where heads choose freely. Tables that differ in other families, or in
+    the unit of time alone, share it: a step cache leaves the same part of every time.
+    """
+    unit = table.dense_ms or 1.0
+    at = tuple(i for i, o in enumerate(table.options) if o.family in some)
+    mine = [table.options[i] for i in at]
+    numbers = [
+        table.ride_ms / unit, sum(table.fixed.get(f, 0.0) for f in some) / unit,
+        *(table.weight * o.error for o in mine), *(o.ms / unit for o in mine),
+    ]  # fmt: skip
+    key = (table.site, at, np.hstack(numbers).astype(np.float32).tobytes())
+    if key not in known:
+        front = _set(table, some, {}, None)
+        known[key] = replace(front, ms=front.ms / unit)
+    return replace(known[key], ms=known[key].ms * unit)
 
 
 def _set(table: Table, some: Sequence[str], forced: Mapping[int, int], loan: int | None) -> _Front:

@@ -48,8 +48,10 @@ def checked_limit(seconds: float | None) -> float | None:
     Raises:
         InvalidInputError: not positive.
     """
-    if seconds is not None and seconds <= 0:
-        raise InvalidInputError(f"time_limit is {seconds} s; expected a positive number")
+    if seconds is not None and (not isinstance(seconds, int | float) or seconds <= 0):
+        raise InvalidInputError(
+            f"time_limit is {seconds!r}; expected a positive number, in seconds"
+        )
     return seconds
 
 

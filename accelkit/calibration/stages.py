@@ -31,13 +31,20 @@ PROBES = 2048
 
 
 def fitted(
-    run: Run, shape: fit.Shape, dtype: torch.dtype, tokens: int, methods: Sequence[AttentionMethod]
+    run: Run,
+    shape: fit.Shape,
+    dtype: torch.dtype,
+    tokens: int,
+    methods: Sequence[AttentionMethod],
+    room: int | None = None,
 ) -> CostTable:
-    """The cost table of this device."""
+    """The cost table of this device; `room` as in `fit`."""
     run.tell("timing kernels and methods")
     brief = run.device.type == "cuda"  # CPUs time few lengths anyway
     # Nothing is timed once more: a search has better use for the time.
-    work = partial(fit.fit, shape, dtype, run.device, tokens, methods, limit_s=0.0, brief=brief)
+    work = partial(
+        fit.fit, shape, dtype, run.device, tokens, methods, limit_s=0.0, brief=brief, room=room
+    )
     return CostTable.from_dict(run.journal.unit("fit", lambda: work().to_dict()))
 
 

@@ -87,9 +87,9 @@ def bench(
     if not dry_run:
         about = results.about(opened[0], model, place)
         rows = [about | row for row in rows]
-        if out:
-            results.append_jsonl(out, rows)
     console.emit(rows, as_json, *shown)
+    if out and not dry_run:
+        results.append_jsonl(out, rows)
     if gate is not None and min_speedup is not None:
         gate(min_speedup)
 

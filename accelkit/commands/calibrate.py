@@ -99,6 +99,8 @@ def calibrate(
     from accelkit.patches.plan import Budget
     from accelkit.patches.plan_file import FILE
 
+    if resume and not journal.exists():
+        console.say(f"{journal}: there is no journal to take up, so all is measured anew")
     if not dry_run and not resume and (out / FILE).exists():
         console.replaces(out / FILE, yes)
     from accelkit.calibration.calibrate import calibrate as measure

@@ -93,12 +93,8 @@ def patch(
             question = text, console.size(length, "--length") if length else None, seed
         if save is not None and (save / "config.json").exists():
             console.replaces(save, yes)
-        document, shown = _answer(
-            *(model, plan, question, save, where),
-            max_new_tokens=max_new_tokens,
-            dense=compare,
-            repeat=repeat or 3,
-        )
+        how = {"max_new_tokens": max_new_tokens, "dense": compare, "repeat": repeat or 3}
+        document, shown = _answer(model, plan, question, save, where, **how)
     console.emit(document, as_json, *shown)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
@@ -26,6 +26,8 @@ NEAR = 16384
 """Tokens up to which the pairs of a call cost the same."""
 FEW_ROWS = 128
 """Rows of a launch that are sorted at no cost of their own."""
+TALL = 128
+"""Query rows that a program of the kernel over single keys computes at one time."""
 Points = tuple[tuple[int, float], ...]
 """Milliseconds by length in tokens, ascending."""
 
@@ -35,7 +37,9 @@ class Kernel:
     """Coefficients of one unit on the backend that serves it: ms a launch, a row of a head, a
     million pairs, a thousand keys of the longest row, sorting more than `FEW_ROWS` rows, and a
     million pairs for each time that the length doubles beyond `NEAR`. `kept` is what a launch takes
-    less over lists that an earlier one has brought into the order in which they run.
+    less over lists that an earlier one has brought into the order in which they run. `lanes` is how
+    many programs run at one time where many of them have one list and so end at one time: the last
+    turn is not full, and that counts. 0 where they are of all lengths.
 
     `error` is the mean relative error on points that the fit did not see.
     """
@@ -49,6 +53,14 @@ class Kernel:
     sort: float = 0.0
     far: float = 0.0
     kept: float = 0.0
+    lanes: int = 0
+
+    def turns(self, rows: float) -> float:
+        """Turns of programs ÷ what they would be if the last one was full, for so many query
+        rows.
+        """
+        full = rows / TALL / self.lanes if self.lanes else 0.0
+        return math.ceil(full) / full if full else 1.0
 
 
 @dataclass(frozen=True)
@@ -131,22 +143,22 @@ class CostTable:
         part in the tail of a launch over all heads.
         """
         k = self._kernel(size)
+        rows = ceil_div(tokens, size[0])
         pairs = density * visible_pairs(tokens, self.causal) / 1e6
+        turns = k.turns(self.heads * rows * size[0])
         tail = k.tail * density * tokens / 1e3 / self.heads
-        return self.rows_ms(size, tokens) + (k.pair + k.far * beyond(tokens)) * pairs + tail
+        return turns * (k.row * rows + (k.pair + k.far * beyond(tokens)) * pairs) + tail
 
     def rows_ms(self, size: tuple[int, int], tokens: int) -> float:
         """What a head's rows cost whatever is in their lists."""
-        return self._kernel(size).row * ceil_div(tokens, size[0])
+        return self.head_ms(size, tokens, 0.0)
 
     def random_ms(self, size: tuple[int, int], tokens: int, densities: Sequence[float]) -> float:
         """A launch over random lists of one unit, of these densities by head."""
-        k, heads = self._kernel(size), len(densities)
-        few = heads * ceil_div(tokens, size[0]) <= FEW_ROWS
-        # The longest row ends alone, however few heads there are.
-        tail = k.tail * tokens / 1e3 * sum(densities) * (1 / heads - 1 / self.heads)
-        each = sum(self.head_ms(size, tokens, d) for d in densities)
-        return k.launch + (0.0 if few else k.sort) + each + tail
+        alone = replace(self, heads=len(densities))  # the last turn and the longest row are theirs
+        k, rows = self._kernel(size), len(densities) * ceil_div(tokens, size[0])
+        sort = k.sort if rows > FEW_ROWS else 0.0
+        return k.launch + sort + sum(alone.head_ms(size, tokens, d) for d in densities)
 
     def lists_ms(
         self, kind: str, size: tuple[int, int], tokens: int, densities: Sequence[float]

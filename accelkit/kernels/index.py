@@ -50,8 +50,8 @@ class BlockIndex:
     themselves (`kernels.pyramid`), taken in `key_order` (int32 `[Nk]`, for all heads; None: as they
     come), so that nobody has to lay them out before. `bias` is added to the logits of the whole
     piece (float) or of each key (`[B|1, H|1, Nk]`), for merged or sampled keys that stand for
-    several; `bias_by_entry` says that all keys of an entry have the same one, which kernels apply
-    for less.
+    several; `bias_by_entry` says that all keys of an entry have the same one and that entries
+    differ by no more than some nats, as counts of keys do: kernels then apply it for less.
     """
 
     start: Tensor

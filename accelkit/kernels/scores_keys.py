@@ -190,6 +190,7 @@ def anchor_max(call: Inputs, block: int = 128, superblock: int = 2048) -> Tensor
             s = logits(take_heads(call.q[:, :, r], at).to(k.dtype), k[:, keys], call.scale)
             hide(s, per_slot(limit, slots)[..., r], per_slot(places, slots)[..., keys])
             row_max[:, slots, r] = s.amax(-1)
+            del s  # its room is for the next superblock
     counts = row_max > -float("inf")
     if votes is not None:
         counts &= votes

@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from accelkit.errors import UnknownMethodError
 
@@ -88,12 +88,27 @@ class Dial:
     values: tuple[float, ...]
 
 
-class Method(BaseModel):
+class Strict(BaseModel):
+    """Data that does not change, and says which fields it has when it is given others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, value: Any) -> Any:
+        given = value if isinstance(value, Mapping) else {}
+        if strange := [repr(name) for name in given if name not in cls.model_fields]:
+            known = ", ".join(cls.model_fields) or "none"
+            raise ValueError(f"unknown field {', '.join(strange)}; known are: {known}")
+        return value
+
+
+class Method(Strict):
     """Base of all methods: frozen hyper-parameters. A class lives alone in a file of
     `patches/methods/`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     phases: ClassVar[tuple[Phase, ...]] = ("prefill",)
     """When the method can run."""
@@ -233,6 +248,8 @@ class BlockMethod(Method):
         """A structural change; every edit pushes its reverse onto `undo` (an `ExitStack`)."""
 
 
+UNSERVED = frozenset({"keep", "compress", "run"})
+"""Questions that nothing asks yet: token streams, caches and single blocks have no runner."""
 _FOLDER = "accelkit.patches.methods"
 _GROUP = "accelkit.methods"
 

@@ -13,6 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from accelkit.errors import (
@@ -22,10 +23,11 @@ from accelkit.errors import (
     NothingPatchedError,
     PlanMismatchError,
     PlanTransferWarning,
+    UnsupportedConfigurationError,
 )
 from accelkit.patches.adapters import adapter_for, facts, sites
 from accelkit.patches.call import AttentionCall
-from accelkit.patches.method import BlockMethod, Method
+from accelkit.patches.method import UNSERVED, BlockMethod, Method
 from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
 from accelkit.patches.plan_file import FILE
 from accelkit.patches.sites.attention import attend
@@ -331,19 +333,22 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
     """A plan that runs the same methods in every head of every site, from the first token on; a
     block method among them changes every denoiser.
     """
-    if not isinstance(what, Policy | Sequence) or isinstance(what, str):
-        what = (what,)
-    block = None
-    if not isinstance(what, Policy):
-        for method in what:
-            if not isinstance(method, Method):
-                raise InvalidInputError(
-                    f"{method!r} is neither a plan nor a method; give a plan, or a method with its "
-                    'numbers such as accelkit.method("window")(window_tokens=2048)'
-                )
-        block = next((m for m in what if isinstance(m, BlockMethod)), None)
-        what = Policy(methods=tuple(m for m in what if m is not block))
-    policy = what
+    methods: tuple[Any, ...]
+    if isinstance(what, Policy):
+        policy, methods, block = what, what.methods, None
+    else:
+        alone = isinstance(what, str) or not isinstance(what, Sequence)
+        methods = (what,) if alone else tuple(what)
+        if not methods:
+            raise InvalidInputError("no method: give a plan, or at least one method")
+        for method in methods:
+            _refuse_idle(method)
+        block = next((m for m in methods if isinstance(m, BlockMethod)), None)
+        try:
+            policy = Policy(methods=tuple(m for m in methods if m is not block))
+        except ValidationError as error:
+            told = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise InvalidInputError(told) from error
     fingerprint, heads = facts(model)
     places = sites(model)
     if not places:
@@ -353,9 +358,9 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
         )
     # A method may serve phases that the model's adapter does not open; those stay dense.
     served = set(adapter_for(model)[0].PHASES)
-    phases = served.intersection(*(m.phases for m in policy.methods))
+    phases = served.intersection(*(m.phases for m in methods))
     if not phases:
-        kinds = ", ".join(m.kind for m in policy.methods)
+        kinds = ", ".join(m.kind for m in methods)
         raise InvalidInputError(
             f"{kinds}: no common phase among those that can be patched here ({', '.join(served)})"
         )
@@ -375,6 +380,18 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
     if block is not None:
         layers |= {root: LayerPlan(block=block) for root in fingerprint.components}
     return Plan(fingerprint=fingerprint, policies=policies, sites=layers)
+
+
+def _refuse_idle(method: Any) -> None:
+    if not isinstance(method, Method):
+        raise InvalidInputError(
+            f"{method!r} is neither a plan nor a method; give a plan, or a method with its "
+            'numbers such as accelkit.method("window")(window_tokens=2048)'
+        )
+    if idle := method.answers() & UNSERVED:
+        raise UnsupportedConfigurationError(
+            f"{type(method).__name__}: nothing asks a method to {' or '.join(sorted(idle))} yet"
+        )
 
 
 def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:

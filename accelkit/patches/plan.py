@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     PrivateAttr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -32,6 +31,7 @@ from accelkit.patches.method import (
     BlockMethod,
     CacheMethod,
     Method,
+    Strict,
     TokenMethod,
     load,
 )
@@ -54,7 +54,6 @@ def _read_method(value: Any) -> Any:
         cls = load(kind)
     except UnknownMethodError as error:
         raise ValueError(str(error)) from error
-    _refuse_strangers(cls, fields)
     return cls.model_validate(fields)
 
 
@@ -69,23 +68,8 @@ AnyCacheMethod = Annotated[CacheMethod, _read, _write]
 AnyBlockMethod = Annotated[BlockMethod, _read, _write]
 
 
-def _refuse_strangers(cls: type[BaseModel], fields: Mapping[str, Any]) -> None:
-    """Name the fields that `cls` does not have, and those that it has."""
-    strange = [repr(name) for name in fields if name not in cls.model_fields]
-    if strange:
-        known = ", ".join(cls.model_fields) or "none"
-        raise ValueError(f"unknown field {', '.join(strange)}; known are: {known}")
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            _refuse_strangers(cls, value)
-        return value
+class _Part(Strict):
+    """A part of a plan."""
 
 
 class Reuse(_Part):
@@ -141,6 +125,13 @@ class Rule(_Part):
     steps: tuple[float, float] = (0.0, 1.0)
     branch: str | None = None
     policies: tuple[int, ...]
+
+    @field_validator("steps")
+    @classmethod
+    def _rising(cls, steps: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= steps[0] < steps[1] <= 1:
+            raise ValueError("expected shares of the steps that rise, such as [0.2, 1.0]")
+        return steps
 
     def applies(self, tokens: int, clock: Clock) -> bool:
         done = clock.step / max(clock.total, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from accelkit.patches.method import UNSERVED
 from accelkit.patches.plan import Component, Fingerprint, Plan, Reuse
 
 
@@ -33,10 +34,11 @@ def compare(plan: Plan, model: Fingerprint, sites: Mapping[str, int]) -> list[Pr
     problems = [*_sizes(plan.fingerprint, model)]
     place = {path: n for n, path in enumerate(sites)}
     for path, layer in plan.sites.items():
-        for slot in ("tokens", "cache"):
-            if (method := getattr(layer, slot)) is not None:
-                mend = f"take {slot!r} out of this site"
-                problems.append(Problem(path, f"nothing runs {method.kind} yet ({slot})", mend))
+        for slot in ("tokens", "cache", "block"):
+            method = getattr(layer, slot)
+            if method is not None and (idle := method.answers() & UNSERVED):
+                what = f"nothing asks {method.kind} to {' or '.join(sorted(idle))} yet"
+                problems.append(Problem(path, what, f"take {slot!r} out of this site"))
         if layer.block is not None and not layer.rules and path in model.components:
             continue  # a whole sub-model is rewired; it has no attention of its own
         if path not in sites:

@@ -64,7 +64,8 @@ def describe(error: ValidationError, most: int = 5) -> str:
     for item in error.errors()[:most]:
         path = ".".join(str(p) for p in item["loc"]) or "top level"
         found = repr(item.get("input"))
-        lines.append(f"{path}: {item['msg']} (found {found[:80]})")
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append(f"{path}: {message} (found {found[:80]})")
     more = error.error_count() - most
     return "; ".join(lines) + (f"; and {more} more" if more > 0 else "")
 

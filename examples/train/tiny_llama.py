@@ -18,134 +18,35 @@ import argparse
 import math
 import multiprocessing as mp
 import queue
-import sys
-import sysconfig
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from tiny_llama_data import (
+    ANSWER,
+    OTHER,
+    QUESTIONS,
+    STAGES,
+    TEXT,
+    WEIGHTS,
+    Batch,
+    produce,
+    read_corpus,
+    work,
+)
+from tiny_llama_scores import measure, write_card
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from accelkit.calibration.evaluation import tasks
-from accelkit.calibration.evaluation.corpus import is_held_out, source_corpus
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN = 256, 8, 4, 2, 64, 768
 VOCABULARY = 264  # 256 bytes, three special tokens, rounded up to a multiple of eight
 LONGEST = 32768
 ROPE_THETA = 500_000.0
 NORM_EPS = 1e-5
-
-QUESTIONS = tasks.TASKS[:-1]  # the kinds of prompt that have answers
-MIX = {
-    "text": 0.20,
-    "key_value": 0.16,
-    "needle": 0.12,
-    "multi_key": 0.13,
-    "multi_value": 0.11,
-    "variables": 0.14,
-    "common_words": 0.14,
-}
-# From this fraction of the time on: {prompt length: share of the batches}.
-STAGES: list[tuple[float, dict[int, float]]] = [
-    (0.00, {512: 1.0}),
-    (0.20, {512: 0.3, 2048: 0.7}),
-    (0.38, {512: 0.1, 2048: 0.3, 8192: 0.6}),
-    (0.60, {2048: 0.2, 8192: 0.45, 16384: 0.35}),
-    (0.78, {2048: 0.1, 8192: 0.3, 16384: 0.3, 32768: 0.3}),
-]
-WEIGHTS = {"text": 1.0, "answer": 2.0, "other": 0.02}  # of the three kinds of token in the loss
-OTHER, TEXT, ANSWER, IGNORED = 0, 1, 2, 3
-
-
-# -- data ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Batch:
-    """`rows` prompts of one length: token ids, and the kind of each *next* token.
-
-    ids, kinds: shape (rows, length).
-    """
-
-    ids: np.ndarray
-    kinds: np.ndarray
-    samples: list[tasks.Sample]
-
-
-def read_corpus(held_out: bool, limit: int) -> str:
-    """ASCII Python source of the standard library and the installed packages."""
-    texts = [source_corpus(held_out, limit)]
-    total = len(texts[0])
-    root = Path(sysconfig.get_path("purelib"))
-    for path in sorted(root.rglob("*.py")) if total < limit else ():
-        name = path.relative_to(root).as_posix()
-        if is_held_out(name) == held_out:
-            texts.append(path.read_text("utf-8", "ignore").encode("ascii", "ignore").decode())
-            total += len(texts[-1])
-            if total >= limit:
-                break
-    return "".join(texts)[:limit]
-
-
-def make_batch(names: list[str], length: int, seed: int, corpus: str) -> Batch:
-    """One prompt for each task named, seeds counting up from `seed`."""
-    samples = [tasks.make(t, length, seed + i, corpus) for i, t in enumerate(names)]
-    ids = np.stack([s.ids for s in samples])
-    kinds = np.full(ids.shape, OTHER, np.uint8)
-    for row, sample in enumerate(samples):
-        if sample.task not in ("key_value", "common_words"):
-            kinds[row] = TEXT
-        for start, end in sample.answers:
-            kinds[row, start:end] = ANSWER
-    kinds = np.roll(kinds, -1, axis=1)
-    kinds[:, -1] = IGNORED
-    return Batch(ids, kinds, samples)
-
-
-Job = tuple[str, int, int, int]  # task, length, rows, first seed
-_pool_corpus = ""  # the filler text of a pool's processes
-
-
-def _set_pool_corpus(corpus: str) -> None:
-    global _pool_corpus
-    _pool_corpus = corpus
-
-
-def run_job(job: Job) -> Batch:
-    """The batch that a job describes, with this process's filler text."""
-    task, length, rows, seed = job
-    return make_batch([task] * rows, length, seed, _pool_corpus)
-
-
-def produce(jobs: list[Job], corpus: str, workers: int) -> Iterator[Batch]:
-    """Batches for the jobs, in order, made by a pool of forked processes."""
-    with mp.get_context("fork").Pool(workers, _set_pool_corpus, (corpus,)) as pool:
-        yield from pool.imap(run_job, jobs)
-
-
-def work(number: int, tokens: int, stage: Any, out: Any, corpus: str) -> None:
-    """A worker process: put training batches for the current stage into the queue `out`."""
-    rng = np.random.default_rng(number)
-    names, shares = list(MIX), np.array(list(MIX.values()))
-    shares = shares / shares.sum()
-    seed = (number + 1) * 1_000_000_000
-    while True:
-        lengths = STAGES[stage.value][1]
-        length = int(rng.choice(list(lengths), p=list(lengths.values())))
-        length = min(length, tokens)
-        rows = tokens // length
-        picked = [names[i] for i in rng.choice(len(names), rows, p=shares)]
-        batch = make_batch(picked, length, seed, corpus)
-        seed += rows
-        out.put((batch.ids.astype(np.int16), batch.kinds))
 
 
 # -- model --------------------------------------------------------------------------------------
@@ -390,7 +291,7 @@ def load(model: Model, source: Path) -> None:
     model.load_state_dict({n.removeprefix("model."): w.float() for n, w in weights.items()})
 
 
-# -- measuring ----------------------------------------------------------------------------------
+# -- training -----------------------------------------------------------------------------------
 
 
 def count_answers(hits: Tensor, kinds: Tensor) -> tuple[int, int]:
@@ -414,128 +315,6 @@ def quick_scores(model: Model, batches: list[Batch], device: str) -> dict[str, f
         right, asked = count_answers(hits, kinds)
         scores[batch.samples[0].task] = right / asked
     return scores
-
-
-@dataclass
-class Scores:
-    """What `measure` found: (right, asked) by (task, length); bits per byte by length."""
-
-    answers: dict[tuple[str, int], tuple[int, int]]
-    bits: dict[int, float]
-
-    def table(self) -> str:
-        """A Markdown table: a row for each task, a column for each length."""
-        lengths = sorted(self.bits)
-        lines = ["| task | " + " | ".join(str(n) for n in lengths) + " |"]
-        lines.append("| --- |" + " ---: |" * len(lengths))
-        for task in QUESTIONS:
-            cells = [self.answers[task, n] for n in lengths]
-            lines.append(
-                f"| {task} | " + " | ".join(f"{100 * r / a:.1f} % of {a}" for r, a in cells) + " |"
-            )
-        cells = [f"{self.bits[n]:.3f}" for n in lengths]
-        lines.append("| held-out source text, bits per byte | " + " | ".join(cells) + " |")
-        return "\n".join(lines)
-
-
-def measure(
-    out: Path, lengths: list[int], answers: int, corpus: str, device: str, workers: int
-) -> Scores:
-    """Score the saved model as transformers loads it, with at least `answers` answers a task.
-
-    corpus: held-out source text; seeds differ from the training ones.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).to(device).eval()
-    jobs, tokens = [], 131072 if device == "cuda" else 2048
-    for length in lengths:
-        for task in tasks.TASKS:
-            each = len(tasks.make(task, length, 0, corpus).answers)
-            prompts = -(-answers // each) if each else max(1, 1024 * answers // length)
-            rows = max(1, tokens // length)
-            for first in range(0, prompts, rows):
-                jobs.append((task, length, min(rows, prompts - first), first))
-    found: dict[tuple[str, int], tuple[int, int]] = {}
-    nats: dict[int, list[float]] = defaultdict(list)
-    for batch in produce(jobs, corpus, workers):
-        name, length = batch.samples[0].task, batch.ids.shape[1]
-        ids = torch.from_numpy(batch.ids).to(device).long()
-        with torch.inference_mode():
-            logits = model(ids, use_cache=False).logits
-            if name == "text":
-                for row in range(len(ids)):
-                    loss = F.cross_entropy(logits[row, :-1].float(), ids[row, 1:])
-                    nats[length].append(float(loss))
-                continue
-            guesses = logits.argmax(-1).cpu().numpy()
-        r, a = found.get((name, length), (0, 0))
-        for sample, guess in zip(batch.samples, guesses, strict=True):
-            r, a = r + tasks.count_right(sample, guess), a + len(sample.answers)
-        found[name, length] = (r, a)
-    return Scores(found, {n: sum(v) / len(v) / math.log(2) for n, v in nats.items()})
-
-
-CARD = """---
-license: apache-2.0
-pipeline_tag: text-generation
----
-
-# tiny-llama
-
-A Llama model of {parameters:,} parameters that reads bytes, trained from scratch to find things in
-long prompts. It exists so that sparse attention can be calibrated, tested and timed with a real
-pretrained model in seconds; it is no use as an assistant.
-
-- {layers} layers, hidden size {hidden}, {heads} query and {kv_heads} key/value heads of
-  {head_dim} dimensions, feed-forward size {ffn}, rotary theta {theta:g}, tied embeddings,
-  up to {longest} tokens, bfloat16.
-- Byte-level tokenizer: token ids 0-255 are the bytes, 256 begins a text.
-- Trained on Python source text (standard library and installed packages) and the tasks of
-  `accelkit.calibration.evaluation.tasks` at 512 to 32768 tokens:
-  {how}.
-- Made by `examples/train/tiny_llama.py`, which also measured the scores below and wrote this
-  file.
-
-## Scores
-
-Fraction of answers whose tokens are all the model's most likely ones under teacher forcing, by
-prompt length in tokens, with dense attention; prompts are new and their filler is held-out source.
-
-{table}
-
-{remark}
-"""
-
-
-def write_card(out: Path, scores: Scores, how: str) -> None:
-    """README.md with the measured scores and what was not learnt."""
-    weak = [
-        f"`{task}` at {length} tokens"
-        for (task, length), (r, a) in sorted(scores.answers.items(), key=lambda x: x[0][::-1])
-        if r < 0.9 * a
-    ]
-    remark = "Every task is above 90 % at every length measured."
-    if weak:
-        remark = "Not learnt well (below 90 %): " + ", ".join(weak) + "."
-    text = CARD.format(
-        parameters=sum(p.numel() for p in Model("cpu", False).parameters()),
-        layers=LAYERS,
-        hidden=HIDDEN,
-        heads=HEADS,
-        kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        ffn=FFN,
-        theta=ROPE_THETA,
-        longest=LONGEST,
-        how=how,
-        table=scores.table(),
-        remark=remark,
-    )
-    (out / "README.md").write_text(text)
-
-
-# -- training -----------------------------------------------------------------------------------
 
 
 def learning_rate(done: float, step: int, peak: float) -> float:

@@ -235,6 +235,11 @@ def test_two_seeds_alike() -> None:
         ({"preset": "best"}, "preset"),
         ({"methods": []}, "methods"),
         ({"time_limit": 0}, "time_limit"),
+        ({"time_limit": "15m"}, "time_limit is '15m'; expected a positive number, in seconds"),
+        ({"lengths": 512}, "lengths is 512; expected numbers of tokens"),
+        ({"lengths": ["8k"]}, "expected numbers of tokens, such as"),
+        ({"methods": "window"}, "methods is 'window'; expected a list"),
+        ({"methods": [3]}, "expected a list of names, classes or instances"),
     ],
 )
 def test_bad_arguments(changes: dict, words: str) -> None:

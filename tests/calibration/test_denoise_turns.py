@@ -113,6 +113,13 @@ def test_a_step_cache_that_is_only_guessed_is_tried_first() -> None:
     assert one.propose(0.15, alone=True).choice[0] == 1
 
 
+def test_a_step_cache_that_changes_what_rounding_does_is_as_good_as_none() -> None:
+    one = planner(known={0: 0.06})
+    assert one.propose(0.03).choice[0] == 1, "its error is 0.05"
+    one.known[0] = 0.04
+    assert one.propose(0.03).choice[0] == 0
+
+
 def test_eight_bits_are_proposed_where_what_is_left_out_goes_too_far() -> None:
     one = planner(kappas={None: 10.0})
     assert one.propose(0.03).choice == (0, EIGHT)
@@ -172,6 +179,50 @@ def test_a_prompt_that_tells_most_does_not_stand_for_all() -> None:
     checker.run.journal = Journal(None, {}, False)
     now = asked(checker, 0.1, {"error": 0.09, "done": 1.0}, {"error": 0.03, "done": 1.0})
     assert now.held
+
+
+def test_frames_count_beside_latents() -> None:
+    """Noise that is left in the frames is a small error of the latents."""
+    checker = Checker(None, None, [None] * 2, lambda plan: 0.5, 1.0)  # type: ignore[arg-type]
+    noisy = {"error": 0.1, "done": 1.0, "ssim": 0.6}
+    now = asked(checker, 0.2, noisy, {**noisy, "ssim": 0.9})
+    assert len(now.rows) == 1 and not now.held
+    assert now.reach == pytest.approx(0.4)
+    assert now.bound == pytest.approx(0.1), "what is learnt is the error of the latents"
+    checker.run.journal = Journal(None, {}, False)
+    assert asked(checker, 0.2, {**noisy, "ssim": 0.9}, {**noisy, "ssim": None}).held
+
+
+def test_what_stayed_within_the_budget_on_every_prompt_is_better_than_dense(caplog) -> None:
+    checker = Checker(None, None, [None] * 2, lambda plan: 0.5, 1.0)  # type: ignore[arg-type]
+    proposal = Proposal(None, None, 1.0, 2.0, 0.1, False)  # type: ignore[arg-type]
+
+    def turn(measured: float, bound: float, prompts: int = 2) -> Round:
+        rows = [{"done": 1.0}] * prompts
+        return Round(0.1, proposal, rows, measured=measured, bound=bound)
+
+    rounds = [turn(0.15, 0.24), turn(0.14, 0.22), turn(0.1, 0.21, 1), turn(0.3, 0.4)]
+    checker.least(rounds, 0.2)
+    assert [r.held for r in rounds] == [False, True, False, False]
+    assert "0.22" in caplog.text
+    rounds = [turn(0.15, 0.24), turn(0.19, 0.2)]
+    rounds[1].held = True
+    checker.least(rounds, 0.2)
+    assert [r.held for r in rounds] == [False, True]
+
+
+def test_hope_is_for_checks_that_afford_a_plan_after_it() -> None:
+    """A step cache that is not predicted to hold is tried first only then."""
+    one = planner(kappas={None: 9.0})
+    first = one.propose(0.15, alone=True)
+    assert first.choice[0] == 2 and first.error > 0.15
+    dear, cheap = (
+        Checker(None, None, [None] * 2, lambda plan, c=cost: c, 1.0)  # type: ignore[arg-type,misc]
+        for cost in (0.6, 0.4)
+    )
+    assert not one.worth_hoping(dear, first, 0.15)
+    assert one.worth_hoping(cheap, first, 0.15)
+    assert one.worth_hoping(dear, first, 0.25), "this one is predicted to hold"
 
 
 def test_checks_end_after_two_dense_runs() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
+from accelkit.calibration import search as search_module
 from accelkit.calibration.search import (
     DENSE,
     Choice,
@@ -186,3 +188,51 @@ def test_points_that_are_dropped_unsorted_change_nothing(monkeypatch) -> None:
         found.append([search(tables, e) for e in (0.05, 0.4, 1.5)])
     assert found[0] == found[1]
     assert len({s.ms for s in found[0]}) == 3
+
+
+@pytest.mark.parametrize("alike", [0.05, 1.0], ids=["heads alike", "heads unlike"])
+def test_sets_without_a_front_of_their_own_hardly_matter(monkeypatch, alike: float) -> None:
+    """Eight families, four heads: sets that come near no least price are left out."""
+    rng = np.random.default_rng(3)
+    tables = []
+    for _ in range(6):
+        table = random_table(rng, heads=4, families=8)
+        near = [
+            replace(o, error=mean + alike * (o.error - mean), ms=ms + alike * (o.ms - ms))
+            for o in table.options
+            for mean, ms in [(o.error.mean(), o.ms.mean())]
+        ]
+        tables.append(replace(table, options=tuple(near)))
+    made: list[int] = []
+    real = search_module._set
+    monkeypatch.setattr(search_module, "_set", lambda *a: made.append(1) or real(*a))
+    budgets = (0.03, 0.1, 0.3, 0.6)
+    few = [search(tables, b).ms for b in budgets]
+    fronts = len(made)
+    monkeypatch.setattr(search_module, "FEW_SETS", 1000)
+    every = [search(tables, b).ms for b in budgets]
+    assert fronts < 0.8 * (len(made) - fronts)
+    assert few == pytest.approx(every, rel=0.005)
+
+
+def test_fronts_of_sets_are_shared_where_only_the_unit_of_time_differs(monkeypatch) -> None:
+    rng = np.random.default_rng(5)
+    tables = [replace(random_table(rng, 3, 3), site=f"s{n}") for n in range(4)]
+    half = [
+        replace(
+            t, dense_ms=t.dense_ms * 0.3, ride_ms=t.ride_ms * 0.3,
+            options=tuple(replace(o, ms=o.ms * 0.3) for o in t.options),
+            fixed={f: ms * 0.3 for f, ms in t.fixed.items()},
+        )
+        for t in tables
+    ]  # fmt: skip
+    shared: dict = {"sets": {}}
+    for b in (0.05, 0.2, 0.5):
+        assert search(tables, b, shared).ms == pytest.approx(search(tables, b).ms)
+    monkeypatch.setattr(search_module, "_set", None)  # nothing is made anew
+    for b in (0.05, 0.2, 0.5):
+        found = search(half, b, {"sets": shared["sets"]})
+        assert found.ms == pytest.approx(0.3 * search(tables, b, shared).ms)
+    other = [replace(t, weight=t.weight * 2) for t in tables]
+    with pytest.raises(TypeError):
+        search(other, 0.2, {"sets": shared["sets"]})

@@ -174,7 +174,7 @@ def test_videos_and_sheets_are_written(tmp_path):
     path = frames.write(a, tmp_path / "deep" / "a.mp4", fps=8)
     back = v3.imread(path)
     assert back.shape == (8, 34, 40, 3)
-    sheet = v3.imread(frames.contact_sheet(a, b, tmp_path / "sheet.png"))
+    sheet = v3.imread(frames.contact_sheet(a, b, tmp_path / "new" / "sheet.png"))
     assert sheet.shape == (3 * (33 + 8), 6 * (40 + 8), 3)
     np.testing.assert_array_equal(sheet[4:37, 4:44], (a[0] * 255).round().astype(np.uint8))
     np.testing.assert_array_equal(sheet[45:78, 4:44], (b[0] * 255).round().astype(np.uint8))

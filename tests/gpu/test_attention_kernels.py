@@ -87,6 +87,19 @@ CASES = [
     Case(size=(128, 64), lengths=RAGGED, causal=False, options={"bias": True}),
     Case(size=(128, 64), lengths=CHUNKED, causal=False, options={"rows": True}, head_size=96),
     Case(size=(128, 64), lengths=RAGGED, causal=False, options={"bias": True}, head_size=64),
+    # All keys of an entry have one bias.
+    Case(lengths=RAGGED, options={"bias": True, "by_entry": True}),
+    Case(lengths=RAGGED, options={"bias": True, "by_entry": True}, causal=False, dtype=F16),
+    Case(size=(128, 64), lengths=CHUNKED, options={"bias": True, "by_entry": True}, head_size=64),
+    Case(size=(128, 64), lengths=RAGGED, causal=False, options={"bias": True, "by_entry": True}),
+    Case(
+        size=(256, 64),
+        lengths=CHUNKED,
+        causal=False,
+        options={"bias": True, "by_entry": True},
+        head_size=64,
+    ),
+    Case(size=(128, 256), lengths=CHUNKED, causal=False, options={"bias": True, "by_entry": True}),
     Case(lengths=RAGGED, options={"skip": 0.2}),
     Case(lengths=RAGGED, options={"skip": 0.2}, causal=False, dtype=F16),
     Case(lengths=CHUNKED, options={"skip": 0.2}, size=(128, 64)),
@@ -144,7 +157,10 @@ def test_against_fp64(case: Case, backend: str) -> None:
     if "rows" in case.options:
         args["rows"] = torch.tensor([1, index.rows - 1], device="cuda")
     if "bias" in case.options:
-        index = replace(index, bias=torch.randn(1, heads, n_k, device="cuda"))
+        bias, entries = torch.randn(1, heads, n_k, device="cuda"), "by_entry" in case.options
+        if entries:
+            bias = bias[..., :: case.size[1]].repeat_interleave(case.size[1], -1)[..., :n_k]
+        index = replace(index, bias=bias, bias_by_entry=entries)
     if "skip" in case.options:
         args["skip"] = case.options["skip"]
     width = v.shape[-1]

@@ -17,10 +17,11 @@ def at(call, step, total=50):
 
 def test_a_search_step_is_dense_and_the_others_read_its_mask():
     call = replace(planted.video(), memory={})
-    first = AdaSpa().index(at(call, 10))
+    method = AdaSpa(block=64)
+    first = method.index(at(call, 10))
     assert isinstance(first, Partial)
     torch.testing.assert_close(first.out, planted.dense(call), atol=1e-4, rtol=1e-4)
-    second = AdaSpa().index(at(call, 11))
+    second = method.index(at(call, 11))
     assert isinstance(second, BlockIndex) and second.size == (64, 64)
 
 
@@ -33,7 +34,7 @@ def test_searches(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "attend", lambda *a, **k: dense.append(1) or run(*a, **k), False)
     call = replace(planted.video(), memory={})
     for step in (3, 9, 12, 25, 35, 49):
-        AdaSpa().index(at(call, step))
+        AdaSpa(block=64).index(at(call, step))
     assert len(searched) == 2 and len(dense) == 1
 
 
@@ -48,7 +49,7 @@ def test_budget_moves_between_heads_and_its_mean_stays():
 
 def test_rows_keep_equal_numbers_of_the_greatest_masses():
     call = replace(planted.video(), memory={})
-    method = AdaSpa(adaptive=False)
+    method = AdaSpa(adaptive=False, block=64)
     method.index(at(call, 10))
     found = method.index(at(call, 11))
     lse = (call.q @ call.k.transpose(-1, -2) * call.scale).logsumexp(-1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny_pipes import latents, tiny_pipe
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import accelkit
 from accelkit.errors import InvalidInputError, UnsupportedModelError
@@ -104,6 +107,39 @@ def test_without_a_window_both_passes_are_one(pipe):
     dense = latents(pipe, "wan", steps=3)
     with accelkit.patch(pipe, [FreeSwim(), FreeSwimTwin(every=1)]):
         assert torch.equal(latents(pipe, "wan", steps=3), dense)
+
+
+def test_compiled_blocks_share_a_graph_for_both_passes(pipe):
+    """As many graphs as without a patch, and the numbers of blocks that are not compiled."""
+    counters = []
+
+    @contextmanager
+    def compiled():
+        torch._dynamo.reset()
+        counters.append(CompileCounterWithBackend("aot_eager"))
+        pipe.transformer.compile_repeated_blocks(backend=counters[-1], fullgraph=True)
+        yield
+        for module in pipe.transformer.modules():
+            module._compiled_call_impl = None
+
+    with compiled():
+        latents(pipe, "wan", steps=2)
+    with accelkit.patch(pipe, [WINDOW, FreeSwimTwin(every=2, until_step=3)]):
+        eager = latents(pipe, "wan", steps=5, **GUIDED)
+        with compiled():
+            found = [latents(pipe, "wan", steps=5, **GUIDED) for _ in range(2)]
+    assert counters[1].frame_count == counters[0].frame_count > 0
+    for again in found:
+        torch.testing.assert_close(again, eager, atol=1e-5, rtol=1e-4)
+
+
+def test_compiled_as_a_whole_both_passes_run_all_the_same(pipe):
+    with accelkit.patch(pipe, [WINDOW, FreeSwimTwin()]):
+        eager = latents(pipe, "wan", steps=3)
+        torch._dynamo.reset()
+        pipe.transformer.compile(backend="eager")
+        again = latents(pipe, "wan", steps=3)
+    torch.testing.assert_close(again, eager, atol=1e-5, rtol=1e-4)
 
 
 def test_nothing_stays_behind(pipe):

@@ -18,12 +18,14 @@ from accelkit.patches.adapters import facts
 from accelkit.patches.method import load
 from accelkit.patches.methods.first_block_cache import FirstBlockCache
 from accelkit.patches.methods.mag_cache import MagCache
+from accelkit.patches.methods.step_schedule import StepSchedule
 from accelkit.patches.methods.taylor_seer import TaylorSeer
 from accelkit.patches.parts import step_cache
 from accelkit.patches.plan import LayerPlan, Plan, Policy
 
 STEPS = 6
 ALL = list(range(STEPS))
+BEST = ((0,), (0, 3), (0, 2, 5), (0, 1, 2, 5), (0, 1, 2, 4, 5), (0, 1, 2, 3, 4, 5))
 
 
 @pytest.fixture
@@ -65,6 +67,8 @@ def run(pipe, part: str, inside: str):
         # 0.0199 for the second: 0.0299 in all is over the threshold, so every second one is run.
         (MagCache(ratios=(0.99,) * 6, threshold=0.02), "blocks.0", "attn1.to_q", [0, 2, 4]),
         (MagCache(ratios=(1.0,) * 6, max_skip_steps=2), "blocks.0", "attn1.to_q", [0, 3]),
+        (StepSchedule(share=0.5, schedules=BEST), "blocks.0", "attn1.to_q", [0, 2, 5]),
+        (StepSchedule(share=0.2, schedules=BEST), "blocks.0", "attn1.to_q", [0]),
         # Three steps first, then one in three.
         (TaylorSeer(interval=3), "blocks.0", "attn1.to_q", [0, 1, 2, 4]),
         (TaylorSeer(interval=3), "blocks.1", "ffn.net.2", [0, 1, 2, 4]),
@@ -84,7 +88,7 @@ def test_steps_that_are_computed(pipe, cache, part, inside, computed):
         assert torch.equal(found, dense)
 
 
-@pytest.mark.parametrize("name", ["first_block_cache", "mag_cache", "taylor_seer"])
+@pytest.mark.parametrize("name", ["first_block_cache", "mag_cache", "step_schedule", "taylor_seer"])
 def test_nothing_stays_behind(pipe, name):
     dense = latents(pipe, "wan")  # the pipeline itself leaves an empty registry of hooks
     before = {n: dict(vars(m)) for n, m in pipe.transformer.named_modules()}

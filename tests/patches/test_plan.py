@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from accelkit.errors import PlanCorruptError, PlanError, PlanVersionError
 from accelkit.patches import plan_file
 from accelkit.patches.call import Clock
-from accelkit.patches.method import TokenMethod
+from accelkit.patches.method import TokenMethod, load
 from accelkit.patches.plan import (
     Component,
     Fingerprint,
@@ -122,11 +122,23 @@ def test_first_matching_rule_wins():
             PlanError,
             r"self_attn\.rules\.0\.phase: .*'prefill', 'decode' or 'denoise'",
         ),
+        (
+            lambda d: d["sites"]["model.layers.0.self_attn"]["rules"][0].update(steps=[0.5, 0.2]),
+            PlanError,
+            r"rules\.0\.steps: expected shares of the steps that rise",
+        ),
     ],
 )
 def test_damaged_plans_say_where(edit, error, message):
     with pytest.raises(error, match=message):
         Plan.from_json(damaged(edit))
+
+
+def test_a_field_that_a_method_does_not_have():
+    with pytest.raises(
+        ValueError, match="unknown field 'window_token'; known are: sink_tokens, win"
+    ):
+        load("window")(window_token=3)
 
 
 def test_older_schemas_are_migrated(monkeypatch):
@@ -234,7 +246,8 @@ def test_compare_looks_at_what_nothing_runs_and_at_maps_of_heads():
     first, second = "model.layers.0.self_attn", "model.layers.1.self_attn"
 
     class Thinning(TokenMethod):
-        pass
+        def keep(self, stream):
+            return None
 
     plan = make(policies=(Policy(), Policy(reuse=Reuse(site=first, heads=(0, 1)))))
     rules = plan.sites[first].rules
@@ -242,8 +255,8 @@ def test_compare_looks_at_what_nothing_runs_and_at_maps_of_heads():
     plan = plan.model_copy(update={"sites": layers})
     found = [str(p) for p in compare(plan, plan.fingerprint, {first: 4, second: 4})]
     assert len(found) == 2
-    assert f"{first}: nothing runs" in found[0]
-    assert "(tokens); take 'tokens' out of this site" in found[0]
+    assert f"{first}: nothing asks" in found[0]
+    assert "to keep yet; take 'tokens' out of this site" in found[0]
     assert f"{second}: reuses {first!r} by a map of 2 heads, the site has 4" in found[1]
 
 

@@ -79,11 +79,12 @@ def compare(
     """
     if repeat < 1:
         raise InvalidInputError("--repeat must be at least 1")
-    if output is not None and getattr(pipe, "vae", None) is None:
-        raise InvalidInputError(
-            f"{type(pipe).__name__} has no decoder, so there is nothing to write"
-        )
-
+    if output is not None:
+        if getattr(pipe, "vae", None) is None:
+            raise InvalidInputError(
+                f"{type(pipe).__name__} has no decoder, so there is nothing to write"
+            )
+        frames.can_write(output, settings.filled(pipe).num_frames or 1)
     cached = any(layer.block for layer in plan.sites.values())
     if not cached and not any(layer.rules for layer in plan.sites.values()):
         raise NothingPatchedError(

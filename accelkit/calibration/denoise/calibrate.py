@@ -198,7 +198,9 @@ def _plan(
         dense = found.step_seconds * seen.total
         whole = run.journal.unit("cache/whole", lambda: small.whole.seconds)
         afford = SHORT * whole if SHORT * whole > dense else CACHES * dense - whole
-    cached, refused = denoise_caches.options(run, small, caches, allowed, afford)
+    # Spread as the trials show it: what hardly changes anything may tip a single result over.
+    margin = small.margin()
+    cached, refused = denoise_caches.options(run, small, caches, allowed / margin, afford)
     planner = Planner(
         seen, found, weights, costs, tokens, cached, fingerprint, budget,
         Limits(
@@ -209,8 +211,6 @@ def _plan(
         ),
     )  # fmt: skip
     planner.known[0] = rounding = small.rounding()
-    # Spread as the trials show it: what hardly changes anything may tip a single result over.
-    margin = small.margin()
     planner.rehearse(small, margin)
     checker = Checker(run, settings, shots.check, planner.ratio, margin)
     plan = planner.finished(planner.settle(run, checker))

@@ -4,6 +4,7 @@ patched. The worst prompt counts.
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from accelkit.calibration.session import Run
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 
+log = logging.getLogger("accelkit")
 HOPELESS = 1.25
 """A run whose latents have this multiple of the budget is not finished."""
 MOST_RUNS = 2.0
@@ -70,7 +72,8 @@ class Checker:
             now.rows.append({**row, "prompt": n})
             # The error of a run that was not finished would have grown further.
             errors = [r["error"] / r["done"] for r in now.rows]
-            now.measured = max(errors)
+            # Frames count as well: noise that stays in them is a small error of the latents.
+            now.measured = max([*errors, *(1 - r["ssim"] for r in now.rows if r.get("ssim"))])
             likely = self.likely({r["prompt"]: e for r, e in zip(now.rows, errors, strict=True)})
             now.bound = self.margin * geometric_mean(likely)
             clear = len(likely) >= self.prompts and now.bound > CLEAR * allowed
@@ -100,9 +103,9 @@ class Checker:
 
     def used(self, rounds: Sequence[Round]) -> float:
         """Dense runs for each prompt that the rounds took, the dense side included."""
-        return 1 + sum(self._took(r.plan, row) for r in rounds for row in r.rows) / len(self.shots)
+        return 1 + sum(self.took(r.plan, row) for r in rounds for row in r.rows) / len(self.shots)
 
-    def _took(self, plan: Plan, row: Mapping[str, Any]) -> float:
+    def took(self, plan: Plan, row: Mapping[str, Any]) -> float:
         """Dense runs that a run took, without compiling; as predicted if it has no times."""
         if "steps_ms" not in row:
             return self.cost(plan) * row["done"]
@@ -115,7 +118,7 @@ class Checker:
         how much longer earlier ones took.
         """
         longer = [
-            self._took(r.plan, row) / (self.cost(r.plan) * row["done"])
+            self.took(r.plan, row) / (self.cost(r.plan) * row["done"])
             for r in rounds
             for row in r.rows
         ]
@@ -137,6 +140,25 @@ class Checker:
         why = f"the check would be worth more than {MOST_RUNS:g} dense runs a prompt"
         self.run.skipped.append(f"{what} {len(rounds) + 1}: {why}")
         return self.prompts > 0
+
+    def affords(self, *plans: Plan) -> bool:
+        """Whether a check that has not begun may run whole rounds of all these plans."""
+        return 1 + sum(self.whole([], plan) for plan in plans) <= MOST_RUNS
+
+    def least(self, rounds: Sequence[Round], allowed: float) -> None:
+        """Where none held, for further prompts might exceed the budget, let that one hold which
+        comes closest among those that stayed within it on every prompt: a user whose own prompts
+        all kept to the budget is served better by it than by a dense plan.
+        """
+        whole = [r for r in rounds if len(r.rows) == len(self.shots) and r.measured <= allowed]
+        if whole and not any(r.held for r in rounds):
+            best = min(whole, key=lambda r: r.reach)
+            best.held = True
+            log.warning(
+                "the plan stayed within %g on every prompt of the check (%.3g at most), and no "
+                "other could be afforded; one further prompt in twenty may reach %.3g",
+                allowed, best.measured, best.reach,
+            )  # fmt: skip
 
     def care(self, rounds: Sequence[Round], plan: Plan) -> float:
         """The share of ε that a round shall take which takes this plan's time: less where no other

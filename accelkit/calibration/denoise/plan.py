@@ -110,7 +110,7 @@ class Planner:
             if (share := checker.care(rounds, proposal.plan)) < 1:
                 epsilon = share * aim
                 proposal = self.propose(epsilon, alone=cautious)
-            if cautious and proposal.ms > CHEAP * proposal.dense_ms:
+            if cautious and not self.worth_hoping(checker, proposal, aim):
                 cautious = False
                 continue
             if proposal.dense and not rounds and self.kappas[None] > 1 / MOST_KAPPA:
@@ -133,7 +133,16 @@ class Planner:
             typical = max(now.bound / checker.margin, 1e-12)
             self.learn(now, typical)
             aim, cautious = refine.MARGIN * allowed * typical / max(now.reach, 1e-12), False
+        checker.least(rounds, allowed)
         return refine.fastest(rounds, checker)
+
+    def worth_hoping(self, checker: Checker, proposal: refine.Proposal, aim: float) -> bool:
+        """Whether a step cache may be tried alone first: its round is cheap, and where it is not
+        predicted to hold, the check affords what is.
+        """
+        if proposal.ms > CHEAP * proposal.dense_ms:
+            return False
+        return proposal.error <= aim or checker.affords(proposal.plan, self.propose(aim).plan)
 
     def propose(self, epsilon: float, alone: bool = False) -> refine.Proposal:
         """The fastest denoising whose predicted error, the step cache's included, is ε; `alone`:
@@ -143,19 +152,21 @@ class Planner:
         for n, cache in enumerate(self.caches):
             error = self.cached_error(n)
             hope = HOPE if alone and n not in self.known else 1.0
-            if n and error > hope * epsilon:
+            # What changes no more than rounding alone is as good as nothing.
+            if n and error > max(hope * epsilon, self.cached_error(0)):
                 continue
             # Rounding alone may take it all, in theory, and so may a step cache that is tried.
             least = epsilon / 2 if not n or error > epsilon else 0.0
             room = max(epsilon**2 - error**2, least**2) ** 0.5
             solution = self.tables.quiet.search(n, room / self.quiet)
-            ways.append((solution.ms + self._rest(cache), n, solution))
+            ways.append((solution.ms + self._rest(cache), error, n, solution))
             if not alone:
                 solution = self.tables.all.search(n, room / self.kappa(n))
                 loud = self.tables.errors(solution.choices)[0] > 0
                 handicap = 1 / TRUST if loud else 1.0
-                ways.append(((solution.ms + self._rest(cache)) * handicap, n, solution))
-        _, n, solution = min(ways, key=lambda w: w[:2])
+                ways.append(((solution.ms + self._rest(cache)) * handicap, error, n, solution))
+        # Equally fast ones differ in their last digits.
+        _, _, n, solution = min(ways, key=lambda w: (float(f"{w[0]:.6g}"), *w[1:3]))
         return self.proposal(n, solution)
 
     def proposal(self, n: int, solution: Solution) -> refine.Proposal:

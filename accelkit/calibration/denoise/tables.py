@@ -29,15 +29,17 @@ class Beside:
     """Tables beside each step cache, and what search finds in them. Step caches differ by the share
     that they leave of every choice's time, so the fronts of single places are made once.
 
-    `kept` are the options of each place that `tables` have, where that is not all of them.
+    `kept` are the options of each place that `tables` have, where that is not all of them. `sets`
+    are the fronts of sets of families that others have made.
     """
 
     tables: Sequence[Sequence[Table]]
     kept: Sequence[Sequence[int]] | None = None
+    sets: dict[Any, Any] = field(default_factory=dict)
     fronts: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.fronts = [{} for _ in self.tables]
+        self.fronts = [{"sets": self.sets} for _ in self.tables]
         self._fastest: dict[int, Solution] = {}
 
     def fastest(self, n: int) -> Solution:
@@ -84,12 +86,15 @@ class Tables:
             replace(t, options=tuple(t.options[i] for i in kept), loans=())
             for t, kept in zip(self.plain, self.kept, strict=True)
         ]
-        self.quiet = Beside(self._beside(few, self.kept), self.kept)
+        self.sets: dict[Any, Any] = {}
+        self.quiet = Beside(self._beside(few, self.kept), self.kept, self.sets)
         self.weigh(1.0)
 
     def weigh(self, ratio: float) -> None:
         """Let errors of quiet options count for so much among all."""
-        self.all = Beside(self._beside(scaled(self.plain, self.kept, ratio, 1.0), None))
+        self.all = Beside(
+            self._beside(scaled(self.plain, self.kept, ratio, 1.0), None), None, self.sets
+        )
 
     def errors(self, choices: Sequence[Choice]) -> tuple[float, float]:
         """Predicted errors of what choices leave out, and of their quiet options."""

@@ -295,9 +295,13 @@ def begin(pipe: Any, settings: Settings, shot: Shot) -> None:
 
 
 @contextmanager
-def listening(pipe: Any, see: Callable[[Tensor, bool], None]) -> Iterator[None]:
+def listening(
+    pipe: Any,
+    see: Callable[[Tensor, bool], None],
+    before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+) -> Iterator[None]:
     """While open, `see` gets the latents that each of the scheduler's steps gives, and whether it
-    was another look at the same timestep.
+    was another look at the same timestep; `before` gets the arguments, ahead of the step.
     """
     scheduler, own = pipe.scheduler, "step" in vars(pipe.scheduler)
     step = scheduler.step
@@ -306,6 +310,8 @@ def listening(pipe: Any, see: Callable[[Tensor, bool], None]) -> Iterator[None]:
 
     @wraps(step)
     def listened(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(args, kwargs)
         found = step(*args, **kwargs)
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         again = timestep is not None and timestep is last[0]

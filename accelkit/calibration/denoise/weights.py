@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from accelkit.calibration.capture import See, dense_attention
-from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise import schedule, video
 from accelkit.calibration.denoise.look import (
     Look,
     bucket_of,
@@ -64,11 +64,13 @@ into another picture, or not.
 @dataclass(frozen=True)
 class Whole:
     """A dense run at the small geometry in all steps: final latents, the sizes of the residuals
-    that MagCache lives on (empty where they cannot be had), seconds, and calls of each place.
+    that MagCache lives on and the best schedules for every number of steps (both empty where they
+    cannot be had), seconds, and calls of each place.
     """
 
     latents: Tensor
     ratios: list[float]
+    schedules: list[list[int]]
     seconds: float
     calls: Mapping[str, int]
 
@@ -119,8 +121,14 @@ class Small:
                 noted[:] = ratios()
 
             undo.enter_context(watch(self.run.model, count))
+            kept = undo.enter_context(schedule.recorded(self.run.model))
             take = video.run(self.run.model, self.seen.settings, self.shots[0], each=each)
-        return Whole(take.latents, [round(r, 5) for r in noted], take.ends[-1], calls)
+        best = schedule.schedules(kept) if len(self.roots) == 1 else []
+        return Whole(take.latents, [round(r, 5) for r in noted], best, take.ends[-1], calls)
+
+    def own(self, name: str) -> list[Any]:
+        """Numbers of the model that step caches need: `ratios` or `schedules` of the dense run."""
+        return getattr(self.whole, name)
 
     @cached_property
     def kept_calls(self) -> dict[tuple[str, int], tuple[Any, Any]]:

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from accelkit.calibration import memory
 from accelkit.calibration.candidates import families
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit import kernels
 from accelkit.calibration.fit.inputs import Shape
 from accelkit.calibration.fit.methods import asked, cost
 from accelkit.calibration.session import compile_clock, compile_once
+from accelkit.kernels.scores_blocks import CHUNK_BYTES
 from accelkit.patches.call import AttentionCall, Site
 from accelkit.patches.method import AttentionMethod
 
@@ -26,6 +28,10 @@ UNIT = (128, 128)
 MOST_THREADS = 16
 LONG_AT_ONCE = 8
 """So many threads more work on calls of full length, whose memory adds up."""
+COPIES = 3
+"""How often a thread holds a call's rows: as they are, laid out in another order, as outputs."""
+CELL = 8
+"""Tokens of the finest cells whose scores a thread holds."""
 Size = tuple[int, int]
 Job = Callable[[Mapping[int, AttentionCall]], Iterable[Size]]
 """Runs what is measured at some lengths; gives the units of lists that it came across."""
@@ -35,15 +41,19 @@ def rehearse(
     calls: Mapping[int, AttentionCall],
     methods: Sequence[AttentionMethod],
     shape: Shape,
+    room: int | None = None,
     brief: bool = False,
 ) -> set[Size]:
     """Run once what a fit measures at the shortest length and, where that had to compile something,
-    at all of them; return the units of the lists. What fails here fails again where it is
-    measured, and says why there. `brief`: only where the kernels of the first unit had to be
-    compiled; else all others lie in the cache as well.
+    at one of those with each next power of two, for which rows are filled up alike; return the
+    units of the lists. What fails here fails again where it is measured, and says why there.
+    Threads are so few that they find `room` bytes enough. `brief`: only where the kernels of the
+    first unit had to be compiled; else all others lie in the cache as well.
     """
     device = calls[max(calls)].q.device
     short = {min(calls): calls[min(calls)]}
+    each = {(n - 1).bit_length(): n for n in sorted(calls, reverse=True)}
+    longer = {n: calls[n] for n in sorted(each.values())}
     if brief:
         with compile_clock(cached=False) as missing:
             _kernel(UNIT, calls)
@@ -58,8 +68,8 @@ def rehearse(
             torch.cuda.empty_cache()
             return ()
 
-    pool = ThreadPoolExecutor(_threads())
-    whole = ThreadPoolExecutor(LONG_AT_ONCE)
+    pool = ThreadPoolExecutor(_at_once(calls[min(calls)], room, _threads()))
+    whole = ThreadPoolExecutor(_at_once(calls[max(calls)], room, LONG_AT_ONCE))
     with compile_clock(cached=False) as compiled, compile_once(), pool, whole:
         # Kernels of the unit that is always there take longest to compile and come first.
         jobs: list[Job] = [partial(_kernel, UNIT), _dense]
@@ -76,9 +86,18 @@ def rehearse(
                 if job is not None and len(calls) > 1:
                     ran.append(job)
             while ran and compiled():
-                running[whole.submit(tried, ran.pop(), calls)] = None
-    torch.cuda.synchronize(device)
+                running[whole.submit(tried, ran.pop(), longer)] = None
+    memory.give_back(device)
     return known
+
+
+def _at_once(call: AttentionCall, room: int | None, most: int) -> int:
+    """How many threads half of the room is enough for, each with a call like this one."""
+    if room is None:
+        return most
+    cells = 4 * call.q.shape[0] * len(call.heads) * (call.n_q // CELL) ** 2
+    rows = sum(t.nbytes for t in (call.q, call.k, call.v))
+    return min(most, max(1, room // 2 // (COPIES * rows + min(CHUNK_BYTES, cells))))
 
 
 def _threads() -> int:

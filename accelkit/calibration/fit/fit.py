@@ -41,6 +41,7 @@ def fit(
     repeat: int = 3,
     limit_s: float = 60.0,
     brief: bool = False,
+    room: int | None = None,
     step: Callable[[str], None] | None = None,
     expect: Callable[[int], None] | None = None,
 ) -> CostTable:
@@ -49,7 +50,8 @@ def fit(
 
     `step` is told what is measured next, `expect` how many steps are left after compiling. After
     `limit_s` seconds nothing is repeated any more. `brief` is for a search on a GPU, in which a
-    fit would take longer than all the rest: fewer lengths, and whole calls are not checked.
+    fit would take longer than all the rest: fewer lengths, and whole calls are not checked. `room`
+    is how many bytes of a GPU the calls that are compiled side by side may take.
     """
     until = time.monotonic() + (0.0 if brief else limit_s)
     at = lengths(shape, tokens, device, brief)
@@ -63,7 +65,7 @@ def fit(
     known = {ahead.UNIT}
     if device.type == "cuda":
         tell("compiling kernels")
-        known = ahead.rehearse(calls, methods, shape, brief)
+        known = ahead.rehearse(calls, methods, shape, room, brief)
     thorough, few = device.type == "cuda" and not brief, brief and shape.causal
     if expect is not None:
         once = 1 + len(methods) + len(known) + thorough

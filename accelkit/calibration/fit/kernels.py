@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from accelkit.calibration.fit.clock import device_ms, each_ms, settle
 from accelkit.calibration.fit.inputs import random_index, shorter
 from accelkit.calibration.timing import times_ms
@@ -49,7 +51,8 @@ class Densities:
 
 FITTED = Densities((0.01, 0.04, 0.12, 0.35, 1.0), (0.04, 0.35), (0.1, 0.2))
 BRIEF = Densities((0.04, 0.35, 1.0), (0.12,), (0.2,))
-SINGLE_KEYS = Densities((0.02, 0.05, 0.12), (0.05,), (0.1,))
+SINGLE_KEYS = Densities((0.02, 0.05, 0.08, 0.12), (0.05, 0.12), (0.1,))
+BRIEF_KEYS = Densities((0.02, 0.12), (0.05,), (0.1,))
 """Nobody runs denser lists of single keys."""
 EACH_SHAPE = Densities((0.04,), (0.04,), (0.1,))
 """One launch of every shape."""
@@ -113,12 +116,14 @@ def judged(
     one = points[0].one
     again = min(device_ms(partial(compute, one), 2, 1)) if one.call.q.is_cuda else spent[0]
     kept = max(spent[0] - again, 0.0)
-    return replace(found, error=round(error, 4), backend=_backend(one), kept=kept), checks
+    found = replace(found, error=round(error, 4), backend=_backend(one), kept=kept)
+    return replace(found, lanes=_lanes(one)), checks
 
 
 def densities(size: tuple[int, int], brief: bool = False) -> Densities:
     """Densities at which a unit is measured."""
-    return SINGLE_KEYS if size[1] == 1 else BRIEF if brief else FITTED
+    keys, blocks = (BRIEF_KEYS, BRIEF) if brief else (SINGLE_KEYS, FITTED)
+    return keys if size[1] == 1 else blocks
 
 
 def launches(
@@ -131,7 +136,7 @@ def launches(
     if size[1] == 1 and longest > MOST_SINGLE_KEYS:
         # A mask of single keys grows with the square of the length; shorter prompts tell as much.
         whole = calls[longest]
-        calls = {n: shorter(whole, n) for n in (s * MOST_SINGLE_KEYS // 8 for s in (2, 3, 8))}
+        calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS * s // 8 for s in (2, 3, 7, 8))}
         longest = MOST_SINGLE_KEYS
     for n, call in calls.items():
         for part in _parts(call):
@@ -163,14 +168,16 @@ def _parts(call: AttentionCall) -> list[AttentionCall]:
 def point(call: AttentionCall, size: tuple[int, int], density: float, held: bool) -> Point:
     """A launch over random lists of this density."""
     index = random_index(call, size, density)
+    one = Answer(call, (index,))
     shares, rows = select.density(index, call), len(call.heads) * call.tiles(size)[0]
     mean, pairs = shares.mean().item(), shares.sum().item() * visible_pairs(call.n_q, call.causal)
-    features = [1.0, float(rows), pairs / 1e6, 0.0, 0.0, 0.0]
+    turns = Kernel(0.0, 0.0, 0.0, lanes=_lanes(one)).turns(rows * size[0])
+    features = [1.0, turns * rows, turns * pairs / 1e6, 0.0, 0.0, 0.0]
     if call.q.is_cuda:
         features[3:5] = mean * call.n_q / 1e3, float(rows > FEW_ROWS)
     if call.causal:  # others have one length
-        features[5] = pairs / 1e6 * beyond(call.n_q)
-    return Point(Answer(call, (index,)), mean, tuple(features), held)
+        features[5] = turns * pairs / 1e6 * beyond(call.n_q)
+    return Point(one, mean, tuple(features), held)
 
 
 def anew(one: Answer) -> None:
@@ -192,6 +199,17 @@ def _least_ms(run: Callable[[], Any], one: Answer) -> float:
     device = one.call.q.device
     settle(device)
     return min(device_ms(run, 2, 1) if device.type == "cuda" else times_ms(run, 2, 0, device))
+
+
+def _lanes(one: Answer) -> int:
+    """Programs that run at one time where the kernel over single keys keeps them on their
+    multiprocessors; 0 for other kernels.
+    """
+    call, index = one.call, one.pieces[0]
+    assert isinstance(index, BlockIndex)
+    if index.size[1] > 1 or not call.q.is_cuda or _backend(one) != "gluon":
+        return 0
+    return torch.cuda.get_device_properties(call.q.device).multi_processor_count
 
 
 def _backend(one: Answer) -> str:

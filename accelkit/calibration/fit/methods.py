@@ -12,17 +12,12 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from accelkit.calibration.candidates import calibrated_settings, families, prime
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit.inputs import Shape, fresh
-from accelkit.kernels.cost import (
-    Check,
-    CostTable,
-    MethodCost,
-    Points,
-    interpolate,
-    least_squares,
-)
+from accelkit.kernels.cost import Check, CostTable, MethodCost, Points, interpolate
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.kernels.select import density
 from accelkit.patches.call import AttentionCall
@@ -48,8 +43,8 @@ LEAST_LISTS = 0.05
 """Share of a measurement that is left to the lists when launches seem to take all of it, and least
 factor of rows and pairs.
 """
-THIN = 0.6
-"""Lists tell rows and pairs apart when some have less than this share of the pairs of others."""
+ALIKE = 0.25
+"""Weight of the belief that the factors of rows and pairs are alike, beside that of a reading."""
 Clocked = Callable[..., float]
 """Milliseconds of a piece of work, given it and how often to run it."""
 
@@ -209,21 +204,23 @@ def beside_random(
     table: CostTable, tokens: int, seen: Sequence[tuple[Lists, float]], kept: bool = False
 ) -> tuple[float, float]:
     """What lists took ÷ what `table` predicts for random ones of the same densities, without the
-    launches: of their rows, and of the pairs in them. The two are told apart where some lists are
-    much thinner than others. `kept`: of lists that ran before.
+    launches: of their rows, and of the pairs in them. Lists that are thinner than others tell the
+    two apart; as far as they do not, both are alike. `kept`: of lists that ran before.
     """
-    parts, spent = [], []
+    parts = []
     for own, took in seen:
         launches = sum(table.launch_ms(size, kept) for size, _ in own)
         rows = sum(table.rows_ms(size, tokens) * len(each) for size, each in own)
         heads = sum(table.head_ms(size, tokens, d) for size, each in own for d in each)
-        parts.append((rows, heads - rows))
-        spent.append(max(took - launches, LEAST_LISTS * took))
-    if len(parts) > 1 and parts[-1][1] < THIN * parts[0][1]:
-        rows, pairs = (max(f, LEAST_LISTS) for f in least_squares(parts, spent))
-        return rows, pairs
-    whole = sum(parts[0])
-    return (spent[0] / whole,) * 2 if whole else (1.0, 1.0)
+        spent = max(took - launches, LEAST_LISTS * took)
+        parts.append((rows / spent, (heads - rows) / spent))
+    thinnest = parts[-1][0]
+    if not any(map(sum, parts)):
+        return 1.0, 1.0
+    x = np.array([*parts, (ALIKE * thinnest, -ALIKE * thinnest)])
+    found = np.linalg.lstsq(x, np.array([1.0] * len(parts) + [0.0]), rcond=None)[0]
+    of_rows, of_pairs = found.clip(LEAST_LISTS).tolist()
+    return of_rows, of_pairs
 
 
 def checked(

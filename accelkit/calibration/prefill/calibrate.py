@@ -12,12 +12,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from accelkit.calibration import assemble, memory, stages
 from accelkit.calibration import data as prompts
 from accelkit.calibration.assemble import SiteData
 from accelkit.calibration.candidates import Family, chosen_methods
-from accelkit.calibration.capture import forward
+from accelkit.calibration.capture import prefill
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.evaluation.tasks import MIN_LENGTH
 from accelkit.calibration.fit import fit
@@ -179,7 +180,9 @@ def _plan(
     tokens = inputs.longest
     dense = run.journal.unit("dense", lambda: _dense_prefill(run, inputs))
     memory.restart(run.device)
-    costs = stages.fitted(run, shape, run.model.dtype, tokens, methods)
+    room = memory.room(run.device, dense["dense_peak_bytes"])
+    costs = stages.fitted(run, shape, run.model.dtype, tokens, methods, room)
+    memory.give_back(run.device)
     able = [m for m in methods if m.kind in costs.methods]
     screen = measure.screened(run, screen_on, able, measure.dear(run, costs, tokens))
     families = {
@@ -204,6 +207,7 @@ def _plan(
 
     families, units = measure.measured(run, inputs.measure, screen, families, narrow)
     found = data(families, units)
+    memory.give_back(run.device)
     plan = refined(run, found, inputs, fingerprint, budget, costs)
     about = {
         "refused": dict(costs.refused),
@@ -216,10 +220,13 @@ def _plan(
 
 
 def _dense_prefill(run: Run, inputs: prompts.Inputs) -> dict[str, Any]:
-    """Milliseconds and peak memory of what the search is compared with: the longest prompts."""
-    ids = np.repeat(inputs.measure[0].ids[None], run.batch, 0)
+    """Milliseconds and peak memory of what the search is compared with: the longest prompts, up to
+    the first token and with the cache that `generate` fills.
+    """
+    ids = np.repeat(inputs.measure[0].ids[None].astype(np.int64), run.batch, 0)
+    work = partial(prefill, run.model, torch.from_numpy(ids).to(run.device))
     memory.restart(run.device)
-    ms = fit.clock(partial(forward, run.model, ids), 1, run.device, rested=False)
+    ms = fit.clock(work, 1, run.device, rested=False)
     return {"dense_prefill_ms": round(ms, 3), "dense_peak_bytes": memory.peak(run.device)}
 
 

@@ -19,7 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from accelkit.kernels._triton.gluon_parts import load, normalised
-from accelkit.kernels._triton.gluon_scores import bias_of, hide_half, hide_keys, softmax
+from accelkit.kernels._triton.gluon_scores import (
+    bias_of,
+    biases_at,
+    entries_of,
+    hide_half,
+    hide_keys,
+    softmax,
+)
 from accelkit.kernels._triton.gluon_scores import hide as _hide
 from accelkit.kernels._triton.gluon_scores import limits as _limits
 from accelkit.kernels._triton.gluon_tiles import entry, fetch, ring, tiles
@@ -202,17 +209,25 @@ def _finished(p, acc, v_empty, MODE: gl.constexpr):
 
 
 @gluon.jit
-def _begin(
-    s, BIAS, LISTS, block, places, there, phase, more, limit, masked, clean, n_k, factor,
-    BK: gl.constexpr, dtype: gl.constexpr, sl: gl.constexpr, pl: gl.constexpr,
+def _first_bias(
+    BIAS, LISTS, masked, clean, n_k, BK: gl.constexpr, BN: gl.constexpr, sl: gl.constexpr,
     BIAS_BY: gl.constexpr,
+):  # fmt: skip
+    """What the scores of a row's first tile get besides."""
+    lacks = _tiles(masked, clean, BK, BN)[2]
+    return bias_of(BIAS, LISTS, 0, masked + clean, lacks, n_k, BK, BN, sl, BIAS_BY)
+
+
+@gluon.jit
+def _begin(
+    s, bias, block, places, there, phase, more, limit, masked, clean, factor, BK: gl.constexpr,
+    dtype: gl.constexpr, sl: gl.constexpr, pl: gl.constexpr, BIAS_BY: gl.constexpr,
 ):  # fmt: skip
     """Probabilities, maximum and sum of a row's first tile."""
     ROWS: gl.constexpr = s.shape[0]
     BN: gl.constexpr = s.shape[1]
     row: gl.constexpr = gl.SliceLayout(1, sl)
     lacks = _tiles(masked, clean, BK, BN)[2]
-    bias = bias_of(BIAS, LISTS, 0, masked + clean, lacks, n_k, BK, BN, sl, BIAS_BY)
     if BK == 1:
         if (masked > 0) | (clean == 0):
             s = hide_keys(s, places, there, phase, more, limit, sl)
@@ -276,9 +291,10 @@ def _consume(
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(0))
     limit = _limits(q_row + lane, masked + clean, n_k, q_start, CAUSAL)
+    bias = _first_bias(bias_at, at, masked, clean, n_k, BK, BN, sl, BIAS_BY)
     p16, m, total = _begin(
-        s, bias_at, at, block, places.index(0), v_full.index(0), 0, True, limit, masked, clean,
-        n_k, factor, BK, dtype, sl, pl, BIAS_BY,
+        s, bias, block, places.index(0), v_full.index(0), 0, True, limit, masked, clean, factor,
+        BK, dtype, sl, pl, BIAS_BY,
     )  # fmt: skip
     while place < n_items:
         place = _place(round + 1)
@@ -318,16 +334,28 @@ def _consume(
                 acc = acc * gl.convert_layout(alpha, o_row)[:, None]
                 p16 = gl.convert_layout(p.to(dtype), pl)
                 stage, phase, turn = k_stage, k_phase, turn ^ 1
+        if BIAS_BY == "entry":
+            one, two = entries_of(at, first_clean, masked + clean, lacks, first_clean < n, BK, BN)
+            first, second = biases_at(bias_at, one, two)
+            there = first_clean + 1 < n
+            one, two = entries_of(at, first_clean + 1, masked + clean, lacks, there, BK, BN)
         for j in range(first_clean, n):
             k_stage, k_phase = _next(stage, phase, STAGES)
-            # Asked for here, so that the product covers the time it takes.
-            bias = bias_of(bias_at, at, j, masked + clean, lacks, n_k, BK, BN, sl, BIAS_BY)
+            if BIAS_BY == "entry":
+                bias = first, second, 0.0
+            else:
+                bias = bias_of(bias_at, at, j, masked + clean, lacks, n_k, BK, BN, sl, BIAS_BY)
             s, acc = _products(
                 own, k.index(k_stage), v.index(stage), p16, acc, zero, k_full.index(k_stage),
                 k_empty.index(k_stage), k_phase, True, v_full.index(stage), v_empty.index(stage),
                 phase, mine, other, turn, MODE, BK, BN, BD, BDV,
             )  # fmt: skip
             p, m, alpha, total = softmax(s, m, total, factor, bias, BK, BIAS_BY)
+            if BIAS_BY == "entry":
+                # Asked for a tile early, and where it lies two: nothing would cover the way from
+                # a list to a number in front of a product. Here the second product does.
+                first, second = biases_at(bias_at, one, two)
+                one, two = entries_of(at, j + 2, masked + clean, lacks, j + 2 < n, BK, BN)
             acc = _finished(p16, acc, v_empty.index(stage), MODE)
             acc = acc * gl.convert_layout(alpha, o_row)[:, None]
             p16 = gl.convert_layout(p.to(dtype), pl)
@@ -336,6 +364,8 @@ def _consume(
         at = LISTS + next_row.to(gl.int64) * capacity
         block = _first_block(at, next_masked, next_clean, BK)
         bias_at = BIAS + next_b.to(gl.int64) * s_bb + next_slot.to(gl.int64) * s_bh
+        if BIAS_BY == "entry":
+            bias = _first_bias(bias_at, at, next_masked, next_clean, n_k, BK, BN, sl, BIAS_BY)
         limit = _limits(next_q_row + lane, next_masked + next_clean, n_k, q_start, CAUSAL)
         mbarrier.arrive(q_empty.index(half))
         next_half = (round + 1) % Q_STAGES
@@ -347,9 +377,11 @@ def _consume(
             v_full.index(stage), v_empty.index(stage), phase, mine, other, turn, MODE, BK, BN, BD,
             BDV,
         )  # fmt: skip
+        if BIAS_BY != "entry":  # registers for keys are there only now
+            bias = _first_bias(bias_at, at, next_masked, next_clean, n_k, BK, BN, sl, BIAS_BY)
         next_p16, next_m, next_total = _begin(
-            s, bias_at, at, block, places.index(k_stage), v_full.index(k_stage), k_phase, more,
-            limit, next_masked, next_clean, n_k, factor, BK, dtype, sl, pl, BIAS_BY,
+            s, bias, block, places.index(k_stage), v_full.index(k_stage), k_phase, more, limit,
+            next_masked, next_clean, factor, BK, dtype, sl, pl, BIAS_BY,
         )  # fmt: skip
         acc = _finished(p16, acc, v_empty.index(stage), MODE)
         stage, phase, turn = k_stage, k_phase, turn ^ 1

@@ -44,6 +44,25 @@ def limits(rows, count, n_k, q_start, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
+def entries_of(
+    LISTS, tile, entries, lacks, there, BK: gl.constexpr, BN: gl.constexpr
+):  # fmt: skip
+    """First keys of a tile's one or two entries, 0 of what is not there."""
+    place = LISTS + entry(tile, lacks, BK, BN)
+    first = gl.load(place, mask=there & (entries > 0), other=0) * BK
+    second = first
+    if BK < BN:
+        second = gl.load(place + 1, mask=there & (entries > lacks + 1), other=0) * BK
+    return first, second
+
+
+@gluon.jit
+def biases_at(BIAS, first, second):
+    """What base-2 scores get besides at two keys."""
+    return gl.load(BIAS + first) * 1.4426950408889634, gl.load(BIAS + second) * 1.4426950408889634
+
+
+@gluon.jit
 def bias_of(
     BIAS, LISTS, tile, entries, lacks, n_k, BK: gl.constexpr, BN: gl.constexpr,
     layout: gl.constexpr, BIAS_BY: gl.constexpr,
@@ -53,14 +72,9 @@ def bias_of(
     """
     first, second, keys = 0.0, 0.0, 0.0
     if BIAS_BY != "":
-        place = LISTS + entry(tile, lacks, BK, BN)
-        k0 = gl.load(place, mask=entries > 0, other=0) * BK
-        k1 = k0
-        if BK < BN:
-            k1 = gl.load(place + 1, mask=entries > lacks + 1, other=0) * BK
+        k0, k1 = entries_of(LISTS, tile, entries, lacks, True, BK, BN)
         if BIAS_BY == "entry":
-            first = gl.load(BIAS + k0) * 1.4426950408889634
-            second = gl.load(BIAS + k1) * 1.4426950408889634
+            first, second = biases_at(BIAS, k0, k1)
         else:
             col = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
             if BK < BN:
@@ -81,11 +95,10 @@ def softmax(s, m, total, factor, bias, BK: gl.constexpr, BIAS_BY: gl.constexpr):
         m_new = gl.maximum(m, gl.max(s, 1))
         p = gl.exp2(s - m_new[:, None])
     elif BIAS_BY == "entry" and BK < BN:
-        # Each half has its own shift, which costs its elements nothing.
+        # Each half has its own shift, which costs its elements nothing. They share a maximum, which
+        # may then be as much above the true one as their biases differ: by little.
         half = (gl.arange(0, BN, layout=gl.SliceLayout(0, s.type.layout)) < BK)[None, :]
-        top = gl.max(gl.where(half, s, -float("inf")), 1) * factor + first
-        top = gl.maximum(top, gl.max(gl.where(half, -float("inf"), s), 1) * factor + second)
-        m_new = gl.maximum(m, top)
+        m_new = gl.maximum(m, gl.max(s, 1) * factor + gl.maximum(first, second))
         shift = gl.where(half, (m_new - first)[:, None], (m_new - second)[:, None])
         p = gl.exp2(s * factor - shift)
     elif BIAS_BY == "entry":

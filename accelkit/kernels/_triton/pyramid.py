@@ -10,7 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from accelkit.kernels import pyramid
-from accelkit.kernels._triton.select import greatest, starts, warps_of
+from accelkit.kernels._triton.select import (
+    greatest,
+    order_key,
+    reaching,
+    starts,
+    thresholds,
+    warps_of,
+)
 from accelkit.kernels._triton.tile import next_power_of_two, table
 from accelkit.kernels.index import BlockIndex
 
@@ -144,17 +151,18 @@ def _list(
     if BY_ENERGY:
         number = tl.maximum(tl.ceil(least * tl.sum(one, 0) - 1e-4), 1.0)
         whole = tl.where((least > 0) & real, greatest(x, one, number), 0)
+    key, which = order_key(x), tl.arange(0, 4)
+    end = tl.where(which < 2, tl.where(which == 0, end0, end1), tl.where(which == 2, end2, end3))
+    if BY_ENERGY:
+        target = tl.where(end >= 1.0, float("inf"), end * total)
+    else:
+        target = tl.maximum(tl.ceil(end * total - 1e-4), 1.0)
+    high = thresholds(key, value, target, 4)
     level = tl.zeros([N], tl.int32) + 4
     for i in tl.static_range(4):
-        end = (end0, end1, end2, end3)[i]
-        if BY_ENERGY:
-            chosen = tl.where(end >= 1.0, 1, greatest(x, value, end * total))
-        else:
-            chosen = greatest(x, value, tl.maximum(tl.ceil(end * total - 1e-4), 1.0))
-        chosen = tl.where(real, chosen, 0) | whole
-        if i == 0:
-            whole = chosen
-        level -= chosen
+        top = tl.sum(tl.where(which == i, high, 0), 0)
+        wanted = tl.max(tl.where(which == i, target, 0.0), 0)
+        level -= tl.where(real, reaching(key, value, top, wanted), 0) | whole
     level = tl.where((kept > 0) & (at < nk), 0, level)
     blocks, done = BLOCKS + row * most, 0
     level, done = _take(blocks, done, level, n, 0, 3, N, BK, UNIT)

@@ -57,24 +57,46 @@ def starts(batch: int, heads: int, nq: int, nk: int, device: torch.device) -> Te
 
 
 @triton.jit
-def _key(x):
+def order_key(x):
     """Integers ordered like the numbers."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
 
 
 @triton.jit
+def _half(low, high, middle, fits):
+    """The half of a range of thresholds that the least fitting one lies in."""
+    return tl.where(fits, low, tl.minimum(middle + 1, high)), tl.where(fits, middle, high)
+
+
+@triton.jit
 def greatest(x, value, target):
     """Which entries of a row are the greatest ones whose values reach a target together, int32."""
-    key = _key(x)
+    key = order_key(x)
     # Least threshold with less than the target above it. Without a target it stays above all.
     low, high = tl.min(key, 0) - 1, tl.max(key, 0) + 1
     for _ in range(32):
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
         above = tl.sum(tl.where(key > middle, value, 0.0), 0)
-        fits = above < target
-        high = tl.where(fits, middle, high)
-        low = tl.where(fits, low, tl.minimum(middle + 1, high))
+        low, high = _half(low, high, middle, above < target)
+    return reaching(key, value, high, target)
+
+
+@triton.jit
+def thresholds(key, value, target, T: tl.constexpr):
+    """The threshold of `greatest` for each of T targets, in as many rounds as for one."""
+    low = tl.zeros([T], tl.int32) + (tl.min(key, 0) - 1)
+    high = tl.zeros([T], tl.int32) + (tl.max(key, 0) + 1)
+    for _ in range(32):
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        above = tl.sum(tl.where(key[None, :] > middle[:, None], value[None, :], 0.0), 1)
+        low, high = _half(low, high, middle, above < target)
+    return high
+
+
+@triton.jit
+def reaching(key, value, high, target):
+    """Entries above a threshold, and of those at it as many as the target asks for, int32."""
     above = tl.sum(tl.where(key > high, value, 0.0), 0)
     tied = (key == high).to(tl.int32)
     before = (tl.cumsum(tied, 0) - 1).to(tl.float32) * value
@@ -155,7 +177,7 @@ def _mass_above(
     for j in range(0, CHUNK, STEP):
         at = chunk * CHUNK + j + tl.arange(0, STEP)
         x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
-        key = _key(x)
+        key = order_key(x)
         mass += tl.where(key[None, :] > limit, tl.maximum(x, 0.0)[None, :], 0.0)
         tied += (key == high).to(tl.int32)
     tl.store(PART + (row * WAYS + way) * n_chunks + chunk, tl.sum(mass, 1))
@@ -170,7 +192,7 @@ def _take(
     mine, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at, chunk = mine * CHUNK + tl.arange(0, CHUNK), tl.arange(0, CHUNKS)
     x = tl.load(SCORES + row * n + at, mask=at < n, other=-float("inf"))
-    value, key = tl.maximum(x, 0.0), _key(x)
+    value, key = tl.maximum(x, 0.0), order_key(x)
     goal, high = tl.load(GOAL + row), tl.load(RANGE + row * 2 + 1)
     inside = chunk < n_chunks
     part = tl.load(PART + row * WAYS * n_chunks + chunk, mask=inside, other=0.0)

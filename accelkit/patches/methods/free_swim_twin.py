@@ -12,8 +12,7 @@ its cross-attention is read again. The last steps and the unconditional pass hav
 Patch with `[FreeSwim(), FreeSwimTwin()]`: the full pass is a guidance branch of its own, "full". It
 costs time for quality, so calibration does not choose it. The release begins from a video of the
 training size, enlarged and noised to 0.7, which is the pipeline's part. Each denoiser of a pipeline
-counts its own steps. Leave the denoiser uncompiled: what a layer reads of the full pass is another
-tensor in each, so that compiled blocks would be compiled for every layer, and fail at the limit.
+counts its own steps. Its repeated blocks may be compiled; as a whole it runs uncompiled.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from accelkit.patches import parts
 from accelkit.patches.method import BlockMethod, Method
-from accelkit.patches.parts import dual_path
 
 if TYPE_CHECKING:
     from accelkit.patches.call import Phase
@@ -49,4 +48,4 @@ class FreeSwimTwin(BlockMethod):
         return {FULL: [m.model_copy(update={"windowed": False}) for m in windows]}
 
     def rewire(self, model: Any, undo: ExitStack) -> None:
-        dual_path.connect(model, FULL, self.every, self.until_step, undo)
+        parts.dual_path.connect(model, FULL, self.every, self.until_step, undo)

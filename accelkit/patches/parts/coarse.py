@@ -10,8 +10,8 @@ from accelkit.patches.call import AttentionCall
 from accelkit.patches.parts import orders
 from accelkit.patches.parts.grids import Visual
 
-STEP = 64
-"""Query rows at a time."""
+MASSES = 1 << 24
+"""Most masses that are held at once."""
 
 
 def maps(call: AttentionCall, lse: Tensor, where: Visual, cells: int, rows: int = 1024) -> Tensor:
@@ -29,8 +29,9 @@ def maps(call: AttentionCall, lse: Tensor, where: Visual, cells: int, rows: int 
     sums = of.transpose(0, 1).reshape(tokens, 6 * n)
     chance = torch.Generator().manual_seed(0)
     drawn = torch.randperm(tokens, generator=chance)[:rows].to(device)
+    step = max(1, MASSES // tokens)
     total = torch.zeros(6, len(call.heads), n, n, device=device)
-    for part in drawn.split(STEP):
+    for part in drawn.split(step):
         for kv, slots in groups(call):
             q = take_heads(call.q, [call.heads[s] for s in slots])[:, :, part]
             p = logits(q, key_head(call, kv), call.scale)
