@@ -51,7 +51,7 @@ class Densities:
 
 FITTED = Densities((0.01, 0.04, 0.12, 0.35, 1.0), (0.04, 0.35), (0.1, 0.2))
 BRIEF = Densities((0.04, 0.35, 1.0), (0.12,), (0.2,))
-SINGLE_KEYS = Densities((0.02, 0.05, 0.08, 0.12), (0.05, 0.12), (0.1,))
+SINGLE_KEYS = Densities((0.02, 0.05, 0.12), (0.05,), (0.1,))
 BRIEF_KEYS = Densities((0.02, 0.12), (0.05,), (0.1,))
 """Nobody runs denser lists of single keys."""
 EACH_SHAPE = Densities((0.04,), (0.04,), (0.1,))
@@ -97,6 +97,7 @@ def kernel(
         said = solved(points, spent)[1]
         if stayed:
             break
+    settle(points[0].one.call.q.device)
     return judged(size, points, spent)
 
 
@@ -129,14 +130,14 @@ def densities(size: tuple[int, int], brief: bool = False) -> Densities:
 def launches(
     calls: Mapping[int, AttentionCall], size: tuple[int, int], some: Densities
 ) -> Iterator[Point]:
-    """The launches of a fit, over random lists. On a GPU some are of few heads: at one head count
-    rows and launches cannot be told apart at long lengths.
+    """The launches of a fit, over random lists. On a GPU some have a quarter of the heads: at one
+    head count rows and launches cannot be told apart at long lengths.
     """
     longest = max(calls)
     if size[1] == 1 and longest > MOST_SINGLE_KEYS:
         # A mask of single keys grows with the square of the length; shorter prompts tell as much.
         whole = calls[longest]
-        calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS * s // 8 for s in (2, 3, 7, 8))}
+        calls = {n: shorter(whole, n) for n in (MOST_SINGLE_KEYS // 4, MOST_SINGLE_KEYS)}
         longest = MOST_SINGLE_KEYS
     for n, call in calls.items():
         for part in _parts(call):
@@ -158,10 +159,8 @@ def held(longest: int) -> int:
 
 
 def _parts(call: AttentionCall) -> list[AttentionCall]:
-    """The call with all heads and, on a GPU, with about a third of them: a power of two would fill
-    its multiprocessors about equally at all lengths.
-    """
-    few = 5 * len(call.heads) // 16
+    """The call with all heads and, on a GPU, with a quarter of them."""
+    few = len(call.heads) // 4
     return [call, call.take(call.heads[:few])] if call.q.is_cuda and few else [call]
 
 
