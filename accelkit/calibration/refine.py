@@ -39,7 +39,9 @@ SLOPES = (0.4, 1.0)
 MIDDLE = (0.2, 0.8)
 """Between two values of ε the next one is at least and at most this share of the way."""
 WIDEN = 8.0
-"""Most by which one round may widen ε."""
+"""Most by which one round may widen ε as long as no error was seen."""
+STEP = 3.0
+"""The same once one was: what follows from two errors is not believed far away from them."""
 LAST = 2
 """Rounds beyond a preset's, which run all prompts if nothing has held, whatever room they leave."""
 RESCUES = 3
@@ -335,7 +337,8 @@ class Bracket:
         epsilon, reach = self.points[-1]
         change = (aim / max(reach, 1e-9)) ** (1 / self._slope())
         if self.high is None:
-            most = WIDEN if reach or all(not p[1] for p in self.points) else 2.0
+            blind = all(not p[1] for p in self.points)
+            most = WIDEN if blind else STEP if reach else 2.0
             return epsilon * float(np.clip(change, CLOSE, most))
         return epsilon * min(change, 1 / CLOSE) if reach > self.allowed else epsilon / 2
 

@@ -40,7 +40,7 @@ def fitted(
 ) -> CostTable:
     """The cost table of this device; `room` as in `fit`."""
     run.tell("timing kernels and methods")
-    brief = run.device.type == "cuda"  # CPUs time few lengths anyway, and patiently
+    brief = run.device.type == "cuda"  # CPUs time few lengths anyway
     # Nothing is timed once more: a search has better use for the time.
     work = partial(
         fit.fit, shape, dtype, run.device, tokens, methods, limit_s=0.0, brief=brief, room=room

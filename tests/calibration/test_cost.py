@@ -168,17 +168,6 @@ def test_a_rehearsal_runs_what_must_be_compiled(monkeypatch, cold: bool) -> None
     assert len(precisions) == 5  # the inputs' own and all that sage_attention names
 
 
-def test_a_rehearsal_stays_within_its_room() -> None:
-    call = fit_inputs.random_call(SMALL, torch.float32, CPU, 1024)
-    rows = sum(t.nbytes for t in (call.q, call.k, call.v))
-    assert fit_ahead._at_once(call, None, 8) == 8
-    assert fit_ahead._at_once(call, 0, 8) == 1
-    few = fit_ahead._at_once(call, 24 * rows, 8)
-    assert 1 < few < 8
-    assert fit_ahead._at_once(call, 48 * rows, 8) in (2 * few, 2 * few + 1)
-    assert fit_ahead._at_once(call, 1 << 40, 8) == 8
-
-
 @pytest.mark.parametrize("cold", [True, False])
 def test_a_brief_rehearsal_asks_the_first_unit_alone_on_a_warm_machine(monkeypatch, cold) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
@@ -204,6 +193,17 @@ def test_a_brief_cost_reads_shorter_calls_once_and_without_their_kernels() -> No
     assert dict(found.cost.points) == {1024: 2.0, 2048: 2.0}
     assert list(found.lists) == [2048]
     assert asked == [1, 3, 3]  # choosing; choosing and the kernels
+
+
+def test_a_rehearsal_stays_within_its_room() -> None:
+    call = fit_inputs.random_call(SMALL, torch.float32, CPU, 1024)
+    rows = sum(t.nbytes for t in (call.q, call.k, call.v))
+    assert fit_ahead._at_once(call, None, 8) == 8
+    assert fit_ahead._at_once(call, 0, 8) == 1
+    few = fit_ahead._at_once(call, 24 * rows, 8)
+    assert 1 < few < 8
+    assert fit_ahead._at_once(call, 48 * rows, 8) in (2 * few, 2 * few + 1)
+    assert fit_ahead._at_once(call, 1 << 40, 8) == 8
 
 
 def test_own_lists_count_beside_random_ones() -> None:

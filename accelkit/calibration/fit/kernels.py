@@ -52,6 +52,7 @@ class Densities:
 FITTED = Densities((0.01, 0.04, 0.12, 0.35, 1.0), (0.04, 0.35), (0.1, 0.2))
 BRIEF = Densities((0.04, 0.35, 1.0), (0.12,), (0.2,))
 SINGLE_KEYS = Densities((0.02, 0.05, 0.12), (0.05,), (0.1,))
+BRIEF_KEYS = Densities((0.02, 0.12), (0.05,), (0.1,))
 """Nobody runs denser lists of single keys."""
 EACH_SHAPE = Densities((0.04,), (0.04,), (0.1,))
 """One launch of every shape."""
@@ -122,7 +123,8 @@ def judged(
 
 def densities(size: tuple[int, int], brief: bool = False) -> Densities:
     """Densities at which a unit is measured."""
-    return SINGLE_KEYS if size[1] == 1 else BRIEF if brief else FITTED
+    keys, blocks = (BRIEF_KEYS, BRIEF) if brief else (SINGLE_KEYS, FITTED)
+    return keys if size[1] == 1 else blocks
 
 
 def launches(
