@@ -115,6 +115,8 @@ class BlockIndex:
             raise ValueError(
                 "cat joins plain pieces only; pyramids and pieces with key biases run alone"
             )
+        if len({p.bias for p in parts}) > 1:
+            raise ValueError(f"cat needs one bias, found {[p.bias for p in parts]}")
         batch = max(p.count.shape[0] for p in parts)
         offset, starts = 0, []
         for p in parts:

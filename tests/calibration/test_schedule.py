@@ -89,6 +89,15 @@ def test_a_scheduler_that_does_more_than_weigh_has_no_order() -> None:
     assert schedule.schedules(Given()) == []
 
 
+def test_a_scheduler_that_looks_at_shapes_has_no_order() -> None:
+    class Shaped(FlowMatchEulerDiscreteScheduler):
+        def step(self, out, timestep, latents, **kwargs):
+            _, _, _ = latents.shape
+            return super().step(out, timestep, latents, **kwargs)
+
+    assert schedule.schedules(denoised(Shaped(shift=3.0), outputs({3: 1.0}))) == []
+
+
 def test_a_pipeline_is_recorded() -> None:
     pipe = tiny_pipe("wan")
     with schedule.recorded(pipe) as kept:

@@ -56,6 +56,8 @@ def test_what_cannot_be_joined_is_refused() -> None:
         BlockIndex.cat([one, two])
     with pytest.raises(ValueError, match="plain pieces"):
         BlockIndex.cat([one, replace(one, bias=torch.zeros(1, 1, 128))])
+    with pytest.raises(ValueError, match=r"one bias, found \[0.0, 1.0\]"):
+        BlockIndex.cat([one, replace(one, bias=1.0)])
 
 
 def test_entries_outside_are_ignored_when_read_back() -> None:

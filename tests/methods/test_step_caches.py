@@ -147,3 +147,11 @@ def test_magnitudes_are_those_of_the_residual(pipe):
     expected = [1.0] + [float((b / (a + 1e-8)).mean()) for a, b in pairwise(mine)]
     assert noted == pytest.approx(expected, rel=1e-4)
     assert not hasattr(pipe.transformer, "_diffusers_hook")
+
+
+@pytest.mark.parametrize(
+    "schedules", [(), ((1,),), ((0,), (0, 2)), ((0,), (0, 0)), ((0,), (0,)), ((0, 1),)], ids=str
+)
+def test_schedules_that_cannot_be(schedules):
+    with pytest.raises(ValueError, match="schedule"):
+        StepSchedule(schedules=schedules)

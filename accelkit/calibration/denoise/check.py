@@ -73,7 +73,8 @@ class Checker:
             # The error of a run that was not finished would have grown further.
             errors = [r["error"] / r["done"] for r in now.rows]
             # Frames count as well: noise that stays in them is a small error of the latents.
-            now.measured = max([*errors, *(1 - r["ssim"] for r in now.rows if r.get("ssim"))])
+            frames = [1 - r["ssim"] for r in now.rows if r.get("ssim") is not None]
+            now.measured = max([*errors, *frames])
             likely = self.likely({r["prompt"]: e for r, e in zip(now.rows, errors, strict=True)})
             now.bound = self.margin * geometric_mean(likely)
             clear = len(likely) >= self.prompts and now.bound > CLEAR * allowed

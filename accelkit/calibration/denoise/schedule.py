@@ -22,8 +22,6 @@ LATE = 2.0
 """How much more it counts where it ends with the last step: no later one clears the noise away."""
 ALIKE = 0.02
 """Most by which a scheduler's steps that are taken again may differ from the run itself."""
-
-
 NUMBERS = 4096
 """Most numbers of a result that are looked at, evenly spread: a scheduler weighs each by itself."""
 
@@ -89,7 +87,6 @@ def schedules(kept: Given) -> list[list[int]]:
             for n in range(end)
         ]
         best.append([(float("inf"), ()), *map(min, ways)])
-        best[end] = best[end][: end + 1]
     return [list(steps) for _, steps in best[total][1:]]
 
 
@@ -106,7 +103,10 @@ def carried(kept: Given) -> list[float]:
     for n, (timestep, rest, kwargs) in enumerate(kept.calls):
         out = kept.outputs[n][:1].repeat(total + 1, 1)
         out[n] *= 2
-        latents = scheduler.step(out, timestep, latents, *rest, **kwargs)[0]
+        try:
+            latents = scheduler.step(out, timestep, latents, *rest, **kwargs)[0]
+        except (RuntimeError, ValueError, IndexError):  # it looks at shapes or single places
+            return []
     plain = latents[-1]
     if relative(plain, kept.last[0]) > ALIKE:
         return []

@@ -16,7 +16,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from accelkit.patches.method import BlockMethod, Dial
 from accelkit.patches.parts import step_cache
@@ -32,6 +32,21 @@ class StepSchedule(BlockMethod):
     """Share of the steps that is computed."""
     schedules: tuple[tuple[int, ...], ...] = ((0,),)
     """The steps to compute, for one, two and up to all of them; the first step always is."""
+
+    @field_validator("schedules")
+    @classmethod
+    def _one_for_each_count(cls, schedules: tuple[tuple[int, ...], ...]) -> Any:
+        total = len(schedules)
+        for count, steps in enumerate(schedules, 1):
+            rising = [*steps] == sorted({*steps}) and steps[:1] == (0,)
+            if not rising or len(steps) != count or steps[-1] >= total:
+                raise ValueError(
+                    f"schedule {count} of {total} must name {count} steps that rise from 0 and lie "
+                    f"below {total}; it is {steps}"
+                )
+        if not schedules:
+            raise ValueError("at least the schedule ((0,),) is needed")
+        return schedules
 
     def computed(self) -> tuple[int, ...]:
         """The steps that are computed."""

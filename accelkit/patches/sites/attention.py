@@ -48,9 +48,9 @@ class Answer:
 
     @property
     def lane(self) -> Hashable | None:
-        """Answers of equal lane share a launch: one list each, of one unit, in one order, with one
-        arithmetic and nothing afterwards; lists over a pyramid or with a bias for each key run by
-        themselves. None: several pieces, or a method that finishes.
+        """Answers of equal lane share a launch: one list each, of one unit and bias, in one order,
+        with one arithmetic and nothing afterwards; lists over a pyramid or with a bias for each key
+        run by themselves. None: several pieces, or a method that finishes.
         """
         index, order = self.pieces[0], self.order
         if len(self.pieces) > 1 or not isinstance(index, BlockIndex) or self.finishers:
@@ -61,7 +61,7 @@ class Answer:
         if order is not None:  # rows that differ by head are laid out for one answer
             tables = (id(order.q_table), id(order.k_table)) if _common(order) else id(order)
         arithmetic = replace(self.execution, skip=None)  # thresholds may differ by head
-        return self.index.size, tables, arithmetic, self.execution.skip is None
+        return index.size, index.bias, tables, arithmetic, self.execution.skip is None
 
     @property
     def plain(self) -> bool:
@@ -71,7 +71,7 @@ class Answer:
     @property
     def kind(self) -> Hashable | None:
         """Answers of equal kind can be joined: plain ones of equal lane, and as many lists of the
-        same units in the inputs' own arithmetic.
+        same units and biases in the inputs' own arithmetic.
         """
         if self.plain:
             return self.lane
@@ -79,7 +79,7 @@ class Answer:
         alone = len(lists) < len(self.pieces) or any(not isinstance(p.bias, float) for p in lists)
         if alone or self.order is not None or self.finishers or self.execution != PLAIN:
             return None
-        return tuple(p.size for p in lists)
+        return tuple((p.size, p.bias) for p in lists)
 
     @property
     def index(self) -> BlockIndex:
