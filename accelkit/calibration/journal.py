@@ -16,7 +16,8 @@ from typing import Any, TextIO
 
 from accelkit.errors import InvalidInputError
 
-FORMAT = 1
+FORMAT = 2
+"""Of the units' values; a journal of another one is refused."""
 
 
 class Journal:

@@ -15,8 +15,10 @@ from accelkit.calibration import calibrate as flow
 from accelkit.calibration import session
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.fit import fit
+from accelkit.calibration.journal import Journal
 from accelkit.calibration.prefill import check as prefill_check
 from accelkit.calibration.prefill import plan as prefill_plan
+from accelkit.calibration.prefill.calibrate import least_dense
 from accelkit.calibration.search import DENSE, Choice, Solution
 from accelkit.errors import InvalidInputError, UnknownMethodError
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
@@ -289,3 +291,13 @@ def test_refused_methods_are_named(monkeypatch) -> None:
     plan = run(planted())
     assert plan.calibration["refused"] == {"probe_window": "too slow here"}
     assert all(not layer.rules for layer in plan.sites.values())
+
+
+def test_a_dense_prefill_counts_by_its_least_reading() -> None:
+    book = Journal(None, {}, resume=False)
+    assert least_dense(book, 120.0, LENGTH) == 120.0
+    book.put("speed/a", {"dense_ms": 100.00004, "ms": 80.0, "tokens": LENGTH}, 0.0)
+    book.put("speed/b", {"dense_ms": 130.0, "ms": 80.0, "tokens": LENGTH}, 0.0)
+    book.put("speed/c", {"dense_ms": 50.0, "ms": 40.0, "tokens": LENGTH // 2}, 0.0)
+    assert least_dense(book, 120.0, LENGTH) == 100.0
+    assert least_dense(book, 90.0, LENGTH) == 90.0

@@ -31,8 +31,6 @@ TOGETHER = 4
 """Prompts that share a forward, where so many are calibrated for: what fails, fails early."""
 MOST_RUNS = 4.0
 """Runs for each prompt that the check may be worth, dense ones included."""
-
-
 CLEAR = 0.95
 DOUBTS = 3
 """On a CPU, a plan that does not take less than this share of the dense sides is timed again, so
