@@ -5,6 +5,7 @@ imported.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,15 @@ os.environ["COLUMNS"] = "120"  # what commands print does not depend on the term
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module")
+def probes() -> Iterator[None]:
+    """Plans may name the methods of tests/probe_methods."""
+    from tiny_cases import probe_methods
+
+    with probe_methods():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_cases import byte_tokenizer, probe_methods, save_tiny, tiny_model, tiny_plan
+from tiny_cases import byte_tokenizer, save_tiny, tiny_model, tiny_plan
 from typer.testing import CliRunner
 
 from accelkit import console
@@ -17,13 +17,8 @@ from accelkit.cli import app
 from accelkit.errors import InvalidInputError
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("probes")
 COMMANDS = ("calibrate", "patch", "show", "methods", "bench", "eval", "doctor")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _probe():
-    with probe_methods():
-        yield
 
 
 @pytest.fixture(scope="module")

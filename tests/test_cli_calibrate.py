@@ -8,16 +8,12 @@ from types import ModuleType
 
 import pytest
 from test_cli import failed, run
-from tiny_cases import probe_methods, save_tiny, tiny_plan
+from tiny_cases import save_tiny, tiny_plan
 
 from accelkit import console
 from accelkit.errors import AlreadyPatchedError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _probe():
-    with probe_methods():
-        yield
+pytestmark = pytest.mark.usefixtures("probes")
 
 
 @pytest.fixture(scope="module")

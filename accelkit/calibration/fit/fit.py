@@ -53,7 +53,7 @@ def fit(
     fit would take longer than all the rest: fewer lengths, and whole calls are not checked. `room`
     is how many bytes of a GPU the calls that are compiled side by side may take.
     """
-    until = time.monotonic() + (0.0 if brief else limit_s)
+    until = time.monotonic() + limit_s
     at = lengths(shape, tokens, device, brief)
     calls = {n: random_call(shape, dtype, device, n) for n in at}
     tell = step or (lambda _: None)

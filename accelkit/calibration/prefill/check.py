@@ -106,6 +106,10 @@ class Checker:
         key = f"check/{plan_digest(now.plan)}/{n}"
         now.rows += [{**row, "prompt": n} for row in self._rows(now.plan, key, n, allowed)]
         now.measured = max(r["error"] for r in now.rows if r["error"] is not None)
+        self._count(n)
+
+    def _count(self, n: int) -> None:
+        """Count a run of the n-th prompt, and its dense side where that is new."""
         self.runs += self._share(n) * (1 + (n not in self.dense_runs))
         self.dense_runs.add(n)
 
@@ -188,8 +192,7 @@ class Checker:
         other = next((m for m in self.order if not self._alike(n, m)), None)
         if other is not None:
             key = f"check/{plan_digest(now.plan)}/{other}"
-            self.runs += self._share(other) * (1 + (other not in self.dense_runs))
-            self.dense_runs.add(other)
+            self._count(other)
             now.rows.append({**self._row(now.plan, key, other), "prompt": other})
 
     def _gives(self, plan: Plan, sample: Sample, place: int) -> bool:
