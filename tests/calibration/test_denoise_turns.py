@@ -86,11 +86,11 @@ def test_an_unknown_step_cache_is_blamed_for_what_is_beyond_belief() -> None:
 
 
 def test_other_arithmetic_has_a_factor_of_its_own() -> None:
-    one = planner(known={0: 0.02})
-    one.learn(checked(0, EIGHT, 0.03), (0.02**2 + 0.03**2) ** 0.5)
+    one = planner()
+    one.learn(checked(0, EIGHT, 0.02), 0.03)
     assert one.quiet == pytest.approx(1.5)
     assert one.kappa(0) == 1.0
-    one.learn(checked(0, SPARSE, 0.1), (0.02**2 + 0.2**2) ** 0.5)
+    one.learn(checked(0, SPARSE, 0.1), 0.2)
     assert (one.quiet, one.kappa(0)) == pytest.approx((1.5, 2.0))
 
 
@@ -114,9 +114,9 @@ def test_a_step_cache_that_is_only_guessed_is_tried_first() -> None:
 
 
 def test_a_step_cache_that_changes_what_rounding_does_is_as_good_as_none() -> None:
-    one = planner(known={0: 0.06})
+    one = planner(rounding=0.06)
     assert one.propose(0.03).choice[0] == 1, "its error is 0.05"
-    one.known[0] = 0.04
+    one.rounding = 0.04
     assert one.propose(0.03).choice[0] == 0
 
 
