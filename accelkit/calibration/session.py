@@ -171,8 +171,8 @@ class Stopwatch:
         )
 
 
-def by_stage(book: Journal, stages: Mapping[str, str]) -> dict[str, float]:
-    """Seconds of the units of each stage, by the prefix of their keys, without compiling."""
+def by_stage(book: Journal, stages: Mapping[str, str | tuple[str, ...]]) -> dict[str, float]:
+    """Seconds of the units of each stage, by the prefixes of their keys, without compiling."""
     return {
         stage: round(book.seconds(prefix) - book.compiling(prefix), 2)
         for stage, prefix in stages.items()

@@ -32,10 +32,10 @@ from accelkit.patches.method import Method
 from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 
 log = logging.getLogger("accelkit")
-STAGES = {
+STAGES: dict[str, str | tuple[str, ...]] = {
     "looking": "look",
     "fit": "fit",
-    "measuring": "run/",
+    "measuring": ("run/", "screen/", "measure/"),
     "weighing": "weight/",
     "influence": "influence/",
     "composition": "composition/",
