@@ -207,7 +207,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     marks, colours = "osv^<>DPX*hp", colormaps["tab20"].colors
     for axes, (key, (dense, words)) in zip(panels, KEYS.items(), strict=True):
         for n, (name, rows) in enumerate(found["curves"].items()):
-            points = sorted((1 / r["cost"], quality(r, key)) for r in rows if r["finite"])
+            points = sorted(
+                (1 / r["cost"], min(quality(r, key), dense)) for r in rows if r["finite"]
+            )
             special = name in ("mixture", "fewer steps")
             cache = name.partition("{")[0] in (*found["caches"], "step_schedule")
             look = {
@@ -222,6 +224,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 points = [(1 / c, v) for c, v in zip(*front(rows, key, dense), strict=True)]
                 look |= {"marker": "", "label": None}
             axes.plot(*zip(*points, strict=True), **look)
+        if key == "right":
+            line = axes.axhline(quality(found["dense"], key), color="black", linestyle=":")
+            axes.legend([line], ["dense"])
         axes.set_xlabel("predicted speed-up of the whole denoising, Wan2.1-1.3B 480p")
         axes.set_ylabel(f"{words}, mean over {found['prompts']} held-out prompts")
         axes.set_xscale("log")
