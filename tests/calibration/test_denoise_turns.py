@@ -94,6 +94,16 @@ def test_other_arithmetic_has_a_factor_of_its_own() -> None:
     assert (one.quiet, one.kappa(0)) == pytest.approx((1.5, 2.0))
 
 
+def test_rounding_is_part_of_what_other_arithmetic_does() -> None:
+    """A plan that stays dense at a place has none of it there."""
+    one = planner(rounding=0.03)
+    one._changed = lambda small, plan, sparse=True: 0.03  # type: ignore[method-assign]
+    one._rehearse_arithmetic(None)  # type: ignore[arg-type]
+    assert one.quiet == pytest.approx(1.5)
+    assert one.propose(0.031, alone=True).choice == (0, EIGHT)
+    assert one.propose(0.029, alone=True).choice == (0, STILL)
+
+
 def test_a_step_cache_and_other_arithmetic_share_the_blame() -> None:
     one = planner()
     one.learn(checked(1, EIGHT, (0.05**2 + 0.02**2) ** 0.5), 2 * (0.05**2 + 0.02**2) ** 0.5)
