@@ -287,7 +287,7 @@ def test_a_plan_that_is_too_careful_is_better_than_none() -> None:
 
 
 def test_a_check_counts_what_runs_took() -> None:
-    """Half as long again as predicted, compiling apart."""
+    """Half as long again as predicted, compiling apart; of four steps three are timed again."""
     journal = Journal(None, {}, False)
     run = SimpleNamespace(journal=journal)
     checker = Checker(run, None, [None] * 2, lambda plan: 0.4, 1.0)  # type: ignore[arg-type]
@@ -295,9 +295,12 @@ def test_a_check_counts_what_runs_took() -> None:
     journal.put(f"check/{plan_digest(plan)}/0", {}, 2.0, 0.5)  # type: ignore[arg-type]
     row = {"done": 0.5, "prompt": 0, "steps_ms": [600.0, 500.0], "dense_steps_ms": [500.0, 500.0]}
     now = Round(0.1, Proposal(plan, None, 1.0, 2.0, 0.1, False), [row])  # type: ignore[arg-type]
-    assert checker.used([now]) == pytest.approx(1 + 0.5 * 0.6 / 2)
+    assert checker.used([now]) == pytest.approx(1 + (0.5 * 0.6 + 0.75) / 2)
     assert checker.whole([now], plan) == pytest.approx(0.6)  # type: ignore[arg-type]
     assert checker.whole([], plan) == 0.4  # type: ignore[arg-type]
+    decoded = {"decoding_ms": 500.0, "dense_decoding_ms": 500.0}
+    whole = {**row, "done": 1.0, **decoded}
+    assert checker.took(plan, whole) == pytest.approx((1100 - 500 + 500) / 1500)  # type: ignore[arg-type]
 
 
 def test_a_check_that_affords_no_prompt_more_ends() -> None:
