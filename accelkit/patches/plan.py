@@ -191,7 +191,9 @@ class Component(_Part):
 
 
 class Fingerprint(_Part):
-    """The model that a plan was made for."""
+    """The model that a plan was made for; `base_revision` is the hub's commit, where it came from
+    there.
+    """
 
     library: str = "transformers"
     class_name: str
@@ -199,7 +201,6 @@ class Fingerprint(_Part):
     base_id: str | None = None
     base_revision: str | None = None
     config_hash: str
-    weights_hash: str | None = None
     config: dict[str, Any] = {}
     components: dict[str, Component]
 

@@ -53,7 +53,7 @@ def compare(plan: Plan, model: Fingerprint, sites: Mapping[str, int]) -> list[Pr
                 reuse = plan.policies[row].reuse
                 if reuse is not None:
                     problems += _anchor(path, heads, reuse, place, sites)
-    return problems or _config(plan.fingerprint, model)
+    return problems or [*_config(plan.fingerprint, model), *_revision(plan.fingerprint, model)]
 
 
 def _sizes(made_for: Fingerprint, model: Fingerprint) -> Iterator[Problem]:
@@ -92,11 +92,22 @@ def _anchor(
         yield Problem(path, what, "name the anchor's head for every head")
 
 
-def _config(made_for: Fingerprint, model: Fingerprint) -> list[Problem]:
+COMPARE = "check with `accelkit eval --against dense`"
+
+
+def _config(made_for: Fingerprint, model: Fingerprint) -> Iterator[Problem]:
     """Another config of equal sizes need not matter."""
     if made_for.config_hash == model.config_hash:
-        return []
+        return
     before, now = made_for.config, model.config
     keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     what = f"differs in {', '.join(keys) or 'unrecorded keys'}"
-    return [Problem("config", what, "check with `accelkit eval --against dense`", fatal=False)]
+    yield Problem("config", what, COMPARE, fatal=False)
+
+
+def _revision(made_for: Fingerprint, model: Fingerprint) -> Iterator[Problem]:
+    """Other weights of the same name; a folder has no revision to compare."""
+    before, now = made_for.base_revision, model.base_revision
+    if made_for.base_id == model.base_id and before and now and before != now:
+        what = f"the plan was made with revision {before[:12]}, this is {now[:12]}"
+        yield Problem(model.base_id or "model", what, COMPARE, fatal=False)
