@@ -104,6 +104,8 @@ def test_calibrate_refuses_before_it_works(model, flow, tmp_path):
     assert "--time-limit" in failed("calibrate", model, "--time-limit", "soon", code=2)
     assert "--lengths" in failed("calibrate", model, "--lengths", "long", code=2)
     assert "none.txt" in run("calibrate", model, "--data", "none.txt", code=2).stderr
+    said = failed("calibrate", model, "--prompts", __file__, "--steps", "9", code=2)
+    assert "a language model has no use for --prompts and --steps; leave it out" in said
     assert not flow.seen
 
 

@@ -105,9 +105,15 @@ def calibrate(
         console.replaces(out / FILE, yes)
     from accelkit.calibration.calibrate import calibrate as measure
     from accelkit.calibration.calibrate import dry_run as bound_of
-    from accelkit.calibration.opening.pipelines import open_any
+    from accelkit.calibration.opening import pipelines
 
-    loaded, tokenizer = open_any(model, dtype=dtype, device=device)
+    if pipelines.is_pipeline(model):
+        others = {"batch": batch > 1, "every_row": every_row}
+        console.refuse("a pipeline", data=data, lengths=lengths, **others)
+    else:
+        wanted = {"height": height, "width": width, "frames": frames, "steps": steps}
+        console.refuse("a language model", prompts=prompts, **wanted)
+    loaded, tokenizer = pipelines.open_any(model, dtype=dtype, device=device)
     if dry_run:
         bound = bound_of(loaded, lengths=limits, **size)
         console.emit(
