@@ -322,10 +322,10 @@ class Plan(_Part):
         What is `fatal` among them makes `patch` refuse.
         """
         # The model's side of the comparison lies above the plan, so it is fetched when asked for.
-        from accelkit.patches.adapters import facts
+        from accelkit.patches.adapters import adapter_for, facts
         from accelkit.patches.plan_check import compare
 
-        return compare(self, *facts(model))
+        return compare(self, *facts(model), adapter_for(model)[0].PHASES)
 
     def to_json(self) -> str:
         """Canonical text: sorted keys, two spaces, one newline at the end."""

@@ -294,6 +294,17 @@ def test_the_revision_is_that_of_the_download():
     assert "revision bbbbbbbbbbbb, this is cccccccccccc" in problem.what
 
 
+def test_rules_that_never_apply_are_told():
+    model = tiny("llama")
+    plan = plan_of(model, load("window")(window_tokens=256))
+    path, layer = next(iter(plan.sites.items()))
+    decode = layer.rules[0].model_copy(update={"phase": "decode"})
+    both = layer.model_copy(update={"rules": (*layer.rules, decode)})
+    (problem,) = plan.model_copy(update={"sites": {**plan.sites, path: both}}).check(model)
+    assert not problem.fatal
+    assert "decode runs dense: only prefill can be patched here" in problem.what
+
+
 def test_compare_looks_at_what_nothing_runs_and_at_maps_of_heads():
     """Where `patch` would go on without a word, or fail in the first forward."""
     first, second = "model.layers.0.self_attn", "model.layers.1.self_attn"
