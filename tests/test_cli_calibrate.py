@@ -99,23 +99,11 @@ def test_nothing_to_resume_is_said(model, flow, tmp_path):
     assert "no journal to take up" not in run(*words).stderr
 
 
-def test_what_a_killed_run_finished_is_not_given_up_silently(model, flow, tmp_path):
-    (tmp_path / "journal.jsonl").write_text("finished units")
-    words = ("calibrate", model, "--out", str(tmp_path))
-    said = failed(*words, code=2)
-    assert "--resume goes on with it" in said and "journal.jsonl exists; add --yes" in said
-    assert not flow.seen
-    run(*words, "--yes")
-    assert flow.seen
-
-
 def test_calibrate_refuses_before_it_works(model, flow, tmp_path):
     assert "--budget" in failed("calibrate", model, "--budget", "200%", code=2)
     assert "--time-limit" in failed("calibrate", model, "--time-limit", "soon", code=2)
     assert "--lengths" in failed("calibrate", model, "--lengths", "long", code=2)
     assert "none.txt" in run("calibrate", model, "--data", "none.txt", code=2).stderr
-    said = failed("calibrate", model, "--prompts", __file__, "--steps", "9", code=2)
-    assert "a language model has no use for --prompts and --steps; leave it out" in said
     assert not flow.seen
 
 

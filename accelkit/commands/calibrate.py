@@ -104,19 +104,13 @@ def calibrate(
 
     if resume and not journal.exists():
         console.say(f"{journal}: there is no journal to take up, so all is measured anew")
-    if not dry_run and not resume:
-        _may_replace(out / FILE, journal, yes)
+    if not dry_run and not resume and (out / FILE).exists():
+        console.replaces(out / FILE, yes)
     from accelkit.calibration.calibrate import calibrate as measure
     from accelkit.calibration.calibrate import dry_run as bound_of
-    from accelkit.calibration.opening import pipelines
+    from accelkit.calibration.opening.pipelines import open_any
 
-    if pipelines.is_pipeline(model):
-        others = {"batch": batch > 1, "every_row": every_row}
-        console.refuse("a pipeline", data=data, lengths=lengths, **others)
-    else:
-        wanted = {"height": height, "width": width, "frames": frames, "steps": steps}
-        console.refuse("a language model", prompts=prompts, **wanted)
-    loaded, tokenizer = pipelines.open_any(model, dtype=dtype, device=device)
+    loaded, tokenizer = open_any(model, dtype=dtype, device=device)
     if dry_run:
         bound = bound_of(loaded, lengths=limits, **size)
         console.emit(
@@ -143,16 +137,6 @@ def calibrate(
         progress=talk is not False,
     )
     _keep(plan, out, journal, as_json)
-
-
-def _may_replace(plan: Path, journal: Path, yes: bool) -> None:
-    """Ask before an older plan, or what a run that was cut off has finished, is given up."""
-    if plan.exists():
-        console.replaces(plan, yes)
-    elif journal.exists():
-        if not yes:
-            console.say(f"{journal}: a calibration that did not end; --resume goes on with it")
-        console.replaces(journal, yes)
 
 
 def _keep(plan: Plan, out: Path, journal: Path, as_json: bool) -> None:
