@@ -15,7 +15,6 @@ from tiny_pipes import tiny_pipe
 import accelkit
 from accelkit.calibration.compare import videos
 from accelkit.calibration.denoise import video
-from accelkit.errors import PlanTransferWarning
 from accelkit.patches.method import load
 from accelkit.patches.patch import plan_of
 from accelkit.patches.plan import Limits
@@ -105,7 +104,7 @@ def test_only_the_real_run_is_told_of_its_steps(pipe, steps, told):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         videos.compare(opened, made, video.Settings(128, 128, 9, steps), shot)
-    said = [str(w.message) for w in seen if w.category is PlanTransferWarning]
+    said = [str(w.message) for w in seen if w.category is accelkit.errors.PlanTransferWarning]
     assert len(said) == told
     assert all(f"{steps} steps, the plan was calibrated with 9" in text for text in said)
 
