@@ -40,6 +40,14 @@ def test_summary_counts_heads_and_times(plan):
     assert s["measured_error"] == 0.015
 
 
+def test_another_phase_has_none_of_its_figures(plan):
+    s = report.summary(plan, "decode")
+    assert s["shares"] == {"dense": 1.0}
+    assert s["attention_speedup"] is None
+    assert s["measured_error"] is None
+    assert "faster" not in " ".join(v for _, v in report.headline(plan, "decode"))
+
+
 def test_tables_tell_policies_apart(plan):
     text = text_of(plan)
     assert re.search(r"model\.layers\.0\.self_attn\s+│ ·AAB", text)
