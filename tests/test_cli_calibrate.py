@@ -108,7 +108,9 @@ def test_calibrate_refuses_before_it_works(model, flow, tmp_path):
     assert not flow.seen
 
 
-def test_what_needs_no_weights_is_refused_before_they_are_loaded(model, flow, tmp_path, monkeypatch):
+def test_what_needs_no_weights_is_refused_before_they_are_loaded(
+    model, flow, tmp_path, monkeypatch
+):
     monkeypatch.setattr(pipelines, "open_any", lambda *_, **__: pytest.fail("the model was opened"))
     words = ("calibrate", model, "--out", str(tmp_path / "o"))
     assert "fast, balanced, careful" in failed(*words, "--preset", "quick", code=2)
