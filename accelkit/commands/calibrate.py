@@ -96,6 +96,7 @@ def calibrate(
     limits = console.sizes(lengths) if lengths else None
     chosen = console.names(methods) or None
     journal = out / "journal.jsonl"
+    from accelkit.calibration.journal import holds_units
     from accelkit.patches.method import load
     from accelkit.patches.plan import Budget
     from accelkit.patches.plan_file import FILE
@@ -106,7 +107,7 @@ def calibrate(
         console.say(f"{journal}: there is no journal to take up, so all is measured anew")
     if not dry_run and not resume and (out / FILE).exists():
         console.replaces(out / FILE, yes)
-    elif not dry_run and not resume and journal.exists():
+    elif not dry_run and not resume and holds_units(journal):
         console.replaces(journal, yes, "--resume to go on from it")
     from accelkit.calibration.calibrate import calibrate as measure
     from accelkit.calibration.calibrate import dry_run as bound_of
