@@ -150,6 +150,12 @@ def test_lost_answers_count() -> None:
     assert not quality.holds(quality.by_task([{**row, "right": 98}]), 0.02)
 
 
+def test_a_budget_is_not_passed_by_a_little() -> None:
+    row = {"task": "a", "tokens": 512, "kl": 0.0, "right": 0, "dense_right": 0, "asked": 0}
+    assert quality.holds(quality.by_task([{**row, "error": 0.02}]), 0.02)
+    assert not quality.holds(quality.by_task([{**row, "error": 0.0201}]), 0.02)
+
+
 def test_right_answers_are_those_of_the_logits(sample) -> None:
     model = tiny_model()
     with torch.no_grad():
