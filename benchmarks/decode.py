@@ -49,9 +49,7 @@ def replayed(work: Callable[[], Any]) -> float:
     return milliseconds(graph.replay)
 
 
-def rows(
-    tokens: int, densities: tuple[float, ...] = (1.0, 0.25, 0.1, 0.02)
-) -> list[dict[str, Any]]:
+def rows(tokens: int) -> list[dict[str, Any]]:
     """Readings at one length of the cache."""
     q = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, 8, tokens, 128, device="cuda", dtype=q.dtype) for _ in range(2))
