@@ -11,6 +11,11 @@ import pytest
 from accelkit.calibration.session import Bar
 
 
+@pytest.fixture(autouse=True)
+def _nobody_asked_for_silence(monkeypatch) -> None:
+    monkeypatch.delenv("ACCELKIT_PROGRESS", raising=False)
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
