@@ -6,7 +6,8 @@ its list is cut into parts that run at the same time, and `merge` joins them by 
 
     out = Σ_s exp(lse_s − lse) out_s          lse = log Σ_s exp lse_s          s = 1 … splits
 
-Adapters leave decoding dense so far; nothing here is tuned for it.
+Adapters leave decoding dense: preparing such a call takes the host longer than a dense step takes
+the device, as `docs/kernel-limits.md` shows.
 """
 
 from __future__ import annotations
