@@ -20,6 +20,14 @@ FORMAT = 2
 """Of the units' values; a journal of another one is refused."""
 
 
+def holds_units(path: Path) -> bool:
+    """Whether a file has lines behind a journal's first: work that would be lost with it."""
+    try:
+        return path.read_bytes().count(b"\n") > 1
+    except OSError:  # there is none
+        return False
+
+
 class Journal:
     """Finished units by key.
 
