@@ -42,7 +42,7 @@ def test_every_row_once_by_length_in_each_section(monkeypatch) -> None:
     monkeypatch.setattr(module, "_CACHE_BYTES", 0)  # a section is one KV head
     launch = launch_of()
     work = lower(launch)
-    rows, length = work.order.long(), work.masked + work.clean
+    rows, length = work.items[:, 0].long(), work.masked + work.clean
     assert rows.sort().values.tolist() == list(range(length.numel()))
     tiles = launch.index.rows
     section = rows // (tiles * 8) * 4 + rows // tiles % 8 // 2
@@ -59,24 +59,14 @@ def test_every_row_once_by_length_in_each_section(monkeypatch) -> None:
     assert torch.equal(work.items.long(), wanted)
 
 
-def test_as_many_sections_as_the_sorted_bits_tell_apart(monkeypatch) -> None:
-    monkeypatch.setattr(module, "_CACHE_BYTES", 0)
-    mask = torch.rand(1, 33, 7, 20, generator=torch.Generator().manual_seed(0)) < 0.5
-    for heads, together in ((32, 1), (33, 2)):
-        q, k, v = tensors(1, heads, heads, 7 * 16, 320, 16)
-        index = BlockIndex.from_mask(mask[:, :heads], (16, 16))
-        section = lower(prepare(q, k, v, index, causal=False)).order // 7 // together
-        assert (section.diff() <= 0).all()
-
-
 def test_equal_rows_keep_their_order_among_hundreds() -> None:
-    """Each row counts those before it, over several chunks of bins."""
+    """Each row counts those before it, over several chunks of keys."""
     q, k, v = tensors(1, 4, 2, 1600, 64, 16)
     mask = torch.rand(1, 4, 100, 4, generator=torch.Generator().manual_seed(0)) < 0.5
     launch = prepare(q, k, v, BlockIndex.from_mask(mask, (16, 16)), causal=False)
     work = lower(launch)
     longest = mask.sum(-1).flatten().argsort(descending=True, stable=True)
-    assert work.order.tolist() == longest.tolist()
+    assert work.items[:, 0].tolist() == longest.tolist()
 
 
 def test_rows_of_a_part_are_numbered_from_zero() -> None:
@@ -115,9 +105,9 @@ def test_lists_of_single_keys_end_in_what_not_every_row_sees(causal) -> None:
         assert int(work.clean[row]) == seen // 32
         assert int(work.masked[row]) == len(keys) - seen // 32 * 32
         assert int(starts[row]) == (-1 if head == 1 else index.start[0, head, tile])
-    assert work.order.sort().values.tolist() == list(range(24))
+    assert work.items[:, 0].sort().values.tolist() == list(range(24))
     tiles = work.clean + (work.masked + 31) // 32
-    assert (tiles[work.order.long()].diff() <= 0).all()
+    assert (tiles[work.items[:, 0].long()].diff() <= 0).all()
 
 
 def test_keys_in_any_order_are_masked_from_the_first_that_a_row_does_not_see() -> None:

@@ -20,28 +20,30 @@ from accelkit.kernels.launch import END, FAR, Launch
 
 _KEEP_BYTES = 16 * 2**20
 _CACHE_BYTES = 16 * 2**20
-_SECTIONS = 32
-_BINS = 65536 // _SECTIONS
-"""Lengths that are told apart in a section: with the sections they fill the 16 bits that are
-sorted.
-"""
+_BINS = tl.constexpr(2047)
+"""Lengths that are told apart: with the tiles they fill 31 bits."""
+_TILES = tl.constexpr(2**20)
+"""Query tiles of a head that are told apart."""
+_CHUNK = 256
+"""Most entries of a list that are looked at together."""
+_ROWS = 32
+"""Rows of a head that a program puts in order."""
 FIELDS = tl.constexpr(6)
 Sort = tuple[Tensor, int]
-"""Bin of each row, in whose order rows run, and KV heads of a section."""
+"""Key of each row, by which rows of a section are put in order, and KV heads of a section."""
 
 
 @dataclass(frozen=True)
 class Work:
     """Row r = (b, slot, t) has `masked[r]` then `clean[r]` block ids at `lists[r · capacity]`.
 
-    `order` are the rows as they should run; `items` (int32 `[rows, 6]`) say of each, in that order:
-    row, first query, batch, slot, masked blocks, clean blocks.
+    `items` (int32 `[rows, 6]`) are the rows in the order in which they should run: row, first
+    query, batch, slot, masked blocks, clean blocks.
     """
 
     lists: Tensor
     masked: Tensor
     clean: Tensor
-    order: Tensor
     items: Tensor
     tiles: Tensor
     capacity: int
@@ -68,29 +70,29 @@ def _row(START, COUNT, TILES, s_ib, s_ih, s_ir, n_heads, n_tiles):
 
 
 @triton.jit
-def _bin(BIN, KV_HEADS, pid, b, h, length, n_kv, section, BINS: tl.constexpr):
-    """Put a row into the bin of its length. Sections run from the last to the first, and lengths
-    fall in one and rise in the next, so that what runs at one time is alike where sections meet;
-    short rows come at the end of all. Rows of one length that begin together read the same keys at
-    the same time, which the cache then holds.
+def _sort_key(KEY, KV_HEADS, pid, b, h, length, n_tiles, n_kv, section):
+    """What a row is put in order by among those of its section, less running earlier. Sections run
+    from the last to the first, and lengths fall in one and rise in the next, so that what runs at
+    one time is alike where sections meet; short rows come at the end of all. Rows of one length
+    that begin together read the same keys at the same time, which the cache then holds.
     """
     # Exponent and seven leading bits of the length: exact to 256, then in steps of 1/128.
     steps = length.to(tl.float32).to(tl.int32, bitcast=True) >> 16
-    section = (b * n_kv + tl.load(KV_HEADS + h)) // section
-    steps = tl.minimum(tl.maximum(steps - 16255, 0), BINS - 1)
-    steps = tl.where(section % 2 == 0, BINS - 1 - steps, steps)
-    tl.store(BIN + pid, steps + (32768 - BINS) - section * BINS)
+    steps = tl.minimum(tl.maximum(steps - 16255, 0), _BINS - 1)
+    rising = (b * n_kv + tl.load(KV_HEADS + h)) // section % 2
+    steps = tl.where(rising == 0, _BINS - 1 - steps, steps)
+    tl.store(KEY + pid, steps.to(tl.int32) * _TILES + (pid % n_tiles).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _lower(
     START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, MASKED, CLEAN, KV_HEADS,
-    BIN,
+    KEY,
     s_ib, s_ih, s_in, s_kfb, s_kfh, s_kfn, s_klb, s_klh, s_kln, s_qlb, s_qlh, s_qln, s_qhb, s_qhh,
     s_qhn,
     n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity, step, n_kv, section, bq, bk,
     CAUSAL: tl.constexpr, PLAIN: tl.constexpr, IN_ORDER: tl.constexpr, APART: tl.constexpr,
-    SORT: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    SORT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     pid, b, h, tile, start, count = _row(
         START, COUNT, TILES, s_ib, s_ih, s_in, n_heads, n_tiles
@@ -132,37 +134,63 @@ def _lower(
                 clean = seen & (first < 0)
             else:
                 clean = seen & (last <= low)
-            masked = (seen & (clean == 0)).to(tl.int32)
-            clean = clean.to(tl.int32)
+            masked = seen & (clean == 0)
+            both = masked.to(tl.int32) + (clean.to(tl.int32) << 16)  # counted in one go
             if round == 1:
-                base = LISTS + pid * step
-                tl.store(base + put_masked + tl.cumsum(masked, 0) - 1, block, mask=masked > 0)
-                tl.store(base + put_clean + tl.cumsum(clean, 0) - 1, block, mask=clean > 0)
-            put_masked += tl.sum(masked, 0)
-            put_clean += tl.sum(clean, 0)
+                base, before = LISTS + pid * step, tl.cumsum(both, 0)
+                tl.store(base + put_masked + (before & 65535) - 1, block, mask=masked)
+                tl.store(base + put_clean + (before >> 16) - 1, block, mask=clean)
+            both = tl.sum(both, 0)
+            put_masked += both & 65535
+            put_clean += both >> 16
         if round == 0:
             n_masked, n_clean = put_masked, put_clean
     tl.store(MASKED + pid, n_masked)
     tl.store(CLEAN + pid, n_clean)
     if SORT:
         length = n_masked + n_clean
-        _bin(BIN, KV_HEADS, pid, b, h, length, n_kv, section, BINS)
+        _sort_key(KEY, KV_HEADS, pid, b, h, length, n_tiles, n_kv, section)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_heads", "n_tiles", "bq"])
+@triton.jit(do_not_specialize=["batch", "n_heads", "n_tiles", "n_kv", "section", "bq"])
 def _place(
-    MASKED, CLEAN, TILES, SORTED, ORDER, ITEMS, n_rows, n_heads, n_tiles, bq, ROWS: tl.constexpr
-):
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = place < n_rows
-    row = tl.load(SORTED + place, mask=real, other=0).to(tl.int32)
-    first = tl.load(TILES + row % n_tiles, mask=real, other=0) * bq
+    KEY, MASKED, CLEAN, TILES, KV_HEADS, ITEMS, batch, n_heads, n_tiles, n_kv, section, bq,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Put some rows of a head where they run: behind all sections that come earlier and all rows of
+    their own with a lesser key. Counted, without atomics: a program that starts again changes
+    nothing.
+    """
+    head = tl.program_id(1)
+    tile, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHUNK)
+    real, row = tile < n_tiles, head * n_tiles + tile
+    b, h = head // n_heads, head % n_heads
+    key = tl.load(KEY + row, mask=real, other=0)
+    first = (b * n_kv + tl.load(KV_HEADS + h)) // section * section
+    earlier, less = 0, tl.zeros([ROWS, CHUNK], tl.int32)
+    for other_b in range(0, batch):
+        for other_h in range(0, n_heads):
+            group = other_b * n_kv + tl.load(KV_HEADS + other_h)
+            if group >= first + section:
+                earlier += n_tiles
+            elif group >= first:
+                other = other_b * n_heads + other_h
+                most = key  # of equal lengths those of earlier heads come first, then by tile
+                if other < head:
+                    most = (key // _TILES + 1) * _TILES
+                elif other > head:
+                    most = key // _TILES * _TILES
+                for j in range(0, n_tiles, CHUNK):
+                    at = KEY + other * n_tiles + j + lane
+                    theirs = tl.load(at, mask=j + lane < n_tiles, other=2147483647)
+                    less += (theirs[None, :] < most[:, None]).to(tl.int32)
+    place = earlier + tl.sum(less, 1)
     item = ITEMS + place.to(tl.int64) * FIELDS
-    tl.store(ORDER + place, row, mask=real)
     tl.store(item, row, mask=real)
+    first = tl.load(TILES + tile, mask=real, other=0) * bq
     tl.store(item + 1, first.to(tl.int32), mask=real)
-    tl.store(item + 2, row // (n_tiles * n_heads), mask=real)
-    tl.store(item + 3, (row // n_tiles) % n_heads, mask=real)
+    tl.store(item + 2, (tile * 0 + b), mask=real)
+    tl.store(item + 3, (tile * 0 + h), mask=real)
     tl.store(item + 4, tl.load(MASKED + row, mask=real), mask=real)
     tl.store(item + 5, tl.load(CLEAN + row, mask=real), mask=real)
 
@@ -213,20 +241,18 @@ def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
 
 
 def _ordered(launch: Launch, tiles: Tensor, fill: Callable[[Tensor, Tensor, Sort], Tensor]) -> Work:
-    """Work in the order in which it should run; `fill` writes counts and bins of its rows and
+    """Work in the order in which it should run; `fill` writes counts and keys of its rows and
     returns the lists.
     """
     device, rows = launch.q.device, launch.batch * launch.heads * tiles.numel()
-    masked, clean, order = torch.empty((3, rows), dtype=torch.int32, device=device)
-    bins = torch.empty(rows, dtype=torch.int16, device=device)  # two passes of a radix sort
+    masked, clean, keys = torch.empty((3, rows), dtype=torch.int32, device=device)
     items = torch.empty((rows, FIELDS.value), dtype=torch.int32, device=device)
-    lists = fill(masked, clean, (bins, _section(launch)))
-    # Sorted, not counted by atomics: a program that starts again changes nothing.
-    _place[(triton.cdiv(rows, 128),)](
-        masked, clean, tiles, bins.argsort(stable=True), order, items, rows, launch.heads,
-        tiles.numel(), launch.index.size[0], ROWS=128,
+    lists = fill(masked, clean, (keys, section := _section(launch)))
+    _place[(ceil_div(n := tiles.numel(), _ROWS), launch.batch * launch.heads)](
+        keys, masked, clean, tiles, launch.kv_heads, items, launch.batch, launch.heads, n,
+        launch.k.shape[1], section, launch.index.size[0], ROWS=_ROWS, CHUNK=128,
     )  # fmt: skip
-    return Work(lists, masked, clean, order, items, tiles, launch.key_blocks)
+    return Work(lists, masked, clean, items, tiles, launch.key_blocks)
 
 
 def _fill_lists(
@@ -238,7 +264,7 @@ def _fill_lists(
     apart: int,
     sort: Sort | None,
 ) -> Tensor:
-    """Write each row's list and counts, and with `sort` its bin."""
+    """Write each row's list and counts, and with `sort` its key."""
     index, device, rows = launch.index, launch.q.device, counts[0].numel()
     capacity = launch.key_blocks
     step = capacity + apart
@@ -246,17 +272,17 @@ def _fill_lists(
     bounds = (index.start,) * 4 if plain else (*launch.key_bounds(), *launch.row_bounds())
     tables = [table(None if plain else t, index.start) for t in bounds]
     start, count, steps = _strided(index)
-    chunk = min(1024, max(16, triton.next_power_of_2(capacity)))
+    chunk = min(_CHUNK, max(16, triton.next_power_of_2(capacity)))
     assert END == 2147483646 and FAR == END + 1  # as written in the kernel
-    bins, section = sort or (tiles, 1)
+    keys, section = sort or (tiles, 1)
     _lower[(rows,)](
         start, count, index.blocks if index.blocks.numel() else tiles, tiles,
-        *(t[0] for t in tables), lists, *counts, launch.kv_heads, bins,
+        *(t[0] for t in tables), lists, *counts, launch.kv_heads, keys,
         *steps, *(s for t in tables for s in t[1:]),
         launch.heads, tiles.numel(), capacity, launch.n_q, launch.n_k, launch.q_start, capacity,
         step, launch.k.shape[1], section, *index.size,
         CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order,
-        APART=apart > 0, SORT=sort is not None, CHUNK=chunk, BINS=_BINS,
+        APART=apart > 0, SORT=sort is not None, CHUNK=chunk,
         num_warps=4 if chunk > 256 else 1,
     )  # fmt: skip
     return lists
@@ -275,17 +301,15 @@ def _section(launch: Launch) -> int:
     """KV heads of a section: rows that run at one time should read keys and values
     that stay in the second-level cache.
     """
-    heads = launch.batch * launch.k.shape[1]
     kept = launch.n_k * (launch.k.shape[3] + launch.v.shape[3]) * launch.k.element_size()
-    return max(1, _CACHE_BYTES // max(kept, 1), ceil_div(heads, _SECTIONS))
+    return max(1, _CACHE_BYTES // max(kept, 1))
 
 
 @triton.jit(do_not_specialize=["n_tiles", "n_q", "n_k", "q_start", "n_kv", "section"])
 def _lower_keys(
-    START, COUNT, BLOCKS, TILES, STARTS, MASKED, CLEAN, KV_HEADS, BIN,
+    START, COUNT, BLOCKS, TILES, STARTS, MASKED, CLEAN, KV_HEADS, KEY,
     s_ib, s_ih, s_ir, n_heads, n_tiles, n_q, n_k, q_start, n_kv, section,
     BQ: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
-    BINS: tl.constexpr,
 ):  # fmt: skip
     pid, b, h, tile, start, count = _row(
         START, COUNT, TILES, s_ib, s_ih, s_ir, n_heads, n_tiles
@@ -308,7 +332,7 @@ def _lower_keys(
     tl.store(MASKED + pid, masked)
     tl.store(CLEAN + pid, clean)
     length = clean + tl.cdiv(masked, BN)
-    _bin(BIN, KV_HEADS, pid, b, h, length, n_kv, section, BINS)
+    _sort_key(KEY, KV_HEADS, pid, b, h, length, n_tiles, n_kv, section)
 
 
 def lower_keys(launch: Launch, bn: int) -> tuple[Work, Tensor]:
@@ -329,12 +353,12 @@ def lower_keys(launch: Launch, bn: int) -> tuple[Work, Tensor]:
         lists = tiles.int()
 
     def fill(masked: Tensor, clean: Tensor, sort: Sort) -> Tensor:
-        bins, section = sort
+        keys, section = sort
         _lower_keys[(rows,)](
-            start, count, lists, tiles, starts, masked, clean, launch.kv_heads, bins,
+            start, count, lists, tiles, starts, masked, clean, launch.kv_heads, keys,
             *steps, launch.heads, tiles.numel(), launch.n_q, launch.n_k, launch.q_start,
             launch.k.shape[1], section, BQ=index.size[0], BN=bn, CAUSAL=launch.causal, CHUNK=1024,
-            BINS=_BINS, num_warps=4,
+            num_warps=4,
         )  # fmt: skip
         return lists
 

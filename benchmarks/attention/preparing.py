@@ -1,0 +1,83 @@
+"""What a call pays before its kernel runs: lists brought into order on the GPU, work of the host."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from accelkit.kernels import dispatch
+from accelkit.kernels.dispatch import attend
+from accelkit.kernels.index import BlockIndex
+from attention.shapes import BLOCK, D64, FULL, LLM, Shape, random_call, random_mask
+from attention.timing import milliseconds
+
+CALLS = 20
+
+
+def preparing(budget_ms: float) -> Iterator[dict[str, Any]]:
+    """Calls over lists that nothing ran before, as each layer of a dynamic method has them, beside
+    calls over lists that were run, whose preparation is kept.
+    """
+    for shape, density in ((FULL, 0.05), (LLM, 0.05), (LLM, 0.1), (D64, 0.05)):
+        yield _prepared(shape, density, budget_ms)
+
+
+def _prepared(shape: Shape, density: float, budget_ms: float) -> dict[str, Any]:
+    call = random_call(shape, "cuda", torch.bfloat16)
+    index = BlockIndex.from_mask(random_mask(shape, BLOCK, density, "cuda"), BLOCK)
+    backend = dispatch.explain(*call, index, causal=shape.causal).backend
+    kept = partial(attend, *call, index, causal=shape.causal)
+
+    def fresh() -> object:
+        return attend(*call, replace(index), causal=shape.causal)
+
+    work: dict[str, Callable[[], object]] = {"fresh": fresh, "kept": kept}
+    ms = milliseconds(work, budget_ms)
+    host = {name: host_us(run) for name, run in work.items()}
+    spent = launched_us(fresh)
+    attention = max(spent, key=spent.__getitem__)
+    row = {
+        "what": f"preparing, {shape.name}, density {density}",
+        "backend": backend,
+        "ms": ms,
+        "host_us": host,
+        "device_us": {name: us for name, us in spent.items() if name != attention},
+        "kernel_us": spent[attention],
+    }
+    row["preparing_us"] = sum(row["device_us"].values())
+    text = "  ".join(f"{n} {t:.3f} ms, host {host[n]:.0f} µs" for n, t in ms.items())
+    print(f"{row['what']}: {backend} {text} | on the device {row['preparing_us']:.1f} µs", flush=True)
+    return row
+
+
+def host_us(run: Callable[[], object]) -> float:
+    """Median microseconds until the host has started the work, the GPU being idle before."""
+    found = []
+    for _ in range(CALLS):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        found.append(1e6 * (time.perf_counter() - begin))
+    torch.cuda.synchronize()
+    return statistics.median(found)
+
+
+def launched_us(run: Callable[[], object]) -> dict[str, float]:
+    """Microseconds of each kernel, copy and fill in a call, by name."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        for _ in range(CALLS):
+            run()
+        torch.cuda.synchronize()
+    spent: dict[str, float] = {}
+    for event in seen.events():
+        if event.device_type == DeviceType.CUDA:
+            spent[event.name] = spent.get(event.name, 0.0) + event.device_time_total / CALLS
+    return spent
