@@ -1,4 +1,4 @@
-"""What a call pays before its kernel runs: lists brought into order on the GPU, work of the host."""
+"""What a call pays before its kernel runs, on the GPU and on the host."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def _prepared(shape: Shape, density: float, budget_ms: float) -> dict[str, Any]:
     }
     row["preparing_us"] = sum(row["device_us"].values())
     text = "  ".join(f"{n} {t:.3f} ms, host {host[n]:.0f} µs" for n, t in ms.items())
-    print(f"{row['what']}: {backend} {text} | on the device {row['preparing_us']:.1f} µs", flush=True)
+    print(
+        f"{row['what']}: {backend} {text} | on the device {row['preparing_us']:.1f} µs", flush=True
+    )
     return row
 
 

@@ -32,7 +32,7 @@ def test_lists_hold_the_visible_blocks_masked_first() -> None:
         low, high = 400 + tile * 32, 400 + min(tile * 32 + 31, 299)
         wanted = [j for j in mask[row].nonzero().flatten().tolist() if j * 16 <= high]
         clean = {j for j in wanted if j * 16 + 15 <= low}
-        masked, count = int(work.masked[row]), int(work.clean[row])
+        masked, count = int(work.counts[0][row]), int(work.counts[1][row])
         got = work.lists[row * work.capacity :][: masked + count].tolist()
         assert sorted(got) == wanted
         assert set(got[masked:]) == clean
@@ -42,7 +42,7 @@ def test_every_row_once_by_length_in_each_section(monkeypatch) -> None:
     monkeypatch.setattr(module, "_CACHE_BYTES", 0)  # a section is one KV head
     launch = launch_of()
     work = lower(launch)
-    rows, length = work.items[:, 0].long(), work.masked + work.clean
+    rows, length = work.items[:, 0].long(), work.counts[:2].sum(0)
     assert rows.sort().values.tolist() == list(range(length.numel()))
     tiles = launch.index.rows
     section = rows // (tiles * 8) * 4 + rows // tiles % 8 // 2
@@ -53,8 +53,8 @@ def test_every_row_once_by_length_in_each_section(monkeypatch) -> None:
             found = found.flip(0)
         assert (found.diff() <= 0).all()
     wanted = torch.stack(
-        [rows, rows % tiles * 32, rows // (tiles * 8), rows // tiles % 8, work.masked[rows],
-         work.clean[rows]], 1,
+        [rows, rows % tiles * 32, rows // (tiles * 8), rows // tiles % 8, work.counts[0][rows],
+         work.counts[1][rows]], 1,
     )  # fmt: skip
     assert torch.equal(work.items.long(), wanted)
 
@@ -102,11 +102,11 @@ def test_lists_of_single_keys_end_in_what_not_every_row_sees(causal) -> None:
         end = min(500, 150 + min(300, tile * 128 + 128)) if causal else 500
         keys = mask[0, head, tile].nonzero().flatten() if head != 1 else torch.arange(end)
         seen = int((keys <= low).sum())
-        assert int(work.clean[row]) == seen // 32
-        assert int(work.masked[row]) == len(keys) - seen // 32 * 32
+        assert int(work.counts[1][row]) == seen // 32
+        assert int(work.counts[0][row]) == len(keys) - seen // 32 * 32
         assert int(starts[row]) == (-1 if head == 1 else index.start[0, head, tile])
     assert work.items[:, 0].sort().values.tolist() == list(range(24))
-    tiles = work.clean + (work.masked + 31) // 32
+    tiles = work.counts[1] + (work.counts[0] + 31) // 32
     assert (tiles[work.items[:, 0].long()].diff() <= 0).all()
 
 
@@ -117,4 +117,4 @@ def test_keys_in_any_order_are_masked_from_the_first_that_a_row_does_not_see() -
     start, count = torch.zeros(1, 1, 1, dtype=torch.int64), torch.full((1, 1, 1), 96).int()
     launch = prepare(q, k, v, BlockIndex(start, count, keys, (64, 1)), q_start=100)
     work, _ = lower_keys(launch, 32)
-    assert (int(work.clean), int(work.masked)) == (1, 64)
+    assert work.counts[:2].flatten().tolist() == [64, 1]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accelkit.kernels._triton.tile import table
+from accelkit.kernels._triton.tile import next_power_of_two, table
 from accelkit.kernels.index import BlockIndex, ceil_div
 from accelkit.kernels.launch import END, FAR, Launch
 
@@ -29,23 +29,20 @@ _CHUNK = 256
 _ROWS = 32
 """Rows of a head that a program puts in order."""
 FIELDS = tl.constexpr(6)
-Sort = tuple[Tensor, int]
-"""Key of each row, by which rows of a section are put in order, and KV heads of a section."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Row r = (b, slot, t) has `masked[r]` then `clean[r]` block ids at `lists[r · capacity]`.
+    """Row r = (b, slot, t) has `counts[0, r]` masked then `counts[1, r]` clean block ids at
+    `lists[r · capacity]`; `counts[2, r]` is its key among the rows of its section.
 
     `items` (int32 `[rows, 6]`) are the rows in the order in which they should run: row, first
     query, batch, slot, masked blocks, clean blocks.
     """
 
     lists: Tensor
-    masked: Tensor
-    clean: Tensor
+    counts: Tensor
     items: Tensor
-    tiles: Tensor
     capacity: int
 
 
@@ -70,29 +67,32 @@ def _row(START, COUNT, TILES, s_ib, s_ih, s_ir, n_heads, n_tiles):
 
 
 @triton.jit
-def _sort_key(KEY, KV_HEADS, pid, b, h, length, n_tiles, n_kv, section):
-    """What a row is put in order by among those of its section, less running earlier. Sections run
-    from the last to the first, and lengths fall in one and rise in the next, so that what runs at
-    one time is alike where sections meet; short rows come at the end of all. Rows of one length
-    that begin together read the same keys at the same time, which the cache then holds.
+def _counted(COUNTS, KV_HEADS, pid, b, h, masked, clean, length, n_tiles, n_kv, section):
+    """Store what a row has, and what it is put in order by among those of its section: less runs
+    earlier. Sections run from the last to the first, and lengths fall in one and rise in the next,
+    so that what runs at one time is alike where sections meet; short rows come at the end of all.
+    Rows of one length that begin together read the same keys at the same time, which the cache then
+    holds.
     """
     # Exponent and seven leading bits of the length: exact to 256, then in steps of 1/128.
     steps = length.to(tl.float32).to(tl.int32, bitcast=True) >> 16
     steps = tl.minimum(tl.maximum(steps - 16255, 0), _BINS - 1)
     rising = (b * n_kv + tl.load(KV_HEADS + h)) // section % 2
     steps = tl.where(rising == 0, _BINS - 1 - steps, steps)
-    tl.store(KEY + pid, steps.to(tl.int32) * _TILES + (pid % n_tiles).to(tl.int32))
+    rows = tl.num_programs(0)
+    tl.store(COUNTS + pid, masked)
+    tl.store(COUNTS + rows + pid, clean)
+    tl.store(COUNTS + 2 * rows + pid, steps.to(tl.int32) * _TILES + (pid % n_tiles).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _lower(
-    START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, MASKED, CLEAN, KV_HEADS,
-    KEY,
+    START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, COUNTS, KV_HEADS,
     s_ib, s_ih, s_in, s_kfb, s_kfh, s_kfn, s_klb, s_klh, s_kln, s_qlb, s_qlh, s_qln, s_qhb, s_qhh,
     s_qhn,
     n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity, step, n_kv, section, bq, bk,
     CAUSAL: tl.constexpr, PLAIN: tl.constexpr, IN_ORDER: tl.constexpr, APART: tl.constexpr,
-    SORT: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     pid, b, h, tile, start, count = _row(
         START, COUNT, TILES, s_ib, s_ih, s_in, n_heads, n_tiles
@@ -145,16 +145,15 @@ def _lower(
             put_clean += both >> 16
         if round == 0:
             n_masked, n_clean = put_masked, put_clean
-    tl.store(MASKED + pid, n_masked)
-    tl.store(CLEAN + pid, n_clean)
-    if SORT:
-        length = n_masked + n_clean
-        _sort_key(KEY, KV_HEADS, pid, b, h, length, n_tiles, n_kv, section)
+    length = n_masked + n_clean
+    _counted(
+        COUNTS, KV_HEADS, pid, b, h, n_masked, n_clean, length, n_tiles, n_kv, section
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["batch", "n_heads", "n_tiles", "n_kv", "section", "bq"])
 def _place(
-    KEY, MASKED, CLEAN, TILES, KV_HEADS, ITEMS, batch, n_heads, n_tiles, n_kv, section, bq,
+    COUNTS, TILES, KV_HEADS, ITEMS, batch, n_heads, n_tiles, n_kv, section, bq,
     ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Put some rows of a head where they run: behind all sections that come earlier and all rows of
@@ -165,7 +164,9 @@ def _place(
     tile, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHUNK)
     real, row = tile < n_tiles, head * n_tiles + tile
     b, h = head // n_heads, head % n_heads
-    key = tl.load(KEY + row, mask=real, other=0)
+    masked, clean = COUNTS + row, COUNTS + batch * n_heads * n_tiles + row
+    KEYS = COUNTS + 2 * batch * n_heads * n_tiles
+    key = tl.load(KEYS + row, mask=real, other=0)
     first = (b * n_kv + tl.load(KV_HEADS + h)) // section * section
     earlier, less = 0, tl.zeros([ROWS, CHUNK], tl.int32)
     for other_b in range(0, batch):
@@ -181,7 +182,7 @@ def _place(
                 elif other > head:
                     most = key // _TILES * _TILES
                 for j in range(0, n_tiles, CHUNK):
-                    at = KEY + other * n_tiles + j + lane
+                    at = KEYS + other * n_tiles + j + lane
                     theirs = tl.load(at, mask=j + lane < n_tiles, other=2147483647)
                     less += (theirs[None, :] < most[:, None]).to(tl.int32)
     place = earlier + tl.sum(less, 1)
@@ -191,8 +192,8 @@ def _place(
     tl.store(item + 1, first.to(tl.int32), mask=real)
     tl.store(item + 2, (tile * 0 + b), mask=real)
     tl.store(item + 3, (tile * 0 + h), mask=real)
-    tl.store(item + 4, tl.load(MASKED + row, mask=real), mask=real)
-    tl.store(item + 5, tl.load(CLEAN + row, mask=real), mask=real)
+    tl.store(item + 4, tl.load(masked, mask=real), mask=real)
+    tl.store(item + 5, tl.load(clean, mask=real), mask=real)
 
 
 def lower(launch: Launch, *, in_order: bool = False) -> Work:
@@ -217,72 +218,55 @@ def lower(launch: Launch, *, in_order: bool = False) -> Work:
     return work
 
 
-def lists_of(launch: Launch, apart: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Lists and the two counts of each row. With `apart` a row has `key_blocks` places for clean
-    blocks and then so many for masked ones.
+def lists_of(launch: Launch, apart: int = 0) -> tuple[Tensor, Tensor]:
+    """Lists and counts of each row as in `Work`. With `apart` a row has `key_blocks` places for
+    clean blocks and then so many for masked ones.
     """
-    counts = torch.empty(
-        (2, launch.batch * launch.heads * launch.tiles.numel()),
-        dtype=torch.int32,
-        device=launch.q.device,
-    )
-    masked, clean = counts
-    lists = _fill_lists(launch, launch.tiles, (masked, clean), True, False, apart, None)
-    return lists, masked, clean
+    rows = launch.batch * launch.heads * launch.tiles.numel()
+    counts = torch.empty((3, rows), dtype=torch.int32, device=launch.q.device)
+    return _fill_lists(launch, counts, _section(launch), True, False, apart), counts
 
 
 def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
-    tiles = launch.tiles
-
-    def fill(masked: Tensor, clean: Tensor, sort: Sort) -> Tensor:
-        return _fill_lists(launch, tiles, (masked, clean), plain, in_order, 0, sort)
-
-    return _ordered(launch, tiles, fill)
+    return _ordered(launch, lambda c, section: _fill_lists(launch, c, section, plain, in_order))
 
 
-def _ordered(launch: Launch, tiles: Tensor, fill: Callable[[Tensor, Tensor, Sort], Tensor]) -> Work:
-    """Work in the order in which it should run; `fill` writes counts and keys of its rows and
-    returns the lists.
+def _ordered(launch: Launch, fill: Callable[[Tensor, int], Tensor]) -> Work:
+    """Work in the order in which it should run; `fill` writes counts of its rows by the KV heads of
+    a section and returns the lists.
     """
-    device, rows = launch.q.device, launch.batch * launch.heads * tiles.numel()
-    masked, clean, keys = torch.empty((3, rows), dtype=torch.int32, device=device)
-    items = torch.empty((rows, FIELDS.value), dtype=torch.int32, device=device)
-    lists = fill(masked, clean, (keys, section := _section(launch)))
-    _place[(ceil_div(n := tiles.numel(), _ROWS), launch.batch * launch.heads)](
-        keys, masked, clean, tiles, launch.kv_heads, items, launch.batch, launch.heads, n,
-        launch.k.shape[1], section, launch.index.size[0], ROWS=_ROWS, CHUNK=128,
+    device, tiles, section = launch.q.device, launch.tiles, _section(launch)
+    n, heads = tiles.numel(), launch.batch * launch.heads
+    counts = torch.empty((3, heads * n), dtype=torch.int32, device=device)
+    items = torch.empty((heads * n, FIELDS.value), dtype=torch.int32, device=device)
+    lists = fill(counts, section)
+    _place[(ceil_div(n, _ROWS), heads)](
+        counts, tiles, launch.kv_heads, items, launch.batch, launch.heads, n, launch.k.shape[1],
+        section, launch.index.size[0], ROWS=_ROWS, CHUNK=128,
     )  # fmt: skip
-    return Work(lists, masked, clean, items, tiles, launch.key_blocks)
+    return Work(lists, counts, items, launch.key_blocks)
 
 
 def _fill_lists(
-    launch: Launch,
-    tiles: Tensor,
-    counts: tuple[Tensor, Tensor],
-    plain: bool,
-    in_order: bool,
-    apart: int,
-    sort: Sort | None,
+    launch: Launch, counts: Tensor, section: int, plain: bool, in_order: bool, apart: int = 0
 ) -> Tensor:
-    """Write each row's list and counts, and with `sort` its key."""
-    index, device, rows = launch.index, launch.q.device, counts[0].numel()
+    """Write each row's list and counts."""
+    index, tiles, rows = launch.index, launch.tiles, counts.shape[1]
     capacity = launch.key_blocks
     step = capacity + apart
-    lists = torch.empty(rows * step, dtype=torch.int32, device=device)
+    lists = torch.empty(rows * step, dtype=torch.int32, device=counts.device)
     bounds = (index.start,) * 4 if plain else (*launch.key_bounds(), *launch.row_bounds())
     tables = [table(None if plain else t, index.start) for t in bounds]
     start, count, steps = _strided(index)
-    chunk = min(_CHUNK, max(16, triton.next_power_of_2(capacity)))
+    chunk = min(_CHUNK, max(16, next_power_of_two(capacity)))
     assert END == 2147483646 and FAR == END + 1  # as written in the kernel
-    keys, section = sort or (tiles, 1)
     _lower[(rows,)](
         start, count, index.blocks if index.blocks.numel() else tiles, tiles,
-        *(t[0] for t in tables), lists, *counts, launch.kv_heads, keys,
+        *(t[0] for t in tables), lists, counts, launch.kv_heads,
         *steps, *(s for t in tables for s in t[1:]),
         launch.heads, tiles.numel(), capacity, launch.n_q, launch.n_k, launch.q_start, capacity,
         step, launch.k.shape[1], section, *index.size,
-        CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order,
-        APART=apart > 0, SORT=sort is not None, CHUNK=chunk,
+        CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order, APART=apart > 0, CHUNK=chunk,
         num_warps=4 if chunk > 256 else 1,
     )  # fmt: skip
     return lists
@@ -307,7 +291,7 @@ def _section(launch: Launch) -> int:
 
 @triton.jit(do_not_specialize=["n_tiles", "n_q", "n_k", "q_start", "n_kv", "section"])
 def _lower_keys(
-    START, COUNT, BLOCKS, TILES, STARTS, MASKED, CLEAN, KV_HEADS, KEY,
+    START, COUNT, BLOCKS, TILES, STARTS, COUNTS, KV_HEADS,
     s_ib, s_ih, s_ir, n_heads, n_tiles, n_q, n_k, q_start, n_kv, section,
     BQ: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -329,10 +313,8 @@ def _lower_keys(
         clean = tl.minimum(clean, tl.min(tl.where(hidden, lane // BN, clean), 0))
     masked = n - clean * BN
     tl.store(STARTS + pid, tl.where(count < 0, -1, start))
-    tl.store(MASKED + pid, masked)
-    tl.store(CLEAN + pid, clean)
     length = clean + tl.cdiv(masked, BN)
-    _sort_key(KEY, KV_HEADS, pid, b, h, length, n_tiles, n_kv, section)
+    _counted(COUNTS, KV_HEADS, pid, b, h, masked, clean, length, n_tiles, n_kv, section)
 
 
 def lower_keys(launch: Launch, bn: int) -> tuple[Work, Tensor]:
@@ -352,17 +334,15 @@ def lower_keys(launch: Launch, bn: int) -> tuple[Work, Tensor]:
     if not lists.numel():
         lists = tiles.int()
 
-    def fill(masked: Tensor, clean: Tensor, sort: Sort) -> Tensor:
-        keys, section = sort
+    def fill(counts: Tensor, section: int) -> Tensor:
         _lower_keys[(rows,)](
-            start, count, lists, tiles, starts, masked, clean, launch.kv_heads, keys,
-            *steps, launch.heads, tiles.numel(), launch.n_q, launch.n_k, launch.q_start,
-            launch.k.shape[1], section, BQ=index.size[0], BN=bn, CAUSAL=launch.causal, CHUNK=1024,
-            num_warps=4,
+            start, count, lists, tiles, starts, counts, launch.kv_heads, *steps, launch.heads,
+            tiles.numel(), launch.n_q, launch.n_k, launch.q_start, launch.k.shape[1], section,
+            BQ=index.size[0], BN=bn, CAUSAL=launch.causal, CHUNK=1024, num_warps=4,
         )  # fmt: skip
         return lists
 
-    found = _ordered(launch, tiles, fill), starts
+    found = _ordered(launch, fill), starts
     if launch.rows is None:
         index.lowered[key] = found
     return found
