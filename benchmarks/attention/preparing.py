@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +18,7 @@ from accelkit.kernels.index import BlockIndex
 from attention.shapes import BLOCK, D64, FULL, LLM, Shape, random_call, random_mask
 from attention.timing import milliseconds
 
-CALLS = 20
+CALLS, ROUNDS = 20, 10
 
 
 def preparing(budget_ms: float) -> Iterator[dict[str, Any]]:
@@ -61,15 +60,18 @@ def _prepared(shape: Shape, density: float, budget_ms: float) -> dict[str, Any]:
 
 
 def host_us(run: Callable[[], object]) -> float:
-    """Median microseconds until the host has started the work, the GPU being idle before."""
+    """Microseconds that the host takes to start the work, mean over calls that follow one another,
+    the least of some rounds.
+    """
     found = []
-    for _ in range(CALLS):
+    for _ in range(ROUNDS):
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        run()
-        found.append(1e6 * (time.perf_counter() - begin))
+        for _ in range(CALLS):
+            run()
+        found.append(1e6 * (time.perf_counter() - begin) / CALLS)
     torch.cuda.synchronize()
-    return statistics.median(found)
+    return min(found)
 
 
 def launched_us(run: Callable[[], object]) -> dict[str, float]:

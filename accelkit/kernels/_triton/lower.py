@@ -46,10 +46,9 @@ class Work:
     capacity: int
 
 
-_STRIDES = [f"s_{t}{d}" for t in ("i", "kf", "kl", "ql", "qh") for d in "bhn"]
 _SIZES = [
-    "n_heads", "n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity", "step", "n_kv",
-    "section", "bq", "bk", *_STRIDES,
+    "n_heads", "n_tiles", "n_blocks", "n_q", "n_k", "q_start", "step", "n_kv", "section", "bq",
+    "bk", *(f"s_{t}{d}" for t in "ikq" for d in "bhn"),
 ]  # fmt: skip
 """Lists are read from where they begin, wherever that is: Triton would compile the same once more
 for every length and unit.
@@ -88,9 +87,8 @@ def _counted(COUNTS, KV_HEADS, pid, b, h, masked, clean, length, n_tiles, n_kv, 
 @triton.jit(do_not_specialize=_SIZES)
 def _lower(
     START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, COUNTS, KV_HEADS,
-    s_ib, s_ih, s_in, s_kfb, s_kfh, s_kfn, s_klb, s_klh, s_kln, s_qlb, s_qlh, s_qln, s_qhb, s_qhh,
-    s_qhn,
-    n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity, step, n_kv, section, bq, bk,
+    s_ib, s_ih, s_in, s_kb, s_kh, s_kn, s_qb, s_qh, s_qn,
+    n_heads, n_tiles, n_blocks, n_q, n_k, q_start, step, n_kv, section, bq, bk,
     CAUSAL: tl.constexpr, PLAIN: tl.constexpr, IN_ORDER: tl.constexpr, APART: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -106,13 +104,13 @@ def _lower(
             low = low * 0 + 2147483646
             high = low
     else:
-        low = tl.load(Q_LOW + b * s_qlb + h * s_qlh + tile * s_qln).to(tl.int64)
-        high = tl.load(Q_HIGH + b * s_qhb + h * s_qhh + tile * s_qhn).to(tl.int64)
+        rows = b * s_qb + h * s_qh + tile * s_qn
+        low, high = tl.load(Q_LOW + rows).to(tl.int64), tl.load(Q_HIGH + rows).to(tl.int64)
     n_masked, n_clean = 0, 0
     # The first round counts, the second writes: the clean part begins where the masked part ends,
-    # or the masked part stands apart behind `capacity` places for the clean one.
+    # or the masked part stands apart behind `n_blocks` places for the clean one.
     for round in tl.static_range(2):
-        put_masked = capacity if APART and round == 1 else 0
+        put_masked = n_blocks if APART and round == 1 else 0
         put_clean = n_masked if round == 1 and not APART else 0
         for j in range(0, n, CHUNK):
             lane = j + tl.arange(0, CHUNK)
@@ -123,12 +121,9 @@ def _lower(
                 first = block.to(tl.int64) * bk
                 last = tl.where(first + bk > n_k, 2147483647, first + bk - 1)
             else:
-                first = tl.load(
-                    K_FIRST + b * s_kfb + h * s_kfh + block * s_kfn, mask=real, other=0
-                ).to(tl.int64)
-                last = tl.load(
-                    K_LAST + b * s_klb + h * s_klh + block * s_kln, mask=real, other=0
-                ).to(tl.int64)
+                keys = b * s_kb + h * s_kh + block * s_kn
+                first = tl.load(K_FIRST + keys, mask=real, other=0).to(tl.int64)
+                last = tl.load(K_LAST + keys, mask=real, other=0).to(tl.int64)
             seen = real & (first <= high)
             if IN_ORDER:
                 clean = seen & (first < 0)
@@ -256,16 +251,15 @@ def _fill_lists(
     step = capacity + apart
     lists = torch.empty(rows * step, dtype=torch.int32, device=counts.device)
     bounds = (index.start,) * 4 if plain else (*launch.key_bounds(), *launch.row_bounds())
-    tables = [table(None if plain else t, index.start) for t in bounds]
+    keys, queries = (table(None if plain else t, index.start)[1:] for t in bounds[::2])
     start, count, steps = _strided(index)
     chunk = min(_CHUNK, max(16, next_power_of_two(capacity)))
     assert END == 2147483646 and FAR == END + 1  # as written in the kernel
     _lower[(rows,)](
         start, count, index.blocks if index.blocks.numel() else tiles, tiles,
-        *(t[0] for t in tables), lists, counts, launch.kv_heads,
-        *steps, *(s for t in tables for s in t[1:]),
-        launch.heads, tiles.numel(), capacity, launch.n_q, launch.n_k, launch.q_start, capacity,
-        step, launch.k.shape[1], section, *index.size,
+        *bounds, lists, counts, launch.kv_heads, *steps, *keys, *queries,
+        launch.heads, tiles.numel(), capacity, launch.n_q, launch.n_k, launch.q_start, step,
+        launch.k.shape[1], section, *index.size,
         CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order, APART=apart > 0, CHUNK=chunk,
         num_warps=4 if chunk > 256 else 1,
     )  # fmt: skip
