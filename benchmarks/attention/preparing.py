@@ -15,6 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from accelkit.kernels import dispatch
 from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import BlockIndex
+from attention.parts import part
+from attention.peers import dense_paths
 from attention.shapes import BLOCK, D64, FULL, LLM, Shape, random_call, random_mask
 from attention.timing import milliseconds
 
@@ -39,24 +41,15 @@ def _prepared(shape: Shape, density: float, budget_ms: float) -> dict[str, Any]:
         return attend(*call, replace(index), causal=shape.causal)
 
     work: dict[str, Callable[[], object]] = {"fresh": fresh, "kept": kept}
-    ms = milliseconds(work, budget_ms)
+    ms = milliseconds(work | {"cudnn": dense_paths(shape, *call)["cudnn"]}, budget_ms)
     host = {name: host_us(run) for name, run in work.items()}
     spent = launched_us(fresh)
-    attention = max(spent, key=spent.__getitem__)
-    row = {
-        "what": f"preparing, {shape.name}, density {density}",
-        "backend": backend,
-        "ms": ms,
-        "host_us": host,
-        "device_us": {name: us for name, us in spent.items() if name != attention},
-        "kernel_us": spent[attention],
-    }
-    row["preparing_us"] = sum(row["device_us"].values())
-    text = "  ".join(f"{n} {t:.3f} ms, host {host[n]:.0f} µs" for n, t in ms.items())
-    print(
-        f"{row['what']}: {backend} {text} | on the device {row['preparing_us']:.1f} µs", flush=True
-    )
-    return row
+    del spent[max(spent, key=spent.__getitem__)]  # the attention kernel
+    print(f"    host, µs {host}  on the GPU, µs {spent}", flush=True)
+    what = f"call over new lists, density {density}, {shape.name}"
+    return part(what, {"call": ms["fresh"]}, ms["cudnn"], "–") | {
+        "backend": backend, "kept_ms": ms["kept"], "host_us": host, "preparing_us": spent,
+    }  # fmt: skip
 
 
 def host_us(run: Callable[[], object]) -> float:
