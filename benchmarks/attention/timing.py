@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
 
-from accelkit.calibration.fit.clock import device_ms, host_ms
+from accelkit.calibration.fit.clock import CYCLES, device_ms
 
 
 def turns(pieces: int, round: int) -> list[int]:
@@ -30,7 +31,9 @@ def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dic
         try:
             run()
             torch.cuda.synchronize()
-            able[name], host[name] = run, host_ms(run)
+            begin = time.perf_counter()
+            run()
+            able[name], host[name] = run, 1e3 * (time.perf_counter() - begin)
             torch.cuda.synchronize()
         except Exception as error:
             text = (str(error).splitlines() or [""])[0][:120]
@@ -40,7 +43,8 @@ def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dic
     least, cycle = (3, max(len(names), 1)) if budget_ms else (1, 1)
     while rounds < least or rounds % cycle or (spent < budget_ms and rounds < 15):
         for name in (names[i] for i in turns(len(names), rounds)):
-            times[name] += device_ms(able[name], 1, host=host[name])
+            torch.cuda._sleep(int(host[name] * CYCLES))  # the host is ahead
+            times[name] += device_ms(able[name], 1)
             spent += times[name][-1] + 1.0
         rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}

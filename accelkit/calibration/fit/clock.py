@@ -96,22 +96,19 @@ def _agree(found: Sequence[float]) -> bool:
     return next_one < max(AGREE * least, least + 1e-3)
 
 
-def device_ms(
-    run: Callable[[], Any], times: int, warmup: int = 0, host: float = 0.0
-) -> list[float]:
+def device_ms(run: Callable[[], Any], times: int, warmup: int = 0) -> list[float]:
     """Milliseconds of each run on the current GPU, without the time in which it waits for the
-    host; for work that takes the host more than a millisecond, runs before tell how long, or
-    `host` does, in milliseconds.
+    host; for work that takes the host more than a millisecond, runs before tell how long.
     """
     least, most = AHEAD_MS
-    hosts = [host] if host else [host_ms(run) for _ in range(warmup)]
+    hosts = [_host_ms(run) for _ in range(warmup)]
     marks = []
     for _ in range(times):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         ahead = min(max(least, SLACK * min(hosts, default=0.0)), most)
         torch.cuda._sleep(int(ahead * CYCLES))
         begin.record()
-        hosts.append(host_ms(run))
+        hosts.append(_host_ms(run))
         end.record()
         marks.append((begin, end))
     torch.cuda.synchronize()
@@ -122,7 +119,7 @@ def each_ms(runs: Sequence[Callable[[], Any]]) -> list[float]:
     """The lesser of two readings of several short pieces of work on the current GPU, which waits
     once for all of them: for each alone it would wait longer than it works.
     """
-    hosts = [sum(map(host_ms, runs))]
+    hosts = [sum(map(_host_ms, runs))]
     readings: list[list[tuple[Any, Any]]] = [[] for _ in runs]
     for _ in range(2):
         torch.cuda._sleep(int(max(AHEAD_MS[0], EASY * min(hosts)) * CYCLES))
@@ -130,14 +127,14 @@ def each_ms(runs: Sequence[Callable[[], Any]]) -> list[float]:
         for run, mine in zip(runs, readings, strict=True):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            hosts[-1] += host_ms(run)
+            hosts[-1] += _host_ms(run)
             end.record()
             mine.append((begin, end))
     torch.cuda.synchronize()
     return [min(begin.elapsed_time(end) for begin, end in mine) for mine in readings]
 
 
-def host_ms(run: Callable[[], Any]) -> float:
+def _host_ms(run: Callable[[], Any]) -> float:
     """Milliseconds that the host takes to start some work."""
     start = time.perf_counter()
     run()
