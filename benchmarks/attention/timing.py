@@ -10,6 +10,9 @@ import torch
 
 from accelkit.calibration.fit.clock import CYCLES, device_ms
 
+MOST_AHEAD_MS = 20.0
+"""Most that the GPU waits for the host."""
+
 
 def turns(pieces: int, round: int) -> list[int]:
     """Order of some pieces of work in a round. In as many rounds as there are pieces, or in twice
@@ -33,7 +36,7 @@ def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dic
             torch.cuda.synchronize()
             begin = time.perf_counter()
             run()
-            able[name], host[name] = run, 1e3 * (time.perf_counter() - begin)
+            able[name], host[name] = run, min(1e3 * (time.perf_counter() - begin), MOST_AHEAD_MS)
             torch.cuda.synchronize()
         except Exception as error:
             text = (str(error).splitlines() or [""])[0][:120]

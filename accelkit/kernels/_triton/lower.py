@@ -232,6 +232,7 @@ def _ordered(launch: Launch, fill: Callable[[Tensor, int], Tensor]) -> Work:
     """
     device, tiles, section = launch.q.device, launch.tiles, _section(launch)
     n, heads = tiles.numel(), launch.batch * launch.heads
+    assert n <= _TILES.value
     counts = torch.empty((3, heads * n), dtype=torch.int32, device=device)
     items = torch.empty((heads * n, FIELDS.value), dtype=torch.int32, device=device)
     lists = fill(counts, section)
