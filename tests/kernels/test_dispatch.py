@@ -73,6 +73,10 @@ def test_the_fastest_that_serves_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
     found = choose(a=None, b="too old")
     assert found == dispatch.Choice("a", "0.80 of dense speed (b: too old)")
     assert choose(c=None, triton=None).backend == "triton"
+    known["gluon"] = 0.89  # as fast as far as readings tell
+    assert choose(b=None, gluon=None).backend == "gluon"
+    known["gluon"] = 0.88
+    assert choose(b=None, gluon=None).backend == "b"
     with pytest.warns(match="slow"):
         assert choose(triton="no keys", c="no").backend == "reference"
 
