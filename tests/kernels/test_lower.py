@@ -38,16 +38,18 @@ def test_lists_hold_the_visible_blocks_masked_first() -> None:
         assert set(got[masked:]) == clean
 
 
-def test_every_row_once_by_length_in_each_section(monkeypatch) -> None:
-    monkeypatch.setattr(module, "_CACHE_BYTES", 0)  # a section is one KV head
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_every_row_once_by_length_in_each_section(kv_heads: int, monkeypatch) -> None:
+    """Sections of three of the four KV heads reach from one prompt into the other."""
+    monkeypatch.setattr(module, "_section", lambda launch: kv_heads)
     launch = launch_of()
     work = lower(launch)
     rows, length = work.items[:, 0].long(), work.counts[:2].sum(0)
     assert rows.sort().values.tolist() == list(range(length.numel()))
     tiles = launch.index.rows
-    section = rows // (tiles * 8) * 4 + rows // tiles % 8 // 2
+    section = (rows // (tiles * 8) * 4 + rows // tiles % 8 // 2) // kv_heads
     assert (section.diff() <= 0).all()
-    for one in range(8):
+    for one in range(-(-8 // kv_heads)):
         found = length[rows[section == one]]
         if one % 2:  # rising, where the section before fell
             found = found.flip(0)

@@ -24,9 +24,9 @@ _BINS = tl.constexpr(2047)
 """Lengths that are told apart: with the tiles they fill 31 bits."""
 _TILES = tl.constexpr(2**20)
 """Query tiles of a head that are told apart."""
-_CHUNK = 256
-"""Most entries of a list that are looked at together."""
-_ROWS = 32
+_CHUNK = 128
+"""Most entries of a list, or rows, that are looked at together."""
+_ROWS = 8
 """Rows of a head that a program puts in order."""
 FIELDS = tl.constexpr(6)
 
@@ -163,8 +163,9 @@ def _place(
     KEYS = COUNTS + 2 * batch * n_heads * n_tiles
     key = tl.load(KEYS + row, mask=real, other=0)
     first = (b * n_kv + tl.load(KV_HEADS + h)) // section * section
-    earlier, less = 0, tl.zeros([ROWS, CHUNK], tl.int32)
-    for other_b in range(0, batch):
+    last = tl.minimum((first + section - 1) // n_kv, batch - 1)
+    earlier, less = (batch - 1 - last) * n_heads * n_tiles, tl.zeros([ROWS, CHUNK], tl.int32)
+    for other_b in range(first // n_kv, last + 1):
         for other_h in range(0, n_heads):
             group = other_b * n_kv + tl.load(KV_HEADS + other_h)
             if group >= first + section:
@@ -238,7 +239,7 @@ def _ordered(launch: Launch, fill: Callable[[Tensor, int], Tensor]) -> Work:
     lists = fill(counts, section)
     _place[(ceil_div(n, _ROWS), heads)](
         counts, tiles, launch.kv_heads, items, launch.batch, launch.heads, n, launch.k.shape[1],
-        section, launch.index.size[0], ROWS=_ROWS, CHUNK=128,
+        section, launch.index.size[0], ROWS=_ROWS, CHUNK=_CHUNK, num_warps=2,
     )  # fmt: skip
     return Work(lists, counts, items, launch.key_blocks)
 
@@ -262,7 +263,7 @@ def _fill_lists(
         launch.heads, tiles.numel(), capacity, launch.n_q, launch.n_k, launch.q_start, step,
         launch.k.shape[1], section, *index.size,
         CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order, APART=apart > 0, CHUNK=chunk,
-        num_warps=4 if chunk > 256 else 1,
+        num_warps=1,
     )  # fmt: skip
     return lists
 
