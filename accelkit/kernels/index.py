@@ -39,6 +39,12 @@ def device_range(n: int, device: torch.device) -> Tensor:
         return torch.arange(n, device=device)
 
 
+@lru_cache(maxsize=16)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU, which torch takes microseconds to say."""
+    return torch.cuda.get_device_capability(device)
+
+
 @dataclass(frozen=True)
 class BlockIndex:
     """Rows of key blocks, in visiting order. Row (b, h, i) is `blocks[start : start + count]`.
