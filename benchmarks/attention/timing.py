@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from accelkit.calibration.fit.clock import device_ms
+from accelkit.calibration.timing import device_ms
 
 
 def turns(pieces: int, round: int) -> list[int]:
