@@ -22,7 +22,7 @@ as it is in a model.
 SLACK = 1.5
 """How much longer it waits than the host took to start the same work before."""
 EASY = 1.2
-"""The same for many pieces, whose times differ less together."""
+"""The same for many pieces, whose times differ less together, and for rough readings."""
 FULL = 1 << 17
 """Rows of heads that fill a GPU several times over. Calls with fewer are clocked as several prompts
 at once: alone they would take longer than their share of a batch.
@@ -52,16 +52,19 @@ def times_ms(
     return tuple(found)
 
 
-def device_ms(run: Callable[[], Any], times: int, warmup: int = 0) -> list[float]:
+def device_ms(
+    run: Callable[[], Any], times: int, warmup: int = 0, slack: float = SLACK
+) -> list[float]:
     """Milliseconds of each run on the current GPU, without the time in which it waits for the
-    host; for work that takes the host more than a millisecond, runs before tell how long.
+    host; for work that takes the host more than a millisecond, runs before tell how long, of which
+    it waits for `slack` as much.
     """
     least, most = AHEAD_MS
     hosts = [_host_ms(run) for _ in range(warmup)]
     marks = []
     for _ in range(times):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        ahead = min(max(least, SLACK * min(hosts, default=0.0)), most)
+        ahead = min(max(least, slack * min(hosts, default=0.0)), most)
         torch.cuda._sleep(int(ahead * CYCLES))
         begin.record()
         hosts.append(_host_ms(run))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from accelkit.calibration.timing import CYCLES, device_ms, times_ms
+from accelkit.calibration.timing import CYCLES, EASY, SLACK, device_ms, times_ms
 from accelkit.patches.call import AttentionCall
 
 PATIENCE_MS = 1000.0
@@ -33,14 +33,14 @@ _best = dict[torch.device, float]()
 def clock(run: Callable[[], Any], times: int, device: torch.device, rested: bool = True) -> float:
     """Milliseconds of `run` after one run to warm up; slow ones are not repeated. On a GPU `times`
     beyond one asks for two readings that agree, since whatever disturbs one only adds time;
-    without `rested` nobody waits for its best clock.
+    without `rested` nobody waits for its best clock, nor longer for the host than needed.
     """
     if device.type == "cuda":
         found = list[float]()
         while not found or (1 < len(found) < MOST_READINGS and not _agree(found)):
             if rested:
                 settle(device)
-            found += device_ms(run, min(times, 2), 1)
+            found += device_ms(run, min(times, 2), 1, SLACK if rested else EASY)
         return sorted(found)[:2][-1]
     found = list(times_ms(run, 1, 0, device))
     while len(found) < 2 or (len(found) <= times and sum(found) + found[-1] < PATIENCE_MS):
