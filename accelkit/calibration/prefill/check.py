@@ -94,15 +94,17 @@ class Checker:
         now.held = not failed and quality.holds(tasks, allowed)
         now.judged = True
         errors = {r["prompt"]: r["error"] for r in now.rows if r["error"] is not None}
-        if len(errors) > 1 and (now.held or not self._apart(now)):
-            self.lifts |= {n: now.reach / max(e, 1e-12) for n, e in errors.items()}
-        worst, self.beside = sorted(errors, key=lambda n: -errors[n]), None
-        if not now.held:  # also where it lost answers, which the next round must not
-            spoilt = _spoilt(now)["prompt"]
-            if self._apart(now):
-                self.beside = next((n for n in worst if not self._alike(n, spoilt)), None)
-            worst = [spoilt, *worst]
-        self.order = list(dict.fromkeys([*worst, *self.order]))
+        first = [] if now.held else [_spoilt(now)["prompt"]]
+        apart = bool(first) and self._apart(now)
+        # What failed for a cause of its own says nothing of the others.
+        known = {n: e for n, e in errors.items() if not (apart and self._alike(n, first[0]))}
+        if len(known) > 1:
+            reach = LIFT * max(known.values()) if apart else now.reach
+            self.lifts |= {n: reach / max(e, 1e-12) for n, e in known.items()}
+        self.beside = max(known, key=known.__getitem__, default=None) if apart else None
+        worst = sorted(errors, key=lambda n: -errors[n])
+        # The next round must not lose the answers that this one lost.
+        self.order = list(dict.fromkeys([*first, *worst, *self.order]))
 
     def affords(self) -> bool:
         """Whether another plan may be looked at, and one be checked on all prompts."""
