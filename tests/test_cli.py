@@ -373,6 +373,9 @@ def test_bench_dry_run(model, plan):
     assert rows[0]["heads"] == {"dense": 8}
     assert rows[1]["heads"] == {"dense": 2, "probe_window": 6}
     assert rows[1]["backend"] != "none"
+    for words in (("--dry-run", "--out", "x.jsonl"), ("--fit", "--plan", plan)):
+        said = failed("bench", model, *words, code=2)
+        assert f"{words[0]} has no use for {words[1]}; leave it out" in said
 
 
 def test_bench_below_the_minimum_is_exit_6(model, plan):

@@ -114,10 +114,13 @@ def dry_run(
         from accelkit.calibration.bench import video as speed
         from accelkit.calibration.denoise import video
 
+        _unused({"lengths": lengths}, "a pipeline")
         size = video.Settings(height, width, num_frames, steps)
         return speed.bound(bare, size, video.gather(None, 0, 1, 1).measure[0])
     from accelkit.calibration.bench import prefill
 
+    size_of = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
+    _unused(size_of, "a language model")
     return prefill.bound(bare, lengths)
 
 

@@ -41,7 +41,9 @@ MIDDLE = (0.2, 0.8)
 WIDEN = 8.0
 """Most by which one round may widen ε as long as no error was seen."""
 STEP = 3.0
-"""The same once one was: what follows from two errors is not believed far away from them."""
+"""The same once one was, and most by which one narrows it: what follows from errors is not believed
+far away from them.
+"""
 LAST = 2
 """Rounds beyond a preset's, which run all prompts if nothing has held, whatever room they leave."""
 RESCUES = 3
@@ -340,7 +342,9 @@ class Bracket:
             blind = all(not p[1] for p in self.points)
             most = WIDEN if blind else STEP if reach else 2.0
             return epsilon * float(np.clip(change, CLOSE, most))
-        return epsilon * min(change, 1 / CLOSE) if reach > self.allowed else epsilon / 2
+        if reach <= self.allowed:
+            return epsilon / 2
+        return epsilon * float(np.clip(change, 1 / STEP, 1 / CLOSE))
 
     def _slope(self) -> float:
         """How the error followed ε in the last two rounds; errors that hardly follow ask for larger

@@ -74,13 +74,13 @@ def device_ms(
     return [begin.elapsed_time(end) for begin, end in marks]
 
 
-def each_ms(runs: Sequence[Callable[[], Any]]) -> list[float]:
-    """The lesser of two readings of several short pieces of work on the current GPU, which waits
+def each_ms(runs: Sequence[Callable[[], Any]], times: int = 2) -> list[float]:
+    """The least of `times` readings of several short pieces of work on the current GPU, which waits
     once for all of them: for each alone it would wait longer than it works.
     """
     hosts = [sum(map(_host_ms, runs))]
     readings: list[list[tuple[Any, Any]]] = [[] for _ in runs]
-    for _ in range(2):
+    for _ in range(times):
         torch.cuda._sleep(int(max(AHEAD_MS[0], EASY * min(hosts)) * CYCLES))
         hosts.append(0.0)
         for run, mine in zip(runs, readings, strict=True):
@@ -99,7 +99,7 @@ def answers_ms(some: Sequence[Answer], batch: int) -> list[float]:
         return [batch * min(times_ms(partial(compute, a), 2, 1, a.call.q.device)) for a in some]
     copies = [_copies(a, batch) for a in some]
     runs = [partial(compute, _repeated(a, n)) for a, n in zip(some, copies, strict=True)]
-    return [ms * batch / n for n, ms in zip(copies, each_ms(runs), strict=True)]
+    return [ms * batch / n for n, ms in zip(copies, each_ms(runs, 1), strict=True)]
 
 
 def _copies(a: Answer, batch: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from accelkit.console import (
     Yes,
 )
 from accelkit.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from accelkit.patches.plan import Plan
 
 
 def calibrate(
@@ -133,10 +136,14 @@ def calibrate(
         resume=resume,
         progress=talk is not False,
     )
-    path = plan.save_pretrained(out)
+    _keep(plan, out, journal, as_json)
+
+
+def _keep(plan: Plan, out: Path, journal: Path, as_json: bool) -> None:
+    """Write the plan and its report into a folder, and show both."""
     from accelkit.calibration.show import report
 
-    files = {"plan": str(path), "journal": str(journal)}
+    files = {"plan": str(plan.save_pretrained(out)), "journal": str(journal)}
     try:
         files["report"] = str(report.write_html(plan, out / "report.html"))
     except MissingExtraError as error:

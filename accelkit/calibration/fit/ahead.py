@@ -55,7 +55,7 @@ def rehearse(
     device = longest.q.device
     with first_use(("fit", shape, tuple(calls), longest.q.dtype, device, *methods)) as new:
         if new or not brief or _missing(calls):
-            return _all(calls, methods, shape, room)
+            return _all(calls, methods, shape, room, brief)
     return {UNIT}
 
 
@@ -71,12 +71,16 @@ def _all(
     methods: Sequence[AttentionMethod],
     shape: Shape,
     room: int | None,
+    longer_too: bool,
 ) -> set[Size]:
-    """The same without a look at what ran before."""
+    """The same without a look at what ran before; with `longer_too` also at longer lengths where
+    nothing had to be compiled: libraries have other kernels for them.
+    """
     device = calls[max(calls)].q.device
     short = {min(calls): calls[min(calls)]}
-    for call in calls.values():
-        dense_ms(call, _ran)
+    if longer_too:
+        for call in calls.values():
+            dense_ms(call, _ran)
     each = {(n - 1).bit_length(): n for n in sorted(calls, reverse=True)}
     longer = {n: calls[n] for n in sorted(each.values())}
 
@@ -105,7 +109,7 @@ def _all(
                     running[pool.submit(tried, kernel, short)] = kernel
                 if job is not None and len(calls) > 1:
                     ran.append(job)
-            while ran and compiled():
+            while ran and (longer_too or compiled()):
                 running[whole.submit(tried, ran.pop(), longer)] = None
     memory.give_back(device)
     return known

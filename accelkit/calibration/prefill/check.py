@@ -67,6 +67,7 @@ class Checker:
         """
         some = list(dict.fromkeys(n for n in (self.order[0], self.beside) if n is not None))
         self._checked(now.plan, f"check/{plan_digest(now.plan)}", self._together(some))
+        self._count(some)
         for n in some:
             self._add(now, n, allowed)
             now.judged = now.judged or self._fails(now, n, allowed)
@@ -85,11 +86,12 @@ class Checker:
         while left and not failed:
             some = self._together(left)
             self._checked(now.plan, f"check/{plan_digest(now.plan)}", some)
+            self._count(some)  # all of them ran, even where the first one settles it
             for n in some:
                 self._add(now, n, allowed, along=failed)
                 failed = failed or self._fails(now, n, allowed)
             left = left[len(some) :]
-        tasks = quality.by_task(now.rows)
+        tasks = quality.by_task(_counted(now))
         now.bound = max(t["bound"] for t in tasks.values())
         now.held = not failed and quality.holds(tasks, allowed)
         now.judged = True
@@ -115,18 +117,18 @@ class Checker:
         return len(self.samples[n].ids) / max(len(s.ids) for s in self.samples)
 
     def _add(self, now: Round, n: int, allowed: float, along: bool = False) -> None:
-        """Rows of the n-th prompt; of one that only ran along with others no more than its own."""
+        """Rows of the n-th prompt; those of one that ran along with others tell what went wrong,
+        but do not count.
+        """
         key = f"check/{plan_digest(now.plan)}/{n}"
         rows = [self._row(now.plan, key, n)] if along else self._rows(now.plan, key, n, allowed)
-        now.rows += [{**row, "prompt": n} for row in rows]
-        now.measured = max(r["error"] for r in now.rows if r["error"] is not None)
-        if not along:
-            self._count(n)
+        now.rows += [{**row, "prompt": n, "along": along} for row in rows]
+        now.measured = max(r["error"] for r in _counted(now) if r["error"] is not None)
 
-    def _count(self, n: int) -> None:
-        """Count a run of the n-th prompt, and its dense side where that is new."""
-        self.runs += self._share(n) * (1 + (n not in self.dense_runs))
-        self.dense_runs.add(n)
+    def _count(self, prompts: Sequence[int]) -> None:
+        """Count a run of some prompts, and their dense sides where those are new."""
+        self.runs += sum(self._share(n) * (1 + (n not in self.dense_runs)) for n in prompts)
+        self.dense_runs.update(prompts)
 
     def _fails(self, now: Round, n: int, allowed: float) -> bool:
         """Whether the n-th prompt, run last, settles that the round fails: what is over stays over,
@@ -155,8 +157,8 @@ class Checker:
             further = partial(self.more, sample.task, len(sample.ids), at)
             self.run.tell("checking a plan")
             work = partial(quality.answers, self.run.model, plan, self.still, further)
-            self.runs += self._share(n)
             rows.append(self.run.journal.unit(f"{key}+{at}", work) | {"further": at})
+            self.runs += self._share(n) * (1 + (rows[-1]["dense_right"] is not None))
         return rows
 
     def suspicion(self, now: Round, rounds: Sequence[Round], allowed: float) -> Suspicion | None:
@@ -211,7 +213,7 @@ class Checker:
         other = next((m for m in self.order if not self._alike(n, m)), None)
         if other is not None:
             key = f"check/{plan_digest(now.plan)}/{other}"
-            self._count(other)
+            self._count([other])
             now.rows.append({**self._row(now.plan, key, other), "prompt": other})
 
     def _gives(self, plan: Plan, sample: Sample, place: int) -> bool:
@@ -290,6 +292,11 @@ class Checker:
 
         self.run.tell("timing the plan")
         return self.run.journal.unit(f"speed/{plan_digest(plan)}", work)
+
+
+def _counted(now: Round) -> list[dict[str, Any]]:
+    """The rows by which a round is judged."""
+    return [r for r in now.rows if not r.get("along")]
 
 
 def _spoilt(now: Round) -> dict[str, Any]:
