@@ -97,7 +97,7 @@ class Checker:
         now.judged = True
         errors = {r["prompt"]: r["error"] for r in now.rows if r["error"] is not None}
         first = [] if now.held else [_spoilt(now)["prompt"]]
-        apart = bool(first) and self._apart(now)
+        apart = now.apart = bool(first) and self._apart(now)
         # What failed for a cause of its own says nothing of the others.
         known = {n: e for n, e in errors.items() if not (apart and self._alike(n, first[0]))}
         if len(known) > 1:
