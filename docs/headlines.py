@@ -102,7 +102,7 @@ MAIN: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
     "mixture-16k-h100": mixture,
     "mixture-32k-h100": mixture,
     "mixture-8k-cpu": mixture,
-    "calibrate-wan-h200": calibration,
+    "calibrate-wan-h100": calibration,
     "calibrate-8b-h100": calibration_8b,
     "overhead-dit-h100": patch_cost,
 }

@@ -59,7 +59,7 @@ def calibrate(
         time_limit: seconds, after which the best plan that was checked is returned.
         journal: file of finished units; None keeps them in memory.
         resume: whether to take up an older journal.
-        progress: whether to show a progress bar on a terminal.
+        progress: whether to show a progress bar on a terminal, and the stages elsewhere, on stderr.
 
     Returns:
         The plan, dense where nothing was faster within the budget, with the evidence behind it.

@@ -136,7 +136,6 @@ def _fit(model: Any, lengths: Sequence[int], as_json: bool) -> None:
     from accelkit.calibration.bench import prefill as speed
 
     with session.Bar(True) as bar:
-        step = bar.tell if bar.wanted else console.say
-        costs = speed.fit_costs(model, lengths, step, bar.expect)
+        costs = speed.fit_costs(model, lengths, bar.tell, bar.expect)
     tables = speed.cost_rows(costs)
     console.emit(costs, as_json, *(console.table(k, v) for k, v in tables.items()))

@@ -99,18 +99,33 @@ def calibrate(
     limits = console.sizes(lengths) if lengths else None
     chosen = console.names(methods) or None
     journal = out / "journal.jsonl"
+    from accelkit.calibration.journal import holds_units
+    from accelkit.patches.method import load
     from accelkit.patches.plan import Budget
     from accelkit.patches.plan_file import FILE
 
+    for name in chosen or ():
+        load(name)
     if resume and not journal.exists():
         console.say(f"{journal}: there is no journal to take up, so all is measured anew")
     if not dry_run and not resume and (out / FILE).exists():
         console.replaces(out / FILE, yes)
+    elif not dry_run and not resume and holds_units(journal):
+        console.replaces(journal, yes, "--resume to go on from it")
     from accelkit.calibration.calibrate import calibrate as measure
     from accelkit.calibration.calibrate import dry_run as bound_of
-    from accelkit.calibration.opening.pipelines import open_any
+    from accelkit.calibration.opening import pipelines
+    from accelkit.calibration.prefill.measure import PRESETS
+    from accelkit.calibration.session import need_preset
 
-    loaded, tokenizer = open_any(model, dtype=dtype, device=device)
+    need_preset(preset, PRESETS)
+    if pipelines.is_pipeline(model):
+        of_texts = {"data": data, "lengths": lengths, "batch": batch > 1, "every_row": every_row}
+        console.refuse("a pipeline", **of_texts)
+    else:
+        of_pictures = {"height": height, "width": width, "frames": frames, "steps": steps}
+        console.refuse("a language model", prompts=prompts, **of_pictures)
+    loaded, tokenizer = pipelines.open_any(model, dtype=dtype, device=device)
     if dry_run:
         bound = bound_of(loaded, lengths=limits, **size)
         console.emit(
