@@ -174,12 +174,18 @@ def density_at(one: Measured, tokens: int) -> np.ndarray:
     return np.minimum(low * (high / low) ** (np.log(tokens / a) / np.log(b / a)), 1.0)
 
 
-def crossover(data: Sequence[SiteData], solution: Solution, costs: CostTable, tokens: int) -> int:
-    """The shortest length, in quarters of powers of two, from which the plan should win."""
+def crossover(
+    data: Sequence[SiteData], solution: Solution, costs: CostTable, tokens: int, shortest: int
+) -> int:
+    """The shortest length, in quarters of powers of two, from which the plan should win; shorter
+    ones than `shortest` are not asked for.
+    """
     least = tokens
     for n in sorted({int(256 * 2 ** (i / 4)) for i in range(64)}, reverse=True):
         if n > tokens:
             continue
+        if least <= shortest:
+            break
         ms = sum(_ms_at(d, c, costs, n) for d, c in zip(data, solution.choices, strict=True))
         if ms >= len(data) * costs.dense_ms(n):
             break

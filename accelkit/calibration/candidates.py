@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accelkit.calibration.timing import times_ms
+from accelkit.calibration.timing import answers_ms
 from accelkit.errors import InvalidInputError
 from accelkit.kernels.cost import CostTable
 from accelkit.kernels.index import BlockIndex, Partial, ceil_div
@@ -193,6 +193,8 @@ class Bench:
         # What is known of settings that are about to be measured.
         self._asked: dict[Method, tuple[Answer, ...] | None] = {}
         self._rows: dict[Method, dict[str, Any]] = {}
+        # Rows of which only the clock tells the time, with their key on the shelf.
+        self._unclocked: list[tuple[Any, dict[str, Any], Answer]] = []
 
     def tiles(self, height: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query tiles of `height` rows to compute, and the positions in them that are judged: of
@@ -212,9 +214,7 @@ class Bench:
         return self._tiles[key]
 
     def families(self, some: Iterable[Family], most: int | None = None) -> dict[str, Any]:
-        """Measure several families; see `family`. Those that leave this call dense are left out;
-        None: no values between.
-        """
+        """Measure several families; see `family`. `most` None: no values between."""
         some = list(some)
         self._together([m for f in some for m in f.settings])
         found = {f.name: self.family(f, len(f.settings) if most is None else most) for f in some}
@@ -243,6 +243,7 @@ class Bench:
                 break
             settings.insert(*found)
             rows.insert(found[0], row)
+        self._clock()
         if not rows:
             return None
         return {
@@ -295,7 +296,9 @@ class Bench:
         one = answers[0]
         if one.execution != PLAIN:
             # Skipping and low precision save what no index shows: only the clock tells.
-            row["ms"] = self._clocked(method, one)
+            # What computes all pairs takes as long in every call of a shelf.
+            key = ("clock", repr(one.execution), one.call.heads)
+            self._unclocked.append((key if arithmetic_only(method) else None, row, one))
         piece = one.pieces[0]
         in_order = one.plain
         if in_order and isinstance(piece, BlockIndex) and piece.size[1] >= REUSE_UNIT:
@@ -369,17 +372,17 @@ class Bench:
         recall = (lse - dense).clamp(max=0.0).exp().nan_to_num(0.0).mean((0, 2))
         return {"error": torch.stack(errors).amax(0).cpu(), "recall": recall.cpu()}
 
-    def _clocked(self, method: AttentionMethod, one: Answer) -> float:
-        """Milliseconds of an answer; those of all pairs are the same in every call of a shelf."""
-        if self.shelf is None or not arithmetic_only(method):
-            return self._clock(one)
-        key = ("clock", repr(one.execution), one.call.heads)
-        if key not in self.shelf:
-            self.shelf[key] = self._clock(one)
-        return self.shelf[key]
-
-    def _clock(self, one: Answer) -> float:
-        return self.batch * min(times_ms(lambda: compute(one), 2, 1, self.call.q.device))
+    def _clock(self) -> None:
+        """Fill in the milliseconds of the rows that lack them."""
+        shelf = {} if self.shelf is None else self.shelf
+        new = [u for u in self._unclocked if u[0] not in shelf]
+        for (key, row, _), ms in zip(new, answers_ms([u[2] for u in new], self.batch), strict=True):
+            row["ms"] = ms
+            if key is not None:
+                shelf[key] = ms
+        for key, row, _ in self._unclocked:
+            row["ms"] = shelf.get(key, row["ms"])
+        self._unclocked.clear()
 
     # -- lists of earlier layers ------------------------------------------------------------------
 

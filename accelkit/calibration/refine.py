@@ -41,7 +41,9 @@ MIDDLE = (0.2, 0.8)
 WIDEN = 8.0
 """Most by which one round may widen ε as long as no error was seen."""
 STEP = 3.0
-"""The same once one was: what follows from two errors is not believed far away from them."""
+"""The same once one was, and most by which one narrows it: what follows from errors is not believed
+far away from them.
+"""
 LAST = 2
 """Rounds beyond a preset's, which run all prompts if nothing has held, whatever room they leave."""
 RESCUES = 3
@@ -73,7 +75,8 @@ class Round:
     `measured` is the worst error of them; `bound`, at least that, what further ones may reach.
     `judged` says that it held or failed; without that, only some prompts were looked at. `looked`
     is the reach that a look expected of all, if it did not fail at once. `taught`: proposals of
-    equal ε are others since.
+    equal ε are others since. `apart`: it failed for a cause of its own, and its error says nothing
+    of ε.
     """
 
     epsilon: float
@@ -85,6 +88,7 @@ class Round:
     judged: bool = False
     looked: float = float("inf")
     taught: bool = False
+    apart: bool = False
 
     @property
     def plan(self) -> Plan:
@@ -184,7 +188,7 @@ def in_turns(
         turns.note(epsilon, now)
         if now.held and (now.reach >= ENOUGH * allowed or turns.bracket.closed):
             break
-        epsilon = turns.bracket.next()
+        epsilon = turns.next(now)
     turns.end(others)
     for _ in range(RESCUES):
         if turns.held or not turns.rounds or run.late(0.9, "smaller errors for the check"):
@@ -265,6 +269,18 @@ class _Turns:
             self.looks_tell = False
         self.bracket.put(epsilon, now.reach, not now.failed)
 
+    def next(self, now: Round) -> float:
+        """The ε to look at next: after a failure that says nothing of it, the largest one that
+        still seems to fit.
+        """
+        low, high = self.bracket.low, self.bracket.high
+        if now.failed and now.apart and high is not None:
+            least = 0.0 if low is None else low[0]
+            known = [r.epsilon for r in self.seemed if least < r.epsilon < high[0]]
+            if known:
+                return max(known)
+        return self.bracket.next()
+
     def rescue(self, propose: Callable[[float], Proposal]) -> None:
         """Check a proposal that is far more careful than all before."""
         epsilon = min(r.epsilon for r in self.rounds) / RESCUE
@@ -340,7 +356,9 @@ class Bracket:
             blind = all(not p[1] for p in self.points)
             most = WIDEN if blind else STEP if reach else 2.0
             return epsilon * float(np.clip(change, CLOSE, most))
-        return epsilon * min(change, 1 / CLOSE) if reach > self.allowed else epsilon / 2
+        if reach <= self.allowed:
+            return epsilon / 2
+        return epsilon * float(np.clip(change, 1 / STEP, 1 / CLOSE))
 
     def _slope(self) -> float:
         """How the error followed ε in the last two rounds; errors that hardly follow ask for larger

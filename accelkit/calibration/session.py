@@ -7,7 +7,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -23,6 +23,8 @@ from accelkit.patches.call import Site
 from accelkit.patches.patch import handle_of
 from accelkit.patches.plan import Budget
 
+_known: set[Hashable] = set()
+"""What this process has done before."""
 NEVER = 2**31 - 1
 """Collections of the middle generation after which the collector looks through everything."""
 
@@ -135,13 +137,30 @@ def calm() -> Iterator[None]:
 
 def compile_clock(cached: bool = True) -> AbstractContextManager[Callable[[], float]]:
     """Gives a function that says how many seconds have gone into compiling Triton kernels since,
-    and, with `cached`, into reading compiled ones and putting them on the device.
+    and, with `cached`, into reading compiled ones, putting them on the device, and other things
+    that a process does once; see `first_use`.
     """
     if find_spec("triton") is None:
         return nullcontext(lambda: 0.0)
     from accelkit.kernels._triton import compiling
 
     return compiling.clock(cached)
+
+
+@contextmanager
+def first_use(what: Hashable) -> Iterator[bool]:
+    """Says whether this process does `what` for the first time. What it does in here then counts as
+    compiling: importing modules, and letting libraries load their kernels and find the best ones.
+    """
+    begin, new = time.monotonic(), what not in _known
+    _known.add(what)
+    try:
+        yield new
+    finally:
+        if new and find_spec("triton") is not None:
+            from accelkit.kernels._triton import compiling
+
+            compiling.count(begin)
 
 
 def compile_once() -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from accelkit.calibration.fit.clock import CYCLES, device_ms
+from accelkit.calibration.timing import CYCLES, device_ms
 
 MOST_AHEAD_MS = 20.0
 """Most that the GPU waits for the host."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from accelkit.calibration import session
 from accelkit.calibration.fit import ahead as fit_ahead
 from accelkit.calibration.fit import clock as fit_clock
 from accelkit.calibration.fit import fit
@@ -169,14 +170,25 @@ def test_a_rehearsal_runs_what_must_be_compiled(monkeypatch, cold: bool) -> None
 
 
 @pytest.mark.parametrize("cold", [True, False])
-def test_a_brief_rehearsal_asks_the_first_unit_alone_on_a_warm_machine(monkeypatch, cold) -> None:
+def test_a_brief_rehearsal_asks_the_first_unit_alone_where_all_ran_before(
+    monkeypatch, cold
+) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     clock = nullcontext(lambda: float(cold))
     monkeypatch.setattr(fit_ahead, "compile_clock", lambda cached: clock)
+    monkeypatch.setattr(session, "_known", set())
+    costed: list[int] = []
+    cost = fit_ahead.cost
+    monkeypatch.setattr(fit_ahead, "cost", lambda *a: costed.append(len(a)) or cost(*a))
     calls = {n: fit_inputs.random_call(SMALL, torch.float32, CPU, n) for n in (512, 1024)}
-    found = fit_ahead.rehearse(calls, [load("vertical_slash")()], SMALL, brief=True)
-    assert found == ({(128, 128), (64, 64), (64, 1)} if cold else {(128, 128)})
+    methods = [load("vertical_slash")()]
+    for again in (False, True):
+        costed.clear()
+        found = fit_ahead.rehearse(calls, methods, SMALL, brief=True)
+        whole = cold or not again
+        assert found == ({(128, 128), (64, 64), (64, 1)} if whole else {(128, 128)})
+        assert bool(costed) == whole
 
 
 def test_a_brief_cost_reads_shorter_calls_once_and_without_their_kernels() -> None:
@@ -192,7 +204,7 @@ def test_a_brief_cost_reads_shorter_calls_once_and_without_their_kernels() -> No
     assert not isinstance(found, str)
     assert dict(found.cost.points) == {1024: 2.0, 2048: 2.0}
     assert list(found.lists) == [2048]
-    assert asked == [1, 3, 3]  # choosing; choosing and the kernels
+    assert asked == [1, 1, 3]  # choosing; choosing and the kernels
 
 
 def test_a_rehearsal_stays_within_its_room() -> None:

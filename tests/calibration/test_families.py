@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from accelkit.calibration import candidates
+from accelkit.calibration import candidates, timing
 from accelkit.calibration.candidates import (
     Bench,
     calibrated_settings,
@@ -24,6 +24,8 @@ from accelkit.calibration.prefill.measure import dear
 from accelkit.calibration.stages import kept
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.method import load
+from accelkit.patches.plan import Policy
+from accelkit.patches.sites.attention import answer, compute
 
 COSTS = CostTable(
     "cpu", "float32", 2, 1, 64, ((1024, 10.0), (4096, 160.0)), ((1024, 10.0), (4096, 160.0)),
@@ -94,3 +96,23 @@ def test_methods_whose_own_work_is_long_are_dear_on_a_gpu() -> None:
     gpu, cpu = (SimpleNamespace(device=torch.device(d)) for d in ("cuda", "cpu"))
     assert dear(gpu, costs, 4096) == {"xattention"}  # 50 ms of 160
     assert dear(gpu, COSTS, 4096) == dear(cpu, costs, 4096) == set()
+
+
+@pytest.mark.parametrize("kind", ["blasst", "sage_attention"])
+def test_a_short_call_is_clocked_as_several_prompts_at_once(kind: str) -> None:
+    """They compute what one does; what is finished by a method stays as it is."""
+    call = random_call(Shape(4, 2, 64), torch.float32, torch.device("cpu"), 1024)
+    (one,) = answer(call, Policy(methods=(load(kind)(),))) or ()
+    assert [timing._copies(one, batch) for batch in (1, 8, 64)] == [1, 8, 32]
+    assert timing._copies(replace(one, finishers=(load("re_ttention")(),)), 8) == 1
+    several = compute(timing._repeated(one, 3)).out
+    assert torch.equal(several, compute(one).out.expand(3, -1, -1, -1))
+    assert timing._repeated(one, 1) is one
+
+
+def test_milliseconds_are_those_of_a_batch(monkeypatch) -> None:
+    call = random_call(Shape(2, 1, 64), torch.float32, torch.device("cpu"), 512)
+    (one,) = answer(call, Policy(methods=(load("sage_attention")(),))) or ()
+    monkeypatch.setattr(timing, "times_ms", lambda *_: (3.0, 2.0))
+    assert timing.answers_ms([one, one], 8) == [16.0, 16.0]
+    assert timing.answers_ms([], 8) == []

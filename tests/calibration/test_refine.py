@@ -30,6 +30,7 @@ class Made:
         self.error, self.first, self.dense, self.loses = error, first, dense, loses
         self.afford, self.timed = afford, {"dense_ms": 3.0, "ms": 1.0} | (speed or {})
         self.checked: list[float] = []
+        self.apart = False
 
     def propose(self, epsilon: float) -> Proposal:
         plan = SimpleNamespace(epsilon=epsilon)
@@ -46,6 +47,7 @@ class Made:
         self.checked.append(now.epsilon)
         now.measured = now.bound = self.error(now.epsilon)
         now.held = now.measured <= allowed and now.epsilon < self.loses
+        now.apart = self.apart and not now.held
         now.judged = True
 
     def affords(self) -> bool:
@@ -87,6 +89,18 @@ def test_errors_that_follow_slowly_are_bracketed(power: float, scale: float) -> 
     found = Made(lambda e: scale * ALLOWED * (e / ALLOWED) ** power).run()
     assert found.best is not None
     assert ENOUGH * ALLOWED <= found.best.measured <= ALLOWED
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_failure_that_says_nothing_of_epsilon_leads_to_what_seemed_to_fit(apart: bool) -> None:
+    made = Made(lambda e: 0.5 * e, loses=1.5 * ALLOWED)
+    made.apart = apart
+    found = made.run()
+    first, second = made.checked[:2]
+    assert first > 1.5 * ALLOWED
+    assert (second == FIRST * ALLOWED) == apart
+    assert found.best is not None
+    assert found.best.epsilon >= ALLOWED
 
 
 def test_a_plan_just_over_the_budget_is_not_the_end() -> None:

@@ -43,6 +43,23 @@ def test_seconds_add_up_and_listeners_stay(now) -> None:
     assert outer() == 2.75
 
 
+def test_what_a_process_does_once_counts_the_first_time(now, monkeypatch) -> None:
+    from accelkit.calibration import session
+    from accelkit.kernels._triton import compiling
+
+    monkeypatch.setattr(session, "_known", set())
+    monkeypatch.setattr(session.time, "monotonic", lambda: now.seconds)
+    with compiling.clock() as spent, compiling.clock(cached=False) as anew:
+        for again in (False, True):
+            with session.first_use("libraries") as new:
+                assert new == (not again)
+                now.seconds += 2.0
+                compiled(0.5)  # within them
+            now.seconds += 1.0
+        assert spent() == 2.0 + 0.5  # the second time the kernel alone
+        assert anew() == 0.5 + 0.5
+
+
 def test_kernels_compiled_at_once_count_once(now) -> None:
     from accelkit.kernels._triton import compiling
 

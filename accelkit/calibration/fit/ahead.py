@@ -16,9 +16,10 @@ from accelkit.calibration import memory
 from accelkit.calibration.candidates import families
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit import kernels
+from accelkit.calibration.fit.clock import dense_ms
 from accelkit.calibration.fit.inputs import Shape
 from accelkit.calibration.fit.methods import asked, cost
-from accelkit.calibration.session import compile_clock, compile_once
+from accelkit.calibration.session import compile_clock, compile_once, first_use
 from accelkit.kernels.scores_blocks import CHUNK_BYTES
 from accelkit.patches.call import AttentionCall, Site
 from accelkit.patches.method import AttentionMethod
@@ -47,18 +48,41 @@ def rehearse(
     """Run once what a fit measures at the shortest length and, where that had to compile something,
     at one of those with each next power of two, for which rows are filled up alike; return the
     units of the lists. What fails here fails again where it is measured, and says why there.
-    Threads are so few that they find `room` bytes enough. `brief`: only where the kernels of the
-    first unit had to be compiled; else all others lie in the cache as well.
+    Threads are so few that they find `room` bytes enough. `brief`: what this process rehearsed is
+    not rehearsed again, unless the kernels of the first unit had to be compiled.
+    """
+    longest = calls[max(calls)]
+    device = longest.q.device
+    with first_use(("fit", shape, tuple(calls), longest.q.dtype, device, *methods)) as new:
+        if new or not brief or _missing(calls):
+            return _all(calls, methods, shape, room, brief)
+    return {UNIT}
+
+
+def _missing(calls: Mapping[int, AttentionCall]) -> bool:
+    """Whether the kernels of the first unit had to be compiled."""
+    with compile_clock(cached=False) as compiled:
+        _kernel(UNIT, calls)
+        return compiled() > 0
+
+
+def _all(
+    calls: Mapping[int, AttentionCall],
+    methods: Sequence[AttentionMethod],
+    shape: Shape,
+    room: int | None,
+    longer_too: bool,
+) -> set[Size]:
+    """The same without a look at what ran before; with `longer_too` also at longer lengths where
+    nothing had to be compiled: libraries have other kernels for them.
     """
     device = calls[max(calls)].q.device
     short = {min(calls): calls[min(calls)]}
+    if longer_too:
+        for call in calls.values():
+            dense_ms(call, _ran)
     each = {(n - 1).bit_length(): n for n in sorted(calls, reverse=True)}
     longer = {n: calls[n] for n in sorted(each.values())}
-    if brief:
-        with compile_clock(cached=False) as missing:
-            _kernel(UNIT, calls)
-            if not missing():
-                return {UNIT}
 
     def tried(job: Job, at: Mapping[int, AttentionCall]) -> Iterable[Size]:
         try:
@@ -85,7 +109,7 @@ def rehearse(
                     running[pool.submit(tried, kernel, short)] = kernel
                 if job is not None and len(calls) > 1:
                     ran.append(job)
-            while ran and compiled():
+            while ran and (longer_too or compiled()):
                 running[whole.submit(tried, ran.pop(), longer)] = None
     memory.give_back(device)
     return known
@@ -140,12 +164,14 @@ def _method(
 ) -> list[Size]:
     """Units of a method's lists."""
 
-    def once(run: Callable[[], Any], times: int = 1) -> float:
-        run()
-        return 1.0
-
     slow = tuple((n, 1e9) for n in calls)  # no method is refused
-    found = cost(method, calls, slow, once, shape)
+    found = cost(method, calls, slow, _ran, shape)
     if isinstance(found, str):
         return []
     return found.sizes
+
+
+def _ran(run: Callable[[], Any], times: int = 1) -> float:
+    """Run something once in place of timing it."""
+    run()
+    return 1.0

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from accelkit.calibration.fit.clock import device_ms, each_ms, settle
+from accelkit.calibration.fit.clock import settle
 from accelkit.calibration.fit.inputs import random_index, shorter
-from accelkit.calibration.timing import times_ms
+from accelkit.calibration.timing import device_ms, each_ms, times_ms
 from accelkit.kernels import dispatch, select
 from accelkit.kernels.cost import (
     FEW_ROWS,

@@ -86,8 +86,7 @@ def cost(
 ) -> Found | str:
     """Cost of a method's estimate, selection, order and merging at the lengths of `calls`, and of
     the kernels over its lists; with `thin` over thinner ones, too. Or why it is refused. `brief`:
-    estimate and selection are not told apart, and shorter calls than the longest are read once,
-    without the kernels.
+    estimate and selection are not told apart and read once, kernels at the longest call alone.
     """
     setting, longest = middle(method), max(calls)
 
@@ -96,8 +95,8 @@ def cost(
 
     found: dict[str, list[tuple[int, float]]] = {t: [] for t in MethodCost.TERMS}
     own: dict[int, list[tuple[Lists, float]]] = {}
+    ms = once if brief else clocked
     for n, bare in calls.items():
-        ms = once if brief and n < longest else clocked
         try:
             call, now = prepared(bare, method, setting)
             answers = asked(call, now)
@@ -116,24 +115,25 @@ def cost(
                 return reason
             if n < longest and call.q.device.type == "cpu" and one.execution != PLAIN:
                 return "skipping tiles and 8-bit products save no time on a CPU"
-            if n == longest and (reason := no_faster(one, method, interpolate(dense, n), ms)):
+            whole = interpolate(dense, n)
+            if n == longest and (reason := no_faster(one, method, whole, clocked)):
                 return reason
             spent = (estimator, selection, permutation(call, one, ms))
             for term, each in zip(found.values(), spent, strict=True):
                 term.append((n, each))
             if brief and n < longest:
                 continue
-            own[n] = [lists(one, now, ms)]
+            own[n] = [lists(one, now, clocked)]
             fewer = thinner(method) if thin and now == setting else None
             if fewer is not None and (answers := asked(call, fewer)) is not None:
-                own[n].append(lists(answers[0], fewer, ms))
+                own[n].append(lists(answers[0], fewer, clocked))
         except Exception as error:  # a method that fails must not end the calibration of the others
             return f"it does not run here: {type(error).__name__}: {error}"
     if not own:
         return f"it leaves prompts of {longest} tokens dense"
     parts = {name: tuple(points) for name, points in found.items()}
     summed = _summed(parts)
-    share = _share(now, call, summed[-1][1], once if brief else clocked)
+    share = _share(now, call, summed[-1][1], ms)
     others = other_units(method, bare) if bare.causal else []
     return Found(MethodCost(summed, share, terms=parts), own, others, method.static)
 

@@ -37,6 +37,7 @@ from accelkit.calibration.session import (
     checked_limit,
     compile_clock,
     digest,
+    first_use,
     need_preset,
     need_unpatched,
     producer,
@@ -95,53 +96,51 @@ def calibrate(
     if batch < 1:
         raise InvalidInputError(f"batch is {batch}; expected at least one prompt")
     lengths = prompts.chosen_lengths(lengths, bare)
-    tried = chosen_methods(methods)
-    inputs = prompts.gather(data, tokenizer, lengths, preset, seed)
-    # Short enough to be cheap, long enough that methods have something to leave out.
-    short = max(MIN_LENGTH, inputs.longest // 4, min(inputs.longest // 2, SCREEN_TOKENS))
-    screen_on = prompts.screening(inputs, tokenizer, short, seed)
-
-    settings = {
-        "accelkit": version(),
-        "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
-        "weights": weights_digest([bare]),
-        "device": str(bare.device),
-        "dtype": str(bare.dtype),
-        "prompts": digest([s.ids.tobytes() for s in (*inputs.measure, *inputs.check, screen_on)]),
-        "methods": [f"{m.kind} {m.model_dump_json()}" for m in tried],
-        "preset": preset,
-        "batch": batch,
-        "trimmed": trimmed,
-        "seed": seed,
-    }
-    with (
-        calm(),
-        compile_clock() as compiled,
-        Bar(progress) as bar,
-        closing(Journal(journal, settings, resume, compiled)) as book,
-    ):
-        watch = Stopwatch(book, begun)
-        bar.expect(_units(len(places), inputs, PRESETS[preset]))
-        run = Run(
-            bare,
-            bare.device,
-            places,
-            heads,
-            book,
-            PRESETS[preset],
-            bar.tell,
-            batch,
-            time_limit,
-            begun,
-            trimmed=trimmed,
-        )
-        try:
-            was = bare.training
-            bare.eval()
-            plan = _plan(run, inputs, screen_on, tried, fingerprint, budget, seed, tokenizer)
-        finally:
-            bare.train(was)
-        took = watch.read(budget)
+    with calm(), compile_clock() as compiled, Bar(progress) as bar:
+        with first_use("methods"):
+            tried = chosen_methods(methods)
+        inputs = prompts.gather(data, tokenizer, lengths, preset, seed)
+        # Short enough to be cheap, long enough that methods have something to leave out.
+        short = max(MIN_LENGTH, inputs.longest // 4, min(inputs.longest // 2, SCREEN_TOKENS))
+        screen_on = prompts.screening(inputs, tokenizer, short, seed)
+        settings = {
+            "accelkit": version(),
+            "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
+            "weights": weights_digest([bare]),
+            "device": str(bare.device),
+            "dtype": str(bare.dtype),
+            "prompts": digest(
+                [s.ids.tobytes() for s in (*inputs.measure, *inputs.check, screen_on)]
+            ),
+            "methods": [f"{m.kind} {m.model_dump_json()}" for m in tried],
+            "preset": preset,
+            "batch": batch,
+            "trimmed": trimmed,
+            "seed": seed,
+        }
+        with closing(Journal(journal, settings, resume, compiled)) as book:
+            watch = Stopwatch(book, begun)
+            bar.expect(_units(len(places), inputs, PRESETS[preset]))
+            run = Run(
+                bare,
+                bare.device,
+                places,
+                heads,
+                book,
+                PRESETS[preset],
+                bar.tell,
+                batch,
+                time_limit,
+                begun,
+                trimmed=trimmed,
+            )
+            try:
+                was = bare.training
+                bare.eval()
+                plan = _plan(run, inputs, screen_on, tried, fingerprint, budget, seed, tokenizer)
+            finally:
+                bare.train(was)
+            took = watch.read(budget)
     about = {
         "data": inputs.about,
         "prompts": [f"{s.task}@{len(s.ids)}" for s in inputs.measure],
@@ -226,6 +225,10 @@ def _dense_prefill(run: Run, inputs: prompts.Inputs) -> dict[str, Any]:
     """
     ids = np.repeat(inputs.measure[0].ids[None].astype(np.int64), run.batch, 0)
     work = partial(prefill, run.model, torch.from_numpy(ids).to(run.device))
+    with first_use(("prefill", type(run.model), run.device, run.model.dtype, ids.shape)) as new:
+        if new and run.device.type == "cuda":
+            work()
+            quality.synchronise(run.device)
     memory.restart(run.device)
     ms = fit.clock(work, 1, run.device, rested=False)
     return {"dense_prefill_ms": round(ms, 3), "dense_peak_bytes": memory.peak(run.device)}

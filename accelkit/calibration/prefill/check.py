@@ -25,6 +25,8 @@ FEW = 1
 """Most lost answers that are asked about on further prompts."""
 OUTLIER = 1.6
 """A prompt's error that is this multiple of the others' has a cause of its own."""
+BROKEN = 2.5
+"""A prompt whose error is above this multiple of the budget has more than one cause."""
 LIFT = 1.15
 """What all prompts reach ÷ the error of the first one, before anything is known."""
 TOGETHER = 4
@@ -50,6 +52,9 @@ class Checker:
     def __init__(self, run: Run, inputs: Inputs, still: Plan) -> None:
         self.run, self.samples, self.more, self.still = run, inputs.check, inputs.more, still
         self.order = list(range(len(inputs.check)))
+        # The prompt that tells most beside the first one, where that failed for a cause of its own.
+        self.beside: int | None = None
+        self.suspects: set[int] = set()
         self.references: dict[int, quality.Reference] = {}
         self.lifts: dict[int, float] = {}
         # Runs so far, and those of all prompts, in runs of the longest one.
@@ -57,12 +62,16 @@ class Checker:
         self.dense_runs: set[int] = set()
 
     def look(self, now: Round, allowed: float) -> None:
-        """Run the most revealing prompt of earlier rounds."""
-        first = self.order[0]
-        self._count([first])
-        self._add(now, first, allowed)
+        """Run the most revealing prompt of earlier rounds; two where the first one tells whether
+        what was learnt from it has helped, but nothing of the others.
+        """
+        some = list(dict.fromkeys(n for n in (self.order[0], self.beside) if n is not None))
+        self._checked(now.plan, f"check/{plan_digest(now.plan)}", self._together(some))
+        self._count(some)
+        for n in some:
+            self._add(now, n, allowed)
+            now.judged = now.judged or self._fails(now, n, allowed)
         self.expect(now)
-        now.judged = self._fails(now, first, allowed)
 
     def expect(self, now: Round) -> None:
         """What all prompts may reach, from those that were run and what checks of others told."""
@@ -79,22 +88,25 @@ class Checker:
             self._checked(now.plan, f"check/{plan_digest(now.plan)}", some)
             self._count(some)  # all of them ran, even where the first one settles it
             for n in some:
-                self._add(now, n, allowed)
-                failed = self._fails(now, n, allowed)
-                if failed:
-                    break
+                self._add(now, n, allowed, along=failed)
+                failed = failed or self._fails(now, n, allowed)
             left = left[len(some) :]
-        tasks = quality.by_task(now.rows)
+        tasks = quality.by_task(_counted(now))
         now.bound = max(t["bound"] for t in tasks.values())
         now.held = not failed and quality.holds(tasks, allowed)
         now.judged = True
         errors = {r["prompt"]: r["error"] for r in now.rows if r["error"] is not None}
-        if len(errors) > 1 and (now.held or not self._apart(now)):
-            self.lifts |= {n: now.reach / max(e, 1e-12) for n, e in errors.items()}
+        first = [] if now.held else [_spoilt(now)["prompt"]]
+        apart = now.apart = bool(first) and self._apart(now)
+        # What failed for a cause of its own says nothing of the others.
+        known = {n: e for n, e in errors.items() if not (apart and self._alike(n, first[0]))}
+        if len(known) > 1:
+            reach = LIFT * max(known.values()) if apart else now.reach
+            self.lifts |= {n: reach / max(e, 1e-12) for n, e in known.items()}
+        self.beside = max(known, key=known.__getitem__, default=None) if apart else None
         worst = sorted(errors, key=lambda n: -errors[n])
-        if not now.held:  # also where it lost answers, which the next round must not
-            worst = [_spoilt(now)["prompt"], *worst]
-        self.order = list(dict.fromkeys([*worst, *self.order]))
+        # The next round must not lose the answers that this one lost.
+        self.order = list(dict.fromkeys([*first, *worst, *self.order]))
 
     def affords(self) -> bool:
         """Whether another plan may be looked at, and one be checked on all prompts."""
@@ -104,10 +116,14 @@ class Checker:
     def _share(self, n: int) -> float:
         return len(self.samples[n].ids) / max(len(s.ids) for s in self.samples)
 
-    def _add(self, now: Round, n: int, allowed: float) -> None:
+    def _add(self, now: Round, n: int, allowed: float, along: bool = False) -> None:
+        """Rows of the n-th prompt; those of one that ran along with others tell what went wrong,
+        but do not count.
+        """
         key = f"check/{plan_digest(now.plan)}/{n}"
-        now.rows += [{**row, "prompt": n} for row in self._rows(now.plan, key, n, allowed)]
-        now.measured = max(r["error"] for r in now.rows if r["error"] is not None)
+        rows = [self._row(now.plan, key, n)] if along else self._rows(now.plan, key, n, allowed)
+        now.rows += [{**row, "prompt": n, "along": along} for row in rows]
+        now.measured = max(r["error"] for r in _counted(now) if r["error"] is not None)
 
     def _count(self, prompts: Sequence[int]) -> None:
         """Count a run of some prompts, and their dense sides where those are new."""
@@ -145,13 +161,16 @@ class Checker:
             self.runs += self._share(n) * (1 + (rows[-1]["dense_right"] is not None))
         return rows
 
-    def suspicion(self, now: Round, rounds: Sequence[Round]) -> Suspicion | None:
+    def suspicion(self, now: Round, rounds: Sequence[Round], allowed: float) -> Suspicion | None:
         """For a round that failed with lost answers, or with a prompt whose error stands out, what
         to ask of plans with some heads changed: is that mended? Beside it a round that ran the
-        prompt well, if there was one. None: nothing of the kind.
+        prompt well, if there was one. None: nothing of the kind, or a prompt that stood out before
+        and still does: it is like that.
         """
         row = _spoilt(now)
         n = row["prompt"]
+        if (row["error"] or 0.0) > BROKEN * allowed:
+            return None
         if row["lost_answers"]:
             sample, further = self.samples[n], row.get("further")
             if further is not None and self.more is not None:
@@ -166,8 +185,9 @@ class Checker:
         if not self._others(now, n):
             self._beside(now, n)
         found, usual = row["error"], float(np.median(self._others(now, n) or [np.inf]))
-        if found < OUTLIER * usual:
+        if found < OUTLIER * usual or n in self.suspects:
             return None
+        self.suspects.add(n)
         limit = (found * usual) ** 0.5
 
         def fine(other: dict[str, Any]) -> bool:
@@ -272,6 +292,11 @@ class Checker:
 
         self.run.tell("timing the plan")
         return self.run.journal.unit(f"speed/{plan_digest(plan)}", work)
+
+
+def _counted(now: Round) -> list[dict[str, Any]]:
+    """The rows by which a round is judged."""
+    return [r for r in now.rows if not r.get("along")]
 
 
 def _spoilt(now: Round) -> dict[str, Any]:

@@ -53,10 +53,9 @@ def refined(
 
     def propose(epsilon: float) -> Proposal:
         solution = search(tables, epsilon, fronts)
-        limits = Limits(
-            min_length=max(crossover(data, solution, costs, tokens), inputs.shortest // 2),
-            max_length=tokens,
-        )
+        low = inputs.shortest // 2  # nothing is known of far shorter prompts
+        wins = max(low, crossover(data, solution, costs, tokens, low))
+        limits = Limits(min_length=wins, max_length=tokens)
         dense = all(c.dense for c in solution.choices)
         ms = solution.ms + rest_ms
         plan = planned(solution, limits)
@@ -72,7 +71,8 @@ def refined(
         held = any(r.held for r in rounds)
         if len(learnt) == MOST_BLAMED or (held and not checker.affords()):
             return False
-        suspected, choices = checker.suspicion(now, rounds), now.proposal.choice
+        suspected = checker.suspicion(now, rounds, budget.max_rel_error)
+        choices = now.proposal.choice
         if suspected is None:
             return False
         mended, fine = suspected

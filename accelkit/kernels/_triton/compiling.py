@@ -17,16 +17,19 @@ from triton.runtime.jit import JITFunction
 
 FIRST = "lower"
 """Module whose kernels run before all others wherever lists are run."""
+_notes: list[Callable[[float], None]] = []
+"""What tells the open clocks of time since some moment."""
 
 
 @contextmanager
 def clock(cached: bool = True) -> Iterator[Callable[[], float]]:
     """Gives a function that says for how many seconds something was compiled since it was opened;
     kernels that were compiled at once count once. Without `cached` kernels that lay in Triton's
-    cache do not count, which are read and put on the device in no time but not in none.
+    cache do not count, which are looked up, read and put on the device in no time but not in none.
     """
     spans: list[tuple[float, float]] = []  # apart, ascending
     before, load = knobs.compilation.listener, CompiledKernel._init_handles
+    compile_now = JITFunction._do_compile
 
     def note(begin: float) -> None:
         end = time.monotonic()
@@ -47,15 +50,33 @@ def clock(cached: bool = True) -> Iterator[Callable[[], float]]:
         if new:
             note(begin)
 
+    def compiled(self: Any, *arguments: Any) -> Any:
+        begin = time.monotonic()
+        try:
+            return compile_now(self, *arguments)
+        finally:
+            note(begin)
+
     lock = Lock()
     knobs.compilation.listener = hear
     if cached:
         CompiledKernel._init_handles = loaded
+        JITFunction._do_compile = compiled
+        _notes.append(note)
     try:
         yield lambda: sum(end - begin for begin, end in spans)
     finally:
         knobs.compilation.listener = before
         CompiledKernel._init_handles = load
+        JITFunction._do_compile = compile_now
+        if cached:
+            _notes.remove(note)
+
+
+def count(begin: float) -> None:
+    """Let the open clocks, those with what is cached, count the time since `begin`."""
+    for note in _notes:
+        note(begin)
 
 
 @contextmanager
