@@ -62,7 +62,8 @@ def triangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Piece:
     if rows % 2 or half < _LEAST_TRIANGLE:
         return fused(q, k, v, scale, causal=True)
     exact = torch.promote_types(q.dtype, torch.float32)
-    out, lse = triangle(*(t.reshape(-1, 1, half, t.shape[3]) for t in (q, k, v)), scale)
+    halves = [t.reshape(-1, 1, half, t.shape[3]) for t in (q, k, v)]
+    out, lse = triangle(halves[0], halves[1], halves[2], scale)
     out, lse = out.to(exact).reshape(-1, 2, half, q.shape[3]), lse.reshape(-1, 2, half)
     below, below_lse = fused(q[:, :, half:], k[:, :, :half], v[:, :, :half], scale)
     join(out[:, 1], lse[:, 1], below[:, 0].to(exact), below_lse[:, 0])
@@ -190,11 +191,12 @@ class Rows:
         source = torch.full((len(queries),), -1)
         source[order] = torch.arange(len(order))
         blocks += self.base[order * height].repeat_interleave(lists.count[order])
-        q, done, begin = queries.index_select(0, order)[:, None], 0, 0
+        done = begin = 0
         for at, count in _chunks(lists.count, self.key_bytes * self.launch.index.size[1]):
             rows, end = at.numel(), begin + at.numel() * count
             k, v = (t.view(rows, 1, -1, self.width) for t in self._gathered(blocks[begin:end]))
-            out, lse = fused(q[done : done + rows], k, v, self.launch.scale)
+            q = queries.index_select(0, order[done : done + rows])[:, None]
+            out, lse = fused(q, k, v, self.launch.scale)
             done, begin = self._put(done, out[:, 0], lse[:, 0]), end
         self._join_stage(done, source)
 
