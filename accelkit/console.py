@@ -204,15 +204,17 @@ def read_text(path: Path) -> str:
         raise InvalidInputError(f"{path}: cannot be read as text ({error})") from error
 
 
-def replaces(path: Any, yes: bool) -> None:
-    """Ask before something is overwritten; without a terminal `--yes` is needed."""
+def replaces(path: Any, yes: bool, instead: str = "choose another folder") -> None:
+    """Ask before something is overwritten; without a terminal `--yes` is needed, or what `instead`
+    says.
+    """
     if yes:
         return
     if sys.stdin.isatty() and sys.stderr.isatty():
         if typer.confirm(f"{path} exists. Replace it?", err=True):
             return
         raise typer.Exit(2)
-    raise InvalidInputError(f"{path} exists; add --yes to replace it, or choose another folder")
+    raise InvalidInputError(f"{path} exists; add --yes to replace it, or {instead}")
 
 
 class Commands(TyperGroup):

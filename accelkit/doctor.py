@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 VARIABLES = {
     "ACCELKIT_KERNEL": "backend of a launch: auto, triton, gluon, fa4, torch or reference",
     "ACCELKIT_DISABLE": "1: patched models run dense",
-    "ACCELKIT_PROGRESS": "0: no progress bars",
+    "ACCELKIT_PROGRESS": "0: no progress bars, and no stages in logs",
     "HF_HOME": "where models from the hub are kept",
     "HF_HUB_OFFLINE": "1: the hub is not asked",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1: no progress bars",

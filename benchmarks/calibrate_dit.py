@@ -1,12 +1,14 @@
 """What calibrating a pipeline costs at full size, in dense denoising runs.
 
-Wan2.1-T2V-1.3B's configuration at 480 × 832 and 81 frames (32,760 tokens) with random weights: what
-calibration finds on them says nothing, what it spends does. A dense run is its median step, timed
+Wan2.1-T2V-1.3B's configuration at 480 × 832 and 81 frames (32,760 tokens), or HunyuanVideo's at 720
+× 1280 and 129 frames (118,800 and 256 of text), with random weights: what calibration finds on them
+says nothing, what it spends does. A dense run is its median step, timed
 here without a hook, times the number of steps; compiling kernels, which the next run on a machine
 does not repeat, is counted apart. Without `--check` the end-to-end check is left out.
 
     python benchmarks/calibrate_dit.py --out benchmarks/results/calibrate-wan.json
     python benchmarks/calibrate_dit.py --layers 6 --steps 50 --check     # the check as well
+    python benchmarks/calibrate_dit.py --model hunyuan --layers 1 2      # one dual, two single ones
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from denoise_dit import built
-from diffusers import WanPipeline
+from denoise_dit import MODELS, SHAPES, built, unmasked
+from torch import nn
 
 import accelkit
 from accelkit.calibration.denoise import calibrate as denoise
@@ -33,6 +35,7 @@ from accelkit.calibration.denoise.video import Settings
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.refine import Round
 from accelkit.calibration.results import environment
+from accelkit.patches.adapters import sites
 
 TIMED = 3
 """Steps of the dense run that is timed; the first one of them only warms up."""
@@ -51,9 +54,13 @@ class Unchecked(denoise.Checker):
         return {"ms": self.cost(plan), "dense_ms": 1.0}
 
 
-def guided(layers: int, device: str) -> tuple[WanPipeline, Settings, dict[str, Any]]:
-    """The pipeline with guidance, as it runs by default: two forwards a step."""
-    pipe, size, shot = built("wan", (layers,), device)
+def guided(model: str, layers: list[int], device: str) -> tuple[Any, Settings, dict[str, Any]]:
+    """The pipeline with guidance, as it runs by default: two forwards a step; one of HunyuanVideo,
+    which takes the guidance as a number.
+    """
+    pipe, size, shot = built(model, layers, device)
+    if model == "hunyuan":
+        return pipe, size, dict(shot.arguments)
     other = torch.randn(1, 512, 4096, device=device)
     return pipe, size, {
         **shot.arguments, "negative_prompt_embeds": other, "guidance_scale": 5.0
@@ -97,7 +104,8 @@ def told() -> Iterator[list[dict[str, Any]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--model", choices=sorted(MODELS), default="wan")
+    parser.add_argument("--layers", type=int, nargs="+", default=[], help="default: all")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--size", type=int, nargs=3, help="height width frames")
     parser.add_argument("--methods", nargs="+", help="default: all for denoising")
@@ -109,7 +117,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/calibrate_dit.json"))
     args = parser.parse_args()
 
-    pipe, size, arguments = guided(args.layers, args.device)
+    # HunyuanVideo's mask over its text hides nothing here, but would make dense runs slower.
+    nn.functional.scaled_dot_product_attention = unmasked(
+        nn.functional.scaled_dot_product_attention
+    )
+    pipe, size, arguments = guided(args.model, args.layers, args.device)
+    layers = len(sites(pipe))
     if args.size:
         size = Settings(*args.size)
     step = dense_step(pipe, size, arguments)
@@ -130,7 +143,7 @@ def main() -> None:
     spent = about["seconds"]
     search = seconds - spent["compiling"] - spent["checking"]
     row = {
-        "layers": args.layers,
+        "layers": layers,
         "tokens": about["tokens"],
         "steps": args.steps,
         "dense_step_s": step,
@@ -143,7 +156,7 @@ def main() -> None:
         **{f"{k.replace(' ', '_')}_s": v for k, v in spent.items()},
     }
     found = {
-        "title": f"Calibrating Wan2.1-1.3B shapes, {args.layers} of 30 layers, random weights",
+        "title": f"Calibrating {SHAPES[args.model]}, {layers} layers, random weights",
         "note": "By `benchmarks/calibrate_dit.py`. A dense run is its median step times the number "
         "of steps; `dense_runs` is everything but the check and compiling kernels.",
         "preset": args.preset,

@@ -2,8 +2,8 @@
 
 Random weights spread their attention, so a calibrated plan on them is dense; a forced plan keeps a
 fixed density behind some dense steps and shows what the machinery reaches, order and estimate
-included. Both sides run in one process, compiled by repeated blocks; dense attention is cuDNN's,
-without masks that hide nothing.
+included. Both sides run in one process, compiled by repeated blocks, the dense one first and once
+more in the end; its attention is cuDNN's, without masks that hide nothing.
 
 With f the share of self-attention in the dense denoising (its kernels ÷ the time of the same run,
 as the profiler sees them in the compiled pipeline), w the share of dense steps and δ the density,
@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ NOTE = (
     "share f of self-attention, the share w of dense steps and the density δ. f is the time of "
     "the self-attention kernels of a short dense run over the time of that run, as the profiler "
     "sees both. Neither side has HunyuanVideo's mask over the text, which hides nothing here. The "
-    "last rows leave out steps behind the first fifth by a forced rhythm of MagCache."
+    "last rows leave out steps behind the first fifth by a forced rhythm of MagCache. "
+    "`dense_again` is the dense side once more behind all others: how far the clock drifted."
 )
 
 
@@ -230,7 +232,97 @@ def policy_of(text: str) -> Policy:
     return Policy(methods=(load(name)(**{k: json.loads(v) for k, v in pairs}),))
 
 
-def main() -> None:
+class Study:
+    """A pipeline, its dense run, and the rows that were found beside it, written as they come."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.begin = args, time.perf_counter()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.pipe, size, self.shot = built(args.model, args.layers, device)
+        self.size = replace(size, num_inference_steps=args.steps)
+        depth = " dual and ".join(map(str, args.layers)) + " single" * (len(args.layers) > 1)
+        title = f"Whole denoising at {SHAPES[args.model]}, {depth or 'all'} layers, random weights"
+        self.found: dict[str, Any] = {
+            "title": title + ", compiled by repeated blocks" * (not args.eager),
+            "note": NOTE,
+            "model": args.model, "tokens": TOKENS[args.model], "layers": len(sites(self.pipe)),
+            "of_layers": args.layers or "all",
+            "steps": args.steps,
+            "compiled": not args.eager,
+            "environment": environment(torch.device(device)), "rows": [],
+        }  # fmt: skip
+
+    def save(self, told: str) -> None:
+        print(told, flush=True)
+        if self.args.out:
+            self.args.out.write_text(json.dumps(self.found, indent=1))
+
+    def late(self) -> bool:
+        return time.perf_counter() - self.begin > self.args.seconds
+
+    def run(self, plan: Plan | None, **look: Any) -> dict[str, Any]:
+        gc.collect()
+        opened = nullcontext if plan is None else lambda: accelkit.patch(self.pipe, plan)
+        args = self.args
+        return timed(self.pipe, self.size, self.shot, args.repeat, opened, not args.eager, **look)
+
+    def speedup(self, row: dict[str, Any]) -> float:
+        """How many times faster than the dense run that came first."""
+        return self.found["dense"]["seconds"] / row["seconds"]
+
+    def dense(self) -> None:
+        """What all others are divided by."""
+        dense = self.run(None, look=attention_share)
+        share = dense["attention_share"]
+        self.found |= {"dense": dense, "attention_share": share}
+        self.save(
+            f"{self.args.model}: dense {dense['seconds']:.3f} s, attention "
+            f"{dense['attention_ms']:.2f} ms a call, f = {share:.3f}"
+        )
+
+    def sparse(self, name: str, policy: Policy, early: float) -> None:
+        """A forced plan behind the share `early` of dense steps, beside its bound."""
+        plan = forced(self.pipe, policy, early)
+        mine, share = self.run(plan), self.found["attention_share"]
+        kept = density(self.pipe, plan, replace(self.size, num_inference_steps=2), self.shot)
+        bound = 1 / (1 - share + share * (early + (1 - early) * kept / EFFICIENCY))
+        speedup = self.speedup(mine)
+        row = {"plan": name, "skipped_in_a_row": 0, "dense_steps": early, "density": kept}
+        row |= {**mine, "speedup": speedup}
+        self.found["rows"].append({**row, "bound": bound, "of_bound": speedup / bound})
+        self.save(
+            f"  {name}: density {kept:.3f}, dense steps {early:.0%}: {mine['seconds']:.3f} s, "
+            f"{speedup:.2f} × (bound {bound:.2f}, {speedup / bound:.0%})"
+        )
+
+    def overhead(self) -> None:
+        """A plan that leaves everything dense."""
+        row = self.run(forced(self.pipe, Policy(), 0.0))
+        slower = 1 / self.speedup(row) - 1
+        self.found["all_dense"] = {**row, "slower_by": slower}
+        self.save(f"  all dense, patched: {slower:+.2%}")
+
+    def cached(self, name: str, policy: Policy) -> None:
+        """A step cache and a plan. Ratios of 1 leave out `skip` of `skip + 1` steps behind the
+        first fifth.
+        """
+        args = self.args
+        cache = MagCache(ratios=(1.0,) * args.steps, threshold=1.0, max_skip_steps=args.skip)
+        early = args.dense_steps[0]
+        mine = self.run(forced(self.pipe, policy, early, cache))
+        speedup = self.speedup(mine)
+        row = {"plan": name, "skipped_in_a_row": args.skip, "dense_steps": early}
+        self.found["rows"].append({**row, "density": None, **mine, "speedup": speedup})
+        self.save(f"  {name} and a step cache: {mine['seconds']:.3f} s, {speedup:.2f} ×")
+
+    def again(self) -> None:
+        """The dense run once more: every row was divided by the first one."""
+        row = self.run(None)
+        self.found["dense_again"] = row
+        self.save(f"  dense again: {1 / self.speedup(row) - 1:+.2%}")
+
+
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=sorted(MODELS), default="wan")
     parser.add_argument(
@@ -250,82 +342,29 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=2, help="steps that the cache skips in a row")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after these")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    begin = time.perf_counter()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = options()
     attend = nn.functional.scaled_dot_product_attention
     nn.functional.scaled_dot_product_attention = unmasked(attend)
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe, size, shot = built(args.model, args.layers, device)
-    size = Settings(size.height, size.width, size.num_frames, args.steps)
+    study = Study(args)
     policies = {name: policy_of(name) for name in args.plans}
-    cached = {"dense": Policy(), args.plans[0]: policies[args.plans[0]]} if args.cache else {}
-    depth = " dual and ".join(map(str, args.layers)) + " single" * (len(args.layers) > 1)
-    found: dict[str, Any] = {
-        "title": f"Whole denoising at {SHAPES[args.model]}, {depth or 'all'} layers, random weights"
-        + ", compiled by repeated blocks" * (not args.eager),
-        "note": NOTE,
-        "model": args.model, "tokens": TOKENS[args.model], "layers": len(sites(pipe)),
-        "of_layers": args.layers or "all",
-        "steps": args.steps,
-        "compiled": not args.eager,
-        "environment": environment(torch.device(device)), "rows": [],
-    }  # fmt: skip
-
-    def save() -> None:
-        if args.out:
-            args.out.write_text(json.dumps(found, indent=1))
-
-    def late() -> bool:
-        return time.perf_counter() - begin > args.seconds
-
-    def run(opened: Callable[[], Any], **look: Any) -> dict[str, Any]:
-        gc.collect()
-        return timed(pipe, size, shot, args.repeat, opened, not args.eager, **look)
-
-    dense = run(nullcontext, look=attention_share)
-    share = dense["attention_share"]
-    found |= {"dense": dense, "attention_share": share}
-    print(
-        f"{args.model}: dense {dense['seconds']:.3f} s, attention "
-        f"{dense['attention_ms']:.2f} ms a call, f = {share:.3f}",
-        flush=True,
-    )
-    save()
-    for name, w in ((n, w) for n in policies for w in args.dense_steps):
-        if late():
+    first = args.plans[0]
+    jobs: list[Callable[[], None]] = [
+        partial(study.sparse, n, p, w) for n, p in policies.items() for w in args.dense_steps
+    ]
+    if args.overhead:
+        jobs.append(study.overhead)
+    if args.cache:
+        for name, policy in {"dense": Policy(), first: policies[first]}.items():
+            jobs.append(partial(study.cached, name, policy))
+    study.dense()
+    for job in [*jobs, study.again]:
+        if study.late():
             break
-        plan = forced(pipe, policies[name], w)
-        mine = run(lambda plan=plan: accelkit.patch(pipe, plan))
-        kept = density(pipe, plan, Settings(size.height, size.width, size.num_frames, 2), shot)
-        bound = 1 / (1 - share + share * (w + (1 - w) * kept / EFFICIENCY))
-        speedup = dense["seconds"] / mine["seconds"]
-        row = {"plan": name, "skipped_in_a_row": 0, "dense_steps": w, "density": kept}
-        row |= {**mine, "speedup": speedup}
-        found["rows"].append({**row, "bound": bound, "of_bound": speedup / bound})
-        print(
-            f"  {name}: density {kept:.3f}, dense steps {w:.0%}: "
-            f"{mine['seconds']:.3f} s, {speedup:.2f} × (bound {bound:.2f}, {speedup / bound:.0%})",
-            flush=True,
-        )
-        save()
-    if args.overhead and not late():
-        row = run(lambda: accelkit.patch(pipe, forced(pipe, Policy(), 0.0)))
-        found["all_dense"] = {**row, "slower_by": row["seconds"] / dense["seconds"] - 1}
-        print(f"  all dense, patched: {found['all_dense']['slower_by']:+.2%}", flush=True)
-        save()
-    for name, policy in cached.items():
-        if late():
-            break
-        # Ratios of 1 leave out `skip` of `skip + 1` steps behind the first fifth.
-        cache = MagCache(ratios=(1.0,) * args.steps, threshold=1.0, max_skip_steps=args.skip)
-        plan = forced(pipe, policy, args.dense_steps[0], cache)
-        mine = run(lambda plan=plan: accelkit.patch(pipe, plan))
-        speedup = dense["seconds"] / mine["seconds"]
-        row = {"plan": name, "skipped_in_a_row": args.skip, "dense_steps": args.dense_steps[0]}
-        found["rows"].append({**row, "density": None, **mine, "speedup": speedup})
-        print(f"  {name} and a step cache: {mine['seconds']:.3f} s, {speedup:.2f} ×", flush=True)
-        save()
+        job()
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ Queries and keys are waves over the grid, as rotary positions make them, with no
 heads (own frame, own place in time, around, own row). Each method runs at a setting near the
 density asked for. For each: milliseconds of the whole call (order, estimate, select, kernel, order
 back), what of it the device spends on attention, on orders and on the rest (estimate, selection,
-lists), beside cuDNN's dense attention, and the error of sampled rows against softmax in fp32 over
-exactly the keys that the method chose. `host_ms` is what the host needs to issue the call. With
-`--fused`, `fused_ms` is the attention of methods with an order where the kernel gathers keys and
-values by itself, key by key: to be compared with the kernel over blocks and the order of a call.
+lists), beside cuDNN's dense attention, which is timed before and after, and the error of sampled
+rows against softmax in fp32 over exactly the keys that the method chose. `host_ms` is what the host
+needs to issue the call. With `--fused`, `fused_ms` is the attention of methods with an order where
+the kernel gathers keys and values by itself, key by key: to be compared with the kernel over blocks
+and the order of a call.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ NOTE = (
     "bfloat16. The whole call is order, estimate, selection, kernel and the order back, kernels "
     "as dispatch chooses them; kernel, order and estimate are what the device spends on each. "
     "Static patterns are made once for a geometry. A search step runs dense and renews what later "
-    "steps read. Shapes: wan is 32,760 tokens, 12 heads of 128; hunyuan 119,056 tokens, 24 heads "
-    "of 128. Errors are against fp32 over the keys that the method chose (Re-ttention: against "
-    "dense)."
+    "steps read. Dense attention is timed before and after each method. Shapes: wan is 32,760 "
+    "tokens, 12 heads of 128; hunyuan 119,056 tokens, 24 heads of 128. Errors are against "
+    "fp32 over the keys that the method chose (Re-ttention: against dense)."
 )
 
 
@@ -120,6 +121,8 @@ def call_of(shape: str) -> AttentionCall:
 
 AHEAD = 100_000_000
 """Cycles, about 55 ms."""
+DENSE_REPEATS = 2
+"""Readings of dense attention between two methods: clocks drift under load."""
 
 
 def dense_lse(call: AttentionCall) -> torch.Tensor:
@@ -291,7 +294,7 @@ def main() -> None:
     args = parser.parse_args()
     global LIST_KERNELS
     LIST_KERNELS = args.list_kernels
-    rows = []
+    rows, failed = [], []
     for shape in args.shapes:
         call = call_of(shape)
 
@@ -299,8 +302,8 @@ def main() -> None:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 return scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale)
 
-        dense_ms, dense = time_ms(cudnn), cudnn()
-        print(f"{shape}: {call.n_k} tokens, {len(call.heads)} heads, dense {dense_ms:.2f} ms")
+        after, dense = time_ms(cudnn), cudnn()
+        print(f"{shape}: {call.n_k} tokens, {len(call.heads)} heads, dense {after:.2f} ms")
         for name in args.methods:
             for fields in SETTINGS[name]:
                 try:
@@ -309,13 +312,17 @@ def main() -> None:
                 except Exception as reason:
                     traceback.print_exc(file=sys.stderr)
                     print(f"  {name} {fields}: {type(reason).__name__}: {str(reason)[:90]}")
+                    failed.append(f"{name} {fields} at {shape}")
                     continue
+                before, after = after, time_ms(cudnn, DENSE_REPEATS)
+                dense_ms = (before + after) / 2
                 row |= {"shape": shape, "dense_ms": dense_ms, "gain": dense_ms / row["call_ms"]}
+                row["dense_drift"] = after / before - 1
                 rows.append(row)
                 print(
-                    f"  {name[:18]:18s} d {row['density']:.3f} call {row['call_ms']:6.2f} "
-                    f"kernel {row['kernel_ms']:6.2f} order {row['order_ms']:5.2f} estimate "
-                    f"{row['estimate_ms']:5.2f} host {row['host_ms']:5.2f} launches "
+                    f"  {name[:18]:18s} d {row['density']:.3f} call {row['call_ms']:6.2f} dense "
+                    f"{dense_ms:6.2f} kernel {row['kernel_ms']:6.2f} order {row['order_ms']:5.2f} "
+                    f"estimate {row['estimate_ms']:5.2f} host {row['host_ms']:5.2f} launches "
                     f"{row['launches']:.0f} gain {row['gain']:4.2f} err {row['error']:.4f} "
                     f"agree {row['recall_of_output']:.3f} "
                     + (f"search {row['search_ms']:.1f} " if row["search_ms"] else "")
@@ -327,6 +334,8 @@ def main() -> None:
                     "rows": rows,
                 }  # fmt: skip
                 args.output.write_text(json.dumps(made, indent=1))
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 3e-5}
 LOW_BITS = {"native": 1.5e-2, "fp8": 5e-2}
 """The same for calls in 8 bits by the precision of P·V, against fp64 on the rounded operands."""
 POISON = float("nan")
+NOBODY = "no backend"
+"""What serves a call that every backend refuses, and which tells nothing."""
 
 
 @dataclass(frozen=True)
@@ -402,7 +404,8 @@ def run_family(job: tuple[int, list[int], str, int, float]) -> Tally:
         except Exception as error:  # a call that dies must not hide the others
             served, wrong = [], [f"{type(error).__name__}: {error}"[:300]]
         tally.calls += 1
-        tally.served.update(f"{name}{family.kind}" for name in served)
+        by = served or ([] if wrong else [NOBODY])
+        tally.served.update(f"{name}{family.kind}" for name in by)
         if wrong:
             tally.failed.append(f"{seed}:{family_seed} {family}\n    " + "; ".join(wrong))
             print(tally.failed[-1], flush=True)

@@ -27,14 +27,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from mixture_bench import Bench, label, settings_of, told
-from mixture_table import joined, losses, matching, name_of, rivals, save, shown
+from mixture_table import joined, losses, matching, name_of, rivals, same, save, shown
 
 import accelkit
 from accelkit.calibration.evaluation.tasks import TASKS
@@ -68,6 +67,7 @@ class Study:
         }  # fmt: skip
         if args.out.exists():
             before = json.loads(args.out.read_text("utf-8"))
+            same(self.found, before, str(args.out))
             keep = ("mixtures", "singles", "speed", "note")
             self.found |= {k: before[k] for k in keep if k in before}
         for row in self.found["mixtures"]:
@@ -86,16 +86,14 @@ class Study:
 
     def mixture(self, budget: float) -> None:
         """A plan, calibrated or of an earlier run, and what it loses."""
-        begin = time.perf_counter()
         plan = self.plan(budget)
-        seconds = time.perf_counter() - begin
         digest = plan_digest(plan)
         row = next((m for m in self.found["mixtures"] if m["plan"] == digest), None)
         if row is None or row["budget"] != budget or row["prompts"] < len(self.bench.samples):
             kept = ("dense_prefills", "dense_prefill_ms", "dense_peak_bytes", "peak_bytes",
                     "refused", "seconds", "methods")  # fmt: skip
             row = {
-                "budget": budget, "plan": digest, "calibrated_s": seconds,
+                "budget": budget, "plan": digest,
                 "policies": sorted({p.label() for p in plan.policies}),
                 "calibration": {k: plan.calibration[k] for k in kept},
                 "measured": plan.measured, **self.bench.measure(plan),

@@ -33,19 +33,25 @@ def shares(found: Row) -> dict[str, float]:
     return {name: one / ms[DENSE] for name, one in ms.items()}
 
 
-def share_of(mixture: Row, share: dict[str, float]) -> float:
-    """A mixture's time ÷ dense; 1 where calibration chose dense, whatever the clock read."""
-    return 1.0 if mixture["stopped"] else share.get(name_of(mixture), 1.0)
+def share_of(mixture: Row, share: dict[str, float]) -> float | None:
+    """A mixture's time ÷ dense; 1 where calibration chose dense, whatever the clock read. None: it
+    was not timed with the others yet.
+    """
+    return 1.0 if mixture["stopped"] else share.get(name_of(mixture))
 
 
 def verdict(found: Row) -> list[Row]:
-    """For each mixture the fastest single setting whose worst-task error is no larger."""
+    """For each mixture that was timed the fastest single setting whose worst-task error is no
+    larger.
+    """
     share, table = shares(found), []
     if not share:
         return []
     whole = statistics.median(found["speed"]["ms"][DENSE])
     for mixture in sorted(found["mixtures"], key=lambda m: m["budget"]):
         mine = share_of(mixture, share)
+        if mine is None:
+            continue
         rivals = [s for s in timed(found) if s["worst_error"] <= mixture["worst_error"]]
         best = min(rivals, key=lambda s: share[s["setting"]], default=None)
         if best is not None and share[best["setting"]] >= 1:
@@ -72,7 +78,7 @@ def losses(found: Row) -> list[Row]:
     share, lost = shares(found), []
     for s in timed(found):
         no_worse = [m for m in found["mixtures"] if m["worst_error"] <= s["worst_error"]]
-        mine = [share_of(m, share) for m in no_worse]
+        mine = [one for m in no_worse if (one := share_of(m, share)) is not None]
         ratio = min([1.0, *mine]) / share[s["setting"]]
         if ratio > 1:
             kept = {k: s[k] for k in ("setting", "worst_error", "answers", "points_lost")}
@@ -114,6 +120,13 @@ def told_refusals(found: Row) -> None:
         single["refused"] = refused.get(single["method"])
 
 
+def same(one: Row, other: Row, where: str) -> None:
+    """Raise `SystemExit` where two results are about different things."""
+    differ = [f"{k} ({one[k]}, {other[k]})" for k in SAME if one[k] != other[k]]
+    if differ:
+        raise SystemExit(f"{where}: {', '.join(differ)} differ between the parts")
+
+
 def joined(paths: Sequence[Path]) -> Row:
     """Several results as one. The first says what it is about; later ones add rows, and replace
     what a row says of quality where they asked more prompts about the same plan.
@@ -121,9 +134,7 @@ def joined(paths: Sequence[Path]) -> Row:
     parts = [json.loads(p.read_text("utf-8")) for p in paths]
     whole = parts[0]
     for part in parts[1:]:
-        differ = [k for k in SAME if part[k] != whole[k]]
-        if differ:
-            raise SystemExit(f"--join: {', '.join(differ)} differ between the parts")
+        same(whole, part, "--join")
         other = None if part["environment"] == whole["environment"] else part["environment"]
         _add(whole["singles"], part["singles"], "setting", other)
         _add(whole["mixtures"], part["mixtures"], "plan", other)

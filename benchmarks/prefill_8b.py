@@ -104,6 +104,7 @@ def forced(args: argparse.Namespace, model: LlamaForCausalLM) -> Iterator[dict]:
     """Dense and forced-plan times at every length."""
     method = FixedShare(share=args.density)
     for length in args.lengths:
+        torch.cuda.reset_peak_memory_stats()
         ids = planted_prompt(length, model.config.vocab_size, "cuda")
         own = first_token_ms(model, ids, args.repeat)
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):

@@ -84,7 +84,7 @@ def best(kernel: str, width: int, unit: tuple[int, int]) -> Any:
     shape = Shape("", 1, 16, 4, 16384, width, kernel != "gluon_full")
     if kernel == "gluon_gather" and unit != UNITS[0]:
         return None
-    losses: dict[str, float] = {}
+    losses: dict[str, list[float]] = {}
     entries: dict[str, Any] = {}
     for density in DENSITIES:
         launch = listed(kernel, shape, unit, density)
@@ -92,13 +92,15 @@ def best(kernel: str, width: int, unit: tuple[int, int]) -> Any:
             return None
         runs = candidates(kernel, launch)
         times = milliseconds({n: c[1] for n, c in runs.items()}, 60)
-        entries = {n: runs[n][0] for n in times}
         for name, ms in times.items():
-            losses[name] = losses.get(name, 0.0) + ms / min(times.values())
+            entries[name] = runs[name][0]
+            losses.setdefault(name, []).append(ms / min(times.values()))
         print(
             kernel, width, unit, density, {n: round(ms, 3) for n, ms in times.items()}, flush=True
         )
-    return entries[min(losses, key=losses.__getitem__)] if losses else None
+    # One that cannot run at some density has few losses to sum, and is none to ship.
+    whole = {name: sum(some) for name, some in losses.items() if len(some) == len(DENSITIES)}
+    return entries[min(whole, key=whole.__getitem__)] if whole else None
 
 
 def main() -> None:

@@ -108,7 +108,8 @@ def fewer(subject: Subject, steps: int) -> dict[str, Any]:
 
 
 KEYS = {"psnr": (60.0, "PSNR (dB)"), "ssim": (1.0, "SSIM"), "right": (1.0, "share shown right")}
-"""What is drawn: where the dense point stands, and its words."""
+"""What is drawn: where the dense point stands at most, and its words."""
+NAMES = {"psnr": "PSNR", "ssim": "SSIM", "right": "score"}
 LEVELS = (40, 35, 30, 25, 20)
 """PSNR at which the table tells each curve's speed-up."""
 
@@ -117,11 +118,15 @@ def quality(row: dict[str, Any], key: str) -> float:
     return row["right"] / row["of"] if key == "right" else row["mean"][key]
 
 
-def front(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Costs and qualities of a curve's best points, rising, the dense one last."""
+def front(
+    rows: Sequence[dict[str, Any]], key: str, dense: float
+) -> tuple[list[float], list[float]]:
+    """Costs and qualities of a curve's best points, rising, the dense one last; none is better than
+    that.
+    """
     points = sorted((r["cost"], quality(r, key)) for r in rows if r["finite"] and r["cost"] < 1)
     costs, best = [], list[float]()
-    for cost, value in [*points, (1.0, KEYS[key][0])]:
+    for cost, value in [*((c, min(v, dense)) for c, v in points), (1.0, dense)]:
         if not best or value > best[-1]:
             costs.append(cost)
             best.append(value)
@@ -131,36 +136,43 @@ def front(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[f
 def tolerance(curves: dict[str, list[dict[str, Any]]], key: str) -> float:
     """The most by which an equal run of a mixture differed; 0 where runs repeat to the bit."""
     return max(
-        (abs(r["again"][key] - r["mean"][key]) for r in curves.get("mixture", ()) if "again" in r),
+        (
+            abs(r["again"][key] - r["mean"][key])
+            for r in curves.get("mixture", ())
+            if key in r.get("again", ())
+        ),
         default=0.0,
     )
 
 
-def places(curves: dict[str, list[dict[str, Any]]], key: str = "psnr") -> list[dict[str, Any]]:
+def places(found: dict[str, Any], key: str = "psnr") -> list[dict[str, Any]]:
     """Where each setting of the other curves lies beside the mixture's, which runs straight through
-    its points and the dense one: `by` is how far above, None where no mixture is as fast.
+    its points and the dense one: `by` is how far above, None where no mixture is as fast. What
+    shows more of what was asked than dense does, does so by chance, and counts as dense.
     """
-    costs, best = front(curves.get("mixture", ()), key)
-    found = []
+    curves = found["curves"]
+    dense = quality(found["dense"], key) if key == "right" else KEYS[key][0]
+    costs, best = front(curves.get("mixture", ()), key, dense)
+    some = []
     for name, rows in curves.items():
         for row in rows if name != "mixture" else ():
-            value, cost = min(quality(row, key), KEYS[key][0]), row["cost"]
+            value, cost = min(quality(row, key), dense), row["cost"]
             if not row["finite"] or cost >= 1:
                 continue
             mixed = float(np.interp(cost, costs, best)) if cost >= costs[0] else None
             setting = {k: v for k, v in row["setting"].items() if k not in denoise_caches.OWN}
-            found.append({
+            some.append({
                 "curve": name, "setting": setting, "cost": round(cost, 4),
                 "value": round(value, 4), "mixture": mixed and round(mixed, 4),
                 "by": None if mixed is None else round(value - mixed, 4),
             })  # fmt: skip
-    return found
+    return some
 
 
-def beaten(curves: dict[str, list[dict[str, Any]]], key: str = "psnr") -> list[dict[str, Any]]:
+def beaten(found: dict[str, Any], key: str = "psnr") -> list[dict[str, Any]]:
     """The settings that lie above the mixture's curve by more than equal runs differ."""
-    noise = tolerance(curves, key)
-    return [p for p in places(curves, key) if p["by"] is None or p["by"] > noise]
+    noise = tolerance(found["curves"], key)
+    return [p for p in places(found, key) if p["by"] is None or p["by"] > noise]
 
 
 def verdict(above: list[dict[str, Any]], of: int, noise: float) -> dict[str, Any]:
@@ -174,7 +186,7 @@ def verdict(above: list[dict[str, Any]], of: int, noise: float) -> dict[str, Any
 
 def speed_at(rows: Sequence[dict[str, Any]], level: float) -> float | None:
     """Speed-up of a curve where its PSNR is `level`; None where it has no such point."""
-    costs, best = front(rows, "psnr")
+    costs, best = front(rows, "psnr", KEYS["psnr"][0])
     return round(1 / float(np.interp(level, best, costs)), 2) if best[0] <= level else None
 
 
@@ -195,7 +207,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     marks, colours = "osv^<>DPX*hp", colormaps["tab20"].colors
     for axes, (key, (dense, words)) in zip(panels, KEYS.items(), strict=True):
         for n, (name, rows) in enumerate(found["curves"].items()):
-            points = sorted((1 / r["cost"], quality(r, key)) for r in rows if r["finite"])
+            points = sorted(
+                (1 / r["cost"], min(quality(r, key), dense)) for r in rows if r["finite"]
+            )
             special = name in ("mixture", "fewer steps")
             cache = name.partition("{")[0] in (*found["caches"], "step_schedule")
             look = {
@@ -207,9 +221,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
             }  # fmt: skip
             if name == "mixture" and key != "right":
                 axes.plot(*zip(*points, strict=True), **{**look, "linestyle": ""})
-                points = [(1 / c, min(v, dense)) for c, v in zip(*front(rows, key), strict=True)]
+                points = [(1 / c, v) for c, v in zip(*front(rows, key, dense), strict=True)]
                 look |= {"marker": "", "label": None}
             axes.plot(*zip(*points, strict=True), **look)
+        if key == "right":
+            line = axes.axhline(quality(found["dense"], key), color="black", linestyle=":")
+            axes.legend([line], ["dense"])
         axes.set_xlabel("predicted speed-up of the whole denoising, Wan2.1-1.3B 480p")
         axes.set_ylabel(f"{words}, mean over {found['prompts']} held-out prompts")
         axes.set_xscale("log")
@@ -246,10 +263,10 @@ def join(paths: Sequence[Path], out: Path, costs: Path | None) -> None:
              *sorted(n for n in found["curves"] if n not in first)]  # fmt: skip
     found["curves"] = {name: found["curves"][name] for name in names}
     mixed = "mixture" in found["curves"]  # without it there is nothing to be above of
-    above = {key: beaten(found["curves"], key) for key in ("psnr", "ssim") if mixed}
+    above = {key: beaten(found, key) for key in KEYS if mixed}
     found["above_the_mixture"] = above
     if mixed:
-        found["places"] = places(found["curves"])
+        found["places"] = places(found)
         found["verdict"] = {
             key: verdict(some, len(found["places"]), tolerance(found["curves"], key))
             for key, some in above.items()
@@ -262,7 +279,7 @@ def join(paths: Sequence[Path], out: Path, costs: Path | None) -> None:
             "points": len(rows),
             **{f"× at {level} dB": speed_at(rows, level) for level in LEVELS},
             **{
-                f"above in {key.upper()}": sum(r["curve"] == name for r in some)
+                f"above in {NAMES[key]}": sum(r["curve"] == name for r in some)
                 for key, some in above.items()
             },
         }

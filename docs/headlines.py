@@ -69,17 +69,21 @@ def mixture(data: dict[str, Any]) -> Iterator[Line]:
     yield "the same, over the best single method", times([r["ratio"] for r in rows])
 
 
+def spent(seconds: float, runs: float, of: str) -> str:
+    return f"{seconds:.0f} s with compiling kernels, {runs:.3g} {of} without"
+
+
 def calibration(data: dict[str, Any]) -> Iterator[Line]:
     """`benchmarks/calibrate_dit.py`."""
     row = data["rows"][0]
-    runs = f"{row['calibration_s']:.0f} s, {row['dense_runs']:.3g} dense runs"
+    runs = spent(row["calibration_s"], row["dense_runs"], "dense runs")
     yield f"{title(data)}, {row['layers']} layers, {row['steps']} steps, without its check", runs
 
 
 def calibration_8b(data: dict[str, Any]) -> Iterator[Line]:
     """`benchmarks/prefill_8b.py --calibrate`."""
     for row in data["calibrations"][:1]:
-        cost = f"{row['seconds']:.0f} s, {row['dense_prefills']:.3g} dense prefills"
+        cost = spent(row["seconds"], row["dense_prefills"], "dense prefills")
         yield f"Calibrating {title(data)}, {row['tokens']:,} tokens", cost
 
 
@@ -98,7 +102,7 @@ MAIN: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
     "mixture-16k-h100": mixture,
     "mixture-32k-h100": mixture,
     "mixture-8k-cpu": mixture,
-    "calibrate-wan-h200": calibration,
+    "calibrate-wan-h100": calibration,
     "calibrate-8b-h100": calibration_8b,
     "overhead-dit-h100": patch_cost,
 }

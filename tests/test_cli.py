@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -77,7 +76,7 @@ def test_counts_that_are_none(command, option, value):
 
 def test_help_is_quick_and_wakes_no_torch():
     code = """
-import sys
+import sys, time
 sys.argv = ["accelkit", "--help"]
 from accelkit.cli import main
 try:
@@ -85,13 +84,17 @@ try:
 finally:
     heavy = {"torch", "transformers", "numpy", "matplotlib"} & sys.modules.keys()
     assert not heavy, heavy
+    print(time.process_time(), file=sys.stderr)
 """
-    begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    seconds = time.perf_counter() - begin
-    assert done.returncode == 0, done.stderr
-    assert all(c in done.stdout for c in COMMANDS)
-    assert seconds < 3, f"--help took {seconds:.2f} s"
+    seconds = []
+    for _ in range(3):
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert all(c in done.stdout for c in COMMANDS)
+        seconds.append(float(done.stderr.split()[-1]))
+    # Processor time, the least of three: other programs on the machine do not count.
+    assert min(seconds) < 0.3, f"--help took {seconds} s"
 
 
 def test_methods_and_plans_are_read_without_torch(plan):
@@ -373,6 +376,9 @@ def test_bench_dry_run(model, plan):
     assert rows[0]["heads"] == {"dense": 8}
     assert rows[1]["heads"] == {"dense": 2, "probe_window": 6}
     assert rows[1]["backend"] != "none"
+    for words in (("--dry-run", "--out", "x.jsonl"), ("--fit", "--plan", plan)):
+        said = failed("bench", model, *words, code=2)
+        assert f"{words[0]} has no use for {words[1]}; leave it out" in said
 
 
 def test_bench_below_the_minimum_is_exit_6(model, plan):

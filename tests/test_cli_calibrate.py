@@ -11,6 +11,7 @@ from test_cli import failed, run
 from tiny_cases import save_tiny, tiny_plan
 
 from accelkit import console
+from accelkit.calibration.opening import pipelines
 from accelkit.errors import AlreadyPatchedError
 
 pytestmark = pytest.mark.usefixtures("probes")
@@ -105,6 +106,41 @@ def test_calibrate_refuses_before_it_works(model, flow, tmp_path):
     assert "--lengths" in failed("calibrate", model, "--lengths", "long", code=2)
     assert "none.txt" in run("calibrate", model, "--data", "none.txt", code=2).stderr
     assert not flow.seen
+
+
+def test_what_needs_no_weights_is_refused_before_they_are_loaded(
+    model, flow, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pipelines, "open_any", lambda *_, **__: pytest.fail("the model was opened"))
+    words = ("calibrate", model, "--out", str(tmp_path / "o"))
+    assert "fast, balanced, careful" in failed(*words, "--preset", "quick", code=2)
+    assert "did you mean 'window'" in failed(*words, "--methods", "window,winow", code=2)
+    text = tmp_path / "prompts.txt"
+    text.write_text("a red ball")
+    said = failed(*words, "--height", "64", "--frames", "9", "--prompts", str(text), code=2)
+    assert "a language model has no use for --prompts and --height and --frames" in said
+    (tmp_path / "model_index.json").write_text("{}")
+    words = ("calibrate", str(tmp_path), "--out", str(tmp_path / "o"))
+    said = failed(*words, "--data", str(text), "--lengths", "1k", "--batch", "2", code=2)
+    assert "a pipeline has no use for --data and --lengths and --batch" in said
+
+
+def test_an_unfinished_journal_is_not_begun_anew_unasked(model, flow, tmp_path):
+    """What an interrupted calibration measured is lost only if somebody says so."""
+    kept = tmp_path / "journal.jsonl"
+    kept.write_text('{"journal": 2}\n{"unit": "fit"}\n')
+    words = ("calibrate", model, "--out", str(tmp_path))
+    assert "journal.jsonl exists; add --yes to replace it, or --resume" in failed(*words, code=2)
+    assert not flow.seen
+    run(*words, "--dry-run")
+    run(*words, "--resume")
+    assert flow.seen["resume"] is True
+
+
+def test_a_journal_without_a_finished_unit_is_nothing_to_keep(model, flow, tmp_path):
+    (tmp_path / "journal.jsonl").write_text('{"journal": 2}\n')
+    run("calibrate", model, "--out", str(tmp_path))
+    assert flow.seen["resume"] is False
 
 
 def test_an_interruption_says_how_to_go_on(model, flow, tmp_path, monkeypatch):

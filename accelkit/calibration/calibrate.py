@@ -59,7 +59,7 @@ def calibrate(
         time_limit: seconds, after which the best plan that was checked is returned.
         journal: file of finished units; None keeps them in memory.
         resume: whether to take up an older journal.
-        progress: whether to show a progress bar on a terminal.
+        progress: whether to show a progress bar on a terminal, and the stages elsewhere, on stderr.
 
     Returns:
         The plan, dense where nothing was faster within the budget, with the evidence behind it.
@@ -114,10 +114,13 @@ def dry_run(
         from accelkit.calibration.bench import video as speed
         from accelkit.calibration.denoise import video
 
+        _unused({"lengths": lengths}, "a pipeline")
         size = video.Settings(height, width, num_frames, steps)
         return speed.bound(bare, size, video.gather(None, 0, 1, 1).measure[0])
     from accelkit.calibration.bench import prefill
 
+    size_of = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
+    _unused(size_of, "a language model")
     return prefill.bound(bare, lengths)
 
 

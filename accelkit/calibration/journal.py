@@ -20,6 +20,14 @@ FORMAT = 2
 """Of the units' values; a journal of another one is refused."""
 
 
+def holds_units(path: Path) -> bool:
+    """Whether a file has lines behind a journal's first: work that would be lost with it."""
+    try:
+        return path.read_bytes().count(b"\n") > 1
+    except OSError:  # there is none
+        return False
+
+
 class Journal:
     """Finished units by key.
 
@@ -146,11 +154,11 @@ class Journal:
     def __getitem__(self, key: str) -> Any:
         return self.units[key]["value"]
 
-    def seconds(self, prefix: str = "") -> float:
-        """Time spent on the units whose key begins with `prefix`, compiling included."""
+    def seconds(self, prefix: str | tuple[str, ...] = "") -> float:
+        """Time spent on the units whose key begins so, compiling included."""
         return sum(u["seconds"] for k, u in self.units.items() if k.startswith(prefix))
 
-    def compiling(self, prefix: str = "") -> float:
+    def compiling(self, prefix: str | tuple[str, ...] = "") -> float:
         """The part of `seconds` in which kernels were compiled."""
         return sum(u.get("compiling", 0.0) for k, u in self.units.items() if k.startswith(prefix))
 

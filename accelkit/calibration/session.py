@@ -171,8 +171,8 @@ class Stopwatch:
         )
 
 
-def by_stage(book: Journal, stages: Mapping[str, str]) -> dict[str, float]:
-    """Seconds of the units of each stage, by the prefix of their keys, without compiling."""
+def by_stage(book: Journal, stages: Mapping[str, str | tuple[str, ...]]) -> dict[str, float]:
+    """Seconds of the units of each stage, by the prefixes of their keys, without compiling."""
     return {
         stage: round(book.seconds(prefix) - book.compiling(prefix), 2)
         for stage, prefix in stages.items()
@@ -228,17 +228,19 @@ class Run:
 
 
 class Bar:
-    """Progress on stderr with the stage and the time that is left at most; silent where nobody
-    watches.
+    """Progress on stderr: on a terminal the stage with the time that is left at most, in a log the
+    name of every stage as it begins.
     """
 
     def __init__(self, wanted: bool) -> None:
-        self.wanted = wanted and sys.stderr.isatty() and os.environ.get("ACCELKIT_PROGRESS") != "0"
+        self.wanted = wanted and os.environ.get("ACCELKIT_PROGRESS") != "0"
+        self.stage = ""
 
     def __enter__(self) -> Bar:
         from tqdm.auto import tqdm
 
-        self.bar = tqdm(disable=not self.wanted, file=sys.stderr, unit="unit")
+        self.drawn = self.wanted and sys.stderr.isatty()
+        self.bar = tqdm(disable=not self.drawn, file=sys.stderr, unit="unit")
         return self
 
     def expect(self, units: int) -> None:
@@ -247,6 +249,9 @@ class Bar:
 
     def tell(self, stage: str) -> None:
         """Another unit of `stage` begins."""
+        if self.wanted and not self.drawn and stage != self.stage:
+            print(stage, file=sys.stderr, flush=True)
+        self.stage = stage
         self.bar.set_description(stage, refresh=False)
         self.bar.update()
 

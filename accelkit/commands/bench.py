@@ -16,7 +16,6 @@ from accelkit.console import (
     Dtype,
     Frames,
     Height,
-    Lengths,
     Model,
     PlanAt,
     Seed,
@@ -29,7 +28,10 @@ from accelkit.console import (
 def bench(
     model: Model,
     plan: PlanAt = None,
-    lengths: Lengths = "8k",
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Prompt lengths in tokens, such as 8k,32k. Default: 8k."),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="For pipelines: what to show.")] = None,
     height: Height = None,
     width: Width = None,
@@ -66,9 +68,12 @@ def bench(
 
     where = {"dtype": dtype, "device": device}
     size = {"height": height, "width": width, "steps": steps}
+    no_times: dict[str, Any] = {"out": out, "min_speedup": min_speedup}
+    if dry_run:
+        console.refuse("--dry-run", fit=fit, **no_times)
     opened: Sequence[Any]
     if pipelines.is_pipeline(model):
-        console.refuse("a pipeline", fit=fit, batch=batch > 1)
+        console.refuse("a pipeline", fit=fit, lengths=lengths, batch=batch > 1)
         opened = pipelines.opened(
             model, plan, prompt, console.given(num_frames=frames, **size), seed, **where
         )
@@ -76,8 +81,9 @@ def bench(
         timed = _denoising(opened, dry_run, repeat=repeat or 1, warmup=warmup)
     else:
         console.refuse("a language model", prompt=prompt, frames=frames, **size)
-        limits = console.sizes(lengths)
+        limits = console.sizes(lengths or "8k")
         if fit:
+            console.refuse("--fit", plan=plan, repeat=repeat, batch=batch > 1, **no_times)
             _fit(models.open_model(model, **where)[0], limits, as_json)
             return
         *opened, place = models.opened(model, plan, **where)
@@ -88,7 +94,7 @@ def bench(
         about = results.about(opened[0], model, place)
         rows = [about | row for row in rows]
     console.emit(rows, as_json, *shown)
-    if out and not dry_run:
+    if out:
         results.append_jsonl(out, rows)
     if gate is not None and min_speedup is not None:
         gate(min_speedup)
@@ -130,7 +136,6 @@ def _fit(model: Any, lengths: Sequence[int], as_json: bool) -> None:
     from accelkit.calibration.bench import prefill as speed
 
     with session.Bar(True) as bar:
-        step = bar.tell if bar.wanted else console.say
-        costs = speed.fit_costs(model, lengths, step, bar.expect)
+        costs = speed.fit_costs(model, lengths, bar.tell, bar.expect)
     tables = speed.cost_rows(costs)
     console.emit(costs, as_json, *(console.table(k, v) for k, v in tables.items()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from accelkit.console import (
     Yes,
 )
 from accelkit.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from accelkit.patches.plan import Plan
 
 
 def calibrate(
@@ -96,18 +99,33 @@ def calibrate(
     limits = console.sizes(lengths) if lengths else None
     chosen = console.names(methods) or None
     journal = out / "journal.jsonl"
+    from accelkit.calibration.journal import holds_units
+    from accelkit.patches.method import load
     from accelkit.patches.plan import Budget
     from accelkit.patches.plan_file import FILE
 
+    for name in chosen or ():
+        load(name)
     if resume and not journal.exists():
         console.say(f"{journal}: there is no journal to take up, so all is measured anew")
     if not dry_run and not resume and (out / FILE).exists():
         console.replaces(out / FILE, yes)
+    elif not dry_run and not resume and holds_units(journal):
+        console.replaces(journal, yes, "--resume to go on from it")
     from accelkit.calibration.calibrate import calibrate as measure
     from accelkit.calibration.calibrate import dry_run as bound_of
-    from accelkit.calibration.opening.pipelines import open_any
+    from accelkit.calibration.opening import pipelines
+    from accelkit.calibration.prefill.measure import PRESETS
+    from accelkit.calibration.session import need_preset
 
-    loaded, tokenizer = open_any(model, dtype=dtype, device=device)
+    need_preset(preset, PRESETS)
+    if pipelines.is_pipeline(model):
+        of_texts = {"data": data, "lengths": lengths, "batch": batch > 1, "every_row": every_row}
+        console.refuse("a pipeline", **of_texts)
+    else:
+        of_pictures = {"height": height, "width": width, "frames": frames, "steps": steps}
+        console.refuse("a language model", prompts=prompts, **of_pictures)
+    loaded, tokenizer = pipelines.open_any(model, dtype=dtype, device=device)
     if dry_run:
         bound = bound_of(loaded, lengths=limits, **size)
         console.emit(
@@ -133,10 +151,14 @@ def calibrate(
         resume=resume,
         progress=talk is not False,
     )
-    path = plan.save_pretrained(out)
+    _keep(plan, out, journal, as_json)
+
+
+def _keep(plan: Plan, out: Path, journal: Path, as_json: bool) -> None:
+    """Write the plan and its report into a folder, and show both."""
     from accelkit.calibration.show import report
 
-    files = {"plan": str(path), "journal": str(journal)}
+    files = {"plan": str(plan.save_pretrained(out)), "journal": str(journal)}
     try:
         files["report"] = str(report.write_html(plan, out / "report.html"))
     except MissingExtraError as error:

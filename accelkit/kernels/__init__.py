@@ -13,6 +13,7 @@ _MODULES = (
     "expansion",
     "block_sparse",
     "gather",
+    "decode",
     "merge",
     "permute",
     "pyramid",
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from accelkit.kernels import (  # noqa: F401
         block_sparse,
         cost,
+        decode,
         dispatch,
         expansion,
         gather,

@@ -54,7 +54,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Execution:
-    """With which arithmetic: precisions, smoothing, softmax skip, decode splits and sharper logits.
+    """With which arithmetic: precisions, smoothing, softmax skip and sharper logits.
 
     `sharpen` multiplies all logits, besides the model's own scale. `skip` is λ (a number or fp32
     `[H]`): a tile whose row maxima all stay `ln λ` under the running ones is dropped.
@@ -64,7 +64,6 @@ class Execution:
     pv: Precision = "native"
     smooth_k: bool = False
     skip: float | Tensor | None = None
-    splits: int | None = None
     sharpen: float = 1.0
 
 

@@ -191,7 +191,9 @@ class Component(_Part):
 
 
 class Fingerprint(_Part):
-    """The model that a plan was made for."""
+    """The model that a plan was made for; `base_revision` is the hub's commit, where it came from
+    there.
+    """
 
     library: str = "transformers"
     class_name: str
@@ -199,7 +201,6 @@ class Fingerprint(_Part):
     base_id: str | None = None
     base_revision: str | None = None
     config_hash: str
-    weights_hash: str | None = None
     config: dict[str, Any] = {}
     components: dict[str, Component]
 
@@ -321,10 +322,10 @@ class Plan(_Part):
         What is `fatal` among them makes `patch` refuse.
         """
         # The model's side of the comparison lies above the plan, so it is fetched when asked for.
-        from accelkit.patches.adapters import facts
+        from accelkit.patches.adapters import adapter_for, facts
         from accelkit.patches.plan_check import compare
 
-        return compare(self, *facts(model))
+        return compare(self, *facts(model), adapter_for(model)[0].PHASES)
 
     def to_json(self) -> str:
         """Canonical text: sorted keys, two spaces, one newline at the end."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from accelkit.patches.method import UNSERVED
@@ -27,9 +27,11 @@ class Problem:
 AGAIN = "calibrate this model, or use the plan's own model"
 
 
-def compare(plan: Plan, model: Fingerprint, sites: Mapping[str, int]) -> list[Problem]:
-    """Differences between a plan and a model, given the model's fingerprint and its sites with
-    their query heads.
+def compare(
+    plan: Plan, model: Fingerprint, sites: Mapping[str, int], phases: Sequence[str] = ()
+) -> list[Problem]:
+    """Differences between a plan and a model, given the model's fingerprint, its sites with their
+    query heads and the phases that can be patched there.
     """
     problems = [*_sizes(plan.fingerprint, model)]
     place = {path: n for n, path in enumerate(sites)}
@@ -53,7 +55,11 @@ def compare(plan: Plan, model: Fingerprint, sites: Mapping[str, int]) -> list[Pr
                 reuse = plan.policies[row].reuse
                 if reuse is not None:
                     problems += _anchor(path, heads, reuse, place, sites)
-    return problems or _config(plan.fingerprint, model)
+    return problems or [
+        *_config(plan.fingerprint, model),
+        *_revision(plan.fingerprint, model),
+        *_idle(plan, phases),
+    ]
 
 
 def _sizes(made_for: Fingerprint, model: Fingerprint) -> Iterator[Problem]:
@@ -92,11 +98,30 @@ def _anchor(
         yield Problem(path, what, "name the anchor's head for every head")
 
 
-def _config(made_for: Fingerprint, model: Fingerprint) -> list[Problem]:
+COMPARE = "check with `accelkit eval --against dense`"
+
+
+def _config(made_for: Fingerprint, model: Fingerprint) -> Iterator[Problem]:
     """Another config of equal sizes need not matter."""
     if made_for.config_hash == model.config_hash:
-        return []
+        return
     before, now = made_for.config, model.config
     keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     what = f"differs in {', '.join(keys) or 'unrecorded keys'}"
-    return [Problem("config", what, "check with `accelkit eval --against dense`", fatal=False)]
+    yield Problem("config", what, COMPARE, fatal=False)
+
+
+def _idle(plan: Plan, phases: Sequence[str]) -> Iterator[Problem]:
+    """Rules of phases that stay dense whatever a plan says."""
+    wanted = {rule.phase for layer in plan.sites.values() for rule in layer.rules}
+    for phase in sorted(wanted.difference(phases)) if phases else ():
+        what = f"{phase} runs dense: only {' and '.join(phases)} can be patched here"
+        yield Problem("rules", what, f"take the rules for {phase} out", fatal=False)
+
+
+def _revision(made_for: Fingerprint, model: Fingerprint) -> Iterator[Problem]:
+    """Other weights of the same name; a folder has no revision to compare."""
+    before, now = made_for.base_revision, model.base_revision
+    if made_for.base_id == model.base_id and before and now and before != now:
+        what = f"the plan was made with revision {before[:12]}, this is {now[:12]}"
+        yield Problem(model.base_id or "model", what, COMPARE, fatal=False)

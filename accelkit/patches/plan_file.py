@@ -18,14 +18,23 @@ from accelkit.errors import PlanCorruptError, PlanError, PlanVersionError
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE = "accelkit_plan.json"
 TABLES_FILE = "accelkit_plan.safetensors"
 
 # From version N to N+1, pure dict → dict, kept for ever.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda plan: {"trim_last_layer": False, **plan},
+    2: lambda plan: _without(plan, "fingerprint", "weights_hash"),  # was never filled in
 }
+
+
+def _without(plan: dict[str, Any], part: str, field: str) -> dict[str, Any]:
+    """A plan without a field of one of its parts."""
+    rest = plan.get(part)
+    if not isinstance(rest, dict):
+        return plan  # validation says what is wrong
+    return plan | {part: {k: v for k, v in rest.items() if k != field}}
 
 
 def parse(text: str, where: str) -> dict[str, Any]:

@@ -173,6 +173,8 @@ def test_killed_and_resumed(tmp_path, monkeypatch) -> None:
     pipe, path = planted(), tmp_path / "journal.jsonl"
     first = run(pipe, journal=path)
     lines = path.read_text().splitlines(keepends=True)
+    seconds = sum(json.loads(line).get("seconds", 0.0) for line in lines[1:])
+    assert seconds <= first.calibration["seconds"]["whole"], "no time stands there twice"
     keep = next(n for n, line in enumerate(lines) if '"influence/1/0"' in line)
     path.write_text("".join(lines[:keep]) + lines[keep][:20])
     # What stands in the journal is not done again: neither screening nor measuring runs.

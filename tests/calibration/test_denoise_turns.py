@@ -86,12 +86,22 @@ def test_an_unknown_step_cache_is_blamed_for_what_is_beyond_belief() -> None:
 
 
 def test_other_arithmetic_has_a_factor_of_its_own() -> None:
-    one = planner(known={0: 0.02})
-    one.learn(checked(0, EIGHT, 0.03), (0.02**2 + 0.03**2) ** 0.5)
+    one = planner()
+    one.learn(checked(0, EIGHT, 0.02), 0.03)
     assert one.quiet == pytest.approx(1.5)
     assert one.kappa(0) == 1.0
-    one.learn(checked(0, SPARSE, 0.1), (0.02**2 + 0.2**2) ** 0.5)
+    one.learn(checked(0, SPARSE, 0.1), 0.2)
     assert (one.quiet, one.kappa(0)) == pytest.approx((1.5, 2.0))
+
+
+def test_rounding_is_part_of_what_other_arithmetic_does() -> None:
+    """A plan that stays dense at a place has none of it there."""
+    one = planner(rounding=0.03)
+    one._changed = lambda small, plan, sparse=True: 0.03  # type: ignore[method-assign]
+    one._rehearse_arithmetic(None)  # type: ignore[arg-type]
+    assert one.quiet == pytest.approx(1.5)
+    assert one.propose(0.031, alone=True).choice == (0, EIGHT)
+    assert one.propose(0.029, alone=True).choice == (0, STILL)
 
 
 def test_a_step_cache_and_other_arithmetic_share_the_blame() -> None:
@@ -114,9 +124,9 @@ def test_a_step_cache_that_is_only_guessed_is_tried_first() -> None:
 
 
 def test_a_step_cache_that_changes_what_rounding_does_is_as_good_as_none() -> None:
-    one = planner(known={0: 0.06})
+    one = planner(rounding=0.06)
     assert one.propose(0.03).choice[0] == 1, "its error is 0.05"
-    one.known[0] = 0.04
+    one.rounding = 0.04
     assert one.propose(0.03).choice[0] == 0
 
 
@@ -277,7 +287,7 @@ def test_a_plan_that_is_too_careful_is_better_than_none() -> None:
 
 
 def test_a_check_counts_what_runs_took() -> None:
-    """Half as long again as predicted, compiling apart."""
+    """Half as long again as predicted, compiling apart; of four steps three are timed again."""
     journal = Journal(None, {}, False)
     run = SimpleNamespace(journal=journal)
     checker = Checker(run, None, [None] * 2, lambda plan: 0.4, 1.0)  # type: ignore[arg-type]
@@ -285,9 +295,12 @@ def test_a_check_counts_what_runs_took() -> None:
     journal.put(f"check/{plan_digest(plan)}/0", {}, 2.0, 0.5)  # type: ignore[arg-type]
     row = {"done": 0.5, "prompt": 0, "steps_ms": [600.0, 500.0], "dense_steps_ms": [500.0, 500.0]}
     now = Round(0.1, Proposal(plan, None, 1.0, 2.0, 0.1, False), [row])  # type: ignore[arg-type]
-    assert checker.used([now]) == pytest.approx(1 + 0.5 * 0.6 / 2)
+    assert checker.used([now]) == pytest.approx(1 + (0.5 * 0.6 + 0.75) / 2)
     assert checker.whole([now], plan) == pytest.approx(0.6)  # type: ignore[arg-type]
     assert checker.whole([], plan) == 0.4  # type: ignore[arg-type]
+    decoded = {"decoding_ms": 500.0, "dense_decoding_ms": 500.0}
+    whole = {**row, "done": 1.0, **decoded}
+    assert checker.took(plan, whole) == pytest.approx((1100 - 500 + 500) / 1500)  # type: ignore[arg-type]
 
 
 def test_a_check_that_affords_no_prompt_more_ends() -> None:

@@ -97,6 +97,19 @@ def test_nothing_sparse_is_an_error(model, tokenizer, plan):
         evaluate(model, tokenizer, plan, names=("needle",), lengths=(300,), samples=1)
 
 
+def test_a_length_that_the_plan_leaves_dense_says_so(model, tokenizer, plan):
+    """Its sides are equal, which is no result."""
+    size = {"names": ("needle",), "lengths": (300, 600), "samples": 1}
+    below, above = evaluate(model, tokenizer, plan, **size)
+    assert below.sparse_calls == 0 and below.as_dict()["sparse_calls"] == 0
+    assert above.sparse_calls > 0
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(quality.table([below, above]))
+    lines = [line for line in capture.get().splitlines() if "needle" in line]
+    assert ["ran dense" in line for line in lines] == [True, False]
+
+
 def test_wrong_wishes(model, tokenizer):
     with pytest.raises(InvalidInputError, match="riddles"):
         evaluate(model, tokenizer, names=("riddles",))

@@ -61,6 +61,13 @@ def test_a_dense_mixture_gains_nothing_by_noise(table: ModuleType) -> None:
     assert table.verdict(found)[0]["ratio"] == 1.0
 
 
+def test_a_mixture_that_was_not_timed_is_no_dense_one(table: ModuleType) -> None:
+    found = study(**{k: v for k, v in TIMES.items() if "0.05" not in k})
+    assert [row["budget"] for row in table.verdict(found)] == [0.02]
+    found["mixtures"][0]["stopped"] = "every call ran dense"
+    assert [row["ratio"] for row in table.verdict(found)][1] == pytest.approx(0.7)
+
+
 def test_losses_are_told(table: ModuleType) -> None:
     assert [(r["setting"], r["ratio"]) for r in table.losses(study(**TIMES))] == [
         ("window(1)", pytest.approx(85 / 70))

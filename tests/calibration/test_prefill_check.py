@@ -107,6 +107,7 @@ def test_prompts_share_forwards_as_far_as_the_batch_goes(made) -> None:
     one.checker.check(now, ALLOWED)
     assert one.asked == [0, 1, 2, 3]
     assert [r["prompt"] for r in now.rows] == [0, 1, 2]
+    assert one.checker.runs == 2 * len(TASKS)  # what ran beside it was run all the same
     assert now.judged
     assert not now.held
 
@@ -117,11 +118,13 @@ def test_lost_answers_are_asked_about_on_further_prompts(made) -> None:
     now = one.round()
     one.checker.check(now, ALLOWED)
     assert one.asked == [0, 1, 2, 3, 101, 102, 103, 104]
+    assert one.checker.runs == 2 * 4 + 4
     assert now.held
     two = made((0.01, 0.012, 0.011, 0.009), {3: 1, 102: 1})
     now = two.round()
     two.checker.check(now, ALLOWED)
     assert two.asked == [0, 1, 2, 3, 101, 102]
+    assert two.checker.runs == 2 * 4 + 1 + 2  # the dense side of what lost an answer as well
     assert not now.held
 
 

@@ -15,7 +15,7 @@ from accelkit.calibration.capture import capture
 from accelkit.calibration.evaluation import quality, tasks
 from accelkit.kernels.index import Partial
 from accelkit.patches import method
-from accelkit.patches.patch import plan_of
+from accelkit.patches.patch import patch, plan_of
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +36,7 @@ def test_a_plan_that_sees_everything_has_no_error(sample) -> None:
     row = quality.check(model, everything, dense)
     assert row["error"] < 1e-5
     assert abs(row["kl"]) < 1e-6
+    assert row["nats"] == pytest.approx(row["dense_nats"], abs=1e-5)
     assert row["right"] == row["dense_right"]
     assert row["asked"] == len(sample.answers)
 
@@ -47,6 +48,32 @@ def test_a_narrow_window_has_one(sample) -> None:
     wide = quality.check(model, plan_of(model, method.load("probe_window")(blocks=6)), dense)
     assert narrow["error"] > wide["error"] > 0
     assert not hasattr(model.model.layers[0].self_attn, "accelkit_site")
+
+
+@pytest.mark.parametrize("task", ["needle", "text"])
+def test_perplexity_is_that_of_the_tokens_that_follow(task) -> None:
+    sample = tasks.make(task, 512, 3, tokenizer=byte_tokenizer())
+    model = tiny_model()
+    rows = tasks.scored_rows(sample)
+    ids = torch.from_numpy(sample.ids).long()[None]
+    targets = ids[0, torch.from_numpy(rows + 1)]
+
+    def nats() -> float:
+        with torch.inference_mode():
+            logits = model(ids).logits[0, torch.from_numpy(rows)]
+        return float(torch.nn.functional.cross_entropy(logits, targets))
+
+    plan = plan_of(model, method.load("probe_window")(blocks=1))
+    row = quality.check(model, plan, quality.reference(model, sample))
+    assert row["dense_nats"] == pytest.approx(nats(), rel=1e-5)
+    with patch(model, plan):
+        assert row["nats"] == pytest.approx(nats(), rel=1e-5)
+    assert row["nats"] != row["dense_nats"]
+    (found,) = quality.by_task([row]).values()
+    assert found["perplexity"] == pytest.approx(np.exp(row["nats"]))
+    assert found["dense_perplexity"] == pytest.approx(np.exp(row["dense_nats"]))
+    old = {k: v for k, v in row.items() if "nats" not in k}
+    assert quality.by_task([old])[f"{task}@512"]["perplexity"] is None
 
 
 def test_a_trimmed_check_reads_the_same(sample) -> None:
@@ -121,6 +148,12 @@ def test_lost_answers_count() -> None:
     row = {"task": "a", "tokens": 512, "kl": 0.0, "error": 0.0, "asked": 100, "dense_right": 100}
     assert quality.holds(quality.by_task([{**row, "right": 99}]), 0.02)
     assert not quality.holds(quality.by_task([{**row, "right": 98}]), 0.02)
+
+
+def test_a_budget_is_not_passed_by_a_little() -> None:
+    row = {"task": "a", "tokens": 512, "kl": 0.0, "right": 0, "dense_right": 0, "asked": 0}
+    assert quality.holds(quality.by_task([{**row, "error": 0.02}]), 0.02)
+    assert not quality.holds(quality.by_task([{**row, "error": 0.0201}]), 0.02)
 
 
 def test_right_answers_are_those_of_the_logits(sample) -> None:

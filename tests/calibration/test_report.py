@@ -9,7 +9,7 @@ from rich.console import Console
 from tiny_cases import SITES, probe_methods, tiny_model, tiny_plan
 
 from accelkit.calibration.show import pictures, report
-from accelkit.patches.plan import LayerPlan, Rule
+from accelkit.patches.plan import LayerPlan, Rule, evidence_key
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,14 @@ def test_summary_counts_heads_and_times(plan):
     assert s["attention_speedup"] == pytest.approx(2.5)
     assert s["density"] == pytest.approx(0.4625)
     assert s["measured_error"] == 0.015
+
+
+def test_another_phase_has_none_of_its_figures(plan):
+    s = report.summary(plan, "decode")
+    assert s["shares"] == {"dense": 1.0}
+    assert s["attention_speedup"] is None
+    assert s["measured_error"] is None
+    assert "faster" not in " ".join(v for _, v in report.headline(plan, "decode"))
 
 
 def test_tables_tell_policies_apart(plan):
@@ -85,6 +93,30 @@ def test_picture_has_every_map(plan, tmp_path):
     assert (tmp_path / "deep" / "p.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="cannot be written"):
         pictures.save_figure(plan, tmp_path / "p.nonsense")
+
+
+def test_densities_are_drawn_over_steps_and_layers(plan):
+    """The first half of the steps dense, then one layer thinner than the other."""
+    shares = ((0.0, 0.5), (0.5, 1.0))
+    thin = {SITES[0]: (0.2, 0.4, 0.6, 0.8), SITES[1]: (0.1,) * 4}
+    sites = {}
+    for path, density in thin.items():
+        seen = plan.sites[path].evidence["prefill"]
+        late = seen.model_copy(update={"density": density})
+        evidence = {evidence_key("denoise", shares[1]): late, "denoise": late}
+        rule = Rule(phase="denoise", steps=shares[1], policies=(1, 1, 1, 1))
+        sites[path] = LayerPlan(rules=(rule,), evidence=evidence)
+    fingerprint = plan.fingerprint.model_copy(update={"library": "diffusers"})
+    video = plan.model_copy(
+        update={
+            "fingerprint": fingerprint, "sites": sites, "calibration": {"buckets": list(shares)},
+        }
+    )  # fmt: skip
+    axes = report.figure(video).axes[0]
+    assert axes.get_title(loc="left") == "Density over steps"
+    (mesh,) = axes.collections
+    assert mesh.get_array().tolist() == [[1.0, 0.5], [1.0, pytest.approx(0.1)]]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0%", "50%", "100%"]
 
 
 def test_page_is_self_contained_and_escaped(plan, tmp_path):

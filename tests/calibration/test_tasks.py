@@ -201,9 +201,11 @@ def test_shipped_model_answers(task: str) -> None:
     corpus = source_corpus(held_out=True)
     right = asked = 0
     for seed in range(4):
-        sample = tasks.make(task, 1024, seed, corpus)
+        sample = tasks.make(task, 2048, seed, corpus)
         with torch.inference_mode():
             logits = model(torch.from_numpy(sample.ids).long()[None]).logits[0]
         right += tasks.count_right(sample, logits.argmax(-1).numpy())
         asked += len(sample.answers)
-    assert right >= 0.9 * asked
+    # What the model's card promises of it, or quality that is lost could not be seen.
+    assert asked >= 32
+    assert right >= (0.98 if task in ("needle", "key_value") else 0.95) * asked

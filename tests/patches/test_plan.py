@@ -16,6 +16,7 @@ from accelkit.errors import PlanCorruptError, PlanError, PlanVersionError
 from accelkit.patches import plan_file
 from accelkit.patches.call import Clock
 from accelkit.patches.method import TokenMethod, load
+from accelkit.patches.patch import plan_of
 from accelkit.patches.plan import (
     Component,
     Fingerprint,
@@ -28,6 +29,7 @@ from accelkit.patches.plan import (
 )
 from accelkit.patches.plan_check import compare
 from accelkit.patches.plan_file import FILE, SCHEMA_VERSION, TABLES_FILE
+from tests.patches.conftest import tiny
 
 PREFILL = Clock("prefill")
 
@@ -152,6 +154,26 @@ def test_older_schemas_are_migrated(monkeypatch):
     assert plan.schema_version == SCHEMA_VERSION + 2
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_plans_of_older_releases_open(version):
+    """Schema 1 had no trimmed layer, both a hash of the weights that nothing filled in."""
+
+    def older(data):
+        data["schema_version"] = version
+        data["fingerprint"]["weights_hash"] = None
+        if version == 1:
+            del data["trim_last_layer"]
+
+    assert Plan.from_json(damaged(older)) == make()
+
+
+def test_an_older_plan_without_a_fingerprint_says_so():
+    for value in (None, 3):
+        edit = lambda d, value=value: d.update(schema_version=2, fingerprint=value)  # noqa: E731
+        with pytest.raises(PlanError, match="fingerprint"):
+            Plan.from_json(damaged(edit))
+
+
 def test_not_json():
     with pytest.raises(PlanCorruptError, match="not valid JSON"):
         Plan.from_json('{"schema_version": 1,')
@@ -239,6 +261,48 @@ def test_compare_lists_every_problem():
     assert any("head_dim" in p for p in problems)
     assert any("4 heads in the plan, 8 in the model" in p for p in problems)
     assert any("does not run before it" in p for p in problems)
+
+
+def test_compare_tells_of_another_revision():
+    """Only where both sides came from the hub, under one name; it does not keep anyone off."""
+
+    def fingerprint(name, revision):
+        update = {"base_id": name, "base_revision": revision}
+        return make().fingerprint.model_copy(update=update)
+
+    plan = make(fingerprint=fingerprint("someone/model", "a" * 40))
+    sites = {"model.layers.0.self_attn": 4}
+    (found,) = compare(plan, fingerprint("someone/model", "b" * 40), sites)
+    assert not found.fatal
+    assert str(found) == (
+        "someone/model: the plan was made with revision aaaaaaaaaaaa, this is bbbbbbbbbbbb; "
+        "check with `accelkit eval --against dense`"
+    )
+    for other in ("a" * 40, None):
+        assert compare(plan, fingerprint("someone/model", other), sites) == []
+    assert compare(plan, fingerprint("copies/model", "b" * 40), sites) == []
+
+
+def test_the_revision_is_that_of_the_download():
+    model = tiny("llama")
+    plan = plan_of(model, load("window")(window_tokens=256))
+    assert plan.fingerprint.base_revision is None and plan.check(model) == []
+    model.config._commit_hash = "b" * 40  # as a download from the hub leaves it
+    plan = plan_of(model, load("window")(window_tokens=256))
+    model.config._commit_hash = "c" * 40
+    (problem,) = plan.check(model)
+    assert "revision bbbbbbbbbbbb, this is cccccccccccc" in problem.what
+
+
+def test_rules_that_never_apply_are_told():
+    model = tiny("llama")
+    plan = plan_of(model, load("window")(window_tokens=256))
+    path, layer = next(iter(plan.sites.items()))
+    decode = layer.rules[0].model_copy(update={"phase": "decode"})
+    both = layer.model_copy(update={"rules": (*layer.rules, decode)})
+    (problem,) = plan.model_copy(update={"sites": {**plan.sites, path: both}}).check(model)
+    assert not problem.fatal
+    assert "decode runs dense: only prefill can be patched here" in problem.what
 
 
 def test_compare_looks_at_what_nothing_runs_and_at_maps_of_heads():

@@ -5,20 +5,25 @@ like, how fast it is and how close it comes.
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.video import Settings, Shot, Take
 from accelkit.calibration.show import frames
-from accelkit.errors import InvalidInputError, NothingPatchedError
+from accelkit.errors import InvalidInputError, NothingPatchedError, PlanTransferWarning
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+WARM = 4
+"""Steps of a run before each side's own: kernels are compiled and chosen then."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def compare(
     fps: float = 16.0,
 ) -> Comparison:
     """Run a prompt with the plan and, if asked, without it; write both and a contact sheet beside
-    `output`. The pipeline is unpatched afterwards.
+    `output`. A short run of each side before warms up. The pipeline is unpatched afterwards.
 
     Raises:
         NothingPatchedError: no call ran sparse and no step was cached.
@@ -95,8 +100,12 @@ def compare(
     def takes() -> list[Take]:
         return [video.run(pipe, settings, shot, decode=True) for _ in range(repeat)]
 
+    if dense:
+        _warm(pipe, settings, shot)
     own = takes() if dense else []
-    with patch(pipe, plan) as handle:
+    with patch(pipe, plan):
+        _warm(pipe, settings, shot)
+    with patch(pipe, plan) as handle:  # another one, which counts and warns anew
         ours = takes()
         report = handle.report()
     if not report.sparse_calls and not cached and handle.enabled:
@@ -118,6 +127,14 @@ def compare(
         video.fidelity(ours[0], own[0]) if own else {}, files.get("sheet"),
         report.calls, report.sparse_calls,
     )  # fmt: skip
+
+
+def _warm(pipe: Any, settings: Settings, shot: Shot) -> None:
+    """A few steps, of which a plan has nothing to tell."""
+    steps = settings.filled(pipe).num_inference_steps or WARM
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlanTransferWarning)
+        video.run(pipe, replace(settings, num_inference_steps=min(WARM, steps)), shot)
 
 
 def _frames(take: Take) -> Any:

@@ -32,10 +32,10 @@ from accelkit.patches.method import Method
 from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 
 log = logging.getLogger("accelkit")
-STAGES = {
+STAGES: dict[str, str | tuple[str, ...]] = {
     "looking": "look",
     "fit": "fit",
-    "measuring": "run/",
+    "measuring": ("run/", "screen/", "measure/"),
     "weighing": "weight/",
     "influence": "influence/",
     "composition": "composition/",
@@ -210,7 +210,7 @@ def _plan(
             steps=seen.total,
         ),
     )  # fmt: skip
-    planner.known[0] = rounding = small.rounding()
+    planner.rounding = small.rounding()
     planner.rehearse(small, margin)
     checker = Checker(run, settings, shots.check, planner.ratio, margin)
     plan = planner.finished(planner.settle(run, checker))
@@ -221,7 +221,7 @@ def _plan(
         "steps": seen.total,
         "buckets": [list(b) for b in small.shares],
         "influence": [float(f"{i:.4g}") for i in influence],
-        "rounding": float(f"{rounding:.4g}"),
+        "rounding": float(f"{planner.rounding:.4g}"),
         "composition": float(f"{planner.kappas[None]:.4g}"),
         "arithmetic": float(f"{planner.quiet:.4g}"),
         "margin": float(f"{checker.margin:.4g}"),

@@ -5,6 +5,7 @@ patched. The worst prompt counts.
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -59,12 +60,14 @@ class Checker:
         self.prompts = len(shots)
         self.references: dict[int, tuple[Take, dict[int, Tensor]]] = {}
         self.lately: dict[int, float] = {}
+        self.checked: list[Round] = []
 
     def check(self, now: Round, allowed: float) -> None:
         """Run the shots, the most revealing of earlier rounds first, until one fails, or until it
         is clear that further prompts would.
         """
         digest = plan_digest(now.plan)
+        self.checked.append(now)
         for n in self.order[: self.prompts]:
             self.run.tell("checking a plan")
             key = f"check/{digest}/{n}"
@@ -103,16 +106,23 @@ class Checker:
         return book.unit(key, work)
 
     def used(self, rounds: Sequence[Round]) -> float:
-        """Dense runs for each prompt that the rounds took, the dense side included."""
-        return 1 + sum(self.took(r.plan, row) for r in rounds for row in r.rows) / len(self.shots)
+        """Dense runs for each prompt that the rounds took and that timing some steps again takes in
+        the end, the dense side included.
+        """
+        taken = sum(self.took(r.plan, row) for r in rounds for row in r.rows)
+        again = min((AGAIN / steps_of(row) for r in rounds for row in r.rows), default=0.0)
+        return 1 + (taken + again) / len(self.shots)
 
     def took(self, plan: Plan, row: Mapping[str, Any]) -> float:
-        """Dense runs that a run took, without compiling; as predicted if it has no times."""
+        """Dense runs that a run took, decoding included, without compiling; as predicted if it has
+        no times.
+        """
         if "steps_ms" not in row:
             return self.cost(plan) * row["done"]
         compiling = self.run.journal.compiling(f"check/{plan_digest(plan)}/{row['prompt']}")
-        ms = sum(row["steps_ms"]) - 1e3 * compiling
-        return row["done"] * ms / sum(row["dense_steps_ms"])
+        ms = sum(row["steps_ms"]) + row.get("decoding_ms", 0.0) - 1e3 * compiling
+        dense = sum(row["dense_steps_ms"]) / row["done"] + row.get("dense_decoding_ms", 0.0)
+        return ms / dense
 
     def whole(self, rounds: Sequence[Round], plan: Plan) -> float:
         """Dense runs for each prompt that a whole round of this plan may take: as predicted, times
@@ -182,17 +192,28 @@ class Checker:
             np.min([row[side] for row in rows], 0) for side in ("dense_steps_ms", "steps_ms")
         )
         again = self.run.journal.unit("check/again", self._again)
-        slower = dense[: len(again)].sum() / sum(again)
+        slower = dense[: len(again)].sum() / sum(again) if again else 1.0
         return {"ms": float(patched.sum()), "dense_ms": float(dense.sum() / max(slower, 1.0))}
 
     def _again(self) -> list[float]:
-        """Milliseconds of the first dense steps, timed once more."""
+        """Milliseconds of the first dense steps, timed once more: as many as are afforded."""
+        most = self.retimed()
+        if not most:
+            return []
 
         def each(done: int, latents: Tensor) -> None:
-            if done + 1 == AGAIN:
+            if done + 1 == most:
                 raise Enough
 
         return _steps_ms(video.run(self.run.model, self.settings, self.shots[0], each=each))
+
+    def retimed(self) -> int:
+        """Dense steps that are timed once more: fewer where the check has no room for all."""
+        rows = [row for now in self.checked for row in now.rows]
+        if not rows:
+            return AGAIN
+        over = max(self.used(self.checked) - MOST_RUNS, 0.0) * len(self.shots)
+        return max(AGAIN - math.ceil(over * steps_of(rows[0]) - 1e-6), 0)
 
     def reference(self, n: int) -> tuple[Take, dict[int, Tensor]]:
         """A dense run, with its latents on the way."""
@@ -232,7 +253,14 @@ class Checker:
             "done": (done + 1) / len(true.ends),
             "steps_ms": _steps_ms(take),
             "dense_steps_ms": _steps_ms(true)[: done + 1],
+            "decoding_ms": 1e3 * (take.seconds - take.ends[-1]) if take.whole else 0.0,
+            "dense_decoding_ms": 1e3 * (true.seconds - true.ends[-1]),
         }
+
+
+def steps_of(row: Mapping[str, Any]) -> float:
+    """Steps of a whole run; endlessly many where a row has no times."""
+    return len(row["dense_steps_ms"]) / row["done"] if "dense_steps_ms" in row else math.inf
 
 
 def _steps_ms(take: Take) -> list[float]:

@@ -175,11 +175,17 @@ class _DenseRun:
             if done >= last:
                 raise Enough
 
-        begin, book = time.perf_counter(), self.run.journal
+        book = self.run.journal
+
+        def elapsed() -> tuple[float, float]:  # beside the looks, which are units of their own
+            return time.perf_counter() - book.seconds(), book.compiled() - book.compiling()
+
+        begin = elapsed()
         with watch(self.run.model, visit):
             size = replace(settings, num_inference_steps=self.total)
             take = video.run(self.run.model, size, shot, each=each)
-        book.put(f"run/{self.n}", {"steps": last + 1}, time.perf_counter() - begin)
+        took = [b - a for a, b in zip(begin, elapsed(), strict=True)]
+        book.put(f"run/{self.n}", {"steps": last + 1}, *took)
         if "measure/step" not in book:
             # Steps without a look tell how long one takes; without any, the fastest does.
             spent = np.diff([0.0, *take.ends]).tolist()

@@ -57,7 +57,8 @@ class Planner:
     `kappas` say how errors of what attention leaves out compose beside each step cache, the last of
     them stands for the others; `quiet`, how those of other arithmetic do; `scale` is the error of a
     step cache ÷ that at the small geometry. All follow what checks measure. `known` has the errors
-    of the step caches that were checked without loss of attention, and without any, of rounding.
+    of the step caches that were checked without loss of attention. `rounding` is the error of other
+    kernels that compute the same: what is left dense, bit for bit, has none of it.
     """
 
     seen: Look
@@ -72,6 +73,7 @@ class Planner:
     kappas: dict[int | None, float] = field(default_factory=lambda: {None: 1.0})
     quiet: float = 1.0
     scale: float = 1.0
+    rounding: float = 0.0
     known: dict[int, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
 
@@ -153,10 +155,10 @@ class Planner:
             error = self.cached_error(n)
             hope = HOPE if alone and n not in self.known else 1.0
             # What changes no more than rounding alone is as good as nothing.
-            if n and error > max(hope * epsilon, self.cached_error(0)):
+            if n and error > max(hope * epsilon, self.rounding):
                 continue
-            # Rounding alone may take it all, in theory, and so may a step cache that is tried.
-            least = epsilon / 2 if not n or error > epsilon else 0.0
+            # A step cache that is tried may take it all, in theory.
+            least = epsilon / 2 if error > epsilon else 0.0
             room = max(epsilon**2 - error**2, least**2) ** 0.5
             solution = self.tables.quiet.search(n, room / self.quiet)
             ways.append((solution.ms + self._rest(cache), error, n, solution))
@@ -262,8 +264,8 @@ class Planner:
         _, quiet = self.attention(0, proposal.choice[1])
         change = self._changed(small, proposal.plan) if quiet else None
         if change is not None:
-            rest = max(without(change, self.cached_error(0)), PART * change)
-            self.quiet *= rest / quiet
+            # Rounding is part of it, for a plan that stays dense here has none.
+            self.quiet *= change / quiet
 
     def _changed(self, small: Small, plan: Plan, sparse: bool = True) -> float | None:
         """Change of the final latents by a plan at the small geometry."""

@@ -69,7 +69,8 @@ class Share:
 class Score:
     """One task at one length. Bits are per scored token, agreement is the share of scored tokens
     with the dense argmax, divergence the mean KL(dense ‖ sparse) in nats there. Without a plan only
-    the dense side is filled."""
+    the dense side is filled. `sparse_calls` are attention calls that ran sparse, or in a trimmed
+    layer: where there are none, the plan left this length dense and the sides say nothing."""
 
     task: str
     length: int
@@ -81,6 +82,7 @@ class Score:
     sparse_bits: float | None
     agreement: float | None
     divergence: float | None
+    sparse_calls: int | None = None
 
     @property
     def drop(self) -> float | None:
@@ -159,7 +161,7 @@ def evaluate(
 def need_sparse(handle: PatchHandle, longest: int) -> None:
     """Raise `NothingPatchedError`, with the reason, if no call ran sparse."""
     report = handle.report()
-    if report.sparse_calls or report.trimmed_calls or not handle.enabled:
+    if _ran(handle) or not handle.enabled:
         return
     minimum = handle.plan.limits.min_length
     if longest < minimum:
@@ -179,6 +181,12 @@ def need_sparse(handle: PatchHandle, longest: int) -> None:
     raise NothingPatchedError(
         f"nothing ran sparse at {longest} tokens: {reasons}; `accelkit doctor` says what runs here"
     )
+
+
+def _ran(handle: PatchHandle) -> int:
+    """Calls so far of which the plan changed anything."""
+    report = handle.report()
+    return report.sparse_calls + report.trimmed_calls
 
 
 def worst_drop(scores: Sequence[Score], most: float) -> Score:
@@ -221,6 +229,8 @@ def table(scores: Sequence[Score]) -> Table:
         sides = [x for x in (s.dense, s.sparse) if x]
         row = [s.task, str(s.length), str(sides[0].asked or "–")]
         row += [_interval(x) for x in sides]
+        if s.sparse_calls == 0:
+            row[-1] = "ran dense"
         if both:
             row.append("–" if s.drop is None else f"{s.drop:+.1f}")
             row.append("–" if s.agreement is None else f"{s.agreement:.2%}")
@@ -261,6 +271,7 @@ def _score(
     sums = {side: _Sums() for side in sides}
     asked: list[int] = []
     tokens, same, divergence = 0, 0, 0.0
+    before = _ran(handle) if handle is not None else 0
     for sample in samples:
         rows = scored_rows(sample)
         targets = torch.from_numpy(sample.ids[rows + 1].astype(np.int64))
@@ -293,6 +304,7 @@ def _score(
         bits.get("sparse"),
         same / tokens if both else None,
         divergence / tokens if both else None,
+        _ran(handle) - before if handle is not None else None,
     )
 
 

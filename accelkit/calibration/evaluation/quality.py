@@ -1,7 +1,8 @@
 """The end-to-end check: does the patched model do what the dense one does?
 
 Budget error is the relative L1 error of the last hidden states at scored positions, by task; beside
-it the KL divergence of the next-token distribution there, and the share of right answers.
+it the KL divergence of the next-token distribution there, the perplexity of the tokens that follow,
+and the share of right answers.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _row(model: Any, dense: Reference, hidden: Tensor, ms: float) -> dict[str, A
         "task": dense.sample.task,
         "tokens": len(dense.sample.ids),
         "error": relative(hidden, dense.hidden),
-        "kl": _divergence(model, dense.hidden, hidden),
+        **_predictions(model, dense, hidden),
         "right": sum(given),
         "dense_right": dense.right,
         "asked": len(given),
@@ -180,12 +181,20 @@ def by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "worst": worst,
             "bound": max(worst, error * margin(mine if len(both) > 1 else rows)),
             "kl": float(np.mean([r["kl"] for r in both])),
+            "perplexity": _perplexity(both, "nats"),
+            "dense_perplexity": _perplexity(both, "dense_nats"),
             "asked": asked,
             "lost": lost(mine),
             "accuracy": sum(r["right"] for r in mine) / asked if asked else None,
             "dense_accuracy": sum(r["dense_right"] or 0 for r in mine) / twice if twice else None,
         }
     return found
+
+
+def _perplexity(rows: Sequence[dict[str, Any]], side: str) -> float | None:
+    """Of one side of some checks; None where a journal was written before it was looked at."""
+    nats = [r.get(side) for r in rows]
+    return None if None in nats else math.exp(float(np.mean(nats)))  # type: ignore[arg-type]
 
 
 def margin(rows: Sequence[dict[str, Any]]) -> float:
@@ -373,10 +382,21 @@ def _answered(model: Any, sample: Sample, rows: np.ndarray, hidden: Tensor) -> l
     return right_answers(sample, predicted)
 
 
-def _divergence(model: Any, dense: Tensor, sparse: Tensor) -> float:
-    """Mean KL(dense ‖ sparse) of the next-token distributions, in nats."""
-    total = dense.new_zeros(())
-    for a, b in zip(dense.split(_ROWS), sparse.split(_ROWS), strict=True):
-        p, q = _logits(model, a).log_softmax(-1), _logits(model, b).log_softmax(-1)
-        total += (p.exp() * (p - q)).sum()
-    return float(total) / len(dense)
+def _predictions(model: Any, dense: Reference, hidden: Tensor) -> dict[str, float]:
+    """Mean KL(dense ‖ sparse) of the next-token distributions, and what the tokens that do follow
+    cost on both sides; in nats a token.
+    """
+    total, ids, places = hidden.new_zeros(3), dense.sample.ids, dense.rows + 1
+    there = places < len(ids)  # nothing follows a last token
+    known = torch.from_numpy(there).to(hidden.device)
+    follows = ids[np.minimum(places, len(ids) - 1)].astype(np.int64)
+    follows = torch.from_numpy(follows).to(hidden.device)
+    sides = (t.split(_ROWS) for t in (dense.hidden, hidden, follows, known))
+    for before, now, token, counts in zip(*sides, strict=True):
+        p, q = (_logits(model, x).log_softmax(-1) for x in (before, now))
+        total[0] += (p.exp() * (p - q)).sum()
+        for n, side in enumerate((q, p), 1):
+            total[n] -= (side.gather(-1, token[:, None])[:, 0] * counts).sum()
+    kl, nats, dense_nats = total.tolist()
+    rows, those = len(hidden), max(int(there.sum()), 1)
+    return {"kl": kl / rows, "nats": nats / those, "dense_nats": dense_nats / those}

@@ -1,5 +1,5 @@
-"""Device times of pieces of work: medians on a GPU, the least of a few runs on a CPU, where other
-programs only add time.
+"""Device times of pieces of work: two readings that agree on a GPU, the least of a few runs on a
+CPU, where other programs only add time.
 """
 
 from __future__ import annotations

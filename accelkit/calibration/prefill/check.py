@@ -59,6 +59,7 @@ class Checker:
     def look(self, now: Round, allowed: float) -> None:
         """Run the most revealing prompt of earlier rounds."""
         first = self.order[0]
+        self._count([first])
         self._add(now, first, allowed)
         self.expect(now)
         now.judged = self._fails(now, first, allowed)
@@ -76,6 +77,7 @@ class Checker:
         while left and not failed:
             some = self._together(left)
             self._checked(now.plan, f"check/{plan_digest(now.plan)}", some)
+            self._count(some)  # all of them ran, even where the first one settles it
             for n in some:
                 self._add(now, n, allowed)
                 failed = self._fails(now, n, allowed)
@@ -106,12 +108,11 @@ class Checker:
         key = f"check/{plan_digest(now.plan)}/{n}"
         now.rows += [{**row, "prompt": n} for row in self._rows(now.plan, key, n, allowed)]
         now.measured = max(r["error"] for r in now.rows if r["error"] is not None)
-        self._count(n)
 
-    def _count(self, n: int) -> None:
-        """Count a run of the n-th prompt, and its dense side where that is new."""
-        self.runs += self._share(n) * (1 + (n not in self.dense_runs))
-        self.dense_runs.add(n)
+    def _count(self, prompts: Sequence[int]) -> None:
+        """Count a run of some prompts, and their dense sides where those are new."""
+        self.runs += sum(self._share(n) * (1 + (n not in self.dense_runs)) for n in prompts)
+        self.dense_runs.update(prompts)
 
     def _fails(self, now: Round, n: int, allowed: float) -> bool:
         """Whether the n-th prompt, run last, settles that the round fails: what is over stays over,
@@ -140,8 +141,8 @@ class Checker:
             further = partial(self.more, sample.task, len(sample.ids), at)
             self.run.tell("checking a plan")
             work = partial(quality.answers, self.run.model, plan, self.still, further)
-            self.runs += self._share(n)
             rows.append(self.run.journal.unit(f"{key}+{at}", work) | {"further": at})
+            self.runs += self._share(n) * (1 + (rows[-1]["dense_right"] is not None))
         return rows
 
     def suspicion(self, now: Round, rounds: Sequence[Round]) -> Suspicion | None:
@@ -192,7 +193,7 @@ class Checker:
         other = next((m for m in self.order if not self._alike(n, m)), None)
         if other is not None:
             key = f"check/{plan_digest(now.plan)}/{other}"
-            self._count(other)
+            self._count([other])
             now.rows.append({**self._row(now.plan, key, other), "prompt": other})
 
     def _gives(self, plan: Plan, sample: Sample, place: int) -> bool:

@@ -42,7 +42,7 @@ def summary(plan: Plan, phase: str | None = None) -> dict[str, Any]:
         counted[name] = counted.get(name, 0) + 1
     heads = sum(counted.values())
     seen = [e for layer in plan.sites.values() if (e := layer.evidence.get(phase))]
-    measured = plan.measured
+    measured = plan.measured if phase == phase_of(plan) else {}
     ms = measured.get("ms", sum(e.ms for e in seen) if seen else None)
     dense_ms = measured.get("dense_ms", sum(e.dense_ms for e in seen) if seen else None)
     density = [d for e in seen for d in e.density]
@@ -148,7 +148,7 @@ def headline(plan: Plan, phase: str | None = None) -> list[tuple[str, str]]:
                 f"(predicted{f' at {at} tokens' if at else ''})",
             )
         )
-    if plan.trim_last_layer:
+    if plan.trim_last_layer and phase == phase_of(plan):
         whole, trimmed = plan.measured.get("prefill_dense_ms"), plan.measured.get(TRIMMED)
         gain = f": {trimmed:.2f} ms, dense {whole:.2f} ms, by itself" if whole and trimmed else ""
         lines.append(("last layer", f"for the rows alone whose logits are asked for{gain}"))

@@ -139,6 +139,7 @@ def facts(model: PreTrainedModel) -> tuple[Fingerprint, dict[str, int]]:
         class_name=type(model).__name__,
         model_type=model.config.model_type,
         base_id=model.config._name_or_path or None,
+        base_revision=getattr(model.config, "_commit_hash", None),
         config_hash=f"sha256:{digest}",
         config=plain,
         components={

@@ -8,7 +8,9 @@ and queries read the chunks whose mean key they like best; heads spend their bud
     own chunks always;  then the greatest g of all (i, c) of the head until they and the own ones
     hold `coverage` of Σ g
 
-Routing is rounded from query tokens to tiles, and chunks to the key blocks that they touch.
+Routing is rounded from query tokens to tiles, and chunks to the key blocks that they touch. The
+release can also count Σ g query by query, which is what its code does unless told otherwise; the
+budget of a whole head is what the paper describes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,48 @@
+"""Progress as a person sees it."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+
+import pytest
+
+from accelkit.calibration.session import Bar
+
+
+@pytest.fixture(autouse=True)
+def _nobody_asked_for_silence(monkeypatch) -> None:
+    monkeypatch.delenv("ACCELKIT_PROGRESS", raising=False)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, wanted: bool = True) -> str:
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Bar(wanted) as bar:
+        bar.expect(4)
+        for stage in ("screening", "screening", "measuring"):
+            bar.tell(stage)
+    return stream.getvalue()
+
+
+def test_a_terminal_has_a_bar_with_the_time_that_is_left(monkeypatch) -> None:
+    last = shown(monkeypatch, Terminal()).split("\r")[-1]
+    assert last.startswith("measuring")
+    assert "75%" in last
+    assert re.search(r"3/4 \[\d\d:\d\d<\d\d:\d\d", last), last
+
+
+def test_a_log_has_each_stage_once(monkeypatch) -> None:
+    assert shown(monkeypatch, io.StringIO()) == "screening\nmeasuring\n"
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_silence_is_kept(monkeypatch, stream) -> None:
+    assert shown(monkeypatch, stream(), wanted=False) == ""
+    monkeypatch.setenv("ACCELKIT_PROGRESS", "0")
+    assert shown(monkeypatch, stream()) == ""
