@@ -112,9 +112,9 @@ def call_of(shape: str) -> AttentionCall:
         tensors.append(x.bfloat16().transpose(1, 2))
     v = torch.randn(1, n, heads, d, generator=g, device="cuda", dtype=torch.bfloat16)
     spans = (Span("text", 0, text), Span("video", text, n))
-    ids = torch.arange(heads, device="cuda")
+    ids = tuple(range(heads))
     return AttentionCall(
-        *tensors, v.transpose(1, 2), 1 / root, False, 0, None, tuple(range(heads)), ids,
+        *tensors, v.transpose(1, 2), 1 / root, False, 0, None, ids, ids,
         clock=Clock("denoise", 10, 50), geometry=Geometry(spans, grid), site=Site("a", 2),
     )  # fmt: skip
 

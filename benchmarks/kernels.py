@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from attention.cpu import measure_cpu
 from attention.parts import estimating, gathering, skipping, whole_call
+from attention.preparing import preparing
 from attention.report import Report, machine, merge, read, speeds, write
 from attention.shapes import BLOCK, D64, FULL, LLM, LONG, VIDEO
 from attention.sparse import ANY, FREE, LEFT_OUT, rates, right
@@ -41,6 +42,7 @@ PARTS: dict[str, Callable[[float], Iterator[dict[str, Any]]]] = {
     "gather": gathering,
     "estimators": estimating,
     "call": whole_call,
+    "preparing": preparing,
 }
 
 

@@ -5,11 +5,10 @@ For one launch over heads h with `pairs_h` computed query-key pairs in tiles of 
     ms = launch + sort (many rows) + row · (heads · query tiles)
        + Σ_h pairs_h · (pair + far · log₂(tokens / NEAR)) + tail · tokens · mean density
 
-with coefficients by unit `(bq, bk)`. Few rows are sorted by length within the launch of another
-kernel, more take launches of their own; beyond `NEAR` tokens keys no longer stay in the cache; the
-longest row ends alone. Dense attention and whole `index()` calls are measured at a few lengths and
-interpolated. The table knows numbers only, those of its own errors among them; `calibration.fit`
-fills it.
+with coefficients by unit `(bq, bk)`. Lists are lowered anew in every launch, many rows for longer;
+beyond `NEAR` tokens keys no longer stay in the cache; the longest row ends alone. Dense attention
+and whole `index()` calls are measured at a few lengths and interpolated. The table knows numbers
+only, those of its own errors among them; `calibration.fit` fills it.
 """
 
 from __future__ import annotations

@@ -25,6 +25,12 @@ from accelkit.kernels.launch import Launch
 from accelkit.kernels.prepare import prepare
 
 BACKENDS = ("triton", "gluon", "fa4", "torch", "reference")
+OWN = ("triton", "gluon")
+"""Our own kernels; the one made for a device behind the portable one."""
+EVEN = 1.02
+"""Kernels whose speeds differ by less than this are as fast as each other, as far as readings tell:
+our own goes first, which takes the host less.
+"""
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def attend(
         return _traced(q, k, v, index, out, lse, backend=backend, **options)
     with torch.no_grad():
         launch = prepare(q, k, v, index, out=out, lse=lse, **options)
-        choice = choose(launch, backend)
+        choice = choose(launch, backend, briefly=True)
         if launch.q.numel() and launch.heads and (launch.rows is None or launch.rows.numel()):
             _run(launch, choice.backend)
         if not isinstance(launch.bias, Tensor) and launch.bias and choice.backend != "reference":
@@ -166,9 +172,9 @@ def explain(
     return choose(prepare(q, k, v, index, **options), backend)
 
 
-def choose(launch: Launch, backend: str | None = None) -> Choice:
+def choose(launch: Launch, backend: str | None = None, briefly: bool = False) -> Choice:
     """Pick the backend; an explicit wish is served or raises `KernelUnavailableError` with the
-    reason.
+    reason. `briefly`: without looking at slower ones than the one that is taken.
     """
     wish, source = backend, "asked for"
     if wish is None:
@@ -178,7 +184,7 @@ def choose(launch: Launch, backend: str | None = None) -> Choice:
             f"attend: backend {wish!r} ({source}) is unknown, expected one of {BACKENDS}"
         )
     if wish == "auto":
-        return _best(launch)
+        return _best(launch, briefly)
     refused = cpu.refusal if wish == "torch" else KERNELS.get(wish)
     if refused is not None and (refusal := refused(launch)):
         raise KernelUnavailableError(
@@ -187,7 +193,7 @@ def choose(launch: Launch, backend: str | None = None) -> Choice:
     return Choice(wish, source)
 
 
-def _best(launch: Launch) -> Choice:
+def _best(launch: Launch, briefly: bool) -> Choice:
     """What the device does best."""
     if launch.q.device.type == "cpu":
         refusal = cpu.refusal(launch)
@@ -200,18 +206,29 @@ def _best(launch: Launch) -> Choice:
                 f"attend: no kernel runs qk={launch.qk!r}, pv={launch.pv!r} here: {refusal}"
             )
         return Choice("triton", f"8-bit products on {launch.q.device}")
-    refusals = {name: refused(launch) for name, refused in KERNELS.items()}
-    able = [name for name, refusal in refusals.items() if refusal is None]
-    if not able:
+    known = {name: speeds.speed(name, launch) for name in KERNELS}
+
+    def rank(name: str) -> tuple[float, int]:
+        even = EVEN if name in OWN else 1.0
+        return (known[name] or 0.0) * even, OWN.index(name) if name in OWN else -1
+
+    best, notes, refusals = None, [], dict[str, str]()
+    for name in sorted(KERNELS, key=rank, reverse=True):
+        if refusal := KERNELS[name](launch):
+            refusals[name] = refusal
+        elif best is None:
+            best = name
+            if briefly:
+                break
+        elif known[name]:
+            notes.append(f"{name} {known[name]:.2f}")
+    if best is None:
         _tell(f"attention runs the torch reference, which is slow: {refusals['triton']}")
-        return Choice("reference", str(refusals["triton"]))
-    known = {name: found for name in able if (found := speeds.speed(name, launch)) is not None}
-    # Without a reading our own kernels go first, the one made for the device before the portable.
-    own = [name for name in ("gluon", "triton") if name in able]
-    best = max(known, key=known.__getitem__, default=(own or able)[0])
-    about = f"{known[best]:.2f} of dense speed" if known else f"tensors are on {launch.q.device}"
-    notes = [f"{name} {known[name]:.2f}" for name in known if name != best]
-    notes += [f"{name}: {why}" for name, why in refusals.items() if why]
+        return Choice("reference", refusals["triton"])
+    about = (
+        f"{known[best]:.2f} of dense speed" if known[best] else f"tensors are on {launch.q.device}"
+    )
+    notes += [f"{name}: {why}" for name, why in refusals.items()]
     return Choice(best, f"{about} ({'; '.join(notes)})" if notes else about)
 
 

@@ -39,6 +39,12 @@ def device_range(n: int, device: torch.device) -> Tensor:
         return torch.arange(n, device=device)
 
 
+@lru_cache(maxsize=16)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU, which torch takes microseconds to say."""
+    return torch.cuda.get_device_capability(device)
+
+
 @dataclass(frozen=True)
 class BlockIndex:
     """Rows of key blocks, in visiting order. Row (b, h, i) is `blocks[start : start + count]`.
@@ -162,13 +168,18 @@ class Partial:
     lse: Tensor
 
 
+def equal_groups(heads: int, kv_heads: int) -> tuple[int, ...]:
+    """The KV head of each query head, as grouped-query attention shares them."""
+    return tuple(head * kv_heads // heads for head in range(heads))
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The tensors of one attention call.
 
     `q` `[B, Hq, Nq, D]`, `k` and `v` `[B, Hkv, Nk, D]`, any strides, never expanded to the query
-    heads. `heads` names the query heads that the call is about and `kv_of_head` (int64
-    `[len(heads)]`) their KV heads; `take` narrows them and never copies q, k or v. `q_start` is the
+    heads. `heads` names the query heads that the call is about and `kv_heads` the KV head of each;
+    `take` narrows them and never copies q, k or v. Both are known on the host. `q_start` is the
     absolute position of query row 0. `key_mask` is bool `[B, Nk]` and marks real keys (padding
     only). `q_pos` and `k_pos` (int32 `[B|1, H|1, N]`) hold the original positions when the rows
     come in another order than the tokens; −1 marks a hole.
@@ -182,9 +193,14 @@ class Inputs:
     q_start: int
     key_mask: Tensor | None
     heads: tuple[int, ...]
-    kv_of_head: Tensor
+    kv_heads: tuple[int, ...]
     q_pos: Tensor | None = None
     k_pos: Tensor | None = None
+
+    @property
+    def kv_of_head(self) -> Tensor:
+        """`kv_heads` on the device, int64 `[len(heads)]`."""
+        return device_ids(self.kv_heads, self.q.device, torch.int64)
 
     @property
     def n_q(self) -> int:
@@ -212,7 +228,7 @@ def plain_inputs(
     key_mask: Tensor | None = None,
 ) -> Inputs:
     """`Inputs` over all heads of bare tensors, for benchmarks, tests and notebooks."""
-    heads, kv_heads = q.shape[1], k.shape[1]
-    kv_of_head = torch.arange(heads, device=q.device) // (heads // kv_heads)
+    heads = q.shape[1]
+    groups = equal_groups(heads, k.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return Inputs(q, k, v, scale, causal, q_start, key_mask, tuple(range(heads)), kv_of_head)
+    return Inputs(q, k, v, scale, causal, q_start, key_mask, tuple(range(heads)), groups)

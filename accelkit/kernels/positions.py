@@ -99,7 +99,7 @@ def in_place(call: Inputs) -> bool:
 def bare_inputs(n_q: int, n_k: int, q_start: int, causal: bool, device: torch.device) -> Inputs:
     """A call of this geometry without contents, for what depends on nothing else."""
     q, k = (torch.empty((1, 1, n, 0), device=device) for n in (n_q, n_k))
-    return Inputs(q, k, k, 1.0, causal, q_start, None, (0,), device_ids((0,), device, torch.int64))
+    return Inputs(q, k, k, 1.0, causal, q_start, None, (0,), (0,))
 
 
 @lru_cache(maxsize=16)
@@ -117,9 +117,9 @@ def _visible_blocks(call: Inputs, size: tuple[int, int]) -> Tensor:
 
 
 def groups(call: Inputs) -> list[tuple[int, list[int]]]:
-    """`(KV head, its slots among call.heads)`. Reads `kv_of_head` back to the host."""
+    """`(KV head, its slots among call.heads)`."""
     found: dict[int, list[int]] = {}
-    for slot, kv in enumerate(call.kv_of_head.tolist()):
+    for slot, kv in enumerate(call.kv_heads):
         found.setdefault(kv, []).append(slot)
     return list(found.items())
 

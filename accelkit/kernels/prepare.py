@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,6 +32,45 @@ def _head_ids(ids: Sequence[int] | Tensor, limit: int, name: str, device: torch.
     if bad:
         raise _fail(name, f"{bad[0]} among {len(values)} ids", f"ids in 0 … {limit - 1}")
     return device_ids(values, device)
+
+
+@lru_cache(maxsize=256)
+def _equal_groups(
+    heads: tuple[int, ...], all_heads: int, group: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Tables of query heads and of the KV heads that serve them in groups of equal size."""
+    ids = _head_ids(heads, all_heads, "heads", device)
+    return ids, device_ids(tuple(h // group for h in heads), device)
+
+
+def _heads(
+    heads: Sequence[int] | Tensor | None,
+    kv_of_head: Sequence[int] | Tensor | None,
+    all_heads: int,
+    kv_heads: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
+    """Tables of the query heads and of their KV heads, and the query heads as `Launch.head_ids`."""
+    named = (
+        heads if isinstance(heads, Tensor) else tuple(range(all_heads) if heads is None else heads)
+    )
+    if kv_of_head is not None:
+        q_heads = _head_ids(named, all_heads, "heads", device)
+        kv_ids = _head_ids(kv_of_head, kv_heads, "kv_of_head", device)
+        if (found := kv_ids.numel()) != (count := q_heads.numel()):
+            raise _fail("kv_of_head", f"of length {found}", f"{count}, one for each of `heads`")
+        return q_heads, kv_ids, None
+    if all_heads % kv_heads:
+        raise _fail(
+            "kv_of_head",
+            f"None with {all_heads} query heads",
+            f"ids, or a multiple of {kv_heads} heads",
+        )
+    group = all_heads // kv_heads
+    if isinstance(named, Tensor):
+        q_heads = _head_ids(named, all_heads, "heads", device)
+        return q_heads, q_heads // group, None
+    return *_equal_groups(named, all_heads, group, device), named
 
 
 def _positions(pos: Tensor | None, batch: int, heads: int, n: int, name: str) -> Tensor | None:
@@ -219,26 +259,8 @@ def prepare(
     _check_tensors(q, k, v)
     batch, all_heads, n_q, head_size = q.shape
     kv_heads, n_k, device = k.shape[1], k.shape[2], q.device
-    q_heads = _head_ids(range(all_heads) if heads is None else heads, all_heads, "heads", device)
+    q_heads, kv_ids, head_ids = _heads(heads, kv_of_head, all_heads, kv_heads, device)
     count = q_heads.numel()
-    if kv_of_head is not None:
-        kv_ids = _head_ids(kv_of_head, kv_heads, "kv_of_head", device)
-    elif all_heads % kv_heads:
-        raise _fail(
-            "kv_of_head",
-            f"None with {all_heads} query heads",
-            f"ids, or a multiple of {kv_heads} heads",
-        )
-    else:
-        group, named = all_heads // kv_heads, range(all_heads) if heads is None else heads
-        if isinstance(named, Tensor):
-            kv_ids = q_heads // group
-        else:
-            kv_ids = device_ids(tuple(h // group for h in named), device)
-    if kv_ids.numel() != count:
-        raise _fail(
-            "kv_of_head", f"of length {kv_ids.numel()}", f"{count}, one for each of `heads`"
-        )
     _check_index(index, batch, count, n_q, device)
     if q_start < 0:
         raise _fail("q_start", q_start, "a position ≥ 0")
@@ -252,7 +274,6 @@ def prepare(
         place = torch.arange(n_k, device=device, dtype=torch.int32) if k_pos is None else k_pos
         k_pos = torch.where(key_mask[:, None], place, -1).to(torch.int32)
     _check_precision(qk, pv, index.size[1], skip is not None)
-    known = kv_of_head is None and not isinstance(heads, Tensor)
     given = out is not None
     threshold = _skip(skip, count, index.size[1], device)
     tiles = _rows(rows, index.rows, device)
@@ -276,7 +297,7 @@ def prepare(
         _bias(index, batch, count, n_k),
         out,
         lse,
-        tuple(range(all_heads) if heads is None else heads) if known else None,
+        head_ids,
         qk=qk,
         pv=pv,
         smooth_k=smooth_k,

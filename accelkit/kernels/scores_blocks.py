@@ -100,7 +100,7 @@ def pool_keys(call: Inputs, block: int, mode: str = "mean") -> Tensor:
         return pool(call.k, block, mode, mask)[:, call.kv_of_head]
     parts = [
         pool(call.k[:, kv : kv + 1], block, mode, places[:, slot : slot + 1] >= 0)
-        for slot, kv in enumerate(call.kv_of_head.tolist())
+        for slot, kv in enumerate(call.kv_heads)
     ]
     return torch.cat(parts, 1)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from accelkit.kernels.index import capability
 from accelkit.kernels.launch import Launch
 
 TILE = 128
@@ -61,8 +62,7 @@ def speed(backend: str, launch: Launch) -> float | None:
 
 @lru_cache(maxsize=16)
 def _device(device: torch.device) -> tuple[str, str]:
-    found = torch.cuda.get_device_capability(device)
-    return torch.cuda.get_device_name(device), "{}.{}".format(*found)
+    return torch.cuda.get_device_name(device), "{}.{}".format(*capability(device))
 
 
 @lru_cache(maxsize=256)

@@ -79,13 +79,14 @@ class AttentionCall(Inputs):
         """The same call for some of its query heads; no tensor is copied."""
         if tuple(heads) == self.heads:
             return self
-        at = device_ids(tuple(self.heads.index(h) for h in heads), self.q.device)
+        slots = tuple(self.heads.index(h) for h in heads)
+        at = device_ids(slots, self.q.device)
         narrowed: dict[str, Any] = {
             name: value if value is None or value.shape[1] == 1 else value.index_select(1, at)
             for name, value in (("q_pos", self.q_pos), ("k_pos", self.k_pos))
         }
-        kv_of_head = self.kv_of_head.index_select(0, at)
-        return replace(self, heads=tuple(heads), kv_of_head=kv_of_head, **narrowed)
+        kv_heads = tuple(self.kv_heads[slot] for slot in slots)
+        return replace(self, heads=tuple(heads), kv_heads=kv_heads, **narrowed)
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """`compute()`, remembered for this call and these heads: methods and settings share one

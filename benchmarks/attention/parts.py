@@ -32,7 +32,7 @@ from attention.timing import milliseconds
 OURS = ("triton", "gluon")
 
 
-def _part(what: str, ms: dict[str, float], dense: float, target: str) -> dict[str, Any]:
+def part(what: str, ms: dict[str, float], dense: float, target: str) -> dict[str, Any]:
     """A measurement that stands beside the dense time of the whole shape."""
     best = min(ms.values())
     print(f"{what}: " + "  ".join(f"{n} {t:.3f}" for n, t in ms.items()) + f" | dense {dense:.2f}")
@@ -67,7 +67,7 @@ def _skipping(shape: Shape, budget_ms: float) -> dict[str, Any]:
         work[name] = run
     ms = milliseconds(work, budget_ms)
     what = f"softmax-skip, 75 % of the tiles skippable, {shape.name}"
-    return _part(what, ms, ms.pop("cudnn"), "1.5 ×")
+    return part(what, ms, ms.pop("cudnn"), "1.5 ×")
 
 
 def gathering(budget_ms: float) -> Iterator[dict[str, Any]]:
@@ -88,7 +88,7 @@ def _gathered(shape: Shape, budget_ms: float) -> dict[str, Any]:
     rates = {name: pairs / t / (shape.pairs / dense) for name, t in ms.items()}
     print("    rate " + "  ".join(f"{n} {r:.3f}" for n, r in rates.items()), flush=True)
     what = f"gather, 1,024 stripes for 2,048 queries, {shape.name}"
-    return _part(what, ms, dense, "rate 0.6") | {
+    return part(what, ms, dense, "rate 0.6") | {
         "backend": choice.backend, "why": choice.reason, "rate": rates[choice.backend],
         "rates": rates, "unit": list(index.size), "head_size": shape.head_size, "causal": True,
         "tokens": shape.tokens, "errors": errors,
@@ -159,7 +159,7 @@ def estimating(budget_ms: float) -> Iterator[dict[str, Any]]:
     for name, (target, run, score) in runs.items():
         ms = milliseconds({"estimate, selection, list": run}, budget_ms)
         alone = milliseconds({"estimate": score}, budget_ms)["estimate"]
-        yield _part(f"{name}, 128K", ms, dense, target) | {"estimate_ms": alone}
+        yield part(f"{name}, 128K", ms, dense, target) | {"estimate_ms": alone}
 
 
 def whole_call(budget_ms: float) -> Iterator[dict[str, Any]]:
@@ -186,7 +186,7 @@ def whole_call(budget_ms: float) -> Iterator[dict[str, Any]]:
         what = f"whole call at density 0.1, 128K, {name}"
         why = {"backend": choice.backend, "why": choice.reason} if name == "dispatch" else {}
         yield (
-            _part(what, {name: t}, dense, "6 ×" if name in OURS else "7 ×")
+            part(what, {name: t}, dense, "6 ×" if name in OURS else "7 ×")
             | why
             | {"errors": errors}
         )

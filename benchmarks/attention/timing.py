@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
 
-from accelkit.calibration.fit.clock import device_ms
+from accelkit.calibration.fit.clock import CYCLES, device_ms
+
+MOST_AHEAD_MS = 20.0
+"""Most that the GPU waits for the host."""
 
 
 def turns(pieces: int, round: int) -> list[int]:
@@ -25,12 +29,15 @@ def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dic
     allows: 3 to 15 rounds and whole cycles of turns, once without a budget. A piece that cannot run
     is left out and says why.
     """
-    able = {}
+    able, host = {}, {}
     for name, run in work.items():
         try:
             run()
             torch.cuda.synchronize()
-            able[name] = run
+            begin = time.perf_counter()
+            run()
+            able[name], host[name] = run, min(1e3 * (time.perf_counter() - begin), MOST_AHEAD_MS)
+            torch.cuda.synchronize()
         except Exception as error:
             text = (str(error).splitlines() or [""])[0][:120]
             print(f"    {name} cannot run: {type(error).__name__}: {text}", flush=True)
@@ -39,6 +46,7 @@ def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dic
     least, cycle = (3, max(len(names), 1)) if budget_ms else (1, 1)
     while rounds < least or rounds % cycle or (spent < budget_ms and rounds < 15):
         for name in (names[i] for i in turns(len(names), rounds)):
+            torch.cuda._sleep(int(host[name] * CYCLES))  # the host is ahead
             times[name] += device_ms(able[name], 1)
             spent += times[name][-1] + 1.0
         rounds += 1

@@ -45,9 +45,9 @@ CALLS = {
     "chunk": lambda: call_of(700, q_start=512),
     "padded": lambda: call_of(1000, batch=2, padded=True),
     "narrow": lambda: call_of(1000, d=64),
-    "some heads": lambda: (lambda c: replace(c, heads=(5, 2), kv_of_head=c.kv_of_head[[5, 2]]))(
-        call_of(1000)
-    ),
+    "some heads": lambda: (
+        lambda c: replace(c, heads=(5, 2), kv_heads=(c.kv_heads[5], c.kv_heads[2]))
+    )(call_of(1000)),
 }
 
 ESTIMATORS = {

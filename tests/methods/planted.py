@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from accelkit.kernels import BlockIndex, pyramid
+from accelkit.kernels.index import equal_groups
 from accelkit.patches.call import AttentionCall, Clock, Geometry, Span
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.parts import visiting
@@ -28,7 +29,7 @@ def make_call(
 ) -> AttentionCall:
     """A causal call over all heads of bare tensors."""
     heads = q.shape[1]
-    kv = torch.arange(heads) // (heads // k.shape[1])
+    kv = equal_groups(heads, k.shape[1])
     return AttentionCall(
         q, k, v, q.shape[-1] ** -0.5, True, q_start, key_mask, tuple(range(heads)), kv
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from accelkit import kernels
-from accelkit.kernels.index import BlockIndex
+from accelkit.kernels.index import BlockIndex, equal_groups
 from accelkit.patches.call import AttentionCall, Site
 from accelkit.patches.method import AttentionMethod, Execution
 from accelkit.patches.plan import HeadGroup, LayerPlan, Plan, Policy
@@ -35,9 +35,17 @@ class Rounded(AttentionMethod):
 def call_of(heads: int = 6) -> AttentionCall:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, h, 130, 32) for h in (heads, 2, 2))
-    kv_of_head = torch.arange(heads) // (heads // 2)
     return AttentionCall(
-        q, k, v, 32**-0.5, True, 0, None, tuple(range(heads)), kv_of_head, site=Site("layer", 0)
+        q,
+        k,
+        v,
+        32**-0.5,
+        True,
+        0,
+        None,
+        tuple(range(heads)),
+        equal_groups(heads, 2),
+        site=Site("layer", 0),
     )
 
 

@@ -31,7 +31,7 @@ class Shuffled(AttentionMethod):
 def test_some_heads_read_their_own_keys(heads):
     q, k, v = torch.randn(3, 1, HEADS, N, 16, generator=torch.Generator().manual_seed(9)).unbind(0)
     call = AttentionCall(
-        q, k, v, 0.25, False, 0, None, tuple(range(HEADS)), torch.arange(HEADS),
+        q, k, v, 0.25, False, 0, None, tuple(range(HEADS)), tuple(range(HEADS)),
         site=Site("a", 0), clock=Clock("denoise"),
     )  # fmt: skip
     (answered,) = answer(call.take(heads), Policy(methods=(Shuffled(),)))

@@ -48,7 +48,7 @@ def random_call(
     q, k, v = draw(shape.heads), draw(shape.kv_heads), draw(shape.kv_heads)
     base = plain_inputs(q, k, v, causal=shape.causal)
     return AttentionCall(
-        q, k, v, base.scale, shape.causal, 0, None, base.heads, base.kv_of_head,
+        q, k, v, base.scale, shape.causal, 0, None, base.heads, base.kv_heads,
         site=Site("fit", 0), clock=Clock("prefill" if shape.causal else "denoise"),
         geometry=shape.geometry,
     )  # fmt: skip

@@ -217,5 +217,5 @@ def _backend(one: Answer) -> str:
     assert isinstance(index, BlockIndex)
     return dispatch.explain(
         call.q, call.k, call.v, index, causal=call.causal, heads=call.heads,
-        kv_of_head=call.kv_of_head,
+        kv_of_head=call.kv_heads,
     ).backend  # fmt: skip

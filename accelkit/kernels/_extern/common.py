@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from accelkit.kernels.index import capability
 from accelkit.kernels.launch import Launch
 
 
@@ -12,7 +13,7 @@ def device_refusal(device: torch.device) -> str | None:
     """Why no kernel of another package is tried on a device, or None."""
     if device.type != "cuda":
         return f"it needs a CUDA device and the tensors are on {device}"
-    if (found := torch.cuda.get_device_capability(device)) != (9, 0):
+    if (found := capability(device)) != (9, 0):
         return f"it is tried on sm_90 only and this device is sm_{found[0]}{found[1]}"
     return None
 

@@ -114,9 +114,9 @@ def _lists(launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (batch, count, rows), (bq, bk) = index.count.shape, index.size
         one = replace(launch, index=index, q=launch.q[:batch])
         apart = ceil_div(bq, bk) + 2 if launch.causal else 1  # blocks that a diagonal can touch
-        lists, masked, clean = lower.lists_of(one, apart)
+        lists, counts = lower.lists_of(one, apart)
         ids = lists.view(batch, count, rows, launch.key_blocks + apart)
-        masked, clean = (t.view(batch, count, rows) for t in (masked, clean))
+        masked, clean = counts[:2].view(2, batch, count, rows)
         most = launch.key_blocks
         found = masked, ids[..., most : most + min(apart, most)], clean, ids[..., :most]
         if lists.numel() * 4 <= lower._KEEP_BYTES:

@@ -235,11 +235,11 @@ def run(launch: Launch, work: Work, tile: Tile) -> None:
             TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *box])
             for t, box in zip((q, k, v), boxes, strict=True)
         )
-    pointers, steps, there = tables(launch, tile.bn, work.order)
+    pointers, steps, there = tables(launch, tile.bn, work.items)
     _block_sparse[(work.items.shape[0] * tile.per_row,)](
         *tensors, launch.out, launch.lse, work.lists, work.items, launch.q_heads,
         launch.kv_heads, launch.out_heads, *pointers,
-        launch.skip if launch.skip is not None else work.order,
+        launch.skip if launch.skip is not None else work.items,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *launch.out.stride()[:3],
         *launch.lse.stride(), *steps,
         launch.n_q, launch.n_k, launch.q_start, work.capacity,

@@ -20,6 +20,7 @@ from accelkit.kernels._triton.tile import (
     table,
 )
 from accelkit.kernels._triton.tuned import tuned
+from accelkit.kernels.index import capability
 from accelkit.kernels.launch import Launch
 
 BM = 128
@@ -46,7 +47,7 @@ def refused_here(launch: Launch) -> str | None:
     """Why no warp-specialised kernel can serve a launch, or None."""
     (bq, bk), q, v = launch.index.size, launch.q, launch.v
     reason = missing() or common_refusal(launch)
-    if reason is None and (not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9):
+    if reason is None and (not q.is_cuda or capability(q.device)[0] != 9):
         reason = f"it is for Hopper GPUs and the tensors are on {q.device}"
     if reason is not None:
         return reason

@@ -14,43 +14,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accelkit.kernels._triton.tile import table
+from accelkit.kernels._triton.tile import next_power_of_two, table
 from accelkit.kernels.index import BlockIndex, ceil_div
 from accelkit.kernels.launch import END, FAR, Launch
 
 _KEEP_BYTES = 16 * 2**20
 _CACHE_BYTES = 16 * 2**20
-_SECTIONS = 32
-_BINS = 65536 // _SECTIONS
-"""Lengths that are told apart in a section: with the sections they fill the 16 bits that are
-sorted.
-"""
+_BINS = tl.constexpr(2047)
+"""Lengths that are told apart: with the tiles they fill 31 bits."""
+_TILES = tl.constexpr(2**20)
+"""Query tiles of a head that are told apart."""
+_CHUNK = 128
+"""Most entries of a list, or rows, that are looked at together."""
+_ROWS = 8
+"""Rows of a head that a program puts in order."""
 FIELDS = tl.constexpr(6)
-Sort = tuple[Tensor, int]
-"""Bin of each row, in whose order rows run, and KV heads of a section."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Row r = (b, slot, t) has `masked[r]` then `clean[r]` block ids at `lists[r · capacity]`.
+    """Row r = (b, slot, t) has `counts[0, r]` masked then `counts[1, r]` clean block ids at
+    `lists[r · capacity]`; `counts[2, r]` is its key among the rows of its section.
 
-    `order` are the rows as they should run; `items` (int32 `[rows, 6]`) say of each, in that order:
-    row, first query, batch, slot, masked blocks, clean blocks.
+    `items` (int32 `[rows, 6]`) are the rows in the order in which they should run: row, first
+    query, batch, slot, masked blocks, clean blocks.
     """
 
     lists: Tensor
-    masked: Tensor
-    clean: Tensor
-    order: Tensor
+    counts: Tensor
     items: Tensor
-    tiles: Tensor
     capacity: int
 
 
-_STRIDES = [f"s_{t}{d}" for t in ("i", "kf", "kl", "ql", "qh") for d in "bhn"]
 _SIZES = [
-    "n_heads", "n_tiles", "n_blocks", "n_q", "n_k", "q_start", "capacity", "step", "n_kv",
-    "section", "bq", "bk", *_STRIDES,
+    "n_heads", "n_tiles", "n_blocks", "n_q", "n_k", "q_start", "step", "n_kv", "section", "bq",
+    "bk", *(f"s_{t}{d}" for t in "ikq" for d in "bhn"),
 ]  # fmt: skip
 """Lists are read from where they begin, wherever that is: Triton would compile the same once more
 for every length and unit.
@@ -68,29 +66,31 @@ def _row(START, COUNT, TILES, s_ib, s_ih, s_ir, n_heads, n_tiles):
 
 
 @triton.jit
-def _bin(BIN, KV_HEADS, pid, b, h, length, n_kv, section, BINS: tl.constexpr):
-    """Put a row into the bin of its length. Sections run from the last to the first, and lengths
-    fall in one and rise in the next, so that what runs at one time is alike where sections meet;
-    short rows come at the end of all. Rows of one length that begin together read the same keys at
-    the same time, which the cache then holds.
+def _counted(COUNTS, KV_HEADS, pid, b, h, masked, clean, length, n_tiles, n_kv, section):
+    """Store what a row has, and what it is put in order by among those of its section: less runs
+    earlier. Sections run from the last to the first, and lengths fall in one and rise in the next,
+    so that what runs at one time is alike where sections meet; short rows come at the end of all.
+    Rows of one length that begin together read the same keys at the same time, which the cache then
+    holds.
     """
     # Exponent and seven leading bits of the length: exact to 256, then in steps of 1/128.
     steps = length.to(tl.float32).to(tl.int32, bitcast=True) >> 16
-    section = (b * n_kv + tl.load(KV_HEADS + h)) // section
-    steps = tl.minimum(tl.maximum(steps - 16255, 0), BINS - 1)
-    steps = tl.where(section % 2 == 0, BINS - 1 - steps, steps)
-    tl.store(BIN + pid, steps + (32768 - BINS) - section * BINS)
+    steps = tl.minimum(tl.maximum(steps - 16255, 0), _BINS - 1)
+    rising = (b * n_kv + tl.load(KV_HEADS + h)) // section % 2
+    steps = tl.where(rising == 0, _BINS - 1 - steps, steps)
+    rows = tl.num_programs(0)
+    tl.store(COUNTS + pid, masked)
+    tl.store(COUNTS + rows + pid, clean)
+    tl.store(COUNTS + 2 * rows + pid, steps.to(tl.int32) * _TILES + (pid % n_tiles).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _lower(
-    START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, MASKED, CLEAN, KV_HEADS,
-    BIN,
-    s_ib, s_ih, s_in, s_kfb, s_kfh, s_kfn, s_klb, s_klh, s_kln, s_qlb, s_qlh, s_qln, s_qhb, s_qhh,
-    s_qhn,
-    n_heads, n_tiles, n_blocks, n_q, n_k, q_start, capacity, step, n_kv, section, bq, bk,
+    START, COUNT, BLOCKS, TILES, K_FIRST, K_LAST, Q_LOW, Q_HIGH, LISTS, COUNTS, KV_HEADS,
+    s_ib, s_ih, s_in, s_kb, s_kh, s_kn, s_qb, s_qh, s_qn,
+    n_heads, n_tiles, n_blocks, n_q, n_k, q_start, step, n_kv, section, bq, bk,
     CAUSAL: tl.constexpr, PLAIN: tl.constexpr, IN_ORDER: tl.constexpr, APART: tl.constexpr,
-    SORT: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     pid, b, h, tile, start, count = _row(
         START, COUNT, TILES, s_ib, s_ih, s_in, n_heads, n_tiles
@@ -104,13 +104,13 @@ def _lower(
             low = low * 0 + 2147483646
             high = low
     else:
-        low = tl.load(Q_LOW + b * s_qlb + h * s_qlh + tile * s_qln).to(tl.int64)
-        high = tl.load(Q_HIGH + b * s_qhb + h * s_qhh + tile * s_qhn).to(tl.int64)
+        rows = b * s_qb + h * s_qh + tile * s_qn
+        low, high = tl.load(Q_LOW + rows).to(tl.int64), tl.load(Q_HIGH + rows).to(tl.int64)
     n_masked, n_clean = 0, 0
     # The first round counts, the second writes: the clean part begins where the masked part ends,
-    # or the masked part stands apart behind `capacity` places for the clean one.
+    # or the masked part stands apart behind `n_blocks` places for the clean one.
     for round in tl.static_range(2):
-        put_masked = capacity if APART and round == 1 else 0
+        put_masked = n_blocks if APART and round == 1 else 0
         put_clean = n_masked if round == 1 and not APART else 0
         for j in range(0, n, CHUNK):
             lane = j + tl.arange(0, CHUNK)
@@ -121,50 +121,75 @@ def _lower(
                 first = block.to(tl.int64) * bk
                 last = tl.where(first + bk > n_k, 2147483647, first + bk - 1)
             else:
-                first = tl.load(
-                    K_FIRST + b * s_kfb + h * s_kfh + block * s_kfn, mask=real, other=0
-                ).to(tl.int64)
-                last = tl.load(
-                    K_LAST + b * s_klb + h * s_klh + block * s_kln, mask=real, other=0
-                ).to(tl.int64)
+                keys = b * s_kb + h * s_kh + block * s_kn
+                first = tl.load(K_FIRST + keys, mask=real, other=0).to(tl.int64)
+                last = tl.load(K_LAST + keys, mask=real, other=0).to(tl.int64)
             seen = real & (first <= high)
             if IN_ORDER:
                 clean = seen & (first < 0)
             else:
                 clean = seen & (last <= low)
-            masked = (seen & (clean == 0)).to(tl.int32)
-            clean = clean.to(tl.int32)
+            masked = seen & (clean == 0)
+            both = masked.to(tl.int32) + (clean.to(tl.int32) << 16)  # counted in one go
             if round == 1:
-                base = LISTS + pid * step
-                tl.store(base + put_masked + tl.cumsum(masked, 0) - 1, block, mask=masked > 0)
-                tl.store(base + put_clean + tl.cumsum(clean, 0) - 1, block, mask=clean > 0)
-            put_masked += tl.sum(masked, 0)
-            put_clean += tl.sum(clean, 0)
+                base, before = LISTS + pid * step, tl.cumsum(both, 0)
+                tl.store(base + put_masked + (before & 65535) - 1, block, mask=masked)
+                tl.store(base + put_clean + (before >> 16) - 1, block, mask=clean)
+            both = tl.sum(both, 0)
+            put_masked += both & 65535
+            put_clean += both >> 16
         if round == 0:
             n_masked, n_clean = put_masked, put_clean
-    tl.store(MASKED + pid, n_masked)
-    tl.store(CLEAN + pid, n_clean)
-    if SORT:
-        length = n_masked + n_clean
-        _bin(BIN, KV_HEADS, pid, b, h, length, n_kv, section, BINS)
+    length = n_masked + n_clean
+    _counted(
+        COUNTS, KV_HEADS, pid, b, h, n_masked, n_clean, length, n_tiles, n_kv, section
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_heads", "n_tiles", "bq"])
+@triton.jit(do_not_specialize=["batch", "n_heads", "n_tiles", "n_kv", "section", "bq"])
 def _place(
-    MASKED, CLEAN, TILES, SORTED, ORDER, ITEMS, n_rows, n_heads, n_tiles, bq, ROWS: tl.constexpr
-):
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = place < n_rows
-    row = tl.load(SORTED + place, mask=real, other=0).to(tl.int32)
-    first = tl.load(TILES + row % n_tiles, mask=real, other=0) * bq
+    COUNTS, TILES, KV_HEADS, ITEMS, batch, n_heads, n_tiles, n_kv, section, bq,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Put some rows of a head where they run: behind all sections that come earlier and all rows of
+    their own with a lesser key. Counted, without atomics: a program that starts again changes
+    nothing.
+    """
+    head = tl.program_id(1)
+    tile, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHUNK)
+    real, row = tile < n_tiles, head * n_tiles + tile
+    b, h = head // n_heads, head % n_heads
+    masked, clean = COUNTS + row, COUNTS + batch * n_heads * n_tiles + row
+    KEYS = COUNTS + 2 * batch * n_heads * n_tiles
+    key = tl.load(KEYS + row, mask=real, other=0)
+    first = (b * n_kv + tl.load(KV_HEADS + h)) // section * section
+    last = tl.minimum((first + section - 1) // n_kv, batch - 1)
+    earlier, less = (batch - 1 - last) * n_heads * n_tiles, tl.zeros([ROWS, CHUNK], tl.int32)
+    for other_b in range(first // n_kv, last + 1):
+        for other_h in range(0, n_heads):
+            group = other_b * n_kv + tl.load(KV_HEADS + other_h)
+            if group >= first + section:
+                earlier += n_tiles
+            elif group >= first:
+                other = other_b * n_heads + other_h
+                most = key  # of equal lengths those of earlier heads come first, then by tile
+                if other < head:
+                    most = (key // _TILES + 1) * _TILES
+                elif other > head:
+                    most = key // _TILES * _TILES
+                for j in range(0, n_tiles, CHUNK):
+                    at = KEYS + other * n_tiles + j + lane
+                    theirs = tl.load(at, mask=j + lane < n_tiles, other=2147483647)
+                    less += (theirs[None, :] < most[:, None]).to(tl.int32)
+    place = earlier + tl.sum(less, 1)
     item = ITEMS + place.to(tl.int64) * FIELDS
-    tl.store(ORDER + place, row, mask=real)
     tl.store(item, row, mask=real)
+    first = tl.load(TILES + tile, mask=real, other=0) * bq
     tl.store(item + 1, first.to(tl.int32), mask=real)
-    tl.store(item + 2, row // (n_tiles * n_heads), mask=real)
-    tl.store(item + 3, (row // n_tiles) % n_heads, mask=real)
-    tl.store(item + 4, tl.load(MASKED + row, mask=real), mask=real)
-    tl.store(item + 5, tl.load(CLEAN + row, mask=real), mask=real)
+    tl.store(item + 2, (tile * 0 + b), mask=real)
+    tl.store(item + 3, (tile * 0 + h), mask=real)
+    tl.store(item + 4, tl.load(masked, mask=real), mask=real)
+    tl.store(item + 5, tl.load(clean, mask=real), mask=real)
 
 
 def lower(launch: Launch, *, in_order: bool = False) -> Work:
@@ -189,75 +214,56 @@ def lower(launch: Launch, *, in_order: bool = False) -> Work:
     return work
 
 
-def lists_of(launch: Launch, apart: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Lists and the two counts of each row. With `apart` a row has `key_blocks` places for clean
-    blocks and then so many for masked ones.
+def lists_of(launch: Launch, apart: int = 0) -> tuple[Tensor, Tensor]:
+    """Lists and counts of each row as in `Work`. With `apart` a row has `key_blocks` places for
+    clean blocks and then so many for masked ones.
     """
-    counts = torch.empty(
-        (2, launch.batch * launch.heads * launch.tiles.numel()),
-        dtype=torch.int32,
-        device=launch.q.device,
-    )
-    masked, clean = counts
-    lists = _fill_lists(launch, launch.tiles, (masked, clean), True, False, apart, None)
-    return lists, masked, clean
+    rows = launch.batch * launch.heads * launch.tiles.numel()
+    counts = torch.empty((3, rows), dtype=torch.int32, device=launch.q.device)
+    return _fill_lists(launch, counts, _section(launch), True, False, apart), counts
 
 
 def _lower_now(launch: Launch, plain: bool, in_order: bool) -> Work:
-    tiles = launch.tiles
-
-    def fill(masked: Tensor, clean: Tensor, sort: Sort) -> Tensor:
-        return _fill_lists(launch, tiles, (masked, clean), plain, in_order, 0, sort)
-
-    return _ordered(launch, tiles, fill)
+    return _ordered(launch, lambda c, section: _fill_lists(launch, c, section, plain, in_order))
 
 
-def _ordered(launch: Launch, tiles: Tensor, fill: Callable[[Tensor, Tensor, Sort], Tensor]) -> Work:
-    """Work in the order in which it should run; `fill` writes counts and bins of its rows and
-    returns the lists.
+def _ordered(launch: Launch, fill: Callable[[Tensor, int], Tensor]) -> Work:
+    """Work in the order in which it should run; `fill` writes counts of its rows by the KV heads of
+    a section and returns the lists.
     """
-    device, rows = launch.q.device, launch.batch * launch.heads * tiles.numel()
-    masked, clean, order = torch.empty((3, rows), dtype=torch.int32, device=device)
-    bins = torch.empty(rows, dtype=torch.int16, device=device)  # two passes of a radix sort
-    items = torch.empty((rows, FIELDS.value), dtype=torch.int32, device=device)
-    lists = fill(masked, clean, (bins, _section(launch)))
-    # Sorted, not counted by atomics: a program that starts again changes nothing.
-    _place[(triton.cdiv(rows, 128),)](
-        masked, clean, tiles, bins.argsort(stable=True), order, items, rows, launch.heads,
-        tiles.numel(), launch.index.size[0], ROWS=128,
+    device, tiles, section = launch.q.device, launch.tiles, _section(launch)
+    n, heads = tiles.numel(), launch.batch * launch.heads
+    assert n <= _TILES.value
+    counts = torch.empty((3, heads * n), dtype=torch.int32, device=device)
+    items = torch.empty((heads * n, FIELDS.value), dtype=torch.int32, device=device)
+    lists = fill(counts, section)
+    _place[(ceil_div(n, _ROWS), heads)](
+        counts, tiles, launch.kv_heads, items, launch.batch, launch.heads, n, launch.k.shape[1],
+        section, launch.index.size[0], ROWS=_ROWS, CHUNK=_CHUNK, num_warps=2,
     )  # fmt: skip
-    return Work(lists, masked, clean, order, items, tiles, launch.key_blocks)
+    return Work(lists, counts, items, launch.key_blocks)
 
 
 def _fill_lists(
-    launch: Launch,
-    tiles: Tensor,
-    counts: tuple[Tensor, Tensor],
-    plain: bool,
-    in_order: bool,
-    apart: int,
-    sort: Sort | None,
+    launch: Launch, counts: Tensor, section: int, plain: bool, in_order: bool, apart: int = 0
 ) -> Tensor:
-    """Write each row's list and counts, and with `sort` its bin."""
-    index, device, rows = launch.index, launch.q.device, counts[0].numel()
+    """Write each row's list and counts."""
+    index, tiles, rows = launch.index, launch.tiles, counts.shape[1]
     capacity = launch.key_blocks
     step = capacity + apart
-    lists = torch.empty(rows * step, dtype=torch.int32, device=device)
+    lists = torch.empty(rows * step, dtype=torch.int32, device=counts.device)
     bounds = (index.start,) * 4 if plain else (*launch.key_bounds(), *launch.row_bounds())
-    tables = [table(None if plain else t, index.start) for t in bounds]
+    keys, queries = (table(None if plain else t, index.start)[1:] for t in bounds[::2])
     start, count, steps = _strided(index)
-    chunk = min(1024, max(16, triton.next_power_of_2(capacity)))
+    chunk = min(_CHUNK, max(16, next_power_of_two(capacity)))
     assert END == 2147483646 and FAR == END + 1  # as written in the kernel
-    bins, section = sort or (tiles, 1)
     _lower[(rows,)](
         start, count, index.blocks if index.blocks.numel() else tiles, tiles,
-        *(t[0] for t in tables), lists, *counts, launch.kv_heads, bins,
-        *steps, *(s for t in tables for s in t[1:]),
-        launch.heads, tiles.numel(), capacity, launch.n_q, launch.n_k, launch.q_start, capacity,
-        step, launch.k.shape[1], section, *index.size,
-        CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order,
-        APART=apart > 0, SORT=sort is not None, CHUNK=chunk, BINS=_BINS,
-        num_warps=4 if chunk > 256 else 1,
+        *bounds, lists, counts, launch.kv_heads, *steps, *keys, *queries,
+        launch.heads, tiles.numel(), capacity, launch.n_q, launch.n_k, launch.q_start, step,
+        launch.k.shape[1], section, *index.size,
+        CAUSAL=launch.causal, PLAIN=plain, IN_ORDER=in_order, APART=apart > 0, CHUNK=chunk,
+        num_warps=1,
     )  # fmt: skip
     return lists
 
@@ -275,17 +281,15 @@ def _section(launch: Launch) -> int:
     """KV heads of a section: rows that run at one time should read keys and values
     that stay in the second-level cache.
     """
-    heads = launch.batch * launch.k.shape[1]
     kept = launch.n_k * (launch.k.shape[3] + launch.v.shape[3]) * launch.k.element_size()
-    return max(1, _CACHE_BYTES // max(kept, 1), ceil_div(heads, _SECTIONS))
+    return max(1, _CACHE_BYTES // max(kept, 1))
 
 
 @triton.jit(do_not_specialize=["n_tiles", "n_q", "n_k", "q_start", "n_kv", "section"])
 def _lower_keys(
-    START, COUNT, BLOCKS, TILES, STARTS, MASKED, CLEAN, KV_HEADS, BIN,
+    START, COUNT, BLOCKS, TILES, STARTS, COUNTS, KV_HEADS,
     s_ib, s_ih, s_ir, n_heads, n_tiles, n_q, n_k, q_start, n_kv, section,
     BQ: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
-    BINS: tl.constexpr,
 ):  # fmt: skip
     pid, b, h, tile, start, count = _row(
         START, COUNT, TILES, s_ib, s_ih, s_ir, n_heads, n_tiles
@@ -305,10 +309,8 @@ def _lower_keys(
         clean = tl.minimum(clean, tl.min(tl.where(hidden, lane // BN, clean), 0))
     masked = n - clean * BN
     tl.store(STARTS + pid, tl.where(count < 0, -1, start))
-    tl.store(MASKED + pid, masked)
-    tl.store(CLEAN + pid, clean)
     length = clean + tl.cdiv(masked, BN)
-    _bin(BIN, KV_HEADS, pid, b, h, length, n_kv, section, BINS)
+    _counted(COUNTS, KV_HEADS, pid, b, h, masked, clean, length, n_tiles, n_kv, section)
 
 
 def lower_keys(launch: Launch, bn: int) -> tuple[Work, Tensor]:
@@ -328,17 +330,15 @@ def lower_keys(launch: Launch, bn: int) -> tuple[Work, Tensor]:
     if not lists.numel():
         lists = tiles.int()
 
-    def fill(masked: Tensor, clean: Tensor, sort: Sort) -> Tensor:
-        bins, section = sort
+    def fill(counts: Tensor, section: int) -> Tensor:
         _lower_keys[(rows,)](
-            start, count, lists, tiles, starts, masked, clean, launch.kv_heads, bins,
-            *steps, launch.heads, tiles.numel(), launch.n_q, launch.n_k, launch.q_start,
-            launch.k.shape[1], section, BQ=index.size[0], BN=bn, CAUSAL=launch.causal, CHUNK=1024,
-            BINS=_BINS, num_warps=4,
+            start, count, lists, tiles, starts, counts, launch.kv_heads, *steps, launch.heads,
+            tiles.numel(), launch.n_q, launch.n_k, launch.q_start, launch.k.shape[1], section,
+            BQ=index.size[0], BN=bn, CAUSAL=launch.causal, CHUNK=1024, num_warps=4,
         )  # fmt: skip
         return lists
 
-    found = _ordered(launch, tiles, fill), starts
+    found = _ordered(launch, fill), starts
     if launch.rows is None:
         index.lowered[key] = found
     return found

@@ -159,7 +159,7 @@ def describable(t: Tensor) -> bool:
     dimension.
     """
     size = t.element_size()
-    return t.data_ptr() % 16 == 0 and all(
-        s > 0 and s * size % 16 == 0 and s * size < 2**40
-        for s, n in zip(t.stride()[:-1], t.shape, strict=False)
-    )
+    for step in t.stride()[:-1]:
+        if step <= 0 or step * size % 16 or step * size >= 2**40:
+            return False
+    return t.data_ptr() % 16 == 0

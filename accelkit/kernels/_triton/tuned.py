@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from accelkit.kernels.index import capability
+
 
 def tuned(kernel: str, device: torch.device, width: int, tile: tuple[int, int]) -> Any:
     """How to compile a kernel for padded head size `width` and a tile on a device, or None where
@@ -30,7 +32,7 @@ def _capability(device: torch.device) -> str:
     """Compute capability; the interpreter compiles what the newest measured GPU would run."""
     if device.type != "cuda":
         return max(_table())
-    return "{}.{}".format(*torch.cuda.get_device_capability(device))
+    return "{}.{}".format(*capability(device))
 
 
 @lru_cache(maxsize=16)

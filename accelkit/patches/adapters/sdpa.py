@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from accelkit.errors import ParallelNotSupportedError
+from accelkit.kernels.index import equal_groups
 from accelkit.patches.adapters import Runner
 from accelkit.patches.adapters.clock import DenoiseClock
 from accelkit.patches.adapters.geometry import Family, Layout, Root, geometry
@@ -352,17 +352,12 @@ def _call(
         q_start=0,
         key_mask=key_mask,
         heads=tuple(range(heads)),
-        kv_of_head=_kv_of_head(heads, key.shape[1], query.device),
+        kv_heads=equal_groups(heads, key.shape[1]),
         site=door.site,
         clock=door.to.clock.now(),
         geometry=geometry(door.family, door.to.layout, key.shape[2]),
         ordinal=ordinal,
     )
-
-
-@cache
-def _kv_of_head(heads: int, kv_heads: int, device: torch.device) -> Tensor:
-    return torch.arange(heads, device=device) // (heads // kv_heads)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -29,7 +29,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from accelkit.errors import NothingPatchedError, ParallelNotSupportedError, UnsupportedModelError
-from accelkit.kernels.index import device_ids
+from accelkit.kernels.index import equal_groups
 from accelkit.patches.adapters import Runner, last_layer
 from accelkit.patches.call import AttentionCall, Clock, Geometry, Site
 from accelkit.patches.plan import Component, Fingerprint
@@ -406,7 +406,6 @@ def _attention(
             "parallel execution is not supported, load the model on one device or with device_map"
         )
     q_start = 0 if mask is None else key.shape[2] - n_q
-    kv = tuple(h * key.shape[1] // heads for h in range(heads))
     call = AttentionCall(
         q=query,
         k=key,
@@ -416,7 +415,7 @@ def _attention(
         q_start=q_start,
         key_mask=mask if mask is not None and mask.ndim == 2 else None,
         heads=tuple(range(heads)),
-        kv_of_head=device_ids(kv, query.device, torch.int64),
+        kv_heads=equal_groups(heads, key.shape[1]),
         site=door.site,
         clock=Clock("prefill"),
         geometry=Geometry(),

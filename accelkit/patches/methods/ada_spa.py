@@ -72,7 +72,7 @@ class AdaSpa(AttentionMethod):
     def _dense(self, call: AttentionCall) -> Partial:
         return kernels.attend(
             call.q, call.k, call.v, parts.patterns.dense(call), scale=call.scale, causal=False,
-            heads=call.heads, kv_of_head=call.kv_of_head, key_mask=call.key_mask,
+            heads=call.heads, kv_of_head=call.kv_heads, key_mask=call.key_mask,
         )  # fmt: skip
 
     def _search(self, call: AttentionCall, lse: Tensor, size: tuple[int, int]) -> Tensor:

@@ -271,7 +271,7 @@ def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
         else:
             changed["k"] = take_rows(call.k, order.k_table, row, call.kv_of_head)
             changed["v"] = take_rows(call.v, order.k_table, row, call.kv_of_head)
-            changed["kv_of_head"] = torch.arange(len(call.heads), device=call.q.device)
+            changed["kv_heads"] = tuple(range(len(call.heads)))
         if call.causal or call.key_mask is not None or not (order.whole or order.whole_keys):
             ids = _ids(order.k_table, order.row)  # [B|1, H, n]
             if call.causal:
@@ -363,7 +363,6 @@ def run(
     # Keys as the model left them serve equal groups; said so, the host knows it too. Keys laid out
     # for some heads only are theirs one by one.
     theirs = k_pos is not None or call.k.shape[1] == len(call.heads) < call.q.shape[1]
-    kv_of_head = call.kv_of_head if theirs else None
     if k_pos is not None and not call.causal and call.q.is_cuda:
         # Holes as keys of weight zero keep the kernel in its main loop.
         index, k_pos = _weightless(index, k_pos), None
@@ -378,7 +377,7 @@ def run(
         causal=call.causal,
         q_start=call.q_start,
         heads=call.heads,
-        kv_of_head=kv_of_head,
+        kv_of_head=call.kv_heads if theirs else None,
         key_mask=call.key_mask,
         q_pos=q_pos,
         k_pos=k_pos,
@@ -406,8 +405,8 @@ def joined(lane: Sequence[Answer]) -> Answer:
     times.
     """
     first, heads = lane[0], tuple(h for a in lane for h in a.call.heads)
-    kv = first.call.kv_of_head if len(lane) == 1 else torch.cat([a.call.kv_of_head for a in lane])
-    call = replace(first.call, heads=heads, kv_of_head=kv)
+    kv = tuple(h for a in lane for h in a.call.kv_heads)
+    call = replace(first.call, heads=heads, kv_heads=kv)
     lists = zip(*(a.pieces for a in lane), strict=True)
     pieces = tuple(BlockIndex.cat([p for p in some if isinstance(p, BlockIndex)]) for some in lists)
     execution = first.execution
