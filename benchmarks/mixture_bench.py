@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from accelkit.calibration import memory
 from accelkit.calibration.capture import forward
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.evaluation.corpus import source_corpus
@@ -92,6 +93,8 @@ class Bench:
     ) -> None:  # fmt: skip
         self.most, self.batch = most, batch
         wanted = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
+        if device == "cpu":
+            memory.keep()  # as the commands do: fresh pages would be timed with every side
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
         self.model = loaded.to(device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)

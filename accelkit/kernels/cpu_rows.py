@@ -22,6 +22,9 @@ from accelkit.kernels.launch import FAR, Launch
 _CHUNK_BYTES = 8 * 2**20
 """Gathered K and V (and mask) of one fused call: fewer calls, as far as caches hold them."""
 
+_LEAST_TRIANGLE = 64
+"""Rows below which a causal square is computed whole."""
+
 _HIDDEN = -1e30
 """Added to the logits of invisible pairs. Finite, because a fully hidden stretch would give NaN
 with −inf.
@@ -49,6 +52,22 @@ def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     share = torch.sigmoid(more_lse - lse).masked_fill_(more_lse == -math.inf, 0.0)  # of `more`
     out.lerp_(more, share[..., None])
     torch.logaddexp(lse, more_lse, out=lse)
+
+
+def triangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Piece:
+    """Causal attention of as many rows as keys, `[R, 1, n, D]`. The fused kernel computes the whole
+    square: triangles are halved as long as the square left out is worth its join.
+    """
+    rows, half = q.shape[2], q.shape[2] // 2
+    if rows % 2 or half < _LEAST_TRIANGLE:
+        return fused(q, k, v, scale, causal=True)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    halves = [t.reshape(-1, 1, half, t.shape[3]) for t in (q, k, v)]
+    out, lse = triangle(halves[0], halves[1], halves[2], scale)
+    out, lse = out.to(exact).reshape(-1, 2, half, q.shape[3]), lse.reshape(-1, 2, half)
+    below, below_lse = fused(q[:, :, half:], k[:, :, :half], v[:, :, :half], scale)
+    join(out[:, 1], lse[:, 1], below[:, 0].to(exact), below_lse[:, 0])
+    return out.view(-1, 1, rows, q.shape[3]), lse.view(-1, 1, rows)
 
 
 def wide(t: Tensor, rows: int, width: int) -> Tensor:
@@ -90,6 +109,14 @@ class Lists:
             count[count < least] = 0
             block = block[rank < count[row]]
         return Lists(block, count.cumsum(0) - count, count)
+
+    def by_length(self) -> tuple[Tensor, Tensor]:
+        """The rows that list anything, the longest first, and their blocks one behind the other."""
+        order = self.count.argsort(descending=True, stable=True)
+        order = order[: int((self.count > 0).sum())]
+        count = self.count[order]
+        place = (self.first[order] - (count.cumsum(0) - count)).repeat_interleave(count)
+        return order, self.blocks[place + torch.arange(place.numel())]
 
     def mask(self, nk: int) -> Tensor:
         """The rows as a mask again."""
@@ -151,7 +178,7 @@ class Rows:
         out[:, len(tiles) :], lse[:, len(tiles) :] = 0.0, -math.inf
         for line, kv in enumerate(self.kv.tolist()):
             some = q[line, : len(tiles), None]
-            one = fused(some, k[kv, places], v[kv, places], self.launch.scale, causal=True)
+            one = triangle(some, k[kv, places], v[kv, places], self.launch.scale)
             out[line, : len(tiles)], lse[line, : len(tiles)] = (t[:, 0] for t in one)
         if not own.all():
             out[:, : len(tiles)].masked_fill_(~own[..., None, None], 0.0)
@@ -160,11 +187,17 @@ class Rows:
     def pieces(self, lists: Lists, height: int = 1) -> None:
         """Runs of tiles over the blocks of their lists, which all their queries see wholly."""
         queries = self.q.view(-1, height * self.q.shape[1], self.width)
-        source, done = torch.full((len(queries),), -1), 0
+        order, blocks = lists.by_length()
+        source = torch.full((len(queries),), -1)
+        source[order] = torch.arange(len(order))
+        blocks += self.base[order * height].repeat_interleave(lists.count[order])
+        done = begin = 0
         for at, count in _chunks(lists.count, self.key_bytes * self.launch.index.size[1]):
-            blocks = lists.blocks[lists.first[at, None] + torch.arange(count)]
-            source[at] = torch.arange(done, done + len(at))
-            done = self._put(done, *self._fused(queries, at, blocks + self.base[at * height, None]))
+            rows, end = at.numel(), begin + at.numel() * count
+            k, v = (t.view(rows, 1, -1, self.width) for t in self._gathered(blocks[begin:end]))
+            q = queries.index_select(0, order[done : done + rows])[:, None]
+            out, lse = fused(q, k, v, self.launch.scale)
+            done, begin = self._put(done, out[:, 0], lse[:, 0]), end
         self._join_stage(done, source)
 
     def hidden(self, lists: Lists) -> None:
@@ -179,26 +212,18 @@ class Rows:
             place = lists.first[at, None] + torch.arange(count)
             blocks = lists.blocks[place.clamp_(max=len(lists.blocks) - 1)].where(own, 0)
             mask, blind = masks.mask(at, blocks, own, self.dtype)
-            out, lse = self._fused(self.q, at, blocks + self.base[at, None], mask[:, None])
+            k, v = self._gathered((blocks + self.base[at, None]).flatten())
+            k, v = (t.view(len(at), 1, -1, self.width) for t in (k, v))
+            q = self.q.index_select(0, at)[:, None]
+            out, lse = (t[:, 0] for t in fused(q, k, v, self.launch.scale, mask=mask[:, None]))
             source[at] = torch.arange(done, done + len(at))
             out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
             done = self._put(done, out, lse)
         self._join_stage(done, source)
 
-    def _fused(
-        self, queries: Tensor, at: Tensor, blocks: Tensor, mask: Tensor | None = None
-    ) -> Piece:
-        """The runs `at` over gathered blocks `[R, C]`."""
-        one = len(at) == 1
-        q = queries[int(at)][None] if one else queries.index_select(0, at)
-        shape = (len(at), 1, -1, self.width)
-        k, v = (t.view(shape) for t in self._gathered(blocks.flatten()))
-        out, lse = fused(q[:, None], k, v, self.launch.scale, mask=mask)
-        return out[:, 0], lse[:, 0]
-
     def _gathered(self, blocks: Tensor) -> list[Tensor]:
         """Keys and values of some blocks: where they lie if they are neighbours, else copied."""
-        first, n = int(blocks[0]), len(blocks)
+        first, n = int(blocks[0]), blocks.numel()
         if int(blocks[-1]) - first == n - 1 and bool((blocks.diff() == 1).all()):
             return [t[first : first + n] for t in (self.k, self.v)]
         return [t.index_select(0, blocks) for t in (self.k, self.v)]
@@ -304,7 +329,7 @@ def _chunks(count: Tensor, bytes_per_block: int, even: bool = True) -> Iterator[
     """Yield `(rows, blocks per row)`, rows of similar length together; of exactly equal length if
     `even`.
     """
-    order = count.argsort(descending=True, stable=True)
+    order = count.argsort(descending=True, stable=True)  # as `Lists.by_length`
     lengths = count[order].tolist()
     first = 0
     while first < len(lengths) and lengths[first]:

@@ -186,16 +186,20 @@ def routed(gate: Tensor, own: Tensor, coverage: float) -> Tensor:
 def nucleus(
     logits: Tensor,
     share: float | Tensor,
-    keys: Tensor,
-    rows: Tensor,
+    keys: Tensor | None,
+    rows: Tensor | None,
     kept: Tensor,
     size: tuple[int, int],
 ) -> BlockIndex:
     """Lists of the shortest prefix of each row whose softmax holds `share` of it (`top_p` of
     `probabilities`), with what is kept anyhow: key blocks `keys` `[B, H, nk]`, which stay out of
-    the softmax, whole rows `rows` `[B, H, nq]`, and `kept` `[B|1, H|1, nq, nk]`. All bool; blocks
-    with a logit of −inf are never listed. On a GPU all of it is one launch.
+    the softmax, whole rows `rows` `[B, H, nq]` (None: none), and `kept` `[B|1, H|1, nq, nk]`. All
+    bool; blocks with a logit of −inf are never listed. On a GPU all of it is one launch.
     """
+    if keys is None:
+        keys = logits.new_zeros((*logits.shape[:2], logits.shape[3]), dtype=torch.bool)
+    if rows is None:
+        rows = logits.new_zeros(logits.shape[:3], dtype=torch.bool)
     if dispatch.fast_device(logits) and logits.shape[-1] <= LONGEST_ROW:
         from accelkit.kernels._triton import nucleus as fast
 

@@ -35,6 +35,14 @@ def test_lists():
     ]
 
 
+@pytest.mark.parametrize("guard", [-0.1, 0.0])
+def test_no_block_is_irregular_below_zero(guard: float):
+    """The mean of all cosines is never negative: block 3, which has no way, is just another one."""
+    call = spread(hand.call_with(96, {range(32, 48): 30.0}))
+    call.k[:, :, 48:64, 2] += 1e-3
+    assert hand.lists(small(similarity=guard), call)[5] == [0, 2, 5]
+
+
 def test_irregular_query_blocks_read_everything():
     call = spread(hand.call_with(96, {range(32, 48): 30.0}))
     call.q[:, :, 64:80, 1] = 30 * torch.tensor([1.0, -1.0]).repeat(8)

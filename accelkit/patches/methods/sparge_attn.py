@@ -73,13 +73,18 @@ class SpargeAttn(AttentionMethod):
         if call.n_k <= 2 * max(size):
             return None
         # The mean key shifts all logits of a row alike, so the softmax needs no smoothing.
-        pooled, q_similar, k_similar = call.once(
-            ("alike", size), lambda: kernels.scores.pooled_alike(call, size)
-        )
         least = call.per_head(self.similarity)
-        if not isinstance(least, float):
-            least = least[:, None]
-        odd_rows, odd_keys = q_similar <= least, k_similar <= least
+        if isinstance(least, float) and least < 0:
+            # The mean of all cosines is a square: every block is regular.
+            pooled = call.once(("pooled", size), lambda: kernels.scores.pooled(call, size))
+            odd_rows = odd_keys = None
+        else:
+            pooled, q_similar, k_similar = call.once(
+                ("alike", size), lambda: kernels.scores.pooled_alike(call, size)
+            )
+            if not isinstance(least, float):
+                least = least[:, None]
+            odd_rows, odd_keys = q_similar <= least, k_similar <= least
         kept = parts.keep.lasting(call, ("kept", size), lambda: parts.keep.anyhow(call, size))
         share = call.per_head(self.coverage)
         return kernels.select.nucleus(pooled, share, odd_keys, odd_rows, kept, size)
