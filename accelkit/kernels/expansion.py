@@ -81,7 +81,7 @@ class Expansion:
         out = first.values.new_empty((batch, heads, self.n_q, width))
         lse = first.level.new_empty((batch, heads, self.n_q))
         for g in self.groups:
-            level = g.level.masked_fill(~blocks[:, g.slots], _HIDDEN)
+            level = g.level.masked_fill(~take_heads(blocks, g.slots), _HIDDEN)
             for b in range(batch):
                 found, found_lse = _attend(g, level, b, self.scale)
                 for n, slot in enumerate(g.slots):

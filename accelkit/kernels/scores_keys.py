@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from accelkit.errors import InvalidInputError
 from accelkit.kernels import dispatch
-from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
+from accelkit.kernels.index import BlockIndex, Inputs, ceil_div, device_ids
 from accelkit.kernels.positions import (
     END,
     FAR,
@@ -316,7 +316,7 @@ def tile_top_k(
     before = [min(call.q_start + t * tile, call.n_k) for t in range(nt)]
     take = [min(b, k if isinstance(k, int) else max(least, -int(-k * b // 1))) for b in before]
     group = {slot: g for g, (_, slots) in enumerate(found) for slot in slots}
-    at = torch.as_tensor([group[slot] for slot in range(len(call.heads))], device=device)
+    at = device_ids(tuple(group[slot] for slot in range(len(call.heads))), device, torch.int64)
     if dispatch.fast_device(call.q):
         from accelkit.kernels._triton import tile_top as fast
 

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accelkit.kernels._triton.scores import LOG2E, head_table, padded_width
+from accelkit.kernels._triton.scores import LOG2E, padded_width
 from accelkit.kernels._triton.tile import precision
-from accelkit.kernels.index import Inputs, ceil_div
+from accelkit.kernels.index import Inputs, ceil_div, device_ids
 
 MOST_ROWS, MOST_MASKS = 64, 2
 _PROGRAMS = 528
@@ -117,7 +117,7 @@ def masked_rows(call: Inputs, rows: Tensor, masks: Tensor) -> Tensor:
     top = torch.empty((batch * heads * parts, r), dtype=torch.float32, device=device)
     out = torch.empty((batch, heads, number, len(rows), dv), dtype=torch.float32, device=device)
     _masked_rows[(parts, batch * heads)](
-        call.q, call.k, call.v, head_table(call.heads, device), call.kv_of_head.int(), rows,
+        call.q, call.k, call.v, device_ids(call.heads, device), call.kv_of_head.int(), rows,
         masks.view(torch.uint8), acc, total, top, *call.q.stride()[:3], *call.k.stride()[:3],
         *call.v.stride()[:3], heads, len(rows), call.n_k, per, parts, call.scale * LOG2E,
         R=r, BN=bn, D=d, DV=dv, BD=bd, BDV=bdv, N_MASKS=number - 1,

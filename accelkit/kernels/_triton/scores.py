@@ -5,25 +5,16 @@ Plain positions only; what is permuted goes to the torch twins in `kernels/score
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from accelkit.kernels._triton.tile import precision
-from accelkit.kernels.index import Inputs, ceil_div
+from accelkit.kernels.index import Inputs, ceil_div, device_ids
 
 LOG2E = 1.4426950408889634
 SCRATCH_BYTES = 512 * 2**20
-
-
-@lru_cache(maxsize=256)
-def head_table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Head ids on the device; building them anew would copy from the host in every call."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def padded_width(d: int) -> int:
@@ -72,7 +63,7 @@ def pool(
     different lengths, from one number to the next.
     """
     if not isinstance(heads, Tensor):
-        heads = head_table(tuple(range(x.shape[1])) if heads is None else heads, x.device)
+        heads = device_ids(tuple(range(x.shape[1])) if heads is None else heads, x.device)
     batch, _, n, d = x.shape
     nb = ceil_div(n, block) if begin is None else begin.numel() - 1
     out = torch.empty((batch, heads.numel(), nb, d), dtype=torch.float32, device=x.device)
@@ -136,7 +127,7 @@ def rows_by_block_mean(call: Inputs, size: tuple[int, int], keys: Tensor) -> Ten
     out = call.q.new_zeros((batch, heads, nq, nkp), dtype=torch.float32)
     top = call.q.new_full((batch, heads, nq, nkp // bn), -float("inf"), dtype=torch.float32)
     _rows_by_mean[(nq, batch * heads)](
-        call.q, keys.to(call.q.dtype).contiguous(), head_table(call.heads, call.q.device), out, top,
+        call.q, keys.to(call.q.dtype).contiguous(), device_ids(call.heads, call.q.device), out, top,
         *call.q.stride(), heads, call.n_q, nk, nkp, nq, call.q_start, call.scale * LOG2E,
         BQ=size[0], BM=bm, BK=size[1], BN=bn, D=d, BD=padded_width(d), CAUSAL=call.causal,
         PREC=precision(call.q.dtype), num_warps=8 if bm >= 128 else 4, num_stages=2,
@@ -286,7 +277,7 @@ def self_similarity(
     `factor` times their means `[B, H, nb, D]`, in one read. Tokens with a place (`[B|1, 1, N]`) of
     −1 do not count; `centre` fp32 `[B, H, D]` is taken off first, and no means are given then.
     """
-    ids = heads if isinstance(heads, Tensor) else head_table(tuple(heads), x.device)
+    ids = heads if isinstance(heads, Tensor) else device_ids(tuple(heads), x.device)
     (batch, _, n, d), nb = x.shape, ceil_div(x.shape[2], block)
     out = torch.empty((batch, ids.numel(), nb), dtype=torch.float32, device=x.device)
     means = None if centre is not None else out.new_empty((*out.shape, d))
@@ -364,7 +355,7 @@ def block_mass(
     out = (torch.zeros if call.causal else torch.empty)(shape, dtype=torch.float32, device=device)
     bm, bn = max(16, size[0]), max(size[1], 64 if wide else 128)
     _mass[(at.numel(), batch * heads)](
-        call.q, call.k, head_table(call.heads, device), call.kv_of_head.int(), at.int(), lse, out,
+        call.q, call.k, device_ids(call.heads, device), call.kv_of_head.int(), at.int(), lse, out,
         *call.q.stride(), *call.k.stride(), *lse.stride(), heads, call.n_q, call.n_k, nk,
         call.q_start, call.scale * LOG2E, BQ=size[0], BM=bm, BK=size[1], BN=bn, D=d,
         BD=padded_width(d), CAUSAL=call.causal, PREC=precision(call.q.dtype),
@@ -434,7 +425,7 @@ def sampled_max(
     tq, tk = 128 // pq, max(1, 64 // pk)
     parts = ceil_div(nq, tq)
     out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=device)
-    q_heads, kv = head_table(call.heads, device), call.kv_of_head
+    q_heads, kv = device_ids(call.heads, device), call.kv_of_head
     some = max(1, SCRATCH_BYTES // (2 * batch * parts * nk * tq * pq))
     for i in range(0, heads, some):
         mine = min(some, heads - i)

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from accelkit.kernels._triton.scores import LOG2E, SCRATCH_BYTES, head_table, padded_width
+from accelkit.kernels._triton.scores import LOG2E, SCRATCH_BYTES, padded_width
 from accelkit.kernels._triton.tile import describable, precision
-from accelkit.kernels.index import Inputs, ceil_div
+from accelkit.kernels.index import Inputs, ceil_div, device_ids
 
 
 @triton.jit(do_not_specialize=["n_heads", "n", "n_cells"])
@@ -228,11 +228,11 @@ def strided(
     top = torch.empty(part.numel() // (bn // cells), dtype=torch.float32, device=device)
     norm = torch.empty(batch * some * rows * bm, dtype=torch.float32, device=device)
     out = torch.empty((batch, heads, nq, nk), dtype=torch.float32, device=device)
-    q_heads, kv_heads = head_table(call.heads, device), call.kv_of_head.int()
+    q_heads, kv_heads = device_ids(call.heads, device), call.kv_of_head.int()
     per = size[0] // stride
     q, k, q_scale, k_scale = call.q, call.k, norm, norm
     if int8:
-        every = head_table(tuple(range(k.shape[1])), device)
+        every = device_ids(tuple(range(k.shape[1])), device)
         k, k_scale = _rounded(k, every, stride, k.mean(2, dtype=torch.float32))
     k_cells = _planes(k, stride, [bn, dk])
     for first in range(0, heads, some):

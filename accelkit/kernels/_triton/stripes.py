@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accelkit.kernels._triton.scores import head_table, padded_width
+from accelkit.kernels._triton.scores import padded_width
 from accelkit.kernels._triton.tile import precision
-from accelkit.kernels.index import Inputs, ceil_div
+from accelkit.kernels.index import Inputs, ceil_div, device_ids
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "nb", "q_start"])
@@ -65,7 +65,7 @@ def anchor_max(call: Inputs, block: int, superblock: int) -> Tensor:
     (batch, _, n_q, d), heads, device = call.q.shape, len(call.heads), call.q.device
     nb = ceil_div(n_q, block)
     out = torch.empty((batch, heads, nb), dtype=torch.float32, device=device)
-    q_heads, mask = head_table(call.heads, device), call.key_mask
+    q_heads, mask = device_ids(call.heads, device), call.key_mask
     _anchor[(nb, batch * heads)](
         call.q, call.k, q_heads, call.kv_of_head.int(),
         q_heads if mask is None else mask.contiguous().view(torch.uint8), out,

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from accelkit.kernels._triton.scores import LOG2E, SCRATCH_BYTES, head_table, padded_width
+from accelkit.kernels._triton.scores import LOG2E, SCRATCH_BYTES, padded_width
 from accelkit.kernels._triton.tile import describable, precision
-from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
+from accelkit.kernels.index import BlockIndex, Inputs, ceil_div, device_ids
 
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "q_start", "t0", "n_tiles", "n_groups", "n_slots"])
@@ -146,9 +146,9 @@ def tile_top_k(
     per = max(1, 128 // padded)
     rounds = max(ceil_div(len(slots), per) for _, slots in groups)
     filled = [[*slots, *[-1] * (rounds * per - len(slots))] for _, slots in groups]
-    table = head_table(tuple(s for slots in filled for s in slots), device)
-    kv_heads = head_table(tuple(kv for kv, _ in groups), device)
-    q_heads, takes = head_table(call.heads, device), head_table(tuple(take), device)
+    table = device_ids(tuple(s for slots in filled for s in slots), device)
+    kv_heads = device_ids(tuple(kv for kv, _ in groups), device)
+    q_heads, takes = device_ids(call.heads, device), device_ids(tuple(take), device)
     begin = call.q_start + torch.arange(nt, device=device, dtype=torch.int32) * tile
     count = takes + ((n_k - begin).clamp(0, tile) if own else 0)
     room = sum(take) + (min(nt * tile, max(0, n_k - call.q_start)) if own else 0)
