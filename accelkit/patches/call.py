@@ -97,6 +97,10 @@ class AttentionCall(Inputs):
             self._shared[key] = compute()
         return self._shared[key]
 
+    def forget(self) -> None:
+        """Give up what `once` has found."""
+        self._shared.clear()
+
     def remember(self, key: Any, compute: Callable[[], T]) -> T:
         """`compute()`, remembered for this site, these heads and this length to the end of the
         generation.

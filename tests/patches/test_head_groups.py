@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from accelkit.kernels.index import BlockIndex
+from accelkit.kernels.index import BlockIndex, equal_groups
 from accelkit.patches.call import AttentionCall, Clock, Site
 from accelkit.patches.method import AttentionMethod, Order
-from accelkit.patches.plan import Policy
-from accelkit.patches.sites.attention import answer, compute
+from accelkit.patches.plan import HeadGroup, LayerPlan, Plan, Policy
+from accelkit.patches.sites import attention
+from accelkit.patches.sites.attention import answer, attend, compute
+from accelkit.patches.state import PatchState
 
 N, HEADS = 384, 4
 
@@ -38,3 +40,42 @@ def test_some_heads_read_their_own_keys(heads):
     found = compute(answered).out
     true = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.25)
     torch.testing.assert_close(found, true[:, list(heads)], atol=1e-5, rtol=1e-5)
+
+
+class Newest(AttentionMethod):
+    """The newest block of each tile; tells how many heads it was asked about, and for whom."""
+
+    def index(self, call: AttentionCall) -> BlockIndex:
+        ASKED.append(call.heads)
+        call.once("score", lambda: torch.zeros(len(call.heads)))
+        at = torch.arange(call.n_q // 128)
+        mask = at[:, None] == at[None]
+        return BlockIndex.from_mask(mask.expand(1, len(call.heads), -1, -1), (128, 128))
+
+
+ASKED: list[tuple[int, ...]] = []
+
+
+@pytest.mark.parametrize(
+    ("most", "asked"),
+    [
+        (9, [(5, 3), (0, 2, 1)]),  # nine pairs of blocks a head; who shares keys comes along
+        (36, [(5, 3), (0, 2, 1)]),
+        (45, [(5, 0, 2, 1, 3)]),
+    ],
+)
+def test_long_calls_ask_about_some_heads_at_a_time(monkeypatch, most, asked):
+    q, k, v = (torch.randn(1, h, N, 16) for h in (6, 2, 2))
+    call = AttentionCall(
+        q, k, v, 0.25, True, 0, None, tuple(range(6)), equal_groups(6, 2), site=Site("a", 0)
+    )
+    groups = [HeadGroup((5, 0, 2, 1, 3), Policy(methods=(Newest(),)), 1)]
+    state = PatchState(Plan.model_construct(sites={"a": LayerPlan()}, tables={}))
+    whole, parts = torch.zeros(2, 1, 6, N, 16).unbind(0)
+    assert attend(call, groups, state, whole)
+    monkeypatch.setattr(attention, "MOST_CELLS", most)
+    ASKED.clear()
+    assert attend(call, groups, state, parts)
+    assert asked == ASKED
+    assert bool(call._shared) == (len(asked) == 1)
+    assert torch.equal(whole, parts)

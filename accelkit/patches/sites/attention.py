@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 Piece = BlockIndex | Partial
 DENSE_UNIT = (128, 128)
 PLAIN = Execution()
+MOST_CELLS = 2**28
+"""Pairs of blocks, as DENSE_UNIT, of all heads that a method is asked about at once: what it scores
+and marks of them takes up to some GB.
+"""
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ def attend(
     """
     answers: list[Answer] = []
     dense: list[int] = []
-    for group in groups:
+    for group, whole in _portions(call, groups):
         narrowed = call.take(group.heads)
         found = _asked(narrowed, group, state)
         if found is None:
@@ -176,6 +180,8 @@ def attend(
         else:
             answers.extend(found)
         store(narrowed, group.policy, _saved(narrowed, group.policy, found), state)
+        if not whole:
+            narrowed.forget()
     if not answers:
         return False
     if dense:
@@ -190,6 +196,28 @@ def attend(
     for lane in lanes.values():
         _launch(lane, out)
     return True
+
+
+def _portions(call: AttentionCall, groups: Sequence[HeadGroup]) -> Iterator[tuple[HeadGroup, bool]]:
+    """Groups of few enough heads for a call of this length, and whether they are whole. Heads that
+    share keys stay together.
+    """
+    pairs = len(call.q) * -(-call.n_q // DENSE_UNIT[0]) * -(-call.n_k // DENSE_UNIT[1])
+    most = max(1, MOST_CELLS // pairs)
+    for group in groups:
+        if len(group.heads) <= most:
+            yield group, True
+            continue
+        sharing: dict[int, list[int]] = {}
+        for head in group.heads:
+            sharing.setdefault(call.kv_heads[call.heads.index(head)], []).append(head)
+        some: list[int] = []
+        for heads in sharing.values():
+            if some and len(some) + len(heads) > most:
+                yield replace(group, heads=tuple(some)), False
+                some = []
+            some += heads
+        yield replace(group, heads=tuple(some)), False
 
 
 def _write(found: Tensor, heads: Sequence[int], out: Tensor) -> None:
