@@ -270,15 +270,18 @@ class _Turns:
         self.bracket.put(epsilon, now.reach, not now.failed)
 
     def next(self, now: Round) -> float:
-        """The ε to look at next: after a failure that says nothing of it, the largest one that
-        still seems to fit.
+        """The ε to look at next. After a failure, that is the largest one that still seems to fit,
+        to be checked, where it should use most of the budget by what is known now, or where the
+        failure says nothing of ε.
         """
         low, high = self.bracket.low, self.bracket.high
-        if now.failed and now.apart and high is not None:
-            least = 0.0 if low is None else low[0]
-            known = [r.epsilon for r in self.seemed if least < r.epsilon < high[0]]
-            if known:
-                return max(known)
+        if now.failed and high is not None:
+            known = [r for r in self.seemed if r.epsilon < high[0]]
+            best = max(known, key=lambda r: r.epsilon, default=None)
+            if best is not None:
+                apart = now.apart and (low is None or low[0] < best.epsilon)
+                if apart or best.reach >= DUE * self.allowed:
+                    return best.epsilon
         return self.bracket.next()
 
     def rescue(self, propose: Callable[[float], Proposal]) -> None:

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from accelkit.calibration.refine import ENOUGH, FIRST, Outcome, Proposal, Round, in_turns
+from accelkit.calibration.refine import (
+    ENOUGH,
+    FIRST,
+    Outcome,
+    Proposal,
+    Round,
+    _Turns,
+    in_turns,
+)
 
 ALLOWED = 0.02
 
@@ -101,6 +109,21 @@ def test_a_failure_that_says_nothing_of_epsilon_leads_to_what_seemed_to_fit(apar
     assert (second == FIRST * ALLOWED) == apart
     assert found.best is not None
     assert found.best.epsilon >= ALLOWED
+
+
+@pytest.mark.parametrize(("expected", "checked"), [(0.019, True), (0.016, False)])
+def test_after_a_failure_what_should_use_most_of_the_budget_is_checked(expected, checked) -> None:
+    """A look was far from the budget; by what a check of a larger ε told since, it is near it."""
+    made = Made(lambda e: e)
+    turns = _Turns(made, ALLOWED, 8)
+    small, looked, failed = (Round(e, made.propose(e)) for e in (0.02, 0.036, 0.044))
+    turns.rounds = [small, looked, failed]
+    for now, reach in ((small, 0.01), (looked, 0.0155), (failed, 0.0248)):
+        now.measured = now.bound = reach
+        failed.judged = now is failed
+        turns.note(now.epsilon, now)
+    looked.bound = expected
+    assert (turns.next(failed) == looked.epsilon) == checked
 
 
 def test_a_plan_just_over_the_budget_is_not_the_end() -> None:
