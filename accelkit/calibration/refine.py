@@ -271,8 +271,8 @@ class _Turns:
 
     def next(self, now: Round) -> float:
         """The ε to look at next. After a failure, that is the largest one that still seems to fit,
-        to be checked, where it should use most of the budget by what is known now, or where the
-        failure says nothing of ε.
+        to be checked, where it should use most of the budget by what is known now (enough of it
+        where looks tell nothing), or where the failure says nothing of ε.
         """
         low, high = self.bracket.low, self.bracket.high
         if now.failed and high is not None:
@@ -280,7 +280,8 @@ class _Turns:
             best = max(known, key=lambda r: r.epsilon, default=None)
             if best is not None:
                 apart = now.apart and (low is None or low[0] < best.epsilon)
-                if apart or best.reach >= DUE * self.allowed:
+                due = DUE if self.looks_tell else ENOUGH
+                if apart or best.reach >= due * self.allowed:
                     return best.epsilon
         return self.bracket.next()
 

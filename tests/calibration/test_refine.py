@@ -111,18 +111,23 @@ def test_a_failure_that_says_nothing_of_epsilon_leads_to_what_seemed_to_fit(apar
     assert found.best.epsilon >= ALLOWED
 
 
-@pytest.mark.parametrize(("expected", "checked"), [(0.019, True), (0.016, False)])
-def test_after_a_failure_what_should_use_most_of_the_budget_is_checked(expected, checked) -> None:
+@pytest.mark.parametrize(
+    ("expected", "tell", "checked"),
+    [(0.019, True, True), (0.016, True, False), (0.016, False, True), (0.013, False, False)],
+)
+def test_after_a_failure_what_should_use_most_of_the_budget_is_checked(
+    expected: float, tell: bool, checked: bool
+) -> None:
     """A look was far from the budget; by what a check of a larger ε told since, it is near it."""
     made = Made(lambda e: e)
     turns = _Turns(made, ALLOWED, 8)
     small, looked, failed = (Round(e, made.propose(e)) for e in (0.02, 0.036, 0.044))
     turns.rounds = [small, looked, failed]
     for now, reach in ((small, 0.01), (looked, 0.0155), (failed, 0.0248)):
-        now.measured = now.bound = reach
+        now.bound = reach
         failed.judged = now is failed
         turns.note(now.epsilon, now)
-    looked.bound = expected
+    looked.bound, turns.looks_tell = expected, tell
     assert (turns.next(failed) == looked.epsilon) == checked
 
 
