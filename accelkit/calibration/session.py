@@ -248,12 +248,12 @@ class Run:
 
 class Bar:
     """Progress on stderr: on a terminal the stage with the time that is left at most, in a log the
-    name of every stage as it begins.
+    name of every stage as it begins for the first time.
     """
 
     def __init__(self, wanted: bool) -> None:
         self.wanted = wanted and os.environ.get("ACCELKIT_PROGRESS") != "0"
-        self.stage = ""
+        self.told: set[str] = set()
 
     def __enter__(self) -> Bar:
         from tqdm.auto import tqdm
@@ -268,9 +268,9 @@ class Bar:
 
     def tell(self, stage: str) -> None:
         """Another unit of `stage` begins."""
-        if self.wanted and not self.drawn and stage != self.stage:
+        if self.wanted and not self.drawn and stage not in self.told:
             print(stage, file=sys.stderr, flush=True)
-        self.stage = stage
+        self.told.add(stage)
         self.bar.set_description(stage, refresh=False)
         self.bar.update()
 

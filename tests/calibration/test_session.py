@@ -25,7 +25,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, wanted: bool = T
     monkeypatch.setattr(sys, "stderr", stream)
     with Bar(wanted) as bar:
         bar.expect(4)
-        for stage in ("screening", "screening", "measuring"):
+        for stage in ("measuring", "screening", "measuring"):
             bar.tell(stage)
     return stream.getvalue()
 
@@ -38,7 +38,7 @@ def test_a_terminal_has_a_bar_with_the_time_that_is_left(monkeypatch) -> None:
 
 
 def test_a_log_has_each_stage_once(monkeypatch) -> None:
-    assert shown(monkeypatch, io.StringIO()) == "screening\nmeasuring\n"
+    assert shown(monkeypatch, io.StringIO()) == "measuring\nscreening\n"
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])

@@ -207,7 +207,8 @@ class _DenseRun:
         else:
             key = f"screen/{self.stands_for[place]}"
             if self.stands_for[place] == place:
-                self.run.tell(f"screening {len(self.methods)} methods")
+                if self.methods:
+                    self.run.tell(f"screening {len(self.methods)} methods")
                 book.unit(key, partial(self._screen, place, call, dense, suffix))
             families = self.worth(place, book[key]["families"])
             kinds = {f.settings[0].kind for f in families}
