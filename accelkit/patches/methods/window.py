@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Window(AttentionMethod):
     """Sinks and a sliding window (StreamingLLM)."""
 
-    phases: ClassVar[tuple[Phase, ...]] = ("prefill", "decode", "denoise")
+    phases: ClassVar[tuple[Phase, ...]] = ("prefill", "denoise")
     static: ClassVar[bool] = True
     dial: ClassVar[Dial] = Dial("window_tokens", (256, 512, 1024, 2048, 4096, 8192))
     full: ClassVar[dict[str, Any]] = {"sink_tokens": 1 << 30}
