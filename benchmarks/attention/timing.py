@@ -8,10 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from accelkit.calibration.timing import CYCLES, device_ms
-
-MOST_AHEAD_MS = 20.0
-"""Most that the GPU waits for the host."""
+from accelkit.calibration.timing import AHEAD_MS, CYCLES, device_ms
 
 
 def turns(pieces: int, round: int) -> list[int]:
@@ -36,7 +33,7 @@ def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dic
             torch.cuda.synchronize()
             begin = time.perf_counter()
             run()
-            able[name], host[name] = run, min(1e3 * (time.perf_counter() - begin), MOST_AHEAD_MS)
+            able[name], host[name] = run, min(1e3 * (time.perf_counter() - begin), AHEAD_MS[1])
             torch.cuda.synchronize()
         except Exception as error:
             text = (str(error).splitlines() or [""])[0][:120]

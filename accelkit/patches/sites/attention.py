@@ -6,6 +6,7 @@ two), and `attend` runs all head groups of a call, joining those that can share 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from accelkit import kernels
+from accelkit.kernels import positions
 from accelkit.kernels.index import BlockIndex, Partial, device_ids
 from accelkit.kernels.merge import merge
 from accelkit.kernels.permute import put_rows, take_rows
@@ -202,21 +204,18 @@ def _portions(call: AttentionCall, groups: Sequence[HeadGroup]) -> Iterator[tupl
     """Groups of few enough heads for a call of this length, and whether they are whole. Heads that
     share keys stay together.
     """
-    pairs = len(call.q) * -(-call.n_q // DENSE_UNIT[0]) * -(-call.n_k // DENSE_UNIT[1])
-    most = max(1, MOST_CELLS // pairs)
+    pairs = len(call.q) * math.prod(call.tiles(DENSE_UNIT))
+    most = max(1, MOST_CELLS // max(pairs, 1))
     for group in groups:
         if len(group.heads) <= most:
             yield group, True
             continue
-        sharing: dict[int, list[int]] = {}
-        for head in group.heads:
-            sharing.setdefault(call.kv_heads[call.heads.index(head)], []).append(head)
         some: list[int] = []
-        for heads in sharing.values():
-            if some and len(some) + len(heads) > most:
+        for _, slots in positions.groups(call.take(group.heads)):
+            if some and len(some) + len(slots) > most:
                 yield replace(group, heads=tuple(some)), False
                 some = []
-            some += heads
+            some += [group.heads[slot] for slot in slots]
         yield replace(group, heads=tuple(some)), False
 
 
