@@ -15,7 +15,7 @@ A step cache leaves out steps by a forced rhythm, since random weights say nothi
 be left out; it runs alone and together with the first plan.
 
     python benchmarks/denoise_dit.py --model wan --steps 20 --cache --out results.json
-    python benchmarks/denoise_dit.py --model hunyuan --layers 2 4 --steps 10
+    python benchmarks/denoise_dit.py --model hunyuan --steps 5 --repeat 1 --look 1 --cache
 """
 
 from __future__ import annotations
@@ -55,8 +55,6 @@ from accelkit.patches.methods.mag_cache import MagCache
 from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
 
 EFFICIENCY = 0.85
-WARM = 2
-"""Steps to compile and warm up, the first of them dense."""
 DENSE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
@@ -163,13 +161,14 @@ def timed(
     repeat: int,
     opened: Callable[[], Any],
     compile: bool,
+    warm: int,
     look: Callable[[Any, Settings, Shot], dict[str, Any]] = lambda *_: {},
 ) -> dict[str, Any]:
-    """Seconds of each denoising, after a short one to compile and warm up; then what `look` sees
-    in one more.
+    """Seconds of each denoising, after one of `warm` steps to compile and warm up; then what
+    `look` sees in one more.
     """
     begin = time.perf_counter()
-    short = replace(size, num_inference_steps=min(WARM, size.num_inference_steps))
+    short = replace(size, num_inference_steps=min(warm, size.num_inference_steps))
     with opened() as handle, sdpa_kernel(DENSE, set_priority=True), compiled(pipe, compile):
         video.run(pipe, short, shot)
         if report := getattr(handle, "reset_report", None):
@@ -192,15 +191,13 @@ def timed(
 
 ATTENTION = ("sdpa", "flash", "fmha")
 """Names that dense attention kernels contain."""
-LOOK = 5
-"""Steps of the run that the profiler sees."""
 
 
-def attention_share(pipe: Any, size: Settings, shot: Shot) -> dict[str, Any]:
-    """Share of self-attention kernels in a short run. Those of cross-attention and of a text
-    refiner are more than ten times as short.
+def attention_share(steps: int, pipe: Any, size: Settings, shot: Shot) -> dict[str, Any]:
+    """Share of self-attention kernels in a run of `steps` steps. Those of cross-attention and of
+    a text refiner are more than ten times as short.
     """
-    size = replace(size, num_inference_steps=min(LOOK, size.num_inference_steps))
+    size = replace(size, num_inference_steps=min(steps, size.num_inference_steps))
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         seconds = video.run(pipe, size, shot).ends[-1]
     ms = [
@@ -263,8 +260,11 @@ class Study:
     def run(self, plan: Plan | None, **look: Any) -> dict[str, Any]:
         gc.collect()
         opened = nullcontext if plan is None else lambda: accelkit.patch(self.pipe, plan)
-        args = self.args
-        return timed(self.pipe, self.size, self.shot, args.repeat, opened, not args.eager, **look)
+        # Behind a dense step, a plan has a sparse one to compile.
+        args, warm = self.args, 1 if plan is None else 2
+        return timed(
+            self.pipe, self.size, self.shot, args.repeat, opened, not args.eager, warm, **look
+        )
 
     def speedup(self, row: dict[str, Any]) -> float:
         """How many times faster than the dense run that came first."""
@@ -272,7 +272,7 @@ class Study:
 
     def dense(self) -> None:
         """What all others are divided by."""
-        dense = self.run(None, look=attention_share)
+        dense = self.run(None, look=partial(attention_share, self.args.look))
         share = dense["attention_share"]
         self.found |= {"dense": dense, "attention_share": share}
         self.save(
@@ -336,6 +336,7 @@ def options() -> argparse.Namespace:
         help="methods with fields, such as ada_spa:sparsity=0.8",
     )  # fmt: skip
     parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--look", type=int, default=5, help="steps that the profiler sees")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--overhead", action="store_true", help="an all-dense plan as well")
     parser.add_argument("--cache", action="store_true", help="a step cache as well")
