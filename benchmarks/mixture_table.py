@@ -88,13 +88,14 @@ def losses(found: Row) -> list[Row]:
 
 def matching(mixtures: Sequence[Row], error: float) -> float:
     """The budget at which a mixture should lose as much as this: scaled from the mixture that comes
-    nearest from below.
+    nearest from below, or else from above.
     """
-    below = [m for m in mixtures if m["stopped"] is None and 0 < m["worst_error"] <= error]
-    near = max(below, key=lambda m: m["worst_error"], default=None)
+    known = [m for m in mixtures if m["stopped"] is None and m["worst_error"]]
+    known.sort(key=lambda m: m["worst_error"])
+    near = [m for m in known if m["worst_error"] <= error][-1:] or known[:1]
     budget = error
-    if near is not None:
-        budget = near["budget"] * min(error / near["worst_error"], MOST_WIDER)
+    if near:
+        budget = near[0]["budget"] * min(error / near[0]["worst_error"], MOST_WIDER)
     return float(f"{min(budget, LARGEST):.3g}")
 
 

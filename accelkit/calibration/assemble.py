@@ -186,14 +186,15 @@ def crossover(
             continue
         if least <= shortest:
             break
-        ms = sum(_ms_at(d, c, costs, n) for d, c in zip(data, solution.choices, strict=True))
+        ms = sum(ms_at(d, c, costs, n) for d, c in zip(data, solution.choices, strict=True))
         if ms >= len(data) * costs.dense_ms(n):
             break
         least = n
     return least
 
 
-def _ms_at(data: SiteData, choice: Choice, costs: CostTable, tokens: int) -> float:
+def ms_at(data: SiteData, choice: Choice, costs: CostTable, tokens: int) -> float:
+    """Milliseconds of a place at another length."""
     if choice.dense:
         return costs.dense_ms(tokens)
     ms, paid, known = 0.0, dict[str, float](), dict[int, np.ndarray]()

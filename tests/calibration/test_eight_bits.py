@@ -44,7 +44,13 @@ def alone(method):
 
 def test_none_is_faster(clock):
     reason = fit_methods.no_faster(alone(SageAttention()), SageAttention(), 11.0, clock(SLOW))
-    assert "8-bit products take 12.00 ms" in reason and "10.00 ms" in reason
+    assert "8-bit products take 12.00 ms" in reason and "dense attention 11.00 ms" in reason
+
+
+def test_the_kernel_that_is_faster_than_dense_attention_is_no_rival_of_it(clock):
+    """All heads of a layer run what the model runs, or 8 bits."""
+    ms = clock(SLOW | {("int8", "native"): 10.5})
+    assert fit_methods.no_faster(alone(SageAttention()), SageAttention(), 11.0, ms) is None
 
 
 def test_dense_attention_is_faster(clock):

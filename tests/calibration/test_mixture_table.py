@@ -110,10 +110,11 @@ def test_other_models_are_not_joined(table: ModuleType, tmp_path: Path) -> None:
         table.joined([tmp_path / "a.json", tmp_path / "b.json"])
 
 
-def test_a_matching_budget_is_scaled_from_the_mixture_below(table: ModuleType) -> None:
+def test_a_matching_budget_is_scaled_from_the_nearest_mixture(table: ModuleType) -> None:
     """Plans keep a distance from their budgets, which another budget is told by."""
     mixtures = study(**TIMES)["mixtures"]
     assert table.matching(mixtures, 0.05) == pytest.approx(0.05 * 0.05 / 0.04)
     assert table.matching(mixtures, 0.03) == pytest.approx(0.02 * 0.03 / 0.018, rel=1e-2)
     assert table.matching(mixtures, 0.4) == pytest.approx(3 * 0.05)
-    assert table.matching(mixtures, 0.01) == 0.01  # there is none below
+    assert table.matching(mixtures, 0.01) == pytest.approx(0.02 * 0.01 / 0.018, rel=1e-2)
+    assert table.matching([], 0.01) == 0.01

@@ -55,8 +55,7 @@ def test_eight_bits_are_near():
         assert 0 < (out - expected).norm() / expected.norm() < 0.05
 
 
-def test_denoisers_may_do_without_smoothing():
-    """A calibration of a language model tries what it always did."""
+def test_some_pairs_are_tried_without_smoothing():
     calibrator = SageAttention().calibrator(planted.video().site)
     assert [m.smooth_k for m in calibrator.settings()] == [True] * 4
     call = planted.video()
@@ -65,3 +64,7 @@ def test_denoisers_may_do_without_smoothing():
     rough = [m for m in calibrator.settings() if not m.smooth_k]
     assert [(m.qk, m.pv) for m in rough] == [("fp8", "fp8"), ("int8", "fp8")]
     assert len(calibrator.settings()) == 6
+    causal = planted.planted(256)
+    calibrator.see(causal, causal.q, causal.q[..., 0])
+    rough = [m for m in calibrator.settings() if not m.smooth_k]
+    assert [(m.qk, m.pv) for m in rough] == [("int8", "native")]

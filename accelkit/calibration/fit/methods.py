@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from accelkit.calibration.candidates import calibrated_settings, families, prime
+from accelkit.calibration.candidates import arithmetic_only, calibrated_settings, families, prime
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit.inputs import Shape, fresh
 from accelkit.kernels.cost import Check, CostTable, MethodCost, Points, interpolate
@@ -319,18 +319,22 @@ def precisions(one: Answer, method: AttentionMethod) -> list[Any]:
 
 def no_faster(one: Answer, method: AttentionMethod, whole: float, ms: Clocked) -> str | None:
     """Why 8-bit products are not offered for such a call: none of the method's precisions,
-    quantising included, beats the same lists in the inputs' own and dense attention.
+    quantising included, beats dense attention and, where the method leaves keys out, the same lists
+    in the inputs' own.
     """
     named = precisions(one, method)
     if not named:
         return None
-    native = replace(one.execution, qk="native", pv="native", smooth_k=False)
-    least = min(whole, ms(lambda: compute(replace(one, execution=native)), 2))
+    least, other = whole, "dense attention"
+    if not arithmetic_only(method):
+        native = replace(one.execution, qk="native", pv="native", smooth_k=False)
+        own = ms(lambda: compute(replace(one, execution=native)), 2)
+        least, other = min((least, other), (own, "the inputs' own"))
     spent = {(e.qk, e.pv): ms(lambda e=e: compute(replace(one, execution=e)), 2) for e in named}
     (qk, pv), best = min(spent.items(), key=lambda s: s[1])
     if best < least:
         return None
-    return f"8-bit products take {best:.2f} ms ({qk} QK, {pv} PV), the inputs' own {least:.2f} ms"
+    return f"8-bit products take {best:.2f} ms ({qk} QK, {pv} PV), {other} {least:.2f} ms"
 
 
 def choosing(

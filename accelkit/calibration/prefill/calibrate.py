@@ -23,7 +23,7 @@ from accelkit.calibration.evaluation import quality
 from accelkit.calibration.evaluation.tasks import MIN_LENGTH
 from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
-from accelkit.calibration.prefill import measure
+from accelkit.calibration.prefill import measure, uniform
 from accelkit.calibration.prefill.measure import PRESETS, PROBE_TOKENS
 from accelkit.calibration.prefill.plan import refined
 from accelkit.calibration.session import (
@@ -207,7 +207,8 @@ def _plan(
     families, units = measure.measured(run, inputs.measure, screen, families, narrow)
     found = data(families, units)
     memory.give_back(run.device)
-    plan = refined(run, found, inputs, fingerprint, budget, costs)
+    seen = partial(uniform.screened, screen, stages.worst(heads, by_probe), costs, brief)
+    plan = refined(run, found, inputs, fingerprint, budget, costs, brief, seen)
     about = {
         "refused": dict(costs.refused),
         "fit_error": round(costs.error(), 4),

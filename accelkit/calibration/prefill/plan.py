@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from accelkit.calibration.assemble import SiteData, assemble, crossover, kept_row, trimmed
 from accelkit.calibration.data import Inputs
 from accelkit.calibration.evaluation import quality
+from accelkit.calibration.prefill import uniform
 from accelkit.calibration.prefill.blame import Head, culprit, raised
 from accelkit.calibration.prefill.check import Checker
 from accelkit.calibration.refine import Proposal, Round, in_turns, outcome_numbers, short
@@ -35,9 +36,12 @@ def refined(
     fingerprint: Fingerprint,
     budget: Budget,
     costs: CostTable,
+    brief: int,
+    screen: Callable[[], list[SiteData]],
 ) -> Plan:
     """The fastest plan for prefill that holds within the budget on every prompt to check on. Plans
-    for tighter budgets that the journal holds compete: a wider one is never slower than these.
+    for tighter budgets that the journal holds compete: a wider one is never slower than these. So
+    do, where little is gained, settings in all heads, of which `screen` on `brief` tokens tells.
     """
     tables = [d.table for d in data]
     dense_ms = sum(t.dense_ms for t in tables)
@@ -47,8 +51,10 @@ def refined(
     rest_ms = 0.0 if last is None else last.ms
     dense_ms += 0.0 if last is None else last.dense_ms
 
-    def planned(solution: Solution, limits: Limits) -> Plan:
-        plan = assemble(data, solution, fingerprint, budget, tokens, limits)
+    def planned(
+        solution: Solution, limits: Limits, data: Sequence[SiteData] = data, seen: int = tokens
+    ) -> Plan:
+        plan = assemble(data, solution, fingerprint, budget, seen, limits)
         return plan if last is None else trimmed(plan, str(run.trimmed), last)
 
     def propose(epsilon: float) -> Proposal:
@@ -60,6 +66,14 @@ def refined(
         ms = solution.ms + rest_ms
         plan = planned(solution, limits)
         return Proposal(plan, solution.choices, ms, dense_ms, solution.error, dense)
+
+    def everywhere() -> list[Proposal]:
+        seen, found = screen(), []
+        for one in uniform.settings(seen, costs, brief, tokens, budget.max_rel_error):
+            limits = Limits(min_length=tokens // 2, max_length=tokens)
+            plan, ms = planned(one, limits, seen, brief), one.ms + rest_ms
+            found.append(Proposal(plan, one.choices, ms, dense_ms, one.error, False))
+        return found
 
     choices = tuple(Choice((DENSE,) * d.table.heads) for d in data)
     still = planned(Solution(choices, dense_ms, 0.0), Limits(max_length=tokens))
@@ -90,6 +104,7 @@ def refined(
 
     earlier = _tighter(run, budget)
     found = in_turns(run, propose, checker, budget.max_rel_error, learn, earlier)
+    found = uniform.beside(run, found, everywhere, checker, budget.max_rel_error)
     if found.best is not None:
         _keep(run, budget, found.best)
         return _measured(found.best.plan, outcome_numbers(found, dense_ms), found.speed, found.best)
