@@ -64,7 +64,7 @@ def test_some_pairs_are_tried_without_smoothing():
     rough = [m for m in calibrator.settings() if not m.smooth_k]
     assert [(m.qk, m.pv) for m in rough] == [("fp8", "fp8"), ("int8", "fp8")]
     assert len(calibrator.settings()) == 6
-    causal = planted.planted(256)
+    causal = planted.make_call(*planted.noise(64))
     calibrator.see(causal, causal.q, causal.q[..., 0])
     rough = [m for m in calibrator.settings() if not m.smooth_k]
     assert [(m.qk, m.pv) for m in rough] == [("int8", "native")]

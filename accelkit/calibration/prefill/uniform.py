@@ -87,7 +87,8 @@ def beside(
     for proposal in others():
         if _share(found) < LITTLE or run.late(0.9, "single settings in all heads"):
             break
-        now = Round(proposal.error, proposal)
+        # Taught: what screening predicted says nothing of search's predictions.
+        now = Round(proposal.error, proposal, taught=True)
         found = replace(found, rounds=(*found.rounds, now))
         checker.look(now, allowed)
         if not now.judged:
