@@ -21,6 +21,10 @@ from accelkit.errors import InvalidInputError
 
 LENGTHS = {"cpu": (4096, 8192), "cuda": (8192, 32768)}
 """Prompt lengths without a wish of the user's, by kind of device."""
+FEWEST, MOST_OF_IT, ENOUGH_TOKENS = "variables", 4, 8192
+"""A task of which further prompts are checked on, so many at most, until they have as many tokens
+as one prompt that asks enough of it.
+"""
 CHECK_SEED = 500_000
 """Prompts to check on are numbered from here on, those to measure on below."""
 
@@ -169,7 +173,10 @@ def _built_in(tokenizer: Any, lengths: Sequence[int], preset: str, seed: int) ->
     shorter = sorted((n for n in lengths if n < longest), reverse=True)
     first = seed * 1000
     measure = [(t, longest) for t in mix.longest] + [(t, n) for n in shorter for t in mix.shorter]
-    check = [(t, longest) for t in mix.check] + [(t, n) for n in shorter for t in mix.check_shorter]
+    # The task that fails first has few questions where prompts are short.
+    more = (FEWEST,) * (min(MOST_OF_IT, ENOUGH_TOKENS // longest) - 1)
+    check = [(t, longest) for t in (*mix.check, *more)]
+    check += [(t, n) for n in shorter for t in mix.check_shorter]
     return Inputs(
         tuple(made(t, n, first + i, False, tokenizer) for i, (t, n) in enumerate(measure)),
         tuple(

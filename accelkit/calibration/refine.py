@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -130,6 +131,9 @@ class Checker(Timer, Protocol):
     def affords(self) -> bool:
         """Whether another plan may be looked at, and one be checked on all inputs."""
 
+    def seconds(self) -> float:
+        """What a check of a plan on all inputs may take, its timing included."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -165,7 +169,8 @@ def in_turns(
     epsilon, again = FIRST * allowed, False  # again: what was learnt has changed proposals
     while turns.open and epsilon <= LARGEST * allowed:
         rounds = turns.rounds
-        if rounds and run.late(0.9, f"round {len(rounds) + 1} of the end-to-end check"):
+        name = f"round {len(rounds) + 1} of the end-to-end check"
+        if run.late(0.9 if rounds else 1.0, name, checker.seconds()):
             break
         if turns.held and not checker.affords():
             break
@@ -189,12 +194,17 @@ def in_turns(
         if now.held and (now.reach >= ENOUGH * allowed or turns.bracket.closed):
             break
         epsilon = turns.next(now)
-    turns.end(others)
+    if not run.late(1.0, "plans that were only looked at", checker.seconds()):
+        turns.end(others)
     for _ in range(RESCUES):
-        if turns.held or not turns.rounds or run.late(0.9, "smaller errors for the check"):
+        late = partial(run.late, 0.9, "smaller errors for the check", checker.seconds())
+        if turns.held or not turns.rounds or late():
             break
         turns.rescue(propose)
-    return fastest(turns.rounds, checker)
+    found = fastest(turns.rounds, checker)
+    if run.skipped and not turns.rounds:
+        return replace(found, why="no time was left to check a plan")
+    return found
 
 
 class _Turns:

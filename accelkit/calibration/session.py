@@ -228,22 +228,35 @@ class Run:
     deadline: float | None = None
     begun: float = field(default_factory=time.monotonic)
     skipped: list[str] = field(default_factory=list)
+    dense_s: float = 0.0
+    """Seconds of a dense run of the longest input, once it is known."""
     trimmed: str | None = None
     """Attention of the last layer where that is computed for the kept rows only; not a site."""
 
-    def late(self, share: float, what: str) -> bool:
-        """Whether this share of the time limit is used up, in which case `what` is skipped. Part of
-        the journal, for a resumed run must skip the same.
+    def late(self, share: float, what: str, seconds: float = 0.0) -> bool:
+        """Whether this share of the time limit is used up, or `what` may take so many seconds that
+        it would not end in time; then it is skipped. Part of the journal, for a resumed run must
+        skip the same.
         """
         key = f"skipped/{what}"
         spent = time.monotonic() - self.begun
         if key not in self.journal:
-            if self.deadline is None or spent < share * self.deadline:
+            if self.deadline is None or spent < min(share * self.deadline, self.deadline - seconds):
                 return False
             self.journal.put(key, True, 0.0)
         if what not in self.skipped:
             self.skipped.append(what)
         return True
+
+    @contextmanager
+    def planning(self, what: str) -> Iterator[None]:
+        """What is done in here is planning, which no other unit of the journal holds: choosing
+        among what was measured.
+        """
+        key, begin = f"planning/{what}", time.perf_counter()
+        yield
+        if key not in self.journal:  # a finished journal gives the same plan again
+            self.journal.put(key, None, time.perf_counter() - begin)
 
 
 class Bar:

@@ -20,6 +20,7 @@ from accelkit.calibration.prefill import check as prefill_check
 from accelkit.calibration.prefill import plan as prefill_plan
 from accelkit.calibration.prefill.calibrate import least_dense
 from accelkit.calibration.search import DENSE, Choice, Solution
+from accelkit.calibration.show import report
 from accelkit.errors import InvalidInputError, UnknownMethodError
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.patch import patch
@@ -199,6 +200,25 @@ def test_anothers_journal_is_refused(tmp_path) -> None:
         run(other, journal=path, resume=True)
 
 
+def test_the_search_itself_is_summed_apart(tmp_path) -> None:
+    """From the journal's lines: neither fit, dense runs, checks nor timing are the search."""
+    path = tmp_path / "journal.jsonl"
+    about = run(planted(), journal=path).calibration
+    lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    others = ("open", "dense", "fit", "check/", "blame/", "speed/", "plan/", "peak", "took/")
+    mine = [u for u in lines if not u["unit"].startswith(others)]
+    stages = {u["unit"].split("/")[0] for u in mine}
+    assert stages == {"screen", "measure", "weight", "planning"}
+    spent = 1e3 * sum(u["seconds"] - u["compiling"] for u in mine)
+    assert about["search_prefills"] == pytest.approx(
+        spent / about["dense_prefill_ms"], abs=25 / about["dense_prefill_ms"] + 0.1
+    )
+    assert 0 < about["search_prefills"] < about["dense_prefills"]
+    shown = dict(report.headline(run(planted(), journal=path, resume=True)))["calibration"]
+    assert f"{about['search_prefills']:.1f} dense prefills of time for the search itself" in shown
+    assert f"{about['dense_prefills']:.1f} with fit, end-to-end check and timing" in shown
+
+
 def test_time_is_up() -> None:
     plan = run(planted(), time_limit=1e-6)
     assert plan.calibration["skipped"]
@@ -208,10 +228,10 @@ def test_time_is_up() -> None:
 def test_when_time_is_up_the_checked_plan_is_kept(monkeypatch) -> None:
     """Rounds that were not begun are named; the one that held is the plan."""
 
-    def late(self, share: float, what: str) -> bool:
-        if "round" in what:
+    def late(self, share: float, what: str, seconds: float = 0.0) -> bool:
+        if "round 2" in what:
             self.skipped.append(what)
-        return "round" in what
+        return "round 2" in what
 
     monkeypatch.setattr(session.Run, "late", late)
     plan = run(planted(), time_limit=3600)

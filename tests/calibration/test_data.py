@@ -40,6 +40,14 @@ def test_built_in(tokenizer) -> None:
     assert len(found.more("needle", 512, 1).ids) == 512
 
 
+@pytest.mark.parametrize(("longest", "prompts"), [(512, 4), (2048, 4), (4096, 2), (8192, 1)])
+def test_short_prompts_ask_as_much_of_the_task_that_fails_first(tokenizer, longest, prompts):
+    found = gather(None, tokenizer, (longest,), "balanced").check
+    some = [s for s in found if s.task == "variables"]
+    assert len(some) == prompts and len({s.ids.tobytes() for s in some}) == prompts
+    assert sum(s.task == "multi_key" for s in found) == 1
+
+
 @pytest.mark.parametrize("kind", ["tensor", "row", "dict", "array", "function"])
 def test_token_ids(kind: str) -> None:
     ids = torch.arange(600) % 250

@@ -39,6 +39,7 @@ class Made:
         self.afford, self.timed = afford, {"dense_ms": 3.0, "ms": 1.0} | (speed or {})
         self.checked: list[float] = []
         self.apart = False
+        self.limit = 1e9
 
     def propose(self, epsilon: float) -> Proposal:
         plan = SimpleNamespace(epsilon=epsilon)
@@ -61,6 +62,9 @@ class Made:
     def affords(self) -> bool:
         return self.afford
 
+    def seconds(self) -> float:
+        return 10.0
+
     def speed(self, plan) -> dict[str, float]:
         return self.timed
 
@@ -70,7 +74,11 @@ class Made:
         learn: Callable[[Any, Any], Any] = lambda now, rounds: False,
         others: Any = (),
     ) -> Outcome:
-        run = SimpleNamespace(preset=SimpleNamespace(rounds=rounds), late=lambda share, what: False)
+        run = SimpleNamespace(
+            preset=SimpleNamespace(rounds=rounds),
+            late=lambda share, what, seconds: 10 * len(self.checked) + seconds > self.limit,
+            skipped=["a round"],
+        )
         return in_turns(run, lambda e: self.propose(e), self, ALLOWED, learn, others)  # type: ignore
 
 
@@ -263,3 +271,15 @@ def test_a_plan_has_to_beat_the_trimmed_layer_alone() -> None:
     found = Made(lambda e: 0.9 * e, speed={"trimmed_ms": 0.9}).run()
     assert found.best is None
     assert found.why == "no plan was faster than dense attention"
+
+
+def test_a_round_that_would_end_late_is_not_begun() -> None:
+    """A check takes ten seconds, and so does everything before the first one."""
+    free, short = Made(lambda e: e, loses=0.005), Made(lambda e: e, loses=0.005)
+    free.run()
+    short.limit = 25.0
+    short.run()
+    assert short.checked == free.checked[:2] and len(free.checked) > 2
+    short.limit = 9.0
+    found = short.run()
+    assert not found.rounds and found.why == "no time was left to check a plan"

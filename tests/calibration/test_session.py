@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import re
 import sys
+import time
 
 import pytest
 
-from accelkit.calibration.session import Bar
+from accelkit.calibration.journal import Journal
+from accelkit.calibration.session import Bar, Run
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +48,14 @@ def test_silence_is_kept(monkeypatch, stream) -> None:
     assert shown(monkeypatch, stream(), wanted=False) == ""
     monkeypatch.setenv("ACCELKIT_PROGRESS", "0")
     assert shown(monkeypatch, stream()) == ""
+
+
+@pytest.mark.parametrize(
+    ("spent", "share", "seconds", "late"),
+    [(50, 0.9, 0, False), (91, 0.9, 0, True), (50, 0.9, 49, False), (50, 0.9, 51, True)],
+)
+def test_what_would_not_end_in_time_is_not_begun(monkeypatch, spent, share, seconds, late) -> None:
+    run = Run(None, None, (), {}, Journal(None, {}, False), None, print, deadline=100.0, begun=0.0)  # type: ignore[arg-type]
+    monkeypatch.setattr(time, "monotonic", lambda: float(spent))
+    assert run.late(share, "it", seconds) is late
+    assert run.skipped == ["it"] * late

@@ -49,11 +49,13 @@ from accelkit.patches.adapters import adapter_for, facts, sites, trimmable
 from accelkit.patches.method import Method
 from accelkit.patches.plan import Budget, Fingerprint, Plan
 
-STAGES = {
+STAGES: dict[str, str | tuple[str, ...]] = {
     "fit": "fit", "screening": "screen/", "measuring": "measure/", "weighing": "weight/",
-    "checking": "check/", "timing": "speed/",
+    "planning": "planning/", "checking": ("check/", "blame/"), "timing": "speed/",
 }  # fmt: skip
 """Stages whose seconds a plan holds, by the beginning of their units' keys; compiling is apart."""
+SEARCH = ("screening", "measuring", "weighing", "planning")
+"""Stages that are the search itself, beside fit, end-to-end check and timing."""
 SCREEN_TOKENS = 4096
 """Length of the prompt on which methods are screened: half of the longest up to here, else a
 quarter of it.
@@ -141,6 +143,8 @@ def calibrate(
             finally:
                 bare.train(was)
             took = watch.read(budget)
+    seconds = by_stage(book, STAGES) | took
+    prefill_s = plan.calibration["dense_prefill_ms"] / 1e3
     about = {
         "data": inputs.about,
         "prompts": [f"{s.task}@{len(s.ids)}" for s in inputs.measure],
@@ -151,10 +155,9 @@ def calibrate(
         "batch": batch,
         "methods": [m.kind for m in tried],
         "skipped": run.skipped,
-        "dense_prefills": round(
-            1e3 * (took["whole"] - took["compiling"]) / plan.calibration["dense_prefill_ms"], 1
-        ),
-        "seconds": by_stage(book, STAGES) | took,
+        "dense_prefills": round((took["whole"] - took["compiling"]) / prefill_s, 1),
+        "search_prefills": round(sum(seconds[s] for s in SEARCH) / prefill_s, 1),
+        "seconds": seconds,
     }
     update = {"calibration": about | plan.calibration, "producer": producer("transformers")}
     done = plan.model_copy(update=update)
@@ -178,16 +181,18 @@ def _plan(
     )
     tokens = inputs.longest
     dense = run.journal.unit("dense", lambda: _dense_prefill(run, inputs))
+    run.dense_s = dense["dense_prefill_ms"] / 1e3
     memory.restart(run.device)
     room = memory.room(run.device, dense["dense_peak_bytes"])
     costs = stages.fitted(run, shape, run.model.dtype, tokens, methods, room)
     memory.give_back(run.device)
     able = [m for m in methods if m.kind in costs.methods]
     screen = measure.screened(run, screen_on, able, measure.dear(run, costs, tokens))
-    families = {
-        path: stages.kept(record, costs, tokens, len(screen_on.ids), run.preset.families)
-        for path, record in screen.items()
-    }
+    with run.planning("what to measure"):
+        families = {
+            path: stages.kept(record, costs, tokens, len(screen_on.ids), run.preset.families)
+            for path, record in screen.items()
+        }
     probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
     heads = {s.path: run.heads[s.path] for s in run.sites}
     shows = [measure.probe_of(run.model, p) for p in probes]
@@ -202,10 +207,12 @@ def _plan(
         return assemble.site_data(list(heads), families, screen, rows, brief, weights, costs)
 
     def narrow(families: dict[str, list[Family]], unit: Any) -> dict[str, list[Family]]:
-        return assemble.wanted(data(families, [unit]), families, budget.max_rel_error)
+        with run.planning("what to measure further"):
+            return assemble.wanted(data(families, [unit]), families, budget.max_rel_error)
 
     families, units = measure.measured(run, inputs.measure, screen, families, narrow)
-    found = data(families, units)
+    with run.planning("tables"):
+        found = data(families, units)
     memory.give_back(run.device)
     seen = partial(uniform.screened, screen, stages.worst(heads, by_probe), costs, brief)
     plan = refined(run, found, inputs, fingerprint, budget, costs, brief, seen)

@@ -33,6 +33,8 @@ TOGETHER = 4
 """Prompts that share a forward, where so many are calibrated for: what fails, fails early."""
 MOST_RUNS = 4.0
 """Runs for each prompt that the check may be worth, dense ones included."""
+TIMED = 4.0
+"""Runs in which a plan is timed, dense ones included."""
 CLEAR = 0.95
 DOUBTS = 3
 """On a CPU, a plan that does not take less than this share of the dense sides is timed again, so
@@ -112,6 +114,11 @@ class Checker:
         """Whether another plan may be looked at, and one be checked on all prompts."""
         new = sum(self._share(n) for n in self.order if n not in self.dense_runs)
         return self.runs + 1 + new + self.whole <= MOST_RUNS * self.whole
+
+    def seconds(self) -> float:
+        """What a check of a plan on all prompts may take, its timing included."""
+        new = sum(self._share(n) for n in self.order if n not in self.dense_runs)
+        return self.run.dense_s * ((self.whole + new) / self.run.batch + TIMED)
 
     def _share(self, n: int) -> float:
         return len(self.samples[n].ids) / max(len(s.ids) for s in self.samples)

@@ -58,9 +58,10 @@ def refined(
         return plan if last is None else trimmed(plan, str(run.trimmed), last)
 
     def propose(epsilon: float) -> Proposal:
-        solution = search(tables, epsilon, fronts)
-        low = inputs.shortest // 2  # nothing is known of far shorter prompts
-        wins = max(low, crossover(data, solution, costs, tokens, low))
+        with run.planning(f"{len(learnt)} learnt, {epsilon:.9g} of {budget.max_rel_error:g}"):
+            solution = search(tables, epsilon, fronts)
+            low = inputs.shortest // 2  # nothing is known of far shorter prompts
+            wins = max(low, crossover(data, solution, costs, tokens, low))
         limits = Limits(min_length=wins, max_length=tokens)
         dense = all(c.dense for c in solution.choices)
         ms = solution.ms + rest_ms
@@ -68,8 +69,11 @@ def refined(
         return Proposal(plan, solution.choices, ms, dense_ms, solution.error, dense)
 
     def everywhere() -> list[Proposal]:
-        seen, found = screen(), []
-        for one in uniform.settings(seen, costs, brief, tokens, budget.max_rel_error):
+        found = []
+        with run.planning("settings in all heads"):
+            seen = screen()
+            some = uniform.settings(seen, costs, brief, tokens, budget.max_rel_error)
+        for one in some:
             limits = Limits(min_length=tokens // 2, max_length=tokens)
             plan, ms = planned(one, limits, seen, brief), one.ms + rest_ms
             found.append(Proposal(plan, one.choices, ms, dense_ms, one.error, False))

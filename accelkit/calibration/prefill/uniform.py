@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from accelkit.calibration.assemble import SiteData, ms_at, site_data
@@ -85,7 +86,8 @@ def beside(
     if _share(found) < LITTLE:
         return found
     for proposal in others():
-        if _share(found) < LITTLE or run.late(0.9, "single settings in all heads"):
+        late = partial(run.late, 0.9, "single settings in all heads", checker.seconds())
+        if _share(found) < LITTLE or late():
             break
         # Taught: what screening predicted says nothing of search's predictions.
         now = Round(proposal.error, proposal, taught=True)

@@ -179,6 +179,8 @@ def headline(plan: Plan, phase: str | None = None) -> list[tuple[str, str]]:
         lines.append(("error", ", ".join(errors) + f" (relative L1, {of})"))
     if s["note"]:
         lines.append(("note", str(s["note"])))
+    if spent := _spent(s["calibration"]):
+        lines.append(("calibration", spent))
     made = [
         f"{'accelkit' if k == 'version' else k} {v}"
         for k, v in sorted(s["producer"].items(), key=lambda item: (item[0] != "version", item[0]))
@@ -187,6 +189,24 @@ def headline(plan: Plan, phase: str | None = None) -> list[tuple[str, str]]:
     if made:
         lines.append(("made with", ", ".join(made)))
     return lines
+
+
+def _spent(about: dict[str, Any]) -> str | None:
+    """What a calibration took: the search itself, and everything."""
+    whole = about.get("seconds", {}).get("whole")
+    if not is_number(whole):
+        return None
+    if is_number(about.get("search_prefills")):
+        took = (
+            f"{about['search_prefills']:.1f} dense prefills of time for the search itself, "
+            f"{about['dense_prefills']:.1f} with fit, end-to-end check and timing"
+        )
+    elif is_number(about.get("dense_runs")):
+        took = f"{about['dense_runs']:.2f} dense runs of time"
+        took += f", and {about['check_dense_runs']:.2f} for each prompt of the check"
+    else:
+        return None
+    return f"{took}; {whole:.1f} s with what is compiled or loaded once"
 
 
 def sparse_policies(plan: Plan) -> list[int]:
