@@ -4,7 +4,7 @@ prompts, and how much each head weighs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,10 @@ PROBES = 2048
 """Heads that get noise of their own; models with more share probes among neighbours."""
 
 
+_tables: dict[Hashable, dict[str, Any]] = {}
+"""Cost tables of this process's GPUs."""
+
+
 def fitted(
     run: Run,
     shape: fit.Shape,
@@ -38,14 +42,25 @@ def fitted(
     methods: Sequence[AttentionMethod],
     room: int | None = None,
 ) -> CostTable:
-    """The cost table of this device; `room` as in `fit`."""
+    """The cost table of this device; `room` as in `fit`. A GPU's is the same for all calibrations
+    of a process.
+    """
     run.tell("timing kernels and methods")
     brief = run.device.type == "cuda"  # CPUs time few lengths anyway
     # Nothing is timed once more: a search has better use for the time.
     work = partial(
         fit.fit, shape, dtype, run.device, tokens, methods, limit_s=0.0, brief=brief, room=room
     )
-    return CostTable.from_dict(run.journal.unit("fit", lambda: work().to_dict()))
+    key = (shape, dtype, run.device, tokens, *(f"{m.kind} {m.model_dump_json()}" for m in methods))
+
+    def known() -> dict[str, Any]:
+        if not brief:
+            return work().to_dict()
+        if key not in _tables:
+            _tables[key] = work().to_dict()
+        return _tables[key]
+
+    return CostTable.from_dict(run.journal.unit("fit", known))
 
 
 def kept(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from accelkit.calibration import candidates, timing
+from accelkit.calibration import candidates, stages, timing
 from accelkit.calibration.candidates import (
     Bench,
     calibrated_settings,
@@ -20,6 +20,7 @@ from accelkit.calibration.candidates import (
 )
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit.inputs import Shape, random_call
+from accelkit.calibration.journal import Journal
 from accelkit.calibration.prefill.measure import dear
 from accelkit.calibration.stages import kept
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
@@ -116,3 +117,18 @@ def test_milliseconds_are_those_of_a_batch(monkeypatch) -> None:
     monkeypatch.setattr(timing, "times_ms", lambda *_: (3.0, 2.0))
     assert timing.answers_ms([one, one], 8) == [16.0, 16.0]
     assert timing.answers_ms([], 8) == []
+
+
+@pytest.mark.parametrize(("device", "fits"), [("cuda", 2), ("cpu", 4)])
+def test_a_gpu_is_fitted_once_for_all_calibrations_of_a_process(monkeypatch, device, fits) -> None:
+    """Unless shape, length or methods differ; a CPU may have been busy with something else."""
+    made: list[int] = []
+    monkeypatch.setattr(stages, "_tables", {})
+    monkeypatch.setattr(stages.fit, "fit", lambda *a, **k: made.append(1) or COSTS)
+    shape, methods = Shape(2, 1, 64), [load("window")()]
+    for tokens in (4096, 4096, 8192, 4096):
+        book = Journal(None, {}, False)
+        run = SimpleNamespace(device=torch.device(device), journal=book, tell=print)
+        assert stages.fitted(run, shape, torch.float32, tokens, methods) == COSTS  # type: ignore[arg-type]
+        assert "fit" in book
+    assert len(made) == fits
