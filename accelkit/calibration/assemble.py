@@ -129,6 +129,13 @@ def site_data(
     return found
 
 
+def nothing(heads: Mapping[str, int], costs: CostTable, tokens: int) -> list[SiteData]:
+    """Tables of places of which nothing was measured: all heads run dense."""
+    unit: dict[str, Any] = {path: {"families": {}, "loans": []} for path in heads}
+    ones = {path: [1.0] * n for path, n in heads.items()}
+    return site_data(list(heads), {}, {}, [(tokens, unit)], tokens, [ones], costs)
+
+
 def wanted(
     data: Sequence[SiteData], families: Mapping[str, Sequence[Family]], budget: float
 ) -> dict[str, list[Family]]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from accelkit.calibration.evaluation.tasks import MIN_LENGTH
 from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.prefill import measure, uniform
+from accelkit.calibration.prefill.check import whole_check
 from accelkit.calibration.prefill.measure import PRESETS, PROBE_TOKENS
 from accelkit.calibration.prefill.plan import refined
 from accelkit.calibration.session import (
@@ -45,6 +46,7 @@ from accelkit.calibration.session import (
     weights_digest,
 )
 from accelkit.errors import InvalidInputError, NothingPatchedError
+from accelkit.kernels.cost import CostTable
 from accelkit.patches.adapters import adapter_for, facts, sites, trimmable
 from accelkit.patches.method import Method
 from accelkit.patches.plan import Budget, Fingerprint, Plan
@@ -56,6 +58,10 @@ STAGES: dict[str, str | tuple[str, ...]] = {
 """Stages whose seconds a plan holds, by the beginning of their units' keys; compiling is apart."""
 SEARCH = ("screening", "measuring", "weighing", "planning")
 """Stages that are the search itself, beside fit, end-to-end check and timing."""
+Found = tuple[list[SiteData], int, Callable[[], list[SiteData]]]
+"""What search knows of every site, the length of the screening, and what that found of all
+settings.
+"""
 SCREEN_TOKENS = 4096
 """Length of the prompt on which methods are screened: half of the longest up to here, else a
 quarter of it.
@@ -186,21 +192,48 @@ def _plan(
     room = memory.room(run.device, dense["dense_peak_bytes"])
     costs = stages.fitted(run, shape, run.model.dtype, tokens, methods, room)
     memory.give_back(run.device)
+    heads = {s.path: run.heads[s.path] for s in run.sites}
+    if run.late(1.0, "screening and measuring", whole_check(run, 2 * inputs.check)):
+        found: Found = assemble.nothing(heads, costs, tokens), tokens, list
+    else:
+        probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
+        found = _measured(run, inputs, screen_on, methods, costs, budget, heads, probes)
+    memory.give_back(run.device)
+    plan = refined(run, inputs, fingerprint, budget, costs, *found)
+    about = {
+        "refused": dict(costs.refused),
+        "fit_error": round(costs.error(), 4),
+        **dense,
+        "dense_prefill_ms": least_dense(run.journal, dense["dense_prefill_ms"], tokens),
+        "peak_bytes": run.journal.unit("peak", lambda: memory.peak(run.device)),
+    }
+    done = plan.model_copy(update={"calibration": {**plan.calibration, **about}})
+    return done.with_tables(plan.tables)
+
+
+def _measured(
+    run: Run,
+    inputs: prompts.Inputs,
+    screen_on: prompts.Sample,
+    methods: Sequence[Any],
+    costs: CostTable,
+    budget: Budget,
+    heads: Mapping[str, int],
+    probes: Sequence[prompts.Sample],
+) -> Found:
+    tokens, brief = inputs.longest, len(screen_on.ids)
     able = [m for m in methods if m.kind in costs.methods]
     screen = measure.screened(run, screen_on, able, measure.dear(run, costs, tokens))
     with run.planning("what to measure"):
         families = {
-            path: stages.kept(record, costs, tokens, len(screen_on.ids), run.preset.families)
+            path: stages.kept(record, costs, tokens, brief, run.preset.families)
             for path, record in screen.items()
         }
-    probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
-    heads = {s.path: run.heads[s.path] for s in run.sites}
     shows = [measure.probe_of(run.model, p) for p in probes]
     # Half as many tokens at a time as a prefill has.
     copies = run.batch * tokens // (2 * max(len(p.ids) for p in probes))
     by_probe = stages.probed(run, heads, shows, lambda place: quality.faintest, copies)
     weights = [stages.worst(heads, _alike(s, probes, by_probe)) for s in inputs.measure]
-    brief = len(screen_on.ids)
 
     def data(families: Mapping[str, Sequence[Family]], units: Sequence[Any]) -> list[SiteData]:
         rows = [(len(s.ids), unit) for s, unit in zip(inputs.measure, units, strict=False)]
@@ -213,18 +246,8 @@ def _plan(
     families, units = measure.measured(run, inputs.measure, screen, families, narrow)
     with run.planning("tables"):
         found = data(families, units)
-    memory.give_back(run.device)
     seen = partial(uniform.screened, screen, stages.worst(heads, by_probe), costs, brief)
-    plan = refined(run, found, inputs, fingerprint, budget, costs, brief, seen)
-    about = {
-        "refused": dict(costs.refused),
-        "fit_error": round(costs.error(), 4),
-        **dense,
-        "dense_prefill_ms": least_dense(run.journal, dense["dense_prefill_ms"], tokens),
-        "peak_bytes": run.journal.unit("peak", lambda: memory.peak(run.device)),
-    }
-    done = plan.model_copy(update={"calibration": {**plan.calibration, **about}})
-    return done.with_tables(plan.tables)
+    return found, brief, seen
 
 
 def _dense_prefill(run: Run, inputs: prompts.Inputs) -> dict[str, Any]:

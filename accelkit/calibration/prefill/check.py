@@ -117,8 +117,8 @@ class Checker:
 
     def seconds(self) -> float:
         """What a check of a plan on all prompts may take, its timing included."""
-        new = sum(self._share(n) for n in self.order if n not in self.dense_runs)
-        return self.run.dense_s * ((self.whole + new) / self.run.batch + TIMED)
+        new = [s for n, s in enumerate(self.samples) if n not in self.dense_runs]
+        return whole_check(self.run, [*self.samples, *new])
 
     def _share(self, n: int) -> float:
         return len(self.samples[n].ids) / max(len(s.ids) for s in self.samples)
@@ -299,6 +299,13 @@ class Checker:
 
         self.run.tell("timing the plan")
         return self.run.journal.unit(f"speed/{plan_digest(plan)}", work)
+
+
+def whole_check(run: Run, samples: Sequence[Sample]) -> float:
+    """Seconds that a plan may take on such prompts, its timing included."""
+    longest = max(len(s.ids) for s in samples)
+    runs = sum(len(s.ids) for s in samples) / longest
+    return run.dense_s * (runs / run.batch + TIMED)
 
 
 def _counted(now: Round) -> list[dict[str, Any]]:

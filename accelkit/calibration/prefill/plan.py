@@ -31,11 +31,11 @@ a plan that ran the prompt well, or all heads.
 
 def refined(
     run: Run,
-    data: Sequence[SiteData],
     inputs: Inputs,
     fingerprint: Fingerprint,
     budget: Budget,
     costs: CostTable,
+    data: Sequence[SiteData],
     brief: int,
     screen: Callable[[], list[SiteData]],
 ) -> Plan:

@@ -54,6 +54,8 @@ def settings(
     length first. Those slower than dense attention are left out, but for arithmetic that computes
     all pairs: what it does beside them weighs less there than where it was clocked.
     """
+    if not data:
+        return []
     grown = costs.dense_ms(tokens) / costs.dense_ms(brief)
     there = [
         replace(d, options=tuple(replace(m, ms=m.ms and grown * m.ms) for m in d.options))
