@@ -194,7 +194,8 @@ def in_turns(
         if now.held and (now.reach >= ENOUGH * allowed or turns.bracket.closed):
             break
         epsilon = turns.next(now)
-    if not run.late(1.0, "plans that were only looked at", checker.seconds()):
+    waiting = bool(others) or any(not r.judged for r in turns.rounds)
+    if waiting and not run.late(1.0, "plans that were only looked at", checker.seconds()):
         turns.end(others)
     for _ in range(RESCUES):
         late = partial(run.late, 0.9, "smaller errors for the check", checker.seconds())
