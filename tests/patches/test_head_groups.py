@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -81,33 +79,3 @@ def test_long_calls_ask_about_some_heads_at_a_time(monkeypatch, most, asked):
     assert asked == ASKED
     assert bool(call._shared) == (len(asked) == 1)
     assert torch.equal(whole, parts)
-
-
-@pytest.mark.parametrize(
-    ("on_gpu", "tokens", "sizes", "rides_in"),
-    [
-        (False, 1 << 15, [(128, 64)], (128, 64)),
-        (True, 1 << 15, [(128, 64)], (128, 128)),  # enough pairs for a launch of their own
-        (True, 1 << 10, [(128, 64)], (128, 64)),
-        (True, 1 << 10, [(256, 64), (128, 128)], (128, 128)),
-        (True, 1 << 10, [(128, 1)], (128, 128)),  # lists of single keys are no blocks
-    ],
-)
-def test_dense_heads_are_computed_in_wide_blocks_on_a_gpu(on_gpu, tokens, sizes, rides_in):
-    call = SimpleNamespace(q=_Rows(on_gpu), heads=(0, 2), n_q=tokens, n_k=tokens, causal=True)
-    others = [SimpleNamespace(plain=True, index=SimpleNamespace(size=size)) for size in sizes]
-    found = attention._dense_answer(call, others)
-    assert found.index.size == rides_in
-    assert found.index.count.shape[-1] == tokens // rides_in[0]
-
-
-class _Rows:
-    """A batch of one, on a device that this machine need not have."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, is_cuda: bool) -> None:
-        self.is_cuda = is_cuda
-
-    def __len__(self) -> int:
-        return 1

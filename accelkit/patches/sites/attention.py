@@ -23,6 +23,7 @@ from accelkit.kernels.permute import put_rows, take_rows
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, Execution, Order
 from accelkit.patches.plan import HeadGroup, Policy
+from accelkit.patches.sites import dense
 from accelkit.patches.sites.reuse import borrow, order_of, store
 from accelkit.patches.state import Saved
 
@@ -30,12 +31,8 @@ if TYPE_CHECKING:
     from accelkit.patches.state import PatchState
 
 Piece = BlockIndex | Partial
-DENSE_UNIT = (128, 128)
+DENSE_UNIT = dense.UNIT
 PLAIN = Execution()
-ALONE = 2**27
-"""Query-key pairs from which dense heads get a launch of their own on a GPU: what wide blocks save
-of them is then more than what the launch costs.
-"""
 MOST_CELLS = 2**28
 """Pairs of blocks, as DENSE_UNIT, of all heads that a method is asked about at once: what it scores
 and marks of them takes up to some GB.
@@ -177,12 +174,12 @@ def attend(
     what it ran before.
     """
     answers: list[Answer] = []
-    dense: list[int] = []
+    rest: list[int] = []
     for group, whole in _portions(call, groups):
         narrowed = call.take(group.heads)
         found = _asked(narrowed, group, state)
         if found is None:
-            dense.extend(group.heads)
+            rest.extend(group.heads)
         else:
             answers.extend(found)
         store(narrowed, group.policy, _saved(narrowed, group.policy, found), state)
@@ -190,9 +187,11 @@ def attend(
             narrowed.forget()
     if not answers:
         return False
-    if dense:
-        answers.append(_dense_answer(call.take(sorted(dense)), answers))
+    if rest:
+        answers.append(_dense_answer(call.take(sorted(rest)), answers))
     state.saw(call, answers)
+    if rest and dense.apart(answers[-1].call):
+        dense.attend(answers.pop().call, out)
     lanes: dict[Hashable, list[Answer]] = {}
     for a in answers:
         if a.lane is not None:
@@ -466,13 +465,8 @@ def _launch(lane: list[Answer], out: Tensor) -> None:
 
 
 def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
-    """Dense heads ride along in a launch of blocks when there is one. Many pairs do only in blocks
-    of DENSE_UNIT, which a GPU computes a quarter faster than narrow ones.
-    """
-    sizes = {a.index.size for a in others if a.plain and a.index.size[1] >= 16}
-    pairs = len(call.q) * len(call.heads) * call.n_q * call.n_k / (1 + call.causal)
-    wide = call.q.is_cuda and (pairs >= ALONE or DENSE_UNIT in sizes)
-    size = DENSE_UNIT if wide else max(sizes, default=DENSE_UNIT)
+    """Dense heads as lists that ride along in a launch of blocks when there is one."""
+    size = dense.unit(call, [a.index.size for a in others if a.plain and a.index.size[1] >= 16])
     index = BlockIndex.dense(len(call.heads), -(-call.n_q // size[0]), size, call.q.device)
     return Answer(call, (index,))
 
