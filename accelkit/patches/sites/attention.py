@@ -6,7 +6,6 @@ two), and `attend` runs all head groups of a call, joining those that can share 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from accelkit import kernels
-from accelkit.kernels import positions
 from accelkit.kernels.index import BlockIndex, Partial, device_ids
 from accelkit.kernels.merge import merge
 from accelkit.kernels.permute import put_rows, take_rows
@@ -24,6 +22,7 @@ from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, Execution, Order
 from accelkit.patches.plan import HeadGroup, Policy
 from accelkit.patches.sites import dense
+from accelkit.patches.sites.portions import portions
 from accelkit.patches.sites.reuse import borrow, order_of, store
 from accelkit.patches.state import Saved
 
@@ -33,10 +32,6 @@ if TYPE_CHECKING:
 Piece = BlockIndex | Partial
 DENSE_UNIT = dense.UNIT
 PLAIN = Execution()
-MOST_CELLS = 2**28
-"""Pairs of blocks, as DENSE_UNIT, of all heads that a method is asked about at once: what it scores
-and marks of them takes up to some GB.
-"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,8 @@ class Answer:
     finishers: tuple[AttentionMethod, ...] = ()
     n_q: int = 0
     """Query rows in token order."""
+    rest: bool = False
+    """Whether these are the dense heads of a call in which others run sparse."""
 
     @property
     def lane(self) -> Hashable | None:
@@ -175,51 +172,49 @@ def attend(
     """
     answers: list[Answer] = []
     rest: list[int] = []
-    for group, whole in _portions(call, groups):
+    ran = False
+    for group, whole in portions(call, groups):
         narrowed = call.take(group.heads)
         found = _asked(narrowed, group, state)
+        store(narrowed, group.policy, _saved(narrowed, group.policy, found), state)
         if found is None:
             rest.extend(group.heads)
-        else:
+        elif whole:
             answers.extend(found)
-        store(narrowed, group.policy, _saved(narrowed, group.policy, found), state)
+        else:  # lists of this length make room for the next ones
+            _compute_all(call, found, state, out)
+            ran = True
         if not whole:
             narrowed.forget()
-    if not answers:
+    if not answers and not ran:
         return False
-    if rest:
-        answers.append(_dense_answer(call.take(sorted(rest)), answers))
-    state.saw(call, answers)
-    if rest and dense.apart(answers[-1].call):
-        dense.attend(answers.pop().call, out)
-    lanes: dict[Hashable, list[Answer]] = {}
-    for a in answers:
-        if a.lane is not None:
-            lanes.setdefault(a.lane, []).append(a)
-            continue
-        _write(compute(a).out, a.call.heads, out)
-    for lane in lanes.values():
-        _launch(lane, out)
+    others = [replace(groups[0], heads=tuple(sorted(rest)))] if rest else []
+    for group, whole in portions(call, others):
+        one = _dense_answer(call.take(group.heads), answers)
+        if whole:
+            answers.append(one)
+        else:
+            _compute_all(call, (one,), state, out)
+    if answers:
+        _compute_all(call, answers, state, out)
     return True
 
 
-def _portions(call: AttentionCall, groups: Sequence[HeadGroup]) -> Iterator[tuple[HeadGroup, bool]]:
-    """Groups of few enough heads for a call of this length, and whether they are whole. Heads that
-    share keys stay together.
-    """
-    pairs = len(call.q) * math.prod(call.tiles(DENSE_UNIT))
-    most = max(1, MOST_CELLS // max(pairs, 1))
-    for group in groups:
-        if len(group.heads) <= most:
-            yield group, True
-            continue
-        some: list[int] = []
-        for _, slots in positions.groups(call.take(group.heads)):
-            if some and len(some) + len(slots) > most:
-                yield replace(group, heads=tuple(some)), False
-                some = []
-            some += [group.heads[slot] for slot in slots]
-        yield replace(group, heads=tuple(some)), False
+def _compute_all(
+    call: AttentionCall, answers: Sequence[Answer], state: PatchState, out: Tensor
+) -> None:
+    """Compute answers into `out`, those of one lane in one launch."""
+    state.saw(call, answers)
+    lanes: dict[Hashable, list[Answer]] = {}
+    for a in answers:
+        if a.rest and dense.apart(a.call):
+            dense.attend(a.call, out)
+        elif a.lane is not None:
+            lanes.setdefault(a.lane, []).append(a)
+        else:
+            _write(compute(a).out, a.call.heads, out)
+    for lane in lanes.values():
+        _launch(lane, out)
 
 
 def _write(found: Tensor, heads: Sequence[int], out: Tensor) -> None:
@@ -468,7 +463,7 @@ def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
     """Dense heads as lists that ride along in a launch of blocks when there is one."""
     size = dense.unit(call, [a.index.size for a in others if a.plain and a.index.size[1] >= 16])
     index = BlockIndex.dense(len(call.heads), -(-call.n_q // size[0]), size, call.q.device)
-    return Answer(call, (index,))
+    return Answer(call, (index,), rest=True)
 
 
 def _saved(
