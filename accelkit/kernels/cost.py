@@ -107,8 +107,8 @@ class MethodCost:
 class CostTable:
     """Costs of one device, dtype and head shape.
 
-    `dense` is the best dense path for a whole layer of `heads` heads, `ride` the same layer as
-    `ALL` rows inside a sparse launch, both in ms.
+    `dense` is the best dense path for a whole layer of `heads` heads, `ride` all of them as dense
+    heads run beside sparse ones, both in ms.
     """
 
     device: str
