@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +85,22 @@ def test_dense_heads_in_their_places(heads):
     torch.testing.assert_close(out[:, heads], exact(call)[:, heads], atol=1e-5, rtol=1e-5)
     others = [h for h in range(HEADS) if h not in heads]
     assert (out[:, others] == 7.0).all()
+
+
+def test_heads_need_not_lie_by_their_keys():
+    """Query heads whose keys are laid out in turns."""
+    call = causal()
+    turns = tuple(h % KV_HEADS for h in range(HEADS))
+    odd = replace(call, kv_heads=turns)
+    whole = replace(call, k=call.k[:, list(turns)], v=call.v[:, list(turns)])
+    heads = (0, 1, 4, 6)
+    out = torch.zeros_like(call.q)
+    dense.attend(odd.take(heads), out)
+    scores = (whole.q @ whole.k.mT * call.scale).masked_fill(
+        ~torch.ones(N, N).tril().bool(), -torch.inf
+    )
+    true = scores.softmax(-1) @ whole.v
+    torch.testing.assert_close(out[:, heads], true[:, heads], atol=1e-5, rtol=1e-5)
 
 
 class Newest(AttentionMethod):

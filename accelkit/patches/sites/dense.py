@@ -7,6 +7,7 @@ Elsewhere they ride along in a launch of blocks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -46,22 +47,24 @@ def unit(call: AttentionCall, sizes: Iterable[tuple[int, int]]) -> tuple[int, in
 
 
 def attend(call: AttentionCall, out: Tensor) -> None:
-    """Causal attention of the call's heads over a whole prompt into their places in `out`."""
-    heads, kv = call.heads, call.kv_heads
-    names = sorted(set(kv))
-    equal = kv == tuple(n for n in names for _ in range(len(kv) // len(names)))
-    k, v = (_some(t, names if equal else kv) for t in (call.k, call.v))
-    found = torch.nn.functional.scaled_dot_product_attention(
-        _some(call.q, heads), k, v, is_causal=True, scale=call.scale,
-        enable_gqa=k.shape[1] < len(heads),
-    )  # fmt: skip
-    for first, last in _runs(heads):
-        out[:, heads[first] : heads[last] + 1] = found[:, first : last + 1]
+    """Causal attention of the call's heads over a whole prompt into their places in `out`. Keys
+    that serve as many of them go together, so that none are copied for every query head.
+    """
+    counts = Counter(call.kv_heads)
+    for count in sorted(set(counts.values())):
+        names = sorted(n for n in counts if counts[n] == count)
+        heads = [h for n, h in sorted(zip(call.kv_heads, call.heads, strict=True)) if n in names]
+        found = torch.nn.functional.scaled_dot_product_attention(
+            _some(call.q, heads), _some(call.k, names), _some(call.v, names),
+            is_causal=True, scale=call.scale, enable_gqa=count > 1,
+        )  # fmt: skip
+        for first, last in _runs(heads):
+            out[:, heads[first] : heads[last] + 1] = found[:, first : last + 1]
 
 
 def _some(t: Tensor, heads: Sequence[int]) -> Tensor:
     """Some heads of `t` `[B, H, N, D]`; consecutive ones are not copied."""
-    if heads[-1] - heads[0] + 1 == len(heads) and list(_runs(heads)) == [(0, len(heads) - 1)]:
+    if list(heads) == list(range(heads[0], heads[0] + len(heads))):
         return t[:, heads[0] : heads[-1] + 1]
     return t.index_select(1, device_ids(tuple(heads), t.device, torch.int64))
 
