@@ -190,10 +190,12 @@ def _plan(
     run.dense_s = dense["dense_prefill_ms"] / 1e3
     memory.restart(run.device)
     room = memory.room(run.device, dense["dense_peak_bytes"])
-    costs = stages.fitted(run, shape, run.model.dtype, tokens, methods, room)
+    late = partial(run.late, 1.0, seconds=whole_check(run, 2 * inputs.check))
+    tried = [] if late("what methods cost") else methods
+    costs = stages.fitted(run, shape, run.model.dtype, tokens, tried, room)
     memory.give_back(run.device)
     heads = {s.path: run.heads[s.path] for s in run.sites}
-    if run.late(1.0, "screening and measuring", whole_check(run, 2 * inputs.check)):
+    if late("screening and measuring"):
         found: Found = assemble.nothing(heads, costs, tokens), tokens, list
     else:
         probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
