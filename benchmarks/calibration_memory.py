@@ -36,6 +36,7 @@ def calibrated(model: Any, tokenizer: Any, tokens: int, batch: int, preset: str)
         "seconds": about["seconds"]["whole"],
         "compiling_s": about["seconds"]["compiling"],
         "dense_prefills": about["dense_prefills"],
+        "search_prefills": about["search_prefills"],
     }
 
 

@@ -139,8 +139,8 @@ def calibrations(args: argparse.Namespace, model: LlamaForCausalLM) -> Iterator[
 
 
 def calibrated(length: int, model: LlamaForCausalLM, preset: str) -> dict:
-    """Seconds and memory of a whole calibration at `length` tokens; `dense_prefills` are those of
-    the search without the compilation of kernels.
+    """Seconds and memory of a whole calibration at `length` tokens; without the compilation of
+    kernels it takes `dense_prefills`, `search_prefills` of them for the search itself.
     """
     prompts = [planted_prompt(length, model.config.vocab_size, "cuda") for _ in range(2)]
     torch.cuda.empty_cache()
@@ -153,6 +153,7 @@ def calibrated(length: int, model: LlamaForCausalLM, preset: str) -> dict:
         "preset": preset,
         "seconds": time.perf_counter() - start,
         "dense_prefills": about["dense_prefills"],
+        "search_prefills": about["search_prefills"],
         "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
         "dense_ms": about["dense_prefill_ms"],
         "peak_over_dense": about["peak_bytes"] / about["dense_peak_bytes"],
