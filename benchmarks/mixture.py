@@ -90,8 +90,8 @@ class Study:
         digest = plan_digest(plan)
         row = next((m for m in self.found["mixtures"] if m["plan"] == digest), None)
         if row is None or row["budget"] != budget or row["prompts"] < len(self.bench.samples):
-            kept = ("dense_prefills", "search_prefills", "dense_prefill_ms", "dense_peak_bytes", "peak_bytes",
-                    "refused", "seconds", "methods")  # fmt: skip
+            kept = ("dense_prefills", "search_prefills", "dense_prefill_ms", "dense_peak_bytes",
+                    "peak_bytes", "refused", "seconds", "methods")  # fmt: skip
             row = {
                 "budget": budget, "plan": digest,
                 "policies": sorted({p.label() for p in plan.policies}),
