@@ -27,8 +27,9 @@ from accelkit.errors import (
 )
 from accelkit.patches.adapters import adapter_for, facts, sites
 from accelkit.patches.call import AttentionCall
-from accelkit.patches.method import UNSERVED, BlockMethod, Method
+from accelkit.patches.method import UNSERVED, BlockMethod, Method, kind_of, names
 from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
+from accelkit.patches.plan_check import NO_SITE
 from accelkit.patches.plan_file import FILE
 from accelkit.patches.sites.attention import attend
 from accelkit.patches.state import PatchState, SiteCount
@@ -38,6 +39,7 @@ HANDLE = "accelkit_handle"
 """Where a patched model keeps its handle, so that both go when nobody needs the model any more."""
 TRIMMED = "kept rows only"
 """Reason of dense calls of a trimmed last layer."""
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _EXPECTED = ("decode", "no policy")
 """Reasons for dense calls that nobody needs to be warned about."""
 
@@ -251,17 +253,22 @@ class PatchHandle:
 
 
 def patch(
-    model: Any, plan: Plan | Method | Sequence[Method] | Policy, *, strict: bool = True
+    model: Any,
+    plan: Plan | str | os.PathLike[str] | Method | Sequence[Method] | Policy,
+    *,
+    strict: bool = True,
 ) -> PatchHandle:
     """Make `model` run `plan`, in place, and return the handle that undoes it.
 
-    `model` is a language model of transformers, or a pipeline or denoiser of diffusers. A bare
-    method, or several that answer different questions, is a plan with one row for every
-    head. With `strict=False` differences of model class only warn.
+    `model` is a language model of transformers, or a pipeline or denoiser of diffusers. A file,
+    folder or hub id is read with `Plan.from_pretrained`. A bare method, or several that answer
+    different questions, is a plan with one row for every head. With `strict=False` differences of
+    model class only warn.
 
     Raises:
         AlreadyPatchedError: the model carries another plan (an equal one is a no-op).
         PlanMismatchError: the plan does not fit; the message lists the first five problems.
+        PlanError: no plan there, or one that cannot be read.
         NothingPatchedError: no site of the plan is in the model.
         UnsupportedModelError: no adapter knows the model.
         InvalidInputError: a compiled model, or something that is neither plan nor method.
@@ -271,7 +278,9 @@ def patch(
     ...     model.generate(**inputs)
     """
     adapter, bare = adapter_for(model)
-    if not isinstance(plan, Plan):
+    if isinstance(plan, os.PathLike) or (isinstance(plan, str) and plan not in names()):
+        plan = Plan.from_pretrained(plan)
+    elif not isinstance(plan, Plan):
         plan = plan_of(model, plan)
     present = vars(bare).get(HANDLE)
     if present is not None:
@@ -325,11 +334,11 @@ def disabled(model: Any) -> Iterator[None]:
         yield
     finally:
         handle.enabled = before
-        if before:
+        if before and handle_of(model) is handle:
             handle.rewire(adapter_for(model)[1])
 
 
-def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
+def plan_of(model: Any, what: str | Method | Sequence[Method] | Policy) -> Plan:
     """A plan that runs the same methods in every head of every site, from the first token on; a
     block method among them changes every denoiser.
     """
@@ -352,9 +361,10 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
     fingerprint, heads = facts(model)
     places = sites(model)
     if not places:
+        why = f"none of its {len(heads)} attention modules sees the whole prompt (sliding windows)"
         raise NothingPatchedError(
-            f"{fingerprint.class_name}: none of its {len(heads)} attention modules sees the whole "
-            "prompt (sliding windows); there is nothing to make sparse"
+            f"{fingerprint.class_name}: {why if heads else 'no attention module found'}; there is "
+            "nothing to make sparse"
         )
     # A method may serve phases that the model's adapter does not open; those stay dense.
     served = set(adapter_for(model)[0].PHASES)
@@ -383,10 +393,17 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
 
 
 def _refuse_idle(method: Any) -> None:
+    if isinstance(method, type) and issubclass(method, Method):
+        method = kind_of(method)
+    if isinstance(method, str) and method in names():
+        raise InvalidInputError(
+            f"{method!r} is a method without its numbers; give "
+            f'accelkit.method("{method}")(), with those that shall differ in the brackets'
+        )
     if not isinstance(method, Method):
         raise InvalidInputError(
-            f"{method!r} is neither a plan nor a method; give a plan, or a method with its "
-            'numbers such as accelkit.method("window")(window_tokens=2048)'
+            f"{method!r:.80} is neither a plan nor a method; give a plan, its path, or a method "
+            'with its numbers such as accelkit.method("window")(window_tokens=2048)'
         )
     if idle := method.answers() & UNSERVED:
         raise UnsupportedConfigurationError(
@@ -394,23 +411,24 @@ def _refuse_idle(method: Any) -> None:
         )
 
 
-def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Load a model's or pipeline's folder that holds a plan and return it, patched. `kwargs` go to
-    the `from_pretrained` of its library.
+def from_pretrained(name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Load a model or pipeline, a folder or a hub repository that also holds a plan, and return it
+    patched. `kwargs` go to the `from_pretrained` of its library; what they say of the hub holds for
+    the plan as well.
 
     Raises:
-        PlanError: the folder has no plan.
+        PlanError: there is no plan.
     """
-    plan = Plan.from_pretrained(folder)
+    plan = Plan.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k in _HUB})
     model: Any
-    if (Path(folder) / "model_index.json").exists():
+    if plan.fingerprint.library == "diffusers":
         from diffusers import DiffusionPipeline
 
-        model = DiffusionPipeline.from_pretrained(folder, **kwargs)
+        model = DiffusionPipeline.from_pretrained(name_or_path, **kwargs)
     else:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs).eval()
     patch(model, plan)
     return model
 
@@ -428,15 +446,11 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> Path:
 
 def _refuse_misfits(plan: Plan, model: Any, strict: bool) -> None:
     problems = plan.check(model)
-    if plan.sites and all(
-        p.what == "no such attention module in the model" for p in problems if p.fatal
-    ):
-        missing = [p for p in problems if p.fatal]
-        if len(missing) == len(plan.sites):
-            raise NothingPatchedError(
-                f"none of the plan's {len(missing)} sites is in the model; {missing[0].mend}"
-            )
     fatal = [p for p in problems if p.fatal and (strict or p.where != "model")]
+    if fatal and len(fatal) == len(plan.sites) and all(p.what == NO_SITE for p in fatal):
+        raise NothingPatchedError(
+            f"none of the plan's {len(fatal)} sites is in the model; {fatal[0].mend}"
+        )
     if fatal:
         shown = "\n  ".join(str(p) for p in fatal[:5])
         more = f"\n  and {len(fatal) - 5} more" if len(fatal) > 5 else ""

@@ -22,6 +22,7 @@ from accelkit.patches.methods.step_schedule import StepSchedule
 from accelkit.patches.methods.taylor_seer import TaylorSeer
 from accelkit.patches.parts import step_cache
 from accelkit.patches.plan import LayerPlan, Plan, Policy
+from tests.patches.conftest import attributes
 
 STEPS = 6
 ALL = list(range(STEPS))
@@ -155,3 +156,12 @@ def test_magnitudes_are_those_of_the_residual(pipe):
 def test_schedules_that_cannot_be(schedules):
     with pytest.raises(ValueError, match="schedule"):
         StepSchedule(schedules=schedules)
+
+
+def test_a_cache_removed_while_disabled_stays_removed():
+    pipe = tiny_pipe("wan")
+    before = attributes(pipe.transformer)
+    accelkit.patch(pipe, FirstBlockCache())
+    with accelkit.disabled(pipe):
+        accelkit.unpatch(pipe)
+    assert attributes(pipe.transformer) == before

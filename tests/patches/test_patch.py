@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -22,12 +22,14 @@ from accelkit.errors import (
     InvalidInputError,
     NothingPatchedError,
     ParallelNotSupportedError,
+    PlanError,
     PlanMismatchError,
     UnsupportedModelError,
 )
 from accelkit.patches.method import load
 from accelkit.patches.patch import handle_of, plan_of, save_pretrained
 from accelkit.patches.plan import Limits, Plan, Policy, Reuse, Rule
+from accelkit.patches.plan_file import FILE
 from tests.patches.conftest import FAMILIES, attributes, tiny
 
 WINDOW = load("window")
@@ -356,10 +358,30 @@ def test_sharded_heads_are_refused(llama, ids):
             torch.ops.accelkit.attention(q, k, v, None, 0.25, number)
 
 
-@pytest.mark.parametrize("what", ["window", accelkit.method("window"), [NARROW, "window"]])
+@pytest.mark.parametrize("what", [None, {"policies": ["x" * 500]}, [NARROW, 3]])
 def test_what_is_no_method_is_refused(llama, what):
-    with pytest.raises(InvalidInputError, match="neither a plan nor a method"):
+    with pytest.raises(InvalidInputError, match="neither a plan nor a method") as error:
         accelkit.patch(llama, what)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("what", ["window", accelkit.method("window"), [NARROW, "window"]])
+def test_a_method_without_its_numbers_is_refused(llama, what):
+    with pytest.raises(InvalidInputError, match=r'accelkit\.method\("window"\)\(\)'):
+        accelkit.patch(llama, what)
+
+
+@pytest.mark.parametrize("as_given", [str, lambda folder: folder, lambda f: f / FILE])
+def test_a_plan_by_its_path(llama, tmp_path, as_given):
+    plan = plan_of(llama, NARROW)
+    plan.save_pretrained(tmp_path)
+    with accelkit.patch(llama, as_given(tmp_path)) as handle:
+        assert handle.plan == plan
+
+
+def test_a_path_without_a_plan_is_told(llama, tmp_path):
+    with pytest.raises(PlanError, match="no plan at"):
+        accelkit.patch(llama, tmp_path)
 
 
 def test_compiled_model_is_refused(llama):
@@ -375,6 +397,17 @@ def test_patching_twice(llama):
     accelkit.unpatch(llama)
     assert handle_of(llama) is None
     handle.remove()
+
+
+def test_plans_with_equal_tables_are_equal(llama, tmp_path):
+    tables = {"model.layers.0.self_attn/1/coverage": torch.tensor([0.5, 0.75, 0.9, 1.0])}
+    plan = plan_of(llama, NARROW).with_tables(tables)
+    plan.save_pretrained(tmp_path)
+    with accelkit.patch(llama, plan) as handle:
+        assert accelkit.patch(llama, tmp_path) is handle
+        others = {name: table + 1 for name, table in tables.items()}
+        with pytest.raises(AlreadyPatchedError):
+            accelkit.patch(llama, plan.with_tables(others))
 
 
 def test_a_patched_model_goes_when_nobody_needs_it(ids):
@@ -435,9 +468,23 @@ def test_changed_config_only_warns(llama):
         accelkit.patch(llama, plan).remove()
 
 
-def test_unknown_class_is_refused():
-    with pytest.raises(UnsupportedModelError, match="Linear"):
-        accelkit.patch(torch.nn.Linear(2, 2), NARROW)
+def test_a_config_is_the_same_before_and_after_saving(llama, tmp_path):
+    plan = plan_of(llama, NARROW)
+    llama.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert plan.check(llama) == plan.check(again) == []
+
+
+@pytest.mark.parametrize("what", [torch.nn.Linear(2, 2), "my-model", tiny("llama").config])
+def test_unknown_class_is_refused(what):
+    with pytest.raises(UnsupportedModelError, match=type(what).__name__):
+        accelkit.patch(what, NARROW)
+
+
+def test_a_model_without_causal_attention_is_refused():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    with pytest.raises(NothingPatchedError, match="no attention module found"):
+        accelkit.patch(BertModel(BertConfig(intermediate_size=32, **sizes)), NARROW)
 
 
 def test_patched_model_saves_the_same_bytes(llama, tmp_path, ids):
@@ -452,6 +499,15 @@ def test_patched_model_saves_the_same_bytes(llama, tmp_path, ids):
     again = accelkit.from_pretrained(tmp_path / "patched")
     assert torch.equal(again(ids).logits, sparse)
     assert Plan.from_pretrained(tmp_path / "patched") == handle_of(again).plan
+
+
+def test_what_is_said_of_the_hub_holds_for_the_plan_too(monkeypatch):
+    def read(name, **kwargs):
+        raise PlanError(f"{name} {kwargs}")
+
+    monkeypatch.setattr(Plan, "from_pretrained", read)
+    with pytest.raises(PlanError, match=r"someone/model \{'revision': 'v2'\}"):
+        accelkit.from_pretrained("someone/model", revision="v2", dtype="auto")
 
 
 def test_warning_free_when_all_is_well(llama, ids):

@@ -184,6 +184,8 @@ def test_nothing_there(tmp_path):
         Plan.from_pretrained(tmp_path)
     with pytest.raises(PlanError, match="hub id"):
         Plan.from_pretrained(tmp_path / "missing.json")
+    with pytest.raises(PlanError, match="no plan at my plans/no such"):
+        Plan.from_pretrained("my plans/no such")  # no id of the hub could be called that
 
 
 def test_tables_travel_with_their_hash(tmp_path):
