@@ -28,6 +28,7 @@ from accelkit.kernels.positions import (
     logits,
     per_slot,
     row_limits,
+    row_shares,
     sees_all,
     softmax_,
     take_heads,
@@ -237,9 +238,8 @@ def rows_by_block_mean(call: Inputs, size: tuple[int, int]) -> Tensor:
     Chunk-safe: no row stands for another.
     """
     visible = visible_blocks(call, size)
-    plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
     keys = pool_keys(call, size[1])
-    if plain and size[0] <= 256 and dispatch.fast_device(call.q):
+    if in_place(call) and size[0] <= 256 and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import scores as fast
 
         found = fast.rows_by_block_mean(call, size, keys)
@@ -257,7 +257,7 @@ def rows_by_block_mean(call: Inputs, size: tuple[int, int]) -> Tensor:
             rows = slice(r, min(r + step, call.n_q))
             # Blocks before all rows need no mask, those behind them no score.
             free, n = 0, nk
-            if plain and call.causal:
+            if call.causal and in_place(call):
                 free = min(nk, (call.q_start + r + 1) // size[1])
                 n = min(nk, ceil_div(call.q_start + rows.stop, size[1]))
             s = logits(call.q[:, head : head + 1, rows].float(), mean[:, :n], call.scale)
@@ -303,8 +303,7 @@ def strided(
             f"strided: stride {stride} does not divide the unit {size}; "
             "choose a stride that divides both sides"
         )
-    plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
-    if plain and dispatch.fast_device(call.q):
+    if in_place(call) and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import strided as fast
 
         if fast.strided_fits(call, stride, size, qk == "int8"):
@@ -340,7 +339,7 @@ def strided(
                 q = _rounded(q, stride)
             q = q.unflatten(2, (-1, stride)).flip(3).flatten(3)
             free, n = 0, nkc  # cells that all rows see, that some row sees
-            if plain and call.causal:
+            if call.causal and in_place(call):
                 free = min(nkc, (call.q_start + c * stride) // stride + 1)
                 n = min(nkc, (call.q_start + stop * stride - 1) // stride + 1)
             s = logits(q, k[:, :n], call.scale / stride)
@@ -380,30 +379,20 @@ def block_mass(
             return fast.block_mass(call, lse, size, some)
     nq, nk = call.tiles(size)
     tiles = list(range(nq)) if rows is None else [int(r) for r in rows]
-    places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
+    seen, votes = (row_limits(call), key_places(call)), voting_rows(call)
     batch = call.q.shape[0]
     out = call.q.new_zeros((batch, len(call.heads), len(tiles), nk), dtype=torch.float32)
-    plain = call.causal and call.k_pos is None and call.q_pos is None
     for kv, slots in groups(call):
         k = key_head(call, kv)
-        at = [call.heads[s] for s in slots]
         for i, tile in enumerate(tiles):
             r = slice(tile * size[0], min((tile + 1) * size[0], call.n_q))
-            n = min(call.n_k, call.q_start + r.stop) if plain else call.n_k
-            n = max(1, n)
-            s = logits(take_heads(call.q[:, :, r], at).to(k.dtype), k[:, :n], call.scale)
-            hide(s, per_slot(limit, slots)[..., r], per_slot(places, slots)[..., :n])
-            if lse is None:
-                p = softmax_(s)
-            else:
-                norm = take_heads(lse[:, :, r], slots)[..., None].float()
-                p = exp_(s.sub_(norm.masked_fill(norm == -float("inf"), 0.0)))
+            p = row_shares(call, k, slots, r, seen, lse)
             if votes is None:
                 p = p.mean(2)
             else:
                 vote = per_slot(votes, slots)[..., r, None]
                 p = (p * vote).sum(2) / vote.sum(2).clamp(min=1)
-            p = pad(p, (0, -n % size[1])).unflatten(-1, (-1, size[1])).sum(-1)
+            p = pad(p, (0, -p.shape[-1] % size[1])).unflatten(-1, (-1, size[1])).sum(-1)
             out[:, slots, i, : p.shape[-1]] = p
     return out
 
@@ -422,7 +411,7 @@ def sampled_max(
     equal places. Ragged ends repeat their last token. Keys are blocked in `key_order` (int32
     `[Nk]`). Without causality and padding only.
     """
-    if call.causal or call.key_mask is not None or call.q_pos is not None or call.k_pos is not None:
+    if not sees_all(call):
         raise UnsupportedConfigurationError(
             "sampled_max draws the same places in all blocks: it needs a call without causality, "
             "padding and permuted positions"

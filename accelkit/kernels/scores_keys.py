@@ -15,15 +15,17 @@ from accelkit.kernels.positions import (
     END,
     FAR,
     bounds,
-    exp_,
     groups,
     hide,
+    in_order,
     key_head,
     key_places,
     logits,
+    need_causal_order,
     per_slot,
     row_limits,
     row_places,
+    row_shares,
     softmax_,
     take_heads,
     voting_rows,
@@ -83,7 +85,7 @@ def probe(call: Inputs, rows: int = 64) -> Probe:
     """
     q, at = probe_rows(call, rows)
     limit = at if call.causal else torch.where(at < 0, -1, END)
-    plain = call.q_pos is None and call.k_pos is None
+    plain = in_order(call)
     if plain and call.causal and dispatch.fast_device(call.q) and q.shape[2] <= 128:
         from accelkit.kernels._triton import scores as fast
 
@@ -106,7 +108,7 @@ def probe(call: Inputs, rows: int = 64) -> Probe:
         p = softmax_(s)
         p /= (row_limit >= 0).sum(-1).clamp(min=1)[..., None, None]
         columns[:, slots] = p.sum(2)
-        if call.k_pos is None and call.q_pos is None:
+        if plain:
             diagonals[:, slots] = _diagonals(p, per_slot(at, slots))
         else:
             diagonals[:, slots] = _scattered(p, per_slot(at, slots), per_slot(places, slots))
@@ -160,14 +162,6 @@ def _anchor_keys(call: Inputs, first: int, start: int, stop: int) -> slice | Ten
     return torch.cat([torch.arange(first, device=device), torch.arange(start, stop, device=device)])
 
 
-def _plain_only(call: Inputs, name: str) -> None:
-    if call.q_pos is not None or call.k_pos is not None or not call.causal:
-        raise InvalidInputError(
-            f"{name} cuts keys into ranges by position: it needs causal rows and keys in their own "
-            "order (q_pos and k_pos None)"
-        )
-
-
 def anchor_max(call: Inputs, block: int = 128, superblock: int = 2048) -> Tensor:
     """Greatest logit of each row over the first `block` keys and its own superblock, mean over the
     rows of each row block: fp32 `[B, H, ceil(Nq / block)]`, natural units.
@@ -175,7 +169,7 @@ def anchor_max(call: Inputs, block: int = 128, superblock: int = 2048) -> Tensor
     The anchor of AnchorAttention (2505.23520). Superblocks are runs of `superblock` positions, so
     chunked prefill sees the same ranges as a whole one.
     """
-    _plain_only(call, "anchor_max")
+    need_causal_order(call, "anchor_max")
     if dispatch.fast_device(call.q):
         from accelkit.kernels._triton import stripes as fast
 
@@ -229,7 +223,7 @@ def stripes(
     what lies between. `q_start` must be a multiple of `superblock`; row `s` of the result serves
     query rows `[s · superblock, …)`: `BlockIndex.from_mask(mask, (superblock, 1))`.
     """
-    _plain_only(call, "stripes")
+    need_causal_order(call, "stripes")
     if superblock % block or call.q_start % superblock:
         raise InvalidInputError(
             f"stripes: q_start {call.q_start} and block {block} do not fit superblocks of "
@@ -267,26 +261,17 @@ def tile_mass(
     Keys that no row sees have 0. `every` looks at each n-th row only (and the last of the tile).
     `lse` as in `block_mass`. Hold few tiles at a time: the result has one number per key.
     """
-    places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
+    seen, votes = (row_limits(call), key_places(call)), voting_rows(call)
     out = []
     for kv, slots in groups(call):
-        k, at, found = key_head(call, kv), [call.heads[s] for s in slots], []
+        k, found = key_head(call, kv), []
         for t in tiles:
             r = slice(t * tile + (min(tile, call.n_q - t * tile) - 1) % every, call.n_q, every)
             r = slice(r.start, min((t + 1) * tile, call.n_q), every)
-            n = call.n_k
-            if call.causal and call.q_pos is None and call.k_pos is None:
-                n = max(1, min(n, call.q_start + r.stop))
-            s = logits(take_heads(call.q[:, :, r], at).to(k.dtype), k[:, :n], call.scale)
-            hide(s, per_slot(limit, slots)[..., r], per_slot(places, slots)[..., :n])
-            if lse is None:
-                p = softmax_(s)
-            else:
-                norm = take_heads(lse[:, :, r], slots)[..., None].float()
-                p = exp_(s.sub_(norm.masked_fill(norm == -float("inf"), 0.0)))
+            p = row_shares(call, k, slots, r, seen, lse)
             if votes is not None:
                 p = p * per_slot(votes, slots)[..., r, None]
-            found.append(pad(p.sum((1, 2)), (0, call.n_k - n)))
+            found.append(pad(p.sum((1, 2)), (0, call.n_k - p.shape[-1])))
         out.append(torch.stack(found, 1))
     return torch.stack(out, 1)
 
@@ -309,7 +294,7 @@ def tile_top_k(
     causal: without them run the tile's diagonal block as a second piece. No key comes twice. Query
     heads of a KV group share their list.
     """
-    _plain_only(call, "tile_top_k")
+    need_causal_order(call, "tile_top_k")
     places, found = key_places(call), groups(call)
     batch, device = call.q.shape[0], call.q.device
     nt = ceil_div(call.n_q, tile)

@@ -57,7 +57,7 @@ __all__ = [
     "top_k",
     "top_p",
     "vertical_slash",
-    "visible",
+    "visible_blocks",
 ]
 
 
@@ -65,11 +65,6 @@ LONGEST_ROW = 8192
 """Entries of a row that one program of a kernel holds."""
 SORTED = 1 << 16
 """Entries up to which one sort costs a GPU less than many passes."""
-
-
-def visible(call: Inputs, size: tuple[int, int]) -> Tensor:
-    """Key blocks of which some row of the tile sees some key, bool `[B|1, H|1, nq, nk]`."""
-    return visible_blocks(call, size)
 
 
 def probabilities(scores: Tensor) -> Tensor:

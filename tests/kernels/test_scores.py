@@ -18,7 +18,7 @@ from score_cases import (
     voting,
 )
 
-from accelkit.errors import InvalidInputError
+from accelkit.errors import InvalidInputError, UnsupportedConfigurationError
 from accelkit.kernels import scores
 from accelkit.kernels.index import plain_inputs
 
@@ -251,7 +251,7 @@ def test_stripes(name):
 
 def test_stripes_refuse_what_has_no_ranges():
     call = case("permuted keys")
-    with pytest.raises(InvalidInputError, match="k_pos"):
+    with pytest.raises(UnsupportedConfigurationError, match="k_pos"):
         scores.anchor_max(call)
     call = replace(case("grouped"), q_start=8)
     with pytest.raises(InvalidInputError, match="q_start"):

@@ -133,7 +133,7 @@ def test_spans_are_dense_rows_and_columns():
     assert keep.spans(nothing, call, (16, 16), kinds=("audio",)) is nothing
     # A causal text never looks ahead.
     mask = keep.spans(nothing, replace(call, causal=True), (16, 16))
-    assert not (mask & ~select.visible(replace(call, causal=True), (16, 16))).any()
+    assert not (mask & ~select.visible_blocks(replace(call, causal=True), (16, 16))).any()
 
 
 def test_segments():

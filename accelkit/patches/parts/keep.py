@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accelkit.kernels.index import Inputs
 from accelkit.kernels.positions import sees_all
-from accelkit.kernels.select import force, visible
+from accelkit.kernels.select import force, visible_blocks
 from accelkit.patches.call import AttentionCall, Span
 
 
@@ -29,7 +29,7 @@ def anyhow(call: Inputs, size: tuple[int, int]) -> Tensor:
     """What `force` and `text` keep whatever is selected, bool `[B|1, H|1, nq, nk]`: joined with a
     selection it leaves no row empty that sees anything.
     """
-    return force(text(torch.zeros_like(visible(call, size)), call, size), call, size)
+    return force(text(torch.zeros_like(visible_blocks(call, size)), call, size), call, size)
 
 
 def lasting(call: AttentionCall, key: Hashable, made: Callable[[], Tensor]) -> Tensor:
@@ -53,7 +53,7 @@ def spans(
     if not chosen:
         return mask
     kept = _touched(chosen, *call.tiles(size), size, call.q_start, mask.device)
-    return mask | (kept if sees_all(call) else kept & visible(call, size))
+    return mask | (kept if sees_all(call) else kept & visible_blocks(call, size))
 
 
 @lru_cache(maxsize=64)
