@@ -352,7 +352,11 @@ def plan_of(model: Any, what: str | Method | Sequence[Method] | Policy) -> Plan:
             raise InvalidInputError("no method: give a plan, or at least one method")
         for method in methods:
             _refuse_idle(method)
-        block = next((m for m in methods if isinstance(m, BlockMethod)), None)
+        blocks = [m for m in methods if isinstance(m, BlockMethod)]
+        if len(blocks) > 1:
+            kinds = " and ".join(m.kind for m in blocks)
+            raise InvalidInputError(f"{kinds} both change the denoiser; a plan takes one of them")
+        block = next(iter(blocks), None)
         try:
             policy = Policy(methods=tuple(m for m in methods if m is not block))
         except ValidationError as error:

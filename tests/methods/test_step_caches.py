@@ -13,7 +13,11 @@ import torch
 from tiny_pipes import latents, tiny_pipe
 
 import accelkit
-from accelkit.errors import UnsupportedConfigurationError, UnsupportedModelError
+from accelkit.errors import (
+    InvalidInputError,
+    UnsupportedConfigurationError,
+    UnsupportedModelError,
+)
 from accelkit.patches.adapters import facts
 from accelkit.patches.method import load
 from accelkit.patches.methods.first_block_cache import FirstBlockCache
@@ -108,6 +112,8 @@ def test_a_second_cache_is_refused(pipe):
             accelkit.patch(pipe, plan_of(pipe, TaylorSeer()))
     with accelkit.patch(pipe, plan_of(pipe, TaylorSeer())):
         pass
+    with pytest.raises(InvalidInputError, match="first_block_cache and taylor_seer both change"):
+        accelkit.patch(pipe, [FirstBlockCache(), TaylorSeer()])
 
 
 @pytest.mark.parametrize(

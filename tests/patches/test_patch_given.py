@@ -1,5 +1,5 @@
-"""What `patch` is given: plans, their paths, methods, models that it refuses; and a patched model on
-disk.
+"""What `patch` is given: plans, their paths, methods, models that it refuses; and a patched model
+on disk.
 """
 
 from __future__ import annotations
