@@ -170,7 +170,7 @@ class PatchHandle:
         """The adapter ran `site` dense by itself."""
         self.state.count(site, reason)
         if reason not in _EXPECTED or reason in self.phases:
-            self._warn(f"attention runs dense: {reason}")
+            self._warn(reason, f"attention runs dense: {reason}", DenseFallbackWarning)
 
     def begin(self) -> None:
         """The adapter saw a generation begin."""
@@ -180,31 +180,26 @@ class PatchHandle:
         """Warn, once a kind, where a call lies outside what the plan was measured on."""
         limits, grid, clock = self.plan.limits, call.geometry.grid, call.clock
         if limits.max_length is not None and call.n_k > limits.max_length:
-            self._warn(f"{call.n_k} tokens: the plan was calibrated up to {limits.max_length}")
+            self._warn(
+                "length", f"{call.n_k} tokens: the plan was calibrated up to {limits.max_length}"
+            )
         if limits.grid is not None and grid not in (None, limits.grid):
             self._warn(
+                "grid",
                 f"tokens lie {grid} (frames, rows, columns), the plan was calibrated at "
                 f"{limits.grid}; its lists are made for this grid, its quality was not measured "
                 "here",
-                PlanTransferWarning,
-                "grid",
             )
         if clock.phase == "denoise" and 1 < clock.total < (limits.steps or 0):
             self._warn(
+                "steps",
                 f"{clock.total} steps, the plan was calibrated with {limits.steps}; its rules go "
                 "by the share of the steps done",
-                PlanTransferWarning,
-                "steps",
             )
 
-    def _warn(
-        self,
-        message: str,
-        category: type[Warning] = DenseFallbackWarning,
-        kind: str | None = None,
-    ) -> None:
-        if (kind or message) not in self._warned:
-            self._warned.add(kind or message)
+    def _warn(self, kind: str, message: str, category: type[Warning] = PlanTransferWarning) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
             warnings.warn(message, category, stacklevel=3)
 
     def rewire(self, model: Any) -> None:

@@ -20,6 +20,7 @@ from accelkit.errors import (
     DenseFallbackWarning,
     NothingPatchedError,
     ParallelNotSupportedError,
+    PlanTransferWarning,
 )
 from accelkit.patches.method import load
 from accelkit.patches.patch import handle_of, plan_of
@@ -397,6 +398,17 @@ def test_warning_free_when_all_is_well(llama, ids):
     with warnings.catch_warnings(), accelkit.patch(llama, NARROW):
         warnings.simplefilter("error", DenseFallbackWarning)
         llama.generate(ids, max_new_tokens=3, do_sample=False)
+
+
+def test_prompts_longer_than_calibrated_are_told_once(llama, ids):
+    plan = plan_of(llama, NARROW).model_copy(update={"limits": Limits(max_length=250)})
+    with accelkit.patch(llama, plan) as handle, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for n in (250, 280, 300):
+            llama(ids[:, :n])
+        assert handle.report().sparse_calls == 6
+    assert [w.category for w in told] == [PlanTransferWarning]
+    assert str(told[0].message) == "280 tokens: the plan was calibrated up to 250"
 
 
 def test_unmerged_lora(llama, ids):
