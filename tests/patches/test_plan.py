@@ -65,6 +65,10 @@ def test_round_trip(rows, length):
     assert Plan.from_json(text).to_json() == text
 
 
+def test_a_plan_names_itself_in_short():
+    assert str(make()) == repr(make()) == "<Plan for LlamaForCausalLM: dense, window at 1 sites>"
+
+
 def test_groups_by_policy():
     plan = make(limits=Limits(min_length=100))
     groups = plan.groups("model.layers.0.self_attn", 100, PREFILL)
