@@ -125,6 +125,10 @@ def test_force_by_hand():
     call = replace(call, key_mask=mask)
     found = select.force(nothing, call, (8, 8), sink=1, local=0)[0, 0].int().tolist()
     assert found == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]]
+    # Without causality local blocks lie on both sides.
+    call = call_of(32, causal=False)
+    found = select.force(nothing, call, (8, 8), sink=0, local=2)[0, 0].int().tolist()
+    assert found == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
     # A chunk that begins inside a block.
     call = call_of(16, q_start=12)
     found = select.force(nothing[:, :, :2], call, (8, 8), sink=0, local=1)[0, 0].int().tolist()
