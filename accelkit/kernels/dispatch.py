@@ -261,7 +261,7 @@ def fa4_refusal(launch: Launch) -> str | None:
     """Why flash-attn-4 cannot serve a launch, or None."""
     from accelkit.kernels._extern import fa4
 
-    return fa4.refusal(launch) or _low_bits(launch)
+    return _low_bits(launch) or fa4.refusal(launch)
 
 
 def _low_bits(launch: Launch) -> str | None:
