@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_cases import byte_tokenizer, probe_methods, tiny_model
+from tiny_cases import byte_tokenizer, tiny_model
 
 from accelkit.calibration import calibrate as flow
 from accelkit.calibration import session
@@ -25,15 +25,10 @@ from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("probes")
 LENGTH = 1024
 DIFFUSE = 3
 """The head of every layer that looks everywhere."""
-
-
-@pytest.fixture(autouse=True)
-def _probes():
-    with probe_methods():
-        yield
 
 
 @pytest.fixture(autouse=True)
