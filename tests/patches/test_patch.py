@@ -177,6 +177,20 @@ def test_static_cache(llama, ids):
     torch.testing.assert_close(first, llama(ids).logits, atol=2e-4, rtol=1e-3)
 
 
+def test_second_turn_over_a_static_cache(llama, ids):
+    """Behind the second part lies room that nobody may read: a mask that is not ours."""
+
+    def second():
+        cache = StaticCache(config=llama.config, max_cache_len=400)
+        llama(ids[:, :200], past_key_values=cache)
+        return llama(ids[:, 200:], past_key_values=cache).logits
+
+    dense = second()
+    with accelkit.patch(llama, WIDE) as handle:
+        torch.testing.assert_close(second(), dense, atol=1e-5, rtol=1e-4)
+        assert handle.report().dense == {"attention mask other than causal": 2}
+
+
 def test_second_turn_and_prefix_cache(llama, ids):
     cache = DynamicCache(config=llama.config)
     llama(ids[:, :200], past_key_values=cache)
