@@ -22,6 +22,7 @@ from accelkit.errors import (
     ParallelNotSupportedError,
     PlanTransferWarning,
 )
+from accelkit.patches.adapters import transformers as adapter
 from accelkit.patches.method import load
 from accelkit.patches.patch import handle_of, plan_of
 from accelkit.patches.plan import Limits, Policy, Reuse, Rule
@@ -189,6 +190,13 @@ def test_second_turn_over_a_static_cache(llama, ids):
     with accelkit.patch(llama, WIDE) as handle:
         torch.testing.assert_close(second(), dense, atol=1e-5, rtol=1e-4)
         assert handle.report().dense == {"attention mask other than causal": 2}
+
+
+def test_room_behind_the_queries_makes_a_mask_that_is_not_ours():
+    lengths = {"q_length": 100, "q_offset": 200}
+    found = adapter._mask(lambda **_: "theirs", kv_length=400, **lengths)
+    assert found == adapter._Foreign("theirs")
+    assert adapter._mask(print, kv_length=300, device="cpu", **lengths).ndim == 1
 
 
 def test_second_turn_and_prefix_cache(llama, ids):
@@ -397,8 +405,6 @@ def test_disabled_block_is_dense(llama, ids):
 
 def test_failed_patch_leaves_the_model(llama, ids, monkeypatch):
     before, dense = attributes(llama), llama(ids).logits
-    from accelkit.patches.adapters import transformers as adapter
-
     calls = iter(range(1))
     monkeypatch.setattr(adapter, "_implementation", lambda module: next(calls) or print)
     with pytest.raises(StopIteration):
