@@ -143,11 +143,8 @@ def pooled(call: Inputs, size: tuple[int, int], mode: str = "mean") -> Tensor:
     of MInference (2407.02490). A key mean of the diagonal block includes keys that the tile's first
     rows do not see; the selectors force that block anyway.
     """
-    return _pooled(call, size, pool_queries(call, size[0], mode), pool_keys(call, size[1], mode))
-
-
-def _pooled(call: Inputs, size: tuple[int, int], q: Tensor, k: Tensor) -> Tensor:
-    return _products(call, size, q * call.scale, k)
+    q = pool_queries(call, size[0], mode) * call.scale
+    return _products(call, size, q, pool_keys(call, size[1], mode))
 
 
 def _products(call: Inputs, size: tuple[int, int], q: Tensor, k: Tensor) -> Tensor:

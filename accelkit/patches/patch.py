@@ -136,19 +136,13 @@ class PatchHandle:
             short = call.n_k < self.plan.limits.min_length
             return self._dense(path, "shorter than the minimum length" if short else "no policy")
         self._compare(call)
-        call = self._bound(call)
+        memory = state.memory.setdefault((path, call.ordinal, call.clock.branch), {})
+        call = replace(call, memory=memory, tables=state.tables_of(path, call.q.device))
         out = call.q.new_empty(call.q.shape[0], call.n_q, call.q.shape[1], call.v.shape[3])
         if not attend(call, groups, state, out.transpose(1, 2)):
             return self._dense(path, "every head chose dense")
         state.count(path)
         return out
-
-    def _bound(self, call: AttentionCall) -> AttentionCall:
-        key = (call.site.path, call.ordinal, call.clock.branch)
-        memory = self.state.memory.setdefault(key, {})
-        return replace(
-            call, memory=memory, tables=self.state.tables_of(call.site.path, call.q.device)
-        )
 
     def _dense(self, site: str, reason: str) -> None:
         self.state.count(site, reason)
@@ -171,10 +165,6 @@ class PatchHandle:
         self.state.count(site, reason)
         if reason not in _EXPECTED or reason in self.phases:
             self._warn(reason, f"attention runs dense: {reason}", DenseFallbackWarning)
-
-    def begin(self) -> None:
-        """The adapter saw a generation begin."""
-        self.state.begin_generation()
 
     def _compare(self, call: AttentionCall) -> None:
         """Warn, once a kind, where a call lies outside what the plan was measured on."""

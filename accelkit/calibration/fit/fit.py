@@ -72,15 +72,21 @@ def fit(
         once = 1 + len(methods) + len(known) + thorough
         expect(once if gpu else turns.TURNS[0] * once)
     timed = partial(_timed, calls, methods, shape, tell)
-    seen, fitted, checks = (
-        _on_gpu(timed, calls, tell, ms, until, brief and shape.causal, thorough)
-        if gpu
-        else _in_turns(timed, calls, tell, until)
-    )
+    fitted: dict[str, tuple[Kernel, tuple[Check, ...]]] = {}
+    if gpu:
+        few = brief and shape.causal
+        seen = timed(lambda _: ms, thin=thorough, brief=few)
+        for size in seen.sizes:
+            tell(f"kernel {name(size)}")
+            fitted[name(size)] = kernels.kernel(calls, size, until, few)
+    else:
+        seen, clocks = _in_turns(timed, calls, tell, until)
+        fitted = {name(size): clocks.fitted(size) for size in seen.sizes}
     table = CostTable(
         torch.cuda.get_device_name(device) if gpu else "cpu",
         str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
-        seen.dense, seen.ride, fitted, {}, seen.refused, shape.causal, checks,
+        seen.dense, seen.ride, {k: kernel for k, (kernel, _) in fitted.items()}, {},
+        seen.refused, shape.causal, tuple(c for _, checks in fitted.values() for c in checks),
     )  # fmt: skip
     table = replace(table, methods={k: _with_lists(table, f) for k, f in seen.costs.items()})
     if thorough:
@@ -106,36 +112,12 @@ class _Seen:
         return list(dict.fromkeys([ahead.UNIT, *(s for f in self.costs.values() for s in f.sizes)]))
 
 
-_Fitted = tuple[_Seen, dict[str, Kernel], tuple[Check, ...]]
-"""What was timed, the kernels of the units in it, and how far off they are."""
-
-
-def _on_gpu(
-    timed: Callable[..., _Seen],
-    calls: Mapping[int, AttentionCall],
-    tell: Callable[[str], None],
-    ms: Callable[..., float],
-    until: float,
-    few: bool,
-    thorough: bool,
-) -> _Fitted:
-    """One thing after another: readings agree."""
-    seen = timed(lambda _: ms, thin=thorough, brief=few)
-    fitted: dict[str, Kernel] = {}
-    checks: tuple[Check, ...] = ()
-    for size in seen.sizes:
-        tell(f"kernel {name(size)}")
-        fitted[name(size)], more = kernels.kernel(calls, size, until, few)
-        checks += more
-    return seen, fitted, checks
-
-
 def _in_turns(
     timed: Callable[..., _Seen],
     calls: Mapping[int, AttentionCall],
     tell: Callable[[str], None],
     until: float,
-) -> _Fitted:
+) -> tuple[_Seen, turns.Clocks]:
     """Everything in turns: other programs slow a CPU down for seconds at a time."""
     clocks = turns.Clocks(calls)
     for turn in range(turns.TURNS[1]):
@@ -144,9 +126,7 @@ def _in_turns(
         seen = timed(clocks.turn)
         tell("kernels")
         clocks.kernels(seen.sizes)
-    fitted = {name(size): clocks.fitted(size) for size in seen.sizes}
-    checks = tuple(check for _, more in fitted.values() for check in more)
-    return seen, {unit: kernel for unit, (kernel, _) in fitted.items()}, checks
+    return seen, clocks
 
 
 def _timed(

@@ -37,7 +37,7 @@ class Runner(Protocol):
     def skipped(self, site: str, reason: str) -> None:
         """The adapter ran `site` dense by itself and says why."""
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """The adapter saw a generation begin (a scheduler's `set_timesteps`)."""
 
 
@@ -122,7 +122,7 @@ class _Watcher:
     def skipped(self, site: str, reason: str) -> None:
         pass
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         pass
 
 
