@@ -42,65 +42,57 @@ CHUNK_TOKENS = 1024
 """Query tokens at a time on a CPU: logits stay in its caches, and few keys lie beyond the rows."""
 
 
-def pool(x: Tensor, block: int, mode: str = "mean", mask: Tensor | None = None) -> Tensor:
-    """Pool tokens by block: `[…, N, D]` → fp32 `[…, ceil(N / block), D]`.
+def pool(x: Tensor, block: int, mask: Tensor | None = None) -> Tensor:
+    """Means of tokens by block: `[…, N, D]` → fp32 `[…, ceil(N / block), D]`.
 
     The ragged last block is pooled by its true length. `mask` (bool, broadcast to `[…, N]`) names
-    the tokens that count; a block without any gives zeros. `mode` is "mean" or "max".
+    the tokens that count; a block without any gives zeros.
     """
-    if mode not in ("mean", "max"):
-        raise InvalidInputError(f"pool: mode {mode!r}, expected 'mean' or 'max'")
     if mask is not None:
-        return _pool_masked(x, block, mode, mask)
+        return _pool_masked(x, block, mask)
     n = x.shape[-2]
     whole = n // block * block
-    parts = []
-    for part, size in ((x[..., :whole, :], block), (x[..., whole:, :], n - whole)):
-        if part.shape[-2]:
-            cells = part.unflatten(-2, (-1, size))
-            parts.append(
-                cells.mean(-2, dtype=torch.float32) if mode == "mean" else cells.amax(-2).float()
-            )
+    parts = [
+        part.unflatten(-2, (-1, size)).mean(-2, dtype=torch.float32)
+        for part, size in ((x[..., :whole, :], block), (x[..., whole:, :], n - whole))
+        if part.shape[-2]
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
-def _pool_masked(x: Tensor, block: int, mode: str, mask: Tensor) -> Tensor:
+def _pool_masked(x: Tensor, block: int, mask: Tensor) -> Tensor:
     short = -x.shape[-2] % block
     mask = mask.expand(x.shape[:-1])
-    hole = 0.0 if mode == "mean" else -float("inf")
-    cells = pad(torch.where(mask[..., None], x.float(), hole), (0, 0, 0, short), value=hole)
-    cells = cells.unflatten(-2, (-1, block))
+    cells = filled(torch.where(mask[..., None], x.float(), 0.0), short).unflatten(-2, (-1, block))
     count = pad(mask, (0, short)).unflatten(-1, (-1, block)).sum(-1)[..., None]
-    if mode == "mean":
-        return cells.sum(-2) / count.clamp(min=1)
-    return torch.where(count > 0, cells.amax(-2), 0.0)
+    return cells.sum(-2) / count.clamp(min=1)
 
 
-def pool_queries(call: Inputs, block: int, mode: str = "mean") -> Tensor:
+def pool_queries(call: Inputs, block: int) -> Tensor:
     """Pooled queries of the call's heads, fp32 `[B, H, nq, D]`; padding rows do not vote."""
     votes = voting_rows(call)
-    if mode == "mean" and dispatch.fast_device(call.q):
+    if dispatch.fast_device(call.q):
         from accelkit.kernels._triton import scores as fast
 
         places = None if votes is None else torch.where(votes, 0, -1).int()
         return fast.pool(call.q, block, call.heads, places)
-    return pool(take_heads(call.q, call.heads), block, mode, votes)
+    return pool(take_heads(call.q, call.heads), block, votes)
 
 
-def pool_keys(call: Inputs, block: int, mode: str = "mean") -> Tensor:
+def pool_keys(call: Inputs, block: int) -> Tensor:
     """Pooled keys for the call's heads, fp32 `[B, H, nk, D]`; padding and holes do not count.
 
     Each KV head is pooled once, unless the holes differ by query head (`k_pos` with heads).
     """
     masked = call.key_mask is not None or call.k_pos is not None
     places = key_places(call) if masked else None
-    if mode == "mean" and dispatch.fast_device(call.k):
+    if dispatch.fast_device(call.k):
         return _pool_heads(call.k, block, call.kv_of_head, places)
     if places is None or places.shape[1] == 1:
         mask = None if places is None else places >= 0
-        return pool(call.k, block, mode, mask)[:, call.kv_of_head]
+        return pool(call.k, block, mask)[:, call.kv_of_head]
     parts = [
-        pool(call.k[:, kv : kv + 1], block, mode, places[:, slot : slot + 1] >= 0)
+        pool(call.k[:, kv : kv + 1], block, places[:, slot : slot + 1] >= 0)
         for slot, kv in enumerate(call.kv_heads)
     ]
     return torch.cat(parts, 1)
@@ -136,15 +128,14 @@ def _pool_heads(
     return fast.pool(x, block, None, places, begin)[:, heads]
 
 
-def pooled(call: Inputs, size: tuple[int, int], mode: str = "mean") -> Tensor:
+def pooled(call: Inputs, size: tuple[int, int]) -> Tensor:
     """Logits of pooled queries and pooled keys, `mean(q) · mean(k) · scale`, fp32 `[B, H, nq, nk]`.
 
     FlexPrefill (2502.20766), PBS-Attn (2510.21270), SpargeAttn (2502.18137) and the block pattern
     of MInference (2407.02490). A key mean of the diagonal block includes keys that the tile's first
     rows do not see; the selectors force that block anyway.
     """
-    q = pool_queries(call, size[0], mode) * call.scale
-    return _products(call, size, q, pool_keys(call, size[1], mode))
+    return _products(call, size, pool_queries(call, size[0]) * call.scale, pool_keys(call, size[1]))
 
 
 def _products(call: Inputs, size: tuple[int, int], q: Tensor, k: Tensor) -> Tensor:

@@ -252,28 +252,18 @@ def stripes(
     return mask
 
 
-def tile_mass(
-    call: Inputs, tile: int, tiles: range, lse: Tensor | None = None, every: int = 1
-) -> Tensor:
-    """Post-softmax attention summed over the query heads of each KV head and over the rows of each
-    tile, fp32 `[B, G, len(tiles), Nk]`, G = KV heads among the call's heads in `groups` order.
-
-    Keys that no row sees have 0. `every` looks at each n-th row only (and the last of the tile).
-    `lse` as in `block_mass`. Hold few tiles at a time: the result has one number per key.
+def _tile_mass(call: Inputs, rows: slice, lse: Tensor | None) -> Tensor:
+    """Post-softmax attention summed over the query heads of each KV head and over some rows, fp32
+    `[B, G, Nk]`, G = KV heads among the call's heads in `groups` order; 0 for keys that no row
+    sees. `lse` as in `block_mass`.
     """
-    seen, votes = (row_limits(call), key_places(call)), voting_rows(call)
-    out = []
+    seen, votes, found = (row_limits(call), key_places(call)), voting_rows(call), []
     for kv, slots in groups(call):
-        k, found = key_head(call, kv), []
-        for t in tiles:
-            r = slice(t * tile + (min(tile, call.n_q - t * tile) - 1) % every, call.n_q, every)
-            r = slice(r.start, min((t + 1) * tile, call.n_q), every)
-            p = row_shares(call, k, slots, r, seen, lse)
-            if votes is not None:
-                p = p * per_slot(votes, slots)[..., r, None]
-            found.append(pad(p.sum((1, 2)), (0, call.n_k - p.shape[-1])))
-        out.append(torch.stack(found, 1))
-    return torch.stack(out, 1)
+        p = row_shares(call, key_head(call, kv), slots, rows, seen, lse)
+        if votes is not None:
+            p = p * per_slot(votes, slots)[..., rows, None]
+        found.append(pad(p.sum((1, 2)), (0, call.n_k - p.shape[-1])))
+    return torch.stack(found, 1)
 
 
 def tile_top_k(
@@ -283,16 +273,13 @@ def tile_top_k(
     *,
     least: int = 128,
     lse: Tensor | None = None,
-    every: int = 1,
-    own: bool = True,
 ) -> BlockIndex:
     """The keys before each query tile that get most attention from it, one list per KV head and
     tile: a `BlockIndex` of unit `(tile, 1)` (Kascade; `microsoft/kascade`).
 
     `k` is a count, or a fraction of the keys before the tile with at least `least` keys (Kascade's
-    rolling prefill). Ids ascend. `own` appends the tile's own keys, which the element mask makes
-    causal: without them run the tile's diagonal block as a second piece. No key comes twice. Query
-    heads of a KV group share their list.
+    rolling prefill). Behind them come the tile's own keys, which the element mask makes causal. Ids
+    ascend, no key comes twice. Query heads of a KV group share their list.
     """
     need_causal_order(call, "tile_top_k")
     places, found = key_places(call), groups(call)
@@ -305,28 +292,26 @@ def tile_top_k(
     if dispatch.fast_device(call.q):
         from accelkit.kernels._triton import tile_top as fast
 
-        if fast.fits(call, tile, every):
-            index = fast.tile_top_k(call, found, tile, take, lse, own)
+        if fast.fits(call, tile):
+            index = fast.tile_top_k(call, found, tile, take, lse)
             return replace(index, start=index.start[:, at], count=index.count[:, at])
-    width = max(take) + (tile if own else 0)
-    lists = torch.zeros((batch, len(found), nt, max(width, 1)), dtype=torch.int32, device=device)
+    lists = torch.zeros((batch, len(found), nt, max(take) + tile), dtype=torch.int32, device=device)
     counts = torch.zeros((batch, len(found), nt), dtype=torch.int32, device=device)
     for t in range(nt):
         n = take[t]
         ids = torch.zeros((batch, len(found), 0), dtype=torch.int64, device=device)
         if n:
-            mass = tile_mass(call, tile, range(t, t + 1), lse, every)[:, :, 0, : before[t]]
+            rows = slice(t * tile, min((t + 1) * tile, call.n_q))
+            mass = _tile_mass(call, rows, lse)[..., : before[t]]
             mass = mass.masked_fill(places[..., : before[t]] < 0, -1.0)
             best = mass.topk(n, -1)
             # Padding sorts behind the real keys and is left out of the count.
             ids = torch.where(best.values >= 0, best.indices, FAR).sort(-1).values
-        if own:
-            mine = torch.arange(before[t], min(before[t] + tile, call.n_k), device=device)
-            mine = torch.where(places[..., mine] >= 0, mine, FAR)
-            mine = mine.expand(batch, len(found), -1)
-            ids = torch.cat([ids, mine], -1)
-            if call.key_mask is not None:
-                ids = ids.sort(-1).values
+        mine = torch.arange(before[t], min(before[t] + tile, call.n_k), device=device)
+        mine = torch.where(places[..., mine] >= 0, mine, FAR)
+        ids = torch.cat([ids, mine.expand(batch, len(found), -1)], -1)
+        if call.key_mask is not None:
+            ids = ids.sort(-1).values
         real = ids < END
         lists[:, :, t, : ids.shape[-1]] = torch.where(real, ids, 0).int()
         counts[:, :, t] = real.sum(-1, dtype=torch.int32)
