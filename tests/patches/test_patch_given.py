@@ -15,6 +15,7 @@ from accelkit.errors import (
     NothingPatchedError,
     PlanError,
     PlanMismatchError,
+    PlanTransferWarning,
     UnsupportedModelError,
 )
 from accelkit.patches.patch import handle_of, plan_of, save_pretrained
@@ -96,9 +97,21 @@ def test_plan_of_another_model_lists_differences(llama):
     assert "and 2 more" in text
 
 
+@pytest.mark.filterwarnings("ignore::accelkit.errors.PlanTransferWarning")
+def test_another_class_of_the_same_sizes_if_it_need_not_be_strict(llama):
+    model = tiny("qwen3")
+    plan = plan_of(llama, NARROW)
+    with pytest.raises(PlanMismatchError, match="for LlamaForCausalLM"):
+        accelkit.patch(model, plan)
+    with pytest.warns(PlanTransferWarning, match="this is Qwen3ForCausalLM"):
+        accelkit.patch(model, plan, strict=False).remove()
+    with pytest.raises(PlanMismatchError, match="q_heads"):
+        accelkit.patch(tiny("qwen3", num_attention_heads=8), plan, strict=False)
+
+
 def test_changed_config_only_warns(llama):
     plan = plan_of(tiny("llama", rope_theta=5e5), NARROW)
-    with pytest.warns(accelkit.errors.PlanTransferWarning, match="rope"):
+    with pytest.warns(PlanTransferWarning, match="rope"):
         accelkit.patch(llama, plan).remove()
 
 

@@ -17,12 +17,17 @@ from accelkit.patches.call import AttentionCall, Span
 
 
 def text(mask: Tensor, call: Inputs, size: tuple[int, int]) -> Tensor:
-    """`mask` with text rows and columns dense where the call belongs to diffusion, which keeps
-    pictures whole; other calls are left as they are.
+    """`mask` with text rows and columns dense, as far as visible, where the call belongs to
+    diffusion, which keeps pictures whole; other calls are left as they are. Bool `[B, H, nq, nk]`;
+    token ids are those of `call.geometry`, chunked rows begin at `q_start`.
     """
-    if isinstance(call, AttentionCall) and call.clock.phase == "denoise":
-        return spans(mask, call, size)
-    return mask
+    if not isinstance(call, AttentionCall) or call.clock.phase != "denoise":
+        return mask
+    chosen = tuple(s for s in call.geometry.spans if s.kind == "text" and s.stop > s.start)
+    if not chosen:
+        return mask
+    kept = _touched(chosen, *call.tiles(size), size, call.q_start, mask.device)
+    return mask | (kept if sees_all(call) else kept & visible_blocks(call, size))
 
 
 def anyhow(call: Inputs, size: tuple[int, int]) -> Tensor:
@@ -37,23 +42,6 @@ def lasting(call: AttentionCall, key: Hashable, made: Callable[[], Tensor]) -> T
     the geometry; for this call elsewhere.
     """
     return call.remember(key, made) if sees_all(call) else call.once(key, made)
-
-
-def spans(
-    mask: Tensor,
-    call: AttentionCall,
-    size: tuple[int, int],
-    kinds: tuple[str, ...] = ("text",),
-) -> Tensor:
-    """`mask` with the rows and columns of some modalities dense, as far as visible; bool
-    `[B, H, nq, nk]`. Key and query token ids are those of `call.geometry`; chunked rows begin at
-    `q_start`.
-    """
-    chosen = tuple(s for s in call.geometry.spans if s.kind in kinds and s.stop > s.start)
-    if not chosen:
-        return mask
-    kept = _touched(chosen, *call.tiles(size), size, call.q_start, mask.device)
-    return mask | (kept if sees_all(call) else kept & visible_blocks(call, size))
 
 
 @lru_cache(maxsize=64)
