@@ -282,7 +282,8 @@ def strided(
     keys is seen if its first real key is not after the row cell's last row.
 
     `qk="int8"` rounds each cell of queries, and of keys less their mean (which softmax does not
-    see), to int8 with a scale of its own: on a GPU the products take about half the time.
+    see), to int8 with a scale of its own: on a GPU the products take about half the time. Raises
+    `InvalidInputError` for another `qk`, or a stride that does not divide the unit.
     """
     if qk not in ("native", "int8"):
         raise InvalidInputError(f"strided: qk {qk!r}, expected 'native' or 'int8'")
@@ -397,7 +398,8 @@ def sampled_max(
 
     One token in `every` is drawn at random, at the same places in all blocks; equal seeds draw
     equal places. Ragged ends repeat their last token. Keys are blocked in `key_order` (int32
-    `[Nk]`). Without causality and padding only.
+    `[Nk]`). Raises `UnsupportedConfigurationError` for a call with causality, padding or permuted
+    tokens.
     """
     if not sees_all(call):
         raise UnsupportedConfigurationError(

@@ -220,8 +220,9 @@ def stripes(
     `mean(q) · k · scale + theta ≥ anchor` for any row block. `anchor` is fp32 `[B, H, nq]` from
     `anchor_max`, or the mean LSE of the anchor piece; `theta` (nats) may be fp32 `[H]`. The ranges
     are disjoint and complete: the anchor piece owns `[0, block)` and the superblock, stripes only
-    what lies between. `q_start` must be a multiple of `superblock`; row `s` of the result serves
-    query rows `[s · superblock, …)`: `BlockIndex.from_mask(mask, (superblock, 1))`.
+    what lies between. Row `s` of the result serves query rows `[s · superblock, …)`:
+    `BlockIndex.from_mask(mask, (superblock, 1))`. Raises `InvalidInputError` where `q_start` is no
+    multiple of `superblock`, or that none of `block`.
     """
     need_causal_order(call, "stripes")
     if superblock % block or call.q_start % superblock:

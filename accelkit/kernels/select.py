@@ -83,7 +83,7 @@ def top_k(scores: Tensor, k: int | float | Tensor) -> Tensor:
     """The k best visible blocks of each row, bool `[B, H, nq, nk]`.
 
     An integer (or integer tensor `[H]`) is a count; a float in 0 … 1 (or float tensor) a fraction
-    of the row's visible blocks, rounded up, at least one.
+    of the row's visible blocks, rounded up, at least one; `InvalidInputError` for any other.
     """
     if isinstance(k, float) and not 0 <= k <= 1:
         raise InvalidInputError(f"top_k: fraction {k} is outside 0 … 1; pass an int for a count")

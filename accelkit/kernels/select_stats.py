@@ -60,7 +60,8 @@ def density(index: BlockIndex | Sequence[BlockIndex], call: Inputs) -> Tensor:
     """Visible query-key pairs inside the listed blocks ÷ all visible pairs, fp32 `[H]`.
 
     Element-exact at block granularity; several disjoint pieces add up. Reads sizes back to the
-    host: for reports, not for the forward pass.
+    host: for reports, not for the forward pass. Raises `InvalidInputError` for lists of another
+    call.
     """
     pieces = [index] if isinstance(index, BlockIndex) else list(index)
     heads, batch = len(call.heads), call.q.shape[0]

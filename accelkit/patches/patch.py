@@ -423,8 +423,8 @@ def from_pretrained(name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> Path:
-    """Write a patched model's folder with its plan beside the config; `from_pretrained` opens it
-    patched.
+    """Write a patched model's folder with its plan beside the config, and return the plan's path;
+    `from_pretrained` opens it patched. Raises `InvalidInputError` for a model that is not patched.
     """
     handle = handle_of(model)
     if handle is None:
