@@ -218,7 +218,7 @@ def _compute_all(
 
 
 def _portions(call: AttentionCall, groups: Sequence[HeadGroup]) -> Iterator[tuple[HeadGroup, bool]]:
-    """Groups of few enough heads for a call of this length, and whether they are whole groups. Heads
+    """Groups of few enough heads for a call of this length, and whether those are whole ones. Heads
     that share keys stay together.
     """
     pairs = len(call.q) * math.prod(call.tiles(DENSE_UNIT))
