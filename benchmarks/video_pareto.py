@@ -115,22 +115,39 @@ LEVELS = (40, 35, 30, 25, 20)
 
 
 def quality(row: dict[str, Any], key: str) -> float:
-    return row["right"] / row["of"] if key == "right" else row["mean"][key]
+    """What is drawn of a row: no higher than its axis."""
+    return row["right"] / row["of"] if key == "right" else min(row["mean"][key], KEYS[key][0])
 
 
 def front(
-    rows: Sequence[dict[str, Any]], key: str, dense: float
-) -> tuple[list[float], list[float]]:
-    """Costs and qualities of a curve's best points, rising, the dense one last; none is better than
-    that.
+    rows: Sequence[dict[str, Any]], key: str, dense: dict[str, Any]
+) -> tuple[list[float], list[float], list[dict[str, Any]]]:
+    """Costs, qualities and rows of a curve's best points, rising; the dense one counts among them,
+    at a cost of 1.
     """
-    points = sorted((r["cost"], quality(r, key)) for r in rows if r["finite"] and r["cost"] < 1)
-    costs, best = [], list[float]()
-    for cost, value in [*((c, min(v, dense)) for c, v in points), (1.0, dense)]:
-        if not best or value > best[-1]:
-            costs.append(cost)
-            best.append(value)
-    return costs, best
+    points = sorted(
+        ((r["cost"], quality(r, key), r) for r in rows if r["finite"] and r["cost"] < 1),
+        key=lambda p: p[:2],
+    )
+    kept: list[tuple[float, float, dict[str, Any]]] = []
+    for point in [*points, (1.0, quality(dense, key), dense)]:
+        if not kept or point[1] > kept[-1][1]:
+            kept.append(point)
+    costs, best, found = (list(column) for column in zip(*kept, strict=True))
+    return costs, best, found
+
+
+def by_videos(
+    row: dict[str, Any], costs: Sequence[float], points: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+    """How many videos more a setting shows right than a curve does at its cost, with the standard
+    error of that difference over the prompts, which are the same ones for both.
+    """
+    shown = [[int(c) for c in r["shown"]] for r in points]
+    between = [np.interp(row["cost"], costs, column) for column in zip(*shown, strict=True)]
+    differ = np.array([int(c) for c in row["shown"]]) - np.array(between)
+    error = np.std(differ, ddof=1) * np.sqrt(len(differ))
+    return {"videos": round(float(differ.sum()), 2), "error": round(float(error), 2)}
 
 
 def tolerance(curves: dict[str, list[dict[str, Any]]], key: str) -> float:
@@ -147,16 +164,14 @@ def tolerance(curves: dict[str, list[dict[str, Any]]], key: str) -> float:
 
 def places(found: dict[str, Any], key: str = "psnr") -> list[dict[str, Any]]:
     """Where each setting of the other curves lies beside the mixture's, which runs straight through
-    its points and the dense one: `by` is how far above, None where no mixture is as fast. What
-    shows more of what was asked than dense does, does so by chance, and counts as dense.
+    its best points and the dense one: `by` is how far above, None where no mixture is as fast.
     """
     curves = found["curves"]
-    dense = quality(found["dense"], key) if key == "right" else KEYS[key][0]
-    costs, best = front(curves.get("mixture", ()), key, dense)
+    costs, best, points = front(curves.get("mixture", ()), key, found["dense"])
     some = []
     for name, rows in curves.items():
         for row in rows if name != "mixture" else ():
-            value, cost = min(quality(row, key), dense), row["cost"]
+            value, cost = quality(row, key), row["cost"]
             if not row["finite"] or cost >= 1:
                 continue
             mixed = float(np.interp(cost, costs, best)) if cost >= costs[0] else None
@@ -165,6 +180,7 @@ def places(found: dict[str, Any], key: str = "psnr") -> list[dict[str, Any]]:
                 "curve": name, "setting": setting, "cost": round(cost, 4),
                 "value": round(value, 4), "mixture": mixed and round(mixed, 4),
                 "by": None if mixed is None else round(value - mixed, 4),
+                **(by_videos(row, costs, points) if key == "right" and mixed is not None else {}),
             })  # fmt: skip
     return some
 
@@ -178,15 +194,18 @@ def beaten(found: dict[str, Any], key: str = "psnr") -> list[dict[str, Any]]:
 def verdict(above: list[dict[str, Any]], of: int, noise: float) -> dict[str, Any]:
     """How many settings lie above the mixture, and by how much at most."""
     known = [p["by"] for p in above if p["by"] is not None]
+    videos = [p for p in above if "videos" in p]
+    clear = {"by_two_standard_errors": sum(p["videos"] > 2 * p["error"] for p in videos)}
     return {
         "settings": of, "above": len(known), "most": max(known, default=0.0),
+        **(clear if videos else {}),
         "faster_than_any_mixture": len(above) - len(known), "equal_runs_differ_by": noise,
     }  # fmt: skip
 
 
-def speed_at(rows: Sequence[dict[str, Any]], level: float) -> float | None:
+def speed_at(rows: Sequence[dict[str, Any]], level: float, dense: dict[str, Any]) -> float | None:
     """Speed-up of a curve where its PSNR is `level`; None where it has no such point."""
-    costs, best = front(rows, "psnr", KEYS["psnr"][0])
+    costs, best, _ = front(rows, "psnr", dense)
     return round(1 / float(np.interp(level, best, costs)), 2) if best[0] <= level else None
 
 
@@ -205,11 +224,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(20, 9.5), layout="constrained")
     panels = figure.subplots(1, len(KEYS))
     marks, colours = "osv^<>DPX*hp", colormaps["tab20"].colors
-    for axes, (key, (dense, words)) in zip(panels, KEYS.items(), strict=True):
+    for axes, (key, (_, words)) in zip(panels, KEYS.items(), strict=True):
         for n, (name, rows) in enumerate(found["curves"].items()):
-            points = sorted(
-                (1 / r["cost"], min(quality(r, key), dense)) for r in rows if r["finite"]
-            )
+            points = sorted((1 / r["cost"], quality(r, key)) for r in rows if r["finite"])
             special = name in ("mixture", "fewer steps")
             cache = name.partition("{")[0] in (*found["caches"], "step_schedule")
             look = {
@@ -221,7 +238,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
             }  # fmt: skip
             if name == "mixture" and key != "right":
                 axes.plot(*zip(*points, strict=True), **{**look, "linestyle": ""})
-                points = [(1 / c, v) for c, v in zip(*front(rows, key, dense), strict=True)]
+                costs, best, _ = front(rows, key, found["dense"])
+                points = [(1 / c, v) for c, v in zip(costs, best, strict=True)]
                 look |= {"marker": "", "label": None}
             axes.plot(*zip(*points, strict=True), **look)
         if key == "right":
@@ -277,7 +295,7 @@ def join(paths: Sequence[Path], out: Path, costs: Path | None) -> None:
         {
             "curve": name,
             "points": len(rows),
-            **{f"× at {level} dB": speed_at(rows, level) for level in LEVELS},
+            **{f"× at {level} dB": speed_at(rows, level, found["dense"]) for level in LEVELS},
             **{
                 f"above in {NAMES[key]}": sum(r["curve"] == name for r in some)
                 for key, some in above.items()
