@@ -24,12 +24,15 @@ def denoising(data: dict[str, Any]) -> Iterator[Line]:
     """`benchmarks/denoise_dit.py`: plans alone, the step cache alone, both."""
     what = str(title(data)).removesuffix(", compiled by repeated blocks")
     sparse = [r for r in data["rows"] if not r["skipped_in_a_row"]]
-    plans = ", ".join(f"`{row['plan']}`" for row in sparse)
-    yield f"{what}: {plans}", times([row["speedup"] for row in sparse])
+    if sparse:
+        plans = ", ".join(f"`{row['plan']}`" for row in sparse)
+        yield f"{what}: {plans}", times([row["speedup"] for row in sparse])
+        what = "the same"
     for row in data["rows"]:
         if row["skipped_in_a_row"]:
             plan = "a step cache" if row["plan"] == "dense" else f"a step cache and `{row['plan']}`"
-            yield f"the same: {plan}", times([row["speedup"]])
+            yield f"{what}: {plan}", times([row["speedup"]])
+            what = "the same"
 
 
 def attention_calls(data: dict[str, Any]) -> Iterator[Line]:

@@ -130,7 +130,7 @@ def calibrate(
     if dry_run:
         if draws:
             told = pipelines.size_told(loaded, size)
-            console.say(f"two dense steps at {told}, twice over; --height, --width and --frames set it")
+            console.say(f"two dense steps at {told}, twice; --height, --width and --frames set it")
         bound = bound_of(loaded, lengths=limits, **size)
         console.emit(
             bound,
