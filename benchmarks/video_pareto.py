@@ -110,6 +110,8 @@ def fewer(subject: Subject, steps: int) -> dict[str, Any]:
 KEYS = {"psnr": (60.0, "PSNR (dB)"), "ssim": (1.0, "SSIM"), "right": (1.0, "share shown right")}
 """What is drawn: where the dense point stands at most, and its words."""
 NAMES = {"psnr": "PSNR", "ssim": "SSIM", "right": "score"}
+CLEAR = 2
+"""Standard errors by which a setting is above the mixture in what it shows for more than chance."""
 LEVELS = (40, 35, 30, 25, 20)
 """PSNR at which the table tells each curve's speed-up."""
 
@@ -191,16 +193,18 @@ def beaten(found: dict[str, Any], key: str = "psnr") -> list[dict[str, Any]]:
     return [p for p in places(found, key) if p["by"] is None or p["by"] > noise]
 
 
-def verdict(above: list[dict[str, Any]], of: int, noise: float) -> dict[str, Any]:
+def verdict(found: dict[str, Any], key: str, above: list[dict[str, Any]]) -> dict[str, Any]:
     """How many settings lie above the mixture, and by how much at most."""
-    known = [p["by"] for p in above if p["by"] is not None]
-    videos = [p for p in above if "videos" in p]
-    clear = {"by_two_standard_errors": sum(p["videos"] > 2 * p["error"] for p in videos)}
+    known = [p for p in above if p["by"] is not None]
+    clear = [p for p in known if "videos" in p and p["videos"] > CLEAR * p["error"]]
     return {
-        "settings": of, "above": len(known), "most": max(known, default=0.0),
-        **(clear if videos else {}),
-        "faster_than_any_mixture": len(above) - len(known), "equal_runs_differ_by": noise,
-    }  # fmt: skip
+        "settings": len(found["places"]),
+        "above": len(known),
+        "most": max((p["by"] for p in known), default=0.0),
+        **({"above_by_two_standard_errors": len(clear)} if key == "right" else {}),
+        "faster_than_any_mixture": len(above) - len(known),
+        "equal_runs_differ_by": tolerance(found["curves"], key),
+    }
 
 
 def speed_at(rows: Sequence[dict[str, Any]], level: float, dense: dict[str, Any]) -> float | None:
@@ -285,10 +289,7 @@ def join(paths: Sequence[Path], out: Path, costs: Path | None) -> None:
     found["above_the_mixture"] = above
     if mixed:
         found["places"] = places(found)
-        found["verdict"] = {
-            key: verdict(some, len(found["places"]), tolerance(found["curves"], key))
-            for key, some in above.items()
-        }
+        found["verdict"] = {key: verdict(found, key, some) for key, some in above.items()}
     found["title"] = "Fidelity against predicted speed: every method alone, caches, fewer steps"
     found["title"] += ", calibrated mixtures" if mixed else ""
     found["rows"] = [
