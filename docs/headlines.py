@@ -35,6 +35,17 @@ def denoising(data: dict[str, Any]) -> Iterator[Line]:
             what = "the same"
 
 
+def fidelity(data: dict[str, Any]) -> Iterator[Line]:
+    """`benchmarks/video_pareto.py`: calibrated plans beside running fewer steps."""
+    by_curve = {row["curve"]: row for row in data["rows"]}
+    levels = [k for k in data["rows"][0] if k.startswith("× at ")]
+    of = " / ".join(k.split()[2] for k in levels)
+    what = f"Denoising of {data['model']}, calibrated plans at a PSNR of {of} dB"
+    for name, told in (("mixture", what), ("fewer steps", "the same by fewer steps")):
+        readings = [by_curve[name][level] for level in levels]
+        yield f"{told}, predicted for Wan2.1-1.3B 480p", times(readings)
+
+
 def attention_calls(data: dict[str, Any]) -> Iterator[Line]:
     """`benchmarks/dit_methods.py`: the methods that read about a fifth."""
     for shape, rows in groupby(data["rows"], lambda row: row["shape"]):
@@ -98,7 +109,8 @@ def patch_cost(data: dict[str, Any]) -> Iterator[Line]:
 
 MAIN: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
     "denoise-wan-h200": denoising,
-    "denoise-hunyuan-h200": denoising,
+    "denoise-hunyuan-h100": denoising,
+    "video-pareto-h100": fidelity,
     "dit-methods-h200": attention_calls,
     "kernels-h200": block_lists,
     "prefill-8b-h100": first_token,
