@@ -15,9 +15,9 @@ Line = tuple[str, str]
 """What was measured, and the reading."""
 
 
-def times(values: list[float]) -> str:
-    """`1.70 / 1.80 ×`."""
-    return " / ".join(f"{v:.3g}" for v in values) + " ×"
+def times(values: list[float | None]) -> str:
+    """`1.70 / 1.80 ×`; a dash where there is no reading."""
+    return " / ".join("–" if v is None else f"{v:.3g}" for v in values) + " ×"
 
 
 def denoising(data: dict[str, Any]) -> Iterator[Line]:
