@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pareto_target import DENSE_STEPS, single_cost, unit_of
+from pareto_target import DENSE_STEPS, arithmetic, single_cost, unit_of
 
 import accelkit
 from accelkit.calibration import candidates
@@ -307,7 +307,7 @@ def run_mixture(
     fit.fit = lambda *args, **options: costs  # type: ignore[assignment]
     ((_, dense_ms),) = costs.dense  # what was not clocked counts as no faster
     candidates.answers_ms = lambda answers, batch: [
-        about["clocked"].get(repr(a.execution), dense_ms) for a in answers
+        about["clocked"].get(arithmetic(a.execution), dense_ms) for a in answers
     ]
     denoise_measure.measured = measured
     check.speed, check.took = speed, took  # type: ignore[method-assign]
