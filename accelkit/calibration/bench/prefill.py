@@ -134,7 +134,8 @@ def bench(
                     progress(f"{n} tokens: {name}")
                 before = times.get(name, Timing())
                 if before.error is None and count:
-                    times[name] = _join(before, _time_path(model, name, run, count, warmup))
+                    found = _time_path(model, name, run, count, warmup)
+                    times[name] = Timing(before.ms + found.ms, found.error)
 
         dense(repeat - repeat // 2)
         if progress:
@@ -335,17 +336,13 @@ def _ms(timing: Timing) -> str:
     return "cannot run" if timing.median is None else f"{timing.median:.2f}"
 
 
-def _join(a: Timing, b: Timing) -> Timing:
-    return Timing(a.ms + b.ms, b.error)
-
-
 def _time_path(model: Any, name: str, run: Callable[[], Any], repeat: int, warmup: int) -> Timing:
     with using(model, name):
-        if name == "own":
-            return Timing(times_ms(run, repeat, warmup, model.device))
         try:
             return Timing(times_ms(run, repeat, warmup, model.device))
         except (RuntimeError, ValueError, ImportError) as error:
+            if name == "own":
+                raise
             if type(error).__name__ == "OutOfMemoryError":
                 torch.cuda.empty_cache()
             return Timing(error=f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
