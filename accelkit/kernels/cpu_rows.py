@@ -153,15 +153,6 @@ class Rows:
         self.kv = (torch.arange(launch.batch)[:, None] * launch.k.shape[1] + kv).flatten()
         self.base = (self.kv * blocks).repeat_interleave(self.tiles)
         self.found: Piece | None = None
-        # Pieces of a stage one behind the other, and behind them an empty one. The memory serves
-        # all stages: fresh memory costs more than what is written there.
-        self.stage = self._memory(self.tiles * len(self.kv) + tallest, launch.q.dtype)
-        self.laid: Piece | None = None
-
-    def _memory(self, rows: int, dtype: torch.dtype) -> Piece:
-        bq = self.launch.index.size[0]
-        lse = torch.promote_types(dtype, torch.float32)
-        return torch.empty((rows, bq, self.width), dtype=dtype), torch.empty((rows, bq), dtype=lse)
 
     def squares(self, own: Tensor) -> None:
         """First of all: tiles over the keys at their own positions, as triangles, where `own`
@@ -173,9 +164,8 @@ class Rows:
         heads = self.launch.batch * self.launch.k.shape[1]
         k, v = (t.view(heads, -1, 1, bq, self.width) for t in (self.k, self.v))
         q = self.q.unflatten(0, (-1, self.tiles))
-        self.found = self._memory(len(self.q), self.dtype)
+        self.found = self._nothing()
         out, lse = (t.unflatten(0, (-1, self.tiles)) for t in self.found)
-        out[:, len(tiles) :], lse[:, len(tiles) :] = 0.0, -math.inf
         for line, kv in enumerate(self.kv.tolist()):
             some = q[line, : len(tiles), None]
             one = triangle(some, k[kv, places], v[kv, places], self.launch.scale)
@@ -184,28 +174,31 @@ class Rows:
             out[:, : len(tiles)].masked_fill_(~own[..., None, None], 0.0)
             lse[:, : len(tiles)].masked_fill_(~own[..., None], -math.inf)
 
+    def _nothing(self) -> Piece:
+        """What rows have before anything is computed."""
+        lse = torch.full(self.q.shape[:2], -math.inf, dtype=self.dtype)
+        return torch.zeros(self.q.shape, dtype=self.dtype), lse
+
     def pieces(self, lists: Lists, height: int = 1) -> None:
         """Runs of tiles over the blocks of their lists, which all their queries see wholly."""
         queries = self.q.view(-1, height * self.q.shape[1], self.width)
         order, blocks = lists.by_length()
-        source = torch.full((len(queries),), -1)
-        source[order] = torch.arange(len(order))
         blocks += self.base[order * height].repeat_interleave(lists.count[order])
-        done = begin = 0
+        begin, first = 0, self.found is None
         for at, count in _chunks(lists.count, self.key_bytes * self.launch.index.size[1]):
-            rows, end = at.numel(), begin + at.numel() * count
-            k, v = (t.view(rows, 1, -1, self.width) for t in self._gathered(blocks[begin:end]))
-            q = queries.index_select(0, order[done : done + rows])[:, None]
+            end = begin + at.numel() * count
+            k, v = (t.view(len(at), 1, -1, self.width) for t in self._gathered(blocks[begin:end]))
+            q = queries.index_select(0, at)[:, None]
             out, lse = fused(q, k, v, self.launch.scale)
-            done, begin = self._put(done, out[:, 0], lse[:, 0]), end
-        self._join_stage(done, source)
+            self._put(at, out[:, 0], lse[:, 0], first)
+            begin = end
 
     def hidden(self, lists: Lists) -> None:
         """Tiles over blocks that some of their queries do not see."""
         bq, bk = self.launch.index.size
         masks = _Hidden(self.launch, self.slots, self.tiles)
         size = (self.key_bytes + bq * self.dtype.itemsize) * bk
-        source, done = torch.full((len(self.q),), -1), 0
+        first = self.found is None
         for at, count in _chunks(lists.count, size, even=False):
             # Shorter rows of a chunk repeat block 0 behind their own, hidden.
             own = torch.arange(count) < lists.count[at, None]
@@ -216,10 +209,8 @@ class Rows:
             k, v = (t.view(len(at), 1, -1, self.width) for t in (k, v))
             q = self.q.index_select(0, at)[:, None]
             out, lse = (t[:, 0] for t in fused(q, k, v, self.launch.scale, mask=mask[:, None]))
-            source[at] = torch.arange(done, done + len(at))
             out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
-            done = self._put(done, out, lse)
-        self._join_stage(done, source)
+            self._put(at, out, lse, first)
 
     def _gathered(self, blocks: Tensor) -> list[Tensor]:
         """Keys and values of some blocks: where they lie if they are neighbours, else copied."""
@@ -228,33 +219,20 @@ class Rows:
             return [t[first : first + n] for t in (self.k, self.v)]
         return [t.index_select(0, blocks) for t in (self.k, self.v)]
 
-    def _put(self, done: int, out: Tensor, lse: Tensor) -> int:
-        """Runs behind the `done` ones of a stage; how many there are now."""
-        end = done + len(out)
-        for memory, found in zip(self.stage, (out, lse), strict=True):
-            memory.view(-1, *found.shape[1:])[done:end] = found
-        return end
-
-    def _join_stage(self, done: int, source: Tensor) -> None:
-        """Join a stage: run i of its height is `source[i]` of the `done` ones, −1 for none."""
-        if not done:
-            return
-        height = len(self.q) // len(source)
-        out, lse = (t.view(-1, height * t.shape[1], *t.shape[2:]) for t in self.stage)
-        out[done], lse[done] = 0.0, -math.inf
-        source = source.where(source >= 0, done)
-        laid = self.laid if self.laid is not None else self._memory(len(self.q), self.dtype)
-        for memory, found in zip(laid, (out, lse), strict=True):
-            at = memory.view(-1, *found.shape[1:])
-            if found.dtype == at.dtype:
-                torch.index_select(found, 0, source, out=at)
-            else:
-                at.copy_(found.index_select(0, source))
+    def _put(self, at: Tensor, out: Tensor, lse: Tensor, first: bool) -> None:
+        """Join pieces of the runs `at`, each listed once, while caches hold them; `first`: there is
+        nothing to join them to.
+        """
         if self.found is None:
-            self.found = laid
-        else:
-            self.laid = laid
-            join(*self.found, *laid)
+            self.found = self._nothing()
+        whole = [t.view(-1, *piece.shape[1:]) for t, piece in zip(self.found, (out, lse), strict=True)]
+        out, lse = out.to(self.dtype), lse.to(self.dtype)
+        if not first:
+            more, more_lse = out, lse
+            out, lse = (t.index_select(0, at) for t in whole)
+            join(out, lse, more, more_lse)
+        for t, piece in zip(whole, (out, lse), strict=True):
+            t.index_copy_(0, at, piece)
 
     def write(self) -> None:
         """Hand the results to the launch."""
