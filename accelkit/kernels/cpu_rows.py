@@ -90,40 +90,48 @@ def take(t: Tensor, heads: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Lists:
-    """Ragged rows of block ids: row r is `blocks[first[r] : first[r] + count[r]]`."""
+    """Block ids of the rows of a mask `[R, nk]` that have any, the longest row first: of row
+    `rows[i]` (int64, as all of them) `count[i]` ids, rising, one row behind the other.
+    """
 
-    blocks: Tensor
-    first: Tensor
+    rows: Tensor
     count: Tensor
+    line: Tensor
+    """Of each id the i of its row."""
+    blocks: Tensor
 
     @staticmethod
-    def of(mask: Tensor, even: int = 1, least: int = 0) -> Lists:
-        """The rows of a mask `[R, nk]`, cut to a multiple of `even` blocks, none shorter than
-        `least`.
+    def of(mask: Tensor) -> Lists:
+        count = mask.sum(-1)
+        rows = count.argsort(descending=True, stable=True)[: int((count > 0).sum())]
+        return Lists(rows, count[rows], *mask[rows].nonzero(as_tuple=True))
+
+    def chunks(self, bytes_per_block: int, even: bool = True) -> Iterator[tuple[slice, int, slice]]:
+        """Rows of similar length, of equal length if `even`, that share a call: which they are, the
+        length of the longest and the place of their ids.
         """
-        row, block = mask.nonzero(as_tuple=True)
-        count = torch.bincount(row, minlength=len(mask))
-        if even > 1 or least > 1:
-            rank = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
-            count = count // even * even
-            count[count < least] = 0
-            block = block[rank < count[row]]
-        return Lists(block, count.cumsum(0) - count, count)
+        lengths = self.count.tolist()
+        first = place = 0
+        while first < len(lengths):
+            longest = lengths[first]
+            most = first + max(1, _CHUNK_BYTES // (longest * bytes_per_block))
+            least = longest if even else max(1, longest // 2)
+            last = first + 1
+            while last < min(most, len(lengths)) and lengths[last] >= least:
+                last += 1
+            end = place + sum(lengths[first:last])
+            yield slice(first, last), longest, slice(place, end)
+            first, place = last, end
 
-    def by_length(self) -> tuple[Tensor, Tensor]:
-        """The rows that list anything, the longest first, and their blocks one behind the other."""
-        order = self.count.argsort(descending=True, stable=True)
-        order = order[: int((self.count > 0).sum())]
-        count = self.count[order]
-        place = (self.first[order] - (count.cumsum(0) - count)).repeat_interleave(count)
-        return order, self.blocks[place + torch.arange(place.numel())]
 
-    def mask(self, nk: int) -> Tensor:
-        """The rows as a mask again."""
-        found = torch.zeros((len(self.count), nk), dtype=torch.bool)
-        row = torch.repeat_interleave(torch.arange(len(self.count)), self.count)
-        found[row, self.blocks] = True
-        return found
+def cut(mask: Tensor, even: int, least: int) -> Tensor:
+    """A mask `[…, nk]` without what is beyond a multiple of `even` in each row, and without rows
+    shorter than `least`.
+    """
+    count = mask.sum(-1, keepdim=True)
+    count = count // even * even
+    count.masked_fill_(count < least, 0)
+    return mask & (mask.cumsum(-1) <= count if even > 1 else count > 0)
 
 
 class Rows:
@@ -164,8 +172,12 @@ class Rows:
         heads = self.launch.batch * self.launch.k.shape[1]
         k, v = (t.view(heads, -1, 1, bq, self.width) for t in (self.k, self.v))
         q = self.q.unflatten(0, (-1, self.tiles))
-        self.found = self._nothing()
+        self.found = (
+            torch.empty_like(self.q, dtype=self.dtype),
+            self.q.new_empty(self.q.shape[:2], dtype=self.dtype),
+        )
         out, lse = (t.unflatten(0, (-1, self.tiles)) for t in self.found)
+        out[:, len(tiles) :], lse[:, len(tiles) :] = 0.0, -math.inf
         for line, kv in enumerate(self.kv.tolist()):
             some = q[line, : len(tiles), None]
             one = triangle(some, k[kv, places], v[kv, places], self.launch.scale)
@@ -174,24 +186,18 @@ class Rows:
             out[:, : len(tiles)].masked_fill_(~own[..., None, None], 0.0)
             lse[:, : len(tiles)].masked_fill_(~own[..., None], -math.inf)
 
-    def _nothing(self) -> Piece:
-        """What rows have before anything is computed."""
-        lse = torch.full(self.q.shape[:2], -math.inf, dtype=self.dtype)
-        return torch.zeros(self.q.shape, dtype=self.dtype), lse
-
     def pieces(self, lists: Lists, height: int = 1) -> None:
         """Runs of tiles over the blocks of their lists, which all their queries see wholly."""
         queries = self.q.view(-1, height * self.q.shape[1], self.width)
-        order, blocks = lists.by_length()
-        blocks += self.base[order * height].repeat_interleave(lists.count[order])
-        begin, first = 0, self.found is None
-        for at, count in _chunks(lists.count, self.key_bytes * self.launch.index.size[1]):
-            end = begin + at.numel() * count
-            k, v = (t.view(len(at), 1, -1, self.width) for t in self._gathered(blocks[begin:end]))
-            q = queries.index_select(0, at)[:, None]
-            out, lse = fused(q, k, v, self.launch.scale)
+        blocks = lists.blocks + self.base[lists.rows * height][lists.line]
+        first = self.found is None
+        for rows, _, ids in lists.chunks(self.key_bytes * self.launch.index.size[1]):
+            at = lists.rows[rows]
+            k, v = (
+                t.view(len(at), 1, -1, self.width) for t in self._gathered(blocks[ids], len(at))
+            )
+            out, lse = fused(_some(queries, at)[:, None], k, v, self.launch.scale)
             self._put(at, out[:, 0], lse[:, 0], first)
-            begin = end
 
     def hidden(self, lists: Lists) -> None:
         """Tiles over blocks that some of their queries do not see."""
@@ -199,23 +205,26 @@ class Rows:
         masks = _Hidden(self.launch, self.slots, self.tiles)
         size = (self.key_bytes + bq * self.dtype.itemsize) * bk
         first = self.found is None
-        for at, count in _chunks(lists.count, size, even=False):
+        for rows, longest, ids in lists.chunks(size, even=False):
             # Shorter rows of a chunk repeat block 0 behind their own, hidden.
-            own = torch.arange(count) < lists.count[at, None]
-            place = lists.first[at, None] + torch.arange(count)
-            blocks = lists.blocks[place.clamp_(max=len(lists.blocks) - 1)].where(own, 0)
+            at = lists.rows[rows]
+            own = torch.arange(longest) < lists.count[rows, None]
+            blocks = torch.zeros(own.shape, dtype=torch.int64)
+            blocks[own] = lists.blocks[ids]
             mask, blind = masks.mask(at, blocks, own, self.dtype)
-            k, v = self._gathered((blocks + self.base[at, None]).flatten())
+            k, v = self._gathered((blocks + self.base[at, None]).flatten(), len(at))
             k, v = (t.view(len(at), 1, -1, self.width) for t in (k, v))
-            q = self.q.index_select(0, at)[:, None]
+            q = _some(self.q, at)[:, None]
             out, lse = (t[:, 0] for t in fused(q, k, v, self.launch.scale, mask=mask[:, None]))
             out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
             self._put(at, out, lse, first)
 
-    def _gathered(self, blocks: Tensor) -> list[Tensor]:
-        """Keys and values of some blocks: where they lie if they are neighbours, else copied."""
+    def _gathered(self, blocks: Tensor, rows: int) -> list[Tensor]:
+        """Keys and values of the blocks of some rows: where they lie if they are neighbours, else
+        copied.
+        """
         first, n = int(blocks[0]), blocks.numel()
-        if int(blocks[-1]) - first == n - 1 and bool((blocks.diff() == 1).all()):
+        if rows == 1 and int(blocks[-1]) - first == n - 1:
             return [t[first : first + n] for t in (self.k, self.v)]
         return [t.index_select(0, blocks) for t in (self.k, self.v)]
 
@@ -224,15 +233,18 @@ class Rows:
         nothing to join them to.
         """
         if self.found is None:
-            self.found = self._nothing()
-        whole = [t.view(-1, *piece.shape[1:]) for t, piece in zip(self.found, (out, lse), strict=True)]
+            lines = torch.full(self.q.shape[:2], -math.inf, dtype=self.dtype)
+            self.found = torch.zeros_like(self.q, dtype=self.dtype), lines
+        whole = [t.view(-1, *new.shape[1:]) for t, new in zip(self.found, (out, lse), strict=True)]
         out, lse = out.to(self.dtype), lse.to(self.dtype)
         if not first:
             more, more_lse = out, lse
-            out, lse = (t.index_select(0, at) for t in whole)
+            out, lse = (_some(t, at) for t in whole)
             join(out, lse, more, more_lse)
-        for t, piece in zip(whole, (out, lse), strict=True):
-            t.index_copy_(0, at, piece)
+            if len(at) == 1:  # in its place already
+                return
+        for t, new in zip(whole, (out, lse), strict=True):
+            t.index_copy_(0, at, new)
 
     def write(self) -> None:
         """Hand the results to the launch."""
@@ -255,6 +267,11 @@ class Rows:
                 launch.out.dtype
             )
             launch.lse[:, head, place] = lse[:, slot, inside].to(launch.lse.dtype)
+
+
+def _some(t: Tensor, rows: Tensor) -> Tensor:
+    """`t[rows]`; a single row where it lies."""
+    return t[int(rows) :][:1] if len(rows) == 1 else t.index_select(0, rows)
 
 
 def _pick(table: Tensor, batch: Tensor, slot: Tensor, place: Tensor) -> Tensor:
@@ -301,21 +318,3 @@ class _Hidden:
         bias = _pick(self.bias, *at).flatten(1)[:, None]
         seen = seen & (bias > -math.inf)
         return torch.where(seen, bias, _HIDDEN).to(dtype), ~seen.any(-1)
-
-
-def _chunks(count: Tensor, bytes_per_block: int, even: bool = True) -> Iterator[tuple[Tensor, int]]:
-    """Yield `(rows, blocks per row)`, rows of similar length together; of exactly equal length if
-    `even`.
-    """
-    order = count.argsort(descending=True, stable=True)  # as `Lists.by_length`
-    lengths = count[order].tolist()
-    first = 0
-    while first < len(lengths) and lengths[first]:
-        longest = lengths[first]
-        end = min(len(lengths), first + max(1, _CHUNK_BYTES // (longest * bytes_per_block)))
-        least = longest if even else max(1, longest // 2)
-        last = first + 1
-        while last < end and lengths[last] >= least:
-            last += 1
-        yield order[first:last], longest
-        first = last
