@@ -18,12 +18,19 @@ from torch.nn.functional import pad
 
 from accelkit.kernels.index import ceil_div
 from accelkit.kernels.launch import FAR, Launch
+from accelkit.kernels.positions import LOG2_E
 
 _CHUNK_BYTES = 8 * 2**20
 """Gathered K and V (and mask) of one fused call: fewer calls, as far as caches hold them."""
 
 _LEAST_TRIANGLE = 64
 """Rows below which a causal square is computed whole."""
+
+_FEW_ROWS = 192
+"""Of fewer rows than this the fused kernel takes 32 at a time, for which its products are slow."""
+
+_SCORE_BYTES = 2 * 2**20
+"""Scores that are held at a time where they are held."""
 
 _HIDDEN = -1e30
 """Added to the logits of invisible pairs. Finite, because a fully hidden stretch would give NaN
@@ -45,6 +52,32 @@ def fused(
     )
 
 
+def piece(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Piece:
+    """Attention `[R, n, D]` by what is fastest for so many rows each."""
+    if q.shape[1] < _FEW_ROWS and q.dtype == torch.float32:
+        return products(q, k, v, scale, causal)
+    out, lse = fused(q[:, None], k[:, None], v[:, None], scale, causal)
+    return out[:, 0], lse[:, 0]
+
+
+def products(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Piece:
+    """The same by products of whole pieces, as many at a time as caches hold their scores."""
+    (pieces, rows), keys = q.shape[:2], k.shape[1]
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+    later = q.new_full((rows, keys), -math.inf).triu_(1) if causal else None
+    step = max(1, _SCORE_BYTES // (rows * keys * q.element_size()))
+    for first in range(0, pieces, step):
+        some = slice(first, first + step)
+        s = torch.bmm(q[some] * (scale * LOG2_E), k[some].transpose(1, 2))
+        if later is not None:
+            s += later
+        top = s.amax(-1, keepdim=True)
+        total = s.sub_(top).exp2_().sum(-1, keepdim=True)
+        torch.bmm(s, v[some], out=out[some]).div_(total)
+        lse[some] = top.add_(total.log2_()).mul_(1 / LOG2_E)[..., 0]
+    return out, lse
+
+
 def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     """Join a piece into another, in place; −inf marks rows that a piece left empty, whose output
     must be finite.
@@ -55,19 +88,19 @@ def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
 
 
 def triangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Piece:
-    """Causal attention of as many rows as keys, `[R, 1, n, D]`. The fused kernel computes the whole
-    square: triangles are halved as long as the square left out is worth its join.
+    """Causal attention of as many rows as keys, `[R, n, D]`. The whole square is computed:
+    triangles are halved as long as the square left out is worth its join.
     """
-    rows, half = q.shape[2], q.shape[2] // 2
+    rows, half = q.shape[1], q.shape[1] // 2
     if rows % 2 or half < _LEAST_TRIANGLE:
-        return fused(q, k, v, scale, causal=True)
+        return piece(q, k, v, scale, causal=True)
     exact = torch.promote_types(q.dtype, torch.float32)
-    halves = [t.reshape(-1, 1, half, t.shape[3]) for t in (q, k, v)]
+    halves = [t.reshape(-1, half, t.shape[2]) for t in (q, k, v)]
     out, lse = triangle(halves[0], halves[1], halves[2], scale)
-    out, lse = out.to(exact).reshape(-1, 2, half, q.shape[3]), lse.reshape(-1, 2, half)
-    below, below_lse = fused(q[:, :, half:], k[:, :, :half], v[:, :, :half], scale)
-    join(out[:, 1], lse[:, 1], below[:, 0].to(exact), below_lse[:, 0])
-    return out.view(-1, 1, rows, q.shape[3]), lse.view(-1, 1, rows)
+    out, lse = out.to(exact).reshape(-1, 2, half, q.shape[2]), lse.reshape(-1, 2, half)
+    below, below_lse = piece(q[:, half:], k[:, :half], v[:, :half], scale)
+    join(out[:, 1], lse[:, 1], below.to(exact), below_lse)
+    return out.view(-1, rows, q.shape[2]), lse.view(-1, rows)
 
 
 def wide(t: Tensor, rows: int, width: int) -> Tensor:
@@ -161,6 +194,15 @@ class Rows:
         self.kv = (torch.arange(launch.batch)[:, None] * launch.k.shape[1] + kv).flatten()
         self.base = (self.kv * blocks).repeat_interleave(self.tiles)
         self.found: Piece | None = None
+        # Pieces of a stage one behind the other, and behind them an empty one. The memory serves
+        # all stages: fresh memory costs more than what is written there.
+        self.stage = self._memory(len(self.q) + tallest, launch.q.dtype)
+        self.laid: Piece | None = None
+
+    def _memory(self, rows: int, dtype: torch.dtype) -> Piece:
+        bq = self.launch.index.size[0]
+        lse = torch.promote_types(dtype, torch.float32)
+        return torch.empty((rows, bq, self.width), dtype=dtype), torch.empty((rows, bq), dtype=lse)
 
     def squares(self, own: Tensor) -> None:
         """First of all: tiles over the keys at their own positions, as triangles, where `own`
@@ -170,18 +212,15 @@ class Rows:
         first = self.launch.q_start // bq
         places = tiles + first if self.launch.rows is not None else slice(first, first + len(tiles))
         heads = self.launch.batch * self.launch.k.shape[1]
-        k, v = (t.view(heads, -1, 1, bq, self.width) for t in (self.k, self.v))
+        k, v = (t.view(heads, -1, bq, self.width) for t in (self.k, self.v))
         q = self.q.unflatten(0, (-1, self.tiles))
-        self.found = (
-            torch.empty_like(self.q, dtype=self.dtype),
-            self.q.new_empty(self.q.shape[:2], dtype=self.dtype),
-        )
+        self.found = self._memory(len(self.q), self.dtype)
         out, lse = (t.unflatten(0, (-1, self.tiles)) for t in self.found)
         out[:, len(tiles) :], lse[:, len(tiles) :] = 0.0, -math.inf
         for line, kv in enumerate(self.kv.tolist()):
-            some = q[line, : len(tiles), None]
+            some = q[line, : len(tiles)]
             one = triangle(some, k[kv, places], v[kv, places], self.launch.scale)
-            out[line, : len(tiles)], lse[line, : len(tiles)] = (t[:, 0] for t in one)
+            out[line, : len(tiles)], lse[line, : len(tiles)] = one
         if not own.all():
             out[:, : len(tiles)].masked_fill_(~own[..., None, None], 0.0)
             lse[:, : len(tiles)].masked_fill_(~own[..., None], -math.inf)
@@ -190,21 +229,20 @@ class Rows:
         """Runs of tiles over the blocks of their lists, which all their queries see wholly."""
         queries = self.q.view(-1, height * self.q.shape[1], self.width)
         blocks = lists.blocks + self.base[lists.rows * height][lists.line]
-        first = self.found is None
+        source, done = torch.full((len(queries),), -1), 0
         for rows, _, ids in lists.chunks(self.key_bytes * self.launch.index.size[1]):
             at = lists.rows[rows]
-            k, v = (
-                t.view(len(at), 1, -1, self.width) for t in self._gathered(blocks[ids], len(at))
-            )
-            out, lse = fused(_some(queries, at)[:, None], k, v, self.launch.scale)
-            self._put(at, out[:, 0], lse[:, 0], first)
+            k, v = (t.view(len(at), -1, self.width) for t in self._gathered(blocks[ids], len(at)))
+            out, lse = piece(_some(queries, at), k, v, self.launch.scale)
+            done = self._put(done, at, source, out, lse)
+        self._join_stage(done, source)
 
     def hidden(self, lists: Lists) -> None:
         """Tiles over blocks that some of their queries do not see."""
         bq, bk = self.launch.index.size
         masks = _Hidden(self.launch, self.slots, self.tiles)
         size = (self.key_bytes + bq * self.dtype.itemsize) * bk
-        first = self.found is None
+        source, done = torch.full((len(self.q),), -1), 0
         for rows, longest, ids in lists.chunks(size, even=False):
             # Shorter rows of a chunk repeat block 0 behind their own, hidden.
             at = lists.rows[rows]
@@ -217,7 +255,8 @@ class Rows:
             q = _some(self.q, at)[:, None]
             out, lse = (t[:, 0] for t in fused(q, k, v, self.launch.scale, mask=mask[:, None]))
             out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
-            self._put(at, out, lse, first)
+            done = self._put(done, at, source, out, lse)
+        self._join_stage(done, source)
 
     def _gathered(self, blocks: Tensor, rows: int) -> list[Tensor]:
         """Keys and values of the blocks of some rows: where they lie if they are neighbours, else
@@ -228,23 +267,42 @@ class Rows:
             return [t[first : first + n] for t in (self.k, self.v)]
         return [t.index_select(0, blocks) for t in (self.k, self.v)]
 
-    def _put(self, at: Tensor, out: Tensor, lse: Tensor, first: bool) -> None:
-        """Join pieces of the runs `at`, each listed once, while caches hold them; `first`: there is
-        nothing to join them to.
+    def _put(self, done: int, at: Tensor, source: Tensor, out: Tensor, lse: Tensor) -> int:
+        """Pieces of the runs `at` behind the `done` ones of a stage, which `source` notes; how many
+        there are now. The piece of a single run is joined at once.
         """
+        if len(at) == 1 and self.found is not None:
+            place = (
+                t.view(-1, *new.shape[1:]) for t, new in zip(self.found, (out, lse), strict=True)
+            )
+            join(*(_some(t, at) for t in place), out.to(self.dtype), lse)
+            return done
+        end = done + len(at)
+        source[at] = torch.arange(done, end)
+        for memory, new in zip(self.stage, (out, lse), strict=True):
+            memory.view(-1, *new.shape[1:])[done:end] = new
+        return end
+
+    def _join_stage(self, done: int, source: Tensor) -> None:
+        """Join a stage: run i of its height is `source[i]` of the `done` ones, −1 for none."""
+        if not done:
+            return
+        height = len(self.q) // len(source)
+        out, lse = (t.view(-1, height * t.shape[1], *t.shape[2:]) for t in self.stage)
+        out[done], lse[done] = 0.0, -math.inf
+        source = source.where(source >= 0, done)
+        laid = self.laid if self.laid is not None else self._memory(len(self.q), self.dtype)
+        for memory, found in zip(laid, (out, lse), strict=True):
+            at = memory.view(-1, *found.shape[1:])
+            if found.dtype == at.dtype:
+                torch.index_select(found, 0, source, out=at)
+            else:
+                at.copy_(found.index_select(0, source))
         if self.found is None:
-            lines = torch.full(self.q.shape[:2], -math.inf, dtype=self.dtype)
-            self.found = torch.zeros_like(self.q, dtype=self.dtype), lines
-        whole = [t.view(-1, *new.shape[1:]) for t, new in zip(self.found, (out, lse), strict=True)]
-        out, lse = out.to(self.dtype), lse.to(self.dtype)
-        if not first:
-            more, more_lse = out, lse
-            out, lse = (_some(t, at) for t in whole)
-            join(out, lse, more, more_lse)
-            if len(at) == 1:  # in its place already
-                return
-        for t, new in zip(whole, (out, lse), strict=True):
-            t.index_copy_(0, at, new)
+            self.found = laid
+        else:
+            self.laid = laid
+            join(*self.found, *laid)
 
     def write(self) -> None:
         """Hand the results to the launch."""
