@@ -1,8 +1,7 @@
 """Pieces of attention on a CPU: runs of query tiles over gathered key blocks, joined by LSE.
 
 Every piece goes through torch's fused CPU attention, which wants one number of keys for all rows of
-a call: runs with lists of equal length share one. What a stage has computed is laid out in the
-order of the tiles once, and joined in one pass over all of them.
+a call: runs with lists of equal length share one. What a call has computed is joined at once.
 """
 
 from __future__ import annotations
@@ -31,6 +30,9 @@ _FEW_ROWS = 192
 
 _SCORE_BYTES = 2 * 2**20
 """Scores that are held at a time where they are held."""
+
+_OWN_CALL = 8192
+"""Numbers of a run from which on its join is a call of its own: indices cost more."""
 
 _HIDDEN = -1e30
 """Added to the logits of invisible pairs. Finite, because a fully hidden stretch would give NaN
@@ -82,9 +84,13 @@ def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     """Join a piece into another, in place; −inf marks rows that a piece left empty, whose output
     must be finite.
     """
-    share = torch.sigmoid(more_lse - lse).masked_fill_(more_lse == -math.inf, 0.0)  # of `more`
-    out.lerp_(more, share[..., None])
+    out.lerp_(more, share_of(more_lse, lse)[..., None])
     torch.logaddexp(lse, more_lse, out=lse)
+
+
+def share_of(more_lse: Tensor, lse: Tensor) -> Tensor:
+    """What a piece weighs in its join with another."""
+    return torch.sigmoid(more_lse - lse).masked_fill_(more_lse == -math.inf, 0.0)
 
 
 def triangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Piece:
@@ -194,15 +200,6 @@ class Rows:
         self.kv = (torch.arange(launch.batch)[:, None] * launch.k.shape[1] + kv).flatten()
         self.base = (self.kv * blocks).repeat_interleave(self.tiles)
         self.found: Piece | None = None
-        # Pieces of a stage one behind the other, and behind them an empty one. The memory serves
-        # all stages: fresh memory costs more than what is written there.
-        self.stage = self._memory(len(self.q) + tallest, launch.q.dtype)
-        self.laid: Piece | None = None
-
-    def _memory(self, rows: int, dtype: torch.dtype) -> Piece:
-        bq = self.launch.index.size[0]
-        lse = torch.promote_types(dtype, torch.float32)
-        return torch.empty((rows, bq, self.width), dtype=dtype), torch.empty((rows, bq), dtype=lse)
 
     def squares(self, own: Tensor) -> None:
         """First of all: tiles over the keys at their own positions, as triangles, where `own`
@@ -214,7 +211,10 @@ class Rows:
         heads = self.launch.batch * self.launch.k.shape[1]
         k, v = (t.view(heads, -1, bq, self.width) for t in (self.k, self.v))
         q = self.q.unflatten(0, (-1, self.tiles))
-        self.found = self._memory(len(self.q), self.dtype)
+        self.found = (
+            self.q.new_empty(self.q.shape, dtype=self.dtype),
+            self.q.new_empty(self.q.shape[:2], dtype=self.dtype),
+        )
         out, lse = (t.unflatten(0, (-1, self.tiles)) for t in self.found)
         out[:, len(tiles) :], lse[:, len(tiles) :] = 0.0, -math.inf
         for line, kv in enumerate(self.kv.tolist()):
@@ -229,20 +229,17 @@ class Rows:
         """Runs of tiles over the blocks of their lists, which all their queries see wholly."""
         queries = self.q.view(-1, height * self.q.shape[1], self.width)
         blocks = lists.blocks + self.base[lists.rows * height][lists.line]
-        source, done = torch.full((len(queries),), -1), 0
         for rows, _, ids in lists.chunks(self.key_bytes * self.launch.index.size[1]):
             at = lists.rows[rows]
             k, v = (t.view(len(at), -1, self.width) for t in self._gathered(blocks[ids], len(at)))
             out, lse = piece(_some(queries, at), k, v, self.launch.scale)
-            done = self._put(done, at, source, out, lse)
-        self._join_stage(done, source)
+            self._put(at, out, lse)
 
     def hidden(self, lists: Lists) -> None:
         """Tiles over blocks that some of their queries do not see."""
         bq, bk = self.launch.index.size
         masks = _Hidden(self.launch, self.slots, self.tiles)
         size = (self.key_bytes + bq * self.dtype.itemsize) * bk
-        source, done = torch.full((len(self.q),), -1), 0
         for rows, longest, ids in lists.chunks(size, even=False):
             # Shorter rows of a chunk repeat block 0 behind their own, hidden.
             at = lists.rows[rows]
@@ -255,8 +252,7 @@ class Rows:
             q = _some(self.q, at)[:, None]
             out, lse = (t[:, 0] for t in fused(q, k, v, self.launch.scale, mask=mask[:, None]))
             out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
-            done = self._put(done, at, source, out, lse)
-        self._join_stage(done, source)
+            self._put(at, out, lse)
 
     def _gathered(self, blocks: Tensor, rows: int) -> list[Tensor]:
         """Keys and values of the blocks of some rows: where they lie if they are neighbours, else
@@ -267,42 +263,23 @@ class Rows:
             return [t[first : first + n] for t in (self.k, self.v)]
         return [t.index_select(0, blocks) for t in (self.k, self.v)]
 
-    def _put(self, done: int, at: Tensor, source: Tensor, out: Tensor, lse: Tensor) -> int:
-        """Pieces of the runs `at` behind the `done` ones of a stage, which `source` notes; how many
-        there are now. The piece of a single run is joined at once.
-        """
-        if len(at) == 1 and self.found is not None:
-            place = (
-                t.view(-1, *new.shape[1:]) for t, new in zip(self.found, (out, lse), strict=True)
-            )
-            join(*(_some(t, at) for t in place), out.to(self.dtype), lse)
-            return done
-        end = done + len(at)
-        source[at] = torch.arange(done, end)
-        for memory, new in zip(self.stage, (out, lse), strict=True):
-            memory.view(-1, *new.shape[1:])[done:end] = new
-        return end
-
-    def _join_stage(self, done: int, source: Tensor) -> None:
-        """Join a stage: run i of its height is `source[i]` of the `done` ones, −1 for none."""
-        if not done:
-            return
-        height = len(self.q) // len(source)
-        out, lse = (t.view(-1, height * t.shape[1], *t.shape[2:]) for t in self.stage)
-        out[done], lse[done] = 0.0, -math.inf
-        source = source.where(source >= 0, done)
-        laid = self.laid if self.laid is not None else self._memory(len(self.q), self.dtype)
-        for memory, found in zip(laid, (out, lse), strict=True):
-            at = memory.view(-1, *found.shape[1:])
-            if found.dtype == at.dtype:
-                torch.index_select(found, 0, source, out=at)
-            else:
-                at.copy_(found.index_select(0, source))
+    def _put(self, at: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Join pieces of the runs `at`, each listed once, while caches hold them."""
         if self.found is None:
-            self.found = laid
+            nothing = torch.full(self.q.shape[:2], -math.inf, dtype=self.dtype)
+            self.found = torch.zeros_like(self.q, dtype=self.dtype), nothing
+        found, found_lse = (t.view(-1, *lse.shape[1:], *t.shape[2:]) for t in self.found)
+        out, before = out.to(self.dtype), found_lse.index_select(0, at)
+        if out[0].numel() < _OWN_CALL:
+            some = found.index_select(0, at)
+            join(some, before, out, lse)
+            found.index_copy_(0, at, some)
         else:
-            self.laid = laid
-            join(*self.found, *laid)
+            share = share_of(lse, before)[..., None]
+            for run, more, weight in zip(at.tolist(), out, share, strict=True):
+                found[run].lerp_(more, weight)
+            torch.logaddexp(before, lse, out=before)
+        found_lse.index_copy_(0, at, before)
 
     def write(self) -> None:
         """Hand the results to the launch."""
