@@ -17,19 +17,12 @@ from torch.nn.functional import pad
 
 from accelkit.kernels.index import ceil_div
 from accelkit.kernels.launch import FAR, Launch
-from accelkit.kernels.positions import LOG2_E
 
 _CHUNK_BYTES = 8 * 2**20
 """Gathered K and V (and mask) of one fused call: fewer calls, as far as caches hold them."""
 
 _LEAST_TRIANGLE = 64
 """Rows below which a causal square is computed whole."""
-
-_FEW_ROWS = 192
-"""Of fewer rows than this the fused kernel takes 32 at a time, for which its products are slow."""
-
-_SCORE_BYTES = 2 * 2**20
-"""Scores that are held at a time where they are held."""
 
 _OWN_CALL = 8192
 """Numbers of a run from which on its join is a call of its own: indices cost more."""
@@ -54,32 +47,6 @@ def fused(
     )
 
 
-def piece(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Piece:
-    """Attention `[R, n, D]` by what is fastest for so many rows each."""
-    if q.shape[1] < _FEW_ROWS and q.dtype == torch.float32:
-        return products(q, k, v, scale, causal)
-    out, lse = fused(q[:, None], k[:, None], v[:, None], scale, causal)
-    return out[:, 0], lse[:, 0]
-
-
-def products(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Piece:
-    """The same by products of whole pieces, as many at a time as caches hold their scores."""
-    (pieces, rows), keys = q.shape[:2], k.shape[1]
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
-    later = q.new_full((rows, keys), -math.inf).triu_(1) if causal else None
-    step = max(1, _SCORE_BYTES // (rows * keys * q.element_size()))
-    for first in range(0, pieces, step):
-        some = slice(first, first + step)
-        s = torch.bmm(q[some] * (scale * LOG2_E), k[some].transpose(1, 2))
-        if later is not None:
-            s += later
-        top = s.amax(-1, keepdim=True)
-        total = s.sub_(top).exp2_().sum(-1, keepdim=True)
-        torch.bmm(s, v[some], out=out[some]).div_(total)
-        lse[some] = top.add_(total.log2_()).mul_(1 / LOG2_E)[..., 0]
-    return out, lse
-
-
 def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     """Join a piece into another, in place; −inf marks rows that a piece left empty, whose output
     must be finite.
@@ -94,19 +61,19 @@ def share_of(more_lse: Tensor, lse: Tensor) -> Tensor:
 
 
 def triangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Piece:
-    """Causal attention of as many rows as keys, `[R, n, D]`. The whole square is computed:
-    triangles are halved as long as the square left out is worth its join.
+    """Causal attention of as many rows as keys, `[R, 1, n, D]`. The fused kernel computes the whole
+    square: triangles are halved as long as the square left out is worth its join.
     """
-    rows, half = q.shape[1], q.shape[1] // 2
+    rows, half = q.shape[2], q.shape[2] // 2
     if rows % 2 or half < _LEAST_TRIANGLE:
-        return piece(q, k, v, scale, causal=True)
+        return fused(q, k, v, scale, causal=True)
     exact = torch.promote_types(q.dtype, torch.float32)
-    halves = [t.reshape(-1, half, t.shape[2]) for t in (q, k, v)]
+    halves = [t.reshape(-1, 1, half, t.shape[3]) for t in (q, k, v)]
     out, lse = triangle(halves[0], halves[1], halves[2], scale)
-    out, lse = out.to(exact).reshape(-1, 2, half, q.shape[2]), lse.reshape(-1, 2, half)
-    below, below_lse = piece(q[:, half:], k[:, :half], v[:, :half], scale)
-    join(out[:, 1], lse[:, 1], below.to(exact), below_lse)
-    return out.view(-1, rows, q.shape[2]), lse.view(-1, rows)
+    out, lse = out.to(exact).reshape(-1, 2, half, q.shape[3]), lse.reshape(-1, 2, half)
+    below, below_lse = fused(q[:, :, half:], k[:, :, :half], v[:, :, :half], scale)
+    join(out[:, 1], lse[:, 1], below[:, 0].to(exact), below_lse[:, 0])
+    return out.view(-1, 1, rows, q.shape[3]), lse.view(-1, 1, rows)
 
 
 def wide(t: Tensor, rows: int, width: int) -> Tensor:
@@ -170,7 +137,7 @@ def cut(mask: Tensor, even: int, least: int) -> Tensor:
     count = mask.sum(-1, keepdim=True)
     count = count // even * even
     count.masked_fill_(count < least, 0)
-    return mask & (mask.cumsum(-1) <= count if even > 1 else count > 0)
+    return mask & (mask.cumsum(-1, dtype=torch.int32) <= count if even > 1 else count > 0)
 
 
 class Rows:
@@ -209,7 +176,7 @@ class Rows:
         first = self.launch.q_start // bq
         places = tiles + first if self.launch.rows is not None else slice(first, first + len(tiles))
         heads = self.launch.batch * self.launch.k.shape[1]
-        k, v = (t.view(heads, -1, bq, self.width) for t in (self.k, self.v))
+        k, v = (t.view(heads, -1, 1, bq, self.width) for t in (self.k, self.v))
         q = self.q.unflatten(0, (-1, self.tiles))
         self.found = (
             self.q.new_empty(self.q.shape, dtype=self.dtype),
@@ -218,9 +185,9 @@ class Rows:
         out, lse = (t.unflatten(0, (-1, self.tiles)) for t in self.found)
         out[:, len(tiles) :], lse[:, len(tiles) :] = 0.0, -math.inf
         for line, kv in enumerate(self.kv.tolist()):
-            some = q[line, : len(tiles)]
+            some = q[line, : len(tiles), None]
             one = triangle(some, k[kv, places], v[kv, places], self.launch.scale)
-            out[line, : len(tiles)], lse[line, : len(tiles)] = one
+            out[line, : len(tiles)], lse[line, : len(tiles)] = (t[:, 0] for t in one)
         if not own.all():
             out[:, : len(tiles)].masked_fill_(~own[..., None, None], 0.0)
             lse[:, : len(tiles)].masked_fill_(~own[..., None], -math.inf)
@@ -231,8 +198,12 @@ class Rows:
         blocks = lists.blocks + self.base[lists.rows * height][lists.line]
         for rows, _, ids in lists.chunks(self.key_bytes * self.launch.index.size[1]):
             at = lists.rows[rows]
-            k, v = (t.view(len(at), -1, self.width) for t in self._gathered(blocks[ids], len(at)))
-            out, lse = piece(_some(queries, at), k, v, self.launch.scale)
+            k, v = (
+                t.view(len(at), 1, -1, self.width) for t in self._gathered(blocks[ids], len(at))
+            )
+            out, lse = (
+                t[:, 0] for t in fused(_some(queries, at)[:, None], k, v, self.launch.scale)
+            )
             self._put(at, out, lse)
 
     def hidden(self, lists: Lists) -> None:

@@ -82,13 +82,13 @@ def test_cpu_path_head_sizes(head_size, dtype) -> None:
 def test_cpu_path_shares_what_neighbours_read(size, causal, monkeypatch) -> None:
     """Runs of 1024 and of 256 rows read in one piece what all of their tiles list."""
     heights = []
-    piece = cpu_rows.piece
+    fused = cpu_rows.fused
 
     def spy(q: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        heights.append(q.shape[1])
-        return piece(q, *rest, **options)
+        heights.append(q.shape[2])
+        return fused(q, *rest, **options)
 
-    monkeypatch.setattr(cpu_rows, "piece", spy)
+    monkeypatch.setattr(cpu_rows, "fused", spy)
     n, own = 2500, torch.Generator().manual_seed(1)
     q, k, v = tensors(1, 2, 1, n, n, 32)
     rows, columns = -(-n // size[0]), -(-n // size[1])
@@ -108,7 +108,7 @@ def test_cpu_path_shares_what_neighbours_read(size, causal, monkeypatch) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rows", [48, 64, 256, 384])
 def test_halved_triangles_are_causal_attention(rows, dtype) -> None:
-    q, k, v = (torch.randn(3, rows, 32, dtype=dtype) for _ in range(3))
+    q, k, v = (torch.randn(3, 1, rows, 32, dtype=dtype) for _ in range(3))
     out, lse = cpu_rows.triangle(q, k, v, 0.2)
     scores = (q.double() @ k.double().mT * 0.2).masked_fill(
         torch.ones(rows, rows, dtype=torch.bool).triu(1), -math.inf
