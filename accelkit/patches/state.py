@@ -41,7 +41,7 @@ class SiteCount:
         """Mean computed ÷ visible pairs over heads and measured sparse calls."""
         if not self.densities:
             return None
-        return float(torch.stack([d.float().mean() for d in self.densities]).mean())
+        return float(torch.cat(self.densities).float().mean())
 
 
 @dataclass(frozen=True)

@@ -79,3 +79,33 @@ def test_long_calls_ask_about_some_heads_at_a_time(monkeypatch, most, asked):
     assert asked == ASKED
     assert bool(call._shared) == (len(asked) == 1)
     assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("most", [9, 18])
+def test_dense_heads_of_long_calls_run_some_at_a_time(monkeypatch, most):
+    q, k, v = (torch.randn(1, h, N, 16) for h in (6, 2, 2))
+    call = AttentionCall(
+        q, k, v, 0.25, True, 0, None, tuple(range(6)), equal_groups(6, 2), site=Site("a", 0)
+    )
+    groups = [
+        HeadGroup((0, 1, 3), Policy(methods=(Newest(),)), 1),
+        HeadGroup((2, 4, 5), Policy(), 0),
+    ]
+    state = PatchState(Plan.model_construct(sites={"a": LayerPlan()}, tables={}))
+    state.measure_density = True
+    monkeypatch.setattr(attention, "MOST_CELLS", most)
+    found = torch.full((1, 6, N, 16), torch.nan)
+    assert attend(call, groups, state, found)
+    full = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=0.25, enable_gqa=True
+    )
+    torch.testing.assert_close(found[:, [2, 4, 5]], full[:, [2, 4, 5]], atol=1e-5, rtol=1e-5)
+    near = torch.arange(N) // 128
+    mask = (near[:, None] == near) & torch.ones(N, N, dtype=torch.bool).tril()
+    own = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=0.25, enable_gqa=True
+    )
+    torch.testing.assert_close(found[:, [0, 1, 3]], own[:, [0, 1, 3]], atol=1e-5, rtol=1e-5)
+    assert not attend(call, groups[1:], state, found)  # nothing is left to others than before
+    kept = torch.cat(state.counts["a"].densities)
+    assert sorted(round(float(x), 3) for x in kept) == [0.335] * 3 + [1.0] * 3

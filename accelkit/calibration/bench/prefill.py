@@ -146,7 +146,8 @@ def _measured(
 ) -> Measurement:
     """All paths at one length, in turns."""
     times: dict[str, Timing] = {name: Timing() for name in dense_paths(model)}
-    sparse, densities, kinds = Timing(), [], []
+    sparse: list[float] = []
+    densities, kinds = [], []
     for turn in range(repeat):
         ids, kind = prompt(model, tokenizer, length, batch, seed, KINDS[turn % len(KINDS)])
         kinds.append(kind)
@@ -154,8 +155,8 @@ def _measured(
         for name, before in times.items():
             progress(f"{length} tokens: {name}")
             if before.error is None:
-                now = _time_path(model, name, run, 1, 0 if turn else warmup)
-                times[name] = _join(before, now)
+                found = _time_path(model, name, run, 1, 0 if turn else warmup)
+                times[name] = Timing(before.ms + found.ms, found.error)
         progress(f"{length} tokens: sparse")
         with patch(model, plan) as handle:
             # Lists from geometry are made once in a patch's life, before the timed run.
@@ -164,13 +165,13 @@ def _measured(
             need_sparse(handle, length)
             report = handle.report().as_dict()
             densities.append(report["density"])
-            sparse = _join(sparse, Timing(times_ms(run, 1, 0 if turn else warmup, ids.device)))
+            sparse += times_ms(run, 1, 0 if turn else warmup, ids.device)
     return Measurement(
         length,
         batch,
         ", ".join(dict.fromkeys(kinds)),
         times,
-        sparse,
+        Timing(tuple(sparse)),
         statistics.mean(densities),
         report["sparse_calls"],
         report["calls"],
@@ -353,17 +354,13 @@ def _ms(timing: Timing) -> str:
     return "cannot run" if timing.median is None else f"{timing.median:.2f}"
 
 
-def _join(a: Timing, b: Timing) -> Timing:
-    return Timing(a.ms + b.ms, b.error)
-
-
 def _time_path(model: Any, name: str, run: Callable[[], Any], repeat: int, warmup: int) -> Timing:
     with using(model, name):
-        if name == "own":
-            return Timing(times_ms(run, repeat, warmup, model.device))
         try:
             return Timing(times_ms(run, repeat, warmup, model.device))
         except (RuntimeError, ValueError, ImportError) as error:
+            if name == "own":
+                raise
             if type(error).__name__ == "OutOfMemoryError":
                 torch.cuda.empty_cache()
             return Timing(error=f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")

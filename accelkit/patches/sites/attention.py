@@ -33,8 +33,8 @@ Piece = BlockIndex | Partial
 DENSE_UNIT = (128, 128)
 PLAIN = Execution()
 MOST_CELLS = 2**28
-"""Pairs of blocks, as DENSE_UNIT, of all heads that a method is asked about at once: what it scores
-and marks of them takes up to some GB.
+"""Pairs of blocks, as DENSE_UNIT, of all heads that run at once: what a method scores, marks and
+lists of them takes up to some GB.
 """
 
 
@@ -174,20 +174,38 @@ def attend(
     """
     answers: list[Answer] = []
     dense: list[int] = []
+    ran = False
     for group, whole in _portions(call, groups):
         narrowed = call.take(group.heads)
         found = _asked(narrowed, group, state)
+        store(narrowed, group.policy, _saved(narrowed, group.policy, found), state)
         if found is None:
             dense.extend(group.heads)
-        else:
+        elif whole:
             answers.extend(found)
-        store(narrowed, group.policy, _saved(narrowed, group.policy, found), state)
+        else:  # lists of this length make room for the next ones
+            _compute_all(call, found, state, out)
+            ran = True
         if not whole:
             narrowed.forget()
-    if not answers:
+    if not answers and not ran:
         return False
-    if dense:
-        answers.append(_dense_answer(call.take(sorted(dense)), answers))
+    rest = [replace(groups[0], heads=tuple(sorted(dense)))] if dense else []
+    for group, whole in _portions(call, rest):
+        one = _dense_answer(call.take(group.heads), answers)
+        if whole:
+            answers.append(one)
+        else:
+            _compute_all(call, (one,), state, out)
+    if answers:
+        _compute_all(call, answers, state, out)
+    return True
+
+
+def _compute_all(
+    call: AttentionCall, answers: Sequence[Answer], state: PatchState, out: Tensor
+) -> None:
+    """Compute answers into `out`, those of one lane in one launch."""
     state.saw(call, answers)
     lanes: dict[Hashable, list[Answer]] = {}
     for a in answers:
@@ -197,12 +215,11 @@ def attend(
         _write(compute(a).out, a.call.heads, out)
     for lane in lanes.values():
         _launch(lane, out)
-    return True
 
 
 def _portions(call: AttentionCall, groups: Sequence[HeadGroup]) -> Iterator[tuple[HeadGroup, bool]]:
-    """Groups of few enough heads for a call of this length, and whether they are whole. Heads that
-    share keys stay together.
+    """Groups of few enough heads for a call of this length, and whether those are whole ones. Heads
+    that share keys stay together.
     """
     pairs = len(call.q) * math.prod(call.tiles(DENSE_UNIT))
     most = max(1, MOST_CELLS // max(pairs, 1))
