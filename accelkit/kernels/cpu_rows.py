@@ -108,6 +108,7 @@ class Lists:
 
     @staticmethod
     def of(mask: Tensor) -> Lists:
+        """The rows of a bool mask."""
         count = mask.sum(-1)
         rows = count.argsort(descending=True, stable=True)[: int((count > 0).sum())]
         return Lists(rows, count[rows], *mask[rows].nonzero(as_tuple=True))
