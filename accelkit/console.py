@@ -50,7 +50,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "": 1}
 _TOKENS = {"k": 1024, "m": 1024**2, "": 1}
 
 
-def size(text: str, option: str = "size") -> int:
+def size(text: str, option: str) -> int:
     """Tokens: "8192", "32k" (32 × 1024), "1m"."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", text.strip().lower())
     tokens = round(float(found[1]) * _TOKENS[found[2]]) if found else 0
@@ -59,18 +59,20 @@ def size(text: str, option: str = "size") -> int:
     return tokens
 
 
-def sizes(text: str, option: str = "--lengths") -> tuple[int, ...]:
+def sizes(text: str) -> tuple[int, ...]:
     """Several sizes between commas, ascending, each once."""
-    return tuple(sorted({size(part, option) for part in names(text)}))
+    return tuple(sorted({size(part, "--lengths") for part in names(text)}))
 
 
-def seconds(text: str | None, option: str = "--time-limit") -> float | None:
+def seconds(text: str | None) -> float | None:
     """Seconds: "90s", "15m", "1.5h"; a bare number is seconds."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
     if not found or float(found[1]) == 0:
-        raise InvalidInputError(f"{option}: {text!r} is no time; expected such as 90s, 15m or 1h")
+        raise InvalidInputError(
+            f"--time-limit: {text!r} is no time; expected such as 90s, 15m or 1h"
+        )
     return float(found[1]) * _SECONDS[found[2]]
 
 

@@ -93,7 +93,7 @@ class AccelkitWarning(UserWarning):
 
 
 class PlanTransferWarning(AccelkitWarning):
-    """The plan was made for a model that differs in a way that need not matter."""
+    """The plan was made for a model, or on calls, that differ in a way that need not matter."""
 
 
 class DenseFallbackWarning(AccelkitWarning):

@@ -15,7 +15,8 @@ A step cache leaves out steps by a forced rhythm, since random weights say nothi
 be left out; it runs alone and together with the first plan.
 
     python benchmarks/denoise_dit.py --model wan --steps 20 --cache --out results.json
-    python benchmarks/denoise_dit.py --model hunyuan --steps 5 --repeat 1 --look 1 --cache
+    python benchmarks/denoise_dit.py --model hunyuan --steps 5 --repeat 1 --look 1
+    python benchmarks/denoise_dit.py --model hunyuan --steps 5 --repeat 1 --cache only
 """
 
 from __future__ import annotations
@@ -96,8 +97,9 @@ NOTE = (
     "the timed runs that `runs` names. Bound: 1 / (1 − f + f (w + (1 − w) δ / 0.85)) with the "
     "share f of self-attention, the share w of dense steps and the density δ. f is the time of "
     "the self-attention kernels of a short dense run over the time of that run, as the profiler "
-    "sees both. Neither side has HunyuanVideo's mask over the text, which hides nothing here. The "
-    "last rows leave out steps behind the first fifth by a forced rhythm of MagCache. "
+    "sees both. Neither side has HunyuanVideo's mask over the text, which hides nothing here. "
+    "Rows with a step cache leave out steps behind the first fifth by a forced rhythm of MagCache; "
+    "`calls_left` is the share of attention calls that it leaves. "
     "`dense_again` is the dense side once more behind all others: how far the clock drifted."
 )
 
@@ -237,8 +239,10 @@ class Study:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pipe, size, self.shot = built(args.model, args.layers, device)
         self.size = replace(size, num_inference_steps=args.steps)
+        beside = ", with a step cache" * (args.cache == "only")
         depth = " dual and ".join(map(str, args.layers)) + " single" * (len(args.layers) > 1)
         title = f"Whole denoising at {SHAPES[args.model]}, {depth or 'all'} layers, random weights"
+        title += beside
         self.found: dict[str, Any] = {
             "title": title + ", compiled by repeated blocks" * (not args.eager),
             "note": NOTE,
@@ -257,11 +261,11 @@ class Study:
     def late(self) -> bool:
         return time.perf_counter() - self.begin > self.args.seconds
 
-    def run(self, plan: Plan | None, **look: Any) -> dict[str, Any]:
+    def run(self, plan: Plan | None, warm: int = 2, **look: Any) -> dict[str, Any]:
+        """`warm` 2: behind a dense step, a plan has a sparse one to compile."""
         gc.collect()
         opened = nullcontext if plan is None else lambda: accelkit.patch(self.pipe, plan)
-        # Behind a dense step, a plan has a sparse one to compile.
-        args, warm = self.args, 1 if plan is None else 2
+        args = self.args
         return timed(
             self.pipe, self.size, self.shot, args.repeat, opened, not args.eager, warm, **look
         )
@@ -272,13 +276,14 @@ class Study:
 
     def dense(self) -> None:
         """What all others are divided by."""
-        dense = self.run(None, look=partial(attention_share, self.args.look))
-        share = dense["attention_share"]
-        self.found |= {"dense": dense, "attention_share": share}
-        self.save(
-            f"{self.args.model}: dense {dense['seconds']:.3f} s, attention "
-            f"{dense['attention_ms']:.2f} ms a call, f = {share:.3f}"
-        )
+        only = self.args.cache == "only"  # nothing is held against a bound
+        look = {} if only else {"look": partial(attention_share, self.args.look)}
+        dense = self.found["dense"] = self.run(None, warm=1, **look)
+        told = f"{self.args.model}: dense {dense['seconds']:.3f} s"
+        if not only:
+            share = self.found["attention_share"] = dense["attention_share"]
+            told += f", attention {dense['attention_ms']:.2f} ms a call, f = {share:.3f}"
+        self.save(told)
 
     def sparse(self, name: str, policy: Policy, early: float) -> None:
         """A forced plan behind the share `early` of dense steps, beside its bound."""
@@ -309,15 +314,18 @@ class Study:
         args = self.args
         cache = MagCache(ratios=(1.0,) * args.steps, threshold=1.0, max_skip_steps=args.skip)
         early = args.dense_steps[0]
-        mine = self.run(forced(self.pipe, policy, early, cache))
+        # A plan's first sparse step comes behind the first ones that are left out.
+        warm = args.skip + 2 if policy.methods else 1
+        mine = self.run(forced(self.pipe, policy, early, cache), warm=warm)
         speedup = self.speedup(mine)
         row = {"plan": name, "skipped_in_a_row": args.skip, "dense_steps": early}
+        row["calls_left"] = mine["calls"] / (self.found["layers"] * args.steps * args.repeat)
         self.found["rows"].append({**row, "density": None, **mine, "speedup": speedup})
         self.save(f"  {name} and a step cache: {mine['seconds']:.3f} s, {speedup:.2f} ×")
 
     def again(self) -> None:
         """The dense run once more: every row was divided by the first one."""
-        row = self.run(None)
+        row = self.run(None, warm=1)
         self.found["dense_again"] = row
         self.save(f"  dense again: {1 / self.speedup(row) - 1:+.2%}")
 
@@ -339,7 +347,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--look", type=int, default=5, help="steps that the profiler sees")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--overhead", action="store_true", help="an all-dense plan as well")
-    parser.add_argument("--cache", action="store_true", help="a step cache as well")
+    parser.add_argument(
+        "--cache", nargs="?", const="too", choices=["too", "only"],
+        help="a step cache as well, or that alone: no plan runs without it",
+    )  # fmt: skip
     parser.add_argument("--skip", type=int, default=2, help="steps that the cache skips in a row")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after these")
     parser.add_argument("--out", type=Path)
@@ -356,10 +367,12 @@ def main() -> None:
     jobs: list[Callable[[], None]] = [
         partial(study.sparse, n, p, w) for n, p in policies.items() for w in args.dense_steps
     ]
+    if args.cache == "only":
+        jobs.clear()
     if args.overhead:
         jobs.append(study.overhead)
     if args.cache:
-        for name, policy in {"dense": Policy(), first: policies[first]}.items():
+        for name, policy in {first: policies[first], "dense": Policy()}.items():
             jobs.append(partial(study.cached, name, policy))
     study.dense()
     for job in [*jobs, study.again]:

@@ -126,39 +126,27 @@ class Family:
         )
 
 
+class Dice:
+    """Chance of one call: Python's for what it is like, torch's for what tensors hold."""
+
+    def __init__(self, seed: int, device: str) -> None:
+        self.r, self.device = random.Random(seed), device
+        self.g = torch.Generator(device=device).manual_seed(seed)
+
+    def uniform(self, *size: int) -> Tensor:
+        return torch.rand(size, generator=self.g, device=self.device)
+
+    def normal(self, *size: int) -> Tensor:
+        return torch.randn(size, generator=self.g, device=self.device)
+
+
 def draw(
     family: Family, seed: int, device: str, longest: int
 ) -> tuple[list[Tensor], BlockIndex, dict]:
     """Tensors, index and options of one call."""
-    r, g = random.Random(seed), torch.Generator(device=device).manual_seed(seed)
-
-    def uniform(*size: int) -> Tensor:
-        return torch.rand(size, generator=g, device=device)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=g, device=device)
-
-    bq, bk = family.size
-    n_q = max(1, int(longest ** r.random()))
-    past = r.choice([0, 0, r.randrange(longest // 2 + 1)])
-    n_k = n_q + past if family.causal else max(1, int(longest ** r.random()))
-    batch, kv_heads, heads = r.choice([1, 1, 2, 3]), family.kv_heads, family.group * family.kv_heads
-    q = normal(batch, n_q, heads, family.head_size)
-    k = normal(batch, n_k, kv_heads, family.head_size)
-    v = normal(batch, n_k, kv_heads, family.value_size)
-    kind = r.choice(["random", "random", "sinks", "sharp", "repeated"])
-    if kind == "sinks":  # logits of 30 and more at the first keys
-        direction = torch.nn.functional.normalize(normal(family.head_size), dim=0)
-        q += 6 * direction
-        k[:, : min(4, n_k)] += 6 * direction * family.head_size**0.5
-    elif kind == "sharp":
-        q *= 8
-    elif kind == "repeated":
-        k = k[:, :1].expand_as(k)
-    tensors = [t.to(family.dtype).transpose(1, 2) for t in (q, k, v)]
-    if "contiguous" in family.traits:
-        tensors = [t.contiguous() for t in tensors]
-
+    dice = Dice(seed, device)
+    r, heads = dice.r, family.group * family.kv_heads
+    tensors, past = _tensors(dice, family, longest)
     options: dict[str, Any] = {"causal": family.causal, "q_start": past if family.causal else 0}
     if family.qk != "native":
         options |= {"qk": family.qk, "pv": family.pv, "smooth_k": r.random() < 0.5}
@@ -168,45 +156,72 @@ def draw(
         if r.random() < 0.5:
             chosen = chosen[: r.randint(1, heads)]
         options["heads"] = tuple(chosen)
-    nq, nk, levels = ceil_div(n_q, bq), ceil_div(n_k, bk), "levels" in family.traits
-    if levels:
-        nk = pyramid.firsts(n_k, bk)[-1]
-    shape = (r.choice([1, batch]), len(chosen), nq)
-    mask = uniform(*shape, nk) < r.choice([0.0, 0.02, 0.1, 0.3, 0.7, 1.0])
-    index = BlockIndex.from_mask(mask, family.size)
-    if r.random() < 0.5:  # some rows read everything, some nothing
-        kinds, count = uniform(*shape), index.count.clone()
-        count[(kinds < 0.2) & (not levels)] = ALL
-        count[kinds > 0.85] = 0
-        index = BlockIndex(index.start, count, index.blocks, family.size)
-    elif nk > 1 and "skip" not in family.traits:  # another visiting order
-        width = mask.shape[-1]
-        turned = (uniform(*shape, width) + 2.0 * ~mask).argsort(-1).int()
-        index = BlockIndex(index.start, index.count, turned.flatten(), family.size)
-    if "bias" in family.traits:
-        index = BlockIndex(
-            index.start, index.count, index.blocks, family.size,
-            bias=uniform(1, len(chosen), n_k) if r.random() < 0.7 else 0.7,
-        )  # fmt: skip
-    if levels:
-        index = replace(index, pyramid=True)
+    batch, n_q, n_k = len(tensors[0]), tensors[0].shape[2], tensors[1].shape[2]
+    index = _lists(dice, family, (r.choice([1, batch]), len(chosen)), n_q, n_k)
     if "padding" in family.traits:
         length = torch.tensor([r.randint(0, n_k) for _ in range(batch)], device=device)
         key = torch.arange(n_k, device=device)
         left = r.random() < 0.5
         options["key_mask"] = key >= length[:, None] if left else key < length[:, None]
     if "positions" in family.traits:
-        order = uniform(1, len(chosen), n_k).argsort(-1).int()
-        options["k_pos"] = torch.where(uniform(1, len(chosen), n_k) < 0.05, -1, order)
+        order = dice.uniform(1, len(chosen), n_k).argsort(-1).int()
+        holes = dice.uniform(1, len(chosen), n_k) < 0.05
+        options["k_pos"] = torch.where(holes, -1, order)
         rows = torch.arange(n_q, device=device).int().view(1, 1, -1) + options["q_start"]
         options["q_pos"] = rows.flip(-1)
     if "rows" in family.traits:
-        options["rows"] = tuple(sorted(r.sample(range(nq), r.randint(1, nq))))
+        options["rows"] = tuple(sorted(r.sample(range(index.rows), r.randint(1, index.rows))))
     if "skip" in family.traits:
         options["skip"] = 1e-9  # so small that the reference need not skip
     if r.random() < 0.3:
         options["scale"] = 0.3 * family.head_size**-0.5
     return tensors, index, options
+
+
+def _tensors(dice: Dice, family: Family, longest: int) -> tuple[list[Tensor], int]:
+    """q, k and v, and the keys before the first row of a causal call."""
+    r = dice.r
+    n_q = max(1, int(longest ** r.random()))
+    past = r.choice([0, 0, r.randrange(longest // 2 + 1)])
+    n_k = n_q + past if family.causal else max(1, int(longest ** r.random()))
+    batch, kv_heads = r.choice([1, 1, 2, 3]), family.kv_heads
+    q = dice.normal(batch, n_q, family.group * kv_heads, family.head_size)
+    k = dice.normal(batch, n_k, kv_heads, family.head_size)
+    v = dice.normal(batch, n_k, kv_heads, family.value_size)
+    kind = r.choice(["random", "random", "sinks", "sharp", "repeated"])
+    if kind == "sinks":  # logits of 30 and more at the first keys
+        direction = torch.nn.functional.normalize(dice.normal(family.head_size), dim=0)
+        q += 6 * direction
+        k[:, : min(4, n_k)] += 6 * direction * family.head_size**0.5
+    elif kind == "sharp":
+        q *= 8
+    elif kind == "repeated":
+        k = k[:, :1].expand_as(k)
+    tensors = [t.to(family.dtype).transpose(1, 2) for t in (q, k, v)]
+    if "contiguous" in family.traits:
+        tensors = [t.contiguous() for t in tensors]
+    return tensors, past
+
+
+def _lists(dice: Dice, family: Family, lead: tuple[int, int], n_q: int, n_k: int) -> BlockIndex:
+    """Lists `[*lead, query tiles]`."""
+    r, (bq, bk), levels = dice.r, family.size, "levels" in family.traits
+    nk = pyramid.firsts(n_k, bk)[-1] if levels else ceil_div(n_k, bk)
+    shape = (*lead, ceil_div(n_q, bq))
+    mask = dice.uniform(*shape, nk) < r.choice([0.0, 0.02, 0.1, 0.3, 0.7, 1.0])
+    index = BlockIndex.from_mask(mask, family.size)
+    if r.random() < 0.5:  # some rows read everything, some nothing
+        kinds, count = dice.uniform(*shape), index.count.clone()
+        count[(kinds < 0.2) & (not levels)] = ALL
+        count[kinds > 0.85] = 0
+        index = replace(index, count=count)
+    elif nk > 1 and "skip" not in family.traits:  # another visiting order
+        turned = (dice.uniform(*shape, nk) + 2.0 * ~mask).argsort(-1).int()
+        index = replace(index, blocks=turned.flatten())
+    if "bias" in family.traits:
+        bias = dice.uniform(1, lead[1], n_k) if r.random() < 0.7 else 0.7
+        index = replace(index, bias=bias)
+    return replace(index, pyramid=levels)
 
 
 @dataclass(frozen=True)

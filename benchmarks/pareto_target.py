@@ -6,6 +6,7 @@ few of its layers; some plans are run there, to be held against what the table p
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from accelkit.calibration.fit import inputs as fit_inputs
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
-from accelkit.patches.method import AttentionMethod, load
+from accelkit.patches.method import AttentionMethod, Execution, load
 from accelkit.patches.methods.mag_cache import MagCache
 from accelkit.patches.plan import Policy
 from accelkit.patches.sites.attention import PLAIN, answer, compute
@@ -70,9 +71,9 @@ def measured_costs(
     waiting += [one for m in waiting for one in further(m)]
     for method in waiting:
         one = (answer(call, Policy(methods=(method,))) or (None,))[0]
-        if one is not None and one.execution != PLAIN and repr(one.execution) not in clocked:
+        if one is not None and one.execution != PLAIN and arithmetic(one.execution) not in clocked:
             run = partial(compute, one)
-            clocked[repr(one.execution)] = fit_clock.clock(run, 3, torch.device(device))
+            clocked[arithmetic(one.execution)] = fit_clock.clock(run, 3, torch.device(device))
             waiting += method.calibrator(call.site).settings()  # each has an execution of its own
     return {"share": about["attention_ms"] / step, "table": table.to_dict(), "clocked": clocked}
 
@@ -100,9 +101,9 @@ def confirmed(about: dict[str, Any], device: str, layers: int) -> list[dict[str,
         if kind is not None:
             short = forced(pipe, policy, 0.5)
             share = density(pipe, short, replace(size, num_inference_steps=4), shot)
-            unit, arithmetic = unit_of(pipe, size, shot, policy.methods[0], {})
+            unit, named = unit_of(pipe, size, shot, policy.methods[0], {})
             one |= {"setting": stored(policy.methods[0]), "density": share, "unit": unit}
-            one |= {"execution": arithmetic}
+            one |= {"execution": named}
         with accelkit.patch(pipe, plan) as handle:
             spent = min(video.run(pipe, size, shot).ends[-1] for _ in range(2))
             left = handle.report().calls / 2 / whole
@@ -115,11 +116,18 @@ def confirmed(about: dict[str, Any], device: str, layers: int) -> list[dict[str,
     return found
 
 
+def arithmetic(one: Execution) -> str:
+    """What files call an execution: its fields that are not those of plain arithmetic."""
+    fields = {f.name: getattr(one, f.name) for f in dataclasses.fields(one)}
+    return ", ".join(f"{k}={v}" for k, v in fields.items() if v != getattr(PLAIN, k))
+
+
 def unit_of(
     pipe: Any, size: video.Settings, shot: video.Shot, method: AttentionMethod, tables: dict
 ) -> tuple[tuple[int, int], str | None]:
     """Unit of a method's lists, from one call of one site, and its arithmetic unless plain."""
-    found, arithmetic = [(128, 128)], [None]
+    found: list[tuple[int, int]] = [(128, 128)]
+    named: list[str | None] = [None]
 
     def visit(call: AttentionCall) -> None:
         own = {k.rpartition("/")[2]: v for k, v in tables.items() if k.startswith(call.site.path)}
@@ -130,12 +138,12 @@ def unit_of(
             answers = answer(there, Policy(methods=(method,)))
         sizes = [getattr(p, "size", None) for a in answers or () for p in a.pieces]
         found.extend(s for s in sizes if s)
-        arithmetic.extend(repr(a.execution) for a in answers or () if a.execution != PLAIN)
+        named.extend(arithmetic(a.execution) for a in answers or () if a.execution != PLAIN)
         raise video.Enough
 
     with watch(pipe, visit):
         video.begin(pipe, size, shot)
-    return found[-1], arithmetic[-1]
+    return found[-1], named[-1]
 
 
 def moved(costs: CostTable, tokens: int, heads: int) -> CostTable:
@@ -178,9 +186,8 @@ def single_ratio(found: dict[str, Any], costs: CostTable, about: dict[str, Any])
     its lists and its arithmetic.
     """
     ((tokens, dense),) = costs.dense[-1:]
-    timed = about["clocked"].get(found["execution"])
-    if timed is not None:
-        return timed / dense
+    if found.get("execution") is not None:
+        return about["clocked"][found["execution"]] / dense
     kind, unit = found["setting"]["kind"], tuple(found["unit"])
     return attention_ratio(costs, tokens, kind, unit, found["density"])
 

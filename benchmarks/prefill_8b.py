@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import accelkit
 from accelkit import kernels
 from accelkit.calibration.results import environment
+from accelkit.kernels.dispatch import explain
 from accelkit.patches.method import AttentionMethod
 
 
@@ -97,7 +98,7 @@ def kernel_of(model: LlamaForCausalLM, length: int, block: int) -> str:
     )
     tiles = -(-length // block)
     index = kernels.BlockIndex.dense(c.num_attention_heads, tiles, (block, block), q.device)
-    return kernels.dispatch.explain(q, kv, kv, index).backend
+    return explain(q, kv, kv, index).backend
 
 
 def forced(args: argparse.Namespace, model: LlamaForCausalLM) -> Iterator[dict]:

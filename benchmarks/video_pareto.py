@@ -110,27 +110,46 @@ def fewer(subject: Subject, steps: int) -> dict[str, Any]:
 KEYS = {"psnr": (60.0, "PSNR (dB)"), "ssim": (1.0, "SSIM"), "right": (1.0, "share shown right")}
 """What is drawn: where the dense point stands at most, and its words."""
 NAMES = {"psnr": "PSNR", "ssim": "SSIM", "right": "score"}
+CLEAR = 2
+"""Standard errors by which a setting is above the mixture in what it shows for more than chance."""
 LEVELS = (40, 35, 30, 25, 20)
 """PSNR at which the table tells each curve's speed-up."""
 
 
 def quality(row: dict[str, Any], key: str) -> float:
-    return row["right"] / row["of"] if key == "right" else row["mean"][key]
+    """What is drawn of a row: no higher than its axis."""
+    return row["right"] / row["of"] if key == "right" else min(row["mean"][key], KEYS[key][0])
 
 
 def front(
-    rows: Sequence[dict[str, Any]], key: str, dense: float
-) -> tuple[list[float], list[float]]:
-    """Costs and qualities of a curve's best points, rising, the dense one last; none is better than
-    that.
+    rows: Sequence[dict[str, Any]], key: str, dense: dict[str, Any]
+) -> tuple[list[float], list[float], list[dict[str, Any]]]:
+    """Costs, qualities and rows of a curve's best points, rising; the dense one counts among them,
+    at a cost of 1.
     """
-    points = sorted((r["cost"], quality(r, key)) for r in rows if r["finite"] and r["cost"] < 1)
-    costs, best = [], list[float]()
-    for cost, value in [*((c, min(v, dense)) for c, v in points), (1.0, dense)]:
-        if not best or value > best[-1]:
-            costs.append(cost)
-            best.append(value)
-    return costs, best
+    points = sorted(
+        ((r["cost"], quality(r, key), r) for r in rows if r["finite"] and r["cost"] < 1),
+        key=lambda p: p[:2],
+    )
+    kept: list[tuple[float, float, dict[str, Any]]] = []
+    for point in [*points, (1.0, quality(dense, key), dense)]:
+        if not kept or point[1] > kept[-1][1]:
+            kept.append(point)
+    costs, best, found = (list(column) for column in zip(*kept, strict=True))
+    return costs, best, found
+
+
+def by_videos(
+    row: dict[str, Any], costs: Sequence[float], points: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+    """How many videos more a setting shows right than a curve does at its cost, with the standard
+    error of that difference over the prompts, which are the same ones for both.
+    """
+    shown = [[int(c) for c in r["shown"]] for r in points]
+    between = [np.interp(row["cost"], costs, column) for column in zip(*shown, strict=True)]
+    differ = np.array([int(c) for c in row["shown"]]) - np.array(between)
+    error = np.std(differ, ddof=1) * np.sqrt(len(differ))
+    return {"videos": round(float(differ.sum()), 2), "error": round(float(error), 2)}
 
 
 def tolerance(curves: dict[str, list[dict[str, Any]]], key: str) -> float:
@@ -147,16 +166,14 @@ def tolerance(curves: dict[str, list[dict[str, Any]]], key: str) -> float:
 
 def places(found: dict[str, Any], key: str = "psnr") -> list[dict[str, Any]]:
     """Where each setting of the other curves lies beside the mixture's, which runs straight through
-    its points and the dense one: `by` is how far above, None where no mixture is as fast. What
-    shows more of what was asked than dense does, does so by chance, and counts as dense.
+    its best points and the dense one: `by` is how far above, None where no mixture is as fast.
     """
     curves = found["curves"]
-    dense = quality(found["dense"], key) if key == "right" else KEYS[key][0]
-    costs, best = front(curves.get("mixture", ()), key, dense)
+    costs, best, points = front(curves.get("mixture", ()), key, found["dense"])
     some = []
     for name, rows in curves.items():
         for row in rows if name != "mixture" else ():
-            value, cost = min(quality(row, key), dense), row["cost"]
+            value, cost = quality(row, key), row["cost"]
             if not row["finite"] or cost >= 1:
                 continue
             mixed = float(np.interp(cost, costs, best)) if cost >= costs[0] else None
@@ -165,6 +182,7 @@ def places(found: dict[str, Any], key: str = "psnr") -> list[dict[str, Any]]:
                 "curve": name, "setting": setting, "cost": round(cost, 4),
                 "value": round(value, 4), "mixture": mixed and round(mixed, 4),
                 "by": None if mixed is None else round(value - mixed, 4),
+                **(by_videos(row, costs, points) if key == "right" and mixed is not None else {}),
             })  # fmt: skip
     return some
 
@@ -175,18 +193,23 @@ def beaten(found: dict[str, Any], key: str = "psnr") -> list[dict[str, Any]]:
     return [p for p in places(found, key) if p["by"] is None or p["by"] > noise]
 
 
-def verdict(above: list[dict[str, Any]], of: int, noise: float) -> dict[str, Any]:
+def verdict(found: dict[str, Any], key: str, above: list[dict[str, Any]]) -> dict[str, Any]:
     """How many settings lie above the mixture, and by how much at most."""
-    known = [p["by"] for p in above if p["by"] is not None]
+    known = [p for p in above if p["by"] is not None]
+    clear = [p for p in known if "videos" in p and p["videos"] > CLEAR * p["error"]]
     return {
-        "settings": of, "above": len(known), "most": max(known, default=0.0),
-        "faster_than_any_mixture": len(above) - len(known), "equal_runs_differ_by": noise,
-    }  # fmt: skip
+        "settings": len(found["places"]),
+        "above": len(known),
+        "most": max((p["by"] for p in known), default=0.0),
+        **({"above_by_two_standard_errors": len(clear)} if key == "right" else {}),
+        "faster_than_any_mixture": len(above) - len(known),
+        "equal_runs_differ_by": tolerance(found["curves"], key),
+    }
 
 
-def speed_at(rows: Sequence[dict[str, Any]], level: float) -> float | None:
+def speed_at(rows: Sequence[dict[str, Any]], level: float, dense: dict[str, Any]) -> float | None:
     """Speed-up of a curve where its PSNR is `level`; None where it has no such point."""
-    costs, best = front(rows, "psnr", KEYS["psnr"][0])
+    costs, best, _ = front(rows, "psnr", dense)
     return round(1 / float(np.interp(level, best, costs)), 2) if best[0] <= level else None
 
 
@@ -205,11 +228,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(20, 9.5), layout="constrained")
     panels = figure.subplots(1, len(KEYS))
     marks, colours = "osv^<>DPX*hp", colormaps["tab20"].colors
-    for axes, (key, (dense, words)) in zip(panels, KEYS.items(), strict=True):
+    for axes, (key, (_, words)) in zip(panels, KEYS.items(), strict=True):
         for n, (name, rows) in enumerate(found["curves"].items()):
-            points = sorted(
-                (1 / r["cost"], min(quality(r, key), dense)) for r in rows if r["finite"]
-            )
+            points = sorted((1 / r["cost"], quality(r, key)) for r in rows if r["finite"])
             special = name in ("mixture", "fewer steps")
             cache = name.partition("{")[0] in (*found["caches"], "step_schedule")
             look = {
@@ -221,7 +242,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
             }  # fmt: skip
             if name == "mixture" and key != "right":
                 axes.plot(*zip(*points, strict=True), **{**look, "linestyle": ""})
-                points = [(1 / c, v) for c, v in zip(*front(rows, key, dense), strict=True)]
+                costs, best, _ = front(rows, key, found["dense"])
+                points = [(1 / c, v) for c, v in zip(costs, best, strict=True)]
                 look |= {"marker": "", "label": None}
             axes.plot(*zip(*points, strict=True), **look)
         if key == "right":
@@ -267,17 +289,14 @@ def join(paths: Sequence[Path], out: Path, costs: Path | None) -> None:
     found["above_the_mixture"] = above
     if mixed:
         found["places"] = places(found)
-        found["verdict"] = {
-            key: verdict(some, len(found["places"]), tolerance(found["curves"], key))
-            for key, some in above.items()
-        }
+        found["verdict"] = {key: verdict(found, key, some) for key, some in above.items()}
     found["title"] = "Fidelity against predicted speed: every method alone, caches, fewer steps"
     found["title"] += ", calibrated mixtures" if mixed else ""
     found["rows"] = [
         {
             "curve": name,
             "points": len(rows),
-            **{f"× at {level} dB": speed_at(rows, level) for level in LEVELS},
+            **{f"× at {level} dB": speed_at(rows, level, found["dense"]) for level in LEVELS},
             **{
                 f"above in {NAMES[key]}": sum(r["curve"] == name for r in some)
                 for key, some in above.items()

@@ -112,10 +112,19 @@ def methods_table(link: str) -> str:
 
 
 def cli_page() -> str:
-    """The command line's own help, as typer writes it."""
+    """The command line's own help, as typer writes it, exit codes and environment variables."""
+    from accelkit import doctor, errors
+
     command = [sys.executable, "-m", "typer", "accelkit.cli", "utils", "docs", "--name", "accelkit"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    return "# Command line\n\n" + done.stdout.partition("\n")[2].strip() + "\n"
+    codes = ["| exit code | error |", "|---|---|"]
+    for name, error in vars(errors).items():
+        if isinstance(error, type) and issubclass(error, errors.AccelkitError):
+            codes.append(f"| {error.exit_code} | `{name}`: {cell(inspect.getdoc(error) or '')} |")
+    variables = ["| environment variable | meaning |", "|---|---|"]
+    variables += [f"| `{name}` | {cell(text)} |" for name, text in doctor.VARIABLES.items()]
+    parts = ["# Command line", done.stdout.partition("\n")[2].strip(), "\n".join(codes)]
+    return "\n\n".join([*parts, "\n".join(variables)]) + "\n"
 
 
 def readme() -> str:

@@ -15,21 +15,35 @@ Line = tuple[str, str]
 """What was measured, and the reading."""
 
 
-def times(values: list[float]) -> str:
-    """`1.70 / 1.80 ×`."""
-    return " / ".join(f"{v:.3g}" for v in values) + " ×"
+def times(values: list[float | None]) -> str:
+    """`1.70 / 1.80 ×`; a dash where there is no reading."""
+    return " / ".join("–" if v is None else f"{v:.3g}" for v in values) + " ×"
 
 
 def denoising(data: dict[str, Any]) -> Iterator[Line]:
     """`benchmarks/denoise_dit.py`: plans alone, the step cache alone, both."""
     what = str(title(data)).removesuffix(", compiled by repeated blocks")
     sparse = [r for r in data["rows"] if not r["skipped_in_a_row"]]
-    plans = ", ".join(f"`{row['plan']}`" for row in sparse)
-    yield f"{what}: {plans}", times([row["speedup"] for row in sparse])
+    if sparse:
+        plans = ", ".join(f"`{row['plan']}`" for row in sparse)
+        yield f"{what}: {plans}", times([row["speedup"] for row in sparse])
+        what = "the same"
     for row in data["rows"]:
         if row["skipped_in_a_row"]:
             plan = "a step cache" if row["plan"] == "dense" else f"a step cache and `{row['plan']}`"
-            yield f"the same: {plan}", times([row["speedup"]])
+            yield f"{what}: {plan}", times([row["speedup"]])
+            what = "the same"
+
+
+def fidelity(data: dict[str, Any]) -> Iterator[Line]:
+    """`benchmarks/video_pareto.py`: calibrated plans beside running fewer steps."""
+    by_curve = {row["curve"]: row for row in data["rows"]}
+    levels = [k for k in data["rows"][0] if k.startswith("× at ")]
+    of = " / ".join(k.split()[2] for k in levels)
+    what = f"Denoising of {data['model']}, calibrated plans at a PSNR of {of} dB"
+    for name, told in (("mixture", what), ("fewer steps", "the same by fewer steps")):
+        readings = [by_curve[name][level] for level in levels]
+        yield f"{told}, predicted for Wan2.1-1.3B 480p", times(readings)
 
 
 def attention_calls(data: dict[str, Any]) -> Iterator[Line]:
@@ -95,7 +109,8 @@ def patch_cost(data: dict[str, Any]) -> Iterator[Line]:
 
 MAIN: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
     "denoise-wan-h200": denoising,
-    "denoise-hunyuan-h200": denoising,
+    "denoise-hunyuan-h100": denoising,
+    "video-pareto-h100": fidelity,
     "dit-methods-h200": attention_calls,
     "kernels-h200": block_lists,
     "prefill-8b-h100": first_token,

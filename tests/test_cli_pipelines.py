@@ -164,12 +164,16 @@ def test_show_draws_steps_and_layers(pipe, plan, tmp_path):
     assert picture.read_text().lstrip().startswith("<?xml")
     titles = [a.get_title(loc="left") for a in figure(accelkit.Plan.from_pretrained(plan)).axes]
     assert titles[0] == "Density over steps"
-    sites = run("show", pipe).stdout
-    assert sites.count("attn1") == 2
+    listed = json.loads(run("show", pipe, "--json").stdout)["sites"]
+    kinds = [(r["site"][-5:], r["kind"], r["may_run_sparse"]) for r in listed]
+    assert kinds == [("attn1", "self", "yes"), ("attn2", "cross", "no")] * 2
+    assert "cross" in run("show", pipe).stdout
 
 
 def test_dry_run(pipe):
-    (row,) = json.loads(run("calibrate", pipe, *SIZE, "--dry-run", "--json").stdout)
+    result = run("calibrate", pipe, *SIZE, "--dry-run", "--json")
+    assert "two dense steps at 128 × 128, 9 frames" in result.stderr
+    (row,) = json.loads(result.stdout)
     assert row["tokens"] == 3 * 8 * 8
     assert 0 < row["attention_share"] <= 1
 

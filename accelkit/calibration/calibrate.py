@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from accelkit.errors import InvalidInputError
+from accelkit.errors import InvalidInputError, UnsupportedModelError
 from accelkit.patches.adapters import adapter_for
 from accelkit.patches.method import Method
 from accelkit.patches.plan import Budget, Plan
@@ -67,7 +67,7 @@ def calibrate(
     Raises:
         InvalidInputError: an argument that cannot be used.
         NothingPatchedError: a model without a site.
-        UnsupportedModelError: no adapter knows the model.
+        UnsupportedModelError: no adapter knows the model, or it predicts no tokens.
 
     Example:
     >>> plan = accelkit.calibrate(model, tokenizer=tokenizer, budget=0.02, lengths=[8192])
@@ -91,6 +91,10 @@ def calibrate(
     from accelkit.calibration.prefill import calibrate as prefill
 
     _unused(size, "a language model")
+    if bare.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(bare).__name__} predicts no tokens; load it with AutoModelForCausalLM"
+        )
     return prefill.calibrate(
         model, data, tokenizer=tokenizer, lengths=lengths, batch=batch, every_row=every_row,
         **shared,

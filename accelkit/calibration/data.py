@@ -114,6 +114,13 @@ def gather(data: Any, tokenizer: Any, lengths: Sequence[int], preset: str, seed:
     Raises:
         InvalidInputError: no tokenizer, an empty file, prompts too few or too short.
     """
+    if hasattr(data, "tokenize"):
+        raise InvalidInputError(f"data is a {type(data).__name__}; pass it as tokenizer=…")
+    if isinstance(tokenizer, str | Path):
+        raise InvalidInputError(
+            f"tokenizer is {str(tokenizer)!r}; expected the tokenizer itself, from "
+            "AutoTokenizer.from_pretrained(…)"
+        )
     if callable(data):
         data = data()
     if data is None:

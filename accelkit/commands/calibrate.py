@@ -119,7 +119,8 @@ def calibrate(
     from accelkit.calibration.session import need_preset
 
     need_preset(preset, PRESETS)
-    if pipelines.is_pipeline(model):
+    draws = pipelines.is_pipeline(model)
+    if draws:
         of_texts = {"data": data, "lengths": lengths, "batch": batch > 1, "every_row": every_row}
         console.refuse("a pipeline", **of_texts)
     else:
@@ -127,6 +128,9 @@ def calibrate(
         console.refuse("a language model", prompts=prompts, **of_pictures)
     loaded, tokenizer = pipelines.open_any(model, dtype=dtype, device=device)
     if dry_run:
+        if draws:
+            told = pipelines.size_told(loaded, size)
+            console.say(f"two dense steps at {told}, twice; --height, --width and --frames set it")
         bound = bound_of(loaded, lengths=limits, **size)
         console.emit(
             bound,

@@ -71,9 +71,8 @@ def attend(
         q: `[B, Hq, Nq, D]`; k: `[B, Hkv, Nk, D]`; v: `[B, Hkv, Nk, Dv]`; any strides, never
             expanded to the query heads.
         index: rows for the call's heads, no key twice in a row. `size[1] == 1` means single keys.
-            Entries outside the
-            keys or past the causal edge are ignored, `ALL` rows read every visible block in
-            ascending order.
+            Entries outside the keys or past the causal edge are ignored, `ALL` rows read every
+            visible block in ascending order.
         scale: factor of the logits; `D ** -0.5` by default.
         causal: key `j` is visible to row `i` if `j <= q_start + i`, or `k_pos[j] <= q_pos[i]` where
             positions are given.
@@ -85,14 +84,12 @@ def attend(
         rows: query tiles to compute; all others stay untouched (zeros and −inf where this call
             allocates).
         skip: λ in 0 … 1, one number or `[len(heads)]`: a tile is dropped when in every row its
-            maximum stays more than
-            `−ln λ` under the running one. Tiles are the index units as far as they have at most 128
-            × 128 tokens; the Triton kernel cuts larger ones, and the Hopper
-            kernel lets each 64 rows of a tile decide alone.
+            maximum stays more than `−ln λ` under the running one. Tiles are the index units as far
+            as they have at most 128 × 128 tokens; the Triton kernel cuts larger ones, and the
+            Hopper kernel lets each 64 rows of a tile decide alone.
         out, lse: `[B, Hq, Nq, Dv]` with unit last stride and fp32 `[B, Hq, Nq]`: results go to
-            `out[:, heads[j]]` and
-            `lse[:, heads[j]]`. Without them `[B, len(heads), …]` is allocated, in the order of
-            `heads`.
+            `out[:, heads[j]]` and `lse[:, heads[j]]`. Without them `[B, len(heads), …]` is
+            allocated, in the order of `heads`.
         qk, pv: precision of the two products, "native", "int8" (qk only) or "fp8" (pv only beside
             an 8-bit qk); operands are quantised inside (`kernels.quantize`). smooth_k: round keys
             after taking their mean from them.
@@ -261,7 +258,7 @@ def fa4_refusal(launch: Launch) -> str | None:
     """Why flash-attn-4 cannot serve a launch, or None."""
     from accelkit.kernels._extern import fa4
 
-    return fa4.refusal(launch) or _low_bits(launch)
+    return _low_bits(launch) or fa4.refusal(launch)
 
 
 def _low_bits(launch: Launch) -> str | None:

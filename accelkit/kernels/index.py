@@ -151,8 +151,8 @@ class BlockIndex:
         mask[count == ALL] = True
         length = count.clamp(min=0).long()
         row = torch.repeat_interleave(torch.arange(length.numel(), device=length.device), length)
-        first = torch.repeat_interleave(start - (length.cumsum(0) - length), length)
-        ids = self.blocks[first + torch.arange(row.numel(), device=row.device)].long()
+        first = start - (length.cumsum(0) - length)
+        ids = self.blocks[first[row] + torch.arange(row.numel(), device=row.device)].long()
         keep = (ids >= 0) & (ids < nk)
         mask[row[keep], ids[keep]] = True
         return mask.view(batch, heads, nq, nk)

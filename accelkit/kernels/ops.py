@@ -5,6 +5,7 @@ result shape. Outside of a graph nothing comes by here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,20 +83,11 @@ def call(
     v: Tensor,
     index: BlockIndex,
     *,
-    scale: float | None,
-    causal: bool,
-    q_start: int,
     heads: Sequence[int] | Tensor | None,
     kv_of_head: Sequence[int] | Tensor | None,
-    key_mask: Tensor | None,
-    q_pos: Tensor | None,
-    k_pos: Tensor | None,
     rows: Sequence[int] | Tensor | None,
     skip: float | Tensor | None,
-    qk: str,
-    pv: str,
-    smooth_k: bool,
-    backend: str | None,
+    **others: Any,
 ) -> tuple[Tensor, Tensor]:
     """The operator with `dispatch.attend`'s arguments."""
     tables = [None if not isinstance(t, Tensor) else t for t in (heads, kv_of_head)]
@@ -107,7 +99,7 @@ def call(
     bias = index.bias if isinstance(index.bias, Tensor) else None
     shift = 0.0 if isinstance(index.bias, Tensor) else index.bias
     return attend(
-        q, k, v, index.start, index.count, index.blocks, list(index.size), bias, shift, scale,
-        causal, q_start, tables[0], ids[0], tables[1], ids[1], key_mask, q_pos, k_pos, rows, skip,
-        qk, pv, smooth_k, backend,
+        q, k, v, index.start, index.count, index.blocks, list(index.size), bias, shift,
+        heads=tables[0], head_ids=ids[0], kv_of_head=tables[1], kv_head_ids=ids[1], rows=rows,
+        skip=skip, **others,
     )  # fmt: skip

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from accelkit.errors import UnsupportedConfigurationError
 from accelkit.kernels.index import Inputs, device_ids
+from accelkit.kernels.launch import END, FAR
 
-FAR = 2**31 - 1
-END = FAR - 1
-"""What a row without causal limit sees up to."""
 LOG2_E = 1 / math.log(2)
 
 
@@ -77,7 +76,7 @@ def bounds(place: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def sees_all(call: Inputs) -> bool:
     """Whether every row sees every key: no causality, padding or holes."""
-    return not call.causal and call.key_mask is None and call.q_pos is None and call.k_pos is None
+    return not call.causal and in_place(call)
 
 
 def visible_blocks(call: Inputs, size: tuple[int, int]) -> Tensor:
@@ -93,7 +92,25 @@ def in_place(call: Inputs) -> bool:
     """Whether rows and keys lie in their own order without padding, so that masks of blocks follow
     from the geometry.
     """
-    return call.q_pos is None and call.k_pos is None and call.key_mask is None
+    return in_order(call) and call.key_mask is None
+
+
+def in_order(call: Inputs) -> bool:
+    """Whether rows and keys lie in their own order, padding or not."""
+    return call.q_pos is None and call.k_pos is None
+
+
+def need_causal_order(call: Inputs, name: str) -> None:
+    """Refuse a call for something that goes by the distance from row to key.
+
+    Raises:
+        UnsupportedConfigurationError: it is not causal, or its tokens are permuted.
+    """
+    if not (call.causal and in_order(call)):
+        raise UnsupportedConfigurationError(
+            f"{name} goes by positions: it needs causal rows and keys in their own order (q_pos "
+            "and k_pos None)"
+        )
 
 
 def bare_inputs(n_q: int, n_k: int, q_start: int, causal: bool, device: torch.device) -> Inputs:
@@ -176,3 +193,28 @@ def softmax_(s: Tensor) -> Tensor:
     top = s.amax(-1, keepdim=True)
     exp_(s.sub_(top.masked_fill_(top == -float("inf"), 0.0)))
     return s.div_(s.sum(-1, keepdim=True).clamp_(min=1e-30))
+
+
+def row_shares(
+    call: Inputs,
+    k: Tensor,
+    slots: Sequence[int],
+    rows: slice,
+    seen: tuple[Tensor, Tensor],
+    lse: Tensor | None,
+) -> Tensor:
+    """Attention of some rows of the heads that share `k` `[B, Nk, D]`, fp32 `[B, g, R, n]`; behind
+    its n keys no row sees any. `seen` is `(row_limits, key_places)` of the call, `lse` fp32
+    `[B, H, Nq]` the natural-log LSE of its heads, or None: found on the way.
+    """
+    limit, places = seen
+    n = call.n_k
+    if call.causal and in_order(call):
+        n = max(1, min(n, call.q_start + rows.stop))
+    at = [call.heads[s] for s in slots]
+    s = logits(take_heads(call.q[:, :, rows], at).to(k.dtype), k[:, :n], call.scale)
+    hide(s, per_slot(limit, slots)[..., rows], per_slot(places, slots)[..., :n])
+    if lse is None:
+        return softmax_(s)
+    norm = take_heads(lse[:, :, rows], slots)[..., None].float()
+    return exp_(s.sub_(norm.masked_fill(norm == -float("inf"), 0.0)))

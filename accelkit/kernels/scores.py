@@ -26,7 +26,6 @@ from accelkit.kernels.scores_keys import (
     pooled_probe,
     probe,
     stripes,
-    tile_mass,
     tile_top_k,
 )
 
@@ -48,6 +47,5 @@ __all__ = [
     "self_similarity",
     "strided",
     "stripes",
-    "tile_mass",
     "tile_top_k",
 ]

@@ -28,6 +28,7 @@ from accelkit.kernels.positions import (
     logits,
     per_slot,
     row_limits,
+    row_shares,
     sees_all,
     softmax_,
     take_heads,
@@ -41,65 +42,57 @@ CHUNK_TOKENS = 1024
 """Query tokens at a time on a CPU: logits stay in its caches, and few keys lie beyond the rows."""
 
 
-def pool(x: Tensor, block: int, mode: str = "mean", mask: Tensor | None = None) -> Tensor:
-    """Pool tokens by block: `[…, N, D]` → fp32 `[…, ceil(N / block), D]`.
+def pool(x: Tensor, block: int, mask: Tensor | None = None) -> Tensor:
+    """Means of tokens by block: `[…, N, D]` → fp32 `[…, ceil(N / block), D]`.
 
     The ragged last block is pooled by its true length. `mask` (bool, broadcast to `[…, N]`) names
-    the tokens that count; a block without any gives zeros. `mode` is "mean" or "max".
+    the tokens that count; a block without any gives zeros.
     """
-    if mode not in ("mean", "max"):
-        raise InvalidInputError(f"pool: mode {mode!r}, expected 'mean' or 'max'")
     if mask is not None:
-        return _pool_masked(x, block, mode, mask)
+        return _pool_masked(x, block, mask)
     n = x.shape[-2]
     whole = n // block * block
-    parts = []
-    for part, size in ((x[..., :whole, :], block), (x[..., whole:, :], n - whole)):
-        if part.shape[-2]:
-            cells = part.unflatten(-2, (-1, size))
-            parts.append(
-                cells.mean(-2, dtype=torch.float32) if mode == "mean" else cells.amax(-2).float()
-            )
+    parts = [
+        part.unflatten(-2, (-1, size)).mean(-2, dtype=torch.float32)
+        for part, size in ((x[..., :whole, :], block), (x[..., whole:, :], n - whole))
+        if part.shape[-2]
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
-def _pool_masked(x: Tensor, block: int, mode: str, mask: Tensor) -> Tensor:
+def _pool_masked(x: Tensor, block: int, mask: Tensor) -> Tensor:
     short = -x.shape[-2] % block
     mask = mask.expand(x.shape[:-1])
-    hole = 0.0 if mode == "mean" else -float("inf")
-    cells = pad(torch.where(mask[..., None], x.float(), hole), (0, 0, 0, short), value=hole)
-    cells = cells.unflatten(-2, (-1, block))
+    cells = filled(torch.where(mask[..., None], x.float(), 0.0), short).unflatten(-2, (-1, block))
     count = pad(mask, (0, short)).unflatten(-1, (-1, block)).sum(-1)[..., None]
-    if mode == "mean":
-        return cells.sum(-2) / count.clamp(min=1)
-    return torch.where(count > 0, cells.amax(-2), 0.0)
+    return cells.sum(-2) / count.clamp(min=1)
 
 
-def pool_queries(call: Inputs, block: int, mode: str = "mean") -> Tensor:
+def pool_queries(call: Inputs, block: int) -> Tensor:
     """Pooled queries of the call's heads, fp32 `[B, H, nq, D]`; padding rows do not vote."""
     votes = voting_rows(call)
-    if mode == "mean" and dispatch.fast_device(call.q):
+    if dispatch.fast_device(call.q):
         from accelkit.kernels._triton import scores as fast
 
         places = None if votes is None else torch.where(votes, 0, -1).int()
         return fast.pool(call.q, block, call.heads, places)
-    return pool(take_heads(call.q, call.heads), block, mode, votes)
+    return pool(take_heads(call.q, call.heads), block, votes)
 
 
-def pool_keys(call: Inputs, block: int, mode: str = "mean") -> Tensor:
+def pool_keys(call: Inputs, block: int) -> Tensor:
     """Pooled keys for the call's heads, fp32 `[B, H, nk, D]`; padding and holes do not count.
 
     Each KV head is pooled once, unless the holes differ by query head (`k_pos` with heads).
     """
     masked = call.key_mask is not None or call.k_pos is not None
     places = key_places(call) if masked else None
-    if mode == "mean" and dispatch.fast_device(call.k):
+    if dispatch.fast_device(call.k):
         return _pool_heads(call.k, block, call.kv_of_head, places)
     if places is None or places.shape[1] == 1:
         mask = None if places is None else places >= 0
-        return pool(call.k, block, mode, mask)[:, call.kv_of_head]
+        return pool(call.k, block, mask)[:, call.kv_of_head]
     parts = [
-        pool(call.k[:, kv : kv + 1], block, mode, places[:, slot : slot + 1] >= 0)
+        pool(call.k[:, kv : kv + 1], block, places[:, slot : slot + 1] >= 0)
         for slot, kv in enumerate(call.kv_heads)
     ]
     return torch.cat(parts, 1)
@@ -135,18 +128,14 @@ def _pool_heads(
     return fast.pool(x, block, None, places, begin)[:, heads]
 
 
-def pooled(call: Inputs, size: tuple[int, int], mode: str = "mean") -> Tensor:
+def pooled(call: Inputs, size: tuple[int, int]) -> Tensor:
     """Logits of pooled queries and pooled keys, `mean(q) · mean(k) · scale`, fp32 `[B, H, nq, nk]`.
 
     FlexPrefill (2502.20766), PBS-Attn (2510.21270), SpargeAttn (2502.18137) and the block pattern
     of MInference (2407.02490). A key mean of the diagonal block includes keys that the tile's first
     rows do not see; the selectors force that block anyway.
     """
-    return _pooled(call, size, pool_queries(call, size[0], mode), pool_keys(call, size[1], mode))
-
-
-def _pooled(call: Inputs, size: tuple[int, int], q: Tensor, k: Tensor) -> Tensor:
-    return _products(call, size, q * call.scale, k)
+    return _products(call, size, pool_queries(call, size[0]) * call.scale, pool_keys(call, size[1]))
 
 
 def _products(call: Inputs, size: tuple[int, int], q: Tensor, k: Tensor) -> Tensor:
@@ -237,9 +226,8 @@ def rows_by_block_mean(call: Inputs, size: tuple[int, int]) -> Tensor:
     Chunk-safe: no row stands for another.
     """
     visible = visible_blocks(call, size)
-    plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
     keys = pool_keys(call, size[1])
-    if plain and size[0] <= 256 and dispatch.fast_device(call.q):
+    if in_place(call) and size[0] <= 256 and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import scores as fast
 
         found = fast.rows_by_block_mean(call, size, keys)
@@ -257,7 +245,7 @@ def rows_by_block_mean(call: Inputs, size: tuple[int, int]) -> Tensor:
             rows = slice(r, min(r + step, call.n_q))
             # Blocks before all rows need no mask, those behind them no score.
             free, n = 0, nk
-            if plain and call.causal:
+            if call.causal and in_place(call):
                 free = min(nk, (call.q_start + r + 1) // size[1])
                 n = min(nk, ceil_div(call.q_start + rows.stop, size[1]))
             s = logits(call.q[:, head : head + 1, rows].float(), mean[:, :n], call.scale)
@@ -294,7 +282,8 @@ def strided(
     keys is seen if its first real key is not after the row cell's last row.
 
     `qk="int8"` rounds each cell of queries, and of keys less their mean (which softmax does not
-    see), to int8 with a scale of its own: on a GPU the products take about half the time.
+    see), to int8 with a scale of its own: on a GPU the products take about half the time. Raises
+    `InvalidInputError` for another `qk`, or a stride that does not divide the unit.
     """
     if qk not in ("native", "int8"):
         raise InvalidInputError(f"strided: qk {qk!r}, expected 'native' or 'int8'")
@@ -303,8 +292,7 @@ def strided(
             f"strided: stride {stride} does not divide the unit {size}; "
             "choose a stride that divides both sides"
         )
-    plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
-    if plain and dispatch.fast_device(call.q):
+    if in_place(call) and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import strided as fast
 
         if fast.strided_fits(call, stride, size, qk == "int8"):
@@ -340,7 +328,7 @@ def strided(
                 q = _rounded(q, stride)
             q = q.unflatten(2, (-1, stride)).flip(3).flatten(3)
             free, n = 0, nkc  # cells that all rows see, that some row sees
-            if plain and call.causal:
+            if call.causal and in_place(call):
                 free = min(nkc, (call.q_start + c * stride) // stride + 1)
                 n = min(nkc, (call.q_start + stop * stride - 1) // stride + 1)
             s = logits(q, k[:, :n], call.scale / stride)
@@ -380,30 +368,20 @@ def block_mass(
             return fast.block_mass(call, lse, size, some)
     nq, nk = call.tiles(size)
     tiles = list(range(nq)) if rows is None else [int(r) for r in rows]
-    places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
+    seen, votes = (row_limits(call), key_places(call)), voting_rows(call)
     batch = call.q.shape[0]
     out = call.q.new_zeros((batch, len(call.heads), len(tiles), nk), dtype=torch.float32)
-    plain = call.causal and call.k_pos is None and call.q_pos is None
     for kv, slots in groups(call):
         k = key_head(call, kv)
-        at = [call.heads[s] for s in slots]
         for i, tile in enumerate(tiles):
             r = slice(tile * size[0], min((tile + 1) * size[0], call.n_q))
-            n = min(call.n_k, call.q_start + r.stop) if plain else call.n_k
-            n = max(1, n)
-            s = logits(take_heads(call.q[:, :, r], at).to(k.dtype), k[:, :n], call.scale)
-            hide(s, per_slot(limit, slots)[..., r], per_slot(places, slots)[..., :n])
-            if lse is None:
-                p = softmax_(s)
-            else:
-                norm = take_heads(lse[:, :, r], slots)[..., None].float()
-                p = exp_(s.sub_(norm.masked_fill(norm == -float("inf"), 0.0)))
+            p = row_shares(call, k, slots, r, seen, lse)
             if votes is None:
                 p = p.mean(2)
             else:
                 vote = per_slot(votes, slots)[..., r, None]
                 p = (p * vote).sum(2) / vote.sum(2).clamp(min=1)
-            p = pad(p, (0, -n % size[1])).unflatten(-1, (-1, size[1])).sum(-1)
+            p = pad(p, (0, -p.shape[-1] % size[1])).unflatten(-1, (-1, size[1])).sum(-1)
             out[:, slots, i, : p.shape[-1]] = p
     return out
 
@@ -420,9 +398,10 @@ def sampled_max(
 
     One token in `every` is drawn at random, at the same places in all blocks; equal seeds draw
     equal places. Ragged ends repeat their last token. Keys are blocked in `key_order` (int32
-    `[Nk]`). Without causality and padding only.
+    `[Nk]`). Raises `UnsupportedConfigurationError` for a call with causality, padding or permuted
+    tokens.
     """
-    if call.causal or call.key_mask is not None or call.q_pos is not None or call.k_pos is not None:
+    if not sees_all(call):
         raise UnsupportedConfigurationError(
             "sampled_max draws the same places in all blocks: it needs a call without causality, "
             "padding and permuted positions"

@@ -15,15 +15,17 @@ from accelkit.kernels.positions import (
     END,
     FAR,
     bounds,
-    exp_,
     groups,
     hide,
+    in_order,
     key_head,
     key_places,
     logits,
+    need_causal_order,
     per_slot,
     row_limits,
     row_places,
+    row_shares,
     softmax_,
     take_heads,
     voting_rows,
@@ -83,7 +85,7 @@ def probe(call: Inputs, rows: int = 64) -> Probe:
     """
     q, at = probe_rows(call, rows)
     limit = at if call.causal else torch.where(at < 0, -1, END)
-    plain = call.q_pos is None and call.k_pos is None
+    plain = in_order(call)
     if plain and call.causal and dispatch.fast_device(call.q) and q.shape[2] <= 128:
         from accelkit.kernels._triton import scores as fast
 
@@ -106,7 +108,7 @@ def probe(call: Inputs, rows: int = 64) -> Probe:
         p = softmax_(s)
         p /= (row_limit >= 0).sum(-1).clamp(min=1)[..., None, None]
         columns[:, slots] = p.sum(2)
-        if call.k_pos is None and call.q_pos is None:
+        if plain:
             diagonals[:, slots] = _diagonals(p, per_slot(at, slots))
         else:
             diagonals[:, slots] = _scattered(p, per_slot(at, slots), per_slot(places, slots))
@@ -160,14 +162,6 @@ def _anchor_keys(call: Inputs, first: int, start: int, stop: int) -> slice | Ten
     return torch.cat([torch.arange(first, device=device), torch.arange(start, stop, device=device)])
 
 
-def _plain_only(call: Inputs, name: str) -> None:
-    if call.q_pos is not None or call.k_pos is not None or not call.causal:
-        raise InvalidInputError(
-            f"{name} cuts keys into ranges by position: it needs causal rows and keys in their own "
-            "order (q_pos and k_pos None)"
-        )
-
-
 def anchor_max(call: Inputs, block: int = 128, superblock: int = 2048) -> Tensor:
     """Greatest logit of each row over the first `block` keys and its own superblock, mean over the
     rows of each row block: fp32 `[B, H, ceil(Nq / block)]`, natural units.
@@ -175,7 +169,7 @@ def anchor_max(call: Inputs, block: int = 128, superblock: int = 2048) -> Tensor
     The anchor of AnchorAttention (2505.23520). Superblocks are runs of `superblock` positions, so
     chunked prefill sees the same ranges as a whole one.
     """
-    _plain_only(call, "anchor_max")
+    need_causal_order(call, "anchor_max")
     if dispatch.fast_device(call.q):
         from accelkit.kernels._triton import stripes as fast
 
@@ -226,10 +220,11 @@ def stripes(
     `mean(q) · k · scale + theta ≥ anchor` for any row block. `anchor` is fp32 `[B, H, nq]` from
     `anchor_max`, or the mean LSE of the anchor piece; `theta` (nats) may be fp32 `[H]`. The ranges
     are disjoint and complete: the anchor piece owns `[0, block)` and the superblock, stripes only
-    what lies between. `q_start` must be a multiple of `superblock`; row `s` of the result serves
-    query rows `[s · superblock, …)`: `BlockIndex.from_mask(mask, (superblock, 1))`.
+    what lies between. Row `s` of the result serves query rows `[s · superblock, …)`:
+    `BlockIndex.from_mask(mask, (superblock, 1))`. Raises `InvalidInputError` where `q_start` is no
+    multiple of `superblock`, or that none of `block`.
     """
-    _plain_only(call, "stripes")
+    need_causal_order(call, "stripes")
     if superblock % block or call.q_start % superblock:
         raise InvalidInputError(
             f"stripes: q_start {call.q_start} and block {block} do not fit superblocks of "
@@ -258,37 +253,18 @@ def stripes(
     return mask
 
 
-def tile_mass(
-    call: Inputs, tile: int, tiles: range, lse: Tensor | None = None, every: int = 1
-) -> Tensor:
-    """Post-softmax attention summed over the query heads of each KV head and over the rows of each
-    tile, fp32 `[B, G, len(tiles), Nk]`, G = KV heads among the call's heads in `groups` order.
-
-    Keys that no row sees have 0. `every` looks at each n-th row only (and the last of the tile).
-    `lse` as in `block_mass`. Hold few tiles at a time: the result has one number per key.
+def _tile_mass(call: Inputs, rows: slice, lse: Tensor | None) -> Tensor:
+    """Post-softmax attention summed over the query heads of each KV head and over some rows, fp32
+    `[B, G, Nk]`, G = KV heads among the call's heads in `groups` order; 0 for keys that no row
+    sees. `lse` as in `block_mass`.
     """
-    places, limit, votes = key_places(call), row_limits(call), voting_rows(call)
-    out = []
+    seen, votes, found = (row_limits(call), key_places(call)), voting_rows(call), []
     for kv, slots in groups(call):
-        k, at, found = key_head(call, kv), [call.heads[s] for s in slots], []
-        for t in tiles:
-            r = slice(t * tile + (min(tile, call.n_q - t * tile) - 1) % every, call.n_q, every)
-            r = slice(r.start, min((t + 1) * tile, call.n_q), every)
-            n = call.n_k
-            if call.causal and call.q_pos is None and call.k_pos is None:
-                n = max(1, min(n, call.q_start + r.stop))
-            s = logits(take_heads(call.q[:, :, r], at).to(k.dtype), k[:, :n], call.scale)
-            hide(s, per_slot(limit, slots)[..., r], per_slot(places, slots)[..., :n])
-            if lse is None:
-                p = softmax_(s)
-            else:
-                norm = take_heads(lse[:, :, r], slots)[..., None].float()
-                p = exp_(s.sub_(norm.masked_fill(norm == -float("inf"), 0.0)))
-            if votes is not None:
-                p = p * per_slot(votes, slots)[..., r, None]
-            found.append(pad(p.sum((1, 2)), (0, call.n_k - n)))
-        out.append(torch.stack(found, 1))
-    return torch.stack(out, 1)
+        p = row_shares(call, key_head(call, kv), slots, rows, seen, lse)
+        if votes is not None:
+            p = p * per_slot(votes, slots)[..., rows, None]
+        found.append(pad(p.sum((1, 2)), (0, call.n_k - p.shape[-1])))
+    return torch.stack(found, 1)
 
 
 def tile_top_k(
@@ -298,18 +274,15 @@ def tile_top_k(
     *,
     least: int = 128,
     lse: Tensor | None = None,
-    every: int = 1,
-    own: bool = True,
 ) -> BlockIndex:
     """The keys before each query tile that get most attention from it, one list per KV head and
     tile: a `BlockIndex` of unit `(tile, 1)` (Kascade; `microsoft/kascade`).
 
     `k` is a count, or a fraction of the keys before the tile with at least `least` keys (Kascade's
-    rolling prefill). Ids ascend. `own` appends the tile's own keys, which the element mask makes
-    causal: without them run the tile's diagonal block as a second piece. No key comes twice. Query
-    heads of a KV group share their list.
+    rolling prefill). Behind them come the tile's own keys, which the element mask makes causal. Ids
+    ascend, no key comes twice. Query heads of a KV group share their list.
     """
-    _plain_only(call, "tile_top_k")
+    need_causal_order(call, "tile_top_k")
     places, found = key_places(call), groups(call)
     batch, device = call.q.shape[0], call.q.device
     nt = ceil_div(call.n_q, tile)
@@ -320,28 +293,26 @@ def tile_top_k(
     if dispatch.fast_device(call.q):
         from accelkit.kernels._triton import tile_top as fast
 
-        if fast.fits(call, tile, every):
-            index = fast.tile_top_k(call, found, tile, take, lse, own)
+        if fast.fits(call, tile):
+            index = fast.tile_top_k(call, found, tile, take, lse)
             return replace(index, start=index.start[:, at], count=index.count[:, at])
-    width = max(take) + (tile if own else 0)
-    lists = torch.zeros((batch, len(found), nt, max(width, 1)), dtype=torch.int32, device=device)
+    lists = torch.zeros((batch, len(found), nt, max(take) + tile), dtype=torch.int32, device=device)
     counts = torch.zeros((batch, len(found), nt), dtype=torch.int32, device=device)
     for t in range(nt):
         n = take[t]
         ids = torch.zeros((batch, len(found), 0), dtype=torch.int64, device=device)
         if n:
-            mass = tile_mass(call, tile, range(t, t + 1), lse, every)[:, :, 0, : before[t]]
+            rows = slice(t * tile, min((t + 1) * tile, call.n_q))
+            mass = _tile_mass(call, rows, lse)[..., : before[t]]
             mass = mass.masked_fill(places[..., : before[t]] < 0, -1.0)
             best = mass.topk(n, -1)
             # Padding sorts behind the real keys and is left out of the count.
             ids = torch.where(best.values >= 0, best.indices, FAR).sort(-1).values
-        if own:
-            mine = torch.arange(before[t], min(before[t] + tile, call.n_k), device=device)
-            mine = torch.where(places[..., mine] >= 0, mine, FAR)
-            mine = mine.expand(batch, len(found), -1)
-            ids = torch.cat([ids, mine], -1)
-            if call.key_mask is not None:
-                ids = ids.sort(-1).values
+        mine = torch.arange(before[t], min(before[t] + tile, call.n_k), device=device)
+        mine = torch.where(places[..., mine] >= 0, mine, FAR)
+        ids = torch.cat([ids, mine.expand(batch, len(found), -1)], -1)
+        if call.key_mask is not None:
+            ids = ids.sort(-1).values
         real = ids < END
         lists[:, :, t, : ids.shape[-1]] = torch.where(real, ids, 0).int()
         counts[:, :, t] = real.sum(-1, dtype=torch.int32)

@@ -57,7 +57,7 @@ __all__ = [
     "top_k",
     "top_p",
     "vertical_slash",
-    "visible",
+    "visible_blocks",
 ]
 
 
@@ -65,11 +65,6 @@ LONGEST_ROW = 8192
 """Entries of a row that one program of a kernel holds."""
 SORTED = 1 << 16
 """Entries up to which one sort costs a GPU less than many passes."""
-
-
-def visible(call: Inputs, size: tuple[int, int]) -> Tensor:
-    """Key blocks of which some row of the tile sees some key, bool `[B|1, H|1, nq, nk]`."""
-    return visible_blocks(call, size)
 
 
 def probabilities(scores: Tensor) -> Tensor:
@@ -88,7 +83,7 @@ def top_k(scores: Tensor, k: int | float | Tensor) -> Tensor:
     """The k best visible blocks of each row, bool `[B, H, nq, nk]`.
 
     An integer (or integer tensor `[H]`) is a count; a float in 0 … 1 (or float tensor) a fraction
-    of the row's visible blocks, rounded up, at least one.
+    of the row's visible blocks, rounded up, at least one; `InvalidInputError` for any other.
     """
     if isinstance(k, float) and not 0 <= k <= 1:
         raise InvalidInputError(f"top_k: fraction {k} is outside 0 … 1; pass an int for a count")

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accelkit.errors import UnsupportedConfigurationError
 from accelkit.kernels import dispatch
 from accelkit.kernels.index import BlockIndex, Inputs, ceil_div
 from accelkit.kernels.positions import (
     bounds,
     key_places,
+    need_causal_order,
     row_limits,
     row_places,
     sees_all,
@@ -85,13 +85,6 @@ def compact_levels(levels: Tensor, tokens: int, size: tuple[int, int], unit: int
     return replace(compact(torch.cat(masks, -1), (bq, unit)), pyramid=True)
 
 
-def _plain(call: Inputs, name: str) -> None:
-    if call.q_pos is not None or call.k_pos is not None or not call.causal:
-        raise UnsupportedConfigurationError(
-            f"{name} speaks of diagonals: it needs causal rows and keys in their own order"
-        )
-
-
 def lines(call: Inputs, columns: Tensor, offsets: Tensor, size: tuple[int, int]) -> Tensor:
     """Blocks on chosen block columns and block diagonals (FlexPrefill, 2502.20766), bool
     `[B, H, nq, nk]`.
@@ -99,7 +92,7 @@ def lines(call: Inputs, columns: Tensor, offsets: Tensor, size: tuple[int, int])
     `columns` bool `[B, H, nk]`; `offsets` bool `[B, H, n]`: offset `o` marks, for each block row of
     keys that the tile's own positions fall in, the block `o` before it.
     """
-    _plain(call, "lines")
+    need_causal_order(call, "lines")
     nk, bk = call.tiles(size)[1], size[1]
     low, high = bounds(row_places(call), size[0])
     block = torch.arange(nk, device=columns.device)
@@ -126,7 +119,7 @@ def vertical_slash(
     block aligned and contains the paper's windows. Offset 0 is always in. Ids ascend, no key twice;
     later columns of the tile's own rows are left to the element mask.
     """
-    _plain(call, "vertical_slash")
+    need_causal_order(call, "vertical_slash")
     blocks = _slash_blocks(call, offsets, size)
     n_k, bk = call.n_k, size[1]
     ids = torch.where((columns >= 0) & (columns < n_k), columns, n_k).long().sort(-1).values

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from accelkit.errors import InvalidInputError
 from accelkit.kernels import dispatch, pyramid
 from accelkit.kernels.index import ALL, BlockIndex, Inputs, ceil_div
-from accelkit.kernels.positions import key_places, row_limits
+from accelkit.kernels.positions import in_place, key_places, row_limits
 
 TILES = 16
 """Query tiles whose pairs are counted at once: more take more memory, fewer more launches."""
@@ -23,7 +23,7 @@ def pair_counts(call: Inputs, size: tuple[int, int]) -> Tensor:
     """
     (nq, nk), (bq, bk) = call.tiles(size), size
     device = call.q.device
-    if call.q_pos is None and call.k_pos is None and call.key_mask is None:
+    if in_place(call):
         tile, block = torch.arange(nq, device=device) * bq, torch.arange(nk, device=device) * bk
         rows = (call.n_q - tile).clamp(max=bq)[:, None]
         keys = (call.n_k - block).clamp(max=bk)
@@ -60,7 +60,8 @@ def density(index: BlockIndex | Sequence[BlockIndex], call: Inputs) -> Tensor:
     """Visible query-key pairs inside the listed blocks ÷ all visible pairs, fp32 `[H]`.
 
     Element-exact at block granularity; several disjoint pieces add up. Reads sizes back to the
-    host: for reports, not for the forward pass.
+    host: for reports, not for the forward pass. Raises `InvalidInputError` for lists of another
+    call.
     """
     pieces = [index] if isinstance(index, BlockIndex) else list(index)
     heads, batch = len(call.heads), call.q.shape[0]
@@ -70,8 +71,7 @@ def density(index: BlockIndex | Sequence[BlockIndex], call: Inputs) -> Tensor:
                 f"density: the index has {piece.heads} heads and {piece.rows} tiles, the call "
                 f"{heads} heads and {call.tiles(piece.size)[0]} tiles of {piece.size[0]}"
             )
-    plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
-    if plain and dispatch.fast_device(call.q):
+    if in_place(call) and dispatch.fast_device(call.q):
         from accelkit.kernels._triton import select as fast
 
         found = [
@@ -123,7 +123,7 @@ def _listed_pairs(
     block = torch.where(free[line], at, source[place].long())
     real = (block >= 0) & (block < nk)
     block, head, tile = block.clamp(0, nk - 1), line // nq, line % nq
-    if call.q_pos is None and call.k_pos is None and call.key_mask is None:
+    if in_place(call):
         rows = (call.n_q - tile * bq).clamp(max=bq)
         keys = (keys_in_all - block * bk).clamp(max=bk)
         pairs = rows * keys

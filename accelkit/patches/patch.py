@@ -27,8 +27,9 @@ from accelkit.errors import (
 )
 from accelkit.patches.adapters import adapter_for, facts, sites
 from accelkit.patches.call import AttentionCall
-from accelkit.patches.method import UNSERVED, BlockMethod, Method
+from accelkit.patches.method import UNSERVED, BlockMethod, Method, kind_of, names
 from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
+from accelkit.patches.plan_check import NO_SITE
 from accelkit.patches.plan_file import FILE
 from accelkit.patches.sites.attention import attend
 from accelkit.patches.state import PatchState, SiteCount
@@ -38,6 +39,7 @@ HANDLE = "accelkit_handle"
 """Where a patched model keeps its handle, so that both go when nobody needs the model any more."""
 TRIMMED = "kept rows only"
 """Reason of dense calls of a trimmed last layer."""
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _EXPECTED = ("decode", "no policy")
 """Reasons for dense calls that nobody needs to be warned about."""
 
@@ -134,19 +136,13 @@ class PatchHandle:
             short = call.n_k < self.plan.limits.min_length
             return self._dense(path, "shorter than the minimum length" if short else "no policy")
         self._compare(call)
-        call = self._bound(call)
+        memory = state.memory.setdefault((path, call.ordinal, call.clock.branch), {})
+        call = replace(call, memory=memory, tables=state.tables_of(path, call.q.device))
         out = call.q.new_empty(call.q.shape[0], call.n_q, call.q.shape[1], call.v.shape[3])
         if not attend(call, groups, state, out.transpose(1, 2)):
             return self._dense(path, "every head chose dense")
         state.count(path)
         return out
-
-    def _bound(self, call: AttentionCall) -> AttentionCall:
-        key = (call.site.path, call.ordinal, call.clock.branch)
-        memory = self.state.memory.setdefault(key, {})
-        return replace(
-            call, memory=memory, tables=self.state.tables_of(call.site.path, call.q.device)
-        )
 
     def _dense(self, site: str, reason: str) -> None:
         self.state.count(site, reason)
@@ -168,41 +164,32 @@ class PatchHandle:
         """The adapter ran `site` dense by itself."""
         self.state.count(site, reason)
         if reason not in _EXPECTED or reason in self.phases:
-            self._warn(f"attention runs dense: {reason}")
-
-    def begin(self) -> None:
-        """The adapter saw a generation begin."""
-        self.state.begin_generation()
+            self._warn(reason, f"attention runs dense: {reason}", DenseFallbackWarning)
 
     def _compare(self, call: AttentionCall) -> None:
         """Warn, once a kind, where a call lies outside what the plan was measured on."""
         limits, grid, clock = self.plan.limits, call.geometry.grid, call.clock
         if limits.max_length is not None and call.n_k > limits.max_length:
-            self._warn(f"{call.n_k} tokens: the plan was calibrated up to {limits.max_length}")
+            self._warn(
+                "length", f"{call.n_k} tokens: the plan was calibrated up to {limits.max_length}"
+            )
         if limits.grid is not None and grid not in (None, limits.grid):
             self._warn(
+                "grid",
                 f"tokens lie {grid} (frames, rows, columns), the plan was calibrated at "
                 f"{limits.grid}; its lists are made for this grid, its quality was not measured "
                 "here",
-                PlanTransferWarning,
-                "grid",
             )
         if clock.phase == "denoise" and 1 < clock.total < (limits.steps or 0):
             self._warn(
+                "steps",
                 f"{clock.total} steps, the plan was calibrated with {limits.steps}; its rules go "
                 "by the share of the steps done",
-                PlanTransferWarning,
-                "steps",
             )
 
-    def _warn(
-        self,
-        message: str,
-        category: type[Warning] = DenseFallbackWarning,
-        kind: str | None = None,
-    ) -> None:
-        if (kind or message) not in self._warned:
-            self._warned.add(kind or message)
+    def _warn(self, kind: str, message: str, category: type[Warning] = PlanTransferWarning) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
             warnings.warn(message, category, stacklevel=3)
 
     def rewire(self, model: Any) -> None:
@@ -251,17 +238,22 @@ class PatchHandle:
 
 
 def patch(
-    model: Any, plan: Plan | Method | Sequence[Method] | Policy, *, strict: bool = True
+    model: Any,
+    plan: Plan | str | os.PathLike[str] | Method | Sequence[Method] | Policy,
+    *,
+    strict: bool = True,
 ) -> PatchHandle:
     """Make `model` run `plan`, in place, and return the handle that undoes it.
 
-    `model` is a language model of transformers, or a pipeline or denoiser of diffusers. A bare
-    method, or several that answer different questions, is a plan with one row for every
-    head. With `strict=False` differences of model class only warn.
+    `model` is a language model of transformers, or a pipeline or denoiser of diffusers. A file,
+    folder or hub id is read with `Plan.from_pretrained`. A bare method, or several that answer
+    different questions, is a plan with one row for every head. With `strict=False` differences of
+    model class only warn.
 
     Raises:
         AlreadyPatchedError: the model carries another plan (an equal one is a no-op).
         PlanMismatchError: the plan does not fit; the message lists the first five problems.
+        PlanError: no plan there, or one that cannot be read.
         NothingPatchedError: no site of the plan is in the model.
         UnsupportedModelError: no adapter knows the model.
         InvalidInputError: a compiled model, or something that is neither plan nor method.
@@ -271,7 +263,9 @@ def patch(
     ...     model.generate(**inputs)
     """
     adapter, bare = adapter_for(model)
-    if not isinstance(plan, Plan):
+    if isinstance(plan, os.PathLike) or (isinstance(plan, str) and plan not in names()):
+        plan = Plan.from_pretrained(plan)
+    elif not isinstance(plan, Plan):
         plan = plan_of(model, plan)
     present = vars(bare).get(HANDLE)
     if present is not None:
@@ -325,11 +319,11 @@ def disabled(model: Any) -> Iterator[None]:
         yield
     finally:
         handle.enabled = before
-        if before:
+        if before and handle_of(model) is handle:
             handle.rewire(adapter_for(model)[1])
 
 
-def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
+def plan_of(model: Any, what: str | Method | Sequence[Method] | Policy) -> Plan:
     """A plan that runs the same methods in every head of every site, from the first token on; a
     block method among them changes every denoiser.
     """
@@ -343,7 +337,11 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
             raise InvalidInputError("no method: give a plan, or at least one method")
         for method in methods:
             _refuse_idle(method)
-        block = next((m for m in methods if isinstance(m, BlockMethod)), None)
+        blocks = [m for m in methods if isinstance(m, BlockMethod)]
+        if len(blocks) > 1:
+            kinds = " and ".join(m.kind for m in blocks)
+            raise InvalidInputError(f"{kinds} both change the denoiser; a plan takes one of them")
+        block = next(iter(blocks), None)
         try:
             policy = Policy(methods=tuple(m for m in methods if m is not block))
         except ValidationError as error:
@@ -352,9 +350,10 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
     fingerprint, heads = facts(model)
     places = sites(model)
     if not places:
+        why = f"none of its {len(heads)} attention modules sees the whole prompt (sliding windows)"
         raise NothingPatchedError(
-            f"{fingerprint.class_name}: none of its {len(heads)} attention modules sees the whole "
-            "prompt (sliding windows); there is nothing to make sparse"
+            f"{fingerprint.class_name}: {why if heads else 'no attention module found'}; there is "
+            "nothing to make sparse"
         )
     # A method may serve phases that the model's adapter does not open; those stay dense.
     served = set(adapter_for(model)[0].PHASES)
@@ -383,10 +382,17 @@ def plan_of(model: Any, what: Method | Sequence[Method] | Policy) -> Plan:
 
 
 def _refuse_idle(method: Any) -> None:
+    if isinstance(method, type) and issubclass(method, Method):
+        method = kind_of(method)
+    if isinstance(method, str) and method in names():
+        raise InvalidInputError(
+            f"{method!r} is a method without its numbers; give "
+            f'accelkit.method("{method}")(), with those that shall differ in the brackets'
+        )
     if not isinstance(method, Method):
         raise InvalidInputError(
-            f"{method!r} is neither a plan nor a method; give a plan, or a method with its "
-            'numbers such as accelkit.method("window")(window_tokens=2048)'
+            f"{method!r:.80} is neither a plan nor a method; give a plan, its path, or a method "
+            'with its numbers such as accelkit.method("window")(window_tokens=2048)'
         )
     if idle := method.answers() & UNSERVED:
         raise UnsupportedConfigurationError(
@@ -394,30 +400,31 @@ def _refuse_idle(method: Any) -> None:
         )
 
 
-def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Load a model's or pipeline's folder that holds a plan and return it, patched. `kwargs` go to
-    the `from_pretrained` of its library.
+def from_pretrained(name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Load a model or pipeline, a folder or a hub repository that also holds a plan, and return it
+    patched. `kwargs` go to the `from_pretrained` of its library; what they say of the hub holds for
+    the plan as well.
 
     Raises:
-        PlanError: the folder has no plan.
+        PlanError: there is no plan.
     """
-    plan = Plan.from_pretrained(folder)
+    plan = Plan.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k in _HUB})
     model: Any
-    if (Path(folder) / "model_index.json").exists():
+    if plan.fingerprint.library == "diffusers":
         from diffusers import DiffusionPipeline
 
-        model = DiffusionPipeline.from_pretrained(folder, **kwargs)
+        model = DiffusionPipeline.from_pretrained(name_or_path, **kwargs)
     else:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs).eval()
     patch(model, plan)
     return model
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> Path:
-    """Write a patched model's folder with its plan beside the config; `from_pretrained` opens it
-    patched.
+    """Write a patched model's folder with its plan beside the config, and return the plan's path;
+    `from_pretrained` opens it patched. Raises `InvalidInputError` for a model that is not patched.
     """
     handle = handle_of(model)
     if handle is None:
@@ -428,15 +435,11 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> Path:
 
 def _refuse_misfits(plan: Plan, model: Any, strict: bool) -> None:
     problems = plan.check(model)
-    if plan.sites and all(
-        p.what == "no such attention module in the model" for p in problems if p.fatal
-    ):
-        missing = [p for p in problems if p.fatal]
-        if len(missing) == len(plan.sites):
-            raise NothingPatchedError(
-                f"none of the plan's {len(missing)} sites is in the model; {missing[0].mend}"
-            )
     fatal = [p for p in problems if p.fatal and (strict or p.where != "model")]
+    if fatal and len(fatal) == len(plan.sites) and all(p.what == NO_SITE for p in fatal):
+        raise NothingPatchedError(
+            f"none of the plan's {len(fatal)} sites is in the model; {fatal[0].mend}"
+        )
     if fatal:
         shown = "\n  ".join(str(p) for p in fatal[:5])
         more = f"\n  and {len(fatal) - 5} more" if len(fatal) > 5 else ""

@@ -274,6 +274,21 @@ class Plan(_Part):
                         )
         return self
 
+    def __repr__(self) -> str:
+        """In short; `to_json` and `accelkit show` say all of it."""
+        kinds = ", ".join(dict.fromkeys(policy.label() for policy in self.policies))
+        return f"<Plan for {self.fingerprint.class_name}: {kinds} at {len(self.sites)} sites>"
+
+    __str__ = __repr__
+
+    def __eq__(self, other: object) -> bool:
+        """Equal in what it says and in its side tensors, wherever those are stored."""
+        return isinstance(other, Plan) and self._content() == other._content()
+
+    def _content(self) -> tuple[str, str | None]:
+        digest = plan_file.pack(self._tables)[1] if self._tables else None
+        return self.model_copy(update={"tables_file": None}).to_json(), digest
+
     @property
     def tables(self) -> dict[str, Tensor]:
         """Side tensors by `<site>/<name>`; the `<name>` stands in a method's field."""

@@ -25,6 +25,7 @@ class Problem:
 
 
 AGAIN = "calibrate this model, or use the plan's own model"
+NO_SITE = "no such attention module in the model"
 
 
 def compare(
@@ -44,7 +45,7 @@ def compare(
         if layer.block is not None and not layer.rules and path in model.components:
             continue  # a whole sub-model is rewired; it has no attention of its own
         if path not in sites:
-            problems.append(Problem(path, "no such attention module in the model", AGAIN))
+            problems.append(Problem(path, NO_SITE, AGAIN))
             continue
         for rule in layer.rules:
             heads = len(rule.policies)

@@ -108,14 +108,14 @@ def find(
             f"no plan at {path}; expected a file, a folder holding {FILE} or a hub id 'owner/name'"
         )
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     def fetch(file: str) -> Path:
         return Path(hf_hub_download(name, file, subfolder=subfolder, **hub))
 
     try:
         return fetch(FILE), fetch
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise PlanError(
             f"no plan at {name}: neither a folder here nor to be had from the hub ({error})"
         ) from error

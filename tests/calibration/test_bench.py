@@ -38,11 +38,11 @@ def test_measures_dense_on_the_unpatched_model(model, tokenizer, plan):
     said = []
     (m,) = bench(model, plan, tokenizer, lengths=(600,), repeat=3, progress=said.append)
     assert len(m.paths["own"].ms) == len(m.sparse.ms) == 3
-    assert m.prompt == "multi_key task"
+    assert m.prompt == "text task, needle task, multi_key task"
     assert 0 < m.density < 1
     # The first run counts densities; dense runs never reach the handle.
     assert m.sparse_calls == m.calls == 2
-    assert said == ["600 tokens: own", "600 tokens: sparse", "600 tokens: own"]
+    assert said == ["600 tokens: own", "600 tokens: sparse"] * 3
     console = Console(width=120)
     with console.capture() as capture:
         console.print(speed.table([m]))

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_cases import byte_tokenizer, probe_methods, tiny_model
+from tiny_cases import byte_tokenizer, tiny_model
 
 from accelkit.calibration import calibrate as flow
 from accelkit.calibration import session
@@ -21,20 +21,15 @@ from accelkit.calibration.prefill import plan as prefill_plan
 from accelkit.calibration.prefill.calibrate import least_dense
 from accelkit.calibration.search import DENSE, Choice, Solution
 from accelkit.calibration.show import report
-from accelkit.errors import InvalidInputError, UnknownMethodError
+from accelkit.errors import InvalidInputError, UnknownMethodError, UnsupportedModelError
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("probes")
 LENGTH = 1024
 DIFFUSE = 3
 """The head of every layer that looks everywhere."""
-
-
-@pytest.fixture(autouse=True)
-def _probes():
-    with probe_methods():
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -279,6 +274,11 @@ def test_unknown_method() -> None:
 def test_no_tokenizer() -> None:
     with pytest.raises(InvalidInputError, match="tokenizer"):
         flow.calibrate(tiny_model(), lengths=[LENGTH])
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="LlamaModel"):
+        run(tiny_model().model)
 
 
 def test_a_patched_model_is_refused() -> None:

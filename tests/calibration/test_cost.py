@@ -101,6 +101,7 @@ def test_fit_on_this_device(causal: bool) -> None:
     assert table.head_ms((128, 128), 2048, 1.0) >= table.head_ms((128, 128), 2048, 0.1)
     assert set(table.kernels) == {"128x128"}
     assert table.kernels["128x128"].backend == "torch"
+    assert {(c.term, c.what) for c in table.checks} == {("kernel", "128x128")}
 
 
 def test_random_lists_are_visible_and_hold_the_diagonal() -> None:

@@ -121,6 +121,13 @@ def test_texts_need_a_tokenizer() -> None:
         gather([TEXT])
 
 
+def test_a_tokenizer_in_the_place_of_data_is_told(tokenizer) -> None:
+    with pytest.raises(InvalidInputError, match="tokenizer=…"):
+        gather(tokenizer)
+    with pytest.raises(InvalidInputError, match="tokenizer is 'my-model'"):
+        gather([TEXT], "my-model")
+
+
 def test_scored_rows() -> None:
     rows = tasks.scored_rows(Sample("needle", np.zeros(20, np.int32), ((5, 7), (10, 12))))
     assert rows.tolist() == [4, 5, 9, 10]

@@ -11,7 +11,6 @@ import diffusers
 import pytest
 import torch
 from planted import video as planted_video
-from tiny_cases import probe_methods
 
 import accelkit
 from accelkit.calibration import candidates
@@ -30,16 +29,11 @@ from accelkit.patches.method import load
 from accelkit.patches.plan import Plan, Policy
 from accelkit.patches.sites.attention import answer, compute
 
+pytestmark = pytest.mark.usefixtures("probes")
 LOCAL, DIFFUSE = 0, 1
 SIZE = {"height": 512, "width": 512, "num_frames": 1, "steps": 4}
 TOKENS = 1024
 SITES = [f"transformer.blocks.{n}.attn1" for n in range(2)]
-
-
-@pytest.fixture(autouse=True)
-def _probes():
-    with probe_methods():
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -224,8 +224,10 @@ def test_what_was_looked_at_is_judged_anew_after_a_check(made) -> None:
     ("readings", "found"),
     [
         ([3.0, 2.0, 3.0, 2.0], (3.0, 2.0)),
-        # Something slowed the plan down twice, then dense attention once.
-        ([3.0, 9.0, 3.0, 8.0, 9.0, 2.0], (3.0, 2.0)),
+        # Something slowed the plan down on both prompts, then dense attention once.
+        ([3.0, 9.0, 3.0, 8.0, 9.0, 2.0, 3.0, 2.0], (3.0, 2.0)),
+        # The plan computes more of the second prompt.
+        ([3.0, 1.0, 3.0, 2.0], (3.0, 1.5)),
         ([3.0, 4.0] * 5, (3.0, 4.0)),
     ],
 )

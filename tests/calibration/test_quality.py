@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_cases import byte_tokenizer, probe_methods, tiny_model
+from tiny_cases import byte_tokenizer, tiny_model
 
 from accelkit.calibration.capture import capture
 from accelkit.calibration.evaluation import quality, tasks
@@ -17,11 +17,7 @@ from accelkit.kernels.index import Partial
 from accelkit.patches import method
 from accelkit.patches.patch import patch, plan_of
 
-
-@pytest.fixture(autouse=True)
-def _probes():
-    with probe_methods():
-        yield
+pytestmark = pytest.mark.usefixtures("probes")
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,8 @@ def test_an_empty_file_is_refused(tmp_path):
     path.write_text("\n\n")
     with pytest.raises(InvalidInputError, match="is empty"):
         video.gather(path, 0, 1, 1)
+    with pytest.raises(InvalidInputError, match="no_such\\.txt: cannot be read"):
+        video.gather("no_such.txt", 0, 1, 1)
 
 
 def test_smaller_sizes_fit_the_same_pipelines():

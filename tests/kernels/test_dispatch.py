@@ -14,7 +14,7 @@ from torch import Tensor
 
 from accelkit.errors import KernelUnavailableError
 from accelkit.kernels import dispatch, speeds
-from accelkit.kernels._extern import common, fa4
+from accelkit.kernels._extern import fa4
 from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import ALL, BlockIndex
 from accelkit.kernels.prepare import prepare
@@ -41,7 +41,7 @@ def lists(n_q: int = 200, n_k: int = 200, heads: int = 4, size=SIZE) -> BlockInd
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the package were installed on a card that it serves."""
     monkeypatch.setattr(fa4, "missing", lambda: None)
-    monkeypatch.setattr(common, "device_refusal", lambda device: None)
+    monkeypatch.setattr(fa4, "_device", lambda device: None)
 
 
 def test_a_wish_that_cannot_be_served_raises() -> None:

@@ -10,6 +10,7 @@ import torch
 from accelkit import kernels
 from accelkit.kernels.expansion import expand
 from accelkit.kernels.index import Inputs, plain_inputs
+from accelkit.kernels.merge import merge
 
 SIZE = (16, 16)
 
@@ -89,11 +90,11 @@ def test_pieces_join_to_dense() -> None:
     """Read blocks and expanded ones together are close to dense attention."""
     call = call_around(0.1)
     found = expand(call, SIZE)
-    seen = kernels.select.visible(call, SIZE)
+    seen = kernels.select.visible_blocks(call, SIZE)
     index = kernels.select.compact((seen & ~found.whole).expand(1, 4, 6, 6), SIZE)
     part = found.piece((seen & found.whole).expand(1, 4, 6, 6))
     near = kernels.attend(call.q, call.k, call.v, index, causal=True)
-    joined = kernels.merge.merge((near, part))
+    joined = merge((near, part))
     dense = torch.nn.functional.scaled_dot_product_attention(
         call.q, call.k, call.v, is_causal=True, enable_gqa=True
     )

@@ -212,12 +212,12 @@ def test_compact(n):
 
 
 @pytest.mark.parametrize(
-    ("name", "tile", "share", "own"),
-    [("chunk", 32, 0.3, True), ("some heads", 24, 9, False), ("grouped", 64, 0.5, True)],
+    ("name", "tile", "share"),
+    [("chunk", 32, 0.3), ("some heads", 24, 9), ("grouped", 64, 0.5)],
 )
-def test_tile_top_k(name, tile, share, own, monkeypatch):
+def test_tile_top_k(name, tile, share, monkeypatch):
     call = small(name)
-    expected = scores.tile_top_k(call, tile, share, least=5, own=own)
+    expected = scores.tile_top_k(call, tile, share, least=5)
     found = kv_groups(call)
     before = [call.q_start + t * tile for t in range(-(-call.n_q // tile))]
     take = [
@@ -226,7 +226,7 @@ def test_tile_top_k(name, tile, share, own, monkeypatch):
     lse = dense_logits(call).logsumexp(-1)
     for scratch, known in ((2**20, None), (1, lse)):
         monkeypatch.setattr(fast_top, "SCRATCH_BYTES", scratch)
-        index = fast_top.tile_top_k(call, found, tile, take, known, own)
+        index = fast_top.tile_top_k(call, found, tile, take, known)
         for g, (_, slots) in enumerate(found):
             want = expected.to_mask(call.n_k)[:, slots[0]]
             assert torch.equal(index.to_mask(call.n_k)[:, g], want)

@@ -41,7 +41,7 @@ def random_scores(nq=6, nk=9, heads=3):
 @pytest.mark.parametrize("size", SIZES)
 def test_visible(name, size):
     call = case(name)
-    found = select.visible(call, size)
+    found = select.visible_blocks(call, size)
     expected = visible_by_hand(call, size)
     assert torch.equal(found.expand_as(expected), expected)
 
@@ -125,6 +125,10 @@ def test_force_by_hand():
     call = replace(call, key_mask=mask)
     found = select.force(nothing, call, (8, 8), sink=1, local=0)[0, 0].int().tolist()
     assert found == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]]
+    # Without causality local blocks lie on both sides.
+    call = call_of(32, causal=False)
+    found = select.force(nothing, call, (8, 8), sink=0, local=2)[0, 0].int().tolist()
+    assert found == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
     # A chunk that begins inside a block.
     call = call_of(16, q_start=12)
     found = select.force(nothing[:, :, :2], call, (8, 8), sink=0, local=1)[0, 0].int().tolist()
@@ -164,7 +168,7 @@ def test_lines_by_hand():
     # Rows 12 … 19 lie in block rows 1 and 2.
     found = select.lines(call_of(8, q_start=12), columns[..., :3] & False, offsets, (8, 8))
     assert found[0, 0].int().tolist() == [[1, 1, 1]]
-    with pytest.raises(UnsupportedConfigurationError, match="diagonals"):
+    with pytest.raises(UnsupportedConfigurationError, match="goes by positions"):
         select.lines(call_of(32, causal=False), columns, offsets, (8, 8))
 
 
@@ -231,7 +235,7 @@ def test_density_counts_pairs(name, size):
     )
     dense = BlockIndex.dense(len(call.heads), nq, size, torch.device("cpu"))
     close(select.density(dense, call), torch.ones(len(call.heads)))
-    whole = BlockIndex.from_mask(select.visible(call, size).expand_as(mask), size)
+    whole = BlockIndex.from_mask(select.visible_blocks(call, size).expand_as(mask), size)
     close(select.density(whole, call), torch.ones(len(call.heads)))
 
 

@@ -13,7 +13,11 @@ import torch
 from tiny_pipes import latents, tiny_pipe
 
 import accelkit
-from accelkit.errors import UnsupportedConfigurationError, UnsupportedModelError
+from accelkit.errors import (
+    InvalidInputError,
+    UnsupportedConfigurationError,
+    UnsupportedModelError,
+)
 from accelkit.patches.adapters import facts
 from accelkit.patches.method import load
 from accelkit.patches.methods.first_block_cache import FirstBlockCache
@@ -22,6 +26,7 @@ from accelkit.patches.methods.step_schedule import StepSchedule
 from accelkit.patches.methods.taylor_seer import TaylorSeer
 from accelkit.patches.parts import step_cache
 from accelkit.patches.plan import LayerPlan, Plan, Policy
+from tests.patches.conftest import attributes
 
 STEPS = 6
 ALL = list(range(STEPS))
@@ -107,6 +112,8 @@ def test_a_second_cache_is_refused(pipe):
             accelkit.patch(pipe, plan_of(pipe, TaylorSeer()))
     with accelkit.patch(pipe, plan_of(pipe, TaylorSeer())):
         pass
+    with pytest.raises(InvalidInputError, match="first_block_cache and taylor_seer both change"):
+        accelkit.patch(pipe, [FirstBlockCache(), TaylorSeer()])
 
 
 @pytest.mark.parametrize(
@@ -155,3 +162,12 @@ def test_magnitudes_are_those_of_the_residual(pipe):
 def test_schedules_that_cannot_be(schedules):
     with pytest.raises(ValueError, match="schedule"):
         StepSchedule(schedules=schedules)
+
+
+def test_a_cache_removed_while_disabled_stays_removed():
+    pipe = tiny_pipe("wan")
+    before = attributes(pipe.transformer)
+    accelkit.patch(pipe, FirstBlockCache())
+    with accelkit.disabled(pipe):
+        accelkit.unpatch(pipe)
+    assert attributes(pipe.transformer) == before

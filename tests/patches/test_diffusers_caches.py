@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import accelkit
 from accelkit.patches.adapters import sites
-from accelkit.patches.method import load
 from accelkit.patches.methods.first_block_cache import FirstBlockCache
 from accelkit.patches.methods.mag_cache import MagCache
 from accelkit.patches.methods.taylor_seer import TaylorSeer
 from accelkit.patches.patch import plan_of
 from accelkit.patches.plan import LayerPlan
-from tests.tiny_pipes import latents, tiny_pipe
+from tests.tiny_pipes import NARROW, latents, tiny_pipe
 
 pytestmark = pytest.mark.filterwarnings("error::accelkit.errors.DenseFallbackWarning")
-
-
-class Near(load("window")):  # type: ignore[misc]
-    """A window on both sides, in denoising."""
-
-    phases: ClassVar = ("denoise",)
-
-
-NARROW = Near(sink_tokens=16, window_tokens=17, block=16)
 
 
 def compiled(pipe) -> CompileCounterWithBackend:

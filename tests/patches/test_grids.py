@@ -230,7 +230,7 @@ def test_all_blocks_in_any_order_are_dense(start: int, tail: int):
         made = orders.shared(call, ids[None].int())
         made = replace(made, whole=len(ids) == where.tokens)
         seen = attention.in_kernel_order(call, made)
-        listed = patterns.listed(select.visible(seen, (16, 16)), seen, (16, 16))
+        listed = patterns.listed(select.visible_blocks(seen, (16, 16)), seen, (16, 16))
         for index in (patterns.dense(seen, (16, 16)), listed):
             found = attention.Answer(seen, (index,), order=made, n_q=call.n_q)
             torch.testing.assert_close(attention.compute(found).out, expected, atol=1e-4, rtol=1e-4)

@@ -10,7 +10,7 @@ from score_cases import NAMES, blocks, case, seen, visible_by_hand
 
 from accelkit.errors import InvalidInputError
 from accelkit.kernels import select
-from accelkit.patches.call import AttentionCall, Geometry, Span
+from accelkit.patches.call import AttentionCall, Clock, Geometry, Span
 from accelkit.patches.parts import keep, orders, patterns
 
 UNITS = [(32, 16), (16, 48), (32, 1)]
@@ -123,17 +123,19 @@ def test_all_blocks(name):
     assert dense.count.shape[1:] == (len(call.heads), 5)
 
 
-def test_spans_are_dense_rows_and_columns():
+def test_text_is_dense_rows_and_columns():
     call = case("not causal", n=64)
-    geometry = Geometry((Span("text", 0, 10), Span("video", 10, 64)))
-    call = AttentionCall(**{f.name: getattr(call, f.name) for f in fields(call)}, geometry=geometry)
+    given = {f.name: getattr(call, f.name) for f in fields(call)}
+    tokens = Geometry((Span("text", 0, 10), Span("video", 10, 64)))
+    call = AttentionCall(**given, geometry=tokens, clock=Clock("denoise"))
     nothing = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
-    mask = keep.spans(nothing, call, (16, 16))
+    mask = keep.text(nothing, call, (16, 16))
     assert mask[0, 0].int().tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
-    assert keep.spans(nothing, call, (16, 16), kinds=("audio",)) is nothing
+    assert keep.text(nothing, replace(call, clock=Clock("prefill")), (16, 16)) is nothing
+    assert keep.text(nothing, replace(call, geometry=Geometry()), (16, 16)) is nothing
     # A causal text never looks ahead.
-    mask = keep.spans(nothing, replace(call, causal=True), (16, 16))
-    assert not (mask & ~select.visible(replace(call, causal=True), (16, 16))).any()
+    mask = keep.text(nothing, replace(call, causal=True), (16, 16))
+    assert not (mask & ~select.visible_blocks(replace(call, causal=True), (16, 16))).any()
 
 
 def test_segments():

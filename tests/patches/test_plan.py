@@ -65,6 +65,10 @@ def test_round_trip(rows, length):
     assert Plan.from_json(text).to_json() == text
 
 
+def test_a_plan_names_itself_in_short():
+    assert str(make()) == repr(make()) == "<Plan for LlamaForCausalLM: dense, window at 1 sites>"
+
+
 def test_groups_by_policy():
     plan = make(limits=Limits(min_length=100))
     groups = plan.groups("model.layers.0.self_attn", 100, PREFILL)
@@ -184,6 +188,8 @@ def test_nothing_there(tmp_path):
         Plan.from_pretrained(tmp_path)
     with pytest.raises(PlanError, match="hub id"):
         Plan.from_pretrained(tmp_path / "missing.json")
+    with pytest.raises(PlanError, match="no plan at my plans/no such"):
+        Plan.from_pretrained("my plans/no such")  # no id of the hub could be called that
 
 
 def test_tables_travel_with_their_hash(tmp_path):
@@ -205,7 +211,7 @@ def test_up_to_the_hub_and_back(tmp_path, monkeypatch):
 
     class Api:
         def __init__(self, token=None):
-            assert token == "secret"
+            assert token in ("secret", None)
 
         def create_repo(self, repo_id, private, exist_ok):
             (hub / repo_id).mkdir(parents=True, exist_ok=exist_ok)
@@ -223,6 +229,8 @@ def test_up_to_the_hub_and_back(tmp_path, monkeypatch):
     tables = {"model.layers.0.self_attn/1/coverage": torch.tensor([0.5, 0.75, 0.9, 1.0])}
     plan = make().with_tables(tables)
     assert plan.push_to_hub("someone/plan", token="secret") == "commit"
+    plan.save_pretrained(tmp_path / "here", push_to_hub=True, repo_id="someone/copy")
+    assert Plan.from_pretrained("someone/copy", revision="v2") == plan
     again = Plan.from_pretrained("someone/plan", revision="v2")
     assert again.sites == plan.sites
     assert torch.equal(*again.tables.values(), *tables.values())

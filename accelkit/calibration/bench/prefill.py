@@ -1,8 +1,9 @@
 """Prefill speed in one process: patched, against the user's own path and the best dense path
 present (`accelkit bench`).
 
-Dense variants run on the unpatched model, half of their repeats before the patched ones and half
-after, so that a drifting clock shows up on both sides. Choosing a better dense kernel is never
+Dense variants run on the unpatched model, in turns with the patched one, so that a drifting clock
+and other programs meet both sides. A plan computes more of one prompt than of another, so every
+turn has a prompt of its own kind. Choosing a better dense kernel is never
 counted as sparsity: both ratios are always given."""
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from accelkit.patches.plan import Plan
 if TYPE_CHECKING:
     from rich.table import Table
 
+KINDS = ("text", "needle", "multi_key", "variables", "common_words")
+"""Prompts of the turns, one after the other."""
 WORST = 8
 """Predictions that `bench --fit` shows, of those that lay farthest off."""
 _SDPA = {
@@ -108,8 +111,8 @@ def bench(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[Measurement]:
-    """Median prefill times at lengths in tokens. Prompts are retrieval tasks, or random tokens
-    without a tokenizer.
+    """Median prefill times at lengths in tokens. Prompts are built-in tasks of several kinds, or
+    random tokens without a tokenizer; `repeat` turns time each path once.
 
     Raises:
         NothingPatchedError: no call ran sparse.
@@ -120,46 +123,60 @@ def bench(
     """
     if min(repeat, batch, *lengths) < 1:
         raise InvalidInputError("--repeat, --batch and --lengths must be at least 1")
-    results, paths = [], dense_paths(model)
-    for length in lengths:
-        ids, kind = prompt(model, tokenizer, length, batch, seed)
-        run = lambda ids=ids: prefill(model, ids)  # noqa: E731
-        times: dict[str, Timing] = {}
+    return [
+        _measured(model, plan, tokenizer, length, batch, repeat, warmup, seed, progress or _quiet)
+        for length in lengths
+    ]
 
-        def dense(
-            count: int, times: dict[str, Timing] = times, run: Callable = run, n: int = length
-        ) -> None:
-            for name in paths:
-                if progress:
-                    progress(f"{n} tokens: {name}")
-                before = times.get(name, Timing())
-                if before.error is None and count:
-                    times[name] = _join(before, _time_path(model, name, run, count, warmup))
 
-        dense(repeat - repeat // 2)
-        if progress:
-            progress(f"{length} tokens: sparse")
+def _quiet(step: str) -> None:
+    pass
+
+
+def _measured(
+    model: Any,
+    plan: Plan,
+    tokenizer: Any,
+    length: int,
+    batch: int,
+    repeat: int,
+    warmup: int,
+    seed: int,
+    progress: Callable[[str], None],
+) -> Measurement:
+    """All paths at one length, in turns."""
+    times: dict[str, Timing] = {name: Timing() for name in dense_paths(model)}
+    sparse: list[float] = []
+    densities, kinds = [], []
+    for turn in range(repeat):
+        ids, kind = prompt(model, tokenizer, length, batch, seed, KINDS[turn % len(KINDS)])
+        kinds.append(kind)
+        run = partial(prefill, model, ids)
+        for name, before in times.items():
+            progress(f"{length} tokens: {name}")
+            if before.error is None:
+                found = _time_path(model, name, run, 1, 0 if turn else warmup)
+                times[name] = Timing(before.ms + found.ms, found.error)
+        progress(f"{length} tokens: sparse")
         with patch(model, plan) as handle:
+            # Lists from geometry are made once in a patch's life, before the timed run.
             with handle.measuring():
                 run()
             need_sparse(handle, length)
-            report = handle.report().as_dict()  # before the timed runs add to it
-            sparse = Timing(times_ms(run, repeat, warmup, ids.device))
-        dense(repeat // 2)
-        results.append(
-            Measurement(
-                length,
-                batch,
-                kind,
-                times,
-                sparse,
-                report["density"],
-                report["sparse_calls"],
-                report["calls"],
-                report["dense"],
-            )
-        )
-    return results
+            report = handle.report().as_dict()
+            densities.append(report["density"])
+            sparse += times_ms(run, 1, 0 if turn else warmup, ids.device)
+    return Measurement(
+        length,
+        batch,
+        ", ".join(dict.fromkeys(kinds)),
+        times,
+        Timing(tuple(sparse)),
+        statistics.mean(densities),
+        report["sparse_calls"],
+        report["calls"],
+        report["dense"],
+    )
 
 
 def dense_paths(model: Any) -> dict[str, str]:
@@ -191,16 +208,18 @@ def using(model: Any, path: str) -> Iterator[None]:
             model.set_attn_implementation(before)
 
 
-def prompt(model: Any, tokenizer: Any, length: int, batch: int, seed: int) -> tuple[Tensor, str]:
+def prompt(
+    model: Any, tokenizer: Any, length: int, batch: int, seed: int, task: str
+) -> tuple[Tensor, str]:
     """Token ids `[batch, length]` on the model's device, and what they are."""
     if tokenizer is not None and length >= tasks.MIN_LENGTH:
         try:
             made = [
-                tasks.make("multi_key", length, FIRST_SEED + seed + i, tokenizer=tokenizer)
+                tasks.make(task, length, FIRST_SEED + seed + i, tokenizer=tokenizer)
                 for i in range(batch)
             ]
             ids = torch.stack([torch.from_numpy(s.ids).long() for s in made])
-            return ids.to(model.device), "multi_key task"
+            return ids.to(model.device), f"{task} task"
         except ValueError:
             pass  # no prompt of this length with this tokenizer; random tokens have any length
     generator = torch.Generator().manual_seed(seed)
@@ -335,17 +354,13 @@ def _ms(timing: Timing) -> str:
     return "cannot run" if timing.median is None else f"{timing.median:.2f}"
 
 
-def _join(a: Timing, b: Timing) -> Timing:
-    return Timing(a.ms + b.ms, b.error)
-
-
 def _time_path(model: Any, name: str, run: Callable[[], Any], repeat: int, warmup: int) -> Timing:
     with using(model, name):
-        if name == "own":
-            return Timing(times_ms(run, repeat, warmup, model.device))
         try:
             return Timing(times_ms(run, repeat, warmup, model.device))
         except (RuntimeError, ValueError, ImportError) as error:
+            if name == "own":
+                raise
             if type(error).__name__ == "OutOfMemoryError":
                 torch.cuda.empty_cache()
             return Timing(error=f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")

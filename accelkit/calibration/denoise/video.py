@@ -22,6 +22,8 @@ from accelkit.calibration.denoise.perceptual import lpips_of
 from accelkit.calibration.evaluation.quality import relative, synchronise
 from accelkit.errors import AccelkitError, InvalidInputError
 
+FILES = (".txt", ".jsonl")
+"""What names of files of prompts end with."""
 BUILT_IN = (
     "a red fox running through fresh snow, low winter sun",
     "waves breaking on black rocks at dusk, slow motion",
@@ -89,8 +91,9 @@ def gather(data: Any, seed: int, measure: int, check: int) -> Shots:
 
 def _items(data: Any) -> list[Any]:
     path = Path(data) if isinstance(data, Path) else None
-    if isinstance(data, str) and "\n" not in data and len(data) < 1024 and Path(data).is_file():
-        path = Path(data)
+    if isinstance(data, str) and "\n" not in data and len(data) < 1024:
+        # A name that is no file is told rather than drawn.
+        path = Path(data) if data.endswith(FILES) or Path(data).is_file() else None
     if path is None:
         if isinstance(data, str | Mapping):
             return [data] if data else []

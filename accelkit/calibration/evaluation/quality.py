@@ -366,8 +366,6 @@ def _logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits of a few hidden states, fp32."""
     _, bare = adapter_for(model)
     head = bare.get_output_embeddings()
-    if head is None:
-        return hidden
     weight = next(head.parameters())
     return head(hidden.to(weight.dtype).to(weight.device)).float()
 

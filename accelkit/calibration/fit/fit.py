@@ -63,38 +63,31 @@ def fit(
         often = times if brief or time.monotonic() < until else 1
         return clock(run, often, device, rested=not brief)
 
+    gpu = device.type == "cuda"
     known = {ahead.UNIT}
-    if device.type == "cuda":
+    if gpu:
         tell("compiling kernels")
         known = ahead.rehearse(calls, methods, shape, room, brief)
-    thorough, few = device.type == "cuda" and not brief, brief and shape.causal
+    thorough = gpu and not brief
     if expect is not None:
         once = 1 + len(methods) + len(known) + thorough
-        expect(once if device.type == "cuda" else turns.TURNS[0] * once)
+        expect(once if gpu else turns.TURNS[0] * once)
     timed = partial(_timed, calls, methods, shape, tell)
-    checks: tuple[Check, ...] = ()
-    fitted: dict[str, Kernel] = {}
-    if device.type == "cuda":
+    fitted: dict[str, tuple[Kernel, tuple[Check, ...]]] = {}
+    if gpu:
+        few = brief and shape.causal
         seen = timed(lambda _: ms, thin=thorough, brief=few)
         for size in seen.sizes:
             tell(f"kernel {name(size)}")
-            fitted[name(size)], more = kernels.kernel(calls, size, until, few)
-            checks += more
+            fitted[name(size)] = kernels.kernel(calls, size, until, few)
     else:
-        clocks = turns.Clocks(calls)
-        for turn in range(turns.TURNS[1]):
-            if turn >= turns.TURNS[0] and time.monotonic() > until:
-                break
-            seen = timed(clocks.turn)
-            tell("kernels")
-            clocks.kernels(seen.sizes)
-        for size in seen.sizes:
-            fitted[name(size)], more = clocks.fitted(size)
-            checks += more
-    about = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        seen, clocks = _in_turns(timed, calls, tell, until)
+        fitted = {name(size): clocks.fitted(size) for size in seen.sizes}
     table = CostTable(
-        about, str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
-        seen.dense, seen.ride, fitted, {}, seen.refused, shape.causal, checks,
+        torch.cuda.get_device_name(device) if gpu else "cpu",
+        str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
+        seen.dense, seen.ride, {k: kernel for k, (kernel, _) in fitted.items()}, {},
+        seen.refused, shape.causal, tuple(c for _, checks in fitted.values() for c in checks),
     )  # fmt: skip
     table = replace(table, methods={k: _with_lists(table, f) for k, f in seen.costs.items()})
     if thorough:
@@ -118,6 +111,23 @@ class _Seen:
     def sizes(self) -> list[tuple[int, int]]:
         """Units whose kernels are needed."""
         return list(dict.fromkeys([ahead.UNIT, *(s for f in self.costs.values() for s in f.sizes)]))
+
+
+def _in_turns(
+    timed: Callable[..., _Seen],
+    calls: Mapping[int, AttentionCall],
+    tell: Callable[[str], None],
+    until: float,
+) -> tuple[_Seen, turns.Clocks]:
+    """Everything in turns: other programs slow a CPU down for seconds at a time."""
+    clocks = turns.Clocks(calls)
+    for turn in range(turns.TURNS[1]):
+        if turn >= turns.TURNS[0] and time.monotonic() > until:
+            break
+        seen = timed(clocks.turn)
+        tell("kernels")
+        clocks.kernels(seen.sizes)
+    return seen, clocks
 
 
 def _timed(

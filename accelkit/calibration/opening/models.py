@@ -156,16 +156,13 @@ def describe_model(name: str) -> dict[str, Any]:
         "class_name": fingerprint.class_name,
         "model_type": fingerprint.model_type,
         "components": {k: c.model_dump() for k, c in fingerprint.components.items()},
-        "sites": site_rows(heads, open_sites),
+        "sites": [site_row(path, n, path in open_sites) for path, n in heads.items()],
     }
 
 
-def site_rows(heads: dict[str, int], open_sites: set[str]) -> list[dict[str, Any]]:
-    """A row for each attention module."""
-    return [
-        {"site": path, "query_heads": n, "may_run_sparse": "yes" if path in open_sites else "no"}
-        for path, n in heads.items()
-    ]
+def site_row(path: str, heads: int, sparse: bool) -> dict[str, Any]:
+    """What is listed of an attention module."""
+    return {"site": path, "query_heads": heads, "may_run_sparse": "yes" if sparse else "no"}
 
 
 def has_plan(name: str) -> bool:

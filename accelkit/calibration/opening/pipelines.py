@@ -20,7 +20,7 @@ from accelkit.calibration.opening.models import (
     first_line,
     open_model,
     open_plan,
-    site_rows,
+    site_row,
 )
 from accelkit.errors import InvalidInputError, MissingExtraError, UnsupportedModelError
 from accelkit.patches.adapters import facts, sites
@@ -117,9 +117,21 @@ def describe_any(name: str) -> dict[str, Any]:
     return describe_pipeline(name) if is_pipeline(name) else describe_model(name)
 
 
+def size_told(pipe: Any, size: Mapping[str, int]) -> str:
+    """What a pipeline draws with these wishes: `480 × 832, 81 frames`."""
+    whole = video.Settings(*map(size.get, ("height", "width", "num_frames"))).filled(pipe)
+    frames = f", {whole.num_frames} frames" * (whole.num_frames is not None)
+    sides = whole.height is not None and whole.width is not None
+    return (f"{whole.height} × {whole.width}" if sides else "its own size") + frames
+
+
 def describe_pipeline(name: str) -> dict[str, Any]:
-    """Class, size and attention sites of a pipeline's denoisers, from their configs alone."""
+    """Class, size and attention sites of a pipeline's denoisers, from their configs alone;
+    cross-attention, which always runs dense, among them.
+    """
     diffusers = _diffusers()
+    from accelkit.patches.adapters.diffusers import attention_modules
+
     index = json.loads((Path(name) / INDEX).read_text("utf-8"))
     rows: list[dict[str, Any]] = []
     components: dict[str, Any] = {}
@@ -130,10 +142,13 @@ def describe_pipeline(name: str) -> dict[str, Any]:
         cls = getattr(diffusers, kind)
         with torch.device("meta"):
             model = cls.from_config(cls.load_config(name, subfolder=part))
-        fingerprint, heads = facts(model)
+        fingerprint, _ = facts(model)
         components[part] = fingerprint.components["transformer"].model_dump()
-        some = site_rows(heads, {site.path for site in sites(model)})
-        rows += [{**r, "site": r["site"].replace("transformer", part, 1)} for r in some]
+        open_sites = {site.path for site in sites(model)}
+        for place in attention_modules(model):
+            name_there = place.path.replace("transformer", part, 1)
+            sparse = place.path in open_sites
+            rows.append(site_row(name_there, place.heads, sparse) | {"kind": place.kind})
     if not rows:
         raise UnsupportedModelError(f"{name}: {index.get('_class_name')} has no transformer")
     return {

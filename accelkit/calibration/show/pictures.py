@@ -273,20 +273,11 @@ def _heads(plan: Plan, layer: LayerPlan) -> int:
 
 
 def drawn_rounds(plan: Plan) -> list[dict[str, Any]]:
-    """Rounds that have an error to draw, under the names used here."""
+    """Rounds that have an error to draw; what a plan keeps of them is free-form data."""
     rounds = plan.measured.get("rounds")
     found = [r for r in rounds if isinstance(r, dict)] if isinstance(rounds, list | tuple) else []
-    short = {
-        "predicted": "predicted_error",
-        "measured": "measured_error",
-        "error": "measured_error",
-    }
-    named = [{short.get(str(k), str(k)): v for k, v in r.items()} for r in found]
-    return [
-        r
-        for r in named
-        if is_number(r.get("measured_error")) or is_number(r.get("predicted_error"))
-    ]
+    errors = ("measured_error", "predicted_error")
+    return [r for r in found if any(is_number(r.get(key)) for key in errors)]
 
 
 def is_number(value: Any) -> bool:

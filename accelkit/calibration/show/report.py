@@ -247,7 +247,7 @@ def write_html(plan: Plan, path: Path, title: str | None = None) -> Path:
     ]
     text = page.from_string(TEMPLATE.read_text("utf-8")).render(
         title=title or f"accelkit plan for {summary(plan)['model']}",
-        headline=[line for phase in phases[:1] for line in headline(plan, phase)],
+        headline=headline(plan, phases[0]),
         policies=[
             (
                 plan.policies[r].label(),

@@ -180,6 +180,34 @@ def _scaled(total, alpha):
 
 
 @gluon.jit
+def _masked(
+    mine, k, stage, zero, c, k0, limit, n_k, m, total,
+    BN: gl.constexpr, D: gl.constexpr, FULL: gl.constexpr,
+):  # fmt: skip
+    """A tile of which keys may be hidden: its probabilities, the maxima and sums with it, and the
+    maxima's factor to the ones before.
+    """
+    s = warpgroup_mma_wait(0, deps=[_scores(mine, k, stage, zero, BN, D)])
+    give(K_FREE + stage)
+    x = _hide(_logits(s, c, zero.dtype == gl.int32), k0, limit, n_k, BN, zero.type.layout)
+    m_new = gl.maximum(m, gl.max(x, 1))
+    alpha = gl.exp2(m - m_new)
+    p = gl.exp2(x - (m_new - FULL)[:, None])
+    return p, m_new, alpha, _scaled(total, alpha) + _sums(p, BN)
+
+
+@gluon.jit
+def _read(
+    packed, v, stage, acc, alpha, base, BN: gl.constexpr, D: gl.constexpr, layout: gl.constexpr
+):
+    """What has been added up with a tile's values, its keys' probabilities being `packed`."""
+    pv = _product(packed, v, stage, base, BN, D, layout)
+    pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
+    give(_V_FREE + stage)
+    return _added(acc, alpha, pv, v.dtype.primitive_bitwidth == 8)
+
+
+@gluon.jit
 def _consume(
     WHO: gl.constexpr, OUT, LSE, Q_SCALE, K_SCALE, V_SCALE, V_MEAN, SHIFT, ITEMS, LISTS,
     KV_HEADS, OUT_HEADS, s_ob, s_oh, s_on, s_lb, s_lh, s_ln, n_items, n_heads, n_kv, n_q, n_k, n_kb,
@@ -232,36 +260,21 @@ def _consume(
                     k0 = _key0(LISTS, at, j, BK, BN)
                     c = by_row * gl.load(scales + k0 // BN)
                     mbarrier.wait(k_full.index(stage), phase)
-                    s = _scores(mine, k, stage, zero, BN, D)
-                    s = warpgroup_mma_wait(0, deps=[s])
-                    give(K_FREE + stage)
-                    x = _hide(_logits(s, c, INT), k0, limit, n_k, BN, sl)
-                    m_new = gl.maximum(m, gl.max(x, 1))
-                    alpha = gl.exp2(m - m_new)
-                    p = gl.exp2(x - (m_new - FULL)[:, None])
-                    total = _scaled(total, alpha) + _sums(p, BN)
-                    m = m_new
+                    p, m, alpha, total = _masked(
+                        mine, k, stage, zero, c, k0, limit, n_k, m, total, BN, D, FULL
+                    )
                     mbarrier.wait(v_full.index(stage), phase)
                     packed = _pack(p, BN, v.dtype)
                     before = gl.convert_layout(alpha, o_row)
                     base = none if PV8 else acc * before[:, None]
-                    pv = _product(packed, v, stage, base, BN, D, pl)
-                    pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-                    give(_V_FREE + stage)
-                    acc = _added(acc, before, pv, PV8)
+                    acc = _read(packed, v, stage, acc, before, base, BN, D, pl)
                     stage, phase = _next(stage, phase, STAGES)
             k0 = _key0(LISTS, at, lead, BK, BN)
             c = by_row * gl.load(scales + k0 // BN)
             mbarrier.wait(k_full.index(stage), phase)
-            s = _scores(mine, k, stage, zero, BN, D)
-            s = warpgroup_mma_wait(0, deps=[s])
-            give(K_FREE + stage)
-            x = _hide(_logits(s, c, INT), k0, limit, n_k, BN, sl)
-            m_new = gl.maximum(m, gl.max(x, 1))
-            alpha = gl.exp2(m - m_new)
-            p = gl.exp2(x - (m_new - FULL)[:, None])
-            total = _scaled(total, alpha) + _sums(p, BN)
-            m = m_new
+            p, m, alpha, total = _masked(
+                mine, k, stage, zero, c, k0, limit, n_k, m, total, BN, D, FULL
+            )
             packed = _pack(p, BN, v.dtype)
             # Where a tile lies is read two tiles early, its scale one.
             k0 = _key0(LISTS, at, gl.minimum(lead + 1, n - 1), BK, BN)
@@ -329,10 +342,7 @@ def _consume(
             mbarrier.wait(v_full.index(stage), phase)
             before = gl.convert_layout(alpha, o_row)
             base = none if PV8 else acc * before[:, None]
-            pv = _product(packed, v, stage, base, BN, D, pl)
-            pv, packed = warpgroup_mma_wait(0, deps=[pv, packed])
-            give(_V_FREE + stage)
-            acc = _added(acc, before, pv, PV8)
+            acc = _read(packed, v, stage, acc, before, base, BN, D, pl)
             stage, phase = _next(stage, phase, STAGES)
         mbarrier.arrive(q_empty.index(side))
         total = gl.convert_layout(gl.sum(total, 1), s_row)

@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from accelkit.kernels._triton.scores import LOG2E, SCRATCH_BYTES, padded_width
 from accelkit.kernels._triton.tile import describable, precision
 from accelkit.kernels.index import BlockIndex, Inputs, ceil_div, device_ids
+from accelkit.kernels.positions import in_place
 
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "q_start", "t0", "n_tiles", "n_groups", "n_slots"])
@@ -79,7 +80,7 @@ def _mass(
 @triton.jit(do_not_specialize=["n_q", "n_k", "q_start", "t0", "n_tiles", "nt"])
 def _best(
     MASS, TAKE, START, LISTS, n_q, n_k, q_start, t0, n_tiles, nt,
-    TILE: tl.constexpr, OWN: tl.constexpr, WAYS: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, WAYS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     t, bg = n_tiles - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
     tile = t0 + t
@@ -116,17 +117,15 @@ def _best(
         tl.store(out + done + tl.cumsum(keep, 0) - 1, j + lane, mask=keep > 0)
         done += tl.sum(keep, 0)
         tied += tl.sum(equal, 0)
-    if OWN:
-        for j in range(0, TILE, CHUNK):
-            mine = n + j + lane
-            inside = (j + lane < TILE) & (mine < n_k)
-            tl.store(out + take + j + lane, mine, mask=inside)
+    for j in range(0, TILE, CHUNK):  # the tile's own
+        mine = n + j + lane
+        inside = (j + lane < TILE) & (mine < n_k)
+        tl.store(out + take + j + lane, mine, mask=inside)
 
 
-def fits(call: Inputs, tile: int, every: int) -> bool:
+def fits(call: Inputs, tile: int) -> bool:
     """Whether keys lie plainly and a tile of one head fits a program."""
-    plain = call.q_pos is None and call.k_pos is None and call.key_mask is None
-    return plain and call.causal and every == 1 and tile <= 128 and describable(call.k)
+    return call.causal and in_place(call) and tile <= 128 and describable(call.k)
 
 
 def tile_top_k(
@@ -135,7 +134,6 @@ def tile_top_k(
     tile: int,
     take: Sequence[int],
     lse: Tensor | None,
-    own: bool,
 ) -> BlockIndex:
     """`kernels.scores.tile_top_k` with `take[t]` keys before tile t, one list for each of `groups`:
     `(KV head, its slots)`.
@@ -150,8 +148,8 @@ def tile_top_k(
     kv_heads = device_ids(tuple(kv for kv, _ in groups), device)
     q_heads, takes = device_ids(call.heads, device), device_ids(tuple(take), device)
     begin = call.q_start + torch.arange(nt, device=device, dtype=torch.int32) * tile
-    count = takes + ((n_k - begin).clamp(0, tile) if own else 0)
-    room = sum(take) + (min(nt * tile, max(0, n_k - call.q_start)) if own else 0)
+    count = takes + (n_k - begin).clamp(0, tile)
+    room = sum(take) + min(nt * tile, max(0, n_k - call.q_start))
     row = torch.arange(batch * len(groups), device=device)[:, None]
     start = row * room + (count.cumsum(0) - count)
     lists = torch.empty(batch * len(groups) * room, dtype=torch.int32, device=device)
@@ -170,7 +168,7 @@ def tile_top_k(
         )  # fmt: skip
         _best[grid](
             mass, takes, start, lists, n_q, n_k, call.q_start, t0, n, nt,
-            TILE=tile, OWN=own, WAYS=16, CHUNK=1024, num_warps=8,
+            TILE=tile, WAYS=16, CHUNK=1024, num_warps=8,
         )  # fmt: skip
     shape = (batch, len(groups), nt)
     return BlockIndex(start.view(shape), count.expand(shape).contiguous(), lists, (tile, 1))

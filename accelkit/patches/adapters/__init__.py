@@ -37,7 +37,7 @@ class Runner(Protocol):
     def skipped(self, site: str, reason: str) -> None:
         """The adapter ran `site` dense by itself and says why."""
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """The adapter saw a generation begin (a scheduler's `set_timesteps`)."""
 
 
@@ -50,6 +50,10 @@ class Adapter(Protocol):
     def sites(self, model: Any) -> tuple[Site, ...]: ...
     def trimmable(self, model: Any) -> str | None: ...
     def connect(self, model: Any, runner: Runner, undo: ExitStack) -> None: ...
+
+
+BASES = {"transformers": ("PreTrainedModel",), "diffusers": ("DiffusionPipeline", "ModelMixin")}
+"""Base classes of the models of each library that has an adapter."""
 
 
 def adapter_for(model: Any) -> tuple[Adapter, Any]:
@@ -69,15 +73,13 @@ def adapter_for(model: Any) -> tuple[Adapter, Any]:
         bare = bare.module
     if hasattr(bare, "get_base_model"):
         bare = bare.get_base_model()
-    libraries = {c.__module__.partition(".")[0] for c in type(bare).__mro__}
-    if "transformers" in libraries:
-        module = import_module("accelkit.patches.adapters.transformers")
-        return module, bare
-    if "diffusers" in libraries:
-        return import_module("accelkit.patches.adapters.diffusers"), bare
+    for c in type(bare).__mro__:
+        library = c.__module__.partition(".")[0]
+        if c.__name__ in BASES.get(library, ()):
+            return import_module(f"accelkit.patches.adapters.{library}"), bare
     raise UnsupportedModelError(
         f"{type(model).__name__}: no adapter knows this class; expected a transformers "
-        "PreTrainedModel, a DiffusionPipeline or a diffusion transformer of diffusers"
+        "PreTrainedModel, a DiffusionPipeline or a diffusion transformer of diffusers, loaded"
     )
 
 
@@ -120,7 +122,7 @@ class _Watcher:
     def skipped(self, site: str, reason: str) -> None:
         pass
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         pass
 
 

@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
@@ -141,7 +140,11 @@ def facts(model: DiffusionPipeline | ModelMixin) -> tuple[Fingerprint, dict[str,
     roots = denoisers(model)
     places = [p for p in attention_modules(model) if p.kind != "cross"]
     first = next(iter(roots.values()))
-    config = {name: _plain_config(root) for name, root in roots.items()}
+    kept = {
+        name: {k: v for k, v in dict(root.config).items() if not k.startswith("_")}
+        for name, root in roots.items()
+    }
+    config = json.loads(json.dumps(kept, sort_keys=True, default=str))
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     fingerprint = Fingerprint(
         library="diffusers",
@@ -161,11 +164,6 @@ def facts(model: DiffusionPipeline | ModelMixin) -> tuple[Fingerprint, dict[str,
         },
     )
     return fingerprint, {p.path: p.heads for p in places}
-
-
-def _plain_config(root: nn.Module) -> dict[str, Any]:
-    kept = {k: v for k, v in dict(root.config).items() if not k.startswith("_")}
-    return json.loads(json.dumps(kept, sort_keys=True, default=str))
 
 
 def trimmable(model: DiffusionPipeline | ModelMixin) -> None:
@@ -189,7 +187,7 @@ def connect(model: DiffusionPipeline | ModelMixin, runner: Runner, undo: ExitSta
     for _, place in places:
         _refuse(place)
     pipe = model if isinstance(model, DiffusionPipeline) else None
-    link = sdpa.Connection(runner, DenoiseClock(pipe, runner.begin, undo))
+    link = sdpa.Connection(runner, DenoiseClock(pipe, runner.reset, undo))
     sdpa.route(link, undo)
     roots = {name: Root() for name in denoisers(model)}
     for name, root in denoisers(model).items():

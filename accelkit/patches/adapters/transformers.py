@@ -133,6 +133,8 @@ def facts(model: PreTrainedModel) -> tuple[Fingerprint, dict[str, int]]:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     plain = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE}
+    # A model that was built from a config has no name there before it is saved.
+    plain["architectures"] = [type(model).__name__]
     plain = json.loads(json.dumps(plain, sort_keys=True, default=str))
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     fingerprint = Fingerprint(

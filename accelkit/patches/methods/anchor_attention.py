@@ -45,7 +45,7 @@ class AnchorAttention(AttentionMethod):
             return None  # a single superblock, or a chunk that begins inside one
         near = parts.ranking.own_run(call, (block, block), run)
         near[..., 0] = True
-        near = near & kernels.select.visible(call, (block, block))
+        near = near & kernels.select.visible_blocks(call, (block, block))
         anchor = call.once(
             ("anchor", block, run), lambda: kernels.scores.anchor_max(call, block, run)
         )

@@ -87,7 +87,7 @@ class PSA(AttentionMethod):
             lambda: kernels.scores.sampled_max(call, size, self.every, key_order=order),
         )
         least = LEAST if self.by_energy else 0.0
-        seen = kernels.select.visible(call, size)
+        seen = kernels.select.visible_blocks(call, size)
         text = call.remember((self, size), lambda: parts.keep.text(seen & False, call, size))
         index = kernels.select.pyramid(
             score, self.ends, text, call.n_k, size, UNIT, by_energy=self.by_energy, least=least

@@ -233,7 +233,7 @@ def frame_bands(
     where: Visual, widths: list[int], unit: tuple[int, int], least: float = 0.0
 ) -> Tensor:
     """Blocks of a mask that has a band of its own for each distance between frames, bool
-    `[nq, nk]` over all tokens (text rows and columns are left to `keep.spans`).
+    `[nq, nk]` over all tokens (text rows and columns are left to `keep.text`).
 
     Row `y` and key `z` of frames `D` apart meet if `|y − z| ≤ widths[D]`, counted along the
     flattened frame; a negative width is nothing. A block counts if more than `least` of its pairs

@@ -12,24 +12,29 @@ from torch import Tensor
 
 from accelkit.kernels.index import Inputs
 from accelkit.kernels.positions import sees_all
-from accelkit.kernels.select import force, visible
+from accelkit.kernels.select import force, visible_blocks
 from accelkit.patches.call import AttentionCall, Span
 
 
 def text(mask: Tensor, call: Inputs, size: tuple[int, int]) -> Tensor:
-    """`mask` with text rows and columns dense where the call belongs to diffusion, which keeps
-    pictures whole; other calls are left as they are.
+    """`mask` with text rows and columns dense, as far as visible, where the call belongs to
+    diffusion, which keeps pictures whole; other calls are left as they are. Bool `[B, H, nq, nk]`;
+    token ids are those of `call.geometry`, chunked rows begin at `q_start`.
     """
-    if isinstance(call, AttentionCall) and call.clock.phase == "denoise":
-        return spans(mask, call, size)
-    return mask
+    if not isinstance(call, AttentionCall) or call.clock.phase != "denoise":
+        return mask
+    chosen = tuple(s for s in call.geometry.spans if s.kind == "text" and s.stop > s.start)
+    if not chosen:
+        return mask
+    kept = _touched(chosen, *call.tiles(size), size, call.q_start, mask.device)
+    return mask | (kept if sees_all(call) else kept & visible_blocks(call, size))
 
 
 def anyhow(call: Inputs, size: tuple[int, int]) -> Tensor:
     """What `force` and `text` keep whatever is selected, bool `[B|1, H|1, nq, nk]`: joined with a
     selection it leaves no row empty that sees anything.
     """
-    return force(text(torch.zeros_like(visible(call, size)), call, size), call, size)
+    return force(text(torch.zeros_like(visible_blocks(call, size)), call, size), call, size)
 
 
 def lasting(call: AttentionCall, key: Hashable, made: Callable[[], Tensor]) -> Tensor:
@@ -37,23 +42,6 @@ def lasting(call: AttentionCall, key: Hashable, made: Callable[[], Tensor]) -> T
     the geometry; for this call elsewhere.
     """
     return call.remember(key, made) if sees_all(call) else call.once(key, made)
-
-
-def spans(
-    mask: Tensor,
-    call: AttentionCall,
-    size: tuple[int, int],
-    kinds: tuple[str, ...] = ("text",),
-) -> Tensor:
-    """`mask` with the rows and columns of some modalities dense, as far as visible; bool
-    `[B, H, nq, nk]`. Key and query token ids are those of `call.geometry`; chunked rows begin at
-    `q_start`.
-    """
-    chosen = tuple(s for s in call.geometry.spans if s.kind in kinds and s.stop > s.start)
-    if not chosen:
-        return mask
-    kept = _touched(chosen, *call.tiles(size), size, call.q_start, mask.device)
-    return mask | (kept if sees_all(call) else kept & visible(call, size))
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +16,12 @@ from torch import Tensor
 from accelkit import kernels
 from accelkit.kernels.index import BlockIndex, Partial, device_ids
 from accelkit.kernels.merge import merge
-from accelkit.kernels.permute import put_rows, take_rows
+from accelkit.kernels.permute import put_rows
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod, Execution, Order
 from accelkit.patches.plan import HeadGroup, Policy
 from accelkit.patches.sites import dense
+from accelkit.patches.sites.order import in_kernel_order, in_token_order, is_common
 from accelkit.patches.sites.portions import portions
 from accelkit.patches.sites.reuse import borrow, order_of, store
 from accelkit.patches.state import Saved
@@ -63,7 +63,7 @@ class Answer:
             return id(self)
         tables: Hashable = None
         if order is not None:  # rows that differ by head are laid out for one answer
-            tables = (id(order.q_table), id(order.k_table)) if _common(order) else id(order)
+            tables = (id(order.q_table), id(order.k_table)) if is_common(order) else id(order)
         arithmetic = replace(self.execution, skip=None)  # thresholds may differ by head
         return index.size, index.bias, tables, arithmetic, self.execution.skip is None
 
@@ -153,8 +153,8 @@ def compute(
     if answered.order is not None and answered.order.q_table is not None:
         alone = parts[0] is joined
         if answered.finishers and not alone:
-            parts = tuple(_in_token_order(p, answered.order, answered.n_q) for p in parts)
-        joined = _in_token_order(joined, answered.order, answered.n_q)
+            parts = tuple(in_token_order(p, answered.order, answered.n_q) for p in parts)
+        joined = in_token_order(joined, answered.order, answered.n_q)
         parts = (joined,) if alone else parts
     out = joined.out
     for method in answered.finishers:
@@ -279,99 +279,6 @@ def _again(a: Answer, call: AttentionCall) -> Answer:
     return replace(a, call=call if a.order is None else in_kernel_order(call, a.order))
 
 
-def in_kernel_order(call: AttentionCall, order: Order) -> AttentionCall:
-    """The call with its rows laid out by `order`.
-
-    An order that all heads have in common is gathered once for all of them, whatever group asks;
-    otherwise rows are gathered for each query head of the call. Causal calls carry original
-    positions along in `q_pos` and `k_pos`; others only say which places are holes or padding.
-    """
-    changed: dict[str, object] = {}
-    common = _common(order)
-    row = None if common else order.row
-    if order.k_table is not None:
-        if common:
-            changed["k"] = _gathered(call, "k", order.k_table)
-            changed["v"] = _gathered(call, "v", order.k_table)
-        else:
-            changed["k"] = take_rows(call.k, order.k_table, row, call.kv_of_head)
-            changed["v"] = take_rows(call.v, order.k_table, row, call.kv_of_head)
-            changed["kv_heads"] = tuple(range(len(call.heads)))
-        if call.causal or call.key_mask is not None or not (order.whole or order.whole_keys):
-            ids = _ids(order.k_table, order.row)  # [B|1, H, n]
-            if call.causal:
-                place = ids
-            else:
-                place = _common_places(order.k_table) if common else _places(ids)
-            if call.key_mask is not None:
-                real = call.key_mask[:, None].expand(-1, ids.shape[1], -1)
-                ids = ids.expand(real.shape[0], -1, -1)
-                place = torch.where(real.gather(2, ids.clamp(min=0).long()), place, -1)
-            changed["k_pos"] = place
-        changed["key_mask"] = None
-    if order.q_table is not None:
-        if common:
-            changed["q"] = _gathered(call, "q", order.q_table)
-        else:
-            q = take_rows(call.q, order.q_table, row, call.heads)
-            if q.shape[1] < call.q.shape[1]:  # heads keep their ids
-                whole = q.new_empty(q.shape[0], call.q.shape[1], *q.shape[2:])
-                whole[:, device_ids(call.heads, q.device)] = q
-                q = whole
-            changed["q"] = q
-        if call.causal or not order.whole:
-            ids = _ids(order.q_table, order.row)
-            at = torch.where(ids < 0, -1, ids + call.q_start)
-            changed["q_pos"] = at if call.causal else _places(ids)
-    return replace(call, **changed, _shared={})  # type: ignore[arg-type]
-
-
-def _common(order: Order) -> bool:
-    """Whether all heads have one order."""
-    return all(t is None or t.shape[0] == 1 for t in (order.q_table, order.k_table))
-
-
-def _gathered(call: AttentionCall, name: str, table: Tensor) -> Tensor:
-    """All heads of q, k or v in a common order, once for all groups of the call."""
-    key = ("in order", name, id(table))
-    if key not in call._shared:
-        # The table is kept beside the rows, so that its id is not given to another one.
-        call._shared[key] = (take_rows(getattr(call, name), table), table)
-    return call._shared[key][0]
-
-
-def _ids(table: Tensor, row: Tensor) -> Tensor:
-    if table.shape[0] == 1:
-        return table[None]
-    ids = table[row.long()]
-    return ids if ids.ndim == 3 else ids[None]
-
-
-def _places(ids: Tensor) -> Tensor:
-    """Places in the kernel, −1 for holes: without causality, positions say nothing else."""
-    place = torch.arange(ids.shape[-1], device=ids.device, dtype=torch.int32)
-    return torch.where(ids < 0, -1, place)
-
-
-@lru_cache(maxsize=64)
-def _common_places(table: Tensor) -> Tensor:
-    """`_places` of an order that all heads have in common, the same tensor in every call."""
-    return _places(table[None])
-
-
-def _in_token_order(part: Partial, order: Order, n: int) -> Partial:
-    assert order.q_table is not None
-    table, row = order.q_table, None if _common(order) else order.row
-    out = part.out.new_empty(*part.out.shape[:2], n, part.out.shape[3])
-    lse = part.lse.new_empty((*part.lse.shape[:2], n, 1))
-    if not (order.whole or order.whole_keys):  # tokens that the order leaves out
-        out.zero_()
-        lse.fill_(float("-inf"))
-    put_rows(out, part.out, table, row)
-    put_rows(lse, part.lse[..., None], table, row)
-    return Partial(out, lse[..., 0])
-
-
 def run(
     call: AttentionCall,
     index: BlockIndex,
@@ -456,7 +363,7 @@ def _launch(lane: list[Answer], out: Tensor) -> None:
     part = run(one.call, one.index, one.execution)
     if not (order.whole or order.whole_keys):  # tokens that the order leaves out
         out.index_fill_(1, device_ids(heads, out.device, torch.int64), 0)
-    put_rows(out, part.out, order.q_table, None if _common(order) else order.row, heads)
+    put_rows(out, part.out, order.q_table, None if is_common(order) else order.row, heads)
 
 
 def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
