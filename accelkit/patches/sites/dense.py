@@ -1,8 +1,8 @@
 """Dense heads of a call in which others run sparse.
 
-In long causal calls they run as torch's own dense attention, as they do without a patch: there
-nothing is rounded in another way, and all that a plan may lose is left to its sparse heads.
-Elsewhere they ride along in a launch of blocks.
+In long causal calls they run as torch's own dense attention, as they do without a patch, lest
+another way of rounding them use what a plan may lose. Elsewhere they ride along in a launch of
+blocks.
 """
 
 from __future__ import annotations
