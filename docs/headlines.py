@@ -108,10 +108,10 @@ def patch_cost(data: dict[str, Any]) -> Iterator[Line]:
 
 
 MAIN: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
-    "denoise-wan-h200": denoising,
+    "denoise-wan-h100": denoising,
     "denoise-hunyuan-h100": denoising,
     "video-pareto-h100": fidelity,
-    "dit-methods-h200": attention_calls,
+    "dit-methods-h100": attention_calls,
     "kernels-h200": block_lists,
     "prefill-8b-h100": first_token,
     "mixture-16k-h100": mixture,
