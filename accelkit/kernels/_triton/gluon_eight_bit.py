@@ -189,7 +189,8 @@ def _masked(
     """
     s = warpgroup_mma_wait(0, deps=[_scores(mine, k, stage, zero, BN, D)])
     give(K_FREE + stage)
-    x = _hide(_logits(s, c, zero.dtype == gl.int32), k0, limit, n_k, BN, zero.type.layout)
+    sl: gl.constexpr = zero.type.layout  # Triton 3.6 hands no layout on but by such a name
+    x = _hide(_logits(s, c, zero.dtype == gl.int32), k0, limit, n_k, BN, sl)
     m_new = gl.maximum(m, gl.max(x, 1))
     alpha = gl.exp2(m - m_new)
     p = gl.exp2(x - (m_new - FULL)[:, None])
