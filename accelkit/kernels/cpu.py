@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accelkit.kernels.cpu_rows import Lists, Piece, Rows, cut, fused, join, take, wide
+from accelkit.kernels.cpu_rows import Lists, Piece, Rows, fused, join, take, wide
 from accelkit.kernels.index import ALL, ceil_div
 from accelkit.kernels.launch import Launch
 
@@ -122,7 +122,7 @@ def _write_dense(launch: Launch, slots: Tensor, row: int, piece: Piece) -> None:
 
 def _listed(launch: Launch, slots: Tensor) -> None:
     """Sparse heads, stage by stage."""
-    bk, tiles = launch.index.size[1], launch.tiles.numel()
+    bk, nk, tiles = launch.index.size[1], launch.key_blocks, launch.tiles.numel()
     heights = _heights(launch)
     rows = Rows(launch, slots, max(heights))
     clean, masked = _seen(launch, slots)  # bool [B · S, tiles, nk]
@@ -134,12 +134,16 @@ def _listed(launch: Launch, slots: Tensor) -> None:
     # Tiles that fill up a run agree to everything.
     clean = pad(clean, (0, 0, 0, rows.tiles - tiles), value=True)
     for height in heights:
-        runs = clean.unflatten(1, (-1, height))
-        least = _TALL_KEYS // bk if height > 1 else 0
-        shared = cut(runs.all(2), ceil_div(_EVEN_KEYS, bk), least)
+        shared = clean.unflatten(1, (-1, height)).all(2)
         shared[:, ceil_div(tiles, height) :] = False
-        rows.pieces(Lists.of(shared.flatten(0, 1)), height)
-        runs &= ~shared[:, :, None]
+        if height > 1:
+            found = Lists.of(shared.flatten(0, 1), ceil_div(_EVEN_KEYS, bk), _TALL_KEYS // bk)
+        else:
+            found = Lists.of(shared.flatten(0, 1), ceil_div(_EVEN_KEYS, bk))
+        rows.pieces(found, height)
+        if len(found.blocks):
+            taken = found.mask(nk).view_as(shared)
+            clean &= ~taken.repeat_interleave(height, 1)
     masked |= clean[:, :tiles]
     if masked.any():
         rows.hidden(Lists.of(pad(masked, (0, 0, 0, rows.tiles - tiles)).flatten(0, 1)))

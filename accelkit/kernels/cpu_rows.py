@@ -1,7 +1,8 @@
 """Pieces of attention on a CPU: runs of query tiles over gathered key blocks, joined by LSE.
 
 Every piece goes through torch's fused CPU attention, which wants one number of keys for all rows of
-a call: runs with lists of equal length share one. What a call has computed is joined at once.
+a call: runs with lists of equal length share one. What a stage has computed is laid out in the
+order of the tiles once, and joined in one pass over all of them.
 """
 
 from __future__ import annotations
@@ -23,9 +24,6 @@ _CHUNK_BYTES = 8 * 2**20
 
 _LEAST_TRIANGLE = 64
 """Rows below which a causal square is computed whole."""
-
-_OWN_CALL = 8192
-"""Numbers of a run from which on its join is a call of its own: indices cost more."""
 
 _HIDDEN = -1e30
 """Added to the logits of invisible pairs. Finite, because a fully hidden stretch would give NaN
@@ -51,13 +49,9 @@ def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     """Join a piece into another, in place; −inf marks rows that a piece left empty, whose output
     must be finite.
     """
-    out.lerp_(more, share_of(more_lse, lse)[..., None])
+    share = torch.sigmoid(more_lse - lse).masked_fill_(more_lse == -math.inf, 0.0)  # of `more`
+    out.lerp_(more, share[..., None])
     torch.logaddexp(lse, more_lse, out=lse)
-
-
-def share_of(more_lse: Tensor, lse: Tensor) -> Tensor:
-    """What a piece weighs in its join with another."""
-    return torch.sigmoid(more_lse - lse).masked_fill_(more_lse == -math.inf, 0.0)
 
 
 def triangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Piece:
@@ -96,49 +90,40 @@ def take(t: Tensor, heads: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Lists:
-    """Block ids of the rows of a mask `[R, nk]` that have any, the longest row first: of row
-    `rows[i]` (int64, as all of them) `count[i]` ids, rising, one row behind the other.
-    """
+    """Ragged rows of block ids: row r is `blocks[first[r] : first[r] + count[r]]`."""
 
-    rows: Tensor
-    count: Tensor
-    line: Tensor
-    """Of each id the i of its row."""
     blocks: Tensor
+    first: Tensor
+    count: Tensor
 
     @staticmethod
-    def of(mask: Tensor) -> Lists:
-        """The rows of a bool mask."""
-        count = mask.sum(-1)
-        rows = count.argsort(descending=True, stable=True)[: int((count > 0).sum())]
-        return Lists(rows, count[rows], *mask[rows].nonzero(as_tuple=True))
-
-    def chunks(self, bytes_per_block: int, even: bool = True) -> Iterator[tuple[slice, int, slice]]:
-        """Rows of similar length, of equal length if `even`, that share a call: which they are, the
-        length of the longest and the place of their ids.
+    def of(mask: Tensor, even: int = 1, least: int = 0) -> Lists:
+        """The rows of a mask `[R, nk]`, cut to a multiple of `even` blocks, none shorter than
+        `least`.
         """
-        lengths = self.count.tolist()
-        first = place = 0
-        while first < len(lengths):
-            longest = lengths[first]
-            most = first + max(1, _CHUNK_BYTES // (longest * bytes_per_block))
-            least = longest if even else max(1, longest // 2)
-            last = first + 1
-            while last < min(most, len(lengths)) and lengths[last] >= least:
-                last += 1
-            end = place + sum(lengths[first:last])
-            yield slice(first, last), longest, slice(place, end)
-            first, place = last, end
+        row, block = mask.nonzero(as_tuple=True)
+        count = torch.bincount(row, minlength=len(mask))
+        if even > 1 or least > 1:
+            rank = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
+            count = count // even * even
+            count[count < least] = 0
+            block = block[rank < count[row]]
+        return Lists(block, count.cumsum(0) - count, count)
 
+    def by_length(self) -> tuple[Tensor, Tensor]:
+        """The rows that list anything, the longest first, and their blocks one behind the other."""
+        order = self.count.argsort(descending=True, stable=True)
+        order = order[: int((self.count > 0).sum())]
+        count = self.count[order]
+        place = (self.first[order] - (count.cumsum(0) - count)).repeat_interleave(count)
+        return order, self.blocks[place + torch.arange(place.numel())]
 
-def cut(mask: Tensor, even: int, least: int) -> Tensor:
-    """A mask `[…, nk]` without what is beyond a multiple of `even` in each row, and without rows
-    shorter than `least`.
-    """
-    count = mask.sum(-1, keepdim=True)
-    count = count // even * even
-    count.masked_fill_(count < least, 0)
-    return mask & (mask.cumsum(-1, dtype=torch.int32) <= count if even > 1 else count > 0)
+    def mask(self, nk: int) -> Tensor:
+        """The rows as a mask again."""
+        found = torch.zeros((len(self.count), nk), dtype=torch.bool)
+        row = torch.repeat_interleave(torch.arange(len(self.count)), self.count)
+        found[row, self.blocks] = True
+        return found
 
 
 class Rows:
@@ -168,6 +153,15 @@ class Rows:
         self.kv = (torch.arange(launch.batch)[:, None] * launch.k.shape[1] + kv).flatten()
         self.base = (self.kv * blocks).repeat_interleave(self.tiles)
         self.found: Piece | None = None
+        # Pieces of a stage one behind the other, and behind them an empty one. The memory serves
+        # all stages: fresh memory costs more than what is written there.
+        self.stage = self._memory(self.tiles * len(self.kv) + tallest, launch.q.dtype)
+        self.laid: Piece | None = None
+
+    def _memory(self, rows: int, dtype: torch.dtype) -> Piece:
+        bq = self.launch.index.size[0]
+        lse = torch.promote_types(dtype, torch.float32)
+        return torch.empty((rows, bq, self.width), dtype=dtype), torch.empty((rows, bq), dtype=lse)
 
     def squares(self, own: Tensor) -> None:
         """First of all: tiles over the keys at their own positions, as triangles, where `own`
@@ -179,10 +173,7 @@ class Rows:
         heads = self.launch.batch * self.launch.k.shape[1]
         k, v = (t.view(heads, -1, 1, bq, self.width) for t in (self.k, self.v))
         q = self.q.unflatten(0, (-1, self.tiles))
-        self.found = (
-            self.q.new_empty(self.q.shape, dtype=self.dtype),
-            self.q.new_empty(self.q.shape[:2], dtype=self.dtype),
-        )
+        self.found = self._memory(len(self.q), self.dtype)
         out, lse = (t.unflatten(0, (-1, self.tiles)) for t in self.found)
         out[:, len(tiles) :], lse[:, len(tiles) :] = 0.0, -math.inf
         for line, kv in enumerate(self.kv.tolist()):
@@ -196,62 +187,74 @@ class Rows:
     def pieces(self, lists: Lists, height: int = 1) -> None:
         """Runs of tiles over the blocks of their lists, which all their queries see wholly."""
         queries = self.q.view(-1, height * self.q.shape[1], self.width)
-        blocks = lists.blocks + self.base[lists.rows * height][lists.line]
-        for rows, _, ids in lists.chunks(self.key_bytes * self.launch.index.size[1]):
-            at = lists.rows[rows]
-            k, v = (
-                t.view(len(at), 1, -1, self.width) for t in self._gathered(blocks[ids], len(at))
-            )
-            out, lse = (
-                t[:, 0] for t in fused(_some(queries, at)[:, None], k, v, self.launch.scale)
-            )
-            self._put(at, out, lse)
+        order, blocks = lists.by_length()
+        source = torch.full((len(queries),), -1)
+        source[order] = torch.arange(len(order))
+        blocks += self.base[order * height].repeat_interleave(lists.count[order])
+        done = begin = 0
+        for at, count in _chunks(lists.count, self.key_bytes * self.launch.index.size[1]):
+            rows, end = at.numel(), begin + at.numel() * count
+            k, v = (t.view(rows, 1, -1, self.width) for t in self._gathered(blocks[begin:end]))
+            q = queries.index_select(0, order[done : done + rows])[:, None]
+            out, lse = fused(q, k, v, self.launch.scale)
+            done, begin = self._put(done, out[:, 0], lse[:, 0]), end
+        self._join_stage(done, source)
 
     def hidden(self, lists: Lists) -> None:
         """Tiles over blocks that some of their queries do not see."""
         bq, bk = self.launch.index.size
         masks = _Hidden(self.launch, self.slots, self.tiles)
         size = (self.key_bytes + bq * self.dtype.itemsize) * bk
-        for rows, longest, ids in lists.chunks(size, even=False):
+        source, done = torch.full((len(self.q),), -1), 0
+        for at, count in _chunks(lists.count, size, even=False):
             # Shorter rows of a chunk repeat block 0 behind their own, hidden.
-            at = lists.rows[rows]
-            own = torch.arange(longest) < lists.count[rows, None]
-            blocks = torch.zeros(own.shape, dtype=torch.int64)
-            blocks[own] = lists.blocks[ids]
+            own = torch.arange(count) < lists.count[at, None]
+            place = lists.first[at, None] + torch.arange(count)
+            blocks = lists.blocks[place.clamp_(max=len(lists.blocks) - 1)].where(own, 0)
             mask, blind = masks.mask(at, blocks, own, self.dtype)
-            k, v = self._gathered((blocks + self.base[at, None]).flatten(), len(at))
+            k, v = self._gathered((blocks + self.base[at, None]).flatten())
             k, v = (t.view(len(at), 1, -1, self.width) for t in (k, v))
-            q = _some(self.q, at)[:, None]
+            q = self.q.index_select(0, at)[:, None]
             out, lse = (t[:, 0] for t in fused(q, k, v, self.launch.scale, mask=mask[:, None]))
+            source[at] = torch.arange(done, done + len(at))
             out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
-            self._put(at, out, lse)
+            done = self._put(done, out, lse)
+        self._join_stage(done, source)
 
-    def _gathered(self, blocks: Tensor, rows: int) -> list[Tensor]:
-        """Keys and values of the blocks of some rows: where they lie if they are neighbours, else
-        copied.
-        """
+    def _gathered(self, blocks: Tensor) -> list[Tensor]:
+        """Keys and values of some blocks: where they lie if they are neighbours, else copied."""
         first, n = int(blocks[0]), blocks.numel()
-        if rows == 1 and int(blocks[-1]) - first == n - 1:
+        if int(blocks[-1]) - first == n - 1 and bool((blocks.diff() == 1).all()):
             return [t[first : first + n] for t in (self.k, self.v)]
         return [t.index_select(0, blocks) for t in (self.k, self.v)]
 
-    def _put(self, at: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Join pieces of the runs `at`, each listed once, while caches hold them."""
+    def _put(self, done: int, out: Tensor, lse: Tensor) -> int:
+        """Runs behind the `done` ones of a stage; how many there are now."""
+        end = done + len(out)
+        for memory, found in zip(self.stage, (out, lse), strict=True):
+            memory.view(-1, *found.shape[1:])[done:end] = found
+        return end
+
+    def _join_stage(self, done: int, source: Tensor) -> None:
+        """Join a stage: run i of its height is `source[i]` of the `done` ones, −1 for none."""
+        if not done:
+            return
+        height = len(self.q) // len(source)
+        out, lse = (t.view(-1, height * t.shape[1], *t.shape[2:]) for t in self.stage)
+        out[done], lse[done] = 0.0, -math.inf
+        source = source.where(source >= 0, done)
+        laid = self.laid if self.laid is not None else self._memory(len(self.q), self.dtype)
+        for memory, found in zip(laid, (out, lse), strict=True):
+            at = memory.view(-1, *found.shape[1:])
+            if found.dtype == at.dtype:
+                torch.index_select(found, 0, source, out=at)
+            else:
+                at.copy_(found.index_select(0, source))
         if self.found is None:
-            nothing = torch.full(self.q.shape[:2], -math.inf, dtype=self.dtype)
-            self.found = torch.zeros_like(self.q, dtype=self.dtype), nothing
-        found, found_lse = (t.view(-1, *lse.shape[1:], *t.shape[2:]) for t in self.found)
-        out, before = out.to(self.dtype), found_lse.index_select(0, at)
-        if out[0].numel() < _OWN_CALL:
-            some = found.index_select(0, at)
-            join(some, before, out, lse)
-            found.index_copy_(0, at, some)
+            self.found = laid
         else:
-            share = share_of(lse, before)[..., None]
-            for run, more, weight in zip(at.tolist(), out, share, strict=True):
-                found[run].lerp_(more, weight)
-            torch.logaddexp(before, lse, out=before)
-        found_lse.index_copy_(0, at, before)
+            self.laid = laid
+            join(*self.found, *laid)
 
     def write(self) -> None:
         """Hand the results to the launch."""
@@ -274,11 +277,6 @@ class Rows:
                 launch.out.dtype
             )
             launch.lse[:, head, place] = lse[:, slot, inside].to(launch.lse.dtype)
-
-
-def _some(t: Tensor, rows: Tensor) -> Tensor:
-    """`t[rows]`; a single row where it lies."""
-    return t[int(rows) :][:1] if len(rows) == 1 else t.index_select(0, rows)
 
 
 def _pick(table: Tensor, batch: Tensor, slot: Tensor, place: Tensor) -> Tensor:
@@ -325,3 +323,21 @@ class _Hidden:
         bias = _pick(self.bias, *at).flatten(1)[:, None]
         seen = seen & (bias > -math.inf)
         return torch.where(seen, bias, _HIDDEN).to(dtype), ~seen.any(-1)
+
+
+def _chunks(count: Tensor, bytes_per_block: int, even: bool = True) -> Iterator[tuple[Tensor, int]]:
+    """Yield `(rows, blocks per row)`, rows of similar length together; of exactly equal length if
+    `even`.
+    """
+    order = count.argsort(descending=True, stable=True)  # as `Lists.by_length`
+    lengths = count[order].tolist()
+    first = 0
+    while first < len(lengths) and lengths[first]:
+        longest = lengths[first]
+        end = min(len(lengths), first + max(1, _CHUNK_BYTES // (longest * bytes_per_block)))
+        least = longest if even else max(1, longest // 2)
+        last = first + 1
+        while last < end and lengths[last] >= least:
+            last += 1
+        yield order[first:last], longest
+        first = last

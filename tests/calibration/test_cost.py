@@ -110,7 +110,11 @@ def test_random_lists_are_visible_and_hold_the_diagonal() -> None:
     mask = index.to_mask(4)
     assert not mask.triu(1).any()
     assert mask.diagonal(dim1=-2, dim2=-1).all()
+    # A CPU computes a square without gaps at once; its random lists have none, as methods' lists.
+    own = fit_inputs.random_index(call, (256, 64), 0.0).to_mask(8)
+    assert own[..., 0, :4].all() and own[..., 1, 4:].all()
     both = fit.random_call(replace(SMALL, causal=False), torch.float32, torch.device("cpu"), 512)
+    assert not fit_inputs.random_index(both, (256, 64), 0.0).to_mask(8)[..., 1, 4].any()
     assert fit_inputs.random_index(both, (128, 128), 1.0).to_mask(4).all()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -30,12 +29,8 @@ class Rows:
         return 1
 
 
-def shape(tokens: int, is_cuda: bool = True, **changes) -> SimpleNamespace:
-    call = {
-        "q": Rows(is_cuda), "heads": (0, 2), "n_q": tokens, "n_k": tokens, "causal": True,
-        "q_start": 0, "key_mask": None, "q_pos": None, "k_pos": None,
-    }  # fmt: skip
-    return SimpleNamespace(**{**call, **changes})
+def shape(tokens: int, is_cuda: bool) -> SimpleNamespace:
+    return SimpleNamespace(q=Rows(is_cuda), heads=(0, 2), n_q=tokens, n_k=tokens, causal=True)
 
 
 @pytest.mark.parametrize(
@@ -52,16 +47,6 @@ def test_a_gpu_computes_many_dense_pairs_in_wide_blocks(on_gpu, tokens, sizes, r
     assert dense.unit(shape(tokens, on_gpu), sizes) == rides_in  # type: ignore[arg-type]
 
 
-def test_only_whole_bare_long_causal_prompts_run_as_without_a_patch():
-    assert dense.apart(shape(1 << 14))  # type: ignore[arg-type]
-    assert not dense.apart(shape(1 << 13, heads=(0,)))  # type: ignore[arg-type]
-    for odd in (
-        {"is_cuda": False}, {"causal": False}, {"q_start": 128}, {"n_k": 1 << 15},
-        {"key_mask": torch.ones(1)}, {"q_pos": torch.ones(1)}, {"k_pos": torch.ones(1)},
-    ):  # fmt: skip
-        assert not dense.apart(shape(1 << 14, **odd)), odd  # type: ignore[arg-type]
-
-
 def causal(seed: int = 0) -> AttentionCall:
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, h, N, 16, generator=g) for h in (HEADS, KV_HEADS, KV_HEADS))
@@ -75,34 +60,6 @@ def exact(call: AttentionCall) -> torch.Tensor:
     return scores.masked_fill(~torch.ones(N, N).tril().bool(), -torch.inf).softmax(-1) @ v
 
 
-@pytest.mark.parametrize(
-    "heads", [(0, 1, 2, 3), (2, 3), (1, 3, 5), (0, 1, 3), (7,), (0, 4), tuple(range(HEADS))]
-)
-def test_dense_heads_in_their_places(heads):
-    call = causal()
-    out = torch.full((2, N, HEADS, 16), 7.0).transpose(1, 2)
-    dense.attend(call.take(heads), out)
-    torch.testing.assert_close(out[:, heads], exact(call)[:, heads], atol=1e-5, rtol=1e-5)
-    others = [h for h in range(HEADS) if h not in heads]
-    assert (out[:, others] == 7.0).all()
-
-
-def test_heads_need_not_lie_by_their_keys():
-    """Query heads whose keys are laid out in turns."""
-    call = causal()
-    turns = tuple(h % KV_HEADS for h in range(HEADS))
-    odd = replace(call, kv_heads=turns)
-    whole = replace(call, k=call.k[:, list(turns)], v=call.v[:, list(turns)])
-    heads = (0, 1, 4, 6)
-    out = torch.zeros_like(call.q)
-    dense.attend(odd.take(heads), out)
-    scores = (whole.q @ whole.k.mT * call.scale).masked_fill(
-        ~torch.ones(N, N).tril().bool(), -torch.inf
-    )
-    true = scores.softmax(-1) @ whole.v
-    torch.testing.assert_close(out[:, heads], true[:, heads], atol=1e-5, rtol=1e-5)
-
-
 class Newest(AttentionMethod):
     """The newest block of each tile."""
 
@@ -111,10 +68,8 @@ class Newest(AttentionMethod):
         return BlockIndex.from_mask(mask.expand(1, len(call.heads), -1, -1), (128, 128))
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_call_with_dense_and_sparse_heads(monkeypatch, apart):
-    """The same heads run dense, and count as such, wherever they run."""
-    monkeypatch.setattr(dense, "apart", lambda call: apart)
+def test_a_call_with_dense_and_sparse_heads():
+    """Dense heads count as such."""
     call = causal(1)
     groups = [
         HeadGroup((0, 3, 4), Policy(methods=(Newest(),)), 1),

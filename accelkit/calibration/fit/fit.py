@@ -26,7 +26,6 @@ from accelkit.calibration.fit.methods import Found, beside_random, checked, cost
 from accelkit.kernels.cost import Check, CostTable, Kernel, MethodCost, Points, name
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
-from accelkit.patches.sites import dense as beside
 
 LEAST = {"cpu": 512, "cuda": 2048}
 """Length in tokens below which nothing is measured; a GPU's time is that of launches there."""
@@ -124,7 +123,7 @@ def _in_turns(
     for turn in range(turns.TURNS[1]):
         if turn >= turns.TURNS[0] and time.monotonic() > until:
             break
-        seen = timed(clocks.turn)
+        seen = timed(clocks.turn, thin=True)
         tell("kernels")
         clocks.kernels(seen.sizes)
     return seen, clocks
@@ -144,7 +143,7 @@ def _timed(
     tell("dense attention")
     ms = clocked("dense")
     dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
-    ride = tuple((n, _ride_ms(call, ms)) for n, call in calls.items())
+    ride = tuple((n, ms(partial(dense_attention, call))) for n, call in calls.items())
     costs: dict[str, Found] = {}
     refused: dict[str, str] = {}
     for method in methods:
@@ -155,17 +154,6 @@ def _timed(
         else:
             costs[method.kind] = found
     return _Seen(dense, ride, costs, refused)
-
-
-def _ride_ms(call: AttentionCall, ms: Callable[..., float]) -> float:
-    """All heads as they run beside sparse ones: told from all but one of them, whose rows are
-    copied where they are told apart.
-    """
-    some = call.take(call.heads[1:] or call.heads)
-    if not beside.apart(some):
-        return ms(partial(dense_attention, call))
-    out = torch.empty_like(call.q)
-    return ms(partial(beside.attend, some, out)) * len(call.heads) / len(some.heads)
 
 
 def _with_lists(table: CostTable, found: Found) -> MethodCost:

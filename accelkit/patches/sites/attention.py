@@ -47,8 +47,6 @@ class Answer:
     finishers: tuple[AttentionMethod, ...] = ()
     n_q: int = 0
     """Query rows in token order."""
-    rest: bool = False
-    """Whether these are the dense heads of a call in which others run sparse."""
 
     @property
     def lane(self) -> Hashable | None:
@@ -207,9 +205,7 @@ def _compute_all(
     state.saw(call, answers)
     lanes: dict[Hashable, list[Answer]] = {}
     for a in answers:
-        if a.rest and dense.apart(a.call):
-            dense.attend(a.call, out)
-        elif a.lane is not None:
+        if a.lane is not None:
             lanes.setdefault(a.lane, []).append(a)
         else:
             _write(compute(a).out, a.call.heads, out)
@@ -370,7 +366,7 @@ def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
     """Dense heads as lists that ride along in a launch of blocks when there is one."""
     size = dense.unit(call, [a.index.size for a in others if a.plain and a.index.size[1] >= 16])
     index = BlockIndex.dense(len(call.heads), -(-call.n_q // size[0]), size, call.q.device)
-    return Answer(call, (index,), rest=True)
+    return Answer(call, (index,))
 
 
 def _saved(
