@@ -201,7 +201,10 @@ def expected(a: attention.Answer, head: int, rows: torch.Tensor) -> torch.Tensor
             on = torch.zeros(-(-k.shape[2] // bk), dtype=torch.bool, device=k.device)
             on[index.blocks[start : start + count].long()] = True
             on |= count < 0  # a dense row
-            s[i] = s[i].masked_fill(~on.repeat_interleave(bk)[: k.shape[2]], -math.inf)
+            seen = on.repeat_interleave(bk)[: k.shape[2]]
+            if a.call.causal:
+                seen[a.call.q_start + row + 1 :] = False
+            s[i] = s[i].masked_fill(~seen, -math.inf)
         logits.append(s)
         values.append(v[0, int(a.call.kv_of_head[head])].float())
     return torch.cat(logits, -1).softmax(-1) @ torch.cat(values)

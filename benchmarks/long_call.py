@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from attention.report import machine
+from dit_methods import expected
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -72,20 +74,13 @@ def error(call: AttentionCall, policy: Policy, out: Tensor) -> tuple[float, floa
     if len(pieces) != 1 or not isinstance(pieces[0], BlockIndex) or found.order is not None:
         return None
     index, n = pieces[0], call.n_q
-    (bq, bk), worst = index.size, 0.0
     at = torch.linspace(0, n - 1, ROWS, device=DEVICE).long()
-    keys, values = call.k[0, 0].float(), call.v[0, 0].float()
-    place = torch.arange(n, device=DEVICE)
+    worst = 0.0
     for slot, head in enumerate(heads):
-        for row in at.tolist():
-            start, count = (int(t[0, slot, row // bq]) for t in (index.start, index.count))
-            on = torch.full((-(-n // bk),), count < 0, device=DEVICE)
-            on[index.blocks[start : start + max(count, 0)].long()] = True
-            seen = on.repeat_interleave(bk)[:n] & (place <= row)
-            logits = (keys @ call.q[0, head, row].float()) * call.scale
-            want = logits.masked_fill(~seen, -torch.inf).softmax(0) @ values
-            worst = max(worst, float((out[0, head, row].float() - want).norm() / want.norm()))
-    listed = index.count.clamp(min=0).sum() * bq * bk
+        want = expected(found, slot, at)
+        wrong = (out[0, head, at].float() - want).norm(dim=-1) / want.norm(dim=-1)
+        worst = max(worst, float(wrong.max()))
+    listed = index.count.clamp(min=0).sum() * math.prod(index.size)
     return worst, float(listed / (len(heads) * n * n / 2))
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from accelkit.kernels.index import BlockIndex, Partial
 from accelkit.patches.adapters import adapter_for, watch
 from accelkit.patches.call import AttentionCall
-from accelkit.patches.sites.attention import DENSE_UNIT, run
+from accelkit.patches.sites.attention import run
+from accelkit.patches.sites.dense import UNIT
 
 See = Callable[[AttentionCall, Partial], None]
 
@@ -68,6 +69,6 @@ def prefill(model: Any, ids: Tensor) -> Tensor:
 
 def dense_attention(call: AttentionCall) -> Partial:
     """All heads of a call over every visible key."""
-    tiles = call.tiles(DENSE_UNIT)[0]
-    index = BlockIndex.dense(len(call.heads), tiles, DENSE_UNIT, call.q.device)
+    tiles = call.tiles(UNIT)[0]
+    index = BlockIndex.dense(len(call.heads), tiles, UNIT, call.q.device)
     return run(call, index)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from accelkit.patches.state import PatchState
 
 Piece = BlockIndex | Partial
-DENSE_UNIT = dense.UNIT
 PLAIN = Execution()
 
 
@@ -122,8 +121,8 @@ def answer(
         # An execution alone (softmax skip, precision) runs over every visible block.
         if execution == PLAIN and not finishers:
             return None
-        rows = -(-call.n_q // DENSE_UNIT[0])
-        pieces = BlockIndex.dense(len(call.heads), rows, DENSE_UNIT, call.q.device)
+        rows = -(-call.n_q // dense.UNIT[0])
+        pieces = BlockIndex.dense(len(call.heads), rows, dense.UNIT, call.q.device)
     if not isinstance(pieces, tuple):
         pieces = (pieces,)
     return (Answer(seen, pieces, execution, order, finishers, call.n_q),)

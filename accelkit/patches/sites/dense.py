@@ -13,17 +13,12 @@ than what wide blocks save.
 """
 
 
-def many(call: AttentionCall) -> bool:
-    """Whether heads have so many pairs on a GPU that a launch of their own costs little."""
-    pairs = len(call.q) * len(call.heads) * call.n_q * call.n_k / (1 + call.causal)
-    return call.q.is_cuda and pairs >= ALONE
-
-
 def unit(call: AttentionCall, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """Blocks in which heads ride along with lists of these sizes: the largest; on a GPU, which
     computes pairs in narrow ones a quarter slower, those of UNIT where they are there, and where
     pairs are many.
     """
     known = set(sizes)
-    wide = call.q.is_cuda and (UNIT in known or many(call))
+    pairs = len(call.q) * len(call.heads) * call.n_q * call.n_k / (1 + call.causal)
+    wide = call.q.is_cuda and (UNIT in known or pairs >= ALONE)
     return UNIT if wide or not known else max(known)
