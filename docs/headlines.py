@@ -110,6 +110,7 @@ def patch_cost(data: dict[str, Any]) -> Iterator[Line]:
 MAIN: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
     "denoise-wan-h100": denoising,
     "denoise-hunyuan-h100": denoising,
+    "denoise-hunyuan-cached-h200": denoising,
     "video-pareto-h100": fidelity,
     "dit-methods-h100": attention_calls,
     "kernels-h200": block_lists,
