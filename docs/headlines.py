@@ -112,7 +112,7 @@ MAIN: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
     "denoise-hunyuan-h100": denoising,
     "denoise-hunyuan-cached-h200": denoising,
     "video-pareto-h100": fidelity,
-    "dit-methods-h100": attention_calls,
+    "dit-methods-h200": attention_calls,
     "kernels-h200": block_lists,
     "prefill-8b-h100": first_token,
     "mixture-16k-h100": mixture,
