@@ -76,13 +76,13 @@ def seconds(text: str | None) -> float | None:
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def ratio(text: str, option: str) -> float:
-    """A share between 0 and 1, exclusive: "0.02" or "2%"."""
+def share(text: str) -> float:
+    """A budget, between 0 and 1, exclusive: "0.02" or "2%"."""
     found = re.fullmatch(r"(\d*\.?\d+(?:e-?\d+)?)(%?)", text.strip().lower())
     value = float(found[1]) / (100 if found[2] else 1) if found else math.nan
     if not 0 < value < 1:
         raise InvalidInputError(
-            f"{option}: {text!r} is no share between 0 and 1; write such as 0.02 or 2%"
+            f"--budget: {text!r} is no share between 0 and 1; write such as 0.02 or 2%"
         )
     return value
 

@@ -139,7 +139,7 @@ def test_sizes_times_and_shares():
     assert console.sizes("32k, 8k,8192") == (8192, 32768)
     assert console.seconds("15m") == 900
     assert console.seconds("1.5h") == 5400
-    assert console.ratio("2%", "--budget") == console.ratio("0.02", "--budget") == 0.02
+    assert console.share("2%") == console.share("0.02") == 0.02
     for read, text in (
         (console.sizes, "8q"),
         (console.sizes, "0"),
@@ -150,7 +150,7 @@ def test_sizes_times_and_shares():
             read(text)
     for text in ("0", "1", "150%", "much", "-0.1"):
         with pytest.raises(InvalidInputError, match="--budget"):
-            console.ratio(text, "--budget")
+            console.share(text)
 
 
 def test_json_has_no_nan():

@@ -75,6 +75,21 @@ class Inputs:
         return min(len(s.ids) for s in self.measure)
 
 
+def need_known(inputs: Inputs, model: Any) -> None:
+    """Refuse token ids that the model has no embedding of.
+
+    Raises:
+        InvalidInputError: an id beyond the vocabulary.
+    """
+    known = model.config.get_text_config().vocab_size
+    highest = max(int(s.ids.max()) for s in (*inputs.measure, *inputs.check))
+    if highest >= known:
+        raise InvalidInputError(
+            f"data: token id {highest}, the model knows 0 to {known - 1}; take the tokenizer that "
+            "belongs to the model"
+        )
+
+
 def chosen_lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
     """The prompt lengths that are wished, or those by the model's device; tokens, ascending.
 

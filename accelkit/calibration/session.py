@@ -63,7 +63,7 @@ def need_preset(preset: str, known: Mapping[str, Any]) -> None:
     Raises:
         InvalidInputError: none of the known ones.
     """
-    if preset not in known:
+    if not isinstance(preset, str) or preset not in known:
         raise InvalidInputError(f"preset {preset!r} is unknown; expected one of {', '.join(known)}")
 
 

@@ -93,7 +93,7 @@ def calibrate(
 ) -> None:
     """Measure MODEL and write the fastest [bold]plan[/bold] that keeps within the error budget."""
     console.verbosity(talk)
-    allowed = None if budget is None else console.ratio(budget, "--budget")
+    allowed = None if budget is None else console.share(budget)
     stop = console.seconds(time_limit)
     size = console.given(height=height, width=width, num_frames=frames, steps=steps)
     limits = console.sizes(lengths) if lengths else None

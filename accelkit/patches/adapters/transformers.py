@@ -120,6 +120,11 @@ def sites(model: PreTrainedModel) -> tuple[Site, ...]:
     )
 
 
+def parts(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """The model under "", and those inside it, such as the one without a head."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+
+
 def trimmable(model: PreTrainedModel) -> str | None:
     """Path of the attention of the last layer, if that can be trimmed."""
     *_, (path, _, _) = attention_modules(model)
