@@ -61,7 +61,10 @@ def size(text: str, option: str) -> int:
 
 def sizes(text: str) -> tuple[int, ...]:
     """Several sizes between commas, ascending, each once."""
-    return tuple(sorted({size(part, "--lengths") for part in names(text)}))
+    found = {size(part, "--lengths") for part in names(text)}
+    if not found:
+        raise InvalidInputError("--lengths: nothing given; write tokens such as 8k,32k")
+    return tuple(sorted(found))
 
 
 def seconds(text: str | None) -> float | None:
@@ -136,9 +139,18 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Any:
             key.replace("_", " "), justify="right" if number else "left", overflow="fold"
         )
     for row in rows:
-        grid.add_row(*map(cell, row.values()))
+        grid.add_row(*(cell(shown(k, v)) for k, v in row.items()))
     # The title stands by itself: a table breaks its own at its width.
     return Group(Text(title, style="italic"), grid)
+
+
+def shown(key: str, value: Any) -> Any:
+    """A share in percent and a ratio with its sign, by the names that such columns have."""
+    if isinstance(value, float) and key.endswith("share"):
+        return f"{value:.1%}"
+    if isinstance(value, float) and ("speedup" in key or "faster" in key):
+        return f"{value:.2f} ×"
+    return value
 
 
 def cell(value: Any) -> str:

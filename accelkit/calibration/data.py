@@ -96,10 +96,9 @@ def chosen_lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
     Raises:
         InvalidInputError: too short, or longer than the model has positions for.
     """
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     if lengths is None:
         kind = "cuda" if model.device.type == "cuda" else "cpu"
-        return sorted({min(n, most) for n in LENGTHS[kind]})
+        return sorted({min(n, tasks.positions(model)) for n in LENGTHS[kind]})
     try:
         found = sorted({index(n) for n in lengths})
     except TypeError as error:
@@ -110,10 +109,7 @@ def chosen_lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
         raise InvalidInputError(
             f"lengths {list(lengths)}: expected numbers of tokens from {tasks.MIN_LENGTH} on"
         )
-    if found[-1] > most:
-        raise InvalidInputError(
-            f"length {found[-1]}: the model has positions for {most} tokens; take shorter prompts"
-        )
+    tasks.need_positions(model, found[-1])
     return found
 
 

@@ -96,7 +96,7 @@ def calibrate(
     allowed = None if budget is None else console.share(budget)
     stop = console.seconds(time_limit)
     size = console.given(height=height, width=width, num_frames=frames, steps=steps)
-    limits = console.sizes(lengths) if lengths else None
+    limits = None if lengths is None else console.sizes(lengths)
     chosen = console.names(methods) or None
     journal = out / "journal.jsonl"
     from accelkit.calibration.journal import holds_units
@@ -135,7 +135,7 @@ def calibrate(
         console.emit(
             bound,
             as_json,
-            console.table("Attention's share, and what a free attention would gain", bound),
+            console.table("Attention's share, and the speed-up if attention cost nothing", bound),
         )
         return
     plan = measure(

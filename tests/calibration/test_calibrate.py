@@ -210,7 +210,7 @@ def test_the_search_itself_is_summed_apart(tmp_path) -> None:
     )
     assert 0 < about["search_prefills"] < about["dense_prefills"]
     shown = dict(report.headline(run(planted(), journal=path, resume=True)))["calibration"]
-    assert f"{about['search_prefills']:.1f} dense prefills of time for the search itself" in shown
+    assert f"{about['search_prefills']:.1f} dense prefills for the search itself" in shown
     assert f"{about['dense_prefills']:.1f} with fit, end-to-end check and timing" in shown
 
 

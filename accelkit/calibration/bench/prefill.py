@@ -123,6 +123,7 @@ def bench(
     """
     if min(repeat, batch, *lengths) < 1:
         raise InvalidInputError("--repeat, --batch and --lengths must be at least 1")
+    tasks.need_positions(model, max(lengths))
     return [
         _measured(model, plan, tokenizer, length, batch, repeat, warmup, seed, progress or _quiet)
         for length in lengths

@@ -80,6 +80,7 @@ def compare(
     """
     if min(max_new_tokens, repeat) < 1:
         raise InvalidInputError("--max-new-tokens and --repeat must be at least 1")
+    tasks.need_positions(model, len(ids) + max_new_tokens)
     tokens, n = torch.as_tensor(ids, dtype=torch.long, device=model.device)[None], len(ids)
     sides = {"sparse": Timed()} | ({"dense": Timed()} if dense else {})
     run = lambda most: _generate(model, tokenizer, tokens, most)  # noqa: E731
@@ -137,7 +138,7 @@ def table(result: Comparison) -> Table:
     grid.add_row("tokens per second", *("–" if r is None else f"{r:.1f}" for r in rates))
     blank = [""] * (len(sides) - 1)
     rows = (
-        ("times faster to first token", result.speedup, "{:.2f}"),
+        ("faster to first token", None if result.note else result.speedup, "{:.2f} ×"),
         ("density", result.density, "{:.1%}"),
         ("equal tokens", result.equal_tokens, "{:.1%}"),
         ("agreement along the dense answer", result.agreement, "{:.1%}"),
@@ -237,6 +238,8 @@ def prompt(
 ) -> tuple[list[int], str | None]:
     """Token ids of `text`, or without one those of a demo of `length` tokens and its answer."""
     if text is not None:
+        if not text.strip():
+            raise InvalidInputError("the prompt is empty; give some text")
         return text_prompt(tokenizer, text), None
     return demo_prompt(tokenizer, length or demo_length(plan), seed)
 
@@ -263,8 +266,6 @@ def text_prompt(tokenizer: Any, text: str) -> list[int]:
         ids = list(found["input_ids"])
     else:
         ids = list(tokenizer.encode(text))
-    if not ids:
-        raise InvalidInputError("the prompt is empty; give some text")
     return ids
 
 
