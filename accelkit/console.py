@@ -21,7 +21,8 @@ from typer.core import TyperGroup
 from accelkit.errors import AccelkitError, AccelkitWarning, InvalidInputError
 
 log = logging.getLogger("accelkit")
-# Options that several commands share.
+# Panels of `--help`, and options that several commands share.
+OF_TEXT, OF_PICTURES = "For language models", "For pipelines"
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder of a saved model or pipeline, or a hub id.")
 ]
@@ -32,10 +33,16 @@ PlanAt = Annotated[
     ),
 ]
 Lengths = Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 8k,32k.")]
-Height = Annotated[int | None, typer.Option(min=1, help="Of a pipeline's pictures, in pixels.")]
-Width = Annotated[int | None, typer.Option(min=1, help="Of a pipeline's pictures, in pixels.")]
-Frames = Annotated[int | None, typer.Option(min=1, help="Of a pipeline's videos.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of a pipeline.")]
+Height = Annotated[
+    int | None, typer.Option(min=1, help="Of a picture, in pixels.", rich_help_panel=OF_PICTURES)
+]
+Width = Annotated[
+    int | None, typer.Option(min=1, help="Of a picture, in pixels.", rich_help_panel=OF_PICTURES)
+]
+Frames = Annotated[int | None, typer.Option(min=1, help="Of a video.", rich_help_panel=OF_PICTURES)]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Denoising steps.", rich_help_panel=OF_PICTURES)
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of prompts and choices.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]

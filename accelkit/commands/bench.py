@@ -30,9 +30,14 @@ def bench(
     plan: PlanAt = None,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Prompt lengths in tokens, such as 8k,32k. Default: 8k."),
+        typer.Option(
+            help="Prompt lengths in tokens, such as 8k,32k. Default: 8k.",
+            rich_help_panel=console.OF_TEXT,
+        ),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="For pipelines: what to show.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to show.", rich_help_panel=console.OF_PICTURES)
+    ] = None,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -42,7 +47,9 @@ def bench(
         typer.Option(min=1, help="Timed runs of each path. Default: 5, for pipelines 1."),
     ] = None,
     warmup: Annotated[int, typer.Option(min=0, help="Runs before the timed ones.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Prompts at once.", rich_help_panel=console.OF_TEXT)
+    ] = 1,
     fit: Annotated[
         bool, typer.Option("--fit", help="Measure this device's kernels and fit their cost table.")
     ] = False,

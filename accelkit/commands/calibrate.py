@@ -37,12 +37,19 @@ def calibrate(
         typer.Option(help="Error that may be spent: 0.02 or 2%. Default: 2%, for pipelines 10%."),
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="Prompt lengths such as 8k,32k. Default: by the device.")
+        str | None,
+        typer.Option(
+            help="Prompt lengths such as 8k,32k. Default: by the device.",
+            rich_help_panel=console.OF_TEXT,
+        ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, help="Text or JSON-lines file. Default: built-in tasks."
+            exists=True,
+            dir_okay=False,
+            help="Text or JSON-lines file. Default: built-in tasks.",
+            rich_help_panel=console.OF_TEXT,
         ),
     ] = None,
     prompts: Annotated[
@@ -50,7 +57,8 @@ def calibrate(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="For pipelines: a prompt a line, or JSON lines. Default: built-in ones.",
+            help="A prompt a line, or JSON lines. Default: built-in ones.",
+            rich_help_panel=console.OF_PICTURES,
         ),
     ] = None,
     height: Height = None,
@@ -62,13 +70,19 @@ def calibrate(
         str | None, typer.Option(help="Methods to try, such as flex_prefill,window. Default: all.")
     ] = None,
     batch: Annotated[
-        int, typer.Option(min=1, help="Prompts that will be prefilled together; costs are theirs.")
+        int,
+        typer.Option(
+            min=1,
+            help="Prompts that will be prefilled together; costs are theirs.",
+            rich_help_panel=console.OF_TEXT,
+        ),
     ] = 1,
     every_row: Annotated[
         bool,
         typer.Option(
             "--every-row",
             help="Logits of every row will be asked for: do not trim the last layer.",
+            rich_help_panel=console.OF_TEXT,
         ),
     ] = False,
     seed: Seed = 0,
