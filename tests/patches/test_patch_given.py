@@ -98,6 +98,15 @@ def test_a_patch_is_undone_from_the_part_or_the_whole(family):
         assert [dict(vars(m)) for m in part.modules()] == before
 
 
+def test_a_report_says_what_was_until_then(llama):
+    ids = torch.arange(100)[None]
+    with accelkit.patch(llama, NARROW) as handle:
+        llama(ids)
+        then = handle.report()
+        llama(ids)
+        assert (then.calls, handle.report().calls) == (2, 4)
+
+
 def test_a_step_cache_on_a_bare_denoiser():
     pipe = tiny_pipe("wan")
     root, cache = pipe.transformer, accelkit.method("first_block_cache")()
