@@ -12,6 +12,7 @@ import accelkit
 from accelkit.errors import (
     AccelkitError,
     AlreadyPatchedError,
+    DenseFallbackWarning,
     InvalidInputError,
     NothingPatchedError,
     PlanError,
@@ -96,6 +97,16 @@ def test_a_patch_is_undone_from_the_part_or_the_whole(family):
         accelkit.unpatch(other)
         assert handle_of(patched) is None
         assert [dict(vars(m)) for m in part.modules()] == before
+
+
+def test_attention_that_is_set_anew_behind_a_patch_is_told_and_kept(llama):
+    ids, reason = torch.arange(100)[None], "the attention implementation was set after patching"
+    with accelkit.patch(llama, NARROW) as handle:
+        llama.set_attn_implementation("eager")
+        with pytest.warns(DenseFallbackWarning, match=reason):
+            llama(ids)
+        assert handle.report().dense == {reason: 2}
+    assert llama.config._attn_implementation == "eager"
 
 
 def test_a_report_says_what_was_until_then(llama):
