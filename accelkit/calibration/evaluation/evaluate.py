@@ -141,9 +141,9 @@ def evaluate(
         )
     if min(lengths) < tasks.MIN_LENGTH:
         raise InvalidInputError(f"--lengths: the tasks need at least {tasks.MIN_LENGTH} tokens")
-    tasks.need_positions(model, max(lengths))
     if plan is None and not dense:
         raise InvalidInputError("nothing to score: give a plan, or leave the dense side in")
+    tasks.need_positions(model, max(lengths))
     filler = tasks.source_corpus(held_out=True)
     scores = []
     with patch(model, plan) if plan is not None else nullcontext() as handle:
