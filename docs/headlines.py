@@ -48,9 +48,10 @@ def short() -> str:
 
     longest = max(llama["forced"], key=lambda row: row["tokens"])
     told = (
-        f"Measured at full size with random weights ({machine(wan).partition(',')[0]}): a whole "
-        f"denoising of Wan2.1-1.3B {best(wan, False)} as fast, {best(wan, True)} with a step cache, "
-        f"of HunyuanVideo {best(hunyuan, False)}; the first token of Llama-3.1-8B behind "
+        f"Measured at full size, with random weights and plans of given densities "
+        f"({machine(wan).partition(',')[0]}): a whole denoising of Wan2.1-1.3B {best(wan, False)} "
+        f"as fast, {best(wan, True)} with a step cache, of HunyuanVideo "
+        f"{best(hunyuan, False)}; the first token of Llama-3.1-8B behind "
         f"{longest['tokens']:,} tokens {longest['ratio_best_dense']:.2g} ×."
     )
     return textwrap.fill(told, 120)

@@ -387,6 +387,30 @@ def test_bench_below_the_minimum_is_exit_6(model, plan):
     )
 
 
+def test_bench_leaves_out_what_is_below_the_minimum(model, plan):
+    words = ("--plan", plan, "--lengths", "256,600", "--repeat", "1", "--json")
+    result = run("bench", model, *words)
+    assert [row["length"] for row in json.loads(result.stdout)] == [600]
+    assert "256 tokens: the plan begins at 512 and runs dense; left out" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("calibrate", "--lengths", ""), "--lengths: nothing given"),
+        (("patch", "--plan", "{plan}", "--prompt", " "), "the prompt is empty"),
+        (("patch", "--plan", "{plan}", "--demo", "--length", "8k"), "positions for 4096 tokens"),
+        (("bench", "--plan", "{plan}", "--lengths", "8k"), "positions for 4096 tokens"),
+        (("eval", "--plan", "{plan}", "--lengths", "8k"), "positions for 4096 tokens"),
+        (("eval", "--max-drop", "1"), "--max-drop compares a plan with dense; give --plan"),
+        (("eval", "--plan", "{plan}", "--max-drop", "1", "--against", "none"), "--max-drop compar"),
+    ],
+)
+def test_what_could_not_end_well_is_refused_at_once(model, plan, words, told):
+    command, *rest = words
+    assert told in failed(command, model, *(w.format(plan=plan) for w in rest), code=2)
+
+
 def test_eval(model, plan):
     words = ("eval", model, "--plan", plan, "--lengths", "600", "--samples", "1")
     rows = json.loads(run(*words, "--tasks", "needle,text", "--json").stdout)

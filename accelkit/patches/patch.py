@@ -419,17 +419,24 @@ def from_pretrained(name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
 
     Raises:
         PlanError: there is no plan.
+        InvalidInputError: there is no model beside it.
     """
     plan = Plan.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k in _HUB})
     model: Any
-    if plan.fingerprint.library == "diffusers":
-        from diffusers import DiffusionPipeline
+    try:
+        if plan.fingerprint.library == "diffusers":
+            from diffusers import DiffusionPipeline
 
-        model = DiffusionPipeline.from_pretrained(name_or_path, **kwargs)
-    else:
-        from transformers import AutoModelForCausalLM
+            model = DiffusionPipeline.from_pretrained(name_or_path, **kwargs)
+        else:
+            from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs).eval()
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs).eval()
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"{name_or_path}: a plan, but no model of {plan.fingerprint.library} that opens "
+            f"({error}); load the model yourself and give `patch` this path"
+        ) from error
     patch(model, plan)
     return model
 

@@ -59,6 +59,12 @@ def test_a_plan_by_its_path(llama, tmp_path, as_given):
         assert handle.plan == plan
 
 
+def test_a_plan_without_a_model_is_told(llama, tmp_path):
+    plan_of(llama, NARROW).save_pretrained(tmp_path)
+    with pytest.raises(InvalidInputError, match="a plan, but no model of transformers that opens"):
+        accelkit.from_pretrained(tmp_path)
+
+
 def test_a_path_without_a_plan_is_told(llama, tmp_path):
     with pytest.raises(PlanError, match="no plan at"):
         accelkit.patch(llama, tmp_path)
