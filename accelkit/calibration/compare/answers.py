@@ -21,6 +21,9 @@ from accelkit.patches.plan import Plan
 if TYPE_CHECKING:
     from rich.table import Table
 
+END = 12
+"""Tokens of a prompt that are shown of its end."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -42,6 +45,7 @@ class Comparison:
     along that answer. `note` says why nothing ran sparse when that is as the plan wants it."""
 
     prompt_tokens: int
+    prompt_end: str
     expected: str | None
     dense: Answer | None
     sparse: Answer
@@ -108,6 +112,7 @@ def compare(
         )
     return Comparison(
         n,
+        tokenizer.decode(list(ids)[-END:]),
         expected,
         before,
         after,
@@ -124,7 +129,8 @@ def table(result: Comparison) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=f"{result.prompt_tokens} prompt tokens", title_justify="left")
+    title = f"{result.prompt_tokens} prompt tokens, ending in {result.prompt_end!r}"
+    grid = Table(title=Text(title, style="italic"), title_justify="left")
     sides = [(n, a) for n, a in (("dense", result.dense), ("patched", result.sparse)) if a]
     grid.add_column("")
     for name, _ in sides:
