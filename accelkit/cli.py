@@ -25,9 +25,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Speeds up pretrained language models and diffusion pipelines by calibrated sparse "
     "attention.",
-    epilog="Begin with [bold]accelkit calibrate MODEL --out PLAN[/bold], then "
-    "[bold]accelkit patch MODEL --plan PLAN --prompt …[/bold]; "
-    "[bold]accelkit calibrate MODEL --dry-run[/bold] says what can be gained.",
+    epilog="Begin with `accelkit calibrate MODEL --dry-run`, which says what can be gained, then "
+    "`accelkit calibrate MODEL --out PLAN` and `accelkit patch MODEL --plan PLAN --prompt …`.",
 )
 for command in (calibrate, patch, show, methods, bench):
     app.command()(command)

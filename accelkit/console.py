@@ -34,14 +34,19 @@ PlanAt = Annotated[
 ]
 Lengths = Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 8k,32k.")]
 Height = Annotated[
-    int | None, typer.Option(min=1, help="Of a picture, in pixels.", rich_help_panel=OF_PICTURES)
+    int | None,
+    typer.Option(min=1, help="Of a pipeline's pictures, in pixels.", rich_help_panel=OF_PICTURES),
 ]
 Width = Annotated[
-    int | None, typer.Option(min=1, help="Of a picture, in pixels.", rich_help_panel=OF_PICTURES)
+    int | None,
+    typer.Option(min=1, help="Of a pipeline's pictures, in pixels.", rich_help_panel=OF_PICTURES),
 ]
-Frames = Annotated[int | None, typer.Option(min=1, help="Of a video.", rich_help_panel=OF_PICTURES)]
+Frames = Annotated[
+    int | None, typer.Option(min=1, help="Of a pipeline's videos.", rich_help_panel=OF_PICTURES)
+]
 Steps = Annotated[
-    int | None, typer.Option(min=1, help="Denoising steps.", rich_help_panel=OF_PICTURES)
+    int | None,
+    typer.Option(min=1, help="Denoising steps of a pipeline.", rich_help_panel=OF_PICTURES),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of prompts and choices.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

@@ -36,7 +36,8 @@ def bench(
         ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="What to show.", rich_help_panel=console.OF_PICTURES)
+        str | None,
+        typer.Option(help="For pipelines: what to show.", rich_help_panel=console.OF_PICTURES),
     ] = None,
     height: Height = None,
     width: Width = None,

@@ -57,7 +57,7 @@ def calibrate(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="A prompt a line, or JSON lines. Default: built-in ones.",
+            help="For pipelines: a prompt a line, or JSON lines. Default: built-in ones.",
             rich_help_panel=console.OF_PICTURES,
         ),
     ] = None,

@@ -63,7 +63,8 @@ def patch(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Write the video (.mp4) or picture (.png).", rich_help_panel=console.OF_PICTURES
+            help="Write a pipeline's video (.mp4) or picture (.png).",
+            rich_help_panel=console.OF_PICTURES,
         ),
     ] = None,
     fps: Annotated[
