@@ -201,6 +201,12 @@ class PatchHandle:
                     layer.block.rewire(whole[path], undo)
             self._rewired = undo.pop_all()
 
+    @property
+    def installed(self) -> bool:
+        """Whether the model still runs the plan."""
+        model = self._model()
+        return model is not None and vars(model).get(HANDLE) is self
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Dense while open; the patch stays installed."""
@@ -210,7 +216,7 @@ class PatchHandle:
             yield
         finally:
             self.enabled = before
-            if before and vars(self._model()).get(HANDLE) is self:
+            if before and self.installed:
                 self.rewire()
 
     def reset(self) -> None:
@@ -241,6 +247,8 @@ class PatchHandle:
         self.state.counts.clear()
 
     def __enter__(self) -> PatchHandle:
+        if not self.installed:
+            raise InvalidInputError("this handle was removed; patch the model again")
         return self
 
     def __exit__(self, *exception: object) -> None:

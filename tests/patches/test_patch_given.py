@@ -115,6 +115,16 @@ def test_attention_that_is_set_anew_behind_a_patch_is_told_and_kept(llama):
     assert llama.config._attn_implementation == "eager"
 
 
+def test_a_handle_that_was_removed_is_not_entered(llama):
+    handle = accelkit.patch(llama, NARROW)
+    assert handle.installed
+    with handle:
+        pass
+    assert not handle.installed
+    with pytest.raises(InvalidInputError, match="patch the model again"), handle:
+        pass
+
+
 def test_a_report_says_what_was_until_then(llama):
     ids = torch.arange(100)[None]
     with accelkit.patch(llama, NARROW) as handle:
