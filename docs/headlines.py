@@ -5,6 +5,7 @@ A result is named by its file. What a line says is read from the file when READM
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
@@ -33,6 +34,27 @@ def denoising(data: dict[str, Any]) -> Iterator[Line]:
             plan = "a step cache" if row["plan"] == "dense" else f"a step cache and `{row['plan']}`"
             yield f"{what}: {plan}", times([row["speedup"]])
             what = "the same"
+
+
+def short() -> str:
+    """The main results in a sentence, for README's first lines."""
+    wan, hunyuan, llama = (
+        load(name) for name in ("denoise-wan-h100", "denoise-hunyuan-h100", "prefill-8b-h100")
+    )
+
+    def best(data: dict[str, Any], cached: bool) -> str:
+        some = [r["speedup"] for r in data["rows"] if bool(r["skipped_in_a_row"]) == cached]
+        return f"{max(some):.2g} ×" if some else "–"
+
+    longest = max(llama["forced"], key=lambda row: row["tokens"])
+    told = (
+        f"Measured at full size, with random weights and plans of given densities "
+        f"({machine(wan).partition(',')[0]}): a whole denoising of Wan2.1-1.3B {best(wan, False)} "
+        f"as fast, {best(wan, True)} with a step cache, of HunyuanVideo "
+        f"{best(hunyuan, False)}; the first token of Llama-3.1-8B behind "
+        f"{longest['tokens']:,} tokens {longest['ratio_best_dense']:.2g} ×."
+    )
+    return textwrap.fill(told, 120)
 
 
 def fidelity(data: dict[str, Any]) -> Iterator[Line]:

@@ -123,6 +123,12 @@ def test_a_step_cache_that_is_only_guessed_is_tried_first() -> None:
     assert one.propose(0.15, alone=True).choice[0] == 1
 
 
+def test_attention_gets_what_a_step_cache_leaves_of_the_error() -> None:
+    """Squares add: beside a cache of 0.05 a window of 0.1 needs 0.112."""
+    assert planner().propose(0.11).choice == (1, EIGHT)
+    assert planner().propose(0.113).choice == (1, SPARSE)
+
+
 def test_a_step_cache_that_changes_what_rounding_does_is_as_good_as_none() -> None:
     one = planner(rounding=0.06)
     assert one.propose(0.03).choice[0] == 1, "its error is 0.05"
@@ -284,6 +290,35 @@ def test_a_plan_that_is_too_careful_is_better_than_none() -> None:
     assert found.best is found.rounds[1]
     assert checker.used(found.rounds) <= MOST_RUNS
     assert run.skipped[0].startswith("1 of 2 prompts of round 2")
+
+
+def test_a_plan_that_failed_is_not_proposed_twice() -> None:
+    """Proposals change at some errors only, so a smaller one may name what has just failed."""
+
+    class Coarse(Doubled):
+        def propose(self, epsilon: float, alone: bool = False) -> Proposal:
+            size = 0.2 if epsilon > 0.05 else 0.04
+            return Proposal(size, size, 0.4, 1.0, epsilon, False)  # type: ignore[arg-type]
+
+        def learn(self, now: Round, typical: float) -> None:
+            pass
+
+    one = object.__new__(Coarse)
+    one.budget, one.kappas = Budget(max_rel_error=0.1), {None: 1.0}
+    run = SimpleNamespace(
+        preset=SimpleNamespace(rounds=5), late=lambda share, what: False, skipped=[]
+    )
+    checker = Checker(run, None, [None] * 2, lambda plan: 0.4, 1.0)  # type: ignore[arg-type]
+
+    def check(now: Round, allowed: float) -> None:
+        now.rows = [{"done": 1.0}]
+        now.measured = now.bound = now.plan  # type: ignore[assignment]
+        now.held = now.measured <= allowed
+
+    checker.check, checker.speed = check, lambda plan: {"ms": 0.4, "dense_ms": 1.0}  # type: ignore
+    found = one.settle(run, checker)  # type: ignore[arg-type]
+    assert [r.plan for r in found.rounds] == [0.2, 0.04]
+    assert found.best is found.rounds[1]
 
 
 def test_a_check_counts_what_runs_took() -> None:

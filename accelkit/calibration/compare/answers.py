@@ -21,6 +21,9 @@ from accelkit.patches.plan import Plan
 if TYPE_CHECKING:
     from rich.table import Table
 
+END = 12
+"""Tokens of a prompt that are shown of its end."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -42,6 +45,7 @@ class Comparison:
     along that answer. `note` says why nothing ran sparse when that is as the plan wants it."""
 
     prompt_tokens: int
+    prompt_end: str
     expected: str | None
     dense: Answer | None
     sparse: Answer
@@ -80,6 +84,7 @@ def compare(
     """
     if min(max_new_tokens, repeat) < 1:
         raise InvalidInputError("--max-new-tokens and --repeat must be at least 1")
+    tasks.need_positions(model, len(ids) + max_new_tokens)
     tokens, n = torch.as_tensor(ids, dtype=torch.long, device=model.device)[None], len(ids)
     sides = {"sparse": Timed()} | ({"dense": Timed()} if dense else {})
     run = lambda most: _generate(model, tokenizer, tokens, most)  # noqa: E731
@@ -107,6 +112,7 @@ def compare(
         )
     return Comparison(
         n,
+        tokenizer.decode(list(ids)[-END:]),
         expected,
         before,
         after,
@@ -123,7 +129,8 @@ def table(result: Comparison) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=f"{result.prompt_tokens} prompt tokens", title_justify="left")
+    title = f"{result.prompt_tokens} prompt tokens, ending in {result.prompt_end!r}"
+    grid = Table(title=Text(title, style="italic"), title_justify="left")
     sides = [(n, a) for n, a in (("dense", result.dense), ("patched", result.sparse)) if a]
     grid.add_column("")
     for name, _ in sides:
@@ -137,7 +144,7 @@ def table(result: Comparison) -> Table:
     grid.add_row("tokens per second", *("–" if r is None else f"{r:.1f}" for r in rates))
     blank = [""] * (len(sides) - 1)
     rows = (
-        ("times faster to first token", result.speedup, "{:.2f}"),
+        ("faster to first token", None if result.note else result.speedup, "{:.2f} ×"),
         ("density", result.density, "{:.1%}"),
         ("equal tokens", result.equal_tokens, "{:.1%}"),
         ("agreement along the dense answer", result.agreement, "{:.1%}"),
@@ -237,6 +244,8 @@ def prompt(
 ) -> tuple[list[int], str | None]:
     """Token ids of `text`, or without one those of a demo of `length` tokens and its answer."""
     if text is not None:
+        if not text.strip():
+            raise InvalidInputError("the prompt is empty; give some text")
         return text_prompt(tokenizer, text), None
     return demo_prompt(tokenizer, length or demo_length(plan), seed)
 
@@ -263,8 +272,6 @@ def text_prompt(tokenizer: Any, text: str) -> list[int]:
         ids = list(found["input_ids"])
     else:
         ids = list(tokenizer.encode(text))
-    if not ids:
-        raise InvalidInputError("the prompt is empty; give some text")
     return ids
 
 

@@ -156,12 +156,12 @@ def table(result: Comparison) -> Table:
     grid.add_column("")
     for name, _ in sides:
         grid.add_column(name, justify="right", overflow="fold")
-    grid.add_row("seconds", *(f"{s.seconds:.2f}" for _, s in sides))
-    grid.add_row("of them denoising", *(f"{s.denoise_seconds:.2f}" for _, s in sides))
+    grid.add_row("in all, seconds", *(f"{s.seconds:.2f}" for _, s in sides))
+    grid.add_row("denoising alone, seconds", *(f"{s.denoise_seconds:.2f}" for _, s in sides))
     blank = [""] * (len(sides) - 1)
     calls = f"{result.sparse_calls} of {result.calls}"
     rows = (
-        ("times faster", result.speedup, "{:.2f}"),
+        ("faster", result.speedup, "{:.2f} ×"),
         ("attention calls that ran sparse", calls, "{}"),
         ("error of the final latents", result.fidelity.get("error"), "{:.2%}"),
         ("PSNR", result.fidelity.get("psnr"), "{:.2f} dB"),

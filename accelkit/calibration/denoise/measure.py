@@ -208,7 +208,7 @@ class _DenseRun:
             key = f"screen/{self.stands_for[place]}"
             if self.stands_for[place] == place:
                 if self.methods:
-                    self.run.tell(f"screening {len(self.methods)} methods")
+                    self.run.tell("screening methods")
                 book.unit(key, partial(self._screen, place, call, dense, suffix))
             families = self.worth(place, book[key]["families"])
             kinds = {f.settings[0].kind for f in families}

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from accelkit.calibration.evaluation.corpus import source_corpus as source_corpus
+from accelkit.errors import InvalidInputError
 
 TASKS = ("needle", "multi_key", "multi_value", "key_value", "variables", "common_words", "text")
 """Names of all the kinds of prompt; the last has no questions."""
@@ -89,6 +90,24 @@ class ByteTokenizer:
         """Token ids of `text`, int32 of shape (tokens,)."""
         ids = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
         return np.concatenate(([self.bos_token_id], ids)) if add_special_tokens else ids
+
+
+def positions(model: Any) -> int:
+    """The most tokens that a model has positions for."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found or 1 << 30
+
+
+def need_positions(model: Any, tokens: int) -> None:
+    """Refuse prompts that are longer than the model's positions reach.
+
+    Raises:
+        InvalidInputError: too long.
+    """
+    if tokens > (most := positions(model)):
+        raise InvalidInputError(
+            f"length {tokens}: the model has positions for {most} tokens; take shorter prompts"
+        )
 
 
 def make(
