@@ -19,10 +19,8 @@ import argparse
 import json
 import math
 import sys
-import time
 import traceback
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
+from accelkit.calibration.timing import device_ms, host_ms
 from accelkit.kernels import attend, pyramid, select
 from accelkit.kernels.index import BlockIndex
 from accelkit.patches.call import AttentionCall, Clock, Geometry, Site, Span
@@ -119,8 +118,6 @@ def call_of(shape: str) -> AttentionCall:
     )  # fmt: skip
 
 
-AHEAD = 100_000_000
-"""Cycles, about 55 ms."""
 DENSE_REPEATS = 2
 """Readings of dense attention between two methods: clocks drift under load."""
 
@@ -132,19 +129,8 @@ def dense_lse(call: AttentionCall) -> torch.Tensor:
 
 
 def time_ms(run, repeats: int = 7) -> float:
-    """Median milliseconds on the device. The host has a start, as in a model, where other layers
-    keep the device busy in the meantime.
-    """
-    run()
-    torch.cuda.synchronize()
-    torch.cuda._sleep(AHEAD)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    return median(a.elapsed_time(b) for a, b in pairwise(marks))
+    """Median milliseconds on the device, without the host."""
+    return median(device_ms(run, repeats, warmup=1))
 
 
 ATTENTION = ("block_sparse", "skipping", "_gather", "_eight_bit", "flash", "_merge")
@@ -277,9 +263,7 @@ def measure(
     )
     row["call_ms"] = time_ms(lambda: attention.attend(now(), groups, state, out))
     row |= parts_ms(lambda: attention.attend(now(), groups, state, out))
-    begin = time.perf_counter()
-    attention.attend(now(), groups, state, out)
-    row["host_ms"] = 1e3 * (time.perf_counter() - begin)
+    row["host_ms"] = host_ms(lambda: attention.attend(now(), groups, state, out))
     torch.cuda.synchronize()
     row["search_ms"] = search_ms
     if fused:

@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import accelkit
 from accelkit.calibration.results import environment
+from accelkit.calibration.timing import host_ms, times_ms
 from accelkit.patches.adapters import facts
 from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
 
@@ -101,15 +101,9 @@ class Sides:
 
 def milliseconds(run: Callable[[], Any]) -> tuple[float, float]:
     """On the device, and until the host has issued everything."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    start = time.perf_counter()
-    run()
-    host = 1e3 * (time.perf_counter() - start)
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end), host
+    host: list[float] = []
+    (on_device,) = times_ms(lambda: host.append(host_ms(run)), 1, 0, torch.device("cuda"))
+    return on_device, host[0]
 
 
 def kernels(run: Callable[[], Any]) -> dict[str, tuple[int, float]]:

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import accelkit
 from accelkit import kernels
 from accelkit.calibration.results import environment
+from accelkit.calibration.timing import times_ms
 from accelkit.kernels.dispatch import explain
 from accelkit.patches.method import AttentionMethod
 
@@ -77,16 +78,10 @@ def planted_prompt(length: int, vocabulary: int, device: str) -> torch.Tensor:
     return ids.to(device)
 
 
-def first_token_ms(model: LlamaForCausalLM, ids: torch.Tensor, repeat: int) -> list[float]:
+def first_token_ms(model: LlamaForCausalLM, ids: torch.Tensor, repeat: int) -> tuple[float, ...]:
     """Milliseconds of prefill up to the first token's logits."""
-    times = []
-    for n in range(repeat + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        model(ids, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
-        if n:
-            times.append(1000 * (time.perf_counter() - start))
-    return times
+    run = lambda: model(ids, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()  # noqa: E731
+    return times_ms(run, repeat, 1, model.device)
 
 
 def kernel_of(model: LlamaForCausalLM, length: int, block: int) -> str:
