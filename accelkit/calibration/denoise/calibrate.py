@@ -105,12 +105,7 @@ def calibrate(
     settings.arguments(pipe)
     roots = {name: getattr(pipe, name) for name in fingerprint.components}
     belongs = {
-        "accelkit": session.version(),
-        "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
-        "weights": session.weights_digest(roots.values()),
-        "device": str(pipe._execution_device),
-        "dtype": str(next(iter(roots.values())).dtype),
-        "scheduler": type(pipe.scheduler).__name__,
+        **_measured_on(pipe, fingerprint, roots),
         "prompts": session.digest([_plain(s) for s in (*shots.measure, *shots.check)]),
         "methods": [f"{m.kind} {m.model_dump_json()}" for m in (*tried, *caches)],
         "settings": vars(settings),
@@ -178,21 +173,7 @@ def _plan(
     able = [m for m in methods if m.kind in costs.methods]
     found = measure.measured(run, seen, settings, shots.measure, able, costs, tokens)
     small = Small(run, seen, shots.measure, roots)
-    heads = {p: run.heads[site_of(p)] for p in seen.places}
-    weights = {p: [1.0] * n for p, n in heads.items()}
-    influence = [1.0] * len(small.shares)
-    if any(found.families.values()):
-        trials = [trial(found, heads, small.shares, fingerprint, b) for b in range(len(influence))]
-        at = weighed_at(seen.places)
-        some = stages.weighed(
-            run, {p: heads[p] for p in dict.fromkeys(at.values())}, [small.probe],
-            lambda place: trials[bucket_of(place)].left_out(place),
-        )  # fmt: skip
-        sensitive = {p: some[at[p]] for p in seen.places}
-        for b, tried in enumerate(trials):
-            influence[b] = max(small.influence(b, tried, sensitive), LEAST)
-        influence = lasting(influence, small.total, seen.total)
-        weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
+    weights, influence = _weights(run, small, found, fingerprint)
     afford = 0.0
     if caches:
         dense = found.step_seconds * seen.total
@@ -228,6 +209,42 @@ def _plan(
         "weighed_on": vars(seen.settings),
     }
     return plan.model_copy(update={"calibration": about}).with_tables(plan.tables)
+
+
+def _weights(
+    run: Run, small: Small, found: measure.Measurements, fingerprint: Fingerprint
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Weights of the heads at every place, and the influence of every bucket that is in them; ones
+    where nothing was measured.
+    """
+    seen = small.seen
+    heads = {p: run.heads[site_of(p)] for p in seen.places}
+    influence = [1.0] * len(small.shares)
+    if not any(found.families.values()):
+        return {p: [1.0] * n for p, n in heads.items()}, influence
+    trials = [trial(found, heads, small.shares, fingerprint, b) for b in range(len(influence))]
+    at = weighed_at(seen.places)
+    some = stages.weighed(
+        run, {p: heads[p] for p in dict.fromkeys(at.values())}, [small.probe],
+        lambda place: trials[bucket_of(place)].left_out(place),
+    )  # fmt: skip
+    sensitive = {p: some[at[p]] for p in seen.places}
+    influence = [max(small.influence(b, tried, sensitive), LEAST) for b, tried in enumerate(trials)]
+    influence = lasting(influence, small.total, seen.total)
+    weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
+    return weights, influence
+
+
+def _measured_on(pipe: Any, fingerprint: Fingerprint, roots: Mapping[str, Any]) -> dict[str, str]:
+    """The pipeline and the device on which a journal's readings hold."""
+    return {
+        "accelkit": session.version(),
+        "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
+        "weights": session.weights_digest(roots.values()),
+        "device": str(pipe._execution_device),
+        "dtype": str(next(iter(roots.values())).dtype),
+        "scheduler": type(pipe.scheduler).__name__,
+    }
 
 
 def _cost(book: Journal, took: dict[str, float], steps: int, shots: video.Shots) -> dict[str, Any]:

@@ -105,37 +105,30 @@ def cost(
             one = answers[0]
             if not units(answers):
                 return "it computes its pieces by itself, which the cost table cannot predict"
-            estimator, selection = choosing(call, now, one, ms, brief)
-            if method.static:
-                # Made once for all layers and, in a denoiser, for all steps and runs of a size.
-                share = 1 / shape.layers if call.causal else 0.0
-                estimator, selection = share * estimator, share * selection
+            chosen = choosing(call, now, one, ms, shape, brief)
             most = MOST_BRIEF if brief else MOST
-            if reason := _hopeless(found, (n, estimator + selection), call, longest, dense, most):
+            if reason := _hopeless(found, (n, sum(chosen)), call, longest, dense, most):
                 return reason
             if n < longest and call.q.device.type == "cpu" and one.execution != PLAIN:
                 return "skipping tiles and 8-bit products save no time on a CPU"
-            whole = interpolate(dense, n)
-            if n == longest and (reason := no_faster(one, method, whole, clocked)):
+            if n == longest and (reason := no_faster(one, method, interpolate(dense, n), clocked)):
                 return reason
-            spent = (estimator, selection, permutation(call, one, ms))
-            for term, each in zip(found.values(), spent, strict=True):
+            for term, each in zip(
+                found.values(), (*chosen, permutation(call, one, ms)), strict=True
+            ):
                 term.append((n, each))
-            if brief and n < longest:
-                continue
-            own[n] = [lists(one, now, clocked)]
-            fewer = thinner(method) if thin and now == setting else None
-            if fewer is not None and (answers := asked(call, fewer)) is not None:
-                own[n].append(lists(answers[0], fewer, clocked))
+            if n == longest or not brief:
+                fewer = thinner(method) if thin and now == setting else None
+                own[n] = _both_lists(call, one, now, fewer, clocked)
         except Exception as error:  # a method that fails must not end the calibration of the others
             return f"it does not run here: {type(error).__name__}: {error}"
     if not own:
         return f"it leaves prompts of {longest} tokens dense"
-    parts = {name: tuple(points) for name, points in found.items()}
-    summed = _summed(parts)
+    terms = {name: tuple(points) for name, points in found.items()}
+    summed = _summed(terms)
     share = _share(now, call, summed[-1][1], ms)
     others = other_units(method, bare) if bare.causal else []
-    return Found(MethodCost(summed, share, terms=parts), own, others, method.static)
+    return Found(MethodCost(summed, share, terms=terms), own, others, method.static)
 
 
 def _hopeless(
@@ -192,6 +185,22 @@ def lists(one: Answer, method: AttentionMethod, ms: Clocked) -> tuple[Lists, flo
             run(one.call, p if method.static else replace(p), one.execution)
 
     return own_lists(one), ms(kernels)
+
+
+def _both_lists(
+    call: AttentionCall,
+    one: Answer,
+    method: AttentionMethod,
+    fewer: AttentionMethod | None,
+    ms: Clocked,
+) -> list[tuple[Lists, float]]:
+    """The lists of an answer and, where there is one, of a thinner setting's, as `lists` has
+    them.
+    """
+    found = [lists(one, method, ms)]
+    if fewer is not None and (answers := asked(call, fewer)) is not None:
+        found.append(lists(answers[0], fewer, ms))
+    return found
 
 
 def own_lists(one: Answer) -> Lists:
@@ -338,20 +347,28 @@ def no_faster(one: Answer, method: AttentionMethod, whole: float, ms: Clocked) -
 
 
 def choosing(
-    call: AttentionCall, method: AttentionMethod, one: Answer, ms: Clocked, brief: bool = False
+    call: AttentionCall,
+    method: AttentionMethod,
+    one: Answer,
+    ms: Clocked,
+    shape: Shape,
+    brief: bool = False,
 ) -> tuple[float, float]:
-    """Milliseconds of a method's estimate and of its selection. Estimates of rows in another order
-    are not left with the call and count as selection; on a CPU, where they would be timed for
-    seconds, or `brief`, everything counts as estimate.
+    """Milliseconds of a method's estimate and of its selection in a layer. Estimates of rows in
+    another order are not left with the call and count as selection; on a CPU, where they would be
+    timed for seconds, or `brief`, everything counts as estimate.
     """
     policy, moved = Policy(methods=(method,)), _moved(call, one, ms)
-    whole = max(0.0, ms(lambda: answer(fresh(call), policy)) - moved)
-    if brief or not call.q.is_cuda:
-        return whole, 0.0
-    known = fresh(call)
-    answer(known, policy)
-    selection = min(max(0.0, ms(lambda: answer(known, policy)) - moved), whole)
-    return whole - selection, selection
+    whole, selection = max(0.0, ms(lambda: answer(fresh(call), policy)) - moved), 0.0
+    if call.q.is_cuda and not brief:
+        known = fresh(call)
+        answer(known, policy)
+        selection = min(max(0.0, ms(lambda: answer(known, policy)) - moved), whole)
+    share = 1.0
+    if method.static:
+        # Made once for all layers and, in a denoiser, for all steps and runs of a size.
+        share = 1 / shape.layers if call.causal else 0.0
+    return share * (whole - selection), share * selection
 
 
 def permutation(call: AttentionCall, one: Answer, ms: Clocked) -> float:
