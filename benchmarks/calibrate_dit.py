@@ -31,6 +31,7 @@ from torch import nn
 import accelkit
 from accelkit.calibration.denoise import calibrate as denoise
 from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.shots import Shot
 from accelkit.calibration.denoise.video import Settings
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.refine import Round
@@ -69,7 +70,7 @@ def guided(model: str, layers: list[int], device: str) -> tuple[Any, Settings, d
 
 def dense_step(pipe: Any, size: Settings, arguments: dict[str, Any]) -> float:
     """Seconds of a dense step."""
-    shot = video.Shot("dense", arguments, 0)
+    shot = Shot("dense", arguments, 0)
     ends = video.run(pipe, replace(size, num_inference_steps=TIMED), shot).ends
     return statistics.median(b - a for a, b in pairwise(ends))
 

@@ -32,8 +32,10 @@ from accelkit.calibration.denoise import check as denoise_check
 from accelkit.calibration.denoise import measure as denoise_measure
 from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.caches import OWN
+from accelkit.calibration.denoise.fidelity import fidelity
 from accelkit.calibration.denoise.schedule import recorded, schedules
-from accelkit.calibration.denoise.video import Settings, Shot, Take
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Settings, Take
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.fit import fit
 from accelkit.kernels.cost import CostTable
@@ -80,7 +82,7 @@ class Subject:
         for n in range(len(self.scenes)):
             mine = Take(take.latents[n], pictures[n], 0.0)
             true = Take(self.dense.latents[n], self.pictures[n], 0.0)
-            rows.append(video.fidelity(mine, true))
+            rows.append(fidelity(mine, true))
         seen = [self.shapes.look(torch.from_numpy(p)) for p in pictures]
         right = [self.shapes.score(a, s)["all"] for a, s in zip(self.scenes, seen, strict=True)]
         keys = ("error", "latent_psnr", "psnr", "ssim")

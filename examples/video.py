@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import accelkit
-from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise import fidelity, shots, video
 from accelkit.calibration.show import frames
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ def main() -> None:
     arguments = [{"prompt": p, "guidance_scale": args.guidance} for p in (*PROMPTS, args.prompt)]
     plan = accelkit.calibrate(pipe, arguments[:-1], **size, steps=args.steps, **chosen)
     plan.save_pretrained(args.out)
-    shot = video.Shot(args.prompt, arguments[-1], 0)
+    shot = shots.Shot(args.prompt, arguments[-1], 0)
     settings = video.Settings(**size, num_inference_steps=args.steps)
     dense = video.run(pipe, settings, shot, decode=True)
     with accelkit.patch(pipe, plan):
@@ -52,7 +52,7 @@ def main() -> None:
     for name, take in (("dense", dense), ("patched", patched)):
         print(f"{frames.write(take.frames, args.out / f'{name}.mp4')}: {take.ends[-1]:.2f} s")
     print(frames.contact_sheet(dense.frames, patched.frames, args.out / "sheet.png"))
-    print({"speed_up": dense.ends[-1] / patched.ends[-1], **video.fidelity(patched, dense)})
+    print({"speed_up": dense.ends[-1] / patched.ends[-1], **fidelity.fidelity(patched, dense)})
 
 
 if __name__ == "__main__":

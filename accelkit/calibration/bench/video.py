@@ -15,7 +15,8 @@ from accelkit.calibration.bench.served import heads_by_policy, serves
 from accelkit.calibration.candidates import stored
 from accelkit.calibration.denoise import look as denoise_look
 from accelkit.calibration.denoise import video
-from accelkit.calibration.denoise.video import Settings, Shot
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Settings
 from accelkit.calibration.fit import fit
 from accelkit.errors import GateFailedError, InvalidInputError
 from accelkit.patches.adapters import facts

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelkit.calibration.denoise import video
-from accelkit.calibration.denoise.video import Settings, Shot, Take
+from accelkit.calibration.denoise.fidelity import fidelity
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Settings, Take
 from accelkit.calibration.show import frames
 from accelkit.errors import InvalidInputError, NothingPatchedError, PlanTransferWarning
 from accelkit.patches.patch import patch
@@ -117,7 +119,7 @@ def compare(
     return Comparison(
         shot.name, shot.seed, _side(ours, files.get("patched")),
         _side(own, files.get("dense")) if own else None,
-        video.fidelity(ours[0], own[0]) if own else {}, files.get("sheet"),
+        fidelity(ours[0], own[0]) if own else {}, files.get("sheet"),
         report.calls, report.sparse_calls,
     )  # fmt: skip
 

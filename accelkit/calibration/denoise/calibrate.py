@@ -17,12 +17,14 @@ import torch
 from accelkit.calibration import session, stages
 from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.denoise import caches as denoise_caches
-from accelkit.calibration.denoise import look, measure, video
+from accelkit.calibration.denoise import look, measure
 from accelkit.calibration.denoise.check import Checker
 from accelkit.calibration.denoise.look import bucket_of, site_of
 from accelkit.calibration.denoise.plan import Planner
+from accelkit.calibration.denoise.shots import Shot, Shots, gather
+from accelkit.calibration.denoise.trial import trial
 from accelkit.calibration.denoise.video import Settings
-from accelkit.calibration.denoise.weights import Small, lasting, trial, weighed_at
+from accelkit.calibration.denoise.weights import Small, lasting, weighed_at
 from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.session import Preset, Run
@@ -100,7 +102,7 @@ def calibrate(
     if not places:
         raise NothingPatchedError(f"{type(pipe).__name__}: no attention that could run sparse")
     chosen, measure_on, check_on = PRESETS[preset]
-    shots = video.gather(data, seed, measure_on, check_on)
+    shots = gather(data, seed, measure_on, check_on)
     settings = Settings(height, width, num_frames, steps)
     settings.arguments(pipe)
     roots = {name: getattr(pipe, name) for name in fingerprint.components}
@@ -150,7 +152,7 @@ def calibrate(
 def _plan(
     run: Run,
     settings: Settings,
-    shots: video.Shots,
+    shots: Shots,
     roots: Mapping[str, Any],
     methods: Sequence[Any],
     caches: Sequence[Any],
@@ -247,7 +249,7 @@ def _measured_on(pipe: Any, fingerprint: Fingerprint, roots: Mapping[str, Any]) 
     }
 
 
-def _cost(book: Journal, took: dict[str, float], steps: int, shots: video.Shots) -> dict[str, Any]:
+def _cost(book: Journal, took: dict[str, float], steps: int, shots: Shots) -> dict[str, Any]:
     """What calibration took in seconds by stage and, without compiling, in dense denoising runs:
     the search, and for each prompt the check.
     """
@@ -262,7 +264,7 @@ def _cost(book: Journal, took: dict[str, float], steps: int, shots: video.Shots)
     }
 
 
-def _plain(shot: video.Shot) -> bytes:
+def _plain(shot: Shot) -> bytes:
     """What tells a shot from another, tensors among its arguments included."""
     parts = [k.encode() + b"=" + session.bare(v) for k, v in sorted(shot.arguments.items())]
     return b"\n".join([*parts, str(shot.seed).encode()])

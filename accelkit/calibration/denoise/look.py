@@ -13,7 +13,8 @@ from itertools import pairwise
 from typing import Any
 
 from accelkit.calibration.denoise import video
-from accelkit.calibration.denoise.video import Enough, Settings, Shot
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Enough, Settings
 from accelkit.calibration.session import Run
 from accelkit.errors import NothingPatchedError
 from accelkit.patches.adapters import watch
