@@ -103,7 +103,7 @@ def told() -> Iterator[list[dict[str, Any]]]:
         Journal.put = put  # type: ignore[method-assign]
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=sorted(MODELS), default="wan")
     parser.add_argument("--layers", type=int, nargs="+", default=[], help="default: all")
@@ -116,8 +116,11 @@ def main() -> None:
     parser.add_argument("--journal", type=Path, help="keeps each unit of work with its seconds")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/calibrate_dit.json"))
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = options()
     # HunyuanVideo's mask over its text hides nothing here, but would make dense runs slower.
     nn.functional.scaled_dot_product_attention = unmasked(
         nn.functional.scaled_dot_product_attention

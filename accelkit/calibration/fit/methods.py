@@ -105,7 +105,9 @@ def cost(
             one = answers[0]
             if not units(answers):
                 return "it computes its pieces by itself, which the cost table cannot predict"
-            chosen = choosing(call, now, one, ms, shape, brief)
+            # Static lists are made once for all layers and, in a denoiser, for all steps and runs.
+            share = 1.0 if not method.static else 1 / shape.layers if call.causal else 0.0
+            chosen = [share * each for each in choosing(call, now, one, ms, brief)]
             most = MOST_BRIEF if brief else MOST
             if reason := _hopeless(found, (n, sum(chosen)), call, longest, dense, most):
                 return reason
@@ -113,9 +115,8 @@ def cost(
                 return "skipping tiles and 8-bit products save no time on a CPU"
             if n == longest and (reason := no_faster(one, method, interpolate(dense, n), clocked)):
                 return reason
-            for term, each in zip(
-                found.values(), (*chosen, permutation(call, one, ms)), strict=True
-            ):
+            spent = (*chosen, permutation(call, one, ms))
+            for term, each in zip(found.values(), spent, strict=True):
                 term.append((n, each))
             if n == longest or not brief:
                 fewer = thinner(method) if thin and now == setting else None
@@ -126,9 +127,9 @@ def cost(
         return f"it leaves prompts of {longest} tokens dense"
     terms = {name: tuple(points) for name, points in found.items()}
     summed = _summed(terms)
-    share = _share(now, call, summed[-1][1], ms)
+    common = _share(now, call, summed[-1][1], ms)
     others = other_units(method, bare) if bare.causal else []
-    return Found(MethodCost(summed, share, terms=terms), own, others, method.static)
+    return Found(MethodCost(summed, common, terms=terms), own, others, method.static)
 
 
 def _hopeless(
@@ -347,28 +348,20 @@ def no_faster(one: Answer, method: AttentionMethod, whole: float, ms: Clocked) -
 
 
 def choosing(
-    call: AttentionCall,
-    method: AttentionMethod,
-    one: Answer,
-    ms: Clocked,
-    shape: Shape,
-    brief: bool = False,
+    call: AttentionCall, method: AttentionMethod, one: Answer, ms: Clocked, brief: bool = False
 ) -> tuple[float, float]:
-    """Milliseconds of a method's estimate and of its selection in a layer. Estimates of rows in
-    another order are not left with the call and count as selection; on a CPU, where they would be
-    timed for seconds, or `brief`, everything counts as estimate.
+    """Milliseconds of a method's estimate and of its selection. Estimates of rows in another order
+    are not left with the call and count as selection; on a CPU, where they would be timed for
+    seconds, or `brief`, everything counts as estimate.
     """
     policy, moved = Policy(methods=(method,)), _moved(call, one, ms)
-    whole, selection = max(0.0, ms(lambda: answer(fresh(call), policy)) - moved), 0.0
-    if call.q.is_cuda and not brief:
-        known = fresh(call)
-        answer(known, policy)
-        selection = min(max(0.0, ms(lambda: answer(known, policy)) - moved), whole)
-    share = 1.0
-    if method.static:
-        # Made once for all layers and, in a denoiser, for all steps and runs of a size.
-        share = 1 / shape.layers if call.causal else 0.0
-    return share * (whole - selection), share * selection
+    whole = max(0.0, ms(lambda: answer(fresh(call), policy)) - moved)
+    if brief or not call.q.is_cuda:
+        return whole, 0.0
+    known = fresh(call)
+    answer(known, policy)
+    selection = min(max(0.0, ms(lambda: answer(known, policy)) - moved), whole)
+    return whole - selection, selection
 
 
 def permutation(call: AttentionCall, one: Answer, ms: Clocked) -> float:
