@@ -147,19 +147,6 @@ def build(
     return [header, *_plant(rng, lines, window), *asked]
 
 
-def encode(
-    segments: Sequence[Segment], tokenizer: Any, length: int | None = None, task: str = ""
-) -> Sample:
-    """Tokenise segments one by one, so that the answers' positions are exact.
-
-    length: tokens wanted. Filler segments lose tokens at their beginnings, each its share, until
-        the prompt fits; ValueError if it is too short, or too long even without filler. None
-        keeps everything.
-    """
-    pieces, total = _tokenise(segments, tokenizer)
-    return _join(pieces, segments, tokenizer, total if length is None else length, task)
-
-
 def right_answers(sample: Sample, predicted: np.ndarray) -> list[bool]:
     """Which answers are right.
 

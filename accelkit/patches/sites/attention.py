@@ -128,12 +128,7 @@ def answer(
     return (Answer(seen, pieces, execution, order, finishers, call.n_q),)
 
 
-def compute(
-    answered: Answer,
-    *,
-    rows: Tensor | Sequence[int] | None = None,
-    backend: str | None = None,
-) -> Partial:
+def compute(answered: Answer, *, rows: Tensor | Sequence[int] | None = None) -> Partial:
     """Run one answer: output `[B, len(heads), Nq, Dv]` and lse of its heads, in token order.
 
     `rows` computes these query tiles of the index only (others are zero); it needs pieces of one
@@ -141,9 +136,7 @@ def compute(
     """
     call = answered.call
     parts = tuple(
-        piece
-        if isinstance(piece, Partial)
-        else run(call, piece, answered.execution, rows=rows, backend=backend)
+        piece if isinstance(piece, Partial) else run(call, piece, answered.execution, rows=rows)
         for piece in answered.pieces
     )
     joined = parts[0] if len(parts) == 1 else merge(parts)
@@ -280,7 +273,6 @@ def run(
     execution: Execution = PLAIN,
     *,
     rows: Tensor | Sequence[int] | None = None,
-    backend: str | None = None,
     out: Tensor | None = None,
 ) -> Partial:
     """Attention of the call's heads over the keys of `index`, with the given arithmetic; options as
@@ -314,7 +306,6 @@ def run(
         pv=execution.pv,
         smooth_k=execution.smooth_k,
         out=out,
-        backend=backend,
     )
 
 
