@@ -308,16 +308,7 @@ def strided(
     out = call.q.new_zeros((batch, len(call.heads), nq, nk), dtype=torch.float32)
     per = size[0] // stride
     for kv, slots in groups(call):
-        k = key_head(call, kv)
-        if call.key_mask is not None or call.k_pos is not None:
-            real = places >= 0
-            if real.shape[1] > 1:
-                real = real[:, slots[:1]]
-            k = k * real[:, 0, :, None]
-        k = filled(k, -call.n_k % stride)
-        if qk == "int8":
-            k = _rounded(k - k[:, : call.n_k].mean(1, keepdim=True, dtype=torch.float32), stride)
-        k = k.reshape(batch, nkc, -1)
+        k = _key_cells(call, kv, per_slot(places, slots[:1]), stride, qk)
         at = [call.heads[s] for s in slots]
         step = _rows_per_chunk(call, nkc * batch * len(slots), per, stride)
         for c in range(0, nqc, step):
@@ -338,6 +329,19 @@ def strided(
             p = p.unflatten(-1, (-1, size[1] // stride)).sum(-1).unflatten(2, (-1, per)).sum(3)
             out[:, slots, c // per : c // per + p.shape[2], : p.shape[3]] = p
     return out.masked_fill_(~visible_blocks(call, size), -float("inf"))
+
+
+def _key_cells(call: Inputs, kv: int, places: Tensor, stride: int, qk: str) -> Tensor:
+    """Cells of `stride` keys of a KV head one after another, `[B, nkc, stride · D]`; zeros
+    behind the end and where `places` `[B|1, 1, Nk]` are −1.
+    """
+    k = key_head(call, kv)
+    if call.key_mask is not None or call.k_pos is not None:
+        k = k * (places[:, 0, :, None] >= 0)
+    k = filled(k, -call.n_k % stride)
+    if qk == "int8":
+        k = _rounded(k - k[:, : call.n_k].mean(1, keepdim=True, dtype=torch.float32), stride)
+    return k.reshape(k.shape[0], -1, stride * k.shape[-1])
 
 
 def _rounded(x: Tensor, stride: int) -> Tensor:
