@@ -37,7 +37,8 @@ def bench(
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Seconds of a video and of a step for every path: the pipeline's own, cuDNN's attention, step
-    caches alone, and the plan; with its ratio to each. Nothing is decoded.
+    caches alone, and the plan; with its ratio to each. Nothing is decoded. Raises
+    `InvalidInputError` for fewer than one `repeat`.
     """
     if repeat < 1:
         raise InvalidInputError("--repeat must be at least 1")

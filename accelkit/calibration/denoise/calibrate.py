@@ -24,7 +24,7 @@ from accelkit.calibration.denoise.plan import Planner
 from accelkit.calibration.denoise.shots import Shot, Shots, gather
 from accelkit.calibration.denoise.trial import trial
 from accelkit.calibration.denoise.video import Settings
-from accelkit.calibration.denoise.weights import Small, lasting, weighed_at
+from accelkit.calibration.denoise.weights import Small, carried_on, weighed_at
 from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.session import Preset, Run
@@ -232,7 +232,7 @@ def _weights(
     )  # fmt: skip
     sensitive = {p: some[at[p]] for p in seen.places}
     influence = [max(small.influence(b, tried, sensitive), LEAST) for b, tried in enumerate(trials)]
-    influence = lasting(influence, small.total, seen.total)
+    influence = carried_on(influence, small.total, seen.total)
     weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
     return weights, influence
 

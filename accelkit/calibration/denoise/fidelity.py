@@ -49,6 +49,7 @@ def decibels(square: float, peak: float) -> float:
 def ssim(a: np.ndarray, b: np.ndarray, device: torch.device | str = "cpu") -> float:
     """Structural similarity of frames `[F, H, W, C]` in 0 … 1, computed on `device`: Gaussian
     window of 11 pixels and σ 1.5, mean over frames, pixels and channels (Wang et al. 2004).
+    Raises `InvalidInputError` for frames smaller than the window.
     """
     x, y = (
         torch.from_numpy(f).to(device).permute(0, 3, 1, 2).flatten(0, 1)[:, None].double()

@@ -75,7 +75,9 @@ def bucket_of(place: str) -> int:
 
 
 def look(run: Run, settings: Settings, shot: Shot) -> Look:
-    """A dense run at the smallest geometry that the pipeline takes."""
+    """A dense run at the smallest geometry that the pipeline takes. Raises `NothingPatchedError`
+    where no self- or joint-attention is called.
+    """
 
     def work() -> dict[str, Any]:
         sizes = settings.filled(run.model).smaller()

@@ -268,7 +268,7 @@ class Small:
         return float(np.median([relative(*p) for p in zip(found, self.latents(0), strict=True)]))
 
 
-def lasting(influence: Sequence[float], few: int, total: int) -> list[float]:
+def carried_on(influence: Sequence[float], few: int, total: int) -> list[float]:
     """Influences of the buckets of `total` steps, from those of `few`, in which a bucket may have
     another share of the steps.
 

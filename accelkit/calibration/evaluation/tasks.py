@@ -99,6 +99,9 @@ def make(
     filler: text from which random windows are taken; by default `source_corpus()`.
     tokenizer: a Hugging Face tokenizer, or anything with its ``encode(text, add_special_tokens)``
         and ``bos_token_id``; by default `ByteTokenizer`.
+
+    Raises `ValueError` for an unknown task, a length below `MIN_LENGTH`, or a tokenizer that no
+    text fits.
     """
     if length < MIN_LENGTH:
         raise ValueError(f"length must be at least {MIN_LENGTH} tokens, not {length}")
@@ -123,6 +126,8 @@ def build(
     """The text of a prompt, `size` characters in all, as segments.
 
     share: how much of a dense list's characters is left to filler.
+
+    Raises `ValueError` for an unknown task or a size that its questions alone exceed.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")

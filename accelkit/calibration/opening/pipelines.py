@@ -128,7 +128,8 @@ def size_told(pipe: Any, size: Mapping[str, int]) -> str:
 
 def describe_pipeline(name: str) -> dict[str, Any]:
     """Class, size and attention sites of a pipeline's denoisers, from their configs alone;
-    cross-attention, which always runs dense, among them.
+    cross-attention, which always runs dense, among them. Raises `UnsupportedModelError` for a
+    pipeline without a transformer.
     """
     diffusers = _diffusers()
     from accelkit.patches.adapters.diffusers import attention_modules

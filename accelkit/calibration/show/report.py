@@ -227,7 +227,8 @@ def parameters(plan: Plan, row: int) -> str:
 
 def write_html(plan: Plan, path: Path, title: str | None = None) -> Path:
     """Write one self-contained page: figures as SVG inside, the data as JSON, nothing loaded from
-    elsewhere."""
+    elsewhere. Raises `InvalidInputError` where it cannot be written.
+    """
     try:
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup

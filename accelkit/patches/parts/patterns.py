@@ -91,7 +91,8 @@ def window(
 ) -> BlockIndex:
     """Sinks and a sliding window (StreamingLLM, 2309.17453): the query at position p reads the
     first `sink_tokens` real keys and positions `(p − window_tokens, p]`, both sides where the call
-    is not causal. The last `last_rows` query rows read everything (Tri-shape, MInference).
+    is not causal. The last `last_rows` query rows read everything (Tri-shape, MInference). Raises
+    `InvalidInputError` for a window without a token.
     """
     if window_tokens < 1 or sink_tokens < 0:
         raise InvalidInputError(
