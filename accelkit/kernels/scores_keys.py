@@ -30,7 +30,7 @@ from accelkit.kernels.positions import (
     take_heads,
     voting_rows,
 )
-from accelkit.kernels.scores_blocks import pool_keys, pool_queries
+from accelkit.kernels.scores_pooled import pool_keys, pool_queries
 
 
 @dataclass(frozen=True)

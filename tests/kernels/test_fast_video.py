@@ -9,7 +9,16 @@ import hand
 import pytest
 import torch
 
-from accelkit.kernels import attend, dispatch, permute, pyramid, scores, scores_blocks, select
+from accelkit.kernels import (
+    attend,
+    dispatch,
+    permute,
+    pyramid,
+    scores,
+    scores_blocks,
+    scores_pooled,
+    select,
+)
 from accelkit.kernels.index import BlockIndex, plain_inputs
 
 pytest.importorskip("triton")
@@ -131,7 +140,7 @@ def test_self_similarity(center: bool, masked: bool):
     mask = (torch.rand(2, 1, 90) > 0.2).to(DEVICE) if masked else None
     slow = scores.self_similarity(x, 16, mask, center)
     torch.testing.assert_close(
-        slow, scores_blocks._fast_self_similarity(x, 16, mask, center), atol=1e-4, rtol=1e-3
+        slow, scores_pooled._fast_self_similarity(x, 16, mask, center), atol=1e-4, rtol=1e-3
     )
 
 
