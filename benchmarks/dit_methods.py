@@ -21,13 +21,13 @@ import math
 import sys
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from attention.peers import cudnn
 from torch.profiler import ProfilerActivity, profile
 
 from accelkit.calibration.timing import device_ms, host_ms
@@ -284,12 +284,8 @@ def main() -> None:
     rows, failed = [], []
     for shape in args.shapes:
         call = call_of(shape)
-
-        def cudnn(call: AttentionCall = call) -> torch.Tensor:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale)
-
-        after, dense = time_ms(cudnn), cudnn()
+        run_dense = partial(cudnn, call.q, call.k, call.v, False)
+        after, dense = time_ms(run_dense), run_dense()
         print(f"{shape}: {call.n_k} tokens, {len(call.heads)} heads, dense {after:.2f} ms")
         for name in args.methods:
             for fields in SETTINGS[name]:
@@ -301,7 +297,7 @@ def main() -> None:
                     print(f"  {name} {fields}: {type(reason).__name__}: {str(reason)[:90]}")
                     failed.append(f"{name} {fields} at {shape}")
                     continue
-                before, after = after, time_ms(cudnn, DENSE_REPEATS)
+                before, after = after, time_ms(run_dense, DENSE_REPEATS)
                 dense_ms = (before + after) / 2
                 row |= {"shape": shape, "dense_ms": dense_ms, "gain": dense_ms / row["call_ms"]}
                 row["dense_drift"] = after / before - 1

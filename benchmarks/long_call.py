@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from attention.peers import cudnn
 from attention.report import machine
 from dit_methods import expected
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from accelkit.calibration.timing import device_ms
 from accelkit.kernels import select
@@ -125,13 +125,7 @@ def main() -> None:
     for tokens in args.tokens:
         torch.manual_seed(0)
         call = call_of(tokens)
-
-        def dense(call: AttentionCall = call) -> None:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                scaled_dot_product_attention(
-                    call.q, call.k, call.v, is_causal=True, enable_gqa=True
-                )
-
+        dense = partial(cudnn, call.q, call.k, call.v, True)
         dense_ms = median(device_ms(dense, 1, warmup=1))  # cuDNN plans a shape once
         for name in args.methods:
             rows.append(measured(call, name, dense_ms))
