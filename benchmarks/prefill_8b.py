@@ -46,16 +46,10 @@ class FixedShare(AttentionMethod):
 def llama_8b(device: str) -> LlamaForCausalLM:
     """The public configuration of Llama-3.1-8B with random bf16 weights."""
     config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rope_theta=500000.0,
-        dtype="bfloat16",
-    )
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
+        rope_theta=500000.0, dtype="bfloat16",
+    )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
         before = torch.get_default_dtype()

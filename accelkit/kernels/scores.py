@@ -6,12 +6,7 @@ nothing is visible; exact masses are 0 there. The torch code is the reference; o
 run as Triton kernels of `_triton/scores.py`.
 """
 
-from accelkit.kernels.scores_blocks import (
-    block_mass,
-    rows_by_block_mean,
-    sampled_max,
-    strided,
-)
+from accelkit.kernels.scores_blocks import block_mass, rows_by_block_mean, sampled_max, strided
 from accelkit.kernels.scores_keys import (
     Probe,
     anchor_max,

@@ -96,11 +96,7 @@ def pool_runs(x: Tensor, begin: Tensor, heads: Tensor) -> Tensor:
 
 
 def _pool_heads(
-    x: Tensor,
-    block: int,
-    heads: Tensor,
-    places: Tensor | None = None,
-    begin: Tensor | None = None,
+    x: Tensor, block: int, heads: Tensor, places: Tensor | None = None, begin: Tensor | None = None
 ) -> Tensor:
     """Means on a GPU, of each head once: `heads` as they are asked for, unless many ask for one."""
     from accelkit.kernels._triton import scores as fast

@@ -167,16 +167,9 @@ def _measured(
             densities.append(report["density"])
             sparse += times_ms(run, 1, 0 if turn else warmup, ids.device)
     return Measurement(
-        length,
-        batch,
-        ", ".join(dict.fromkeys(kinds)),
-        times,
-        Timing(tuple(sparse)),
-        statistics.mean(densities),
-        report["sparse_calls"],
-        report["calls"],
-        report["dense"],
-    )
+        length, batch, ", ".join(dict.fromkeys(kinds)), times, Timing(tuple(sparse)),
+        statistics.mean(densities), report["sparse_calls"], report["calls"], report["dense"],
+    )  # fmt: skip
 
 
 def dense_paths(model: Any) -> dict[str, str]:

@@ -106,16 +106,9 @@ def compare(
             f"the prompt has {n} tokens, the plan begins at {plan.limits.min_length}: it runs dense"
         )
     return Comparison(
-        n,
-        expected,
-        before,
-        after,
-        _equal(before, after),
-        agreement,
-        None if note else report["density"],
-        report,
-        note,
-    )
+        n, expected, before, after, _equal(before, after), agreement,
+        None if note else report["density"], report, note,
+    )  # fmt: skip
 
 
 def table(result: Comparison) -> Table:

@@ -19,23 +19,10 @@ from torch import Tensor
 
 from accelkit.calibration.capture import See, dense_attention
 from accelkit.calibration.denoise import schedule, video
-from accelkit.calibration.denoise.look import (
-    Look,
-    bucket_of,
-    buckets,
-    place_of,
-    scaled,
-    site_of,
-)
+from accelkit.calibration.denoise.look import Look, bucket_of, buckets, place_of, scaled, site_of
 from accelkit.calibration.denoise.shots import Shot, together
 from accelkit.calibration.denoise.trial import Trial
-from accelkit.calibration.evaluation.quality import (
-    NOISE,
-    ONE_IN_TWENTY,
-    Show,
-    noise_like,
-    relative,
-)
+from accelkit.calibration.evaluation.quality import NOISE, ONE_IN_TWENTY, Show, noise_like, relative
 from accelkit.calibration.search import composed
 from accelkit.calibration.session import Run
 from accelkit.errors import AccelkitError

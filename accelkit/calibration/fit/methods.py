@@ -23,14 +23,7 @@ from accelkit.kernels.select import density
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.plan import Policy
-from accelkit.patches.sites.attention import (
-    PLAIN,
-    Answer,
-    answer,
-    compute,
-    in_kernel_order,
-    run,
-)
+from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute, in_kernel_order, run
 
 MOST = 0.8
 """A method whose estimate alone takes this share of dense attention is refused."""

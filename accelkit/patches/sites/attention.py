@@ -288,25 +288,11 @@ def run(
     if k_pos is None and not call.causal:
         q_pos = None  # rows of holes go nowhere
     return kernels.attend(
-        call.q,
-        call.k,
-        call.v,
-        index,
-        scale=call.scale * execution.sharpen,
-        causal=call.causal,
-        q_start=call.q_start,
-        heads=call.heads,
-        kv_of_head=call.kv_heads if theirs else None,
-        key_mask=call.key_mask,
-        q_pos=q_pos,
-        k_pos=k_pos,
-        rows=rows,
-        skip=execution.skip,
-        qk=execution.qk,
-        pv=execution.pv,
-        smooth_k=execution.smooth_k,
-        out=out,
-    )
+        call.q, call.k, call.v, index, scale=call.scale * execution.sharpen, causal=call.causal,
+        q_start=call.q_start, heads=call.heads, kv_of_head=call.kv_heads if theirs else None,
+        key_mask=call.key_mask, q_pos=q_pos, k_pos=k_pos, rows=rows, skip=execution.skip,
+        qk=execution.qk, pv=execution.pv, smooth_k=execution.smooth_k, out=out,
+    )  # fmt: skip
 
 
 def _weightless(index: BlockIndex, place: Tensor) -> BlockIndex:
