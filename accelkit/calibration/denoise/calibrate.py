@@ -176,23 +176,13 @@ def _plan(
     found = measure.measured(run, seen, settings, shots.measure, able, costs, tokens)
     small = Small(run, seen, shots.measure, roots)
     weights, influence = _weights(run, small, found, fingerprint)
-    afford = 0.0
-    if caches:
-        dense = found.step_seconds * seen.total
-        whole = run.journal.unit("cache/whole", lambda: small.whole.seconds)
-        afford = SHORT * whole if SHORT * whole > dense else CACHES * dense - whole
+    afford = _affordable(run, small, found.step_seconds * seen.total) if caches else 0.0
     # Spread as the trials show it: what hardly changes anything may tip a single result over.
     margin = small.margin()
     cached, refused = denoise_caches.options(run, small, caches, allowed / margin, afford)
-    planner = Planner(
-        seen, found, weights, costs, tokens, cached, fingerprint, budget,
-        Limits(
-            min_length=tokens // 4,
-            max_length=tokens,
-            grid=tuple(glanced["grid"]) if glanced["grid"] else None,
-            steps=seen.total,
-        ),
-    )  # fmt: skip
+    grid = tuple(glanced["grid"]) if glanced["grid"] else None
+    limits = Limits(min_length=tokens // 4, max_length=tokens, grid=grid, steps=seen.total)
+    planner = Planner(seen, found, weights, costs, tokens, cached, fingerprint, budget, limits)
     planner.rounding = small.rounding()
     planner.rehearse(small, margin)
     checker = Checker(run, settings, shots.check, planner.ratio, margin)
@@ -211,6 +201,12 @@ def _plan(
         "weighed_on": vars(seen.settings),
     }
     return plan.model_copy(update={"calibration": about}).with_tables(plan.tables)
+
+
+def _affordable(run: Run, small: Small, dense_s: float) -> float:
+    """Seconds that the search for step caches may take, where a dense run takes `dense_s`."""
+    whole = run.journal.unit("cache/whole", lambda: small.whole.seconds)
+    return SHORT * whole if SHORT * whole > dense_s else CACHES * dense_s - whole
 
 
 def _weights(
