@@ -4,7 +4,7 @@
 CUDA graph, which leaves out what the host takes. Random bf16 data, 32 query heads, 8 KV heads of
 128.
 
-    python benchmarks/decode.py --out benchmarks/results/decode-h100.json
+    python benchmarks/decode.py --out benchmarks/results/decode-h200.json
 """
 
 from __future__ import annotations
