@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import accelkit
-from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise import fidelity, shots, video
 from accelkit.calibration.show import frames
 from accelkit.console import names, share
 
@@ -43,7 +43,7 @@ def main() -> None:
     chosen = {"budget": args.budget, "methods": args.methods, "preset": args.preset}
     plan = accelkit.calibrate(pipe, arguments[:-1], **size, steps=args.steps, **chosen)
     plan.save_pretrained(args.out)
-    shot = video.Shot(args.prompt, arguments[-1], 0)
+    shot = shots.Shot(args.prompt, arguments[-1], 0)
     settings = video.Settings(**size, num_inference_steps=args.steps)
     dense = video.run(pipe, settings, shot, decode=True)
     with accelkit.patch(pipe, plan):
@@ -52,7 +52,8 @@ def main() -> None:
     for name, take in (("dense", dense), ("patched", patched)):
         print(f"{frames.write(take.frames, args.out / f'{name}.mp4')}: {take.ends[-1]:.2f} s")
     print(frames.contact_sheet(dense.frames, patched.frames, args.out / "sheet.png"))
-    print(f"{dense.ends[-1] / patched.ends[-1]:.2f} × faster,", video.fidelity(patched, dense))
+    gain = dense.ends[-1] / patched.ends[-1]
+    print(f"{gain:.2f} × as fast,", fidelity.fidelity(patched, dense))
 
 
 if __name__ == "__main__":

@@ -122,11 +122,12 @@ def dry_run(
     _counted(height=height, width=width, num_frames=num_frames, steps=steps)
     if "denoise" in adapter.PHASES:
         from accelkit.calibration.bench import video as speed
-        from accelkit.calibration.denoise import video
+        from accelkit.calibration.denoise.shots import gather
+        from accelkit.calibration.denoise.video import Settings
 
         _unused({"lengths": lengths}, "a pipeline")
-        size = video.Settings(height, width, num_frames, steps)
-        return speed.bound(bare, size, video.gather(None, 0, 1, 1).measure[0])
+        size = Settings(height, width, num_frames, steps)
+        return speed.bound(bare, size, gather(None, 0, 1, 1).measure[0])
     from accelkit.calibration.bench import prefill
 
     size_of = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}

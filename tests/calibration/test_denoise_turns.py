@@ -16,7 +16,7 @@ from accelkit.calibration.denoise.caches import Cached
 from accelkit.calibration.denoise.check import CAREFUL, MOST_RUNS, Checker
 from accelkit.calibration.denoise.plan import Planner
 from accelkit.calibration.denoise.tables import Tables, left
-from accelkit.calibration.denoise.weights import Small, lasting
+from accelkit.calibration.denoise.weights import Small, carried_on
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.refine import Proposal, Round, plan_digest
 from accelkit.calibration.search import DENSE, Choice, Option, Table
@@ -349,12 +349,12 @@ def test_a_check_that_affords_no_prompt_more_ends() -> None:
 def test_an_early_step_counts_for_no_less_than_a_later_one() -> None:
     # Of 12 steps buckets have 2, 1, 3 and 6; of 20, 2, 3, 5 and 10.
     middle = (0.05, 0.175, 0.375, 0.75)
-    fading = lasting([n / m for n, m in zip((2, 1, 3, 6), middle, strict=True)], 12, 20)
+    fading = carried_on([n / m for n, m in zip((2, 1, 3, 6), middle, strict=True)], 12, 20)
     expected = [0.6 * n / m for n, m in zip((2, 3, 5, 10), middle, strict=True)]
     assert fading == pytest.approx(expected)
-    even = lasting([2.0, 0.1, 3.0, 6.0], 12, 20)
+    even = carried_on([2.0, 0.1, 3.0, 6.0], 12, 20)
     assert even == pytest.approx([0.75 * f for f in fading]), "the last bucket tells of the others"
-    first = lasting([90.0, 0.1, 3.0, 6.0], 12, 20)
+    first = carried_on([90.0, 0.1, 3.0, 6.0], 12, 20)
     assert first == pytest.approx([54.0, *even[1:]]), "what it shows of its own counts"
 
 

@@ -178,16 +178,9 @@ def _measured(
             densities.append(report["density"])
             sparse += times_ms(run, 1, 0 if turn else warmup, ids.device)
     return Measurement(
-        length,
-        batch,
-        ", ".join(dict.fromkeys(kinds)),
-        times,
-        Timing(tuple(sparse)),
-        statistics.mean(densities),
-        report["sparse_calls"],
-        report["calls"],
-        report["dense"],
-    )
+        length, batch, ", ".join(dict.fromkeys(kinds)), times, Timing(tuple(sparse)),
+        statistics.mean(densities), report["sparse_calls"], report["calls"], report["dense"],
+    )  # fmt: skip
 
 
 def dense_paths(model: Any) -> dict[str, str]:
@@ -253,7 +246,8 @@ def preview(model: Any, plan: Plan, lengths: Sequence[int]) -> list[dict[str, An
 
 def bound(model: Any, lengths: Sequence[int] | None, repeat: int = 2) -> list[dict[str, Any]]:
     """Attention's share of prefill at each length, and how much faster it would be if attention,
-    and a last layer that can be trimmed, cost nothing. Random tokens stand for a prompt.
+    and a last layer that can be trimmed, cost nothing. Random tokens stand for a prompt. Raises
+    `NothingPatchedError` for a model without attention that could run sparse.
     """
     fingerprint, _ = facts(model)
     component = fingerprint.components["text"]

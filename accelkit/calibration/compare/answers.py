@@ -26,7 +26,7 @@ END = 12
 
 
 @dataclass(frozen=True)
-class Answer:
+class Generated:
     """What one side generated and how fast. Time to first token is a median, tokens per second
     count the later ones."""
 
@@ -47,8 +47,8 @@ class Comparison:
     prompt_tokens: int
     prompt_end: str
     expected: str | None
-    dense: Answer | None
-    sparse: Answer
+    dense: Generated | None
+    sparse: Generated
     equal_tokens: float | None
     agreement: float | None
     density: float | None
@@ -111,17 +111,9 @@ def compare(
             f"the prompt has {n} tokens, the plan begins at {plan.limits.min_length}: it runs dense"
         )
     return Comparison(
-        n,
-        tokenizer.decode(list(ids)[-END:]),
-        expected,
-        before,
-        after,
-        _equal(before, after),
-        agreement,
-        None if note else report["density"],
-        report,
-        note,
-    )
+        n, tokenizer.decode(list(ids)[-END:]), expected, before, after, _equal(before, after),
+        agreement, None if note else report["density"], report, note,
+    )  # fmt: skip
 
 
 def table(result: Comparison) -> Table:
@@ -176,10 +168,10 @@ class Timed:
             if len(at) > 1 and at[-1] > at[0]:
                 self.rate = (len(at) - 1) / (at[-1] - at[0])
 
-    def answer(self, tokenizer: Any) -> Answer:
+    def answer(self, tokenizer: Any) -> Generated:
         """The result."""
         text = tokenizer.decode(self.tokens, skip_special_tokens=True)
-        return Answer(text, tuple(self.tokens), statistics.median(self.first_ms), self.rate)
+        return Generated(text, tuple(self.tokens), statistics.median(self.first_ms), self.rate)
 
 
 class _Stamps:
@@ -221,7 +213,7 @@ def _generate(
     return out[0, prompt.shape[1] :].tolist(), stamps.at
 
 
-def _equal(a: Answer | None, b: Answer) -> float | None:
+def _equal(a: Generated | None, b: Generated) -> float | None:
     if a is None:
         return None
     longest = max(len(a.tokens), len(b.tokens))
@@ -252,7 +244,8 @@ def prompt(
 
 def demo_prompt(tokenizer: Any, length: int, seed: int = 0) -> tuple[list[int], str]:
     """A retrieval prompt of at least `length` tokens that ends where an answer is due, and that
-    answer."""
+    answer. Raises `InvalidInputError` for fewer tokens than the task needs.
+    """
     if length < tasks.MIN_LENGTH:
         raise InvalidInputError(f"--length: the demo needs at least {tasks.MIN_LENGTH} tokens")
     for tail in range(1, 33):  # tokens of the last answer, which the prompt leaves out
@@ -264,7 +257,9 @@ def demo_prompt(tokenizer: Any, length: int, seed: int = 0) -> tuple[list[int], 
 
 
 def text_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text; a chat model gets it as the user's turn."""
+    """Token ids of a text; a chat model gets it as the user's turn. Raises `InvalidInputError` for
+    an empty one.
+    """
     if getattr(tokenizer, "chat_template", None):
         found = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True

@@ -29,7 +29,8 @@ from accelkit.calibration.candidates import (
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.look import Look, bucket_of, scaled, site_of
-from accelkit.calibration.denoise.video import Enough, Settings, Shot
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Enough, Settings
 from accelkit.calibration.profile import UNIT, profile
 from accelkit.calibration.session import Run
 from accelkit.calibration.stages import family_of, kept

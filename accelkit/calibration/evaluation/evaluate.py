@@ -306,18 +306,11 @@ def _score(
     bits = {side: s.bits / tokens for side, s in sums.items()}
     both = len(sides) == 2
     return Score(
-        name,
-        length,
-        len(asked),
-        tokens,
-        share.get("dense"),
-        share.get("sparse"),
-        bits.get("dense"),
-        bits.get("sparse"),
-        same / tokens if both else None,
-        divergence / tokens if both else None,
+        name, length, len(asked), tokens, share.get("dense"), share.get("sparse"),
+        bits.get("dense"), bits.get("sparse"),
+        same / tokens if both else None, divergence / tokens if both else None,
         _ran(handle) - before if handle is not None else None,
-    )
+    )  # fmt: skip
 
 
 @torch.inference_mode()

@@ -118,6 +118,9 @@ def make(
     filler: text from which random windows are taken; by default `source_corpus()`.
     tokenizer: a Hugging Face tokenizer, or anything with its ``encode(text, add_special_tokens)``
         and ``bos_token_id``; by default `ByteTokenizer`.
+
+    Raises `ValueError` for an unknown task, a length below `MIN_LENGTH`, or a tokenizer that no
+    text fits.
     """
     if length < MIN_LENGTH:
         raise ValueError(f"length must be at least {MIN_LENGTH} tokens, not {length}")
@@ -142,6 +145,8 @@ def build(
     """The text of a prompt, `size` characters in all, as segments.
 
     share: how much of a dense list's characters is left to filler.
+
+    Raises `ValueError` for an unknown task or a size that its questions alone exceed.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
@@ -164,19 +169,6 @@ def build(
     if task in _DENSE:
         return [header, Segment(window, "filler"), Segment("".join(lines), "given"), *asked]
     return [header, *_plant(rng, lines, window), *asked]
-
-
-def encode(
-    segments: Sequence[Segment], tokenizer: Any, length: int | None = None, task: str = ""
-) -> Sample:
-    """Tokenise segments one by one, so that the answers' positions are exact.
-
-    length: tokens wanted. Filler segments lose tokens at their beginnings, each its share, until
-        the prompt fits; ValueError if it is too short, or too long even without filler. None
-        keeps everything.
-    """
-    pieces, total = _tokenise(segments, tokenizer)
-    return _join(pieces, segments, tokenizer, total if length is None else length, task)
 
 
 def right_answers(sample: Sample, predicted: np.ndarray) -> list[bool]:

@@ -143,14 +143,8 @@ def headline(plan: Plan, phase: str | None = None) -> list[tuple[str, str]]:
         )
     if s["attention_speedup"]:
         at = ", ".join(map(str, s["measured_at_tokens"]))
-        lines.append(
-            (
-                "attention",
-                f"{s['attention_ms']:.2f} ms, dense {s['attention_dense_ms']:.2f} ms: "
-                f"{s['attention_speedup']:.2f} × faster "
-                f"(predicted{f' at {at} tokens' if at else ''})",
-            )
-        )
+        how = f"predicted at {at} tokens" if at else "predicted"
+        lines.append(("attention", _beside_dense(s, "attention", how)))
     if plan.trim_last_layer and phase == phase_of(plan):
         whole, trimmed = plan.measured.get("prefill_dense_ms"), plan.measured.get(TRIMMED)
         gain = ""
@@ -161,40 +155,44 @@ def headline(plan: Plan, phase: str | None = None) -> list[tuple[str, str]]:
     if s["step_cache"]:
         lines.append(("step cache", str(s["step_cache"])))
     if is_number(s[f"{phase}_speedup"]):
-        ms, dense_ms = s[f"{phase}_ms"], s[f"{phase}_dense_ms"]
-        lines.append(
-            (
-                phase,
-                f"{ms:.2f} ms, dense {dense_ms:.2f} ms: {s[f'{phase}_speedup']:.2f} × faster "
-                f"(measured at {s[f'{phase}_tokens']} tokens)",
-            )
-        )
-    errors = [
-        f"{name} {s[key]:.2%}"
-        for name, key in (
-            ("allowed", "budget"),
-            ("predicted", "predicted_error"),
-            ("measured", "measured_error"),
-            ("further prompts up to", "further_error"),
-        )
-        if is_number(s[key]) and not (key == "further_error" and s[key] == s["measured_error"])
-    ]
-    if errors:
-        of = "final latents, worst prompt"
-        of = of if phase == "denoise" else "last hidden state, worst prompt"
-        lines.append(("error", ", ".join(errors) + f" (relative L1, {of})"))
+        how = f"measured at {s[f'{phase}_tokens']} tokens"
+        lines.append((phase, _beside_dense(s, phase, how)))
+    if errors := _errors(s):
+        of = "final latents" if phase == "denoise" else "last hidden state"
+        lines.append(("error", f"{errors} (relative L1, {of}, worst prompt)"))
     if s["note"]:
         lines.append(("note", str(s["note"])))
     if spent := _spent(s["calibration"]):
         lines.append(("calibration", spent))
-    made = [
-        f"{'accelkit' if k == 'version' else k} {v}"
-        for k, v in sorted(s["producer"].items(), key=lambda item: (item[0] != "version", item[0]))
-        if v and k not in ("name", "date")
-    ]
-    if made:
-        lines.append(("made with", ", ".join(made)))
+    if made := _made_with(s["producer"]):
+        lines.append(("made with", made))
     return lines
+
+
+def _beside_dense(s: dict[str, Any], what: str, how: str) -> str:
+    """Milliseconds of something in a summary beside dense."""
+    ms, dense_ms, faster = (s[f"{what}_{k}"] for k in ("ms", "dense_ms", "speedup"))
+    return f"{ms:.2f} ms, dense {dense_ms:.2f} ms: {faster:.2f} × faster ({how})"
+
+
+def _errors(s: dict[str, Any]) -> str:
+    """The error that is allowed and those that were found."""
+    named = {
+        "allowed": "budget",
+        "predicted": "predicted_error",
+        "measured": "measured_error",
+        "further prompts up to": "further_error",
+    }
+    if s["further_error"] == s["measured_error"]:
+        del named["further prompts up to"]
+    return ", ".join(f"{name} {s[key]:.2%}" for name, key in named.items() if is_number(s[key]))
+
+
+def _made_with(producer: dict[str, Any]) -> str:
+    """The versions that made a plan, ours first."""
+    others = sorted(k for k in producer if k not in ("version", "name", "date"))
+    named = {"accelkit": producer.get("version"), **{k: producer[k] for k in others}}
+    return ", ".join(f"{k} {v}" for k, v in named.items() if v)
 
 
 def _spent(about: dict[str, Any]) -> str | None:
@@ -246,7 +244,8 @@ def _number(plan: Plan, field: str, value: Any) -> str:
 
 def write_html(plan: Plan, path: Path, title: str | None = None) -> Path:
     """Write one self-contained page: figures as SVG inside, the data as JSON, nothing loaded from
-    elsewhere."""
+    elsewhere. Raises `InvalidInputError` where it cannot be written.
+    """
     try:
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
