@@ -1,0 +1,318 @@
+"""Released code of other projects beside accelkit's version of the same method, in one process.
+
+    python benchmarks/peers.py --peer flexprefill=/path/to/FlexPrefill \\
+        --peer minference=/path/to/MInference --peer xattention=/path/to/x-attention \\
+        --peer spargeattn=/path/to/SpargeAttn --out peers.json [--tokens 32768 131072]
+
+A folder holds a checkout, its CUDA parts built in place. Both sides get the same calls: prefill
+with sinks, lines, a band, a far diagonal and blocks of topics planted in it, or Wan's waves over a
+grid. accelkit's method runs at the same settings and, where it then reads another share of the
+pairs, at that density and at that captured mass. For each: milliseconds of the whole call
+(estimate, selection, lists, kernel) and of the choice alone, beside cuDNN's dense attention, all in
+turns; density, captured softmax mass and errors by some rows of every head. `own error` is against
+softmax in fp32 over the keys that the side says it read: where it is not small, the keys were read
+back wrongly, and the row is kept under `failed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from attention.report import machine
+from attention.timing import milliseconds
+from dit_methods import call_of
+from peer_releases import RELEASES, Keys, Side, commit, of_blocks
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from accelkit.calibration.timing import times_ms
+from accelkit.kernels.index import BlockIndex, ceil_div, equal_groups
+from accelkit.patches.call import AttentionCall, Site
+from accelkit.patches.method import load
+from accelkit.patches.plan import HeadGroup, LayerPlan, Plan, Policy
+from accelkit.patches.sites import attention
+from accelkit.patches.state import PatchState
+
+Fields = dict[str, Any]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROWS = 96
+"""Rows of each head by which density, mass and errors are judged."""
+ALIKE = 0.01
+"""Sides whose density and mass differ by less are not matched again."""
+WRONG = 0.1
+"""An own error that no arithmetic explains."""
+NOTE = (
+    "By `benchmarks/peers.py`: released code beside accelkit's version of the same method, same "
+    "process, same planted data, bfloat16, 32 query and 8 KV heads of 128 (Wan: 12 heads, not "
+    "causal). `like release` says at what accelkit's side was made equal. Density: computed pairs "
+    "of all visible ones; mass: softmax mass on them; error: relative, of rows against dense fp32; "
+    "own error: against fp32 over the keys read. `× release`: how many times as fast as the "
+    "release. XAttention's release is its estimate and selection, with accelkit's kernel behind."
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A setting of a release, the same of accelkit's method, and the field that may be turned."""
+
+    release: str
+    setting: Fields
+    method: str
+    fields: Fields
+    dial: str = "coverage"
+    prefill: bool = True
+    same: bool = True
+    """Whether the settings mean the same; else the sides are only matched."""
+
+
+CASES = (
+    Case("flexprefill", {"gamma": 0.9}, "flex_prefill", {"coverage": 0.9}),
+    Case("flexprefill", {"gamma": 0.95}, "flex_prefill", {"coverage": 0.95}),
+    *(
+        Case("minference", {"vertical": v, "slash": s}, "vertical_slash",
+             {"vertical_columns": v, "slash_offsets": s}, "slash_offsets")
+        for v, s in ((1000, 6096), (100, 800), (3500, 100))
+    ),
+    *(
+        Case("xattention", {"stride": s, "threshold": 0.9}, "xattention",
+             {"stride": s, "coverage": 0.9})
+        for s in (8, 16)
+    ),
+    Case("spargeattn", {"simthreshd1": 0.6, "cdfthreshd": 0.98}, "sparge_attn", {}, prefill=False),
+    *(
+        Case("spargeattn", {"topk": share}, method, {"similarity": -0.1}, prefill=False, same=False)
+        for share in (0.5, 0.2)
+        for method in ("sparge_attn", "sparge_attn+sage_attention")
+    ),
+)  # fmt: skip
+
+
+def planted(tokens: int, heads: int = 32, kv_heads: int = 8) -> AttentionCall:
+    """A causal call of heads of 128 whose attention is a band and lines of single keys, beside them
+    in turn a far diagonal, blocks of topics, or neither. Strengths are nats above the background,
+    which grows with the length.
+    """
+    g, root = torch.Generator(DEVICE).manual_seed(0), 128**0.5
+    draw = partial(torch.randn, generator=g, device=DEVICE)
+    nats = math.log(tokens) + torch.tensor([(5.0, 2.0), (3.0, 4.0), (-6.0, -3.0), (1.0, 1.0)])
+    nats = nats[torch.arange(kv_heads) % 4].to(DEVICE)  # band, lines
+    place = torch.arange(tokens, device=DEVICE)
+    wave = torch.logspace(-3, 0.3, 32, device=DEVICE)
+    topics = torch.nn.functional.normalize(draw(40, 28), dim=-1)
+    sides = []
+    for count, keys in ((heads, False), (kv_heads, True)):
+        x = 0.5 * draw(1, count, tokens, 128)
+        for h in range(count):
+            kv = h if keys else h // (heads // kv_heads)
+            band, line = nats[kv]
+            far = tokens // 5 * (kv % 4 == 1) * keys  # the key that lies so far back looks near
+            angle = (place + far)[:, None] * wave
+            x[0, h, :, :64] += torch.cat([angle.cos(), angle.sin()], -1) * (band * root / 32) ** 0.5
+            rare = torch.rand(2, tokens, generator=g, device=DEVICE)
+            loud = (rare[0, place // 64 * 64] < 0.008) & (rare[1] < 0.3)
+            loud[:4] = True
+            x[0, h, :, 64] += (line * root) ** 0.5 * (loud if keys else 1.0)
+            if kv % 4 in (2, 3):
+                topic = torch.randint(40, (ceil_div(tokens, 256),), generator=g, device=DEVICE)
+                x[0, h, :, 100:] += (topics * (16.0 * root) ** 0.5)[topic[place // 256]]
+        sides.append(x.to(torch.bfloat16 if DEVICE.type == "cuda" else torch.float32))
+    v = draw(1, kv_heads, tokens, 128).to(sides[0].dtype)
+    ids, kv = tuple(range(heads)), equal_groups(heads, kv_heads)
+    return AttentionCall(*sides, v, 1 / root, True, 0, None, ids, kv, site=Site("a", 0))
+
+
+def own(call: AttentionCall, name: str, fields: Fields) -> Side:
+    """accelkit's side; a name may join two methods by `+`, of which the first has the fields."""
+    first, *others = name.split("+")
+    policy = Policy(methods=(load(first)(**fields), *(load(other)() for other in others)))
+    state = PatchState(Plan.model_construct(policies=(policy,), sites={"a": LayerPlan()}))
+    groups, out = [HeadGroup(call.heads, policy, 0)], torch.empty_like(call.q)
+
+    def run() -> Tensor:
+        call.forget()
+        if not attention.attend(call, groups, state, out):
+            raise ValueError(f"{name} {fields}: runs dense")
+        return out
+
+    def choose() -> attention.Answer:
+        call.forget()
+        (found,) = attention.answer(call, policy) or (None,)
+        if found is None or found.order is not None:
+            raise ValueError(f"{name} {fields}: dense, or in an order of its own")
+        return found
+
+    def reads() -> Keys:
+        pieces = choose().pieces
+
+        def keys(head: int, rows: Tensor) -> Tensor:
+            read = torch.zeros(len(rows), call.n_k, dtype=torch.bool, device=rows.device)
+            for piece in pieces:
+                assert isinstance(piece, BlockIndex)
+                mask = piece.take((head,)).to_mask(ceil_div(call.n_k, piece.size[1]))[0]
+                read |= of_blocks(mask, piece.size, call.n_k)(0, rows)
+            return read
+
+        return keys
+
+    return Side(run, choose, reads)
+
+
+class Judge:
+    """Some rows of every head of a call in fp32."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        self.call = call
+        g = torch.Generator(DEVICE).manual_seed(1)
+        place = torch.arange(ROWS, device=DEVICE) + torch.rand(ROWS, generator=g, device=DEVICE)
+        self.rows = (place * call.n_q / ROWS).long().clamp(max=call.n_q - 1)
+        keys = torch.arange(call.n_k, device=DEVICE)
+        self.visible = (keys <= self.rows[:, None]) | (not call.causal)
+        self.share = torch.stack([self._share(h) for h in call.heads])
+
+    def _share(self, head: int) -> Tensor:
+        q = self.call.q[0, head, self.rows].float()
+        logits = q @ self.call.k[0, self.call.kv_heads[head]].float().T * self.call.scale
+        return logits.masked_fill(~self.visible, -math.inf).softmax(-1)
+
+    def chosen(self, keys: Keys) -> tuple[float, float]:
+        """Density and captured mass."""
+        pairs = mass = 0.0
+        for head, share in enumerate(self.share):
+            read = keys(head, self.rows) & self.visible
+            pairs += float(read.sum() / self.visible.sum())
+            mass += float((share * read).sum(-1).mean())
+        return pairs / len(self.share), mass / len(self.share)
+
+    def errors(self, keys: Keys, out: Tensor) -> tuple[float, float]:
+        """Mean relative error against dense attention, and the worst head's against the keys."""
+        dense, worst = 0.0, 0.0
+        for head, share in enumerate(self.share):
+            v = self.call.v[0, self.call.kv_heads[head]].float()
+            part = share * keys(head, self.rows)
+            got = out[0, head, self.rows].float()
+            whole, some = share @ v, part / part.sum(-1, keepdim=True) @ v
+            dense += float(((got - whole).norm(dim=-1) / whole.norm(dim=-1)).mean())
+            worst = max(worst, float(((got - some).norm(dim=-1) / some.norm(dim=-1)).mean()))
+        return dense / len(self.share), worst
+
+
+def matched(judge: Judge, case: Case, which: int, goal: float) -> Fields:
+    """accelkit's fields at which density (`which` 0) or mass (1) comes nearest to `goal`."""
+    low, high = (0.05, 9.0) if case.dial == "coverage" else (4.61, math.log(judge.call.n_k))
+    best: tuple[float, Fields] = (math.inf, case.fields)
+    for _ in range(9):
+        at = (low + high) / 2
+        value = 1 - math.exp(-at) if case.dial == "coverage" else round(math.exp(at))
+        fields = {**case.fields, case.dial: value}
+        found = judge.chosen(own(judge.call, case.method, fields).reads())[which]
+        best = min(best, (abs(found - goal), fields), key=lambda x: x[0])
+        low, high = (low, at) if found >= goal else (at, high)
+    return best[1]
+
+
+def clock(work: dict[str, Callable[[], Any]], budget_ms: float) -> dict[str, float]:
+    if DEVICE.type == "cuda":
+        return milliseconds(work, budget_ms)
+    return {name: min(times_ms(run, 1, 0, DEVICE)) for name, run in work.items()}
+
+
+def told(fields: Fields) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in fields.items()) or "defaults"
+
+
+def measured(judge: Judge, case: Case, release: Any, budget_ms: float) -> list[Fields]:
+    """Rows of one case: the release, then accelkit at its settings, density and mass."""
+    call = judge.call
+    theirs = release.side(call, **case.setting)
+    keys = theirs.reads()
+    goal = judge.chosen(keys)
+    sides = [("", type(release).__name__, case.setting, theirs, keys, goal)]
+    trials = [("settings", case.fields)] if case.same else []
+    same = judge.chosen(own(call, case.method, case.fields).reads())
+    for which, what in enumerate(("density", "mass")):
+        if not case.same or abs(same[which] / goal[which] - 1) > ALIKE:
+            trials.append((what, matched(judge, case, which, goal[which])))
+    for what, fields in trials:
+        mine = own(call, case.method, fields)
+        keys = mine.reads()
+        sides.append((what, f"accelkit {case.method}", fields, mine, keys, judge.chosen(keys)))
+
+    def dense() -> None:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if DEVICE.type == "cuda" else SDPBackend.MATH):
+            scaled_dot_product_attention(
+                call.q, call.k, call.v, is_causal=call.causal, enable_gqa=True
+            )
+
+    calls = {str(i): side[3].run for i, side in enumerate(sides)}
+    whole = clock({"dense": dense, **calls}, budget_ms)
+    choices = {str(i): side[3].choose for i, side in enumerate(sides) if side[3].choose}
+    choice = clock(choices, budget_ms / 4)
+    rows = []
+    for i, (what, code, fields, side, keys, (density, mass)) in enumerate(sides):
+        error, own_error = judge.errors(keys, side.run())
+        ms, release_ms, dense_ms = whole.get(str(i)), whole.get("0"), whole.get("dense")
+        rows.append({
+            "tokens": call.n_k, "causal": "yes" if call.causal else "no", "code": code,
+            "setting": told(fields), "like release": what, "call, ms": ms,
+            "choice, ms": choice.get(str(i)), "cuDNN, ms": dense_ms,
+            "× cuDNN": dense_ms / ms if ms and dense_ms else None,
+            "× release": release_ms / ms if ms and release_ms and i else None,
+            "density": density, "mass": mass, "error": error, "own error": own_error,
+        })  # fmt: skip
+    return rows
+
+
+@torch.inference_mode()
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--peer", action="append", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--remark", action="append", default=[], metavar="NAME=TEXT")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32_768, 131_072])
+    parser.add_argument("--heads", type=int, nargs=2, default=[32, 8], help="query and KV heads")
+    parser.add_argument("--budget-ms", type=float, default=300.0, help="of timing a case")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(arguments)
+    remarks = dict(text.split("=", 1) for text in args.remark)
+    report: dict[str, Any] = {"title": "Released code of other projects", "note": NOTE}
+    report |= (machine() if DEVICE.type == "cuda" else {"gpu": None}) | {"peers": {}}
+    report |= {"failed": [], "rows": []}
+    found: dict[str, Any] = {}
+    for name, folder in (text.split("=", 1) for text in args.peer):
+        about = {"commit": commit(Path(folder)), "remark": remarks.get(name)}
+        report["peers"][name] = about | {"mended": RELEASES[name].mended}
+        try:
+            found[name] = RELEASES[name](Path(folder))
+        except Exception as reason:
+            traceback.print_exc()
+            report["failed"].append(f"{name}: {type(reason).__name__}: {reason}")
+    for tokens in (*args.tokens, None):
+        some = [c for c in CASES if c.release in found and c.prefill is (tokens is not None)]
+        judge = Judge(planted(tokens, *args.heads) if tokens else call_of("wan")) if some else None
+        for case in some:
+            try:
+                rows = measured(judge, case, found[case.release], args.budget_ms)
+            except Exception as reason:
+                traceback.print_exc()
+                why = f"{type(reason).__name__}: {str(reason)[:300]}"
+                report["failed"].append(f"{case.release}, {told(case.setting)}, {tokens}: {why}")
+                continue
+            for row in rows:
+                print(json.dumps(row), flush=True)
+                report["rows" if row["own error"] < WRONG else "failed"].append(row)
+            if args.out:
+                args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    main()
