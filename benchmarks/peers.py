@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 print(json.dumps(row), flush=True)
             report["rows"] += [row for row in rows if row["own error"] < WRONG]
             report["failed"] += [
-                f"{row['code']}, {row['setting']}, {row['tokens']}: own error {row['own error']:.2g}"
+                "{code}, {setting}, {tokens}: own error {own error:.2g}".format(**row)
                 for row in rows
                 if not row["own error"] < WRONG
             ]
