@@ -85,10 +85,13 @@ CASES = (
              {"stride": s, "coverage": 0.9})
         for s in (8, 16)
     ),
-    Case("spargeattn", {"simthreshd1": 0.6, "cdfthreshd": 0.98}, "sparge_attn", {}, prefill=False),
     *(
-        Case("spargeattn", {"topk": share}, method, {"similarity": -0.1}, prefill=False, same=False)
-        for share in (0.5, 0.2)
+        Case("spargeattn", setting, method, fields, prefill=False, same=not fields)
+        for setting, fields in (
+            ({"simthreshd1": 0.6, "cdfthreshd": 0.98}, {}),
+            ({"topk": 0.5}, {"similarity": -0.1}),
+            ({"topk": 0.2}, {"similarity": -0.1}),
+        )
         for method in ("sparge_attn", "sparge_attn+sage_attention")
     ),
 )  # fmt: skip
