@@ -18,13 +18,13 @@ ROWS = 96
 
 
 def planted(tokens: int, heads: int = 32, kv_heads: int = 8) -> AttentionCall:
-    """A causal call of heads of 128 whose attention is a band and lines of single keys, beside them
-    in turn a far diagonal, blocks of topics, or neither. Strengths are nats above the background,
-    which grows with the length.
+    """A causal call of heads of 128. KV heads see in turn a band and lines of loud keys, lines and
+    a far diagonal, blocks of topics, a band and topics. Among the loud keys are the first ones.
+    Strengths are nats above the background, which grows with the length.
     """
     g, root = torch.Generator(DEVICE).manual_seed(0), 128**0.5
     draw = partial(torch.randn, generator=g, device=DEVICE)
-    nats = math.log(tokens) + torch.tensor([(5.0, 2.0), (3.0, 4.0), (-6.0, -3.0), (1.0, 1.0)])
+    nats = math.log(tokens) + torch.tensor([(5.0, 2.0), (3.0, 4.0), (-6.0, -3.0), (5.0, -3.0)])
     nats = nats[torch.arange(kv_heads) % 4].to(DEVICE)  # band, lines
     place = torch.arange(tokens, device=DEVICE)
     wave = torch.logspace(-3, 0.3, 32, device=DEVICE)
@@ -44,7 +44,8 @@ def planted(tokens: int, heads: int = 32, kv_heads: int = 8) -> AttentionCall:
             x[0, h, :, 64] += (line * root) ** 0.5 * (loud if keys else 1.0)
             if kv % 4 in (2, 3):
                 topic = torch.randint(40, (ceil_div(tokens, 256),), generator=g, device=DEVICE)
-                x[0, h, :, 100:] += (topics * (16.0 * root) ** 0.5)[topic[place // 256]]
+                loudness = ((math.log(tokens) + (6.0 if kv % 4 == 2 else 3.0)) * root) ** 0.5
+                x[0, h, :, 100:] += (topics * loudness)[topic[place // 256]]
         sides.append(x.to(torch.bfloat16 if DEVICE.type == "cuda" else torch.float32))
     v = draw(1, kv_heads, tokens, 128).to(sides[0].dtype)
     ids, kv = tuple(range(heads)), equal_groups(heads, kv_heads)

@@ -8,10 +8,11 @@ A folder holds a checkout, its CUDA parts built in place. Both sides get the sam
 with sinks, lines, a band, a far diagonal and blocks of topics planted in it, or Wan's waves over a
 grid. accelkit's method runs at the same settings and, where it then reads another share of the
 pairs, at that density and at that captured mass. For each: milliseconds of the whole call
-(estimate, selection, lists, kernel) and of the choice alone, beside cuDNN's dense attention, all in
-turns; density, captured softmax mass and errors by some rows of every head. `own error` is against
-softmax in fp32 over the keys that the side says it read: where it is not small, the keys were read
-back wrongly, and the side is named under `failed`.
+(estimate, selection, lists, kernel), of the choice alone, and of what the device works, without its
+waits for the host, beside cuDNN's dense attention, in turns; density, captured softmax mass and
+errors by some rows of every head. `own error` is against softmax in fp32 over the keys that the
+side says it read: where it is not small, the keys were read back wrongly, and the side is named
+under `failed`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from peer_releases import RELEASES, Keys, Side, commit, of_blocks
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
 from accelkit.calibration.timing import times_ms
 from accelkit.kernels.index import BlockIndex, ceil_div
@@ -153,6 +155,16 @@ def clock(work: dict[str, Callable[[], Any]], budget_ms: float) -> dict[str, flo
     return {name: min(times_ms(run, 1, 0, DEVICE)) for name, run in work.items()}
 
 
+def busy_ms(run: Callable[[], Any]) -> float | None:
+    """Milliseconds in which the device works on a call, its waits for the host left out."""
+    if DEVICE.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    return sum(e.self_device_time_total for e in seen.key_averages()) / 1e3
+
+
 def told(fields: Fields) -> str:
     return ", ".join(f"{k} {v:.4g}" for k, v in fields.items()) or "defaults"
 
@@ -191,7 +203,8 @@ def measured(judge: Judge, case: Case, release: Any, budget_ms: float) -> list[F
         rows.append({
             "tokens": call.n_k, "causal": "yes" if call.causal else "no", "code": code,
             "setting": told(fields), "like release": what, "call, ms": ms,
-            "choice, ms": choice.get(str(i)), "cuDNN, ms": dense_ms,
+            "choice, ms": choice.get(str(i)), "device works, ms": busy_ms(side.run),
+            "cuDNN, ms": dense_ms,
             "× cuDNN": dense_ms / ms if ms and dense_ms else None,
             "× release": release_ms / ms if ms and release_ms and i else None,
             "density": density, "mass": mass, "error": error, "own error": own_error,
