@@ -107,6 +107,23 @@ def patch_cost(data: dict[str, Any]) -> Iterator[Line]:
     yield f"{title(data)}, all dense by plan, eager / compiled", f"{slower} % time"
 
 
+def released(data: dict[str, Any]) -> Iterator[Line]:
+    """`benchmarks/peers.py`: whole calls, at the captured mass of the release or, where that was
+    alike by itself, at its settings.
+    """
+    found: dict[tuple[str, ...], dict[str, float | None]] = {}
+    release = data["rows"][0]
+    for row in data["rows"]:
+        if not row["like release"]:
+            release = row
+            continue
+        key = (release["code"], f"{row['tokens']:,}", row["code"])
+        found.setdefault(key, {})[release["setting"]] = row["× release"]
+    for (code, tokens, own), values in found.items():
+        what = f"One attention call, {tokens} tokens, released {code} ({'; '.join(values)})"
+        yield f"{what} beside {own}", f"{times(list(values.values()))} the release's speed"
+
+
 MAIN: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
     "denoise-wan-h100": denoising,
     "denoise-hunyuan-h100": denoising,
