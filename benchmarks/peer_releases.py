@@ -119,7 +119,7 @@ class MInference:
 
     mended = (
         "imported without its packages' own imports, kvcompression and quest, and without vllm, "
-        "which it takes for installed with transformers 5"
+        "which it takes for installed with transformers 5: its own Triton kernel runs, not SGLang's"
     )
 
     def __init__(self, folder: Path) -> None:
