@@ -129,6 +129,29 @@ def patch_cost(data: dict[str, Any]) -> Iterator[Line]:
     yield f"{title(data)}, all dense by plan, eager / compiled", f"{slower} % time"
 
 
+def released(data: dict[str, Any]) -> Iterator[Line]:
+    """`benchmarks/peers.py`: calls of the longest prompt at the captured mass of the release or,
+    where that was alike by itself, at its settings; with the release's waits for its host, and
+    without.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    release = data["rows"][0]
+    for row in data["rows"]:
+        if not row["like release"]:
+            release = row
+            continue
+        work = release["device works, ms"] / row["device works, ms"]
+        some = found.setdefault(release["code"], {})
+        some[release["setting"]] = row | {"× its work": work}
+        longest = max(r["tokens"] for r in some.values())
+        found[release["code"]] = {k: r for k, r in some.items() if r["tokens"] == longest}
+    for code, rows in found.items():
+        (tokens, own), *_ = {(r["tokens"], r["code"]) for r in rows.values()}
+        whole, work = (times([r[k] for r in rows.values()]) for k in ("× release", "× its work"))
+        what = f"One attention call, {tokens:,} tokens, `{own}` beside released {code}"
+        yield f"{what}: {'; '.join(rows)}", f"{whole} its speed, {work} by the device's work alone"
+
+
 MAIN: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
     "denoise-wan-h100": denoising,
     "denoise-hunyuan-h100": denoising,
@@ -136,6 +159,7 @@ MAIN: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
     "video-pareto-h100": fidelity,
     "dit-methods-h200": attention_calls,
     "kernels-h200": block_lists,
+    "peers-h200": released,
     "prefill-8b-h100": first_token,
     "mixture-16k-h100": mixture,
     "mixture-32k-h100": mixture,
