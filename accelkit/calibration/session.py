@@ -208,7 +208,7 @@ class Preset:
     families: int
     settings: int
     finest: int
-    lookback: int
+    anchors: int
     rounds: int
     weigh: tuple[str, ...]
 
