@@ -281,6 +281,40 @@ def test_reuse_reads_the_anchors_lists(llama, ids):
     assert torch.equal(direct, reused)
 
 
+@pytest.mark.parametrize("way", ["whole", "in parts", "padded"])
+def test_an_anchor_may_lie_far_back(ids, way):
+    """Layer 4 reads layer 0's lists; one between runs lists of its own, others run dense."""
+    model = tiny("llama", num_hidden_layers=5)
+    base = plan_of(model, NARROW)
+    first, _, between, _, last = base.sites
+    far = Policy(reuse=Reuse(site=first, heads=(3, 2, 1, 0)))
+    policies = (Policy(), Policy(methods=(NARROW,)), Policy(methods=(WIDE,)), far)
+
+    def logits(rows: dict[str, int]) -> torch.Tensor:
+        sites = {
+            path: site.model_copy(
+                update={"rules": (Rule(phase="prefill", policies=(rows[path],) * 4),)}
+            )
+            for path, site in base.sites.items()
+            if path in rows
+        }
+        plan = base.model_copy(update={"policies": policies, "sites": sites})
+        assert not [p for p in plan.check(model) if p.fatal]
+        with accelkit.patch(model, plan) as handle:
+            if way == "in parts":
+                found = chunked(model, ids, 128, DynamicCache(config=model.config))
+            else:
+                mask = torch.ones_like(ids)
+                mask[1, : 57 if way == "padded" else 0] = 0
+                found = model(ids, attention_mask=mask).logits
+            assert handle.report().sparse_calls == (6 if way == "in parts" else 3)
+        return found
+
+    reused = logits({first: 1, between: 2, last: 3})
+    assert torch.equal(reused, logits({first: 1, between: 2, last: 1}))
+    assert not torch.equal(reused, logits({first: 1, between: 2, last: 2}))
+
+
 def test_static_lists_serve_other_heads_of_other_layers(llama, ids):
     """One head a layer runs the window, each time another: the list is made once."""
     base = plan_of(llama, NARROW)
