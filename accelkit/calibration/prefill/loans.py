@@ -19,7 +19,7 @@ from accelkit.calibration.candidates import REUSE_UNIT, Bench, Family, stored
 from accelkit.calibration.stages import TOLERANCES, family_of
 from accelkit.kernels.index import BlockIndex
 from accelkit.kernels.scores import block_mass
-from accelkit.kernels.select import density
+from accelkit.kernels.select import compact, density
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.parts import bits
@@ -60,7 +60,7 @@ class Offer:
     def lists(self, heads: Sequence[int]) -> BlockIndex:
         """The lists of some of the lender's heads, keys ascending."""
         at = [self.lender.heads.index(h) for h in heads]
-        return BlockIndex.from_mask(bits.unpack(self.bits[at], self.geometry[1])[None], self.size)
+        return compact(bits.unpack(self.bits[at], self.geometry[1])[None], self.size)
 
 
 def lender(
