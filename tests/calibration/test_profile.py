@@ -28,7 +28,7 @@ def test_heaviest_blocks_are_kept_as_bits_and_compared() -> None:
         best = mass[:, row].topk(-(-seen // 10)).indices.sort(-1).values
         inside = bits.unpack(heavy, 17)[:, row]
         assert [mask.nonzero()[:, 0].tolist() for mask in inside] == best.tolist()
-    alone = torch.zeros(planted.HEADS, len(TILES), 2, dtype=torch.uint8)
+    alone = torch.zeros(planted.HEADS, len(TILES), 3, dtype=torch.uint8)
     alone[..., 2] = 1  # the last key block only
     earlier = {"same": heavy, "last": alone, "other tiles": heavy[:, :2]}
     again, _ = profile(call, dense, TILES, earlier)
