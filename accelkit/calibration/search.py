@@ -350,7 +350,10 @@ def _set(table: Table, some: Sequence[str], forced: Mapping[int, int], loan: int
         borrowed = tuple(b for _, b in picked)
         return (Choice(heads, loan, borrowed) if any(borrowed) else Choice(heads),)
 
-    return _Front(front.error, front.ms, choice)
+    ms = front.ms
+    if choice(0)[0].dense:  # nothing is there to ride along with
+        ms = np.concatenate([[table.dense_ms], ms[1:]])
+    return _Front(front.error, ms, choice)
 
 
 def _pick(picks: Sequence[tuple[int, bool]]) -> Callable[[int], tuple]:

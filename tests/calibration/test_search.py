@@ -190,6 +190,18 @@ def test_anchors_may_lie_far_back() -> None:
     assert search(near, 1.0).ms == pytest.approx(found.ms + 4.0)
 
 
+def test_heads_that_all_ride_are_a_dense_layer() -> None:
+    """Where riding is cheap a dense layer is dear all the same: nothing is there to ride with."""
+
+    def layer(ride: float, ms: float) -> Table:
+        own = Option("a", 0, np.full(2, 0.4), np.full(2, ms))
+        return Table("s", np.ones(2), 9.0, ride, (own,), {"a": 0.5})
+
+    tables = [layer(3.0, 1.0), layer(4.5, 2.0)]
+    assert search(tables, 0.85).ms == pytest.approx(optimum(tables, 0.85))
+    assert search(tables, 0.1).ms == pytest.approx(18.0)
+
+
 def test_nothing_to_choose_from() -> None:
     table = Table("s", np.ones(2), 8.0, 4.0)
     assert search([table], 0.5).choices[0].dense
