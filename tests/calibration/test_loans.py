@@ -45,8 +45,7 @@ def bench(call):
 
 def offer_of(call, mask: torch.Tensor, heads: tuple[int, ...] = EVERYONE) -> Offer:
     """An offer of the blocks in `mask` `[heads, nq, nk]`."""
-    share = mask.float().mean((1, 2))
-    return Offer(Lender(METHOD, heads), UNIT, (*call.tiles(UNIT), 0), bits.pack(mask), share)
+    return Offer(Lender(METHOD, heads), UNIT, (*call.tiles(UNIT), 0), bits.pack(mask))
 
 
 def own_blocks(call) -> torch.Tensor:
@@ -72,7 +71,7 @@ def test_captured_by_hand(bench) -> None:
     mass = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]])  # a head, two of four tiles
     inside = torch.zeros(2, 4, 3, dtype=torch.bool)
     inside[0, 1, 0] = inside[0, 3, 2] = inside[1, :, 1] = True
-    offer = Offer(Lender(METHOD, (0, 5)), UNIT, (4, 3, 0), bits.pack(inside), torch.ones(2))
+    offer = Offer(Lender(METHOD, (0, 5)), UNIT, (4, 3, 0), bits.pack(inside))
     held = loans.captured(offer, torch.tensor([1, 3]), mass)
     assert held[0].tolist() == pytest.approx([(0.5 + 0.8) / 2, (0.3 + 0.1) / 2])
 
@@ -98,12 +97,6 @@ def test_the_layer_that_promises_most_is_found_far_back(call, bench, monkeypatch
     assert asked == [UNIT]  # once for all lenders
     assert list(loans.promising(bench, offers, 2)) == ["far", "near 4"]
     assert loans.promising(bench, offers, 0) == {}
-
-
-def test_lists_that_leave_nothing_out_promise_nothing(call, bench) -> None:
-    own = own_blocks(call)
-    offers = {"sparse": offer_of(call, own), "whole": offer_of(call, torch.ones_like(own))}
-    assert list(loans.promising(bench, offers, 1)) == ["sparse"]
 
 
 def test_other_tiles_cannot_be_read(call, bench) -> None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from accelkit.calibration.candidates import REUSE_UNIT, Bench, Family, stored
-from accelkit.calibration.stages import TOLERANCES, family_of
+from accelkit.calibration.stages import family_of
 from accelkit.kernels.index import BlockIndex
 from accelkit.kernels.scores import block_mass
-from accelkit.kernels.select import compact, density
+from accelkit.kernels.select import compact
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.parts import bits
@@ -43,15 +43,14 @@ class Lender:
 class Offer:
     """Lists that later sites may read, for a lender's heads.
 
-    `bits` is uint8 `[heads, query tiles, ceil(key blocks / 8)]`, `density` fp32 `[heads]`. Tiles,
-    blocks and first row are those of `geometry`; calls of another one cannot read them.
+    `bits` is uint8 `[heads, query tiles, ceil(key blocks / 8)]`. `geometry` holds the numbers of
+    tiles and blocks and the first row; calls of another one cannot read them.
     """
 
     lender: Lender
     size: tuple[int, int]
     geometry: tuple[int, int, int]
     bits: Tensor
-    density: Tensor
 
     def fits(self, call: AttentionCall) -> bool:
         """Whether the tiles and blocks are those of `call`."""
@@ -92,18 +91,17 @@ def offered(bench: Bench, lender: Lender) -> Offer | None:
         if not isinstance(piece, BlockIndex):
             return None
         index = piece
-    mine = index.take(lender.heads)
     geometry = _geometry(call, index.size)
-    packed = bits.pack(mine.to_mask(geometry[1])[0])
-    return Offer(lender, index.size, geometry, packed, density(mine, call.take(lender.heads)))
+    mask = index.take(lender.heads).to_mask(geometry[1])[0]
+    return Offer(lender, index.size, geometry, bits.pack(mask))
 
 
 def promising(bench: Bench, offers: Mapping[str, Offer], most: int) -> dict[str, tuple[int, ...]]:
     """The `most` lenders that promise most at a site, and for each the lender's head whose lists
     hold most of every head's attention. Nothing is run.
 
-    A lender promises what its lists leave out of dense attention, where the mass that they miss is
-    tolerable, summed over the tolerated losses and heads; of equal ones the nearest is taken.
+    A lender promises the mass that its lists hold, the mean over heads; of equal ones the nearest
+    is taken.
     """
     masses: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     worth: dict[str, float] = {}
@@ -114,11 +112,8 @@ def promising(bench: Bench, offers: Mapping[str, Offer], most: int) -> dict[str,
         if offer.size not in masses:
             rows = bench.tiles(offer.size[0])[0]
             masses[offer.size] = rows, block_mass(bench.call, bench.dense.lse, offer.size, rows)[0]
-        held = captured(offer, *masses[offer.size])
-        most_held, at = held.max(-1)
-        saved = 1 - offer.density.to(at.device)[at]
-        tolerated = most_held[:, None] >= 1 - torch.tensor(TOLERANCES, device=at.device)
-        worth[path] = float((saved[:, None] * tolerated).sum())
+        held, at = captured(offer, *masses[offer.size]).max(-1)
+        worth[path] = float(held.mean())
         maps[path] = tuple(offer.lender.heads[i] for i in at.tolist())
     nearest = list(worth)[::-1]
     best = sorted(nearest, key=lambda path: -worth[path])[:most]

@@ -51,7 +51,12 @@ def dear(run: Run, costs: CostTable, tokens: int) -> set[str]:
 def screened(
     run: Run, sample: Sample, methods: Sequence[AttentionMethod], dear: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Profile of every site and errors of every method on one short prompt."""
+    """Profile of every site and errors of every method on one short prompt.
+
+    Lists are run, not weighed by the mass that they hold alone: windows hold much of it and still
+    miss keys that outputs are made of, so that families chosen by mass made dearer plans, while
+    settings that share a launch take no longer to run than their masses take to gather.
+    """
     keys = {s.path: f"screen/{s.path}" for s in run.sites}
     rows = tasks.judged_rows(sample)
     heavy: dict[str, torch.Tensor] = {}
