@@ -350,10 +350,10 @@ def _set(table: Table, some: Sequence[str], forced: Mapping[int, int], loan: int
         borrowed = tuple(b for _, b in picked)
         return (Choice(heads, loan, borrowed) if any(borrowed) else Choice(heads),)
 
-    ms = front.ms
+    paid = front.ms.copy()
     if choice(0)[0].dense:  # nothing is there to ride along with
-        ms = np.concatenate([[table.dense_ms], ms[1:]])
-    return _Front(front.error, ms, choice)
+        paid[0] = table.dense_ms
+    return _Front(front.error, paid, choice)
 
 
 def _pick(picks: Sequence[tuple[int, bool]]) -> Callable[[int], tuple]:
