@@ -104,20 +104,25 @@ def promising(bench: Bench, offers: Mapping[str, Offer], most: int) -> dict[str,
     is taken.
     """
     masses: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    worth: dict[str, float] = {}
-    maps: dict[str, tuple[int, ...]] = {}
-    for path, offer in offers.items():
+    held: dict[str, Tensor] = {}
+    for path, offer in reversed(list(offers.items())):
         if not offer.fits(bench.call):
             continue
         if offer.size not in masses:
             rows = bench.tiles(offer.size[0])[0]
             masses[offer.size] = rows, block_mass(bench.call, bench.dense.lse, offer.size, rows)[0]
-        held, at = captured(offer, *masses[offer.size]).max(-1)
-        worth[path] = float(held.mean())
-        maps[path] = tuple(offer.lender.heads[i] for i in at.tolist())
-    nearest = list(worth)[::-1]
-    best = sorted(nearest, key=lambda path: -worth[path])[:most]
-    return {path: maps[path] for path in worth if path in best}
+        held[path] = captured(offer, *masses[offer.size])
+    if not held:
+        return {}
+    # Read back at once: one lender after another would keep the device waiting.
+    worth = torch.stack([one.amax(-1).mean() for one in held.values()]).tolist()
+    best = sorted(zip(worth, held, strict=True), key=lambda one: -one[0])[:most]
+    chosen = {path for _, path in best}
+    return {
+        path: tuple(offer.lender.heads[at] for at in held[path].argmax(-1).tolist())
+        for path, offer in offers.items()
+        if path in chosen
+    }
 
 
 def captured(offer: Offer, rows: Tensor, mass: Tensor) -> Tensor:
