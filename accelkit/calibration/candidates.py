@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,11 @@ from accelkit.calibration.timing import answers_ms
 from accelkit.errors import InvalidInputError
 from accelkit.kernels.cost import CostTable
 from accelkit.kernels.index import BlockIndex, Partial, ceil_div
-from accelkit.kernels.scores import block_mass
 from accelkit.kernels.select import density
 from accelkit.patches import method as registry
 from accelkit.patches.call import AttentionCall, Phase, Site
 from accelkit.patches.method import AttentionMethod, Method
-from accelkit.patches.plan import Policy, Reuse
+from accelkit.patches.plan import Policy
 from accelkit.patches.sites.attention import (
     PLAIN,
     Answer,
@@ -36,7 +34,6 @@ from accelkit.patches.sites.attention import (
     in_kernel_order,
     joined,
 )
-from accelkit.patches.state import Saved
 
 SHARE = 8
 """One query tile in this many is looked at."""
@@ -383,28 +380,6 @@ class Bench:
         for key, row, _ in self._unclocked:
             row["ms"] = shelf.get(key, row["ms"])
         self._unclocked.clear()
-
-    # -- lists of earlier layers ------------------------------------------------------------------
-
-    def borrow(
-        self, anchor: str, index: BlockIndex, good: Sequence[int], heads: Sequence[int] | None
-    ) -> dict[str, Any] | None:
-        """Measure this site with the lists of an earlier one.
-
-        `good` are the anchor's heads whose lists are worth lending. `heads`, which of them each
-        head reads, is chosen by attention mass unless it is given.
-        """
-        if heads is None:
-            rows = self.tiles(index.size[0])[0]
-            mass = block_mass(self.call, self.dense.lse, index.size, rows)[0]
-            mask = index.to_mask(mass.shape[-1])[0][:, rows]
-            covered = torch.einsum("hrk,ark->ha", mass, mask[list(good)].to(mass.dtype))
-            heads = [good[i] for i in covered.argmax(-1).tolist()]
-        everyone = tuple(range(index.heads))
-        state = SimpleNamespace(indices={(anchor, self.call.ordinal): [Saved(everyone, (index,))]})
-        policy = Policy(reuse=Reuse(site=anchor, heads=tuple(heads)))
-        answers = answer(self.call, policy, state)  # type: ignore[arg-type]
-        return None if answers is None else {"heads": list(heads), **self.measure(answers)}
 
 
 def most_together(call: AttentionCall) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from accelkit.kernels.index import Partial
 from accelkit.kernels.scores import block_mass
 from accelkit.patches.call import AttentionCall
+from accelkit.patches.parts import bits
 
 UNIT = (128, 128)
 DENSITIES = (0.05, 0.1, 0.2, 0.4, 0.7)
@@ -43,7 +44,7 @@ def profile(
     call: AttentionCall, dense: Partial, tiles: Tensor, earlier: Mapping[str, Tensor]
 ) -> tuple[AttentionProfile, Tensor]:
     """The profile of one call on some query tiles of `UNIT`, and the mask of its heaviest blocks
-    (bool `[H, tiles, nk]`), to be given as `earlier` of later sites.
+    (bits, uint8 `[H, tiles, ceil(nk / 8)]`), to be given as `earlier` of later sites.
     """
     mass = block_mass(call, dense.lse, UNIT, tiles)[0]  # [H, R, nk]
     first = call.q_start + tiles.to(mass.device) * UNIT[0]
@@ -63,9 +64,9 @@ def profile(
             ordered.gather(-1, last[None, :, None].expand(mass.shape[0], -1, 1)).mean((1, 2))
         )
     entropy = -(mass * mass.clamp(min=1e-12).log()).sum(-1) / visible.clamp(min=2).log()
-    heavy = _heaviest(mass, visible)
+    heavy = bits.pack(_heaviest(mass, visible))
     alike = {
-        site: _numbers((mass * other).sum(-1).mean(-1))
+        site: _numbers((mass * bits.unpack(other, mass.shape[-1])).sum(-1).mean(-1))
         for site, other in earlier.items()
         if other.shape == heavy.shape
     }

@@ -350,7 +350,10 @@ def _set(table: Table, some: Sequence[str], forced: Mapping[int, int], loan: int
         borrowed = tuple(b for _, b in picked)
         return (Choice(heads, loan, borrowed) if any(borrowed) else Choice(heads),)
 
-    return _Front(front.error, front.ms, choice)
+    paid = front.ms.copy()
+    if choice(0)[0].dense:  # nothing is there to ride along with
+        paid[0] = table.dense_ms
+    return _Front(front.error, paid, choice)
 
 
 def _pick(picks: Sequence[tuple[int, bool]]) -> Callable[[int], tuple]:
@@ -361,27 +364,28 @@ def _segments(
     tables: Sequence[Table], layers: Sequence[_Front]
 ) -> dict[int, list[tuple[int, _Front]]]:
     """Fronts of all segments by their end: the anchor with what it lends, then sites that borrow
-    from it or stand alone. The anchor's heads that any of them may read run what is lent.
+    from it, stand alone or form segments of their own; the last one borrows. The anchor's heads
+    that any of them may read run what is lent.
     """
     found: dict[int, list[tuple[int, _Front]]] = {}
-    lent = sorted({(loan.anchor, loan.option) for t in tables for loan in t.loans})
-    for anchor, option in lent:
+    lent: dict[tuple[int, int], dict[int, int]] = {}  # borrowers, each with the loan's place
+    for i, table in enumerate(tables):
+        for n, loan in enumerate(table.loans):
+            lent.setdefault((loan.anchor, loan.option), {}).setdefault(i, n)
+    # The last anchors first: theirs are the segments within those of others.
+    for (anchor, option), borrowers in sorted(lent.items(), reverse=True):
         forced: dict[int, int] = {}
-        rest: _Front | None = None
-        for i in range(anchor + 1, len(tables)):
-            at = next(
-                (
-                    n
-                    for n, x in enumerate(tables[i].loans)
-                    if (x.anchor, x.option) == (anchor, option)
-                ),
-                None,
-            )
-            if at is None:
-                break
-            forced |= dict.fromkeys(tables[i].loans[at].heads, option)
-            here = _unite([_layer(tables[i], loan=at), layers[i]])
-            rest = here if rest is None else _merge(rest, here)
-            first = _layer(tables[anchor], forced)
-            found.setdefault(i + 1, []).append((anchor, _merge(first, rest)))
+        rest = {anchor + 1: _Front(np.zeros(1), np.zeros(1), lambda _: ())}
+        for i in range(anchor + 1, max(borrowers) + 1):
+            here = layers[i]
+            if i in borrowers:
+                at = borrowers[i]
+                forced |= dict.fromkeys(tables[i].loans[at].heads, option)
+                here = _unite([_layer(tables[i], loan=at), here])
+            inner = [(b, s) for b, s in found.get(i + 1, ()) if b > anchor]
+            ways = [_merge(rest[i], here), *(_merge(rest[b], s) for b, s in inner)]
+            rest[i + 1] = _unite(ways)
+            if i in borrowers:
+                first = _layer(tables[anchor], forced)
+                found.setdefault(i + 1, []).append((anchor, _merge(first, rest[i + 1])))
     return found

@@ -201,14 +201,15 @@ def by_stage(book: Journal, stages: Mapping[str, str | tuple[str, ...]]) -> dict
 @dataclass(frozen=True)
 class Preset:
     """How much is measured: families kept at a site, settings of each while screening and on long
-    prompts, how far lists are lent, rounds of the end-to-end check, prompts to weigh heads on: each
-    way to look something up has heads of its own, which other tasks hardly ask.
+    prompts, earlier sites whose lists are run at a site, rounds of the end-to-end check, prompts to
+    weigh heads on: each way to look something up has heads of its own, which other tasks hardly
+    ask.
     """
 
     families: int
     settings: int
     finest: int
-    lookback: int
+    anchors: int
     rounds: int
     weigh: tuple[str, ...]
 

@@ -167,6 +167,41 @@ def test_anchor_segment_of_known_optimum() -> None:
     assert found.ms == pytest.approx(5.0 + 1.0 + 1.0)
 
 
+def one_head(i: int, loans: dict[int, float], ms: float = 1.0) -> Table:
+    """One head whose own choice of keys costs 4 ms, and loans by anchor, with their errors."""
+    option = Option("a", 0, np.full(1, 0.01), np.full(1, ms))
+    lent = tuple(Loan(a, 0, (0,), np.full(1, error), np.ones(1)) for a, error in loans.items())
+    return Table(f"s{i}", np.ones(1), 6.0, 6.0, (option,), {"a": 4.0}, lent)
+
+
+def test_anchors_may_lie_far_back() -> None:
+    """Sites between that read nothing of the anchor's stand alone, or have an anchor of their own
+    among them.
+    """
+    tables = [
+        one_head(0, {}), one_head(1, {}, 9.0), one_head(2, {}), one_head(3, {2: 0.01}),
+        one_head(4, {0: 0.01}), one_head(5, {1: 0.01}),
+    ]  # fmt: skip
+    found = search(tables, 1.0)
+    assert [c.loan for c in found.choices] == [None, None, None, 0, 0, None]
+    assert [c.heads[0] for c in found.choices[:3]] == [0, DENSE, 0]
+    assert found.ms == pytest.approx(5.0 + 6.0 + 5.0 + 1.0 + 1.0 + 5.0)
+    near = [replace(t, loans=()) if n == 4 else t for n, t in enumerate(tables)]
+    assert search(near, 1.0).ms == pytest.approx(found.ms + 4.0)
+
+
+def test_heads_that_all_ride_are_a_dense_layer() -> None:
+    """Where riding is cheap a dense layer is dear all the same: nothing is there to ride with."""
+
+    def layer(ride: float, ms: float) -> Table:
+        own = Option("a", 0, np.full(2, 0.4), np.full(2, ms))
+        return Table("s", np.ones(2), 9.0, ride, (own,), {"a": 0.5})
+
+    tables = [layer(3.0, 1.0), layer(4.5, 2.0)]
+    assert search(tables, 0.85).ms == pytest.approx(optimum(tables, 0.85))
+    assert search(tables, 0.1).ms == pytest.approx(18.0)
+
+
 def test_nothing_to_choose_from() -> None:
     table = Table("s", np.ones(2), 8.0, 4.0)
     assert search([table], 0.5).choices[0].dense

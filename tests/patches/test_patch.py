@@ -25,7 +25,7 @@ from accelkit.errors import (
 from accelkit.patches.adapters import transformers as adapter
 from accelkit.patches.method import load
 from accelkit.patches.patch import handle_of, plan_of
-from accelkit.patches.plan import Limits, Policy, Reuse, Rule
+from accelkit.patches.plan import Limits, Policy, Rule
 from tests.patches.conftest import FAMILIES, attributes, tiny
 
 WINDOW = load("window")
@@ -264,23 +264,6 @@ def test_heads_of_a_layer_may_differ(llama, ids):
     torch.testing.assert_close(got[:, :, [1, 2]], wide[:, :, [1, 2]], atol=1e-5, rtol=1e-4)
 
 
-def test_reuse_reads_the_anchors_lists(llama, ids):
-    """Layer 1 reads layer 0's lists through a head map: a static pattern does not notice."""
-    base = plan_of(llama, NARROW)
-    first, second = base.sites
-    policies = (*base.policies, Policy(reuse=Reuse(site=first, heads=(3, 2, 1, 0))))
-    again = base.sites[second].model_copy(
-        update={"rules": (Rule(phase="prefill", policies=(1, 1, 1, 1)),)}
-    )
-    plan = base.model_copy(update={"policies": policies, "sites": {**base.sites, second: again}})
-    with accelkit.patch(llama, base):
-        direct = llama(ids).logits
-    with accelkit.patch(llama, plan) as handle:
-        reused = llama(ids).logits
-        assert handle.report().sparse_calls == 2
-    assert torch.equal(direct, reused)
-
-
 def test_static_lists_serve_other_heads_of_other_layers(llama, ids):
     """One head a layer runs the window, each time another: the list is made once."""
     base = plan_of(llama, NARROW)
@@ -303,23 +286,6 @@ def test_static_lists_serve_other_heads_of_other_layers(llama, ids):
     shared = logits((Policy(), narrow), 1)
     apart = logits((Policy(), narrow, narrow), 2)  # another row of the table: a list of its own
     assert torch.equal(shared, apart)
-
-
-def test_reused_lists_end_with_their_forward(ids):
-    """Also where the first layer slides and never reaches the plan."""
-    kinds = ["sliding_attention", "full_attention", "full_attention"]
-    model = tiny("gemma3_text", num_hidden_layers=3, layer_types=kinds)
-    base = plan_of(model, NARROW)
-    first, second = base.sites
-    rule = Rule(phase="prefill", policies=(1, 1, 1, 1))
-    again = base.sites[second].model_copy(update={"rules": (rule,)})
-    policies = (*base.policies, Policy(reuse=Reuse(site=first)))
-    plan = base.model_copy(update={"policies": policies, "sites": {**base.sites, second: again}})
-    with accelkit.patch(model, base):
-        direct = model(ids[:, :200]).logits
-    with accelkit.patch(model, plan):
-        model(ids)
-        assert torch.equal(model(ids[:, :200]).logits, direct)
 
 
 @pytest.mark.parametrize("before", ["sdpa", "eager", "flash_attention_2"])

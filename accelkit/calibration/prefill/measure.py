@@ -8,35 +8,25 @@ stored units alone, so a resumed run repeats nothing and decides alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
-from accelkit.calibration.candidates import (
-    REUSE_UNIT,
-    Bench,
-    Family,
-    calibrated_settings,
-    stored,
-    thinned,
-)
+from accelkit.calibration.candidates import Bench, Family, calibrated_settings, thinned
 from accelkit.calibration.capture import See, capture
 from accelkit.calibration.evaluation import quality, tasks
 from accelkit.calibration.evaluation.tasks import Sample
+from accelkit.calibration.prefill import loans
 from accelkit.calibration.profile import UNIT, profile
 from accelkit.calibration.session import Preset, Run
 from accelkit.calibration.stages import family_of
 from accelkit.kernels.cost import CostTable
-from accelkit.kernels.index import BlockIndex, Partial
+from accelkit.kernels.index import Partial
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
-from accelkit.patches.plan import Policy
-from accelkit.patches.sites.attention import answer
 
-LENDABLE = 0.15
-"""Error up to which a head's lists are worth lending."""
 DEAR = 0.25
 """Share of dense attention from which a method's own work makes it an unlikely winner."""
 PROBE_TOKENS = 512
@@ -61,7 +51,12 @@ def dear(run: Run, costs: CostTable, tokens: int) -> set[str]:
 def screened(
     run: Run, sample: Sample, methods: Sequence[AttentionMethod], dear: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Profile of every site and errors of every method on one short prompt."""
+    """Profile of every site and errors of every method on one short prompt.
+
+    Lists are run, not weighed by the mass that they hold alone: windows hold much of it and still
+    miss keys that outputs are made of, so that families chosen by mass made dearer plans, while
+    settings that share a launch take no longer to run than their masses take to gather.
+    """
     keys = {s.path: f"screen/{s.path}" for s in run.sites}
     rows = tasks.judged_rows(sample)
     heavy: dict[str, torch.Tensor] = {}
@@ -90,29 +85,6 @@ def screened(
 def _shelf(shelves: dict[Any, dict[Any, Any]], call: AttentionCall) -> dict[Any, Any]:
     """What follows from geometry alone at all sites of one prompt that have the shape of `call`."""
     return shelves.setdefault((call.heads, call.q.shape, call.k.shape, call.v.shape), {})
-
-
-@dataclass(frozen=True)
-class Offer:
-    """Lists of a site that later ones may read: one setting's, and the heads good at it."""
-
-    method: AttentionMethod
-    good: list[int]
-    index: BlockIndex
-
-
-def lendable(record: Mapping[str, Any], name: str) -> tuple[AttentionMethod, list[int]] | None:
-    """The sparsest setting of a family at which half of the heads stay below the lendable error,
-    and those heads.
-    """
-    found = record["families"][name]
-    if found["size"][0][1] < REUSE_UNIT:
-        return None
-    for method, row in zip(family_of(name, found).settings, found["error"], strict=True):
-        good = [h for h, e in enumerate(row) if e <= LENDABLE]
-        if 2 * len(good) >= len(row):
-            return method, good
-    return None
 
 
 def measured(
@@ -156,78 +128,54 @@ def _measure(
 ) -> None:
     rows = tasks.judged_rows(sample)
     order = [s.path for s in run.sites]
-    waiting = {p for p in order if keys[p] not in run.journal}
-    back = run.preset.lookback
-    # Sites that wait, and those whose lists they may want to read.
-    needed = {p for i, p in enumerate(order) if set(order[i : i + back + 1]) & waiting}
+    waiting = [p for p in order if keys[p] not in run.journal]
+    lenders = _lenders(run, order[: order.index(waiting[-1])], n, screen, families, kept_by)
     # Settings between those of the dial are chosen on the first prompt and kept.
     finest = 0 if n else run.preset.finest
-    lists: dict[str, Offer] = {}
+    offers: dict[str, loans.Offer] = {}
     shelves: dict[Any, dict[Any, Any]] = {}
 
     def see(call: AttentionCall, dense: Partial) -> None:
         path = call.site.path
-        at = order.index(path)
         bench = Bench(call, dense, rows, shelf=_shelf(shelves, call), batch=run.batch)
 
         def work() -> dict[str, Any]:
-            return {
-                "families": bench.families(families[path], finest),
-                "loans": _loans(run, bench, path, order[max(0, at - back) : at], lists),
-            }
+            found = bench.families(families[path], finest)
+            if n:
+                maps = {x["anchor"]: x["heads"] for x in run.journal[f"measure/0/{path}"]["loans"]}
+            else:
+                maps = loans.promising(bench, offers, run.preset.anchors)
+            return {"families": found, "loans": loans.measured(bench, offers, maps)}
 
         run.tell(f"measuring, prompt {n + 1}")
         run.journal.unit(keys[path], work)
-        lender = kept_by[path] if back else ()
-        offer = _offer(call, bench, screen[path], lender, families[path])
+        offer = loans.offered(bench, lenders[path]) if path in lenders else None
         if offer is not None:
-            lists[path] = offer
-        for old in order[: max(0, at - back + 1)]:
-            lists.pop(old, None)
+            offers[path] = offer
 
+    needed = {*waiting, *lenders}
     capture(run.model, sample.ids, see, lambda path: path in needed)
 
 
-def _offer(
-    call: AttentionCall,
-    bench: Bench,
-    record: Mapping[str, Any],
-    kept: Sequence[Family],
-    families: Sequence[Family],
-) -> Offer | None:
-    """What this site may lend: lists of its best family, if that setting is still measured here."""
-    found = lendable(record, kept[0].name) if kept else None
-    if found is None or not any(found[0] in f.settings for f in families):
-        return None
-    method, good = found
-    index = bench.lent.get(method)
-    if index is None:
-        answers = answer(call, Policy(methods=(method,)))
-        if answers is None or not answers[0].plain:
-            return None
-        piece = answers[0].pieces[0]
-        index = piece if isinstance(piece, BlockIndex) else None
-    return None if index is None else Offer(method, good, index)
-
-
-def _loans(
-    run: Run, bench: Bench, path: str, earlier: Sequence[str], lists: Mapping[str, Offer]
-) -> list[dict[str, Any]]:
-    """This site with the lists of each earlier one; head maps are those of the first prompt."""
-    first = f"measure/0/{path}"
-    maps = None
-    if first in run.journal:
-        maps = {x["anchor"]: x["heads"] for x in run.journal[first]["loans"]}
-    out = []
-    for anchor in earlier:
-        offer = lists.get(anchor)
-        if offer is None or (maps is not None and anchor not in maps):
-            continue
-        heads = None if maps is None else maps[anchor]
-        row = bench.borrow(anchor, offer.index, offer.good, heads)
-        if row is not None:
-            out.append({"anchor": anchor, "setting": stored(offer.method), **row})
-    return out
+def _lenders(
+    run: Run,
+    earlier: Sequence[str],
+    n: int,
+    screen: Mapping[str, Any],
+    families: Mapping[str, Sequence[Family]],
+    kept_by: Mapping[str, Sequence[Family]],
+) -> dict[str, loans.Lender]:
+    """Sites that lend on prompt `n`: all that can on the first one, later those that were worth
+    running there.
+    """
+    if not run.preset.anchors:
+        return {}
+    wanted = set(earlier)
+    if n:
+        first = [run.journal[f"measure/0/{s.path}"] for s in run.sites]
+        wanted = {x["anchor"] for unit in first for x in unit["loans"]}
+    found = {p: loans.lender(screen[p], kept_by[p], families[p]) for p in earlier if p in wanted}
+    return {path: one for path, one in found.items() if one is not None}
 
 
 def probe_of(model: Any, sample: Sample) -> Callable[[Sequence[str]], quality.Show]:

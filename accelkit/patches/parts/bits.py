@@ -1,4 +1,4 @@
-"""Block masks as bits: what must last over steps costs an eighth of a byte for each block."""
+"""Block masks as bits: what must last over steps or layers costs an eighth of a byte a block."""
 
 from __future__ import annotations
 
