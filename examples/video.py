@@ -35,13 +35,12 @@ def main() -> None:
     parser.add_argument("--methods", type=names, help="such as psa,mag_cache; default: all")
     parser.add_argument("--out", type=Path, default=Path("runs/video"))
     args = parser.parse_args()
-
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
     pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype).to(device)
     size = {"height": args.height, "width": args.width, "num_frames": args.frames}
     arguments = [{"prompt": p, "guidance_scale": args.guidance} for p in (*PROMPTS, args.prompt)]
-    chosen = {"budget": args.budget, "methods": args.methods, "preset": args.preset}
-    plan = accelkit.calibrate(pipe, arguments[:-1], **size, steps=args.steps, **chosen)
+    chosen = {"steps": args.steps, "budget": args.budget, "preset": args.preset}
+    plan = accelkit.calibrate(pipe, arguments[:-1], methods=args.methods, **size, **chosen)
     plan.save_pretrained(args.out)
     shot = shots.Shot(args.prompt, arguments[-1], 0)
     settings = video.Settings(**size, num_inference_steps=args.steps)
@@ -52,7 +51,8 @@ def main() -> None:
     for name, take in (("dense", dense), ("patched", patched)):
         print(f"{frames.write(take.frames, args.out / f'{name}.mp4')}: {take.ends[-1]:.2f} s")
     print(frames.contact_sheet(dense.frames, patched.frames, args.out / "sheet.png"))
-    print(f"{dense.ends[-1] / patched.ends[-1]:.2f} ×,", fidelity.fidelity(patched, dense))
+    gain = dense.ends[-1] / patched.ends[-1]
+    print(f"{gain:.2f} × as fast, {fidelity.fidelity(patched, dense)}")
 
 
 if __name__ == "__main__":
