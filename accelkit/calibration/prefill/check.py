@@ -223,8 +223,11 @@ class Checker:
         )
 
     def _beside(self, now: Round, n: int) -> None:
-        """Run a prompt of another task, to tell whether the n-th stands out."""
-        other = next((m for m in self.order if not self._alike(n, m)), None)
+        """Run another prompt, of another task if there is one, to tell whether the n-th stands
+        out.
+        """
+        others = [m for m in self.order if m != n]
+        other = min(others, key=lambda m: self._alike(n, m), default=None)
         if other is not None:
             key = f"check/{plan_digest(now.plan)}/{other}"
             self._count([other])

@@ -9,7 +9,7 @@ query row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from accelkit.calibration.candidates import Family, stored
 from accelkit.calibration.capture import capture
 from accelkit.calibration.evaluation import tasks
 from accelkit.calibration.evaluation.tasks import Sample
-from accelkit.calibration.search import DENSE, Choice, Solution, search
+from accelkit.calibration.search import DENSE, Choice, Solution, predicted, search
 from accelkit.calibration.session import Run
 from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import facts
@@ -31,8 +31,12 @@ from accelkit.patches.method import AttentionMethod
 from accelkit.patches.patch import PatchHandle
 from accelkit.patches.plan import Budget, Limits
 
-TIMES = (0.5, 1.0, 2.0, 4.0)
-"""Predicted errors ÷ ε at which search names the finalists of every head."""
+PASSES = (0.5, 1.0, 2.0), (1.0,)
+"""Predicted errors ÷ ε at which search names the finalists, at most four of a head: at first, and
+anew where full rows told more than they were thought to.
+"""
+SURPRISE = 1.1
+"""Predicted error with full rows ÷ the one before from which finalists are named anew."""
 BROKEN = 1e3
 """Error of what is not finite."""
 
@@ -59,18 +63,30 @@ def with_full_rows(
     """The tables with what full rows of a prompt, on which the heads have these weights, say of the
     finalists around `epsilon`; journal units begin with `prefix`.
     """
-    with run.planning(f"finalists of {prefix}"):
-        some = finalists(data, epsilon)
-    return worse(data, full_rows(run, prefix, sample, data, some, tokens), weights)
+    data = list(data)
+    known: list[set[Choice]] = [set() for _ in data]
+    for n, times in enumerate(PASSES):
+        key = f"{prefix}{n}/"
+        with run.planning(f"finalists of {key}"):
+            some = finalists(data, [t * epsilon for t in times])
+        errors = full_rows(run, key, sample, data, some, tokens, known)
+        data = worse(data, errors, weights)
+        if all(_predicted(data, s) <= SURPRISE * s.error for s in some):
+            break
+        for n, choices in enumerate(known):
+            choices.update(s.choices[n] for s in some)
+    return data
 
 
-def finalists(data: Sequence[SiteData], epsilon: float) -> list[Solution]:
-    """The different plans that search chooses around `epsilon`, but for a dense one: at most four
-    settings of a head.
-    """
+def finalists(data: Sequence[SiteData], epsilons: Sequence[float]) -> list[Solution]:
+    """The different plans that search chooses, but for a dense one."""
     tables, fronts = [d.table for d in data], dict[str, Any]()
-    found = {s.choices: s for s in (search(tables, t * epsilon, fronts) for t in TIMES)}
+    found = {s.choices: s for s in (search(tables, e, fronts) for e in epsilons)}
     return [s for s in found.values() if not all(c.dense for c in s.choices)]
+
+
+def _predicted(data: Sequence[SiteData], solution: Solution) -> float:
+    return predicted([d.table for d in data], solution.choices)
 
 
 def full_rows(
@@ -80,34 +96,35 @@ def full_rows(
     data: Sequence[SiteData],
     some: Sequence[Solution],
     tokens: int,
+    known: Sequence[Collection[Choice]],
 ) -> list[Errors]:
     """Errors on every query row of a prompt, and apart on its scored rows, when each layer runs as
-    in the plans of these solutions for `tokens`; the larger of the two counts. A journal unit for
-    each place, whose key begins with `prefix`.
+    in the plans of these solutions for `tokens`; the larger of the two counts. What is `known` of a
+    place is not run again. A journal unit for each place, whose key begins with `prefix`.
     """
     fingerprint, order = facts(run.model)[0], [d.site for d in data]
     plans = [assemble(data, s, fingerprint, Budget(), tokens, Limits()) for s in some]
     handles = [PatchHandle(plan) for plan in plans]
     ran = [
-        dict.fromkeys(s.choices[n] for s in some if not s.choices[n].dense)
-        for n in range(len(data))
+        dict.fromkeys(c for c in (s.choices[n] for s in some) if not c.dense and c not in seen)
+        for n, seen in enumerate(known)
     ]
     keys = {path: f"{prefix}{path}" for path, choices in zip(order, ran, strict=True) if choices}
     waiting = {path for path, key in keys.items() if key not in run.journal}
     scored = torch.from_numpy(tasks.judged_rows(sample)).to(run.device)
 
     def see(call: AttentionCall, dense: Partial) -> None:
-        path = call.site.path
-        found: dict[Choice, list[float] | None] = {}
+        path, found = call.site.path, dict[Choice, list[float] | None]()
+        mine = ran[order.index(path)]
 
         def work() -> list[list[float] | None]:
             for handle, solution in zip(handles, some, strict=True):
                 choice = solution.choices[order.index(path)]
-                new = path in waiting and choice not in found and not choice.dense
+                new = path in waiting and choice in mine and choice not in found
                 if new or path in handle.state.anchors:  # lists are lent to later sites
                     out = handle.run(call)
                     found[choice] = None if out is None else _errors(out, dense.out, scored)
-            return [found[c] for c in ran[order.index(path)]]
+            return [found[c] for c in mine]
 
         if path in waiting:
             run.tell("measuring all rows of finalists")
