@@ -73,8 +73,8 @@ def with_full_rows(
         data = worse(data, errors, weights)
         if all(_predicted(data, s) <= SURPRISE * s.error for s in some):
             break
-        for n, choices in enumerate(known):
-            choices.update(s.choices[n] for s in some)
+        for seen, choices in zip(known, zip(*(s.choices for s in some), strict=True), strict=True):
+            seen.update(choices)
     return data
 
 
