@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from planted import DIFFUSE, LENGTH, planted, prompts, toy_costs
+from planted_model import DIFFUSE, LENGTH, planted, prompts, toy_costs
 from tiny_cases import byte_tokenizer, tiny_model
 
 from accelkit.calibration import calibrate as flow

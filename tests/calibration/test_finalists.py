@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import planted as planting
+import planted_model as planting
 import pytest
 import torch
-from planted import LENGTH, toy_costs
+from planted_model import LENGTH, toy_costs
 
 from accelkit.calibration import calibrate as flow
 from accelkit.calibration import session
