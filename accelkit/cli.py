@@ -25,6 +25,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Speeds up pretrained language models and diffusion pipelines by calibrated sparse "
     "attention.",
+    epilog="Begin with `accelkit calibrate MODEL --dry-run`, which says what can be gained, then "
+    "`accelkit calibrate MODEL --out PLAN` and `accelkit patch MODEL --plan PLAN --prompt …`.",
 )
 for command in (calibrate, patch, show, methods, bench):
     app.command()(command)

@@ -21,7 +21,8 @@ from typer.core import TyperGroup
 from accelkit.errors import AccelkitError, AccelkitWarning, InvalidInputError
 
 log = logging.getLogger("accelkit")
-# Options that several commands share.
+# Panels of `--help`, and options that several commands share.
+OF_TEXT, OF_PICTURES = "For language models", "For pipelines"
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder of a saved model or pipeline, or a hub id.")
 ]
@@ -32,10 +33,21 @@ PlanAt = Annotated[
     ),
 ]
 Lengths = Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 8k,32k.")]
-Height = Annotated[int | None, typer.Option(min=1, help="Of a pipeline's pictures, in pixels.")]
-Width = Annotated[int | None, typer.Option(min=1, help="Of a pipeline's pictures, in pixels.")]
-Frames = Annotated[int | None, typer.Option(min=1, help="Of a pipeline's videos.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of a pipeline.")]
+Height = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of a pipeline's pictures, in pixels.", rich_help_panel=OF_PICTURES),
+]
+Width = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of a pipeline's pictures, in pixels.", rich_help_panel=OF_PICTURES),
+]
+Frames = Annotated[
+    int | None, typer.Option(min=1, help="Of a pipeline's videos.", rich_help_panel=OF_PICTURES)
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Denoising steps of a pipeline.", rich_help_panel=OF_PICTURES),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of prompts and choices.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
@@ -61,7 +73,10 @@ def size(text: str, option: str) -> int:
 
 def sizes(text: str) -> tuple[int, ...]:
     """Several sizes between commas, ascending, each once."""
-    return tuple(sorted({size(part, "--lengths") for part in names(text)}))
+    found = {size(part, "--lengths") for part in names(text)}
+    if not found:
+        raise InvalidInputError("--lengths: nothing given; write tokens such as 8k,32k")
+    return tuple(sorted(found))
 
 
 def seconds(text: str | None) -> float | None:
@@ -76,13 +91,13 @@ def seconds(text: str | None) -> float | None:
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def ratio(text: str, option: str) -> float:
-    """A share between 0 and 1, exclusive: "0.02" or "2%"."""
+def share(text: str) -> float:
+    """A budget, between 0 and 1, exclusive: "0.02" or "2%"."""
     found = re.fullmatch(r"(\d*\.?\d+(?:e-?\d+)?)(%?)", text.strip().lower())
     value = float(found[1]) / (100 if found[2] else 1) if found else math.nan
     if not 0 < value < 1:
         raise InvalidInputError(
-            f"{option}: {text!r} is no share between 0 and 1; write such as 0.02 or 2%"
+            f"--budget: {text!r} is no share between 0 and 1; write such as 0.02 or 2%"
         )
     return value
 
@@ -136,9 +151,18 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Any:
             key.replace("_", " "), justify="right" if number else "left", overflow="fold"
         )
     for row in rows:
-        grid.add_row(*map(cell, row.values()))
+        grid.add_row(*(cell(shown(k, v)) for k, v in row.items()))
     # The title stands by itself: a table breaks its own at its width.
     return Group(Text(title, style="italic"), grid)
+
+
+def shown(key: str, value: Any) -> Any:
+    """A share in percent and a ratio with its sign, by the names that such columns have."""
+    if isinstance(value, float) and key.endswith("share"):
+        return f"{value:.1%}"
+    if isinstance(value, float) and ("speedup" in key or "faster" in key):
+        return f"{value:.2f} ×"
+    return value
 
 
 def cell(value: Any) -> str:

@@ -156,11 +156,15 @@ def render(found: dict[str, Any]) -> Group:
     kernels = Table(title="Which kernel would serve", title_justify="left")
     for column in ("dtype", "head size", "unit", "causal", "backend", "why"):
         kernels.add_column(column)
-    for k in found["kernels"]:
-        unit, causal = "×".join(map(str, k["unit"])), "yes" if k["causal"] else "no"
-        kernels.add_row(
-            k["dtype"], str(k["head_dim"]), unit, causal, k["backend"], escape(k["reason"])
-        )
+    if len({(k["backend"], k["reason"]) for k in found["kernels"]}) == 1:
+        one = found["kernels"][0]
+        kernels.add_row(*["any"] * 4, one["backend"], escape(one["reason"]))
+    else:
+        for k in found["kernels"]:
+            unit, causal = "×".join(map(str, k["unit"])), "yes" if k["causal"] else "no"
+            kernels.add_row(
+                k["dtype"], str(k["head_dim"]), unit, causal, k["backend"], escape(k["reason"])
+            )
     probes = Table(title="Probes", title_justify="left", show_header=False)
     for name, answer in found["probes"].items():
         probes.add_row(name, escape(answer))

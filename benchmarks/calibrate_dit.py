@@ -31,6 +31,7 @@ from torch import nn
 import accelkit
 from accelkit.calibration.denoise import calibrate as denoise
 from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.shots import Shot
 from accelkit.calibration.denoise.video import Settings
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.refine import Round
@@ -69,7 +70,7 @@ def guided(model: str, layers: list[int], device: str) -> tuple[Any, Settings, d
 
 def dense_step(pipe: Any, size: Settings, arguments: dict[str, Any]) -> float:
     """Seconds of a dense step."""
-    shot = video.Shot("dense", arguments, 0)
+    shot = Shot("dense", arguments, 0)
     ends = video.run(pipe, replace(size, num_inference_steps=TIMED), shot).ends
     return statistics.median(b - a for a, b in pairwise(ends))
 
@@ -102,7 +103,7 @@ def told() -> Iterator[list[dict[str, Any]]]:
         Journal.put = put  # type: ignore[method-assign]
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=sorted(MODELS), default="wan")
     parser.add_argument("--layers", type=int, nargs="+", default=[], help="default: all")
@@ -115,8 +116,11 @@ def main() -> None:
     parser.add_argument("--journal", type=Path, help="keeps each unit of work with its seconds")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/calibrate_dit.json"))
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = options()
     # HunyuanVideo's mask over its text hides nothing here, but would make dense runs slower.
     nn.functional.scaled_dot_product_attention = unmasked(
         nn.functional.scaled_dot_product_attention

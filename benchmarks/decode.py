@@ -4,7 +4,7 @@
 CUDA graph, which leaves out what the host takes. Random bf16 data, 32 query heads, 8 KV heads of
 128.
 
-    python benchmarks/decode.py --out benchmarks/results/decode-h100.json
+    python benchmarks/decode.py --out benchmarks/results/decode-h200.json
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from attention.report import machine
 from torch.nn.functional import scaled_dot_product_attention
 
+from accelkit.calibration.timing import times_ms
 from accelkit.kernels.decode import _splits, decode
 from accelkit.kernels.index import BlockIndex
 
@@ -28,16 +30,8 @@ DENSITIES = (1.0, 0.25, 0.1, 0.02)
 
 
 def milliseconds(work: Callable[[], Any]) -> float:
-    """Mean of some runs behind one another, after a few that do not count."""
-    for _ in range(5):
-        work()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(RUNS):
-        work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / RUNS
+    """Median of some runs, each with the host's part, as the one call of a step has it."""
+    return median(times_ms(work, RUNS, 5, torch.device("cuda")))
 
 
 def replayed(work: Callable[[], Any]) -> float:

@@ -48,7 +48,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import accelkit
 from accelkit.calibration.denoise import video
-from accelkit.calibration.denoise.video import Settings, Shot
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Settings
 from accelkit.calibration.results import environment
 from accelkit.patches.adapters import facts, sites
 from accelkit.patches.method import load

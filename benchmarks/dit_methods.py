@@ -19,19 +19,18 @@ import argparse
 import json
 import math
 import sys
-import time
 import traceback
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from attention.peers import cudnn
 from torch.profiler import ProfilerActivity, profile
 
+from accelkit.calibration.timing import device_ms, host_ms
 from accelkit.kernels import attend, pyramid, select
 from accelkit.kernels.index import BlockIndex
 from accelkit.patches.call import AttentionCall, Clock, Geometry, Site, Span
@@ -119,8 +118,6 @@ def call_of(shape: str) -> AttentionCall:
     )  # fmt: skip
 
 
-AHEAD = 100_000_000
-"""Cycles, about 55 ms."""
 DENSE_REPEATS = 2
 """Readings of dense attention between two methods: clocks drift under load."""
 
@@ -132,19 +129,8 @@ def dense_lse(call: AttentionCall) -> torch.Tensor:
 
 
 def time_ms(run, repeats: int = 7) -> float:
-    """Median milliseconds on the device. The host has a start, as in a model, where other layers
-    keep the device busy in the meantime.
-    """
-    run()
-    torch.cuda.synchronize()
-    torch.cuda._sleep(AHEAD)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    return median(a.elapsed_time(b) for a, b in pairwise(marks))
+    """Median milliseconds on the device, without the host."""
+    return median(device_ms(run, repeats, warmup=1))
 
 
 ATTENTION = ("block_sparse", "skipping", "_gather", "_eight_bit", "flash", "_merge")
@@ -277,9 +263,7 @@ def measure(
     )
     row["call_ms"] = time_ms(lambda: attention.attend(now(), groups, state, out))
     row |= parts_ms(lambda: attention.attend(now(), groups, state, out))
-    begin = time.perf_counter()
-    attention.attend(now(), groups, state, out)
-    row["host_ms"] = 1e3 * (time.perf_counter() - begin)
+    row["host_ms"] = host_ms(lambda: attention.attend(now(), groups, state, out))
     torch.cuda.synchronize()
     row["search_ms"] = search_ms
     if fused:
@@ -300,12 +284,8 @@ def main() -> None:
     rows, failed = [], []
     for shape in args.shapes:
         call = call_of(shape)
-
-        def cudnn(call: AttentionCall = call) -> torch.Tensor:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale)
-
-        after, dense = time_ms(cudnn), cudnn()
+        run_dense = partial(cudnn, call.q, call.k, call.v, False)
+        after, dense = time_ms(run_dense), run_dense()
         print(f"{shape}: {call.n_k} tokens, {len(call.heads)} heads, dense {after:.2f} ms")
         for name in args.methods:
             for fields in SETTINGS[name]:
@@ -317,7 +297,7 @@ def main() -> None:
                     print(f"  {name} {fields}: {type(reason).__name__}: {str(reason)[:90]}")
                     failed.append(f"{name} {fields} at {shape}")
                     continue
-                before, after = after, time_ms(cudnn, DENSE_REPEATS)
+                before, after = after, time_ms(run_dense, DENSE_REPEATS)
                 dense_ms = (before + after) / 2
                 row |= {"shape": shape, "dense_ms": dense_ms, "gain": dense_ms / row["call_ms"]}
                 row["dense_drift"] = after / before - 1

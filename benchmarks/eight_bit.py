@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from attention.peers import cudnn
 from attention.report import machine
 from attention.shapes import D64, LLM, VIDEO, Shape, random_call, random_mask
 from attention.timing import milliseconds
@@ -37,13 +38,6 @@ NATIVE = ("triton", "gluon")
 DENSITIES = (1.0, 0.25, 0.1)
 UNIT = (128, 128)
 KINDS = ("random", "offsets", "sinks", "one-hot", "repeated", "extremes")
-
-
-def cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return scaled_dot_product_attention(
-            q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-        )
 
 
 def index_of(shape: Shape, density: float) -> BlockIndex:

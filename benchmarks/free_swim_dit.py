@@ -26,7 +26,8 @@ from torch import Tensor
 
 import accelkit
 from accelkit.calibration.denoise import video
-from accelkit.calibration.denoise.video import Settings, Shot
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Settings
 from accelkit.calibration.evaluation.quality import relative
 from accelkit.calibration.results import environment
 from accelkit.patches.methods.free_swim import FreeSwim

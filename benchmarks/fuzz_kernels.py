@@ -96,16 +96,9 @@ class Family:
             width, dtype = r.choice([64, 128]), r.choice(half)
             size = r.choice([(128, 128), (128, 64), (256, 128)] if size[1] > 1 else [(128, 1)])
             traits -= {"padding", "positions"}
-        return Family(
-            dtype,
-            width,
-            width if r.random() < 0.8 else r.choice(HEAD_SIZES[:4]),
-            size,
-            causal,
-            r.choice([1, 1, 2, 3, 4]),
-            r.choice([1, 2, 3]),
-            frozenset(traits),
-        )
+        values = width if r.random() < 0.8 else r.choice(HEAD_SIZES[:4])
+        group, kv_heads = r.choice([1, 1, 2, 3, 4]), r.choice([1, 2, 3])
+        return Family(dtype, width, values, size, causal, group, kv_heads, frozenset(traits))
 
     @staticmethod
     def _in_eight_bits(r: random.Random, half: list[torch.dtype], device: str) -> Family:

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from attention.peers import cudnn
 from attention.report import machine
 from dit_methods import expected
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from accelkit.calibration.timing import device_ms
+from accelkit.kernels import select
 from accelkit.kernels.index import BlockIndex, equal_groups
 from accelkit.patches.call import AttentionCall, Site
 from accelkit.patches.method import load
@@ -73,15 +73,13 @@ def error(call: AttentionCall, policy: Policy, out: Tensor) -> tuple[float, floa
     pieces = () if found is None else found.pieces
     if len(pieces) != 1 or not isinstance(pieces[0], BlockIndex) or found.order is not None:
         return None
-    index, n = pieces[0], call.n_q
-    at = torch.linspace(0, n - 1, ROWS, device=DEVICE).long()
+    at = torch.linspace(0, call.n_q - 1, ROWS, device=DEVICE).long()
     worst = 0.0
     for slot, head in enumerate(heads):
         want = expected(found, slot, at)
         wrong = (out[0, head, at].float() - want).norm(dim=-1) / want.norm(dim=-1)
         worst = max(worst, float(wrong.max()))
-    listed = index.count.clamp(min=0).sum() * math.prod(index.size)
-    return worst, float(listed / (len(heads) * n * n / 2))
+    return worst, float(select.density(pieces, found.call).mean())
 
 
 def measured(call: AttentionCall, name: str, dense_ms: float | None) -> dict[str, Any]:
@@ -127,13 +125,7 @@ def main() -> None:
     for tokens in args.tokens:
         torch.manual_seed(0)
         call = call_of(tokens)
-
-        def dense(call: AttentionCall = call) -> None:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                scaled_dot_product_attention(
-                    call.q, call.k, call.v, is_causal=True, enable_gqa=True
-                )
-
+        dense = partial(cudnn, call.q, call.k, call.v, True)
         dense_ms = median(device_ms(dense, 1, warmup=1))  # cuDNN plans a shape once
         for name in args.methods:
             rows.append(measured(call, name, dense_ms))

@@ -23,6 +23,7 @@ from accelkit.calibration.capture import forward
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.evaluation.corpus import source_corpus
 from accelkit.calibration.evaluation.tasks import Sample, make
+from accelkit.calibration.timing import times_ms
 from accelkit.patches.method import Method, load
 from accelkit.patches.patch import disabled, patch, plan_of
 from accelkit.patches.plan import Limits, Plan
@@ -114,11 +115,7 @@ class Bench:
 
     def clock_ms(self) -> float:
         """Milliseconds of one prefill of the batch."""
-        quality.synchronise(self.model.device)
-        begin = time.perf_counter()
-        forward(self.model, self.ids)
-        quality.synchronise(self.model.device)
-        return 1e3 * (time.perf_counter() - begin)
+        return times_ms(lambda: forward(self.model, self.ids), 1, 0, self.model.device)[0]
 
     def rows(self, some: Sequence[int]) -> list[dict[str, Any]]:
         """What the patched model loses on prompts that share a forward."""

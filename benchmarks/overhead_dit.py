@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import accelkit
 from accelkit.calibration.results import environment
+from accelkit.calibration.timing import host_ms, times_ms
 from accelkit.patches.adapters import facts
 from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
 
@@ -101,15 +101,9 @@ class Sides:
 
 def milliseconds(run: Callable[[], Any]) -> tuple[float, float]:
     """On the device, and until the host has issued everything."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    start = time.perf_counter()
-    run()
-    host = 1e3 * (time.perf_counter() - start)
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end), host
+    host: list[float] = []
+    (on_device,) = times_ms(lambda: host.append(host_ms(run)), 1, 0, torch.device("cuda"))
+    return on_device, host[0]
 
 
 def kernels(run: Callable[[], Any]) -> dict[str, tuple[int, float]]:
@@ -122,6 +116,19 @@ def kernels(run: Callable[[], Any]) -> dict[str, tuple[int, float]]:
         if e.self_device_time_total:
             found[e.key] = (e.count, e.self_device_time_total / 1e3)
     return found
+
+
+def apart(unpatched: list[float], patched: list[float]) -> dict[str, object]:
+    """How much slower the patched runs of each round were, in percent, and by how much the two
+    equal ones differ; both lists hold two runs a round.
+    """
+    before, after = (list(zip(v[::2], v[1::2], strict=True)) for v in (unpatched, patched))
+    slower = [100 * (sum(p) / sum(u) - 1) for u, p in zip(before, after, strict=True)]
+    return {
+        "slower_percent": statistics.median(slower),
+        "slower_percent_of_rounds": slower,
+        "percent_between_equal_runs": statistics.median(100 * abs(p / q - 1) for p, q in after),
+    }
 
 
 def measure(
@@ -149,23 +156,13 @@ def measure(
         calls = sides.handle.report().calls
     for block in pipe.transformer.blocks:
         block._compiled_call_impl = None
-    first, second = (
-        [sum(v[i : i + 2]) for i in range(0, 2 * rounds, 2)]
-        for v in (ms["unpatched"], ms["patched"])
-    )
-    slower = [100 * (p / u - 1) for u, p in zip(first, second, strict=True)]
-    equal = [
-        100 * abs(ms["patched"][i] / ms["patched"][i + 1] - 1) for i in range(0, 2 * rounds, 2)
-    ]
     names = {n for side in work.values() for n in side}
     none = (0, 0.0)
     return {
         "compiled": compiled,
         "ms_a_step": {side: statistics.median(v) for side, v in ms.items()},
         "host_ms_a_step": {side: statistics.median(v) for side, v in host.items()},
-        "slower_percent": statistics.median(slower),
-        "slower_percent_of_rounds": slower,
-        "percent_between_equal_runs": statistics.median(equal),
+        **apart(ms["unpatched"], ms["patched"]),
         "kernel_ms": {side: sum(t for _, t in found.values()) for side, found in work.items()},
         "kernel_launches": {
             side: sum(n for n, _ in found.values()) for side, found in work.items()

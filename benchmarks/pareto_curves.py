@@ -11,12 +11,13 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -32,8 +33,10 @@ from accelkit.calibration.denoise import check as denoise_check
 from accelkit.calibration.denoise import measure as denoise_measure
 from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.caches import OWN
+from accelkit.calibration.denoise.fidelity import fidelity
 from accelkit.calibration.denoise.schedule import recorded, schedules
-from accelkit.calibration.denoise.video import Settings, Shot, Take
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Settings, Take
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.fit import fit
 from accelkit.kernels.cost import CostTable
@@ -41,6 +44,7 @@ from accelkit.patches.adapters import facts, sites, watch
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.parts import step_cache
 from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
+from accelkit.patches.sites.attention import Answer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "train"))
@@ -80,7 +84,7 @@ class Subject:
         for n in range(len(self.scenes)):
             mine = Take(take.latents[n], pictures[n], 0.0)
             true = Take(self.dense.latents[n], self.pictures[n], 0.0)
-            rows.append(video.fidelity(mine, true))
+            rows.append(fidelity(mine, true))
         seen = [self.shapes.look(torch.from_numpy(p)) for p in pictures]
         right = [self.shapes.score(a, s)["all"] for a, s in zip(self.scenes, seen, strict=True)]
         keys = ("error", "latent_psnr", "psnr", "ssim")
@@ -278,12 +282,11 @@ def check_runs(measured: dict[str, Any]) -> float:
     return 1 + sum(ratios) / most
 
 
-def run_mixture(
-    subject: Subject, budget: float, costs: CostTable, about: dict[str, Any], prompts: list[dict],
-    journal: Path, preset: str, methods: list[str] | None,
-) -> dict[str, Any]:  # fmt: skip
-    """A plan calibrated with the target's costs, drawn on the held-out prompts."""
-    original = denoise_measure.measured
+@contextmanager
+def at_target(costs: CostTable, about: dict[str, Any]) -> Iterator[None]:
+    """While open, calibration takes the target's times for those of the machine it runs on."""
+    original, check = denoise_measure.measured, denoise_check.Checker
+    ((_, dense_ms),) = costs.dense  # what was not clocked counts as no faster
 
     def measured(*args: Any) -> Any:
         # A step of the target takes attention's time ÷ attention's share.
@@ -299,29 +302,34 @@ def run_mixture(
     def speed(checker: Any, plan: Plan) -> dict[str, float]:
         return {"ms": checker.cost(plan), "dense_ms": 1.0}
 
-    check = denoise_check.Checker
-    saved = fit.fit, denoise_measure.measured, check.speed, check.took, candidates.answers_ms
-    worth = denoise.CACHES, denoise_check.AGAIN
-    # A run at the small geometry takes as long here as a whole one, and nothing is timed again.
-    denoise.CACHES, denoise_check.AGAIN = float("inf"), 0
-    fit.fit = lambda *args, **options: costs  # type: ignore[assignment]
-    ((_, dense_ms),) = costs.dense  # what was not clocked counts as no faster
-    candidates.answers_ms = lambda answers, batch: [
-        about["clocked"].get(arithmetic(a.execution), dense_ms) for a in answers
-    ]
-    denoise_measure.measured = measured
-    check.speed, check.took = speed, took  # type: ignore[method-assign]
+    def answers_ms(answers: Sequence[Answer], batch: int) -> list[float]:
+        return [about["clocked"].get(arithmetic(a.execution), dense_ms) for a in answers]
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            # A run at the small geometry takes as long here as a whole one, and nothing is timed
+            # again.
+            (denoise, "CACHES", float("inf")), (denoise_check, "AGAIN", 0),
+            (fit, "fit", lambda *args, **options: costs), (candidates, "answers_ms", answers_ms),
+            (denoise_measure, "measured", measured), (check, "speed", speed), (check, "took", took),
+        ):  # fmt: skip
+            stack.enter_context(patch.object(owner, name, value))
+        yield
+
+
+def run_mixture(
+    subject: Subject, budget: float, costs: CostTable, about: dict[str, Any], prompts: list[dict],
+    journal: Path, preset: str, methods: list[str] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """A plan calibrated with the target's costs, drawn on the held-out prompts."""
     size = subject.settings
     begin = time.perf_counter()
-    try:
+    with at_target(costs, about):
         plan = accelkit.calibrate(
             subject.pipe, prompts, budget=budget, height=size.height, width=size.width,
             num_frames=size.num_frames, steps=size.num_inference_steps, preset=preset,
             journal=journal, resume=True, progress=False, methods=methods,
         )  # fmt: skip
-    finally:
-        fit.fit, denoise_measure.measured, check.speed, check.took, candidates.answers_ms = saved  # type: ignore[method-assign]
-        denoise.CACHES, denoise_check.AGAIN = worth
     seconds = time.perf_counter() - begin
     opened = accelkit.patch(subject.pipe, plan) if "note" not in plan.measured else nullcontext()
     with opened:

@@ -21,6 +21,7 @@ import accelkit
 from accelkit.calibration.bench import video as video_bench
 from accelkit.calibration.candidates import prime, stored
 from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.shots import Shot
 from accelkit.calibration.fit import clock as fit_clock
 from accelkit.calibration.fit import fit
 from accelkit.calibration.fit import inputs as fit_inputs
@@ -123,7 +124,7 @@ def arithmetic(one: Execution) -> str:
 
 
 def unit_of(
-    pipe: Any, size: video.Settings, shot: video.Shot, method: AttentionMethod, tables: dict
+    pipe: Any, size: video.Settings, shot: Shot, method: AttentionMethod, tables: dict
 ) -> tuple[tuple[int, int], str | None]:
     """Unit of a method's lists, from one call of one site, and its arithmetic unless plain."""
     found: list[tuple[int, int]] = [(128, 128)]

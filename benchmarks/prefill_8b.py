@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import accelkit
 from accelkit import kernels
 from accelkit.calibration.results import environment
+from accelkit.calibration.timing import times_ms
 from accelkit.kernels.dispatch import explain
 from accelkit.patches.method import AttentionMethod
 
@@ -45,16 +46,10 @@ class FixedShare(AttentionMethod):
 def llama_8b(device: str) -> LlamaForCausalLM:
     """The public configuration of Llama-3.1-8B with random bf16 weights."""
     config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rope_theta=500000.0,
-        dtype="bfloat16",
-    )
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
+        rope_theta=500000.0, dtype="bfloat16",
+    )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
         before = torch.get_default_dtype()
@@ -77,16 +72,10 @@ def planted_prompt(length: int, vocabulary: int, device: str) -> torch.Tensor:
     return ids.to(device)
 
 
-def first_token_ms(model: LlamaForCausalLM, ids: torch.Tensor, repeat: int) -> list[float]:
+def first_token_ms(model: LlamaForCausalLM, ids: torch.Tensor, repeat: int) -> tuple[float, ...]:
     """Milliseconds of prefill up to the first token's logits."""
-    times = []
-    for n in range(repeat + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        model(ids, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
-        if n:
-            times.append(1000 * (time.perf_counter() - start))
-    return times
+    run = lambda: model(ids, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()  # noqa: E731
+    return times_ms(run, repeat, 1, model.device)
 
 
 def kernel_of(model: LlamaForCausalLM, length: int, block: int) -> str:

@@ -132,6 +132,7 @@ def readme() -> str:
     parts = {
         "methods": lambda: methods_table("accelkit/patches/methods/{}.py"),
         "benchmarks": headlines.lines,
+        "headline": headlines.short,
     }
     text = README.read_text("utf-8")
     return MARK.sub(lambda m: m[1] + parts[m[2]]() + "\n" + m[3], text)

@@ -5,6 +5,7 @@ A result is named by its file. What a line says is read from the file when READM
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
@@ -33,6 +34,27 @@ def denoising(data: dict[str, Any]) -> Iterator[Line]:
             plan = "a step cache" if row["plan"] == "dense" else f"a step cache and `{row['plan']}`"
             yield f"{what}: {plan}", times([row["speedup"]])
             what = "the same"
+
+
+def short() -> str:
+    """The main results in a sentence, for README's first lines."""
+    wan, hunyuan, llama = (
+        load(name) for name in ("denoise-wan-h100", "denoise-hunyuan-h100", "prefill-8b-h100")
+    )
+
+    def best(data: dict[str, Any], cached: bool) -> str:
+        some = [r["speedup"] for r in data["rows"] if bool(r["skipped_in_a_row"]) == cached]
+        return f"{max(some):.2g} ×" if some else "–"
+
+    longest = max(llama["forced"], key=lambda row: row["tokens"])
+    told = (
+        f"Measured at full size, with random weights and plans of given densities "
+        f"({machine(wan).partition(',')[0]}): a whole denoising of Wan2.1-1.3B {best(wan, False)} "
+        f"as fast, {best(wan, True)} with a step cache, of HunyuanVideo "
+        f"{best(hunyuan, False)}; the first token of Llama-3.1-8B behind "
+        f"{longest['tokens']:,} tokens {longest['ratio_best_dense']:.2g} ×."
+    )
+    return textwrap.fill(told, 120)
 
 
 def fidelity(data: dict[str, Any]) -> Iterator[Line]:
@@ -107,12 +129,37 @@ def patch_cost(data: dict[str, Any]) -> Iterator[Line]:
     yield f"{title(data)}, all dense by plan, eager / compiled", f"{slower} % time"
 
 
+def released(data: dict[str, Any]) -> Iterator[Line]:
+    """`benchmarks/peers.py`: calls of the longest prompt at the captured mass of the release or,
+    where that was alike by itself, at its settings; with the release's waits for its host, and
+    without.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    release = data["rows"][0]
+    for row in data["rows"]:
+        if not row["like release"]:
+            release = row
+            continue
+        work = release["device works, ms"] / row["device works, ms"]
+        some = found.setdefault(release["code"], {})
+        some[release["setting"]] = row | {"× its work": work}
+        longest = max(r["tokens"] for r in some.values())
+        found[release["code"]] = {k: r for k, r in some.items() if r["tokens"] == longest}
+    for code, rows in found.items():
+        (tokens, own), *_ = {(r["tokens"], r["code"]) for r in rows.values()}
+        whole, work = (times([r[k] for r in rows.values()]) for k in ("× release", "× its work"))
+        what = f"One attention call, {tokens:,} tokens, `{own}` beside released {code}"
+        yield f"{what}: {'; '.join(rows)}", f"{whole} its speed, {work} by the device's work alone"
+
+
 MAIN: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
     "denoise-wan-h100": denoising,
     "denoise-hunyuan-h100": denoising,
+    "denoise-hunyuan-cached-h200": denoising,
     "video-pareto-h100": fidelity,
-    "dit-methods-h100": attention_calls,
+    "dit-methods-h200": attention_calls,
     "kernels-h200": block_lists,
+    "peers-h200": released,
     "prefill-8b-h100": first_token,
     "mixture-16k-h100": mixture,
     "mixture-32k-h100": mixture,

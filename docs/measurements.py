@@ -193,6 +193,16 @@ def dit_row(m: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def releases(data: dict[str, Any]) -> str:
+    """The checkouts that `benchmarks/peers.py` ran, how, and what did not run."""
+    lines = []
+    for name, about in data["peers"].items():
+        how = "; ".join(filter(None, (about["mended"], about["remark"])))
+        lines.append(f"- `{name}`, commit {about['commit']}: {how}")
+    lines += [f"- did not run: {cell(text)}" for text in data["failed"]]
+    return "\n".join(lines)
+
+
 def machine(data: dict[str, Any]) -> str:
     """Where a result was measured, in a line."""
     facts = data.get("environment") or data
@@ -227,6 +237,8 @@ def page() -> str:
         for key, text in (("forced", FORCED), ("singles", MIXTURE), ("calibrations", CALIBRATION)):
             if key in data:
                 parts.append(text)
+        if data.get("peers"):
+            parts.append(releases(data))
         if data.get("note"):
             parts.append(data["note"])
     return "\n\n".join(parts) + "\n"

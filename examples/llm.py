@@ -1,6 +1,6 @@
 """Calibrate a language model, run it patched, and put it back.
 
-    python examples/llm.py [MODEL] [--lengths 4096]
+    python examples/llm.py [MODEL] [--lengths 4k]
 
 MODEL is a hub id or a folder; by default the small Llama beside this file.
 """
@@ -12,19 +12,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import accelkit
+from accelkit.console import names, share, sizes
 
 HERE = Path(__file__).parent
 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=str(HERE / "models" / "tiny-llama"))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
-    parser.add_argument("--budget", type=float, default=0.02)
-    parser.add_argument("--methods", nargs="+", help="default: all")
+    parser.add_argument("--lengths", type=sizes, default="4k", help="in tokens, such as 8k,32k")
+    parser.add_argument("--budget", type=share, default="2%", help="error that may be spent")
+    parser.add_argument("--methods", type=names, help="such as window,flex_prefill; default: all")
     parser.add_argument("--preset", default="balanced", help="fast, balanced or careful")
-    parser.add_argument("--out", default="runs/example")
+    parser.add_argument("--out", default="runs/example", help="folder of the plan")
     args = parser.parse_args()
 
     cuda = torch.cuda.is_available()

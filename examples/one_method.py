@@ -16,8 +16,8 @@ MODEL = Path(__file__).parent / "models" / "tiny-llama"
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("method", nargs="?", default="window", choices=accelkit.methods())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("method", nargs="?", default="window", help="see `accelkit methods`")
     parser.add_argument("--tokens", type=int, default=4096)
     args = parser.parse_args()
 

@@ -139,7 +139,7 @@ def test_sizes_times_and_shares():
     assert console.sizes("32k, 8k,8192") == (8192, 32768)
     assert console.seconds("15m") == 900
     assert console.seconds("1.5h") == 5400
-    assert console.ratio("2%", "--budget") == console.ratio("0.02", "--budget") == 0.02
+    assert console.share("2%") == console.share("0.02") == 0.02
     for read, text in (
         (console.sizes, "8q"),
         (console.sizes, "0"),
@@ -150,7 +150,7 @@ def test_sizes_times_and_shares():
             read(text)
     for text in ("0", "1", "150%", "much", "-0.1"):
         with pytest.raises(InvalidInputError, match="--budget"):
-            console.ratio(text, "--budget")
+            console.share(text)
 
 
 def test_json_has_no_nan():
@@ -385,6 +385,30 @@ def test_bench_below_the_minimum_is_exit_6(model, plan):
     assert "begins at 512" in failed(
         "bench", model, "--plan", plan, "--lengths", "256", "--repeat", "1", code=6
     )
+
+
+def test_bench_leaves_out_what_is_below_the_minimum(model, plan):
+    words = ("--plan", plan, "--lengths", "256,600", "--repeat", "1", "--json")
+    result = run("bench", model, *words)
+    assert [row["length"] for row in json.loads(result.stdout)] == [600]
+    assert "256 tokens: the plan begins at 512 and runs dense; left out" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("calibrate", "--lengths", ""), "--lengths: nothing given"),
+        (("patch", "--plan", "{plan}", "--prompt", " "), "the prompt is empty"),
+        (("patch", "--plan", "{plan}", "--demo", "--length", "8k"), "positions for 4096 tokens"),
+        (("bench", "--plan", "{plan}", "--lengths", "8k"), "positions for 4096 tokens"),
+        (("eval", "--plan", "{plan}", "--lengths", "8k"), "positions for 4096 tokens"),
+        (("eval", "--max-drop", "1"), "--max-drop compares a plan with dense; give --plan"),
+        (("eval", "--plan", "{plan}", "--max-drop", "1", "--against", "none"), "--max-drop compar"),
+    ],
+)
+def test_what_could_not_end_well_is_refused_at_once(model, plan, words, told):
+    command, *rest = words
+    assert told in failed(command, model, *(w.format(plan=plan) for w in rest), code=2)
 
 
 def test_eval(model, plan):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,17 @@ def test_every_example_is_run_here():
         assert f'run("{path.name}"' in here, f"{path.name} has no test"
 
 
+def test_the_commands_of_the_pages_are_understood():
+    """Options are read in turn, so `--help` at the end is only reached behind right ones."""
+    pages = [ROOT / "README.md", ROOT / "Makefile", *EXAMPLES.glob("*.py")]
+    text = "\n".join(p.read_text("utf-8").replace("\\\n", " ") for p in pages)
+    found = re.findall(r"python examples/(\S+\.py)(.*--.*)", text)
+    assert len(found) >= 5
+    for name, words in found:
+        arguments = shlex.split(re.sub(r"[\[\]$()]", "", words))
+        assert "usage:" in run(name, *arguments, "--help")
+
+
 QUICK = ("--methods", "window", "--preset", "fast", "--budget", "0.3")
 
 
@@ -56,11 +68,11 @@ def test_llm(tmp_path):
 @pytest.mark.timeout(320)
 def test_video(tmp_path):
     small = ("--height", "32", "--width", "32", "--frames", "9", "--steps", "4")
-    quick = ("--methods", "first_block_cache", "mag_cache", "--preset", "fast", "--budget", "0.3")
+    quick = ("--methods", "first_block_cache,mag_cache", "--preset", "fast", "--budget", "0.3")
     out = run("video.py", *small, *quick, "--out", str(tmp_path))
     for name in ("dense.mp4", "patched.mp4", "sheet.png", "accelkit_plan.json"):
         assert (tmp_path / name).stat().st_size > 500, name
-    assert "'psnr'" in out
+    assert re.search(r"\d × faster, .*'psnr'", out)
 
 
 def test_one_method():

@@ -33,7 +33,7 @@ def probe_methods() -> Iterator[None]:
 
 def _forget() -> None:
     method.names.cache_clear()
-    method.load.cache_clear()
+    method._load.cache_clear()
 
 
 def tiny_model(**changes: Any) -> Any:

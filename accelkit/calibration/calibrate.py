@@ -10,6 +10,7 @@ from accelkit.errors import InvalidInputError, UnsupportedModelError
 from accelkit.patches.adapters import adapter_for
 from accelkit.patches.method import Method
 from accelkit.patches.plan import Budget, Plan
+from accelkit.patches.plan_file import as_path
 
 
 def calibrate(
@@ -78,6 +79,10 @@ def calibrate(
     size: dict[str, Any] = {
         "height": height, "width": width, "num_frames": num_frames, "steps": steps,
     }  # fmt: skip
+    _counted(batch=batch, **size)
+    _counted(0, seed=seed)
+    if journal is not None:
+        journal = as_path(journal, "journal")
     shared: dict[str, Any] = {
         "budget": budget, "methods": methods, "preset": preset, "seed": seed,
         "time_limit": time_limit, "journal": journal, "resume": resume, "progress": progress,
@@ -114,13 +119,15 @@ def dry_run(
     how much faster it would be if attention cost nothing. Writes nothing.
     """
     adapter, bare = adapter_for(model)
+    _counted(height=height, width=width, num_frames=num_frames, steps=steps)
     if "denoise" in adapter.PHASES:
         from accelkit.calibration.bench import video as speed
-        from accelkit.calibration.denoise import video
+        from accelkit.calibration.denoise.shots import gather
+        from accelkit.calibration.denoise.video import Settings
 
         _unused({"lengths": lengths}, "a pipeline")
-        size = video.Settings(height, width, num_frames, steps)
-        return speed.bound(bare, size, video.gather(None, 0, 1, 1).measure[0])
+        size = Settings(height, width, num_frames, steps)
+        return speed.bound(bare, size, gather(None, 0, 1, 1).measure[0])
     from accelkit.calibration.bench import prefill
 
     size_of = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
@@ -140,6 +147,14 @@ def _named(methods: Any) -> None:
 
 def _is_method(one: Any) -> bool:
     return isinstance(one, str | Method) or (isinstance(one, type) and issubclass(one, Method))
+
+
+def _counted(least: int = 1, **numbers: Any) -> None:
+    """Refuse what is no whole number from `least` on."""
+    for name, value in numbers.items():
+        optional = name not in ("batch", "seed") and value is None
+        if not optional and (type(value) is not int or value < least):
+            raise InvalidInputError(f"{name} is {value!r}; expected a whole number from {least} on")
 
 
 def _unused(options: dict[str, Any], what: str) -> None:

@@ -75,16 +75,30 @@ class Inputs:
         return min(len(s.ids) for s in self.measure)
 
 
+def need_known(inputs: Inputs, model: Any) -> None:
+    """Refuse token ids that the model has no embedding of.
+
+    Raises:
+        InvalidInputError: an id beyond the vocabulary.
+    """
+    known = model.config.get_text_config().vocab_size
+    highest = max(int(s.ids.max()) for s in (*inputs.measure, *inputs.check))
+    if highest >= known:
+        raise InvalidInputError(
+            f"data: token id {highest}, the model knows 0 to {known - 1}; take the tokenizer that "
+            "belongs to the model"
+        )
+
+
 def chosen_lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
     """The prompt lengths that are wished, or those by the model's device; tokens, ascending.
 
     Raises:
         InvalidInputError: too short, or longer than the model has positions for.
     """
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     if lengths is None:
         kind = "cuda" if model.device.type == "cuda" else "cpu"
-        return sorted({min(n, most) for n in LENGTHS[kind]})
+        return sorted({min(n, tasks.positions(model)) for n in LENGTHS[kind]})
     try:
         found = sorted({index(n) for n in lengths})
     except TypeError as error:
@@ -95,10 +109,7 @@ def chosen_lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
         raise InvalidInputError(
             f"lengths {list(lengths)}: expected numbers of tokens from {tasks.MIN_LENGTH} on"
         )
-    if found[-1] > most:
-        raise InvalidInputError(
-            f"length {found[-1]}: the model has positions for {most} tokens; take shorter prompts"
-        )
+    tasks.need_positions(model, found[-1])
     return found
 
 

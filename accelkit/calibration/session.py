@@ -63,7 +63,7 @@ def need_preset(preset: str, known: Mapping[str, Any]) -> None:
     Raises:
         InvalidInputError: none of the known ones.
     """
-    if preset not in known:
+    if not isinstance(preset, str) or preset not in known:
         raise InvalidInputError(f"preset {preset!r} is unknown; expected one of {', '.join(known)}")
 
 
@@ -272,7 +272,8 @@ class Bar:
         from tqdm.auto import tqdm
 
         self.drawn = self.wanted and sys.stderr.isatty()
-        self.bar = tqdm(disable=not self.drawn, file=sys.stderr, unit="unit")
+        form = "{desc}{percentage:3.0f}% |{bar}| {elapsed} so far, at most {remaining} left"
+        self.bar = tqdm(disable=not self.drawn, file=sys.stderr, total=1, bar_format=form)
         return self
 
     def expect(self, units: int) -> None:
@@ -283,8 +284,8 @@ class Bar:
         """Another unit of `stage` begins."""
         if self.wanted and not self.drawn and stage not in self.told:
             print(stage, file=sys.stderr, flush=True)
+        self.bar.set_description(stage, refresh=stage not in self.told)
         self.told.add(stage)
-        self.bar.set_description(stage, refresh=False)
         self.bar.update()
 
     def __exit__(self, *exception: object) -> None:

@@ -60,14 +60,14 @@ def device_ms(
     it waits for `slack` as much.
     """
     least, most = AHEAD_MS
-    hosts = [_host_ms(run) for _ in range(warmup)]
+    hosts = [host_ms(run) for _ in range(warmup)]
     marks = []
     for _ in range(times):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         ahead = min(max(least, slack * min(hosts, default=0.0)), most)
         torch.cuda._sleep(int(ahead * CYCLES))
         begin.record()
-        hosts.append(_host_ms(run))
+        hosts.append(host_ms(run))
         end.record()
         marks.append((begin, end))
     torch.cuda.synchronize()
@@ -78,7 +78,7 @@ def each_ms(runs: Sequence[Callable[[], Any]], times: int = 2) -> list[float]:
     """The least of `times` readings of several short pieces of work on the current GPU, which waits
     once for all of them: for each alone it would wait longer than it works.
     """
-    hosts = [sum(map(_host_ms, runs))]
+    hosts = [sum(map(host_ms, runs))]
     readings: list[list[tuple[Any, Any]]] = [[] for _ in runs]
     for _ in range(times):
         torch.cuda._sleep(int(max(AHEAD_MS[0], EASY * min(hosts)) * CYCLES))
@@ -86,7 +86,7 @@ def each_ms(runs: Sequence[Callable[[], Any]], times: int = 2) -> list[float]:
         for run, mine in zip(runs, readings, strict=True):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            hosts[-1] += _host_ms(run)
+            hosts[-1] += host_ms(run)
             end.record()
             mine.append((begin, end))
     torch.cuda.synchronize()
@@ -118,7 +118,7 @@ def _repeated(a: Answer, copies: int) -> Answer:
     return replace(a, call=replace(a.call, q=q, k=k, v=v, _shared={}))
 
 
-def _host_ms(run: Callable[[], Any]) -> float:
+def host_ms(run: Callable[[], Any]) -> float:
     """Milliseconds that the host takes to start some work."""
     start = time.perf_counter()
     run()

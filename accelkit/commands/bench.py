@@ -30,9 +30,15 @@ def bench(
     plan: PlanAt = None,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Prompt lengths in tokens, such as 8k,32k. Default: 8k."),
+        typer.Option(
+            help="Prompt lengths in tokens, such as 8k,32k. Default: 8k.",
+            rich_help_panel=console.OF_TEXT,
+        ),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="For pipelines: what to show.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="For pipelines: what to show.", rich_help_panel=console.OF_PICTURES),
+    ] = None,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -42,7 +48,9 @@ def bench(
         typer.Option(min=1, help="Timed runs of each path. Default: 5, for pipelines 1."),
     ] = None,
     warmup: Annotated[int, typer.Option(min=0, help="Runs before the timed ones.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Prompts at once.", rich_help_panel=console.OF_TEXT)
+    ] = 1,
     fit: Annotated[
         bool, typer.Option("--fit", help="Measure this device's kernels and fit their cost table.")
     ] = False,
@@ -81,7 +89,7 @@ def bench(
         timed = _denoising(opened, dry_run, repeat=repeat or 1, warmup=warmup)
     else:
         console.refuse("a language model", prompt=prompt, frames=frames, **size)
-        limits = console.sizes(lengths or "8k")
+        limits = console.sizes("8k" if lengths is None else lengths)
         if fit:
             console.refuse("--fit", plan=plan, repeat=repeat, batch=batch > 1, **no_times)
             _fit(models.open_model(model, **where)[0], limits, as_json)
@@ -114,7 +122,15 @@ def _denoising(opened: Sequence[Any], dry_run: bool, **often: int) -> Timed:
         return expected, [console.table("What would run", expected)], None
     found = speed.bench(pipe, plan, settings, shot, progress=console.say, **often)
     rows = [vars(settings) | row for row in found]
-    return rows, [console.table("Denoising", found)], partial(speed.gate, found)
+    about = ("tokens", "attention_ms", "attention_share")
+    paths = [{k: v for k, v in row.items() if k not in about} for row in found]
+    tokens, ms, share = (found[0][k] for k in about)
+    shown = [
+        console.table("Denoising", paths),
+        f"own = as the pipeline was loaded; attention takes {share:.1%} of it "
+        f"({ms:.1f} ms of each forward over {tokens} tokens)",
+    ]
+    return rows, shown, partial(speed.gate, found)
 
 
 def _prefill(opened: Sequence[Any], lengths: Sequence[int], dry_run: bool, **often: int) -> Timed:

@@ -37,12 +37,19 @@ def calibrate(
         typer.Option(help="Error that may be spent: 0.02 or 2%. Default: 2%, for pipelines 10%."),
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="Prompt lengths such as 8k,32k. Default: by the device.")
+        str | None,
+        typer.Option(
+            help="Prompt lengths such as 8k,32k. Default: by the device.",
+            rich_help_panel=console.OF_TEXT,
+        ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, help="Text or JSON-lines file. Default: built-in tasks."
+            exists=True,
+            dir_okay=False,
+            help="Text or JSON-lines file. Default: built-in tasks.",
+            rich_help_panel=console.OF_TEXT,
         ),
     ] = None,
     prompts: Annotated[
@@ -51,6 +58,7 @@ def calibrate(
             exists=True,
             dir_okay=False,
             help="For pipelines: a prompt a line, or JSON lines. Default: built-in ones.",
+            rich_help_panel=console.OF_PICTURES,
         ),
     ] = None,
     height: Height = None,
@@ -62,13 +70,19 @@ def calibrate(
         str | None, typer.Option(help="Methods to try, such as flex_prefill,window. Default: all.")
     ] = None,
     batch: Annotated[
-        int, typer.Option(min=1, help="Prompts that will be prefilled together; costs are theirs.")
+        int,
+        typer.Option(
+            min=1,
+            help="Prompts that will be prefilled together; costs are theirs.",
+            rich_help_panel=console.OF_TEXT,
+        ),
     ] = 1,
     every_row: Annotated[
         bool,
         typer.Option(
             "--every-row",
             help="Logits of every row will be asked for: do not trim the last layer.",
+            rich_help_panel=console.OF_TEXT,
         ),
     ] = False,
     seed: Seed = 0,
@@ -93,10 +107,10 @@ def calibrate(
 ) -> None:
     """Measure MODEL and write the fastest [bold]plan[/bold] that keeps within the error budget."""
     console.verbosity(talk)
-    allowed = None if budget is None else console.ratio(budget, "--budget")
+    allowed = None if budget is None else console.share(budget)
     stop = console.seconds(time_limit)
     size = console.given(height=height, width=width, num_frames=frames, steps=steps)
-    limits = console.sizes(lengths) if lengths else None
+    limits = None if lengths is None else console.sizes(lengths)
     chosen = console.names(methods) or None
     journal = out / "journal.jsonl"
     from accelkit.calibration.journal import holds_units
@@ -135,7 +149,7 @@ def calibrate(
         console.emit(
             bound,
             as_json,
-            console.table("Attention's share, and what a free attention would gain", bound),
+            console.table("Attention's share, and the speed-up if attention cost nothing", bound),
         )
         return
     plan = measure(

@@ -37,11 +37,15 @@ def evaluate(
     limits = console.sizes(lengths)
     if against not in ("dense", "none"):
         raise InvalidInputError(f"--against: {against!r} is unknown; expected dense or none")
+    if max_drop is not None and against == "none":
+        raise InvalidInputError("--max-drop compares with dense; leave --against out")
     from accelkit.calibration.evaluation import evaluate as quality
     from accelkit.calibration.evaluation.tasks import TASKS
     from accelkit.calibration.opening.models import has_plan, need_tokenizer, open_model, opened
 
     read = None
+    if max_drop is not None and not (plan or has_plan(model)):
+        raise InvalidInputError("--max-drop compares a plan with dense; give --plan")
     if plan or has_plan(model):
         loaded, tokenizer, read, _ = opened(model, plan, dtype=dtype, device=device)
     else:

@@ -27,4 +27,5 @@ def methods(
         console.emit(one, as_json, text, console.table("Numbers", rows))
     else:
         found = listing()
-        console.emit(found, as_json, console.table("Methods", found))
+        hint = "accelkit methods NAME explains one; docs/concepts.md explains what a method answers"
+        console.emit(found, as_json, console.table("Methods", found), hint)

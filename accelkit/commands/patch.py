@@ -33,12 +33,22 @@ def patch(
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text.")] = None,
     demo: Annotated[
-        bool, typer.Option("--demo", help="A long text with a question about one line of it.")
+        bool,
+        typer.Option(
+            "--demo",
+            help="A long text with a question about one line of it.",
+            rich_help_panel=console.OF_TEXT,
+        ),
     ] = False,
     length: Annotated[
-        str | None, typer.Option(help="Length of the demo in tokens, such as 16k.")
+        str | None,
+        typer.Option(
+            help="Length of the demo in tokens, such as 16k.", rich_help_panel=console.OF_TEXT
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate.", rich_help_panel=console.OF_TEXT)
+    ] = 64,
     compare: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Run the dense model as well.")
     ] = True,
@@ -51,9 +61,18 @@ def patch(
     frames: Frames = None,
     steps: Steps = None,
     output: Annotated[
-        Path | None, typer.Option(help="Write a pipeline's video (.mp4) or picture (.png).")
+        Path | None,
+        typer.Option(
+            help="Write a pipeline's video (.mp4) or picture (.png).",
+            rich_help_panel=console.OF_PICTURES,
+        ),
     ] = None,
-    fps: Annotated[float, typer.Option(min=1.0, help="Frames a second of that video.")] = 16.0,
+    fps: Annotated[
+        float,
+        typer.Option(
+            min=1.0, help="Frames a second of that video.", rich_help_panel=console.OF_PICTURES
+        ),
+    ] = 16.0,
     save: Annotated[
         Path | None,
         typer.Option(
@@ -90,7 +109,7 @@ def patch(
             )
         question = None
         if any(sources):
-            question = text, console.size(length, "--length") if length else None, seed
+            question = text, console.size(length, "--length") if length is not None else None, seed
         if save is not None and (save / "config.json").exists():
             console.replaces(save, yes)
         how = {"max_new_tokens": max_new_tokens, "dense": compare, "repeat": repeat or 3}

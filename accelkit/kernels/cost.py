@@ -274,7 +274,8 @@ def interpolate(points: Sequence[Sequence[float]], tokens: int) -> float:
     filled up to a power of two in kernels, a part that grows with those; none negative, as near to
     the points as they come, times what these lie off it, between them on logarithmic axes.
 
-    Two points are joined by a power of the length; a single one grows with the length.
+    Two points are joined by a power of the length; a single one grows with the length. Raises
+    `ValueError` without any.
     """
     if not points:
         raise ValueError("interpolate needs at least one measured point")

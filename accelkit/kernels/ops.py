@@ -47,25 +47,12 @@ def attend(
         start, count, blocks, (size[0], size[1]), bias=shift if bias is None else bias
     )
     found = dispatch.attend(
-        q,
-        k,
-        v,
-        index,
-        scale=scale,
-        causal=causal,
-        q_start=q_start,
+        q, k, v, index, scale=scale, causal=causal, q_start=q_start,
         heads=head_ids if heads is None else heads,
-        kv_of_head=kv_head_ids if kv_of_head is None else kv_of_head,
-        key_mask=key_mask,
-        q_pos=q_pos,
-        k_pos=k_pos,
-        rows=rows,
-        skip=skip,
-        qk=qk,
-        pv=pv,
-        smooth_k=smooth_k,
+        kv_of_head=kv_head_ids if kv_of_head is None else kv_of_head, key_mask=key_mask,
+        q_pos=q_pos, k_pos=k_pos, rows=rows, skip=skip, qk=qk, pv=pv, smooth_k=smooth_k,
         backend=backend,
-    )
+    )  # fmt: skip
     return found.out, found.lse
 
 

@@ -280,25 +280,7 @@ def prepare(
     out, lse = _outputs(out, lse, q, v.shape[3], count, part=rows is not None)
     out_heads = q_heads if given else device_ids(tuple(range(count)), device)
     return Launch(
-        q,
-        k,
-        v,
-        index,
-        head_size**-0.5 if scale is None else float(scale),
-        causal,
-        q_start,
-        q_heads,
-        kv_ids,
-        out_heads,
-        q_pos,
-        k_pos,
-        tiles,
-        threshold,
-        _bias(index, batch, count, n_k),
-        out,
-        lse,
-        head_ids,
-        qk=qk,
-        pv=pv,
-        smooth_k=smooth_k,
-    )
+        q, k, v, index, head_size**-0.5 if scale is None else float(scale), causal, q_start,
+        q_heads, kv_ids, out_heads, q_pos, k_pos, tiles, threshold,
+        _bias(index, batch, count, n_k), out, lse, head_ids, qk=qk, pv=pv, smooth_k=smooth_k,
+    )  # fmt: skip

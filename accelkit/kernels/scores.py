@@ -6,19 +6,7 @@ nothing is visible; exact masses are 0 there. The torch code is the reference; o
 run as Triton kernels of `_triton/scores.py`.
 """
 
-from accelkit.kernels.scores_blocks import (
-    block_mass,
-    pool,
-    pool_keys,
-    pool_queries,
-    pool_runs,
-    pooled,
-    pooled_alike,
-    rows_by_block_mean,
-    sampled_max,
-    self_similarity,
-    strided,
-)
+from accelkit.kernels.scores_blocks import block_mass, rows_by_block_mean, sampled_max, strided
 from accelkit.kernels.scores_keys import (
     Probe,
     anchor_max,
@@ -27,6 +15,15 @@ from accelkit.kernels.scores_keys import (
     probe,
     stripes,
     tile_top_k,
+)
+from accelkit.kernels.scores_pooled import (
+    pool,
+    pool_keys,
+    pool_queries,
+    pool_runs,
+    pooled,
+    pooled_alike,
+    self_similarity,
 )
 
 __all__ = [

@@ -30,7 +30,7 @@ from accelkit.kernels.positions import (
     take_heads,
     voting_rows,
 )
-from accelkit.kernels.scores_blocks import pool_keys, pool_queries
+from accelkit.kernels.scores_pooled import pool_keys, pool_queries
 
 
 @dataclass(frozen=True)
@@ -268,12 +268,7 @@ def _tile_mass(call: Inputs, rows: slice, lse: Tensor | None) -> Tensor:
 
 
 def tile_top_k(
-    call: Inputs,
-    tile: int,
-    k: int | float,
-    *,
-    least: int = 128,
-    lse: Tensor | None = None,
+    call: Inputs, tile: int, k: int | float, *, least: int = 128, lse: Tensor | None = None
 ) -> BlockIndex:
     """The keys before each query tile that get most attention from it, one list per KV head and
     tile: a `BlockIndex` of unit `(tile, 1)` (Kascade; `microsoft/kascade`).

@@ -68,7 +68,9 @@ SORTED = 1 << 16
 
 
 def probabilities(scores: Tensor) -> Tensor:
-    """Softmax of each row, fp32; invisible blocks stay −inf, rows without a visible block too."""
+    """Softmax of each row, fp32 `[B, H, nq, nk]`; invisible blocks stay −inf, rows without a
+    visible block too.
+    """
     return scores.softmax(-1).masked_fill_(scores == -float("inf"), -float("inf"))
 
 
@@ -249,15 +251,16 @@ def pyramid(
 
 
 def ratio_of_max(scores: Tensor, alpha: float | Tensor) -> Tensor:
-    """Blocks with at least `alpha` of their row's greatest score (FlashPrefill). One pass, no sort.
-    Scores are non-negative, −inf where invisible.
+    """Blocks with at least `alpha` (a number or `[H]`) of their row's greatest score, bool
+    `[B, H, nq, nk]` (FlashPrefill). One pass, no sort. Scores are non-negative, −inf where
+    invisible.
     """
     top = scores.amax(-1, keepdim=True)
     return (scores >= _per_head(alpha, scores) * top) & (scores != -float("inf"))
 
 
 def threshold(scores: Tensor, value: float | Tensor) -> Tensor:
-    """Visible blocks whose score is at least `value`."""
+    """Visible blocks whose score is at least `value` (a number or `[H]`), bool `[B, H, nq, nk]`."""
     return (scores >= _per_head(value, scores)) & (scores != -float("inf"))
 
 

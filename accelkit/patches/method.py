@@ -8,6 +8,7 @@ have none.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,9 +18,9 @@ from importlib.metadata import entry_points
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from accelkit.errors import UnknownMethodError
+from accelkit.errors import InvalidInputError, UnknownMethodError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,10 +88,54 @@ class Dial:
     values: tuple[float, ...]
 
 
+_BRANCH = re.compile(r"constrained-\w+|str|int|float|bool|none|(literal|tuple)\[.*\]")
+"""What pydantic adds to the path of a field that takes one of several types."""
+
+
+def describe(error: ValidationError, most: int = 5) -> str:
+    """A pydantic error in a line: `path: message (found …)`; types of one field joined by "or"."""
+    told: dict[str, list[str]] = {}
+    for item in error.errors():
+        path, found = item["loc"], item.get("input")
+        whole = isinstance(found, Mapping | tuple | list)
+        if not whole and len(path) > 1 and _BRANCH.fullmatch(str(path[-1])):
+            path = path[:-1]
+        place = ".".join(map(str, path))
+        after = "" if whole else f" (found {found!r:.80})"
+        message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        told.setdefault(f"{place}: {{}}{after}" if place else "{}", []).append(message)
+    lines = [form.replace("{}", " or ".join(m), 1) for form, m in told.items()]
+    more = len(lines) - most
+    return "; ".join(lines[:most]) + (f"; and {more} more" if more > 0 else "")
+
+
 class Strict(BaseModel):
     """Data that does not change, and says which fields it has when it is given others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, *given: Any, **fields: Any) -> None:
+        if given:
+            known = ", ".join(type(self).model_fields) or "none"
+            raise InvalidInputError(
+                f"{type(self).__name__}({given[0]!r:.80}): fields are given by name; "
+                f"known are: {known}"
+            )
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise InvalidInputError(f"{type(self).__name__}: {describe(error)}") from error
+
+    # Parts of a file are read past it, so that an error there keeps its whole path.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).model_fields:
+            raise InvalidInputError(
+                f"{type(self).__name__}.{name} does not change; make another one: "
+                f"model_copy(update={{{name!r}: …}})"
+            )
+        super().__setattr__(name, value)
 
     @model_validator(mode="before")
     @classmethod
@@ -277,7 +322,6 @@ def names() -> tuple[str, ...]:
     return (*own, *other)
 
 
-@cache
 def load(name: str) -> type[Method]:
     """The class of a method by name: `load("flex_prefill")`, or `load("package:name")` for another
     package.
@@ -285,6 +329,13 @@ def load(name: str) -> type[Method]:
     Raises:
         UnknownMethodError: nothing of that name; the message lists what there is.
     """
+    if not isinstance(name, str):
+        raise InvalidInputError(f"{name!r:.80} is no method's name; expected one of `methods()`")
+    return _load(name)
+
+
+@cache
+def _load(name: str) -> type[Method]:
     package, _, point = name.partition(":")
     if point:
         for entry in entry_points(group=_GROUP):

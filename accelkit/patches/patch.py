@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
 from accelkit.errors import (
@@ -25,7 +24,7 @@ from accelkit.errors import (
     PlanTransferWarning,
     UnsupportedConfigurationError,
 )
-from accelkit.patches.adapters import adapter_for, facts, sites
+from accelkit.patches.adapters import adapter_for, facts, parts, sites
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import UNSERVED, BlockMethod, Method, kind_of, names
 from accelkit.patches.plan import LayerPlan, Plan, Policy, Rule
@@ -109,8 +108,9 @@ class Report:
 class PatchHandle:
     """A patched model's plan, memory and way back. Also a context manager."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, model: Any) -> None:
         self.plan = plan
+        self._model = weakref.ref(model)
         self.state = PatchState(plan)
         self.phases = frozenset(r.phase for s in plan.sites.values() for r in s.rules)
         self.enabled = os.environ.get("ACCELKIT_DISABLE", "0") in ("", "0")
@@ -192,13 +192,32 @@ class PatchHandle:
             self._warned.add(kind)
             warnings.warn(message, category, stacklevel=3)
 
-    def rewire(self, model: Any) -> None:
-        """Apply the plan's structural changes to the blocks of the bare `model`."""
+    def rewire(self) -> None:
+        """Apply the plan's structural changes to the model's blocks."""
+        whole = parts(self._model())
         with ExitStack() as undo:
             for path, layer in self.plan.sites.items():
                 if layer.block is not None:
-                    layer.block.rewire(attrgetter(path)(model), undo)
+                    layer.block.rewire(whole[path], undo)
             self._rewired = undo.pop_all()
+
+    @property
+    def installed(self) -> bool:
+        """Whether the model still runs the plan."""
+        model = self._model()
+        return model is not None and vars(model).get(HANDLE) is self
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Dense while open; the patch stays installed."""
+        before, self.enabled = self.enabled, False
+        self._rewired.close()
+        try:
+            yield
+        finally:
+            self.enabled = before
+            if before and self.installed:
+                self.rewire()
 
     def reset(self) -> None:
         """Forget the current generation."""
@@ -228,6 +247,8 @@ class PatchHandle:
         self.state.counts.clear()
 
     def __enter__(self) -> PatchHandle:
+        if not self.installed:
+            raise InvalidInputError("this handle was removed; patch the model again")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -267,40 +288,47 @@ def patch(
         plan = Plan.from_pretrained(plan)
     elif not isinstance(plan, Plan):
         plan = plan_of(model, plan)
-    present = vars(bare).get(HANDLE)
-    if present is not None:
-        if present.plan == plan:
+    if present := _handles(model):
+        # A part that was patched by itself has nobody to tell it of the whole.
+        if vars(bare).get(HANDLE) is not None and present[0].plan == plan:
             log.info("the model runs this plan already")
-            return present
+            return present[0]
         raise AlreadyPatchedError(
-            f"{type(bare).__name__} already runs a plan with {len(present.plan.policies)} "
+            f"{type(bare).__name__} already runs a plan with {len(present[0].plan.policies)} "
             "policies; call its handle's remove() or accelkit.unpatch(model) first"
         )
     _refuse_misfits(plan, model, strict)
     if not any(layer.rules or layer.block for layer in plan.sites.values()):
         log.info("the plan is dense everywhere")
-    handle = PatchHandle(plan)
+    handle = PatchHandle(plan, bare)
     with ExitStack() as undo:
         adapter.connect(bare, handle, undo)
         if handle.enabled:
-            handle.rewire(bare)
-        vars(bare)[HANDLE] = handle
-        undo.callback(vars(bare).pop, HANDLE, None)
+            handle.rewire()
+        for part in parts(bare).values():
+            vars(part)[HANDLE] = handle
+            undo.callback(vars(part).pop, HANDLE, None)
         handle._undo = undo.pop_all()
     return handle
 
 
 def unpatch(model: Any) -> None:
-    """Undo `patch`; a model that is not patched is left alone."""
-    handle = handle_of(model)
-    if handle is not None:
+    """Undo `patch` as a whole. `model` may be what was patched, a part of it (`pipe.transformer`)
+    or what it is a part of; one that is not patched is left alone.
+    """
+    for handle in _handles(model):
         handle.remove()
 
 
 def handle_of(model: Any) -> PatchHandle | None:
     """The handle of a patched model."""
-    _, bare = adapter_for(model)
-    return vars(bare).get(HANDLE)
+    return next(iter(_handles(model)), None)
+
+
+def _handles(model: Any) -> list[PatchHandle]:
+    """The handles of a model and its parts, each once, its own first."""
+    found = (vars(part).get(HANDLE) for part in parts(model).values())
+    return list(dict.fromkeys(handle for handle in found if handle is not None))
 
 
 @contextmanager
@@ -310,17 +338,13 @@ def disabled(model: Any) -> Iterator[None]:
     Raises:
         InvalidInputError: the model is not patched.
     """
-    handle = handle_of(model)
-    if handle is None:
+    handles = _handles(model)
+    if not handles:
         raise InvalidInputError("the model is not patched; nothing to disable")
-    before, handle.enabled = handle.enabled, False
-    handle._rewired.close()
-    try:
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle.paused())
         yield
-    finally:
-        handle.enabled = before
-        if before and handle_of(model) is handle:
-            handle.rewire(adapter_for(model)[1])
 
 
 def plan_of(model: Any, what: str | Method | Sequence[Method] | Policy) -> Plan:
@@ -342,11 +366,7 @@ def plan_of(model: Any, what: str | Method | Sequence[Method] | Policy) -> Plan:
             kinds = " and ".join(m.kind for m in blocks)
             raise InvalidInputError(f"{kinds} both change the denoiser; a plan takes one of them")
         block = next(iter(blocks), None)
-        try:
-            policy = Policy(methods=tuple(m for m in methods if m is not block))
-        except ValidationError as error:
-            told = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise InvalidInputError(told) from error
+        policy = Policy(methods=tuple(m for m in methods if m is not block))
     fingerprint, heads = facts(model)
     places = sites(model)
     if not places:
@@ -407,17 +427,24 @@ def from_pretrained(name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
 
     Raises:
         PlanError: there is no plan.
+        InvalidInputError: there is no model beside it.
     """
     plan = Plan.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k in _HUB})
     model: Any
-    if plan.fingerprint.library == "diffusers":
-        from diffusers import DiffusionPipeline
+    try:
+        if plan.fingerprint.library == "diffusers":
+            from diffusers import DiffusionPipeline
 
-        model = DiffusionPipeline.from_pretrained(name_or_path, **kwargs)
-    else:
-        from transformers import AutoModelForCausalLM
+            model = DiffusionPipeline.from_pretrained(name_or_path, **kwargs)
+        else:
+            from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs).eval()
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs).eval()
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"{name_or_path}: a plan, but no model of {plan.fingerprint.library} that opens "
+            f"({error}); load the model yourself and give `patch` this path"
+        ) from error
     patch(model, plan)
     return model
 

@@ -33,6 +33,7 @@ from accelkit.patches.method import (
     Method,
     Strict,
     TokenMethod,
+    describe,
     load,
 )
 
@@ -361,7 +362,7 @@ class Plan(_Part):
         try:
             return Plan.model_validate(plan_file.parse(text, where))
         except ValidationError as error:
-            raise PlanError(f"{where}: {plan_file.describe(error)}") from error
+            raise PlanError(f"{where}: {describe(error)}") from error
 
     def save_pretrained(
         self,
@@ -383,7 +384,7 @@ class Plan(_Part):
             blob, digest = plan_file.pack(self._tables)
             tables_file = TablesFile(file=plan_file.TABLES_FILE, sha256=digest)
             plan = self.model_copy(update={"tables_file": tables_file})
-        path = plan_file.write(Path(folder), plan.to_json(), blob)
+        path = plan_file.write(plan_file.as_path(folder, "folder"), plan.to_json(), blob)
         if push_to_hub:
             self.push_to_hub(repo_id or Path(folder).name)
         return path
@@ -430,16 +431,27 @@ class Plan(_Part):
         create_pr: bool = False,
         token: str | None = None,
     ) -> str:
-        """Upload the plan to a model repository of the hub; returns the commit's address."""
+        """Upload the plan to a model repository of the hub; returns the commit's address.
+
+        Raises:
+            PlanError: the hub refused, or was not reached.
+        """
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                create_pr=create_pr,
-            )
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            with tempfile.TemporaryDirectory() as folder:
+                self.save_pretrained(folder)
+                return api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    commit_message=commit_message,
+                    create_pr=create_pr,
+                )
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise PlanError(
+                f"{repo_id}: the plan was not uploaded ({error}); expected 'owner/name' and a "
+                "token that may write there (`hf auth login`)"
+            ) from error

@@ -42,7 +42,11 @@ def compare(
             if method is not None and (idle := method.answers() & UNSERVED):
                 what = f"nothing asks {method.kind} to {' or '.join(sorted(idle))} yet"
                 problems.append(Problem(path, what, f"take {slot!r} out of this site"))
-        if layer.block is not None and not layer.rules and path in model.components:
+        block = layer.block
+        if block is not None and phases and not set(block.phases).intersection(phases):
+            what = f"{block.kind} acts in {' and '.join(block.phases)}, not here"
+            problems.append(Problem(path, what, "take 'block' out of this site"))
+        if block is not None and not layer.rules and path in model.components:
             continue  # a whole sub-model is rewired; it has no attention of its own
         if path not in sites:
             problems.append(Problem(path, NO_SITE, AGAIN))

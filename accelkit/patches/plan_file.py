@@ -11,9 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from accelkit.errors import PlanCorruptError, PlanError, PlanVersionError
+from accelkit.errors import InvalidInputError, PlanCorruptError, PlanError, PlanVersionError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,22 +37,26 @@ def _without(plan: dict[str, Any], part: str, field: str) -> dict[str, Any]:
 
 def parse(text: str, where: str) -> dict[str, Any]:
     """The plan's data at the present schema version; `where` names the source in errors."""
+    if not isinstance(text, str):
+        raise PlanError(f"{where}: {type(text).__name__} is no text; expected the JSON of a plan")
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise PlanCorruptError(
             f"{where}: not valid JSON ({error}); restore the file or calibrate again"
         ) from error
-    if not isinstance(data, dict) or not isinstance(data.get("schema_version"), int):
+    if not isinstance(data, dict) or type(data.get("schema_version")) is not int:
         raise PlanCorruptError(
             f"{where}: not a plan (no integer 'schema_version'); expected a file of accelkit's"
         )
     version = data["schema_version"]
     if version > SCHEMA_VERSION:
-        made_by = (data.get("producer") or {}).get("version", "a newer version")
+        producer = data.get("producer")
+        made_by = producer.get("version") if isinstance(producer, dict) else None
+        wanted = f"accelkit {made_by} or newer" if made_by else "a newer accelkit"
         raise PlanVersionError(
             f"{where}: schema {version}, this accelkit reads up to {SCHEMA_VERSION}; "
-            f"install accelkit {made_by} or newer"
+            f"install {wanted}"
         )
     while version < SCHEMA_VERSION:
         if version not in MIGRATIONS:
@@ -67,16 +69,15 @@ def parse(text: str, where: str) -> dict[str, Any]:
     return data
 
 
-def describe(error: ValidationError, most: int = 5) -> str:
-    """A pydantic error as `path: message (found …)` lines."""
-    lines = []
-    for item in error.errors()[:most]:
-        path = ".".join(str(p) for p in item["loc"]) or "top level"
-        found = repr(item.get("input"))
-        message = item["msg"].removeprefix("Value error, ")
-        lines.append(f"{path}: {message} (found {found[:80]})")
-    more = error.error_count() - most
-    return "; ".join(lines) + (f"; and {more} more" if more > 0 else "")
+def as_path(value: Any, what: str) -> Path:
+    """A path from text or a path-like object.
+
+    Raises:
+        InvalidInputError: something else.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise InvalidInputError(f"{what} is {value!r:.80}; expected a path as text or Path")
+    return Path(value)
 
 
 def write(folder: Path, text: str, tables: bytes | None) -> Path:
@@ -97,12 +98,17 @@ def find(
     name_or_path: str | os.PathLike[str], subfolder: str | None, **hub: Any
 ) -> tuple[Path, Callable[[str], Path]]:
     """The plan's path and how to get a file beside it; `hub` are `hf_hub_download`'s arguments."""
-    path = Path(name_or_path)
-    if path.is_dir():
-        path = path / (subfolder or "") / FILE
-    if path.exists():
-        return path, lambda name: path.parent / name
-    name = str(name_or_path)
+    path, name = as_path(name_or_path, "the plan's place"), str(name_or_path)
+    try:
+        if path.is_dir():
+            path = path / (subfolder or "") / FILE
+        if path.exists():
+            return path, lambda name: path.parent / name
+    except (OSError, ValueError) as error:  # a text that no file can be called
+        raise PlanError(
+            f"no plan at {name[:80]!r}…: that is no path ({type(error).__name__}); "
+            "Plan.from_json reads the text itself"
+        ) from error
     if path.suffix == ".json" or name.startswith((".", "/")) or name.count("/") != 1:
         raise PlanError(
             f"no plan at {path}; expected a file, a folder holding {FILE} or a hub id 'owner/name'"

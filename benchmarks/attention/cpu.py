@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from accelkit.calibration.timing import times_ms
 from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import BlockIndex
 from attention.shapes import LAPTOP, random_call, random_mask, visible_blocks
@@ -17,12 +16,6 @@ from attention.shapes import LAPTOP, random_call, random_mask, visible_blocks
 def measure_cpu(rounds: int) -> list[dict[str, Any]]:
     """The CPU path against torch's dense attention, fp32, with all threads that torch uses."""
     q, k, v = random_call(LAPTOP, "cpu", torch.float32)
-
-    def seconds(run: Callable[[], object]) -> float:
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
-
     results = []
     for size in ((128, 128), (64, 64), (2048, 1), (32, 1)):
         every = float(visible_blocks(LAPTOP, size, "cpu").sum()) * LAPTOP.heads
@@ -38,7 +31,7 @@ def measure_cpu(rounds: int) -> list[dict[str, Any]]:
             times = {name: [] for name in jobs}
             for _ in range(rounds + 1):
                 for name, run in jobs.items():
-                    times[name].append(seconds(run) * 1e3)
+                    times[name] += times_ms(run, 1, 0, q.device)
             # The least, not the median: on shared cores the rest is other people's work.
             best = {name: min(values[1:]) for name, values in times.items()}
             share, gain = float(mask.sum()) / every, best["dense"] / best["call"]

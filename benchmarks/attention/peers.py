@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -13,21 +13,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from attention.shapes import Shape
 
 
+def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Torch's dense attention `[B, H, Nq, Dv]` by one of its backends."""
+    group = q.shape[1] != k.shape[1]
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=group)
+
+
+cudnn = partial(sdpa, SDPBackend.CUDNN_ATTENTION)
+
+
 def dense_paths(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
     """Dense attention by every library at hand."""
-
-    def sdpa(backend: SDPBackend) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(
-                    q, k, v, is_causal=shape.causal, enable_gqa=shape.heads > shape.kv_heads
-                )
-
-        return run
-
     paths: dict[str, Callable[[], object]] = {
-        "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-        "FA2": sdpa(SDPBackend.FLASH_ATTENTION),
+        "cudnn": partial(cudnn, q, k, v, shape.causal),
+        "FA2": partial(sdpa, SDPBackend.FLASH_ATTENTION, q, k, v, shape.causal),
     }
     try:
         from flash_attn.cute.interface import _flash_attn_fwd

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from accelkit.calibration.timing import host_ms
 from accelkit.kernels import dispatch
 from accelkit.kernels.dispatch import attend
 from accelkit.kernels.index import BlockIndex
@@ -56,13 +56,15 @@ def host_us(run: Callable[[], object]) -> float:
     """Microseconds that the host takes to start the work, mean over calls that follow one another,
     the least of some rounds.
     """
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            run()
+
     found = []
     for _ in range(ROUNDS):
         torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(CALLS):
-            run()
-        found.append(1e6 * (time.perf_counter() - begin) / CALLS)
+        found.append(1e3 * host_ms(calls) / CALLS)
     torch.cuda.synchronize()
     return min(found)
 

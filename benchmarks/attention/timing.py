@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
-from accelkit.calibration.timing import AHEAD_MS, CYCLES, device_ms
+from accelkit.calibration.timing import AHEAD_MS, CYCLES, device_ms, host_ms
 
 
 def turns(pieces: int, round: int) -> list[int]:
@@ -31,9 +30,7 @@ def milliseconds(work: dict[str, Callable[[], object]], budget_ms: float) -> dic
         try:
             run()
             torch.cuda.synchronize()
-            begin = time.perf_counter()
-            run()
-            able[name], host[name] = run, min(1e3 * (time.perf_counter() - begin), AHEAD_MS[1])
+            able[name], host[name] = run, min(host_ms(run), AHEAD_MS[1])
             torch.cuda.synchronize()
         except Exception as error:
             text = (str(error).splitlines() or [""])[0][:120]

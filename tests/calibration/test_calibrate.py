@@ -177,7 +177,7 @@ def test_the_search_itself_is_summed_apart(tmp_path) -> None:
     )
     assert 0 < about["search_prefills"] < about["dense_prefills"]
     shown = dict(report.headline(run(planted(), journal=path, resume=True)))["calibration"]
-    assert f"{about['search_prefills']:.1f} dense prefills of time for the search itself" in shown
+    assert f"{about['search_prefills']:.1f} dense prefills for the search itself" in shown
     assert f"{about['dense_prefills']:.1f} with fit, end-to-end check and timing" in shown
 
 
@@ -226,6 +226,12 @@ def test_two_seeds_alike() -> None:
         ({"lengths": ["8k"]}, "expected numbers of tokens, such as"),
         ({"methods": "window"}, "methods is 'window'; expected a list"),
         ({"methods": [3]}, "expected a list of names, classes or instances"),
+        ({"preset": ["fast"]}, "preset"),
+        ({"batch": "2"}, "batch is '2'; expected a whole number from 1 on"),
+        ({"seed": -1}, "seed is -1; expected a whole number from 0 on"),
+        ({"seed": None}, "seed is None"),
+        ({"height": 0}, "height is 0; expected a whole number"),
+        ({"journal": 3}, "journal is 3; expected a path"),
     ],
 )
 def test_bad_arguments(changes: dict, words: str) -> None:

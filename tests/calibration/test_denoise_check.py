@@ -13,7 +13,8 @@ from accelkit.calibration.denoise import check as denoise_check
 from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.check import CAREFUL, HOPELESS, Checker
 from accelkit.calibration.denoise.plan import Planner
-from accelkit.calibration.denoise.video import Settings, Shot, Take
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Settings, Take
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.refine import MARGIN, Proposal, Round
 from accelkit.patches.plan import Budget, Plan, Policy

@@ -16,7 +16,7 @@ from accelkit.calibration.denoise.caches import Cached
 from accelkit.calibration.denoise.check import CAREFUL, MOST_RUNS, Checker
 from accelkit.calibration.denoise.plan import Planner
 from accelkit.calibration.denoise.tables import Tables, left
-from accelkit.calibration.denoise.weights import Small, lasting
+from accelkit.calibration.denoise.weights import Small, carried_on
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.refine import Proposal, Round, plan_digest
 from accelkit.calibration.search import DENSE, Choice, Option, Table
@@ -121,6 +121,12 @@ def test_a_step_cache_that_is_only_guessed_is_tried_first() -> None:
     assert one.propose(0.15, alone=True).choice == (2, EIGHT), "0.2 is within half as much again"
     one.known[2] = 0.2
     assert one.propose(0.15, alone=True).choice[0] == 1
+
+
+def test_attention_gets_what_a_step_cache_leaves_of_the_error() -> None:
+    """Squares add: beside a cache of 0.05 a window of 0.1 needs 0.112."""
+    assert planner().propose(0.11).choice == (1, EIGHT)
+    assert planner().propose(0.113).choice == (1, SPARSE)
 
 
 def test_a_step_cache_that_changes_what_rounding_does_is_as_good_as_none() -> None:
@@ -286,6 +292,35 @@ def test_a_plan_that_is_too_careful_is_better_than_none() -> None:
     assert run.skipped[0].startswith("1 of 2 prompts of round 2")
 
 
+def test_a_plan_that_failed_is_not_proposed_twice() -> None:
+    """Proposals change at some errors only, so a smaller one may name what has just failed."""
+
+    class Coarse(Doubled):
+        def propose(self, epsilon: float, alone: bool = False) -> Proposal:
+            size = 0.2 if epsilon > 0.05 else 0.04
+            return Proposal(size, size, 0.4, 1.0, epsilon, False)  # type: ignore[arg-type]
+
+        def learn(self, now: Round, typical: float) -> None:
+            pass
+
+    one = object.__new__(Coarse)
+    one.budget, one.kappas = Budget(max_rel_error=0.1), {None: 1.0}
+    run = SimpleNamespace(
+        preset=SimpleNamespace(rounds=5), late=lambda share, what: False, skipped=[]
+    )
+    checker = Checker(run, None, [None] * 2, lambda plan: 0.4, 1.0)  # type: ignore[arg-type]
+
+    def check(now: Round, allowed: float) -> None:
+        now.rows = [{"done": 1.0}]
+        now.measured = now.bound = now.plan  # type: ignore[assignment]
+        now.held = now.measured <= allowed
+
+    checker.check, checker.speed = check, lambda plan: {"ms": 0.4, "dense_ms": 1.0}  # type: ignore
+    found = one.settle(run, checker)  # type: ignore[arg-type]
+    assert [r.plan for r in found.rounds] == [0.2, 0.04]
+    assert found.best is found.rounds[1]
+
+
 def test_a_check_counts_what_runs_took() -> None:
     """Half as long again as predicted, compiling apart; of four steps three are timed again."""
     journal = Journal(None, {}, False)
@@ -314,12 +349,12 @@ def test_a_check_that_affords_no_prompt_more_ends() -> None:
 def test_an_early_step_counts_for_no_less_than_a_later_one() -> None:
     # Of 12 steps buckets have 2, 1, 3 and 6; of 20, 2, 3, 5 and 10.
     middle = (0.05, 0.175, 0.375, 0.75)
-    fading = lasting([n / m for n, m in zip((2, 1, 3, 6), middle, strict=True)], 12, 20)
+    fading = carried_on([n / m for n, m in zip((2, 1, 3, 6), middle, strict=True)], 12, 20)
     expected = [0.6 * n / m for n, m in zip((2, 3, 5, 10), middle, strict=True)]
     assert fading == pytest.approx(expected)
-    even = lasting([2.0, 0.1, 3.0, 6.0], 12, 20)
+    even = carried_on([2.0, 0.1, 3.0, 6.0], 12, 20)
     assert even == pytest.approx([0.75 * f for f in fading]), "the last bucket tells of the others"
-    first = lasting([90.0, 0.1, 3.0, 6.0], 12, 20)
+    first = carried_on([90.0, 0.1, 3.0, 6.0], 12, 20)
     assert first == pytest.approx([54.0, *even[1:]]), "what it shows of its own counts"
 
 

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 def test_each_piece_keeps_its_least_reading(monkeypatch) -> None:
     readings = iter([10.0, 1.0, 4.0, 8.0, 5.0])
     monkeypatch.setattr(turns, "times_ms", lambda *_: (next(readings),))
-    clock = turns.Clock(CPU)
+    clock = turns.Timer(CPU)
     assert [clock(lambda: None) for _ in range(2)] == [10.0, 1.0]
     clock.begin()
     assert [clock(lambda: None) for _ in range(3)] == [4.0, 1.0, 5.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 
 import pytest
 
@@ -70,6 +71,19 @@ def test_half_a_line_is_dropped(tmp_path) -> None:
     again.unit("b", lambda: 3)
     again.close()
     assert Journal(path, HEADER, resume=True)["b"] == 3
+
+
+def test_a_line_without_its_end_is_dropped(tmp_path) -> None:
+    """It may be whole by chance; another one behind it would spoil both."""
+    path = tmp_path / "journal.jsonl"
+    with closing(Journal(path, HEADER, resume=False)) as book:
+        book.unit("a", lambda: 1)
+    path.write_text(path.read_text().rstrip("\n"))
+    with closing(Journal(path, HEADER, resume=True)) as book:
+        book.unit("a", lambda: 1)
+        book.unit("b", lambda: 2)
+    with closing(Journal(path, HEADER, resume=True)) as book:
+        assert (book["a"], book["b"]) == (1, 2)
 
 
 def test_another_run_is_refused(tmp_path) -> None:

@@ -244,6 +244,21 @@ def test_what_lost_an_answer_is_learnt_before_errors_narrow() -> None:
     assert [r.taught for r in found.rounds] == [True, False]
 
 
+def test_lessons_do_not_use_up_rounds() -> None:
+    """Each failure that teaches something is one more round, however few are wished."""
+    made, lessons = Made(lambda e: 0.95 * e, loses=0.0), []
+
+    def learn(now, rounds) -> bool:
+        lessons.append(now)
+        made.loses = float(len(lessons) == 6)
+        made.propose = lambda e: Proposal(None, (e, len(lessons)), 1.0, 2.0, e, False)  # type: ignore
+        return True
+
+    found = made.run(rounds=1, learn=learn)
+    assert len(lessons) == 6
+    assert found.best is found.rounds[-1]
+
+
 def test_what_was_learnt_does_not_predict() -> None:
     """A round that failed for a cause of its own says nothing of proposals that avoid it."""
 

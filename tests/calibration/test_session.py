@@ -36,7 +36,16 @@ def test_a_terminal_has_a_bar_with_the_time_that_is_left(monkeypatch) -> None:
     last = shown(monkeypatch, Terminal()).split("\r")[-1]
     assert last.startswith("measuring")
     assert "75%" in last
-    assert re.search(r"3/4 \[\d\d:\d\d<\d\d:\d\d", last), last
+    assert re.search(r"\d\d:\d\d so far, at most \d\d:\d\d left", last), last
+
+
+def test_a_stage_is_named_as_it_begins(monkeypatch) -> None:
+    """The first one, too, which may take a minute."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Bar(True) as bar:
+        bar.expect(9)
+        bar.tell("timing kernels")
+        assert "timing kernels" in sys.stderr.getvalue()
 
 
 def test_a_log_has_each_stage_once(monkeypatch) -> None:

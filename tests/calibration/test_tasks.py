@@ -129,7 +129,7 @@ def test_short_prompts_fit_a_trained_tokenizer() -> None:
                 assert trained.decode(sample.ids[start:end].tolist()).startswith("=")
 
 
-def test_encode_trims_filler_only() -> None:
+def test_only_filler_is_trimmed() -> None:
     segments = [
         tasks.Segment("head ", "given"),
         tasks.Segment("0123456789", "filler"),
@@ -137,14 +137,18 @@ def test_encode_trims_filler_only() -> None:
         tasks.Segment("abcde", "filler"),
     ]
     tokenizer = tasks.ByteTokenizer()
-    assert text_of(tasks.encode(segments, tokenizer)) == "head 0123456789=42abcde"
-    short = tasks.encode(segments, tokenizer, 18)
-    assert text_of(short) == "head 456789=42cde"[: len(text_of(short))]
+    pieces, total = tasks._tokenise(segments, tokenizer)
+
+    def joined(length: int) -> tasks.Sample:
+        return tasks._join(pieces, segments, tokenizer, length, "")
+
+    assert text_of(joined(total)) == "head 0123456789=42abcde"
+    short = joined(18)
+    assert text_of(short) == "head 456789=42cde"
     assert [text_of(short, *span) for span in short.answers] == ["=42"]
-    with pytest.raises(ValueError, match="filler"):
-        tasks.encode(segments, tokenizer, 8)
-    with pytest.raises(ValueError, match="filler"):
-        tasks.encode(segments, tokenizer, 25)
+    for length in (8, 25):
+        with pytest.raises(ValueError, match="filler"):
+            joined(length)
 
 
 def test_count_right() -> None:

@@ -14,8 +14,11 @@ import torch
 from imageio import v3
 from tiny_pipes import tiny_pipe
 
-from accelkit.calibration.denoise import perceptual, video
-from accelkit.calibration.denoise.video import CHECK_SEED, Enough, Settings, Take
+from accelkit.calibration.denoise import fidelity as fidelities
+from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.fidelity import fidelity, ssim
+from accelkit.calibration.denoise.shots import CHECK_SEED, Shot, gather, together
+from accelkit.calibration.denoise.video import Enough, Settings, Take
 from accelkit.calibration.show import frames
 from accelkit.errors import InvalidInputError
 
@@ -23,7 +26,7 @@ SIZE = Settings(128, 128, 9, 3)
 
 
 def test_prompts_are_split_and_seeded():
-    shots = video.gather(["a", "b", "c", "d"], 2, 2, 2)
+    shots = gather(["a", "b", "c", "d"], 2, 2, 2)
     assert [s.arguments["prompt"] for s in shots.measure] == ["a", "c"]
     assert [s.arguments["prompt"] for s in shots.check] == ["b", "d"]
     assert [s.seed for s in shots.measure] == [2000, 2001]
@@ -31,7 +34,7 @@ def test_prompts_are_split_and_seeded():
 
 
 def test_one_prompt_is_checked_with_another_seed():
-    shots = video.gather("a red ball", 0, 2, 2)
+    shots = gather("a red ball", 0, 2, 2)
     assert shots.measure[0].arguments == shots.check[0].arguments == {"prompt": "a red ball"}
     assert shots.measure[0].seed != shots.check[0].seed
 
@@ -39,10 +42,10 @@ def test_one_prompt_is_checked_with_another_seed():
 def test_prompts_of_a_file(tmp_path):
     plain = tmp_path / "prompts.txt"
     plain.write_text("a red ball\n\n a blue cube \n")
-    assert [s.name for s in video.gather(plain, 0, 1, 1).check] == ["a blue cube"]
+    assert [s.name for s in gather(plain, 0, 1, 1).check] == ["a blue cube"]
     rows = tmp_path / "prompts.jsonl"
     rows.write_text('{"prompt": "a", "guidance_scale": 3.0, "seed": 7}\n"b"\n')
-    (one,) = video.gather(str(rows), 0, 1, 1).measure
+    (one,) = gather(str(rows), 0, 1, 1).measure
     assert (one.seed, one.arguments) == (7, {"prompt": "a", "guidance_scale": 3.0})
 
 
@@ -58,16 +61,16 @@ def test_prompts_of_a_file(tmp_path):
 )
 def test_what_is_no_prompt(data, words):
     with pytest.raises(InvalidInputError, match=words):
-        video.gather(data, 0, 1, 1)
+        gather(data, 0, 1, 1)
 
 
 def test_an_empty_file_is_refused(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\n\n")
     with pytest.raises(InvalidInputError, match="is empty"):
-        video.gather(path, 0, 1, 1)
+        gather(path, 0, 1, 1)
     with pytest.raises(InvalidInputError, match="no_such\\.txt: cannot be read"):
-        video.gather("no_such.txt", 0, 1, 1)
+        gather("no_such.txt", 0, 1, 1)
 
 
 def test_smaller_sizes_fit_the_same_pipelines():
@@ -79,7 +82,7 @@ def test_smaller_sizes_fit_the_same_pipelines():
 
 
 def test_a_run_is_seeded_and_can_be_cut_short():
-    pipe, shot = tiny_pipe("wan"), video.gather("a red ball", 0, 1, 1).measure[0]
+    pipe, shot = tiny_pipe("wan"), gather("a red ball", 0, 1, 1).measure[0]
     whole = video.run(pipe, SIZE, shot, decode=True)
     assert whole.whole and len(whole.ends) == 3
     assert whole.frames.shape == (9, 128, 128, 3)
@@ -112,7 +115,7 @@ def test_a_pipeline_is_not_given_what_it_does_not_know():
 )
 def test_what_a_pipeline_refuses_is_bad_input(size, arguments, words):
     pipe = tiny_pipe("wan")
-    shot = video.Shot("a", {"prompt": "a", **arguments}, 0)
+    shot = Shot("a", {"prompt": "a", **arguments}, 0)
     with pytest.raises(InvalidInputError, match=words):
         video.run(pipe, replace(SIZE, **size), shot)
 
@@ -122,7 +125,7 @@ def take(latents, pictures=None):
 
 
 def test_fidelity_by_hand():
-    found = video.fidelity(take([1.0, 2.0, 3.5, 4.0]), take([1.0, 2.0, 3.0, 4.0]))
+    found = fidelity(take([1.0, 2.0, 3.5, 4.0]), take([1.0, 2.0, 3.0, 4.0]))
     assert found["error"] == pytest.approx(0.05)
     assert found["latent_psnr"] == pytest.approx(10 * math.log10(9 / 0.0625))
     assert found["psnr"] is None and found["ssim"] is None
@@ -131,16 +134,16 @@ def test_fidelity_by_hand():
 def test_psnr_and_ssim_of_frames():
     g = np.random.default_rng(0)
     a = g.random((2, 24, 32, 3), dtype=np.float32)
-    same = video.fidelity(take([1.0], a), take([1.0], a))
+    same = fidelity(take([1.0], a), take([1.0], a))
     assert same["psnr"] == 100.0 and same["ssim"] == pytest.approx(1.0)
     lighter = np.full_like(a, 0.5), np.full_like(a, 0.6)
-    assert video.fidelity(take([1.0], lighter[1]), take([1.0], lighter[0]))[
-        "psnr"
-    ] == pytest.approx(20.0, abs=1e-4)
+    assert fidelity(take([1.0], lighter[1]), take([1.0], lighter[0]))["psnr"] == pytest.approx(
+        20.0, abs=1e-4
+    )
     # Constant pictures: structure is equal, only the means differ.
     means = (2 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4)
-    assert video.ssim(*lighter) == pytest.approx(means, abs=1e-5)
-    assert video.ssim(a, g.random(a.shape, dtype=np.float32)) < 0.2
+    assert ssim(*lighter) == pytest.approx(means, abs=1e-5)
+    assert ssim(a, g.random(a.shape, dtype=np.float32)) < 0.2
 
 
 def test_lpips_only_where_its_weights_are(tmp_path, monkeypatch):
@@ -161,13 +164,13 @@ def test_lpips_only_where_its_weights_are(tmp_path, monkeypatch):
     module.LPIPS, module.__spec__ = LPIPS, ModuleSpec("lpips", None)
     monkeypatch.setitem(sys.modules, "lpips", module)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    perceptual.network.cache_clear()
-    assert video.fidelity(*pair)["lpips"] is None, "the package alone is not enough"
+    fidelities.network.cache_clear()
+    assert fidelity(*pair)["lpips"] is None, "the package alone is not enough"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "alexnet-owt.pth").touch()
-    perceptual.network.cache_clear()
-    assert video.fidelity(*pair)["lpips"] == pytest.approx(2 * 0.375)
-    perceptual.network.cache_clear()
+    fidelities.network.cache_clear()
+    assert fidelity(*pair)["lpips"] == pytest.approx(2 * 0.375)
+    fidelities.network.cache_clear()
 
 
 def test_videos_and_sheets_are_written(tmp_path):
@@ -193,20 +196,20 @@ def test_a_video_is_no_picture(tmp_path):
 
 def test_shots_are_drawn_at_once_where_they_can_be() -> None:
     def shot(**arguments):
-        return video.Shot("", arguments, 3)
+        return Shot("", arguments, 3)
 
     text = [shot(prompt=p, guidance_scale=3.0) for p in ("a", "b")]
-    assert video.together(text).arguments == {"prompt": ["a", "b"], "guidance_scale": 3.0}
+    assert together(text).arguments == {"prompt": ["a", "b"], "guidance_scale": 3.0}
     embeds = [shot(prompt_embeds=torch.full((1, 4, 8), float(n))) for n in range(3)]
-    assert video.together(embeds).arguments["prompt_embeds"][:, 0, 0].tolist() == [0, 1, 2]
-    assert video.together([shot(prompt="a", guidance_scale=g) for g in (1.0, 2.0)]) is None
-    assert video.together([shot(prompt_embeds=torch.zeros(1, n, 8)) for n in (3, 4)]) is None
-    assert video.together([shot(prompt="a"), shot(prompt="a", image=object())]) is None
+    assert together(embeds).arguments["prompt_embeds"][:, 0, 0].tolist() == [0, 1, 2]
+    assert together([shot(prompt="a", guidance_scale=g) for g in (1.0, 2.0)]) is None
+    assert together([shot(prompt_embeds=torch.zeros(1, n, 8)) for n in (3, 4)]) is None
+    assert together([shot(prompt="a"), shot(prompt="a", image=object())]) is None
 
 
 def test_what_is_not_finite_is_no_success() -> None:
     true = Take(torch.ones(1, 4), None, 0.0)
     found = Take(torch.tensor([[1.0, 1.0, math.nan, 1.0]]), None, 0.0)
-    rows = video.fidelity(found, true)
+    rows = fidelity(found, true)
     assert rows["error"] > 100
     assert rows["latent_psnr"] < 0

@@ -11,6 +11,7 @@ from statistics import median
 import pytest
 import torch
 
+from accelkit.calibration.timing import times_ms
 from accelkit.kernels import dispatch, scores, select
 from accelkit.kernels.index import BlockIndex, plain_inputs
 
@@ -136,17 +137,8 @@ def test_compact_agrees_with_from_mask():
     assert torch.equal(found.to_mask(1500), mask)
 
 
-def milliseconds(f, runs=3):
-    f()
-    times = []
-    for _ in range(runs):
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record()
-        f()
-        b.record()
-        torch.cuda.synchronize()
-        times.append(a.elapsed_time(b))
-    return median(times)
+def milliseconds(f):
+    return median(times_ms(f, 3, 1, torch.device("cuda")))
 
 
 def table(n: int) -> None:

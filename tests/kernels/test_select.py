@@ -277,3 +277,10 @@ def test_full_budget_is_dense(name):
         select.threshold(scores.pooled(call, size), -INF),
     ):
         assert torch.equal(mask, visible)
+
+
+def test_the_least_share_is_of_level_0_whatever_the_ends():
+    """One block holds all energy, so every end stops behind it; half of the row stays exact."""
+    scores = torch.tensor([8.0, 0.1, 0.01, 0.0]).view(1, 1, 1, 4)
+    found = select.levels(scores, (0.5, 0.6, 0.7), by_energy=True, least=0.5)
+    assert found.flatten().tolist() == [0, 0, -1, -1]

@@ -35,18 +35,8 @@ class Rounded(AttentionMethod):
 def call_of(heads: int = 6) -> AttentionCall:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, h, 130, 32) for h in (heads, 2, 2))
-    return AttentionCall(
-        q,
-        k,
-        v,
-        32**-0.5,
-        True,
-        0,
-        None,
-        tuple(range(heads)),
-        equal_groups(heads, 2),
-        site=Site("layer", 0),
-    )
+    ids, kv = tuple(range(heads)), equal_groups(heads, 2)
+    return AttentionCall(q, k, v, 32**-0.5, True, 0, None, ids, kv, site=Site("layer", 0))
 
 
 @pytest.fixture

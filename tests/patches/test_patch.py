@@ -389,6 +389,9 @@ def test_copies_outlive_the_handle(llama, ids):
     dense = llama(ids).logits
     with accelkit.patch(llama, NARROW) as handle:
         copies = copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))
+        other = copy.deepcopy(llama)
+        other.set_attn_implementation("eager")
+        other(ids)
         assert [handle_of(c) for c in copies] == [None, None]
         assert handle_of(llama) is handle
     for other in copies:

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 import accelkit
 from accelkit.errors import (
+    AccelkitError,
     AlreadyPatchedError,
+    DenseFallbackWarning,
     InvalidInputError,
     NothingPatchedError,
     PlanError,
@@ -19,9 +21,11 @@ from accelkit.errors import (
     UnsupportedModelError,
 )
 from accelkit.patches.patch import handle_of, plan_of, save_pretrained
-from accelkit.patches.plan import Plan
+from accelkit.patches.plan import Budget, Plan, Rule
 from accelkit.patches.plan_file import FILE
 from tests.patches.conftest import tiny
+from tests.tiny_pipes import NARROW as PICTURES
+from tests.tiny_pipes import tiny_pipe
 
 WINDOW = accelkit.method("window")
 NARROW = WINDOW(sink_tokens=16, window_tokens=48, block=16)
@@ -55,6 +59,12 @@ def test_a_plan_by_its_path(llama, tmp_path, as_given):
         assert handle.plan == plan
 
 
+def test_a_plan_without_a_model_is_told(llama, tmp_path):
+    plan_of(llama, NARROW).save_pretrained(tmp_path)
+    with pytest.raises(InvalidInputError, match="a plan, but no model of transformers that opens"):
+        accelkit.from_pretrained(tmp_path)
+
+
 def test_a_path_without_a_plan_is_told(llama, tmp_path):
     with pytest.raises(PlanError, match="no plan at"):
         accelkit.patch(llama, tmp_path)
@@ -73,6 +83,98 @@ def test_patching_twice(llama):
     accelkit.unpatch(llama)
     assert handle_of(llama) is None
     handle.remove()
+
+
+@pytest.mark.parametrize("family", ["llama", "wan"])
+def test_a_patch_is_undone_from_the_part_or_the_whole(family):
+    """Also one that was laid on the part alone; a second patch is refused and changes nothing."""
+    whole = tiny_pipe("wan") if family == "wan" else tiny("llama")
+    part = whole.transformer if family == "wan" else whole.model
+    method = PICTURES if family == "wan" else NARROW
+    before = [dict(vars(m)) for m in part.modules()]
+    for patched, other in ((whole, part), (part, whole)):
+        handle = accelkit.patch(patched, method)
+        assert handle_of(other) is handle
+        with pytest.raises(AlreadyPatchedError, match="unpatch"):
+            accelkit.patch(other, WIDE if family == "llama" else PICTURES.model_copy())
+        with accelkit.disabled(other):
+            assert not handle.enabled
+        assert handle.enabled
+        accelkit.unpatch(other)
+        assert handle_of(patched) is None
+        assert [dict(vars(m)) for m in part.modules()] == before
+
+
+def test_attention_that_is_set_anew_behind_a_patch_is_told_and_kept(llama):
+    ids, reason = torch.arange(100)[None], "the attention implementation was set after patching"
+    with accelkit.patch(llama, NARROW) as handle:
+        llama.set_attn_implementation("eager")
+        with pytest.warns(DenseFallbackWarning, match=reason):
+            llama(ids)
+        assert handle.report().dense == {reason: 2}
+    assert llama.config._attn_implementation == "eager"
+
+
+def test_a_handle_that_was_removed_is_not_entered(llama):
+    handle = accelkit.patch(llama, NARROW)
+    assert handle.installed
+    with handle:
+        pass
+    assert not handle.installed
+    with pytest.raises(InvalidInputError, match="patch the model again"), handle:
+        pass
+
+
+def test_a_report_says_what_was_until_then(llama):
+    ids = torch.arange(100)[None]
+    with accelkit.patch(llama, NARROW) as handle:
+        llama(ids)
+        then = handle.report()
+        llama(ids)
+        assert (then.calls, handle.report().calls) == (2, 4)
+
+
+def test_a_step_cache_on_a_bare_denoiser():
+    pipe = tiny_pipe("wan")
+    root, cache = pipe.transformer, accelkit.method("first_block_cache")()
+    with accelkit.patch(root, cache):
+        assert root.is_cache_enabled
+        with accelkit.disabled(pipe):
+            assert not root.is_cache_enabled
+        assert root.is_cache_enabled
+    assert not root.is_cache_enabled
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Budget(0.02), r"^Budget\(0.02\): fields are given by name; known are: max_rel"),
+        (lambda: Budget(max_rel_error="2%"), r"^Budget: max_rel_error: .*number.* \(found '2%'\)"),
+        (lambda: Budget(max_rel_error=2), r"less than 1 \(found 2\)"),
+        (lambda: WINDOW(windw=3), "^Window: unknown field 'windw'; known are: sink_tokens, win"),
+        (lambda: WINDOW(window_tokens=0), r"window_tokens: .* 1 \(found 0\)$"),
+        (lambda: accelkit.method("flex_prefill")(coverage=3), r"coverage: .* 1 or .*\(found 3\)$"),
+        (lambda: Rule(phase="pre", policies=(0,)), r"phase: .*'prefill'.*\(found 'pre'\)"),
+        (lambda: setattr(NARROW, "window_tokens", 3), r"Window\.window_tokens does not change"),
+        (lambda: accelkit.method(None), "None is no method's name"),
+        (lambda: accelkit.method(WINDOW), "is no method's name"),
+        (lambda: Plan.from_pretrained(None), "the plan's place is None; expected a path"),
+        (lambda: Plan.from_json(None), "NoneType is no text"),
+        (lambda: Plan.from_json('{"schema_version": 99, "producer": 3}'), "a newer accelkit"),
+        (lambda: Plan.from_json('{"schema_version": true}'), "not a plan"),
+        (lambda: Plan.from_pretrained('{"schema_version": 3}' * 99), "Plan.from_json reads the"),
+    ],
+)
+def test_what_cannot_be_made_says_so_in_a_line(make, words):
+    with pytest.raises(AccelkitError, match=words) as error:
+        make()
+    assert "pydantic" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_upload_that_is_refused_is_told(llama):
+    with pytest.raises(PlanError, match=r"a b/c: the plan was not uploaded .*'owner/name'"):
+        plan_of(llama, NARROW).push_to_hub("a b/c")
 
 
 def test_plans_with_equal_tables_are_equal(llama, tmp_path):

@@ -81,7 +81,7 @@ def test_window_by_hand():
         [1, 0, 0, 1, 1, 0],
         [1, 0, 0, 0, 1, 1],
     ]
-    last = patterns.a_shape(call, 1, 9, (8, 8), last_rows=10).to_mask(6)[0, 0]
+    last = patterns.window(call, 1, 9, (8, 8), last_rows=10).to_mask(6)[0, 0]
     assert last.sum(-1).tolist() == [1, 2, 3, 3, 5, 6]
     with pytest.raises(InvalidInputError, match="window_tokens"):
         patterns.window(call, 1, 0)

@@ -332,6 +332,19 @@ def test_compare_looks_at_what_nothing_runs_and_at_maps_of_heads():
     assert f"{second}: reuses {first!r} by a map of 2 heads, the site has 4" in found[1]
 
 
+def test_a_site_cannot_read_its_own_lists_in_the_same_forward():
+    first = "model.layers.0.self_attn"
+    plan = make(policies=(Policy(), Policy(reuse=Reuse(site=first))))
+    (problem,) = compare(plan, plan.fingerprint, {first: 4})
+    assert f"reuses {first!r}, which does not run before it" in problem.what
+
+
+def test_a_step_cache_in_a_plan_of_a_language_model_is_told():
+    plan = make(sites={"text": LayerPlan(block=load("mag_cache")())})
+    (problem,) = compare(plan, plan.fingerprint, {"model.layers.0.self_attn": 4}, ("prefill",))
+    assert problem.fatal and "mag_cache acts in denoise, not here" in problem.what
+
+
 def test_reading_a_plan_needs_no_torch(tmp_path):
     import subprocess
     import sys

@@ -8,6 +8,7 @@ counted as sparsity: both ratios are always given."""
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from accelkit.patches.plan import Plan
 if TYPE_CHECKING:
     from rich.table import Table
 
+log = logging.getLogger("accelkit")
 KINDS = ("text", "needle", "multi_key", "variables", "common_words")
 """Prompts of the turns, one after the other."""
 WORST = 8
@@ -115,7 +117,8 @@ def bench(
     random tokens without a tokenizer; `repeat` turns time each path once.
 
     Raises:
-        NothingPatchedError: no call ran sparse.
+        NothingPatchedError: no call ran sparse, or no length reaches the plan's least one; with
+            others, shorter ones are left out.
 
     Example:
         >>> for m in bench(model, plan, tokenizer, lengths=(8192, 32768)):
@@ -123,9 +126,17 @@ def bench(
     """
     if min(repeat, batch, *lengths) < 1:
         raise InvalidInputError("--repeat, --batch and --lengths must be at least 1")
+    tasks.need_positions(model, max(lengths))
+    least = plan.limits.min_length
+    if short := [n for n in lengths if n < least]:
+        told = f"{', '.join(map(str, short))} tokens: the plan begins at {least} and runs dense"
+        if len(short) == len(lengths):
+            raise NothingPatchedError(f"nothing would run sparse: {told}; take longer prompts")
+        log.warning("%s; left out", told)
     return [
         _measured(model, plan, tokenizer, length, batch, repeat, warmup, seed, progress or _quiet)
         for length in lengths
+        if length >= least
     ]
 
 
@@ -167,16 +178,9 @@ def _measured(
             densities.append(report["density"])
             sparse += times_ms(run, 1, 0 if turn else warmup, ids.device)
     return Measurement(
-        length,
-        batch,
-        ", ".join(dict.fromkeys(kinds)),
-        times,
-        Timing(tuple(sparse)),
-        statistics.mean(densities),
-        report["sparse_calls"],
-        report["calls"],
-        report["dense"],
-    )
+        length, batch, ", ".join(dict.fromkeys(kinds)), times, Timing(tuple(sparse)),
+        statistics.mean(densities), report["sparse_calls"], report["calls"], report["dense"],
+    )  # fmt: skip
 
 
 def dense_paths(model: Any) -> dict[str, str]:
@@ -242,7 +246,8 @@ def preview(model: Any, plan: Plan, lengths: Sequence[int]) -> list[dict[str, An
 
 def bound(model: Any, lengths: Sequence[int] | None, repeat: int = 2) -> list[dict[str, Any]]:
     """Attention's share of prefill at each length, and how much faster it would be if attention,
-    and a last layer that can be trimmed, cost nothing. Random tokens stand for a prompt.
+    and a last layer that can be trimmed, cost nothing. Random tokens stand for a prompt. Raises
+    `NothingPatchedError` for a model without attention that could run sparse.
     """
     fingerprint, _ = facts(model)
     component = fingerprint.components["text"]

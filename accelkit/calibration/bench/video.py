@@ -15,7 +15,8 @@ from accelkit.calibration.bench.served import heads_by_policy, serves
 from accelkit.calibration.candidates import stored
 from accelkit.calibration.denoise import look as denoise_look
 from accelkit.calibration.denoise import video
-from accelkit.calibration.denoise.video import Settings, Shot
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Settings
 from accelkit.calibration.fit import fit
 from accelkit.errors import GateFailedError, InvalidInputError
 from accelkit.patches.adapters import facts
@@ -36,7 +37,8 @@ def bench(
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Seconds of a video and of a step for every path: the pipeline's own, cuDNN's attention, step
-    caches alone, and the plan; with its ratio to each. Nothing is decoded.
+    caches alone, and the plan; with its ratio to each. Nothing is decoded. Raises
+    `InvalidInputError` for fewer than one `repeat`.
     """
     if repeat < 1:
         raise InvalidInputError("--repeat must be at least 1")

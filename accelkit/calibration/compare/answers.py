@@ -21,9 +21,12 @@ from accelkit.patches.plan import Plan
 if TYPE_CHECKING:
     from rich.table import Table
 
+END = 12
+"""Tokens of a prompt that are shown of its end."""
+
 
 @dataclass(frozen=True)
-class Answer:
+class Generated:
     """What one side generated and how fast. Time to first token is a median, tokens per second
     count the later ones."""
 
@@ -42,9 +45,10 @@ class Comparison:
     along that answer. `note` says why nothing ran sparse when that is as the plan wants it."""
 
     prompt_tokens: int
+    prompt_end: str
     expected: str | None
-    dense: Answer | None
-    sparse: Answer
+    dense: Generated | None
+    sparse: Generated
     equal_tokens: float | None
     agreement: float | None
     density: float | None
@@ -80,6 +84,7 @@ def compare(
     """
     if min(max_new_tokens, repeat) < 1:
         raise InvalidInputError("--max-new-tokens and --repeat must be at least 1")
+    tasks.need_positions(model, len(ids) + max_new_tokens)
     tokens, n = torch.as_tensor(ids, dtype=torch.long, device=model.device)[None], len(ids)
     sides = {"sparse": Timed()} | ({"dense": Timed()} if dense else {})
     run = lambda most: _generate(model, tokenizer, tokens, most)  # noqa: E731
@@ -106,16 +111,9 @@ def compare(
             f"the prompt has {n} tokens, the plan begins at {plan.limits.min_length}: it runs dense"
         )
     return Comparison(
-        n,
-        expected,
-        before,
-        after,
-        _equal(before, after),
-        agreement,
-        None if note else report["density"],
-        report,
-        note,
-    )
+        n, tokenizer.decode(list(ids)[-END:]), expected, before, after, _equal(before, after),
+        agreement, None if note else report["density"], report, note,
+    )  # fmt: skip
 
 
 def table(result: Comparison) -> Table:
@@ -123,7 +121,8 @@ def table(result: Comparison) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=f"{result.prompt_tokens} prompt tokens", title_justify="left")
+    title = f"{result.prompt_tokens} prompt tokens, ending in {result.prompt_end!r}"
+    grid = Table(title=Text(title, style="italic"), title_justify="left")
     sides = [(n, a) for n, a in (("dense", result.dense), ("patched", result.sparse)) if a]
     grid.add_column("")
     for name, _ in sides:
@@ -137,7 +136,7 @@ def table(result: Comparison) -> Table:
     grid.add_row("tokens per second", *("–" if r is None else f"{r:.1f}" for r in rates))
     blank = [""] * (len(sides) - 1)
     rows = (
-        ("times faster to first token", result.speedup, "{:.2f}"),
+        ("faster to first token", None if result.note else result.speedup, "{:.2f} ×"),
         ("density", result.density, "{:.1%}"),
         ("equal tokens", result.equal_tokens, "{:.1%}"),
         ("agreement along the dense answer", result.agreement, "{:.1%}"),
@@ -169,10 +168,10 @@ class Timed:
             if len(at) > 1 and at[-1] > at[0]:
                 self.rate = (len(at) - 1) / (at[-1] - at[0])
 
-    def answer(self, tokenizer: Any) -> Answer:
+    def answer(self, tokenizer: Any) -> Generated:
         """The result."""
         text = tokenizer.decode(self.tokens, skip_special_tokens=True)
-        return Answer(text, tuple(self.tokens), statistics.median(self.first_ms), self.rate)
+        return Generated(text, tuple(self.tokens), statistics.median(self.first_ms), self.rate)
 
 
 class _Stamps:
@@ -214,7 +213,7 @@ def _generate(
     return out[0, prompt.shape[1] :].tolist(), stamps.at
 
 
-def _equal(a: Answer | None, b: Answer) -> float | None:
+def _equal(a: Generated | None, b: Generated) -> float | None:
     if a is None:
         return None
     longest = max(len(a.tokens), len(b.tokens))
@@ -237,13 +236,16 @@ def prompt(
 ) -> tuple[list[int], str | None]:
     """Token ids of `text`, or without one those of a demo of `length` tokens and its answer."""
     if text is not None:
+        if not text.strip():
+            raise InvalidInputError("the prompt is empty; give some text")
         return text_prompt(tokenizer, text), None
     return demo_prompt(tokenizer, length or demo_length(plan), seed)
 
 
 def demo_prompt(tokenizer: Any, length: int, seed: int = 0) -> tuple[list[int], str]:
     """A retrieval prompt of at least `length` tokens that ends where an answer is due, and that
-    answer."""
+    answer. Raises `InvalidInputError` for fewer tokens than the task needs.
+    """
     if length < tasks.MIN_LENGTH:
         raise InvalidInputError(f"--length: the demo needs at least {tasks.MIN_LENGTH} tokens")
     for tail in range(1, 33):  # tokens of the last answer, which the prompt leaves out
@@ -255,7 +257,9 @@ def demo_prompt(tokenizer: Any, length: int, seed: int = 0) -> tuple[list[int], 
 
 
 def text_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text; a chat model gets it as the user's turn."""
+    """Token ids of a text; a chat model gets it as the user's turn. Raises `InvalidInputError` for
+    an empty one.
+    """
     if getattr(tokenizer, "chat_template", None):
         found = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
@@ -263,8 +267,6 @@ def text_prompt(tokenizer: Any, text: str) -> list[int]:
         ids = list(found["input_ids"])
     else:
         ids = list(tokenizer.encode(text))
-    if not ids:
-        raise InvalidInputError("the prompt is empty; give some text")
     return ids
 
 

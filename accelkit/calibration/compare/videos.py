@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelkit.calibration.denoise import video
-from accelkit.calibration.denoise.video import Settings, Shot, Take
+from accelkit.calibration.denoise.fidelity import fidelity
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Settings, Take
 from accelkit.calibration.show import frames
 from accelkit.errors import InvalidInputError, NothingPatchedError, PlanTransferWarning
 from accelkit.patches.patch import patch
@@ -113,18 +115,11 @@ def compare(
             f"none of {report.calls} attention calls ran sparse ({dict(report.dense)}); the plan "
             f"begins at {plan.limits.min_length} tokens"
         )
-    files: dict[str, str] = {}
-    if output is not None:
-        files["patched"] = str(frames.write(_frames(ours[0]), output, fps))
-        if own:
-            beside = output.with_stem(output.stem + "-dense")
-            files["dense"] = str(frames.write(_frames(own[0]), beside, fps))
-            sheet = output.with_name(output.stem + "-sheet.png")
-            files["sheet"] = str(frames.contact_sheet(_frames(own[0]), _frames(ours[0]), sheet))
+    files = {} if output is None else _written(ours[0], own[0] if own else None, output, fps)
     return Comparison(
         shot.name, shot.seed, _side(ours, files.get("patched")),
         _side(own, files.get("dense")) if own else None,
-        video.fidelity(ours[0], own[0]) if own else {}, files.get("sheet"),
+        fidelity(ours[0], own[0]) if own else {}, files.get("sheet"),
         report.calls, report.sparse_calls,
     )  # fmt: skip
 
@@ -135,6 +130,19 @@ def _warm(pipe: Any, settings: Settings, shot: Shot) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PlanTransferWarning)
         video.run(pipe, replace(settings, num_inference_steps=min(WARM, steps)), shot)
+
+
+def _written(patched: Take, dense: Take | None, output: Path, fps: float) -> dict[str, str]:
+    """Write `output` and beside it, where there is a dense side, its frames and the contact sheet;
+    the files by what they show.
+    """
+    files = {"patched": str(frames.write(_frames(patched), output, fps))}
+    if dense is not None:
+        beside = output.with_stem(output.stem + "-dense")
+        files["dense"] = str(frames.write(_frames(dense), beside, fps))
+        sheet = output.with_name(output.stem + "-sheet.png")
+        files["sheet"] = str(frames.contact_sheet(_frames(dense), _frames(patched), sheet))
+    return files
 
 
 def _frames(take: Take) -> Any:
@@ -156,12 +164,12 @@ def table(result: Comparison) -> Table:
     grid.add_column("")
     for name, _ in sides:
         grid.add_column(name, justify="right", overflow="fold")
-    grid.add_row("seconds", *(f"{s.seconds:.2f}" for _, s in sides))
-    grid.add_row("of them denoising", *(f"{s.denoise_seconds:.2f}" for _, s in sides))
+    grid.add_row("in all, seconds", *(f"{s.seconds:.2f}" for _, s in sides))
+    grid.add_row("denoising alone, seconds", *(f"{s.denoise_seconds:.2f}" for _, s in sides))
     blank = [""] * (len(sides) - 1)
     calls = f"{result.sparse_calls} of {result.calls}"
     rows = (
-        ("times faster", result.speedup, "{:.2f}"),
+        ("faster", result.speedup, "{:.2f} ×"),
         ("attention calls that ran sparse", calls, "{}"),
         ("error of the final latents", result.fidelity.get("error"), "{:.2%}"),
         ("PSNR", result.fidelity.get("psnr"), "{:.2f} dB"),

@@ -17,12 +17,14 @@ import torch
 from accelkit.calibration import session, stages
 from accelkit.calibration.candidates import chosen_methods
 from accelkit.calibration.denoise import caches as denoise_caches
-from accelkit.calibration.denoise import look, measure, video
+from accelkit.calibration.denoise import look, measure
 from accelkit.calibration.denoise.check import Checker
 from accelkit.calibration.denoise.look import bucket_of, site_of
 from accelkit.calibration.denoise.plan import Planner
+from accelkit.calibration.denoise.shots import Shot, Shots, gather
+from accelkit.calibration.denoise.trial import trial
 from accelkit.calibration.denoise.video import Settings
-from accelkit.calibration.denoise.weights import Small, lasting, trial, weighed_at
+from accelkit.calibration.denoise.weights import Small, carried_on, weighed_at
 from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.session import Preset, Run
@@ -100,17 +102,12 @@ def calibrate(
     if not places:
         raise NothingPatchedError(f"{type(pipe).__name__}: no attention that could run sparse")
     chosen, measure_on, check_on = PRESETS[preset]
-    shots = video.gather(data, seed, measure_on, check_on)
+    shots = gather(data, seed, measure_on, check_on)
     settings = Settings(height, width, num_frames, steps)
     settings.arguments(pipe)
     roots = {name: getattr(pipe, name) for name in fingerprint.components}
     belongs = {
-        "accelkit": session.version(),
-        "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
-        "weights": session.weights_digest(roots.values()),
-        "device": str(pipe._execution_device),
-        "dtype": str(next(iter(roots.values())).dtype),
-        "scheduler": type(pipe.scheduler).__name__,
+        **_measured_on(pipe, fingerprint, roots),
         "prompts": session.digest([_plain(s) for s in (*shots.measure, *shots.check)]),
         "methods": [f"{m.kind} {m.model_dump_json()}" for m in (*tried, *caches)],
         "settings": vars(settings),
@@ -155,7 +152,7 @@ def calibrate(
 def _plan(
     run: Run,
     settings: Settings,
-    shots: video.Shots,
+    shots: Shots,
     roots: Mapping[str, Any],
     methods: Sequence[Any],
     caches: Sequence[Any],
@@ -178,38 +175,14 @@ def _plan(
     able = [m for m in methods if m.kind in costs.methods]
     found = measure.measured(run, seen, settings, shots.measure, able, costs, tokens)
     small = Small(run, seen, shots.measure, roots)
-    heads = {p: run.heads[site_of(p)] for p in seen.places}
-    weights = {p: [1.0] * n for p, n in heads.items()}
-    influence = [1.0] * len(small.shares)
-    if any(found.families.values()):
-        trials = [trial(found, heads, small.shares, fingerprint, b) for b in range(len(influence))]
-        at = weighed_at(seen.places)
-        some = stages.weighed(
-            run, {p: heads[p] for p in dict.fromkeys(at.values())}, [small.probe],
-            lambda place: trials[bucket_of(place)].left_out(place),
-        )  # fmt: skip
-        sensitive = {p: some[at[p]] for p in seen.places}
-        for b, tried in enumerate(trials):
-            influence[b] = max(small.influence(b, tried, sensitive), LEAST)
-        influence = lasting(influence, small.total, seen.total)
-        weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
-    afford = 0.0
-    if caches:
-        dense = found.step_seconds * seen.total
-        whole = run.journal.unit("cache/whole", lambda: small.whole.seconds)
-        afford = SHORT * whole if SHORT * whole > dense else CACHES * dense - whole
+    weights, influence = _weights(run, small, found, fingerprint)
+    afford = _affordable(run, small, found.step_seconds * seen.total) if caches else 0.0
     # Spread as the trials show it: what hardly changes anything may tip a single result over.
     margin = small.margin()
     cached, refused = denoise_caches.options(run, small, caches, allowed / margin, afford)
-    planner = Planner(
-        seen, found, weights, costs, tokens, cached, fingerprint, budget,
-        Limits(
-            min_length=tokens // 4,
-            max_length=tokens,
-            grid=tuple(glanced["grid"]) if glanced["grid"] else None,
-            steps=seen.total,
-        ),
-    )  # fmt: skip
+    grid = tuple(glanced["grid"]) if glanced["grid"] else None
+    limits = Limits(min_length=tokens // 4, max_length=tokens, grid=grid, steps=seen.total)
+    planner = Planner(seen, found, weights, costs, tokens, cached, fingerprint, budget, limits)
     planner.rounding = small.rounding()
     planner.rehearse(small, margin)
     checker = Checker(run, settings, shots.check, planner.ratio, margin)
@@ -230,7 +203,49 @@ def _plan(
     return plan.model_copy(update={"calibration": about}).with_tables(plan.tables)
 
 
-def _cost(book: Journal, took: dict[str, float], steps: int, shots: video.Shots) -> dict[str, Any]:
+def _affordable(run: Run, small: Small, dense_s: float) -> float:
+    """Seconds that the search for step caches may take, where a dense run takes `dense_s`."""
+    whole = run.journal.unit("cache/whole", lambda: small.whole.seconds)
+    return SHORT * whole if SHORT * whole > dense_s else CACHES * dense_s - whole
+
+
+def _weights(
+    run: Run, small: Small, found: measure.Measurements, fingerprint: Fingerprint
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Weights of the heads at every place, and the influence of every bucket that is in them; ones
+    where nothing was measured.
+    """
+    seen = small.seen
+    heads = {p: run.heads[site_of(p)] for p in seen.places}
+    influence = [1.0] * len(small.shares)
+    if not any(found.families.values()):
+        return {p: [1.0] * n for p, n in heads.items()}, influence
+    trials = [trial(found, heads, small.shares, fingerprint, b) for b in range(len(influence))]
+    at = weighed_at(seen.places)
+    some = stages.weighed(
+        run, {p: heads[p] for p in dict.fromkeys(at.values())}, [small.probe],
+        lambda place: trials[bucket_of(place)].left_out(place),
+    )  # fmt: skip
+    sensitive = {p: some[at[p]] for p in seen.places}
+    influence = [max(small.influence(b, tried, sensitive), LEAST) for b, tried in enumerate(trials)]
+    influence = carried_on(influence, small.total, seen.total)
+    weights = {p: [w * influence[bucket_of(p)] for w in ws] for p, ws in sensitive.items()}
+    return weights, influence
+
+
+def _measured_on(pipe: Any, fingerprint: Fingerprint, roots: Mapping[str, Any]) -> dict[str, str]:
+    """The pipeline and the device on which a journal's readings hold."""
+    return {
+        "accelkit": session.version(),
+        "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
+        "weights": session.weights_digest(roots.values()),
+        "device": str(pipe._execution_device),
+        "dtype": str(next(iter(roots.values())).dtype),
+        "scheduler": type(pipe.scheduler).__name__,
+    }
+
+
+def _cost(book: Journal, took: dict[str, float], steps: int, shots: Shots) -> dict[str, Any]:
     """What calibration took in seconds by stage and, without compiling, in dense denoising runs:
     the search, and for each prompt the check.
     """
@@ -245,7 +260,7 @@ def _cost(book: Journal, took: dict[str, float], steps: int, shots: video.Shots)
     }
 
 
-def _plain(shot: video.Shot) -> bytes:
+def _plain(shot: Shot) -> bytes:
     """What tells a shot from another, tensors among its arguments included."""
     parts = [k.encode() + b"=" + session.bare(v) for k, v in sorted(shot.arguments.items())]
     return b"\n".join([*parts, str(shot.seed).encode()])

@@ -15,7 +15,9 @@ import numpy as np
 from torch import Tensor
 
 from accelkit.calibration.denoise import video
-from accelkit.calibration.denoise.video import Enough, Settings, Shot, Take
+from accelkit.calibration.denoise.fidelity import fidelity
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Enough, Settings, Take
 from accelkit.calibration.evaluation.quality import geometric_mean, relative
 from accelkit.calibration.refine import Round, plan_digest
 from accelkit.calibration.session import Run
@@ -242,7 +244,7 @@ class Checker:
             take = video.run(self.run.model, self.settings, self.shots[n], decode=True, each=each)
         done = len(take.ends) - 1
         if take.whole:
-            found = video.fidelity(take, true)
+            found = fidelity(take, true)
         else:
             there = path[done].to(take.latents.device).float()
             found = {"error": relative(take.latents, there)}

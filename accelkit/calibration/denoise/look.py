@@ -13,7 +13,8 @@ from itertools import pairwise
 from typing import Any
 
 from accelkit.calibration.denoise import video
-from accelkit.calibration.denoise.video import Enough, Settings, Shot
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Enough, Settings
 from accelkit.calibration.session import Run
 from accelkit.errors import NothingPatchedError
 from accelkit.patches.adapters import watch
@@ -74,7 +75,9 @@ def bucket_of(place: str) -> int:
 
 
 def look(run: Run, settings: Settings, shot: Shot) -> Look:
-    """A dense run at the smallest geometry that the pipeline takes."""
+    """A dense run at the smallest geometry that the pipeline takes. Raises `NothingPatchedError`
+    where no self- or joint-attention is called.
+    """
 
     def work() -> dict[str, Any]:
         sizes = settings.filled(run.model).smaller()

@@ -29,7 +29,8 @@ from accelkit.calibration.candidates import (
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.denoise import video
 from accelkit.calibration.denoise.look import Look, bucket_of, scaled, site_of
-from accelkit.calibration.denoise.video import Enough, Settings, Shot
+from accelkit.calibration.denoise.shots import Shot
+from accelkit.calibration.denoise.video import Enough, Settings
 from accelkit.calibration.profile import UNIT, profile
 from accelkit.calibration.session import Run
 from accelkit.calibration.stages import family_of, kept
@@ -208,7 +209,7 @@ class _DenseRun:
             key = f"screen/{self.stands_for[place]}"
             if self.stands_for[place] == place:
                 if self.methods:
-                    self.run.tell(f"screening {len(self.methods)} methods")
+                    self.run.tell("screening methods")
                 book.unit(key, partial(self._screen, place, call, dense, suffix))
             families = self.worth(place, book[key]["families"])
             kinds = {f.settings[0].kind for f in families}

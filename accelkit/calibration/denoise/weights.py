@@ -19,38 +19,20 @@ from torch import Tensor
 
 from accelkit.calibration.capture import See, dense_attention
 from accelkit.calibration.denoise import schedule, video
-from accelkit.calibration.denoise.look import (
-    Look,
-    bucket_of,
-    buckets,
-    place_of,
-    scaled,
-    site_of,
-)
-from accelkit.calibration.denoise.measure import Measurements
-from accelkit.calibration.denoise.video import Shot
-from accelkit.calibration.evaluation.quality import (
-    NOISE,
-    ONE_IN_TWENTY,
-    LeftOut,
-    Show,
-    noise_like,
-    relative,
-)
+from accelkit.calibration.denoise.look import Look, bucket_of, buckets, place_of, scaled, site_of
+from accelkit.calibration.denoise.shots import Shot, together
+from accelkit.calibration.denoise.trial import Trial
+from accelkit.calibration.evaluation.quality import NOISE, ONE_IN_TWENTY, Show, noise_like, relative
 from accelkit.calibration.search import composed
 from accelkit.calibration.session import Run
 from accelkit.errors import AccelkitError
 from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import watch
 from accelkit.patches.call import AttentionCall
-from accelkit.patches.method import AttentionMethod
 from accelkit.patches.parts import step_cache
 from accelkit.patches.patch import patch
-from accelkit.patches.plan import Fingerprint, LayerPlan, Limits, Plan, Policy, Rule
-from accelkit.patches.sites.attention import answer, compute
+from accelkit.patches.plan import Limits, Plan
 
-TYPICAL = 0.1
-"""Error of a head that plans are fond of."""
 FEW = 12
 """Most steps of the disturbed runs; buckets are the same shares of them as of all."""
 MOST_WEIGHED = 40
@@ -87,9 +69,9 @@ class Small:
     ) -> None:
         self.run, self.seen, self.roots = run, seen, dict(roots)
         some = [shots[n % len(shots)] for n in range(SEEDS)]
-        together = video.together(some)
+        joined = together(some)
         apart = [replace(s, seed=s.seed + SEEDS * n) for n, s in enumerate(some)]
-        self.shots = apart if together is None else [together]
+        self.shots = apart if joined is None else [joined]
         self.shares = buckets(seen.total)
         self.total = min(seen.total, FEW)
         self.settings = replace(seen.settings, num_inference_steps=self.total)
@@ -273,7 +255,7 @@ class Small:
         return float(np.median([relative(*p) for p in zip(found, self.latents(0), strict=True)]))
 
 
-def lasting(influence: Sequence[float], few: int, total: int) -> list[float]:
+def carried_on(influence: Sequence[float], few: int, total: int) -> list[float]:
     """Influences of the buckets of `total` steps, from those of `few`, in which a bucket may have
     another share of the steps.
 
@@ -302,83 +284,6 @@ def weighed_at(places: Sequence[str]) -> dict[str, str]:
     for p in sorted(places, key=bucket_of):
         mine.setdefault(site_of(p), []).append(p)
     return {p: mine[site_of(p)][len(mine[site_of(p)]) // 2] for p in places}
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A plan that runs measured settings, with the setting of each place that has one and their
-    errors by place and head.
-    """
-
-    plan: Plan
-    error: Mapping[str, Sequence[float]]
-    settings: Mapping[str, AttentionMethod]
-
-    def left_out(self, place: str) -> LeftOut | None:
-        """What the place's setting leaves out of a call."""
-        method = self.settings.get(place)
-        if method is None:
-            return None
-        site = f"{site_of(place)}/"
-        tables = {
-            k.removeprefix(site): t for k, t in self.plan.tables.items() if k.startswith(site)
-        }
-
-        def gap(call: AttentionCall, dense: Partial) -> Tensor | None:
-            mask = None if call.key_mask is None else call.key_mask[:1]
-            alone = replace(
-                call, q=call.q[:1], k=call.k[:1], v=call.v[:1], key_mask=mask, tables=tables,
-                memory={}, _shared={},
-            )  # fmt: skip
-            answers = answer(alone, Policy(methods=(method,)))
-            if answers is None:
-                return None
-            return compute(answers[0]).out[0].float() - dense.out[0].float()
-
-        return gap
-
-
-def trial(
-    found: Measurements,
-    heads: Mapping[str, int],
-    shares: Sequence[tuple[float, float]],
-    fingerprint: Fingerprint,
-    bucket: int,
-) -> Trial:
-    """At each place of a bucket the setting whose errors are most typical of what plans use; places
-    without one stay dense.
-    """
-    policies: list[Policy] = [Policy()]
-    rules: dict[str, list[Rule]] = {}
-    errors: dict[str, list[float]] = {p: [0.0] * n for p, n in heads.items()}
-    tables: dict[str, Tensor] = {}
-    settings: dict[str, AttentionMethod] = {}
-    for place, unit in found.units[0].items():
-        if bucket_of(place) != bucket:
-            continue
-        rows = [
-            (abs(np.log(max(float(np.mean(e)), 1e-6) / TYPICAL)), n, family, e)
-            for n, family in enumerate(found.families[place])
-            if not family.settings[0].renewed(2)
-            for e in unit["families"][family.name]["error"]
-        ]
-        if not rows:
-            continue
-        _, _, family, error = min(rows, key=lambda r: r[:2])
-        at = unit["families"][family.name]["error"].index(error)
-        settings[place] = family.settings[at]
-        policy = Policy(methods=(family.settings[at],))
-        if policy not in policies:
-            policies.append(policy)
-        row = (policies.index(policy),) * heads[place]
-        site = site_of(place)
-        rule = Rule(phase="denoise", steps=shares[bucket_of(place)], policies=row)
-        rules.setdefault(site, []).append(rule)
-        errors[place] = [float(e) for e in error]
-        tables |= {f"{site}/{k}": v for k, v in found.tables[place].items()}
-    sites = {site: LayerPlan(rules=tuple(some)) for site, some in rules.items()}
-    plan = Plan(fingerprint=fingerprint, policies=tuple(policies), sites=sites)
-    return Trial(plan.with_tables(tables), errors, settings)
 
 
 def _first(value: Any, batch: int | None = None) -> Any:

@@ -19,6 +19,8 @@ def source_corpus(held_out: bool | None = None, limit: int = 16_000_000) -> str:
     The files come in order of their paths; tests and installed packages are left out.
 
     held_out: True for a fixed sixteenth of the files, False for the others, None for all.
+
+    Raises `ValueError` where a Python has been stripped of its source.
     """
     root = Path(sysconfig.get_path("stdlib"))
     texts: list[str] = []

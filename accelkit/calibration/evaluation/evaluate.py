@@ -143,6 +143,7 @@ def evaluate(
         raise InvalidInputError(f"--lengths: the tasks need at least {tasks.MIN_LENGTH} tokens")
     if plan is None and not dense:
         raise InvalidInputError("nothing to score: give a plan, or leave the dense side in")
+    tasks.need_positions(model, max(lengths))
     filler = tasks.source_corpus(held_out=True)
     scores = []
     with patch(model, plan) if plan is not None else nullcontext() as handle:
@@ -208,23 +209,34 @@ def worst_drop(scores: Sequence[Score], most: float) -> Score:
     return worst
 
 
+LEGEND = (
+    "lost: points out of 100; agreement: tokens on which both sides decide alike; KL: of the "
+    "patched model's next-token probabilities from dense ones, in nats; bits: for a token of text"
+)
+
+
 def table(scores: Sequence[Score]) -> Table:
     """What a person reads."""
     from rich.table import Table
 
     both = any(s.sparse for s in scores) and any(s.dense for s in scores)
-    grid = Table(title="Right answers, share and 95 % interval", title_justify="left")
-    grid.add_column("task")
+    grid = Table(
+        title="Right answers in percent (95 % interval)",
+        title_justify="left",
+        caption=LEGEND if both else None,
+        caption_justify="left",
+    )
+    grid.add_column("task", no_wrap=True)
     for head in ("length", "answers"):
         grid.add_column(head, justify="right")
     for side in ("dense", "sparse"):
         if any(getattr(s, side) for s in scores):
             grid.add_column(f"{side} %", justify="right", no_wrap=True)
-    for head in ("drop", "agreement", "KL") if both else ():
+    for head in ("lost", "agreement", "KL") if both else ():
         grid.add_column(head, justify="right")
     for side in ("dense", "sparse"):
         if any(getattr(s, side) for s in scores):
-            grid.add_column(f"bits {side}", justify="right")
+            grid.add_column(f"bits, {side}", justify="right")
     for s in scores:
         sides = [x for x in (s.dense, s.sparse) if x]
         row = [s.task, str(s.length), str(sides[0].asked or "–")]
@@ -234,7 +246,7 @@ def table(scores: Sequence[Score]) -> Table:
         if both:
             row.append("–" if s.drop is None else f"{s.drop:+.1f}")
             row.append("–" if s.agreement is None else f"{s.agreement:.2%}")
-            row.append("–" if s.divergence is None else f"{s.divergence:.2g}")
+            row.append("–" if s.divergence is None else f"{max(s.divergence, 0.0):.1e}")
         row += [f"{b:.4f}" for b in (s.dense_bits, s.sparse_bits) if b is not None]
         grid.add_row(*row)
     return grid
@@ -294,18 +306,11 @@ def _score(
     bits = {side: s.bits / tokens for side, s in sums.items()}
     both = len(sides) == 2
     return Score(
-        name,
-        length,
-        len(asked),
-        tokens,
-        share.get("dense"),
-        share.get("sparse"),
-        bits.get("dense"),
-        bits.get("sparse"),
-        same / tokens if both else None,
-        divergence / tokens if both else None,
+        name, length, len(asked), tokens, share.get("dense"), share.get("sparse"),
+        bits.get("dense"), bits.get("sparse"),
+        same / tokens if both else None, divergence / tokens if both else None,
         _ran(handle) - before if handle is not None else None,
-    )
+    )  # fmt: skip
 
 
 @torch.inference_mode()

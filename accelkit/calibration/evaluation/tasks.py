@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from accelkit.calibration.evaluation.corpus import source_corpus as source_corpus
+from accelkit.errors import InvalidInputError
 
 TASKS = ("needle", "multi_key", "multi_value", "key_value", "variables", "common_words", "text")
 """Names of all the kinds of prompt; the last has no questions."""
@@ -91,6 +92,24 @@ class ByteTokenizer:
         return np.concatenate(([self.bos_token_id], ids)) if add_special_tokens else ids
 
 
+def positions(model: Any) -> int:
+    """The most tokens that a model has positions for."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found or 1 << 30
+
+
+def need_positions(model: Any, tokens: int) -> None:
+    """Refuse prompts that are longer than the model's positions reach.
+
+    Raises:
+        InvalidInputError: too long.
+    """
+    if tokens > (most := positions(model)):
+        raise InvalidInputError(
+            f"length {tokens}: the model has positions for {most} tokens; take shorter prompts"
+        )
+
+
 def make(
     task: str, length: int, seed: int, filler: str | None = None, tokenizer: Any = None
 ) -> Sample:
@@ -99,6 +118,9 @@ def make(
     filler: text from which random windows are taken; by default `source_corpus()`.
     tokenizer: a Hugging Face tokenizer, or anything with its ``encode(text, add_special_tokens)``
         and ``bos_token_id``; by default `ByteTokenizer`.
+
+    Raises `ValueError` for an unknown task, a length below `MIN_LENGTH`, or a tokenizer that no
+    text fits.
     """
     if length < MIN_LENGTH:
         raise ValueError(f"length must be at least {MIN_LENGTH} tokens, not {length}")
@@ -123,6 +145,8 @@ def build(
     """The text of a prompt, `size` characters in all, as segments.
 
     share: how much of a dense list's characters is left to filler.
+
+    Raises `ValueError` for an unknown task or a size that its questions alone exceed.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
@@ -145,19 +169,6 @@ def build(
     if task in _DENSE:
         return [header, Segment(window, "filler"), Segment("".join(lines), "given"), *asked]
     return [header, *_plant(rng, lines, window), *asked]
-
-
-def encode(
-    segments: Sequence[Segment], tokenizer: Any, length: int | None = None, task: str = ""
-) -> Sample:
-    """Tokenise segments one by one, so that the answers' positions are exact.
-
-    length: tokens wanted. Filler segments lose tokens at their beginnings, each its share, until
-        the prompt fits; ValueError if it is too short, or too long even without filler. None
-        keeps everything.
-    """
-    pieces, total = _tokenise(segments, tokenizer)
-    return _join(pieces, segments, tokenizer, total if length is None else length, task)
 
 
 def right_answers(sample: Sample, predicted: np.ndarray) -> list[bool]:

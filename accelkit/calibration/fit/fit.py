@@ -80,8 +80,8 @@ def fit(
             tell(f"kernel {name(size)}")
             fitted[name(size)] = kernels.kernel(calls, size, until, few)
     else:
-        seen, clocks = _in_turns(timed, calls, tell, until)
-        fitted = {name(size): clocks.fitted(size) for size in seen.sizes}
+        seen, timers = _in_turns(timed, calls, tell, until)
+        fitted = {name(size): timers.fitted(size) for size in seen.sizes}
     table = CostTable(
         torch.cuda.get_device_name(device) if gpu else "cpu",
         str(dtype).removeprefix("torch."), shape.heads, shape.kv_heads, shape.head_dim,
@@ -117,16 +117,16 @@ def _in_turns(
     calls: Mapping[int, AttentionCall],
     tell: Callable[[str], None],
     until: float,
-) -> tuple[_Seen, turns.Clocks]:
+) -> tuple[_Seen, turns.Timers]:
     """Everything in turns: other programs slow a CPU down for seconds at a time."""
-    clocks = turns.Clocks(calls)
+    timers = turns.Timers(calls)
     for turn in range(turns.TURNS[1]):
         if turn >= turns.TURNS[0] and time.monotonic() > until:
             break
-        seen = timed(clocks.turn, thin=True)
+        seen = timed(timers.turn, thin=True)
         tell("kernels")
-        clocks.kernels(seen.sizes)
-    return seen, clocks
+        timers.kernels(seen.sizes)
+    return seen, timers
 
 
 def _timed(

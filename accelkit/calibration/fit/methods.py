@@ -23,14 +23,7 @@ from accelkit.kernels.select import density
 from accelkit.patches.call import AttentionCall
 from accelkit.patches.method import AttentionMethod
 from accelkit.patches.plan import Policy
-from accelkit.patches.sites.attention import (
-    PLAIN,
-    Answer,
-    answer,
-    compute,
-    in_kernel_order,
-    run,
-)
+from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute, in_kernel_order, run
 
 MOST = 0.8
 """A method whose estimate alone takes this share of dense attention is refused."""
@@ -105,37 +98,31 @@ def cost(
             one = answers[0]
             if not units(answers):
                 return "it computes its pieces by itself, which the cost table cannot predict"
-            estimator, selection = choosing(call, now, one, ms, brief)
-            if method.static:
-                # Made once for all layers and, in a denoiser, for all steps and runs of a size.
-                share = 1 / shape.layers if call.causal else 0.0
-                estimator, selection = share * estimator, share * selection
+            # Static lists are made once for all layers and, in a denoiser, for all steps and runs.
+            share = 1.0 if not method.static else 1 / shape.layers if call.causal else 0.0
+            chosen = [share * each for each in choosing(call, now, one, ms, brief)]
             most = MOST_BRIEF if brief else MOST
-            if reason := _hopeless(found, (n, estimator + selection), call, longest, dense, most):
+            if reason := _hopeless(found, (n, sum(chosen)), call, longest, dense, most):
                 return reason
             if n < longest and call.q.device.type == "cpu" and one.execution != PLAIN:
                 return "skipping tiles and 8-bit products save no time on a CPU"
-            whole = interpolate(dense, n)
-            if n == longest and (reason := no_faster(one, method, whole, clocked)):
+            if n == longest and (reason := no_faster(one, method, interpolate(dense, n), clocked)):
                 return reason
-            spent = (estimator, selection, permutation(call, one, ms))
+            spent = (*chosen, permutation(call, one, ms))
             for term, each in zip(found.values(), spent, strict=True):
                 term.append((n, each))
-            if brief and n < longest:
-                continue
-            own[n] = [lists(one, now, clocked)]
-            fewer = thinner(method) if thin and now == setting else None
-            if fewer is not None and (answers := asked(call, fewer)) is not None:
-                own[n].append(lists(answers[0], fewer, clocked))
+            if n == longest or not brief:
+                fewer = thinner(method) if thin and now == setting else None
+                own[n] = _both_lists(call, one, now, fewer, clocked)
         except Exception as error:  # a method that fails must not end the calibration of the others
             return f"it does not run here: {type(error).__name__}: {error}"
     if not own:
         return f"it leaves prompts of {longest} tokens dense"
-    parts = {name: tuple(points) for name, points in found.items()}
-    summed = _summed(parts)
-    share = _share(now, call, summed[-1][1], ms)
+    terms = {name: tuple(points) for name, points in found.items()}
+    summed = _summed(terms)
+    common = _share(now, call, summed[-1][1], ms)
     others = other_units(method, bare) if bare.causal else []
-    return Found(MethodCost(summed, share, terms=parts), own, others, method.static)
+    return Found(MethodCost(summed, common, terms=terms), own, others, method.static)
 
 
 def _hopeless(
@@ -192,6 +179,22 @@ def lists(one: Answer, method: AttentionMethod, ms: Clocked) -> tuple[Lists, flo
             run(one.call, p if method.static else replace(p), one.execution)
 
     return own_lists(one), ms(kernels)
+
+
+def _both_lists(
+    call: AttentionCall,
+    one: Answer,
+    method: AttentionMethod,
+    fewer: AttentionMethod | None,
+    ms: Clocked,
+) -> list[tuple[Lists, float]]:
+    """The lists of an answer and, where there is one, of a thinner setting's, as `lists` has
+    them.
+    """
+    found = [lists(one, method, ms)]
+    if fewer is not None and (answers := asked(call, fewer)) is not None:
+        found.append(lists(answers[0], fewer, ms))
+    return found
 
 
 def own_lists(one: Answer) -> Lists:

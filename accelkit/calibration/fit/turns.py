@@ -23,7 +23,7 @@ TURNS = (3, 4)
 Size = tuple[int, int]
 
 
-class Clock:
+class Timer:
     """Times pieces of work that come in the same order in every turn: milliseconds of a run, the
     least of the turns so far.
     """
@@ -33,7 +33,7 @@ class Clock:
         self._seen: list[float] = []
         self._at = 0
 
-    def begin(self) -> Clock:
+    def begin(self) -> Timer:
         """Begin a turn."""
         self._at = 0
         return self
@@ -47,19 +47,19 @@ class Clock:
         return ms
 
 
-class Clocks:
-    """A clock for each of several sequences of work, and random lists for the kernels' units."""
+class Timers:
+    """A timer for each of several sequences of work, and random lists for the kernels' units."""
 
     def __init__(self, calls: Mapping[int, AttentionCall]) -> None:
         self.calls = calls
         self.device = next(iter(calls.values())).q.device
-        self._clocks: dict[str, Clock] = defaultdict(partial(Clock, self.device))
+        self._timers: dict[str, Timer] = defaultdict(partial(Timer, self.device))
         self._points: dict[Size, list[Point]] = {}
         self._spent: dict[Size, list[float]] = {}
 
-    def turn(self, name: str) -> Clock:
-        """The clock of a sequence, at its beginning."""
-        return self._clocks[name].begin()
+    def turn(self, name: str) -> Timer:
+        """The timer of a sequence, at its beginning."""
+        return self._timers[name].begin()
 
     def kernels(self, sizes: Iterable[Size]) -> None:
         """Time random lists of these units once more."""

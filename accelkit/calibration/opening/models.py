@@ -56,7 +56,12 @@ def open_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
 
 
 def open_config(name: str) -> Any:
-    """The model's configuration; the first thing that fails for a wrong name."""
+    """The model's configuration; the first thing that fails for a wrong name.
+
+    Raises:
+        InvalidInputError: no saved language model there, nor on the hub within reach.
+        UnsupportedModelError: transformers does not know the model.
+    """
     transformers, path = _transformers(), Path(name)
     if (path / "model_index.json").exists():
         raise InvalidInputError(
@@ -96,14 +101,14 @@ def open_tokenizer(name: str) -> Any:
 
 
 def need_tokenizer(tokenizer: Any, name: str) -> Any:
-    """The tokenizer, or an error that says where it should be."""
+    """The tokenizer. Raises `InvalidInputError`, which says where it should be, for None."""
     if tokenizer is None:
         raise InvalidInputError(f"{name}: no tokenizer in this model's folder; save one there")
     return tokenizer
 
 
 def choose_device(device: str) -> torch.device:
-    """The device to run on."""
+    """The device to run on. Raises `InvalidInputError` for one that is unknown or not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -121,7 +126,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(config: Any, dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype to load as; see `open_model`."""
+    """The dtype to load as; see `open_model`. Raises `InvalidInputError` for an unknown name."""
     if dtype not in DTYPES:
         raise InvalidInputError(
             f"--dtype: {dtype!r} is unknown; expected one of {', '.join(DTYPES)}"
@@ -143,7 +148,9 @@ def fast_bf16() -> bool:
 
 
 def describe_model(name: str) -> dict[str, Any]:
-    """Class, size and attention sites of a model, from its config; no weights are read."""
+    """Class, size and attention sites of a model, from its config; no weights are read. Raises
+    `UnsupportedModelError` where that cannot be built.
+    """
     config = open_config(name)
     try:
         with torch.device("meta"):
@@ -171,7 +178,9 @@ def has_plan(name: str) -> bool:
 
 
 def open_plan(plan: str | None, model: str) -> tuple[Plan, str]:
-    """The plan that was named, or the one in the model's folder, and where it lies."""
+    """The plan that was named, or the one in the model's folder, and where it lies. Raises
+    `InvalidInputError` without either.
+    """
     if plan is None and not has_plan(model):
         raise InvalidInputError(
             f"--plan is missing and {model} holds no {FILE}; "
@@ -199,7 +208,8 @@ def report_beside(plan: str) -> str | None:
 
 def save_model(model: Any, tokenizer: Any, plan: Plan, folder: Path) -> Path:
     """Write an unpatched model with its tokenizer and plan; `accelkit.from_pretrained` opens it
-    patched."""
+    patched. Raises `InvalidInputError` for a folder that cannot be written.
+    """
     try:
         with patch(model, plan):
             path = save_pretrained(model, folder)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from accelkit.calibration.denoise import video
+from accelkit.calibration.denoise.shots import BUILT_IN, Shot
 from accelkit.calibration.opening.models import (
     choose_device,
     choose_dtype,
@@ -92,14 +93,14 @@ def opened(
     *,
     dtype: str,
     device: str,
-) -> tuple[Any, Plan, video.Settings, video.Shot]:
+) -> tuple[Any, Plan, video.Settings, Shot]:
     """What a run of a pipeline with a plan needs; size and steps are the plan's unless wished for.
     Without a prompt the first of the built-in ones is taken. A plan that does not fit says so here,
     before anything runs.
     """
     read, _ = open_plan(plan, name)
-    text = prompt or video.BUILT_IN[0]
-    shot = video.Shot(text, {"prompt": text}, seed)
+    text = prompt or BUILT_IN[0]
+    shot = Shot(text, {"prompt": text}, seed)
     pipe = open_pipeline(name, dtype=dtype, device=device)
     patch(pipe, read).remove()
     return pipe, read, settings_of(read, size), shot
@@ -127,7 +128,8 @@ def size_told(pipe: Any, size: Mapping[str, int]) -> str:
 
 def describe_pipeline(name: str) -> dict[str, Any]:
     """Class, size and attention sites of a pipeline's denoisers, from their configs alone;
-    cross-attention, which always runs dense, among them.
+    cross-attention, which always runs dense, among them. Raises `UnsupportedModelError` for a
+    pipeline without a transformer.
     """
     diffusers = _diffusers()
     from accelkit.patches.adapters.diffusers import attention_modules

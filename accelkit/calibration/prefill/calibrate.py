@@ -46,7 +46,7 @@ from accelkit.calibration.session import (
     version,
     weights_digest,
 )
-from accelkit.errors import InvalidInputError, NothingPatchedError
+from accelkit.errors import NothingPatchedError
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.adapters import adapter_for, facts, sites, trimmable
 from accelkit.patches.method import Method
@@ -99,13 +99,12 @@ def calibrate(
     else:
         trimmed = None  # the only layer
     need_unpatched(model, "model")
-    if batch < 1:
-        raise InvalidInputError(f"batch is {batch}; expected at least one prompt")
     lengths = prompts.chosen_lengths(lengths, bare)
     with calm(), compile_clock() as compiled, Bar(progress) as bar:
         with first_use("methods"):
             tried = chosen_methods(methods)
         inputs = prompts.gather(data, tokenizer, lengths, preset, seed)
+        prompts.need_known(inputs, bare)
         # Short enough to be cheap, long enough that methods have something to leave out.
         short = max(MIN_LENGTH, inputs.longest // 4, min(inputs.longest // 2, SCREEN_TOKENS))
         screen_on = prompts.screening(inputs, tokenizer, short, seed)

@@ -79,7 +79,7 @@ def screened(
             few = [thinned(f, 2 if f.settings[0].kind in dear else most) for f in wanted]
             return {"profile": asdict(found), "families": bench.families(few)}
 
-        run.tell(f"screening {len(methods)} methods")
+        run.tell("screening methods")
         run.journal.unit(keys[site.path], work)
 
     if any(k not in run.journal for k in keys.values()):

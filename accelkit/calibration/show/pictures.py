@@ -63,7 +63,9 @@ def figure(plan: Plan, phase: str | None = None, tokens: int | None = None) -> F
 
 
 def save_figure(plan: Plan, path: Path, phase: str | None = None) -> None:
-    """Write the picture; the ending of `path` chooses the format."""
+    """Write the picture; the ending of `path` chooses the format. Raises `InvalidInputError` where
+    it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure(plan, phase).savefig(path, dpi=150)

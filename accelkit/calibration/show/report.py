@@ -115,7 +115,10 @@ def tables(plan: Plan, phase: str | None = None, *, heads: bool = True) -> Group
                     signs.get(policy, "·"),
                     style=colour_of(plan, policy) if policy in signs else "dim",
                 )
-            grid.add_row(site, text, *_evidence_cells(plan.sites[site].evidence.get(phase)))
+            seen = plan.sites[site].evidence.get(phase)
+            if seen and not signs.keys() & set(policies) and any(d < 1 for d in seen.density):
+                text.append(" asked rows only", style="dim")
+            grid.add_row(site, text, *_evidence_cells(seen))
         parts += [Text(), grid]
     return Group(*parts)
 
@@ -140,55 +143,56 @@ def headline(plan: Plan, phase: str | None = None) -> list[tuple[str, str]]:
         )
     if s["attention_speedup"]:
         at = ", ".join(map(str, s["measured_at_tokens"]))
-        lines.append(
-            (
-                "attention",
-                f"{s['attention_ms']:.2f} ms, dense {s['attention_dense_ms']:.2f} ms: "
-                f"{s['attention_speedup']:.2f} × faster "
-                f"(predicted{f' at {at} tokens' if at else ''})",
-            )
-        )
+        how = f"predicted at {at} tokens" if at else "predicted"
+        lines.append(("attention", _beside_dense(s, "attention", how)))
     if plan.trim_last_layer and phase == phase_of(plan):
         whole, trimmed = plan.measured.get("prefill_dense_ms"), plan.measured.get(TRIMMED)
-        gain = f": {trimmed:.2f} ms, dense {whole:.2f} ms, by itself" if whole and trimmed else ""
-        lines.append(("last layer", f"for the rows alone whose logits are asked for{gain}"))
+        gain = ""
+        if whole and trimmed:
+            gain = f"; by itself {trimmed:.2f} ms, dense {whole:.2f} ms: "
+            gain += f"{whole / trimmed:.2f} × faster"
+        lines.append(("last layer", f"only for rows whose logits are asked for, exact{gain}"))
     if s["step_cache"]:
         lines.append(("step cache", str(s["step_cache"])))
     if is_number(s[f"{phase}_speedup"]):
-        ms, dense_ms = s[f"{phase}_ms"], s[f"{phase}_dense_ms"]
-        lines.append(
-            (
-                phase,
-                f"{ms:.2f} ms, dense {dense_ms:.2f} ms: {s[f'{phase}_speedup']:.2f} × faster "
-                f"(measured at {s[f'{phase}_tokens']} tokens)",
-            )
-        )
-    errors = [
-        f"{name} {s[key]:.2%}"
-        for name, key in (
-            ("allowed", "budget"),
-            ("predicted", "predicted_error"),
-            ("measured", "measured_error"),
-            ("further prompts up to", "further_error"),
-        )
-        if is_number(s[key]) and not (key == "further_error" and s[key] == s["measured_error"])
-    ]
-    if errors:
-        of = "final latents, worst prompt"
-        of = of if phase == "denoise" else "last hidden state, worst prompt"
-        lines.append(("error", ", ".join(errors) + f" (relative L1, {of})"))
+        how = f"measured at {s[f'{phase}_tokens']} tokens"
+        lines.append((phase, _beside_dense(s, phase, how)))
+    if errors := _errors(s):
+        of = "final latents" if phase == "denoise" else "last hidden state"
+        lines.append(("error", f"{errors} (relative L1, {of}, worst prompt)"))
     if s["note"]:
         lines.append(("note", str(s["note"])))
     if spent := _spent(s["calibration"]):
         lines.append(("calibration", spent))
-    made = [
-        f"{'accelkit' if k == 'version' else k} {v}"
-        for k, v in sorted(s["producer"].items(), key=lambda item: (item[0] != "version", item[0]))
-        if v and k not in ("name", "date")
-    ]
-    if made:
-        lines.append(("made with", ", ".join(made)))
+    if made := _made_with(s["producer"]):
+        lines.append(("made with", made))
     return lines
+
+
+def _beside_dense(s: dict[str, Any], what: str, how: str) -> str:
+    """Milliseconds of something in a summary beside dense."""
+    ms, dense_ms, faster = (s[f"{what}_{k}"] for k in ("ms", "dense_ms", "speedup"))
+    return f"{ms:.2f} ms, dense {dense_ms:.2f} ms: {faster:.2f} × faster ({how})"
+
+
+def _errors(s: dict[str, Any]) -> str:
+    """The error that is allowed and those that were found."""
+    named = {
+        "allowed": "budget",
+        "predicted": "predicted_error",
+        "measured": "measured_error",
+        "further prompts up to": "further_error",
+    }
+    if s["further_error"] == s["measured_error"]:
+        del named["further prompts up to"]
+    return ", ".join(f"{name} {s[key]:.2%}" for name, key in named.items() if is_number(s[key]))
+
+
+def _made_with(producer: dict[str, Any]) -> str:
+    """The versions that made a plan, ours first."""
+    others = sorted(k for k in producer if k not in ("version", "name", "date"))
+    named = {"accelkit": producer.get("version"), **{k: producer[k] for k in others}}
+    return ", ".join(f"{k} {v}" for k, v in named.items() if v)
 
 
 def _spent(about: dict[str, Any]) -> str | None:
@@ -198,15 +202,15 @@ def _spent(about: dict[str, Any]) -> str | None:
         return None
     if is_number(about.get("search_prefills")):
         took = (
-            f"{about['search_prefills']:.1f} dense prefills of time for the search itself, "
+            f"as long as {about['search_prefills']:.1f} dense prefills for the search itself, "
             f"{about['dense_prefills']:.1f} with fit, end-to-end check and timing"
         )
     elif is_number(about.get("dense_runs")):
-        took = f"{about['dense_runs']:.2f} dense runs of time"
+        took = f"as long as {about['dense_runs']:.2f} dense runs"
         took += f", and {about['check_dense_runs']:.2f} for each prompt of the check"
     else:
         return None
-    return f"{took}; {whole:.1f} s with what is compiled or loaded once"
+    return f"{whole:.1f} s with what is compiled or loaded once; without, {took}"
 
 
 def sparse_policies(plan: Plan) -> list[int]:
@@ -219,7 +223,7 @@ def parameters(plan: Plan, row: int) -> str:
     policy = plan.policies[row]
     parts = []
     for method in policy.methods:
-        pairs = [f"{k}={v}" for k, v in method.model_dump(mode="json").items()]
+        pairs = [f"{k}={_number(plan, k, v)}" for k, v in method.model_dump(mode="json").items()]
         parts.append((f"{method.kind}: " if len(policy.methods) > 1 else "") + ", ".join(pairs))
     if policy.reuse:
         heads = "" if policy.reuse.heads is None else f", heads {list(policy.reuse.heads)}"
@@ -227,9 +231,21 @@ def parameters(plan: Plan, row: int) -> str:
     return "; ".join(p for p in parts if p)
 
 
+def _number(plan: Plan, field: str, value: Any) -> str:
+    """A method's number; of one that differs by head, which a side tensor holds, its range."""
+    if not isinstance(value, str) or not value.endswith(f"/{field}"):
+        return str(value)
+    found = [t for name, t in plan.tables.items() if name.endswith(f"/{value}")]
+    if not found:
+        return "by head"
+    low, high = min(float(t.min()) for t in found), max(float(t.max()) for t in found)
+    return f"{low:.4g}" if low == high else f"{low:.4g}…{high:.4g} by head"
+
+
 def write_html(plan: Plan, path: Path, title: str | None = None) -> Path:
     """Write one self-contained page: figures as SVG inside, the data as JSON, nothing loaded from
-    elsewhere."""
+    elsewhere. Raises `InvalidInputError` where it cannot be written.
+    """
     try:
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup

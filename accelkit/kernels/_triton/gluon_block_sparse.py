@@ -92,11 +92,7 @@ def block_sparse(launch: Launch) -> None:
 
 
 def run(
-    launch: Launch,
-    work: Work,
-    stages: int | None = None,
-    mode: str = "lag",
-    q_stages: int = 2,
+    launch: Launch, work: Work, stages: int | None = None, mode: str = "lag", q_stages: int = 2
 ) -> None:
     """Start the kernel over lowered work."""
     from accelkit.kernels._triton import gluon_kernel

@@ -42,12 +42,7 @@ def _nucleus(
 
 
 def nucleus(
-    logits: Tensor,
-    share: Tensor,
-    keys: Tensor,
-    rows: Tensor,
-    kept: Tensor,
-    size: tuple[int, int],
+    logits: Tensor, share: Tensor, keys: Tensor, rows: Tensor, kept: Tensor, size: tuple[int, int]
 ) -> BlockIndex:
     """`kernels.select.nucleus`; `share` fp32 `[H]` or `[1]`, masks are bool."""
     batch, heads, nq, nk = logits.shape

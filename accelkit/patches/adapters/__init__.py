@@ -49,6 +49,7 @@ class Adapter(Protocol):
     def facts(self, model: Any) -> tuple[Fingerprint, dict[str, int]]: ...
     def sites(self, model: Any) -> tuple[Site, ...]: ...
     def trimmable(self, model: Any) -> str | None: ...
+    def parts(self, model: Any) -> dict[str, Any]: ...
     def connect(self, model: Any, runner: Runner, undo: ExitStack) -> None: ...
 
 
@@ -65,8 +66,8 @@ def adapter_for(model: Any) -> tuple[Adapter, Any]:
     """
     if type(model).__name__ == "OptimizedModule":
         raise InvalidInputError(
-            "the model is compiled; pass the model itself to accelkit first and call "
-            "torch.compile afterwards"
+            "the model is compiled; give accelkit the model that was compiled (patch first, call "
+            "torch.compile afterwards)"
         )
     bare = model
     if hasattr(bare, "module") and type(bare).__name__.endswith("Parallel"):
@@ -93,6 +94,12 @@ def sites(model: Any) -> tuple[Site, ...]:
     """The attention calls of a model that may run sparse, in running order."""
     adapter, bare = adapter_for(model)
     return adapter.sites(bare)
+
+
+def parts(model: Any) -> dict[str, Any]:
+    """The bare model under "", and by their paths its parts that can be patched by themselves."""
+    adapter, bare = adapter_for(model)
+    return adapter.parts(bare)
 
 
 def trimmable(model: Any) -> str | None:

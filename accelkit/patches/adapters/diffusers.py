@@ -166,6 +166,19 @@ def facts(model: DiffusionPipeline | ModelMixin) -> tuple[Fingerprint, dict[str,
     return fingerprint, {p.path: p.heads for p in places}
 
 
+def parts(model: DiffusionPipeline | ModelMixin) -> dict[str, DiffusionPipeline | nn.Module]:
+    """The model under "", and its denoisers by component name, compiled since or not."""
+    found: dict[str, DiffusionPipeline | nn.Module] = {"": model}
+    if not isinstance(model, DiffusionPipeline):
+        return found | {COMPONENTS[0]: model}
+    for name in COMPONENTS:
+        root = getattr(model, name, None)
+        root = getattr(root, "_orig_mod", root)
+        if root is not None:
+            found[name] = root.get_base_model() if hasattr(root, "get_base_model") else root
+    return found
+
+
 def trimmable(model: DiffusionPipeline | ModelMixin) -> None:
     """None: every row of a denoiser's output is read."""
 

@@ -104,17 +104,17 @@ class Trim(threading.local):
         return pad(out, (0, 0, first, 0))
 
 
-class _Hook:
-    """A method of a `Trim` as a hook; a copied or pickled module keeps one that does nothing."""
+class Hook:
+    """A function as a hook; a copied or pickled module keeps one that does nothing."""
 
-    def __init__(self, method: Any) -> None:
-        self.method = method
+    def __init__(self, run: Any) -> None:
+        self.run = run
 
     def __call__(self, *args: Any) -> Any:
-        return self.method(*args)
+        return self.run(*args)
 
     def __reduce__(self) -> Any:
-        return _Hook, (_nothing,)
+        return Hook, (_nothing,)
 
 
 def _nothing(*args: Any) -> None:
@@ -151,14 +151,14 @@ def connect(model: PreTrainedModel, path: str, runner: Runner, undo: ExitStack) 
     def keep(handle: Any) -> None:
         undo.callback(handle.remove)
 
-    keep(model.register_forward_pre_hook(_Hook(trim.asked), with_kwargs=True))
-    keep(base.register_forward_pre_hook(_Hook(trim.begin), with_kwargs=True))
-    keep(base.register_forward_hook(_Hook(trim.end)))
-    keep(model.register_forward_hook(_Hook(trim.end)))
+    keep(model.register_forward_pre_hook(Hook(trim.asked), with_kwargs=True))
+    keep(base.register_forward_pre_hook(Hook(trim.begin), with_kwargs=True))
+    keep(base.register_forward_hook(Hook(trim.end)))
+    keep(model.register_forward_hook(Hook(trim.end)))
     for part in parts:
         if isinstance(part, nn.Module):
-            keep(part.register_forward_pre_hook(_Hook(trim.cut)))
-            keep(part.register_forward_hook(_Hook(trim.put)))
+            keep(part.register_forward_pre_hook(Hook(trim.cut)))
+            keep(part.register_forward_hook(Hook(trim.put)))
     return trim
 
 

@@ -16,7 +16,7 @@ import itertools
 import json
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -120,6 +120,11 @@ def sites(model: PreTrainedModel) -> tuple[Site, ...]:
     )
 
 
+def parts(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """The model under "", and those inside it, such as the one without a head."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+
+
 def trimmable(model: PreTrainedModel) -> str | None:
     """Path of the attention of the last layer, if that can be trimmed."""
     *_, (path, _, _) = attention_modules(model)
@@ -178,8 +183,10 @@ def connect(model: PreTrainedModel, runner: Runner, undo: ExitStack) -> None:
     for config in configs.values():
         before = config._attn_implementation or "eager"
         _register(before)
-        undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
+        undo.callback(_restore, config, config._attn_implementation)
         config._attn_implementation_internal = _ours(before)
+    watch = partial(_passed_by, tuple(configs.values()), tuple(p for p, _, _ in modules), runner)
+    undo.callback(model.register_forward_pre_hook(last_layer.Hook(watch)).remove)
     last = modules[-1][0]
     trim = last_layer.connect(model, last, runner, undo) if runner.trims_last else None
     for order, (path, module, reason) in enumerate(modules):
@@ -198,6 +205,23 @@ def connect(model: PreTrainedModel, runner: Runner, undo: ExitStack) -> None:
         if reason is None:
             setattr(module, ATTRIBUTE, number)
             undo.callback(delattr, module, ATTRIBUTE)
+
+
+def _restore(config: Any, before: str | None) -> None:
+    """What a config said before, unless somebody has said otherwise since."""
+    if str(config._attn_implementation).startswith(NAME):
+        config._attn_implementation_internal = before
+
+
+def _passed_by(
+    configs: Sequence[Any], paths: Sequence[str], runner: Runner, model: nn.Module, args: Any
+) -> None:
+    """Say so where a model's attention was set anew since, so that no call comes here."""
+    if torch.compiler.is_compiling():
+        return
+    if not any(str(c._attn_implementation).startswith(NAME) for c in configs):
+        for path in paths:
+            runner.skipped(path, "the attention implementation was set after patching")
 
 
 def _forget(number: int, door: _Door) -> None:

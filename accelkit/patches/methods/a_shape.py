@@ -43,6 +43,6 @@ class AShape(AttentionMethod):
         if call.n_k <= self.local_tokens:
             return None
         unit = (self.block, self.block)
-        return parts.patterns.a_shape(
+        return parts.patterns.window(
             call, self.sink_tokens, self.local_tokens, unit, last_rows=self.dense_rows
         )

@@ -5,10 +5,12 @@ barely moves over denoising steps. A search step runs dense, keeps the LSE, and 
 true probabilities:
 
     W[i, c] = Σ over the tile  exp(q kᵀ · scale − LSE)           exact, no second softmax
-    keep the (1 − s_h) · n largest W of every row of blocks, and text
-    n = heads with recall > 0.8 at s:  the best n get (1 + s) / 2, the worst n (3 s − 1) / 2
+    keep the share 1 − s_h of largest W in every row of blocks, and text
+    n = heads with recall > 0.8 at s:  s_h = (1 + s) / 2 for the best n, (3 s − 1) / 2 for the worst
 
-Later searches use the first one's LSE and need no dense run. Masks are kept as bits.
+Later searches use the first one's LSE and need no dense run; they count n anew, which the paper
+does at the first one. Masks are kept as bits. The paper runs all steps before the first search
+dense; here a plan says which do.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class AdaSpa(AttentionMethod):
     sparsity: float = Field(0.8, ge=0, lt=1)
     """s, share of the blocks that is left out, mean over the heads."""
     search_at: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.2, 0.6)
-    """When to search, as shares of all steps; a search that was missed is made up for."""
+    """When to search, as shares of all steps; a search that was missed is made up for, and the
+    first call that is not dense by plan searches.
+    """
     adaptive: bool = True
     """Whether heads with good recall give some of their blocks to those with little."""
     block: int = Field(128, ge=16)

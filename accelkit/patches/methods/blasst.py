@@ -7,7 +7,8 @@ product are left out.
     skip a tile if  max over rows(m_tile − m_running) < ln λ,     λ = scale_factor / number of keys
 
 QKᵀ is always computed, which bounds the gain below 2×. What was seen before decides what can be
-skipped, so tiles are visited where mass usually lies: first block, then from the diagonal back.
+skipped, so tiles are visited where mass usually lies: first block, then from the diagonal back; the
+paper goes from left to right.
 
 Calibration counts what would be skipped at many λ and fits  scale_factor = a · exp(b · sparsity).
 """

@@ -6,7 +6,8 @@ is heard; a ratio of the row's maximum needs neither sort nor running sum.
     S[i, j] = Σ_{rows r of tile i} exp(q_r · k̄_j · scale − M_i)
     keep j  if S[i, j] ≥ alpha · max_j S[i, j],  or sink, or local, or i is among the last tiles
 
-Scores of a row depend on that row alone, which makes the method safe in chunked prefill.
+Scores of a row depend on that row alone, which makes the method safe in chunked prefill. V2 also
+adds what a mean key stands for of the blocks that are left out; that is not part of it here.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class FlashPrefill(AttentionMethod):
     local_blocks: int = Field(4, ge=1)
     """Newest blocks that a tile reads, its own among them."""
     dense_tiles: int = Field(2, ge=0)
-    """Last tiles of the prompt, which read everything."""
+    """Last tiles of the prompt, which read everything: as many as in V1; 8 in V2."""
     block: int = Field(128, ge=16)
     """Side of a block in tokens."""
 

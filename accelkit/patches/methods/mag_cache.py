@@ -43,12 +43,7 @@ class MagCache(BlockMethod):
 
     def rewire(self, model: Any, undo: ExitStack) -> None:
         step_cache.enable(
-            model,
-            "MagCacheConfig",
-            undo,
-            threshold=self.threshold,
-            max_skip_steps=self.max_skip_steps,
-            retention_ratio=self.retention_ratio,
-            num_inference_steps=len(self.ratios),
-            mag_ratios=list(self.ratios),
-        )
+            model, "MagCacheConfig", undo, threshold=self.threshold,
+            max_skip_steps=self.max_skip_steps, retention_ratio=self.retention_ratio,
+            num_inference_steps=len(self.ratios), mag_ratios=list(self.ratios),
+        )  # fmt: skip

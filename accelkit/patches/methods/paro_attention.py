@@ -7,9 +7,12 @@ the best of six orders, and a map of blocks that hardly depends on the prompt is
     order   = argmax over the six of the mass in the best `density` of the blocks
     blocks  = the best `density` of the head's mean map in that order
 
-The plan keeps the order and a coarse map of mass (at most 64 × 64 for each head and step bucket, in
-the ordered axes), not masks: it is laid over whatever grid comes. All buckets but the last share
-the first half of the steps. Text is dense.
+The paper scores an order by how many blocks are nearly empty and, for low bits, how even the others
+are; the mass of the blocks that will be read asks for the first without thresholds. The plan keeps
+the order and a coarse map of mass (at most 64 × 64, in the ordered axes), not masks: it is laid
+over whatever grid comes. As in the paper a map may be several, one for the second half of the
+steps and the others for equal parts of the first; calibration, which measures parts of the steps
+apart, makes one for each. Text is dense.
 """
 
 from __future__ import annotations

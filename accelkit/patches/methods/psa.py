@@ -10,8 +10,7 @@ keys counts for h of them.
 
 Tokens lie along a space-filling curve, so that the keys of a mean are neighbours; keys and values
 are taken in that order where their means are made, not before. `by_energy` counts the running sum
-of A instead of ranks; then at least 6 % of the blocks are read whole.
-Entries are whole tiles of keys: see `kernels.pyramid`.
+of A instead of ranks. Entries are whole tiles of keys: see `kernels.pyramid`.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ TABLES = (
 )  # fmt: skip
 """Ends of the levels by rank; the third is the released one."""
 LEAST = 0.06
+"""Share of a row's blocks that are read whole, at least, where levels go by energy."""
 UNIT = 64
 """Keys of an entry: the least tile that the kernels run at full rate."""
 SIDE, LONG = 128, 65536
@@ -77,10 +77,10 @@ class PSA(AttentionMethod):
 
     def index(self, call: AttentionCall) -> BlockIndex | None:
         where = parts.grids.visual(call)
-        side = self.block or (2 * SIDE if call.n_k > LONG else SIDE)
-        size = (side, side)
         if where is None or call.key_mask is not None:
             return None
+        side = self.block or (2 * SIDE if call.n_k > LONG else SIDE)
+        size = (side, side)
         order = parts.orders.along_curve(call, where)[0]
         score = call.once(
             ("sampled_max", size, self.every),

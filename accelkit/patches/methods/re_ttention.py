@@ -5,9 +5,11 @@ denominator and whole keys are missing. Both hardly change from step to step, so
 and then measures them, row by row:
 
     dense step    ρ = exp(LSE_window − LSE)          R = out − ρ · out_window
-    sparse step   out = ρ · out_window + R           then  ρ ← min(ρ + drift, 1)
+    sparse step   out = ρ · out_window + R           then  ρ ← min(ρ + λ, 1)
 
 R is exactly what the masked keys gave. It is taken before the output projection, which is linear.
+The release lets ρ grow beyond 1. The paper also runs the first steps dense (15 of CogVideoX's 50);
+here a plan says which do.
 The window stays the same: the same places (± half of `window` of a frame) in all frames, which is a
 plain band once all frames of a place lie together. R takes as much memory as the site's output, for
 each guidance branch.
@@ -42,7 +44,7 @@ class ReTtention(AttentionMethod):
     period_steps: int = Field(5, ge=1)
     """Of so many steps one is dense."""
     drift: float = Field(0.04, ge=0)
-    """By how much ρ grows from one sparse step to the next."""
+    """λ, by how much ρ grows from one sparse step to the next."""
     block: int = Field(128, ge=16)
     """Side of a block in tokens."""
 

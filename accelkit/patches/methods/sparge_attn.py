@@ -6,7 +6,7 @@ kernel, tiles whose logits stay far below the running maximum are dropped.
 
     regular block:  mean cosine between its tokens > `similarity`      (keys without their mean)
     P̄ = softmax(q̄ k̄ᵀ · scale) over regular key blocks;  keep the top blocks that hold `coverage`
-    and all irregular key blocks, and whole rows of irregular query blocks
+    and all irregular key blocks, whole rows of irregular query blocks, the first block and the own
     skip a tile if max over rows(m_tile − m_running) · log₂e + `skip_log2` ≤ 0     (None: never)
 
 On video the tokens may lie along a space-filling curve (`hilbert`), where block means are more

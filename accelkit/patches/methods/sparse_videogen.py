@@ -37,7 +37,7 @@ class SparseVideoGen(AttentionMethod):
     full: ClassVar[dict[str, Any]] = {"density": 1.0}
 
     density: float = Field(0.25, gt=0, le=1)
-    """Share of the pairs that is computed, text among them."""
+    """Share of the pairs that is computed, text among them: HunyuanVideo's; 0.3 for Wan."""
     sampled_rows: int = Field(32, ge=1)
     """Rows on which a head's order is decided."""
     block: int = Field(128, ge=16)

@@ -57,12 +57,6 @@ class StepSchedule(BlockMethod):
         # A computed step looks like an error beyond the threshold, a skipped one like none.
         ratios = [3.0 if step in self.computed() else 1.0 for step in range(steps)]
         step_cache.enable(
-            model,
-            "MagCacheConfig",
-            undo,
-            threshold=1.0,
-            max_skip_steps=steps,
-            retention_ratio=0.0,
-            num_inference_steps=steps,
-            mag_ratios=ratios,
-        )
+            model, "MagCacheConfig", undo, threshold=1.0, max_skip_steps=steps, retention_ratio=0.0,
+            num_inference_steps=steps, mag_ratios=ratios,
+        )  # fmt: skip

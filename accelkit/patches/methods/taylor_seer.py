@@ -43,13 +43,8 @@ class TaylorSeer(BlockMethod):
 
     def rewire(self, model: Any, undo: ExitStack) -> None:
         step_cache.enable(
-            model,
-            "TaylorSeerCacheConfig",
-            undo,
-            cache_interval=self.interval,
-            disable_cache_before_step=self.first_steps,
-            max_order=self.order,
-            taylor_factors_dtype=model.dtype,
+            model, "TaylorSeerCacheConfig", undo, cache_interval=self.interval,
+            disable_cache_before_step=self.first_steps, max_order=self.order,
+            taylor_factors_dtype=model.dtype, use_lite_mode=self.lite,
             cache_identifiers=None if self.lite else list(_MODULES),
-            use_lite_mode=self.lite,
-        )
+        )  # fmt: skip

@@ -19,21 +19,12 @@ if TYPE_CHECKING:
         visiting,
     )
 
-_PARTS = (
-    "bits",
-    "chunks",
-    "coarse",
-    "dual_path",
-    "grids",
-    "keep",
-    "orders",
-    "patterns",
-    "ranking",
-    "visiting",
-)
-
 
 def __getattr__(name: str) -> Any:
-    if name in _PARTS:
-        return import_module(f"accelkit.patches.parts.{name}")
-    raise AttributeError(f"module 'accelkit.patches.parts' has no attribute {name!r}")
+    module = f"{__name__}.{name}"
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise  # a part that misses what it imports
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error

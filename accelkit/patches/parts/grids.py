@@ -237,7 +237,7 @@ def frame_bands(
 
     Row `y` and key `z` of frames `D` apart meet if `|y − z| ≤ widths[D]`, counted along the
     flattened frame; a negative width is nothing. A block counts if more than `least` of its pairs
-    do.
+    do. Raises `InvalidInputError` unless every distance has a width.
     """
     if len(widths) != where.grid[0]:
         raise InvalidInputError(
@@ -288,6 +288,8 @@ def spread(start: int, stop: int, count: int, device: torch.device) -> Tensor:
 
 
 def laid_over(cells: int, tiles: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The cells of a coarse map in which the middles of query tiles and key blocks fall."""
+    """The cells, of `cells` a side of a coarse map, in which the middles of query tiles `[nq]` and
+    of key blocks `[nk]` fall, int64; `tiles` is `(nq, nk)`.
+    """
     q, k = ((torch.arange(n, device=device) * 2 + 1) * cells // (2 * n) for n in tiles)
     return q, k

@@ -91,7 +91,8 @@ def window(
 ) -> BlockIndex:
     """Sinks and a sliding window (StreamingLLM, 2309.17453): the query at position p reads the
     first `sink_tokens` real keys and positions `(p − window_tokens, p]`, both sides where the call
-    is not causal. The last `last_rows` query rows read everything (Tri-shape, MInference).
+    is not causal. The last `last_rows` query rows read everything (Tri-shape, MInference). Raises
+    `InvalidInputError` for a window without a token.
     """
     if window_tokens < 1 or sink_tokens < 0:
         raise InvalidInputError(
@@ -112,25 +113,8 @@ def window(
     return _index(keep.text(mask, call, unit), call, unit)
 
 
-def a_shape(
-    call: Inputs,
-    sink_tokens: int = 1024,
-    window_tokens: int = 4096,
-    unit: tuple[int, int] = (128, 128),
-    *,
-    last_rows: int = 0,
-) -> BlockIndex:
-    """A-shape (MInference, 2407.02490): `window` with that paper's sizes. `last_rows=100` is its
-    Tri-shape.
-    """
-    return window(call, sink_tokens, window_tokens, unit, last_rows=last_rows)
-
-
 def power_of_two(
-    call: Inputs,
-    unit: tuple[int, int] = (256, 256),
-    local_blocks: int = 5,
-    sink_blocks: int = 1,
+    call: Inputs, unit: tuple[int, int] = (256, 256), local_blocks: int = 5, sink_blocks: int = 1
 ) -> BlockIndex:
     """PowerAttention (2503.03588): block distances below `local_blocks` and all powers of two, and
     the first `sink_blocks`. A token's information travels 2ⁿ blocks in n layers.

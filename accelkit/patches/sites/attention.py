@@ -128,12 +128,7 @@ def answer(
     return (Answer(seen, pieces, execution, order, finishers, call.n_q),)
 
 
-def compute(
-    answered: Answer,
-    *,
-    rows: Tensor | Sequence[int] | None = None,
-    backend: str | None = None,
-) -> Partial:
+def compute(answered: Answer, *, rows: Tensor | Sequence[int] | None = None) -> Partial:
     """Run one answer: output `[B, len(heads), Nq, Dv]` and lse of its heads, in token order.
 
     `rows` computes these query tiles of the index only (others are zero); it needs pieces of one
@@ -141,9 +136,7 @@ def compute(
     """
     call = answered.call
     parts = tuple(
-        piece
-        if isinstance(piece, Partial)
-        else run(call, piece, answered.execution, rows=rows, backend=backend)
+        piece if isinstance(piece, Partial) else run(call, piece, answered.execution, rows=rows)
         for piece in answered.pieces
     )
     joined = parts[0] if len(parts) == 1 else merge(parts)
@@ -280,7 +273,6 @@ def run(
     execution: Execution = PLAIN,
     *,
     rows: Tensor | Sequence[int] | None = None,
-    backend: str | None = None,
     out: Tensor | None = None,
 ) -> Partial:
     """Attention of the call's heads over the keys of `index`, with the given arithmetic; options as
@@ -296,26 +288,11 @@ def run(
     if k_pos is None and not call.causal:
         q_pos = None  # rows of holes go nowhere
     return kernels.attend(
-        call.q,
-        call.k,
-        call.v,
-        index,
-        scale=call.scale * execution.sharpen,
-        causal=call.causal,
-        q_start=call.q_start,
-        heads=call.heads,
-        kv_of_head=call.kv_heads if theirs else None,
-        key_mask=call.key_mask,
-        q_pos=q_pos,
-        k_pos=k_pos,
-        rows=rows,
-        skip=execution.skip,
-        qk=execution.qk,
-        pv=execution.pv,
-        smooth_k=execution.smooth_k,
-        out=out,
-        backend=backend,
-    )
+        call.q, call.k, call.v, index, scale=call.scale * execution.sharpen, causal=call.causal,
+        q_start=call.q_start, heads=call.heads, kv_of_head=call.kv_heads if theirs else None,
+        key_mask=call.key_mask, q_pos=q_pos, k_pos=k_pos, rows=rows, skip=execution.skip,
+        qk=execution.qk, pv=execution.pv, smooth_k=execution.smooth_k, out=out,
+    )  # fmt: skip
 
 
 def _weightless(index: BlockIndex, place: Tensor) -> BlockIndex:
