@@ -104,7 +104,7 @@ def full_rows(
     """
     fingerprint, order = facts(run.model)[0], [d.site for d in data]
     plans = [assemble(data, s, fingerprint, Budget(), tokens, Limits()) for s in some]
-    handles = [PatchHandle(plan) for plan in plans]
+    handles = [PatchHandle(plan, run.model) for plan in plans]
     ran = [
         dict.fromkeys(c for c in (s.choices[n] for s in some) if not c.dense and c not in seen)
         for n, seen in enumerate(known)
