@@ -52,6 +52,10 @@ RESCUES = 3
 RESCUE = 4.0
 LARGEST = 100.0
 """ε ÷ the budget beyond which no plan is looked for."""
+WORTH = 0.98
+"""Share of the dense sides' time from which a plan is not worth its error: readings differ by as
+much.
+"""
 
 
 @dataclass(frozen=True)
@@ -387,11 +391,11 @@ class Bracket:
 
 
 def fastest(rounds: Sequence[Round], timer: Timer) -> Outcome:
-    """Of the rounds that held the one with the fastest plan, if it beats dense."""
+    """Of the rounds that held the one with the fastest plan, if it clearly beats dense."""
     held = sorted((r for r in rounds if r.held), key=lambda r: r.proposal.ms)
     for best in held:
         speed = timer.speed(best.plan)
-        if min(speed["dense_ms"], speed.get("trimmed_ms", np.inf)) > speed["ms"]:
+        if speed["ms"] < WORTH * min(speed["dense_ms"], speed.get("trimmed_ms", np.inf)):
             return Outcome(tuple(rounds), best, speed)
     why = (
         "no plan was faster than dense attention"

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from planted_model import DIFFUSE, LENGTH, planted, prompts, toy_costs
 from tiny_cases import byte_tokenizer, tiny_model
 
 from accelkit.calibration import calibrate as flow
@@ -16,54 +17,20 @@ from accelkit.calibration import session
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
-from accelkit.calibration.prefill import check as prefill_check
 from accelkit.calibration.prefill import plan as prefill_plan
 from accelkit.calibration.prefill.calibrate import least_dense
 from accelkit.calibration.search import DENSE, Choice, Solution
 from accelkit.calibration.show import report
 from accelkit.errors import InvalidInputError, UnknownMethodError, UnsupportedModelError
-from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.patches.patch import patch
 from accelkit.patches.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("probes")
-LENGTH = 1024
-DIFFUSE = 3
-"""The head of every layer that looks everywhere."""
 
 
 @pytest.fixture(autouse=True)
 def _costs(monkeypatch):
-    """A device on which skipping pays and choosing is nearly free."""
-    table = CostTable(
-        "toy", "float32", 4, 2, 16, ((256, 1.0), (1024, 16.0)), ((256, 1.0), (1024, 16.0)),
-        {"64x64": Kernel(0.01, 0.001, 7.0), "128x128": Kernel(0.01, 0.001, 7.0)},
-        {"probe_window": MethodCost(((256, 0.01), (1024, 0.04)))},
-    )  # fmt: skip
-    monkeypatch.setattr(fit, "fit", lambda *a, **k: table)
-    speed = {"dense_ms": 2.0, "ms": 1.0, "tokens": LENGTH}
-    monkeypatch.setattr(prefill_check.Checker, "speed", lambda self, plan: speed)
-
-
-def planted(diffuse: int | slice = DIFFUSE):
-    """Constant queries and keys: rotary positions alone make the logits, highest at distance 0."""
-    model = tiny_model(attention_bias=True)
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        for part in (attention.q_proj, attention.k_proj):
-            torch.nn.init.zeros_(part.weight)
-            torch.nn.init.zeros_(part.bias)
-            part.bias.data.view(-1, 16)[:, :8] = 8.0
-        attention.q_proj.bias.data.view(-1, 16)[diffuse] = 0.0
-        # Averages over many tokens are small; the model shall need them all the same.
-        attention.v_proj.weight.data *= 20.0
-        attention.o_proj.weight.data[:, DIFFUSE * 16 :] *= 20.0
-    return model
-
-
-def prompts(count: int = 4, length: int = LENGTH) -> list[torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 256, (length,), generator=g) for _ in range(count)]
+    toy_costs(monkeypatch)
 
 
 def run(model, **changes) -> Plan:
@@ -203,7 +170,7 @@ def test_the_search_itself_is_summed_apart(tmp_path) -> None:
     others = ("open", "dense", "fit", "check/", "blame/", "speed/", "plan/", "peak", "took/")
     mine = [u for u in lines if not u["unit"].startswith(others)]
     stages = {u["unit"].split("/")[0] for u in mine}
-    assert stages == {"screen", "measure", "weight", "planning"}
+    assert stages == {"screen", "measure", "weight", "final", "planning"}
     spent = 1e3 * sum(u["seconds"] - u["compiling"] for u in mine)
     assert about["search_prefills"] == pytest.approx(
         spent / about["dense_prefill_ms"], abs=25 / about["dense_prefill_ms"] + 0.1

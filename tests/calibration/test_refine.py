@@ -288,6 +288,11 @@ def test_a_plan_has_to_beat_the_trimmed_layer_alone() -> None:
     assert found.why == "no plan was faster than dense attention"
 
 
+def test_what_gains_less_than_readings_differ_is_not_worth_its_error() -> None:
+    assert Made(lambda e: 0.9 * e, speed={"ms": 2.9}).run().best is not None
+    assert Made(lambda e: 0.9 * e, speed={"ms": 2.97}).run().best is None
+
+
 def test_a_round_that_would_end_late_is_not_begun() -> None:
     """A check takes ten seconds, and so does everything before the first one."""
     free, short = Made(lambda e: e, loses=0.005), Made(lambda e: e, loses=0.005)

@@ -1,10 +1,9 @@
-"""Which head spoils a prompt, found by halves: with which heads dense, or as in a plan that does
-not spoil it, is it as others are?
+"""Which head loses an answer, found by halves: with which heads dense, or as in a plan that does
+not lose it, is it given?
 
 A head that looks up one key for one row is harmless on average, and its error on the prompts to
-measure on says little about the one row of another prompt that needed the key. Then an answer is
-lost, or the error of one prompt stands out. The row need not be that of the answer: a head may have
-lost there what later heads look for.
+measure on, or on this one, says little about the one row that needed the key. The row need not be
+that of the answer: a head may have lost there what later heads look for.
 """
 
 from __future__ import annotations

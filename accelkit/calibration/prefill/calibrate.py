@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -25,8 +25,9 @@ from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.prefill import measure, uniform
 from accelkit.calibration.prefill.check import whole_check
+from accelkit.calibration.prefill.finalists import listed, with_full_rows, worse
 from accelkit.calibration.prefill.measure import PRESETS, PROBE_TOKENS
-from accelkit.calibration.prefill.plan import refined
+from accelkit.calibration.prefill.plan import Known, refined
 from accelkit.calibration.session import (
     Bar,
     Preset,
@@ -53,15 +54,12 @@ from accelkit.patches.plan import Budget, Fingerprint, Plan
 
 STAGES: dict[str, str | tuple[str, ...]] = {
     "fit": "fit", "screening": "screen/", "measuring": "measure/", "weighing": "weight/",
-    "planning": "planning/", "checking": ("check/", "blame/"), "timing": "speed/",
+    "finalists": "final/", "planning": "planning/", "checking": ("check/", "blame/"),
+    "timing": "speed/",
 }  # fmt: skip
 """Stages whose seconds a plan holds, by the beginning of their units' keys; compiling is apart."""
-SEARCH = ("screening", "measuring", "weighing", "planning")
+SEARCH = ("screening", "measuring", "weighing", "finalists", "planning")
 """Stages that are the search itself, beside fit, end-to-end check and timing."""
-Found = tuple[list[SiteData], int, Callable[[], list[SiteData]]]
-"""What search knows of every site, the length of the screening, and what that found of all
-settings.
-"""
 SCREEN_TOKENS = 4096
 """Length of the prompt on which methods are screened: half of the longest up to here, else a
 quarter of it.
@@ -195,12 +193,12 @@ def _plan(
     memory.give_back(run.device)
     heads = {s.path: run.heads[s.path] for s in run.sites}
     if late("screening and measuring"):
-        found: Found = assemble.nothing(heads, costs, tokens), tokens, list
+        known = Known(assemble.nothing(heads, costs, tokens), tokens)
     else:
         probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
-        found = _measured(run, inputs, screen_on, methods, costs, budget, heads, probes)
+        known = _measured(run, inputs, screen_on, methods, costs, budget, heads, probes)
     memory.give_back(run.device)
-    plan = refined(run, inputs, fingerprint, budget, costs, *found)
+    plan = refined(run, inputs, fingerprint, budget, costs, known)
     about = {
         "refused": dict(costs.refused),
         "fit_error": round(costs.error(), 4),
@@ -221,12 +219,12 @@ def _measured(
     budget: Budget,
     heads: Mapping[str, int],
     probes: Sequence[prompts.Sample],
-) -> Found:
-    tokens, brief = inputs.longest, len(screen_on.ids)
+) -> Known:
+    tokens, brief, epsilon = inputs.longest, len(screen_on.ids), budget.max_rel_error
     able = [m for m in methods if m.kind in costs.methods]
     screen = measure.screened(run, screen_on, able, measure.dear(run, costs, tokens))
     with run.planning("what to measure"):
-        families = {
+        kept = {
             path: stages.kept(record, costs, tokens, brief, run.preset.families)
             for path, record in screen.items()
         }
@@ -242,13 +240,25 @@ def _measured(
 
     def narrow(families: dict[str, list[Family]], unit: Any) -> dict[str, list[Family]]:
         with run.planning("what to measure further"):
-            return assemble.wanted(data(families, [unit]), families, budget.max_rel_error)
+            return assemble.wanted(data(families, [unit]), families, epsilon)
 
-    families, units = measure.measured(run, inputs.measure, screen, families, narrow)
+    families, units = measure.measured(run, inputs.measure, screen, kept, narrow)
     with run.planning("tables"):
         found = data(families, units)
+    if not run.late(0.75, "full rows of finalists"):
+        prefix, first = f"final/{epsilon}/", inputs.measure[0]
+        found = with_full_rows(run, prefix, first, found, epsilon, weights[0], tokens)
+
+    def further(
+        prefix: str, sample: prompts.Sample, found: Sequence[SiteData], epsilon: float
+    ) -> list[SiteData]:
+        unit = measure.further(run, sample, prefix, screen, families, kept)
+        own = stages.worst(heads, _alike(sample, probes, by_probe))
+        found = worse(found, listed(found, families, unit), own)
+        return with_full_rows(run, f"{prefix}final/", sample, found, epsilon, own, tokens)
+
     seen = partial(uniform.screened, screen, stages.worst(heads, by_probe), costs, brief)
-    return found, brief, seen
+    return Known(found, brief, seen, further)
 
 
 def _dense_prefill(run: Run, inputs: prompts.Inputs) -> dict[str, Any]:
@@ -304,5 +314,5 @@ def _alike(
 
 def _units(places: int, inputs: prompts.Inputs, preset: Preset) -> int:
     """The most units of work: the fit, each site by stage and prompt, and every check."""
-    by_site = places * (1 + len(inputs.measure) + len(preset.weigh))
+    by_site = places * (2 + len(inputs.measure) + len(preset.weigh))
     return 2 + by_site + preset.rounds * len(inputs.check) + 1

@@ -26,8 +26,12 @@ FEW = 1
 """Most lost answers that are asked about on further prompts."""
 OUTLIER = 1.6
 """A prompt's error that is this multiple of the others' has a cause of its own."""
+MEASURED = 5.0
+"""Runs that measuring the heads of such a prompt takes."""
 BROKEN = 2.5
-"""A prompt whose error is above this multiple of the budget has more than one cause."""
+"""A lost answer of a prompt whose error is above this multiple of the budget has more than one
+cause.
+"""
 LIFT = 1.15
 """What all prompts reach ÷ the error of the first one, before anything is known."""
 TOGETHER = 4
@@ -42,7 +46,7 @@ DOUBTS = 3
 many times at most.
 """
 Suspicion = tuple[Callable[[Plan], bool], Round | None]
-"""Whether a plan mends what a round ended with, and a round that did not have it."""
+"""Whether a plan gives a lost answer, and a round that gave it."""
 
 
 class Checker:
@@ -170,38 +174,40 @@ class Checker:
         return rows
 
     def suspicion(self, now: Round, rounds: Sequence[Round], allowed: float) -> Suspicion | None:
-        """For a round that failed with lost answers, or with a prompt whose error stands out, what
-        to ask of plans with some heads changed: is that mended? Beside it a round that ran the
-        prompt well, if there was one. None: nothing of the kind, or a prompt that stood out before
-        and still does: it is like that.
+        """For a round that failed with lost answers, what to ask of plans with some heads changed:
+        is one of them given? Beside it a round that gave it, if there was one. None: no lost
+        answer, or errors of all kinds beside it.
+        """
+        row = _spoilt(now)
+        if not row["lost_answers"] or (row["error"] or 0.0) > BROKEN * allowed:
+            return None
+        n, further, place = row["prompt"], row.get("further"), row["lost_answers"][0]
+        sample = self.samples[n]
+        if further is not None and self.more is not None:
+            sample = self.more(sample.task, len(sample.ids), further)
+
+        def gave(other: dict[str, Any]) -> bool:
+            same = other["prompt"] == n and other.get("further") == further
+            return same and place not in other["lost_answers"]
+
+        return partial(self._gives, sample=sample, place=place), _latest(rounds, gave)
+
+    def stands_out(self, now: Round) -> int | None:
+        """The prompt with which a round failed, if it lost no answer and its error is far from that
+        of others: something in it is seen nowhere else. None: it is not, or was so before and still
+        is.
         """
         row = _spoilt(now)
         n = row["prompt"]
-        if (row["error"] or 0.0) > BROKEN * allowed:
+        if row["lost_answers"] or n in self.suspects:
             return None
-        if row["lost_answers"]:
-            sample, further = self.samples[n], row.get("further")
-            if further is not None and self.more is not None:
-                sample = self.more(sample.task, len(sample.ids), further)
-            place = row["lost_answers"][0]
-
-            def gave(other: dict[str, Any]) -> bool:
-                same = other["prompt"] == n and other.get("further") == further
-                return same and place not in other["lost_answers"]
-
-            return partial(self._gives, sample=sample, place=place), _latest(rounds, gave)
         if not self._others(now, n):
             self._beside(now, n)
-        found, usual = row["error"], float(np.median(self._others(now, n) or [np.inf]))
-        if found < OUTLIER * usual or n in self.suspects:
+        if row["error"] < OUTLIER * float(np.median(self._others(now, n) or [np.inf])):
             return None
         self.suspects.add(n)
-        limit = (found * usual) ** 0.5
-
-        def fine(other: dict[str, Any]) -> bool:
-            return other["prompt"] == n and other["error"] is not None and other["error"] < limit
-
-        return lambda plan: self._again(plan, n)["error"] < limit, _latest(rounds, fine)
+        self.runs += MEASURED * self._share(n)
+        return n
 
     @staticmethod
     def _others(now: Round, n: int) -> list[float]:
@@ -217,8 +223,11 @@ class Checker:
         )
 
     def _beside(self, now: Round, n: int) -> None:
-        """Run a prompt of another task, to tell whether the n-th stands out."""
-        other = next((m for m in self.order if not self._alike(n, m)), None)
+        """Run another prompt, of another task if there is one, to tell whether the n-th stands
+        out.
+        """
+        others = [m for m in self.order if m != n]
+        other = min(others, key=lambda m: self._alike(n, m), default=None)
         if other is not None:
             key = f"check/{plan_digest(now.plan)}/{other}"
             self._count([other])
@@ -232,10 +241,6 @@ class Checker:
         self.runs += 1
         key = f"blame/{plan_digest(plan)}/{session.digest([sample.ids.tobytes()])}"
         return self.run.journal.unit(key, work)[place]
-
-    def _again(self, plan: Plan, n: int) -> dict[str, Any]:
-        self.runs += self._share(n)
-        return self._row(plan, f"blame/{plan_digest(plan)}/{n}", n)
 
     @staticmethod
     def _open(rows: Sequence[dict[str, Any]]) -> bool:

@@ -117,6 +117,21 @@ def measured(
     return families, out
 
 
+def further(
+    run: Run,
+    sample: Sample,
+    prefix: str,
+    screen: Mapping[str, Any],
+    families: Mapping[str, Sequence[Family]],
+    kept_by: Mapping[str, Sequence[Family]],
+) -> dict[str, Any]:
+    """One more prompt measured as the others were, by site; journal units begin with `prefix`."""
+    keys = {s.path: f"{prefix}{s.path}" for s in run.sites}
+    if any(k not in run.journal for k in keys.values()):
+        _measure(run, sample, 1, keys, screen, families, kept_by)
+    return {path: run.journal[key] for path, key in keys.items()}
+
+
 def _measure(
     run: Run,
     sample: Sample,

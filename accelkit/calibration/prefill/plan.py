@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from accelkit.calibration.assemble import SiteData, assemble, crossover, kept_row, trimmed
 from accelkit.calibration.data import Inputs
 from accelkit.calibration.evaluation import quality
+from accelkit.calibration.evaluation.tasks import Sample
 from accelkit.calibration.prefill import uniform
 from accelkit.calibration.prefill.blame import Head, culprit, raised
 from accelkit.calibration.prefill.check import Checker
@@ -23,10 +25,30 @@ from accelkit.patches.plan import Budget, Fingerprint, Limits, Plan
 log = logging.getLogger("accelkit")
 KEPT = "plan/"
 """How keys of the journal's plans begin."""
-MOST_BLAMED = 4
-"""Heads that may be looked for by halves: each takes as many runs as halving those that differ from
-a plan that ran the prompt well, or all heads.
+MOST_LEARNT = 4
+"""Heads that may be looked for by halves, each of which takes as many runs as halving those that
+differ from a plan that ran the prompt well, or all heads; and held-out prompts that may be measured
+since they stand out.
 """
+
+
+def _nothing_further(
+    prefix: str, sample: Sample, data: Sequence[SiteData], epsilon: float
+) -> list[SiteData]:
+    return list(data)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known before search: every site; the length of the screening, and what that found of
+    all settings; and `further(prefix, sample, data, epsilon)`, which adds to the sites what one
+    more prompt says of them, measured anew.
+    """
+
+    data: list[SiteData]
+    brief: int
+    screened: Callable[[], list[SiteData]] = list
+    further: Callable[[str, Sample, Sequence[SiteData], float], list[SiteData]] = _nothing_further
 
 
 def refined(
@@ -35,17 +57,14 @@ def refined(
     fingerprint: Fingerprint,
     budget: Budget,
     costs: CostTable,
-    data: Sequence[SiteData],
-    brief: int,
-    screen: Callable[[], list[SiteData]],
+    known: Known,
 ) -> Plan:
     """The fastest plan for prefill that holds within the budget on every prompt to check on. Plans
     for tighter budgets that the journal holds compete: a wider one is never slower than these. So
-    do, where little is gained, settings in all heads, of which `screen` on `brief` tokens tells.
+    do, where little is gained, settings in all heads, of which screening tells.
     """
-    tables = [d.table for d in data]
-    dense_ms = sum(t.dense_ms for t in tables)
-    tokens = inputs.longest
+    data, tokens = list(known.data), inputs.longest
+    dense_ms = sum(d.table.dense_ms for d in data)
     fronts: dict[str, Any] = {}
     last = None if run.trimmed is None else kept_row(run.heads[run.trimmed], costs, tokens)
     rest_ms = 0.0 if last is None else last.ms
@@ -59,7 +78,7 @@ def refined(
 
     def propose(epsilon: float) -> Proposal:
         with run.planning(f"{len(learnt)} learnt, {epsilon:.9g} of {budget.max_rel_error:g}"):
-            solution = search(tables, epsilon, fronts)
+            solution = search([d.table for d in data], epsilon, fronts)
             low = inputs.shortest // 2  # nothing is known of far shorter prompts
             wins = max(low, crossover(data, solution, costs, tokens, low))
         limits = Limits(min_length=wins, max_length=tokens)
@@ -71,11 +90,11 @@ def refined(
     def everywhere() -> list[Proposal]:
         found = []
         with run.planning("settings in all heads"):
-            seen = screen()
-            some = uniform.settings(seen, costs, brief, tokens, budget.max_rel_error)
+            seen = known.screened()
+            some = uniform.settings(seen, costs, known.brief, tokens, budget.max_rel_error)
         for one in some:
             limits = Limits(min_length=tokens // 2, max_length=tokens)
-            plan, ms = planned(one, limits, seen, brief), one.ms + rest_ms
+            plan, ms = planned(one, limits, seen, known.brief), one.ms + rest_ms
             found.append(Proposal(plan, one.choices, ms, dense_ms, one.error, False))
         return found
 
@@ -83,28 +102,43 @@ def refined(
     still = planned(Solution(choices, dense_ms, 0.0), Limits(max_length=tokens))
     checker = Checker(run, inputs, still)
 
-    learnt: list[Head] = []
+    learnt: list[int | Head] = []
 
     def learn(now: Round, rounds: Sequence[Round]) -> bool:
         held = any(r.held for r in rounds)
-        if len(learnt) == MOST_BLAMED or (held and not checker.affords()):
+        if len(learnt) == MOST_LEARNT or (held and not checker.affords()):
             return False
+        return measured(now) or blamed(now, rounds)
+
+    def measured(now: Round) -> bool:
+        """Whether search chooses otherwise since a prompt that stands out was measured."""
+        n = checker.stands_out(now)
+        if n is None or run.late(0.9, "measuring a prompt that stands out", checker.seconds()):
+            return False
+        learnt.append(n)
+        prefix = f"blame/{budget.max_rel_error}/{n}/"
+        data[:] = known.further(prefix, inputs.check[n], data, now.epsilon)
+        fronts.clear()
+        return search([d.table for d in data], now.epsilon, fronts).choices != now.proposal.choice
+
+    def blamed(now: Round, rounds: Sequence[Round]) -> bool:
+        """Whether a single head was found that lost an answer."""
         suspected = checker.suspicion(now, rounds, budget.max_rel_error)
-        choices = now.proposal.choice
         if suspected is None:
             return False
-        mended, fine = suspected
+        choices, (mended, fine) = now.proposal.choice, suspected
         good = None if fine is None else fine.proposal.choice
 
         def mends(some: Sequence[Choice]) -> bool:
             return mended(planned(Solution(tuple(some), 0.0, 0.0), now.plan.limits))
 
-        blamed = culprit(choices, mends, good)
-        if blamed is not None:
-            learnt.append(blamed)
-            tables[:] = raised(tables, choices, blamed, good)
+        head = culprit(choices, mends, good)
+        if head is not None:
+            learnt.append(head)
+            changed = raised([d.table for d in data], choices, head, good)
+            data[:] = [replace(d, table=t) for d, t in zip(data, changed, strict=True)]
             fronts.clear()
-        return blamed is not None
+        return head is not None
 
     earlier = _tighter(run, budget)
     found = in_turns(run, propose, checker, budget.max_rel_error, learn, earlier)

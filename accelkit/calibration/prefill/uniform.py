@@ -11,7 +11,7 @@ from typing import Any
 
 from accelkit.calibration.assemble import SiteData, ms_at, site_data
 from accelkit.calibration.candidates import arithmetic_only, stored
-from accelkit.calibration.refine import Checker, Outcome, Proposal, Round
+from accelkit.calibration.refine import WORTH, Checker, Outcome, Proposal, Round
 from accelkit.calibration.search import Choice, Solution, predicted
 from accelkit.calibration.session import Run
 from accelkit.calibration.stages import family_of
@@ -99,7 +99,8 @@ def beside(
             checker.check(now, allowed)
         if now.held:
             other = Outcome(found.rounds, now, checker.speed(proposal.plan))
-            found = min(found, other, key=_share)
+            if _share(other) < min(WORTH, _share(found)):
+                found = other
     return found
 
 
