@@ -19,13 +19,14 @@ ROWS = 96
 
 def planted(tokens: int, heads: int = 32, kv_heads: int = 8) -> AttentionCall:
     """A causal call of heads of 128. KV heads see in turn a band and lines of loud keys, lines and
-    a far diagonal, blocks of topics, a band and topics. Among the loud keys are the first ones.
-    Strengths are nats above the background, which grows with the length.
+    a far diagonal, blocks of topics, a band and topics. Loud keys lie in half a dozen blocks and
+    the first one, however long the call is. Strengths are nats above an equal share.
     """
     g, root = torch.Generator(DEVICE).manual_seed(0), 128**0.5
     draw = partial(torch.randn, generator=g, device=DEVICE)
-    nats = math.log(tokens) + torch.tensor([(5.0, 2.0), (3.0, 4.0), (-6.0, -3.0), (5.0, -3.0)])
-    nats = nats[torch.arange(kv_heads) % 4].to(DEVICE)  # band, lines
+    whole = math.log(tokens)
+    band, line = (whole + 5.0, whole + 3.0, 0.0, whole + 5.0), (whole + 1.0, whole + 1.0, 0.0, 0.0)
+    topic_nats = (0.0, 0.0, 11.0, 8.0)
     place = torch.arange(tokens, device=DEVICE)
     wave = torch.logspace(-3, 0.3, 32, device=DEVICE)
     topics = torch.nn.functional.normalize(draw(40, 28), dim=-1)
@@ -34,18 +35,18 @@ def planted(tokens: int, heads: int = 32, kv_heads: int = 8) -> AttentionCall:
         x = 0.5 * draw(1, count, tokens, 128)
         for h in range(count):
             kv = h if keys else h // (heads // kv_heads)
-            band, line = nats[kv]
-            far = tokens // 5 * (kv % 4 == 1) * keys  # the key that lies so far back looks near
+            kind = kv % 4
+            far = tokens // 5 * (kind == 1) * keys  # the key that lies so far back looks near
             angle = (place + far)[:, None] * wave
-            x[0, h, :, :64] += torch.cat([angle.cos(), angle.sin()], -1) * (band * root / 32) ** 0.5
+            x[0, h, :, :64] += torch.cat([angle.cos(), angle.sin()], -1) * (
+                (band[kind] * root / 32) ** 0.5
+            )
             rare = torch.rand(2, tokens, generator=g, device=DEVICE)
-            loud = (rare[0, place // 64 * 64] < 0.008) & (rare[1] < 0.3)
+            loud = (rare[0, place // 64 * 64] < 6 * 64 / tokens) & (rare[1] < 0.3)
             loud[:4] = True
-            x[0, h, :, 64] += (line * root) ** 0.5 * (loud if keys else 1.0)
-            if kv % 4 in (2, 3):
-                topic = torch.randint(40, (ceil_div(tokens, 256),), generator=g, device=DEVICE)
-                loudness = ((math.log(tokens) + (6.0 if kv % 4 == 2 else 3.0)) * root) ** 0.5
-                x[0, h, :, 100:] += (topics * loudness)[topic[place // 256]]
+            x[0, h, :, 64] += (line[kind] * root) ** 0.5 * (loud if keys else 1.0)
+            topic = torch.randint(40, (ceil_div(tokens, 256),), generator=g, device=DEVICE)
+            x[0, h, :, 100:] += (topics * (topic_nats[kind] * root) ** 0.5)[topic[place // 256]]
         sides.append(x.to(torch.bfloat16 if DEVICE.type == "cuda" else torch.float32))
     v = draw(1, kv_heads, tokens, 128).to(sides[0].dtype)
     ids, kv = tuple(range(heads)), equal_groups(heads, kv_heads)

@@ -198,6 +198,7 @@ def probe(call: Inputs, q: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     bn = 128
     n_tiles = ceil_div(n_k, bn)
     rp = max(16, triton.next_power_of_2(r))
+    warps = 8 if rp > 64 else 4  # a tile of 128 × 128 does not fit the registers of four
     some = max(1, min(heads, SCRATCH_BYTES // (4 * batch * r * n_k)))
     scratch = torch.empty(batch * some * r * n_k, dtype=torch.float32, device=device)
     columns, diagonals = torch.empty((2, batch, heads, n_k), dtype=torch.float32, device=device)
@@ -214,7 +215,7 @@ def probe(call: Inputs, q: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
             mask.stride(0) if call.key_mask is not None and batch > 1 else 0,
             n, heads, first, n_k, n_tiles, call.scale * LOG2E, R=r, RP=rp, BN=bn, D=d,
             BD=padded_width(d), HAS_MASK=call.key_mask is not None, PREC=precision(q.dtype),
-            num_warps=4,
+            num_warps=warps,
         )  # fmt: skip
         top = m.amax(2, keepdim=True)
         safe = top.masked_fill(top == -float("inf"), 0.0)
@@ -224,7 +225,7 @@ def probe(call: Inputs, q: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
         norm = torch.where(total > 0, norm, float("inf"))
         _probe_sums[(n, n_tiles, batch)](
             scratch, norm, limit, columns, diagonals, s_limit, n, heads, first, n_k,
-            R=r, RP=rp, BN=bn, num_warps=4,
+            R=r, RP=rp, BN=bn, num_warps=warps,
         )  # fmt: skip
     return columns, diagonals
 
