@@ -156,7 +156,7 @@ MAIN: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
     "denoise-wan-h100": denoising,
     "denoise-hunyuan-h100": denoising,
     "denoise-hunyuan-cached-h200": denoising,
-    "video-pareto-h100": fidelity,
+    "video-pareto-h200": fidelity,
     "dit-methods-h200": attention_calls,
     "kernels-h200": block_lists,
     "peers-h200": released,
