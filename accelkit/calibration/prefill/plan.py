@@ -76,9 +76,12 @@ def refined(
         plan = assemble(data, solution, fingerprint, budget, seen, limits)
         return plan if last is None else trimmed(plan, str(run.trimmed), last)
 
+    def chosen(epsilon: float) -> Solution:
+        return search([d.table for d in data], epsilon, fronts)
+
     def propose(epsilon: float) -> Proposal:
         with run.planning(f"{len(learnt)} learnt, {epsilon:.9g} of {budget.max_rel_error:g}"):
-            solution = search([d.table for d in data], epsilon, fronts)
+            solution = chosen(epsilon)
             low = inputs.shortest // 2  # nothing is known of far shorter prompts
             wins = max(low, crossover(data, solution, costs, tokens, low))
         limits = Limits(min_length=wins, max_length=tokens)
@@ -119,7 +122,7 @@ def refined(
         prefix = f"blame/{budget.max_rel_error}/{n}/"
         data[:] = known.further(prefix, inputs.check[n], data, now.epsilon)
         fronts.clear()
-        return search([d.table for d in data], now.epsilon, fronts).choices != now.proposal.choice
+        return chosen(now.epsilon).choices != now.proposal.choice
 
     def blamed(now: Round, rounds: Sequence[Round]) -> bool:
         """Whether a single head was found that lost an answer."""

@@ -207,9 +207,14 @@ def connect(model: PreTrainedModel, runner: Runner, undo: ExitStack) -> None:
             undo.callback(delattr, module, ATTRIBUTE)
 
 
+def _runs_here(config: Any) -> bool:
+    """Whether calls of a model with this config come here."""
+    return str(config._attn_implementation).startswith(NAME)
+
+
 def _restore(config: Any, before: str | None) -> None:
     """What a config said before, unless somebody has said otherwise since."""
-    if str(config._attn_implementation).startswith(NAME):
+    if _runs_here(config):
         config._attn_implementation_internal = before
 
 
@@ -219,7 +224,7 @@ def _passed_by(
     """Say so where a model's attention was set anew since, so that no call comes here."""
     if torch.compiler.is_compiling():
         return
-    if not any(str(c._attn_implementation).startswith(NAME) for c in configs):
+    if not any(map(_runs_here, configs)):
         for path in paths:
             runner.skipped(path, "the attention implementation was set after patching")
 
