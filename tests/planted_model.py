@@ -8,6 +8,7 @@ import torch
 from tiny_cases import tiny_model
 
 from accelkit.calibration.fit import fit
+from accelkit.calibration.prefill import prices
 from accelkit.calibration.prefill.check import Checker
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 
@@ -24,6 +25,7 @@ def toy_costs(monkeypatch: Any) -> None:
         {"probe_window": MethodCost(((256, 0.01), (1024, 0.04)))},
     )  # fmt: skip
     monkeypatch.setattr(fit, "fit", lambda *a, **k: table)
+    monkeypatch.setattr(prices, "beside_table", lambda *a: {})  # no clock decides
     speed = {"dense_ms": 2.0, "ms": 1.0, "tokens": LENGTH}
     monkeypatch.setattr(Checker, "speed", lambda self, plan: speed)
 

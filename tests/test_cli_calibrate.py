@@ -128,7 +128,7 @@ def test_what_needs_no_weights_is_refused_before_they_are_loaded(
 def test_an_unfinished_journal_is_not_begun_anew_unasked(model, flow, tmp_path):
     """What an interrupted calibration measured is lost only if somebody says so."""
     kept = tmp_path / "journal.jsonl"
-    kept.write_text('{"journal": 2}\n{"unit": "fit"}\n')
+    kept.write_text('{"journal": 3}\n{"unit": "fit"}\n')
     words = ("calibrate", model, "--out", str(tmp_path))
     assert "journal.jsonl exists; add --yes to replace it, or --resume" in failed(*words, code=2)
     assert not flow.seen
@@ -138,7 +138,7 @@ def test_an_unfinished_journal_is_not_begun_anew_unasked(model, flow, tmp_path):
 
 
 def test_a_journal_without_a_finished_unit_is_nothing_to_keep(model, flow, tmp_path):
-    (tmp_path / "journal.jsonl").write_text('{"journal": 2}\n')
+    (tmp_path / "journal.jsonl").write_text('{"journal": 3}\n')
     run("calibrate", model, "--out", str(tmp_path))
     assert flow.seen["resume"] is False
 

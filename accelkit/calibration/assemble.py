@@ -43,7 +43,7 @@ class Measured:
     `error` is the worst over prompts, `recall` the least; `density` by length in tokens is a mean.
     `counted` is the error that search counts at the heads' largest weights: the worst of what a
     prompt's own weights make of its own error. `parts` are the units of its lists with their shares
-    of the computed pairs.
+    of the computed pairs, `factor` what the cost table says of them is multiplied by.
     """
 
     family: str
@@ -55,6 +55,7 @@ class Measured:
     recall: np.ndarray
     density: dict[int, np.ndarray]
     ms: float | None = None
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def site_data(
                 short = {} if brief is None else {screen_tokens: brief}
                 one = _join(family, method, rows, tokens, short)
                 if one is not None:
-                    options.append(one)
+                    factor = costs.on_prompts.get(family.name, 1.0)
+                    options.append(replace(one, factor=factor))
         loans, lent = _loans(places, rows, found, tokens)
         fixed = {o.family: times * _once(o, costs, tokens, anew) for o in options}
         table = Table(
@@ -167,7 +169,8 @@ def head_ms(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> 
     if one.ms is not None:
         return np.full(heads, one.ms / heads)
     each = costs.method_ms(one.method.kind, tokens, anew)[1] if anew else 0.0
-    return each + lists_ms(costs, one.method.kind, one.parts, tokens, density_at(one, tokens))
+    share = density_at(one, tokens)
+    return each + one.factor * lists_ms(costs, one.method.kind, one.parts, tokens, share)
 
 
 def density_at(one: Measured, tokens: int) -> np.ndarray:
@@ -427,6 +430,7 @@ def _loans(
                 np.max([x["share"] * x["error"] for x in seen], axis=0),
                 np.min([x["recall"] for x in seen], axis=0),
                 {tokens: np.mean([x["density"] for x in longest], axis=0)},
+                factor=options[option].factor,
             )
         )
         lent.append((place, option, tuple(loan["heads"])))

@@ -53,6 +53,10 @@ MOST_TOGETHER = 1 << 26
 """Numbers in the outputs of the settings that share a launch on a GPU: launches of small calls take
 the host longer than the device, those of large calls take memory.
 """
+JUDGED_BYTES = 4
+"""Bytes that judging takes beside a setting's outputs, for each number in them: several fp32 copies
+of a part of the rows.
+"""
 REUSE_UNIT = 16
 """Lists of at least this many keys a block can be lent to later layers."""
 
@@ -167,6 +171,7 @@ class Bench:
     says that the call's memory is that of an earlier one, and it renews itself within `steps`
     (None: all of the run's). `shelf` keeps what follows from geometry alone, and from the scored
     rows, for other calls of the same shape. Clocked milliseconds are those of `batch` such calls.
+    Settings that share a launch on a GPU find `room` bytes enough.
     """
 
     def __init__(
@@ -178,8 +183,10 @@ class Bench:
         shelf: dict[Any, Any] | None = None,
         batch: int = 1,
         steps: int | None = None,
+        room: int | None = None,
     ) -> None:
         self.call, self.dense, self.primed = call, dense, primed
+        self.room = room
         self.steps = call.clock.total if steps is None else steps
         self.shelf, self.batch = shelf, batch
         self.scored = torch.from_numpy(scored).to(call.q.device)
@@ -251,14 +258,14 @@ class Bench:
 
     def _together(self, settings: Sequence[AttentionMethod]) -> None:
         """Ask for the lists of all settings, and measure those that can share a launch in one."""
-        most = most_together(self.call)
+        most = most_together(self.call, self.room)
         if most < 2:
             return
         lanes: dict[Any, list[AttentionMethod]] = {}
         for m in settings:
             if m.renewed(self.steps):
                 continue
-            answers = self._asked[m] = self._answers(m)
+            answers = self._asked[m] = self.answers(m)
             kind = answers[0].kind if answers is not None and len(answers) == 1 else None
             if kind is not None:
                 lanes.setdefault(kind, []).append(m)
@@ -280,7 +287,7 @@ class Bench:
 
     def _setting(self, method: AttentionMethod) -> dict[str, Any] | None:
         renewed = method.renewed(self.steps)
-        answers = self._asked.pop(method) if method in self._asked else self._answers(method)
+        answers = self._asked.pop(method) if method in self._asked else self.answers(method)
         row = self._rows.pop(method, None)
         if answers is not None and renewed and not self.primed:
             prime(answers)
@@ -302,7 +309,8 @@ class Bench:
             self.lent[method] = piece
         return row
 
-    def _answers(self, method: AttentionMethod) -> tuple[Answer, ...] | None:
+    def answers(self, method: AttentionMethod) -> tuple[Answer, ...] | None:
+        """What a method answers to the call; what follows from geometry alone is kept."""
         if self.shelf is None or not method.static:
             return answer(self.call, Policy(methods=(method,)))
         if method not in self.shelf:
@@ -353,10 +361,11 @@ class Bench:
             replace(a, order=None) if there and partly else a, rows=rows if partly else None
         )
         true = self.dense
-        if at != list(range(len(self.call.heads))):
-            true = Partial(true.out[:, at], true.lse[:, at])
+        every = at == list(range(len(self.call.heads)))
         if there and partly:
             assert order is not None
+            if not every:
+                true, every = Partial(true.out[:, at], true.lse[:, at]), True
             ids = order.q_table[order.row.long()]  # type: ignore[index]
             ids = (ids if ids.ndim == 3 else ids[None])[:, :, even]
             ids = ids.expand(true.out.shape[0], -1, -1).long()
@@ -364,8 +373,10 @@ class Bench:
             part = Partial(part.out[:, :, even], part.lse[:, :, even])
             true = Partial(out, true.lse.gather(2, ids))
             even = torch.arange(len(even), device=even.device)
-        errors = [_error(part, true, places) for places in (even, scored) if places.numel()]
-        lse, dense = part.lse[:, :, even].float(), true.lse[:, :, even]
+        # Heads after rows: several settings' copies of dense rows would take as much as they do.
+        heads = None if every else at
+        errors = [_error(part, true, places, heads) for places in (even, scored) if places.numel()]
+        lse, dense = part.lse[:, :, even].float(), _of_heads(true.lse[:, :, even], heads)
         recall = (lse - dense).clamp(max=0.0).exp().nan_to_num(0.0).mean((0, 2))
         return {"error": torch.stack(errors).amax(0).cpu(), "recall": recall.cpu()}
 
@@ -382,10 +393,15 @@ class Bench:
         self._unclocked.clear()
 
 
-def most_together(call: AttentionCall) -> int:
-    """How many settings of a call may share a launch."""
+def most_together(call: AttentionCall, room: int | None = None) -> int:
+    """How many settings of a call may share a launch, whose outputs and judged rows find `room`
+    bytes enough.
+    """
     numbers = call.n_q * len(call.heads) * call.v.shape[-1]
-    return MOST_TOGETHER // numbers if call.q.is_cuda and numbers else 1
+    if not call.q.is_cuda or not numbers:
+        return 1
+    each = numbers * (call.v.element_size() + JUDGED_BYTES)
+    return min(MOST_TOGETHER // numbers, MOST_TOGETHER if room is None else room // each)
 
 
 def for_call(a: Answer, call: AttentionCall) -> Answer:
@@ -430,11 +446,20 @@ def lists_ms(
     )
 
 
-def _error(part: Partial, dense: Partial, places: Tensor) -> Tensor:
-    """Relative L1 error of each head at some rows, fp32 `[H]`."""
-    found, true = part.out[:, :, places].float(), dense.out[:, :, places].float()
-    gap = (found - true).abs().sum((0, 2, 3))
-    return (gap / true.abs().sum((0, 2, 3)).clamp(min=1e-30)).nan_to_num(1e3, 1e3)
+def _error(
+    part: Partial, dense: Partial, places: Tensor, heads: Sequence[int] | None = None
+) -> Tensor:
+    """Relative L1 error of each head at some rows, fp32 `[H]`; `heads` of the dense call, all of
+    them unless given.
+    """
+    true = _of_heads(dense.out[:, :, places].float(), heads)
+    size = true.abs().sum((0, 2, 3))
+    gap = (part.out[:, :, places].float() - true).abs_().sum((0, 2, 3))
+    return (gap / size.clamp(min=1e-30)).nan_to_num(1e3, 1e3)
+
+
+def _of_heads(t: Tensor, heads: Sequence[int] | None) -> Tensor:
+    return t if heads is None else t[:, heads]
 
 
 def prime(answers: Sequence[Answer]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from accelkit.errors import InvalidInputError
 
-FORMAT = 2
+FORMAT = 3
 """Of the units' values; a journal of another one is refused."""
 
 

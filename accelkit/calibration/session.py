@@ -231,6 +231,8 @@ class Run:
     skipped: list[str] = field(default_factory=list)
     dense_s: float = 0.0
     """Seconds of a dense run of the longest input, once it is known."""
+    most_bytes: int | None = None
+    """Memory of a GPU that nothing may exceed, once it is known."""
     trimmed: str | None = None
     """Attention of the last layer where that is computed for the kept rows only; not a site."""
 

@@ -86,9 +86,10 @@ def kept(
         once[name], each = costs.method_ms(kind, tokens)
         error, share = np.array(f["error"]), np.array(f["density"])
         grown = costs.dense_ms(tokens) / costs.dense_ms(screened_on) / share.shape[1]
+        factor = costs.on_prompts.get(name, 1.0)
         cost = np.array(
             [
-                each + lists_ms(costs, kind, parts_of(f, at), tokens, row)
+                each + factor * lists_ms(costs, kind, parts_of(f, at), tokens, row)
                 if clocked is None
                 else [each + clocked * grown] * len(row)
                 for at, (row, clocked) in enumerate(zip(share, f["ms"], strict=True))

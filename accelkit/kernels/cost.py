@@ -108,7 +108,8 @@ class CostTable:
     """Costs of one device, dtype and head shape.
 
     `dense` is the best dense path for a whole layer of `heads` heads, `ride` all of them as dense
-    heads run beside sparse ones, both in ms.
+    heads run beside sparse ones, both in ms. `on_prompts` is, by family of settings, what its lists
+    took on a user's prompts ÷ what the rest of the table says of them.
     """
 
     device: str
@@ -123,6 +124,7 @@ class CostTable:
     refused: Mapping[str, str] = field(default_factory=dict)
     causal: bool = True
     checks: tuple[Check, ...] = ()
+    on_prompts: Mapping[str, float] = field(default_factory=dict)
 
     def dense_ms(self, tokens: int) -> float:
         """A layer whose heads are all dense, as the unpatched model runs it."""

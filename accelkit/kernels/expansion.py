@@ -28,6 +28,8 @@ _HIDDEN = -1e30
 """Log-mass of blocks that do not count; finite, so that rows without any give no NaN."""
 _VOTERS = 4
 """Every so manieth row of a tile votes on the mass of blocks."""
+_LOGITS = 1 << 23
+"""Logits at a time over what stands for blocks."""
 _BAND = 16
 """Blocks that are expanded at once."""
 
@@ -148,9 +150,15 @@ def _attend(g: Group, level: Tensor, b: int, scale: float) -> tuple[Tensor, Tens
         mask = mask[:, :, None].expand(-1, -1, q.shape[2], -1)
         out, lse = fused(q, keys, values, scale, mask=mask)
         return out.transpose(0, 1), lse.transpose(0, 1)
-    logits = torch.matmul(q, keys.transpose(-1, -2)).float().mul_(scale)
-    share, lse = _softmax(logits.add_(level[b, ..., None, :]))
-    return torch.matmul(share.to(values.dtype), values), lse
+    heads, tiles, rows, _ = q.shape
+    out, lse = values.new_empty((*q.shape[:3], values.shape[-1])), level.new_empty(q.shape[:3])
+    step = max(1, _LOGITS // (heads * rows * keys.shape[2]))
+    for first in range(0, tiles, step):
+        some = slice(first, first + step)
+        logits = torch.matmul(q[:, some], keys[:, some].transpose(-1, -2)).float().mul_(scale)
+        share, lse[:, some] = _softmax(logits.add_(level[b, :, some, None]))
+        torch.matmul(share.to(values.dtype), values[:, some], out=out[:, some])
+    return out, lse
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -214,13 +215,46 @@ def test_a_brief_cost_reads_shorter_calls_once_and_without_their_kernels() -> No
 
 def test_a_rehearsal_stays_within_its_room() -> None:
     call = fit_inputs.random_call(SMALL, torch.float32, CPU, 1024)
-    rows = sum(t.nbytes for t in (call.q, call.k, call.v))
     assert fit_ahead._at_once(call, None, 8) == 8
-    assert fit_ahead._at_once(call, 0, 8) == 1
-    few = fit_ahead._at_once(call, 24 * rows, 8)
+    assert fit_ahead._at_once(call, 0, 8) == 0
+    assert fit_ahead._at_once(call, 2 * fit_ahead.WORKSPACE, 8) == 0  # and the rows
+    room = 7 * fit_ahead.WORKSPACE
+    few = fit_ahead._at_once(call, room, 8)
     assert 1 < few < 8
-    assert fit_ahead._at_once(call, 48 * rows, 8) in (2 * few, 2 * few + 1)
+    assert fit_ahead._at_once(call, 2 * room, 8) in (2 * few, 2 * few + 1)
     assert fit_ahead._at_once(call, 1 << 40, 8) == 8
+
+
+@pytest.mark.parametrize("room", [0, None])
+def test_without_room_for_a_thread_a_rehearsal_runs_where_it_is_asked(monkeypatch, room) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    clock = nullcontext(lambda: 1.0)
+    monkeypatch.setattr(fit_ahead, "compile_clock", lambda cached: clock)
+    threads: set[int] = set()
+    cost = fit_ahead.cost
+    seen = threading.get_ident
+    monkeypatch.setattr(fit_ahead, "cost", lambda *a: threads.add(seen()) or cost(*a))
+    calls = {n: fit_inputs.random_call(SMALL, torch.float32, CPU, n) for n in (512, 1024)}
+    methods = [Broken(), *(load(m)() for m in ("vertical_slash", "window"))]
+    found = fit_ahead.rehearse(calls, methods, SMALL, room)
+    assert found >= {(128, 128), (64, 64), (64, 1)}
+    assert (threads == {seen()}) == (room == 0)
+
+
+def test_random_lists_are_drawn_by_parts(monkeypatch) -> None:
+    call = fit_inputs.random_call(SMALL, torch.float32, CPU, 1024)
+    heads = len(call.heads)
+    for drawn in (1, 1 << 21):
+        monkeypatch.setattr(fit_inputs, "DRAWN", drawn)
+        index = fit_inputs.random_index(call, (64, 1), 0.25)
+        mask = index.to_mask(1024)[0]
+        assert mask.shape == (heads, 16, 1024)
+        own = torch.arange(1024) // 64 == torch.arange(16)[:, None]
+        assert (mask & own == own).all()
+        assert not (mask & (torch.arange(1024) // 64 > torch.arange(16)[:, None])).any()
+        assert 0.2 < float(mask[:, 8:, 1:512].float().mean()) < 0.3
+        assert not torch.equal(mask[0], mask[1])
 
 
 def test_own_lists_count_beside_random_ones() -> None:

@@ -86,9 +86,23 @@ def test_settings_that_share_a_launch_read_as_they_do_alone(
     launches: list[int] = []
     both = candidates.joined
     monkeypatch.setattr(candidates, "joined", lambda a: launches.append(len(a)) or both(a))
-    monkeypatch.setattr(candidates, "most_together", lambda call: 3)
+    monkeypatch.setattr(candidates, "most_together", lambda call, room: 3)
     assert Bench(call, dense, scored, shelf={}).families(some) == alone
     assert max(launches) == 3 and sum(launches) > 18
+
+
+def test_settings_share_a_launch_as_far_as_memory_goes() -> None:
+    """2¹⁶ outputs of two bytes, and what judging them takes."""
+    on_gpu = SimpleNamespace(is_cuda=True)
+    call: Any = SimpleNamespace(
+        q=on_gpu, v=torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16), heads=(0, 1, 2, 3), n_q=256
+    )
+    each = (2 + candidates.JUDGED_BYTES) * 2**16
+    assert candidates.most_together(call) == candidates.MOST_TOGETHER // 2**16
+    assert candidates.most_together(call, 5 * each + 1) == 5
+    assert candidates.most_together(call, each - 1) == 0
+    on_gpu.is_cuda = False
+    assert candidates.most_together(call, 5 * each) == 1
 
 
 def test_methods_whose_own_work_is_long_are_dear_on_a_gpu() -> None:

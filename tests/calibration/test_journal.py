@@ -97,12 +97,12 @@ def test_another_run_is_refused(tmp_path) -> None:
 def test_a_journal_of_another_format_is_refused(tmp_path) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text('{"journal": 1, "model": "a", "seed": 0}\n')
-    with pytest.raises(InvalidInputError, match="journal: 1 there, 2 now"):
+    with pytest.raises(InvalidInputError, match="journal: 1 there, 3 now"):
         Journal(path, HEADER, resume=True)
 
 
 @pytest.mark.parametrize(
-    "text", ["hello\n", '{"a": 1}\n', '{"journal": 2, "model": "a", "seed": 0}\nx\ny\n']
+    "text", ["hello\n", '{"a": 1}\n', '{"journal": 3, "model": "a", "seed": 0}\nx\ny\n']
 )
 def test_no_journal(tmp_path, text: str) -> None:
     path = tmp_path / "journal.jsonl"

@@ -18,7 +18,7 @@ from accelkit.calibration.candidates import Bench, Family
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit import fit
 from accelkit.calibration.prefill import check as prefill_check
-from accelkit.calibration.prefill import loans, measure
+from accelkit.calibration.prefill import loans, measure, prices
 from accelkit.calibration.prefill.loans import Lender, Offer
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.kernels.index import BlockIndex
@@ -148,6 +148,7 @@ def costs(monkeypatch):
         {"probe_window": MethodCost(((256, 2.0), (1024, 2.0)))},
     )  # fmt: skip
     monkeypatch.setattr(fit, "fit", lambda *a, **k: table)
+    monkeypatch.setattr(prices, "beside_table", lambda *a: {})
     speed = {"dense_ms": 2.0, "ms": 1.0, "tokens": LENGTH}
     monkeypatch.setattr(prefill_check.Checker, "speed", lambda self, plan: speed)
 

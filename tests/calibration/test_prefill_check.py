@@ -151,6 +151,13 @@ def test_what_ends_a_round_is_asked_of_other_plans(made, monkeypatch) -> None:
     far.checker.check(now, ALLOWED)
     assert far.checker.suspicion(now, [now], ALLOWED) is None
 
+    over = made((0.021, 0.012, 0.011, 0.009), {3: 2})  # smaller errors are due anyway
+    now = over.round()
+    over.checker.look(now, ALLOWED)
+    now.rows.append(over.row(Sample("variables", np.full(64, 3), ())) | {"prompt": 3})
+    assert now.rows[-1]["lost_answers"]
+    assert over.checker.suspicion(now, [now], ALLOWED) is None
+
     even = made((0.019, 0.019, 0.021, 0.009))
     now = even.round()
     even.checker.check(now, ALLOWED)

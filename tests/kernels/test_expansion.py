@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from accelkit import kernels
+from accelkit.kernels import expansion
 from accelkit.kernels.expansion import expand
 from accelkit.kernels.index import Inputs, plain_inputs
 from accelkit.kernels.merge import merge
@@ -84,6 +86,20 @@ def test_padding_is_not_seen() -> None:
     assert not found.whole[..., 1].any()
     piece = found.piece(found.whole.expand(1, 4, 6, 6))
     assert piece.out.isfinite().all()
+
+
+def test_logits_are_held_by_parts(monkeypatch) -> None:
+    """Values wider than keys run as products of matrices, a few tiles at a time."""
+    call = call_around(0.3)
+    wide = replace(call, v=torch.cat([call.v, 2 * call.v], -1))
+    blocks = expansion.expand(wide, SIZE).whole.expand(1, 4, 6, 6)
+    whole = expansion.expand(wide, SIZE).piece(blocks)
+    narrow = expansion.expand(call, SIZE).piece(blocks)
+    monkeypatch.setattr(expansion, "_LOGITS", 1)
+    parts = expansion.expand(wide, SIZE).piece(blocks)
+    assert torch.equal(parts.out, whole.out)
+    assert torch.equal(parts.lse, whole.lse)
+    torch.testing.assert_close(whole.out[..., :8], narrow.out)
 
 
 def test_pieces_join_to_dense() -> None:

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 import accelkit
 from accelkit.patches.adapters import last_layer
+from accelkit.patches.adapters import transformers as adapter
 from accelkit.patches.method import load
 from accelkit.patches.patch import TRIMMED, plan_of
 from accelkit.patches.plan import Limits, Plan, Rule
@@ -108,6 +109,41 @@ def test_second_turn_and_chunks(llama, ids):
             assert handle.report().sites[LAST].dense == {TRIMMED: 3}
         for a, b in zip(found, dense, strict=True):
             torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", [0, 57])
+def test_many_kept_rows_are_masked_a_few_at_a_time(
+    llama, ids, monkeypatch, implementation, padding
+):
+    """No mask of all kept rows is made; the second turn sees the keys of the first."""
+    monkeypatch.setattr(adapter, "MOST_MASKED", 7 * ids.numel())
+    masks = []
+    full = adapter._full_mask
+    monkeypatch.setattr(adapter, "_full_mask", lambda *a: masks.append(full(*a)) or masks[-1])
+    llama.set_attn_implementation(implementation)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+
+    def turns():
+        cache = DynamicCache(config=llama.config)
+        first, second = ids[:, :180], ids[:, 180:]
+        options = {"past_key_values": cache, "logits_to_keep": 13}
+        return [
+            llama(first, attention_mask=mask[:, :180], **options).logits,
+            llama(second, attention_mask=mask, **options).logits,
+        ]
+
+    dense = turns()
+    masks.clear()
+    with accelkit.patch(llama, trimming(llama)) as handle:
+        found = turns()
+        assert handle.report().sites[LAST].dense == {TRIMMED: 2}
+    for a, b in zip(found, dense, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+    mine = [m for m in masks if isinstance(m, torch.Tensor) and m.shape[2] < 13]
+    assert [m.shape[2] for m in mine] == [11, 2, 7, 6]
+    assert [m.shape[3] for m in mine] == [178, 180, 294, 300]
 
 
 def test_rows_are_kept_from_the_first_index_on(llama, ids):

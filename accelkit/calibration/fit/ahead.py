@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,8 @@ COPIES = 3
 """How often a thread holds a call's rows: as they are, laid out in another order, as outputs."""
 CELL = 8
 """Tokens of the finest cells whose scores a thread holds."""
+WORKSPACE = 32 * 2**20
+"""What a thread's products of matrices take besides, on a Hopper GPU."""
 Size = tuple[int, int]
 Job = Callable[[Mapping[int, AttentionCall]], Iterable[Size]]
 """Runs what is measured at some lengths; gives the units of lists that it came across."""
@@ -92,36 +94,60 @@ def _all(
             torch.cuda.empty_cache()
             return ()
 
-    pool = ThreadPoolExecutor(_at_once(calls[min(calls)], room, _threads()))
-    whole = ThreadPoolExecutor(_at_once(calls[max(calls)], room, LONG_AT_ONCE))
-    with compile_clock(cached=False) as compiled, compile_once(), pool, whole:
-        # Kernels of the unit that is always there take longest to compile and come first.
-        jobs: list[Job] = [partial(_kernel, UNIT), _dense]
-        jobs += [j for m in methods for j in _jobs(m, shape)]
-        running: dict[Future[Iterable[Size]], Job | None]
-        running = {pool.submit(tried, j, short): j for j in jobs}
-        ran, known = list[Job](), {UNIT}
-        while running:
-            for ended in wait(running, return_when=FIRST_COMPLETED).done:
-                job, new = running.pop(ended), set(ended.result()) - known
-                known |= new
-                for kernel in (partial(_kernel, size) for size in new):
-                    running[pool.submit(tried, kernel, short)] = kernel
-                if job is not None and len(calls) > 1:
-                    ran.append(job)
-            while ran and (longer_too or compiled()):
-                running[whole.submit(tried, ran.pop(), longer)] = None
+    pool = _executor(_at_once(calls[min(calls)], room, _threads()))
+    many = _at_once(calls[max(calls)], room, LONG_AT_ONCE)
+    ran, known = list[Job](), {UNIT}
+    with compile_clock(cached=False) as compiled, compile_once():
+        with pool, _executor(many) as whole:
+            # Kernels of the unit that is always there take longest to compile and come first.
+            jobs: list[Job] = [partial(_kernel, UNIT), _dense]
+            jobs += [j for m in methods for j in _jobs(m, shape)]
+            running: dict[Future[Iterable[Size]], Job | None]
+            running = {pool.submit(tried, j, short): j for j in jobs}
+            while running:
+                for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                    job, new = running.pop(ended), set(ended.result()) - known
+                    known |= new
+                    for kernel in (partial(_kernel, size) for size in new):
+                        running[pool.submit(tried, kernel, short)] = kernel
+                    if job is not None and len(calls) > 1:
+                        ran.append(job)
+                while many and ran and (longer_too or compiled()):
+                    running[whole.submit(tried, ran.pop(), longer)] = None
+        memory.give_back(device)
+        while ran and (longer_too or compiled()):  # what is too long to run beside others
+            new = set(tried(ran.pop(), longer)) - known
+            known |= new
+            for kernel in (partial(_kernel, size) for size in new):
+                tried(kernel, short)
+                ran.append(kernel)
     memory.give_back(device)
     return known
 
 
+class _Here(Executor):
+    """Runs in the thread that asks, whose workspaces are there already."""
+
+    def submit(self, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(run(*args, **kwargs))
+        return done
+
+
+def _executor(threads: int) -> Executor:
+    return ThreadPoolExecutor(threads) if threads else _Here()
+
+
 def _at_once(call: AttentionCall, room: int | None, most: int) -> int:
-    """How many threads half of the room is enough for, each with a call like this one."""
+    """How many threads half of the room is enough for, each with a call like this one; none where
+    it is too small for one.
+    """
     if room is None:
         return most
     cells = 4 * call.q.shape[0] * len(call.heads) * (call.n_q // CELL) ** 2
     rows = sum(t.nbytes for t in (call.q, call.k, call.v))
-    return min(most, max(1, room // 2 // (COPIES * rows + min(CHUNK_BYTES, cells))))
+    each = COPIES * rows + min(CHUNK_BYTES, cells) + WORKSPACE
+    return min(most, room // 2 // each)
 
 
 def _threads() -> int:

@@ -11,6 +11,8 @@ from accelkit.kernels.index import BlockIndex, ceil_div, plain_inputs
 from accelkit.patches.call import AttentionCall, Clock, Geometry, Site
 
 UNKNOWN = Geometry()
+DRAWN = 1 << 21
+"""Entries of random lists that are drawn at a time."""
 
 
 @dataclass(frozen=True)
@@ -79,5 +81,11 @@ def random_index(call: AttentionCall, size: tuple[int, int], density: float) -> 
     whole = call.causal and device.type == "cpu"
     gap = 0 if whole else max(0, bq - 128)
     own = visible & edge & ((keys + 1) * bk > rows * bq + gap)
-    chosen = torch.rand(heads, nq, nk, generator=g, device=device) < density
-    return BlockIndex.from_mask((chosen & visible | own | (visible & (keys == 0)))[None], size)
+    always = own | (visible & (keys == 0))
+    # Over single keys a draw takes far more than the lists that come of it.
+    step, parts = max(1, DRAWN // (nq * nk)), list[BlockIndex]()
+    for first in range(0, heads, step):
+        some = min(step, heads - first)
+        drawn = torch.rand(some, nq, nk, generator=g, device=device) < density
+        parts.append(BlockIndex.from_mask((drawn & visible | always)[None], size))
+    return BlockIndex.cat(parts)

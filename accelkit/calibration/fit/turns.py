@@ -18,7 +18,7 @@ from accelkit.calibration.timing import times_ms
 from accelkit.kernels.cost import Check, Kernel
 from accelkit.patches.call import AttentionCall
 
-TURNS = (3, 4)
+TURNS = (2, 4)
 """Readings of everything, at least and at most; the least one counts."""
 Size = tuple[int, int]
 

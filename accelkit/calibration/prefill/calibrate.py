@@ -23,7 +23,7 @@ from accelkit.calibration.evaluation import quality
 from accelkit.calibration.evaluation.tasks import MIN_LENGTH
 from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
-from accelkit.calibration.prefill import measure, uniform
+from accelkit.calibration.prefill import measure, prices, uniform
 from accelkit.calibration.prefill.check import whole_check
 from accelkit.calibration.prefill.finalists import listed, with_full_rows, worse
 from accelkit.calibration.prefill.measure import PRESETS, PROBE_TOKENS
@@ -60,6 +60,8 @@ STAGES: dict[str, str | tuple[str, ...]] = {
 """Stages whose seconds a plan holds, by the beginning of their units' keys; compiling is apart."""
 SEARCH = ("screening", "measuring", "weighing", "finalists", "planning")
 """Stages that are the search itself, beside fit, end-to-end check and timing."""
+MOST_MEMORY = 1.25
+"""Peak memory on a GPU ÷ that of a dense prefill of the longest prompts."""
 SCREEN_TOKENS = 4096
 """Length of the prompt on which methods are screened: half of the longest up to here, else a
 quarter of it.
@@ -186,22 +188,25 @@ def _plan(
     dense = run.journal.unit("dense", lambda: _dense_prefill(run, inputs))
     run.dense_s = dense["dense_prefill_ms"] / 1e3
     memory.restart(run.device)
-    room = memory.room(run.device, dense["dense_peak_bytes"])
+    if run.device.type == "cuda":
+        run.most_bytes = int(MOST_MEMORY * dense["dense_peak_bytes"])
+    room = memory.room(run.device, run.most_bytes)
     late = partial(run.late, 1.0, seconds=whole_check(run, 2 * inputs.check))
     tried = [] if late("what methods cost") else methods
     costs = stages.fitted(run, shape, run.model.dtype, tokens, tried, room)
     memory.give_back(run.device)
     heads = {s.path: run.heads[s.path] for s in run.sites}
     if late("screening and measuring"):
-        known = Known(assemble.nothing(heads, costs, tokens), tokens)
+        known = Known(costs, assemble.nothing(heads, costs, tokens), tokens)
     else:
         probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
         known = _measured(run, inputs, screen_on, methods, costs, budget, heads, probes)
     memory.give_back(run.device)
-    plan = refined(run, inputs, fingerprint, budget, costs, known)
+    plan = refined(run, inputs, fingerprint, budget, known)
     about = {
         "refused": dict(costs.refused),
         "fit_error": round(costs.error(), 4),
+        "lists_on_prompts": dict(known.costs.on_prompts),
         **dense,
         "dense_prefill_ms": least_dense(run.journal, dense["dense_prefill_ms"], tokens),
         "peak_bytes": run.journal.unit("peak", lambda: memory.peak(run.device)),
@@ -222,7 +227,9 @@ def _measured(
 ) -> Known:
     tokens, brief, epsilon = inputs.longest, len(screen_on.ids), budget.max_rel_error
     able = [m for m in methods if m.kind in costs.methods]
-    screen = measure.screened(run, screen_on, able, measure.dear(run, costs, tokens))
+    dear = measure.dear(run, costs, tokens)
+    screen = measure.screened(run, screen_on, able, costs, dear)
+    costs = prices.on_prompts(costs, [unit["on_prompt"] for unit in screen.values()])
     with run.planning("what to measure"):
         kept = {
             path: stages.kept(record, costs, tokens, brief, run.preset.families)
@@ -258,7 +265,7 @@ def _measured(
         return with_full_rows(run, f"{prefix}final/", sample, found, epsilon, own, tokens)
 
     seen = partial(uniform.screened, screen, stages.worst(heads, by_probe), costs, brief)
-    return Known(found, brief, seen, further)
+    return Known(costs, found, brief, seen, further)
 
 
 def _dense_prefill(run: Run, inputs: prompts.Inputs) -> dict[str, Any]:

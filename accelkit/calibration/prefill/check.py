@@ -176,10 +176,13 @@ class Checker:
     def suspicion(self, now: Round, rounds: Sequence[Round], allowed: float) -> Suspicion | None:
         """For a round that failed with lost answers, what to ask of plans with some heads changed:
         is one of them given? Beside it a round that gave it, if there was one. None: no lost
-        answer, or errors of all kinds beside it.
+        answer, or errors of all kinds beside it, or a prompt that lost none is over the budget as
+        well, and smaller errors are due whatever is learnt.
         """
         row = _spoilt(now)
         if not row["lost_answers"] or (row["error"] or 0.0) > BROKEN * allowed:
+            return None
+        if any((r["error"] or 0.0) > allowed and not r["lost_answers"] for r in now.rows):
             return None
         n, further, place = row["prompt"], row.get("further"), row["lost_answers"][0]
         sample = self.samples[n]

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from accelkit.calibration import memory
 from accelkit.calibration.candidates import Bench, Family, calibrated_settings, thinned
 from accelkit.calibration.capture import See, capture
 from accelkit.calibration.evaluation import quality, tasks
 from accelkit.calibration.evaluation.tasks import Sample
-from accelkit.calibration.prefill import loans
+from accelkit.calibration.prefill import loans, prices
 from accelkit.calibration.profile import UNIT, profile
 from accelkit.calibration.session import Preset, Run
 from accelkit.calibration.stages import family_of
@@ -49,9 +50,14 @@ def dear(run: Run, costs: CostTable, tokens: int) -> set[str]:
 
 
 def screened(
-    run: Run, sample: Sample, methods: Sequence[AttentionMethod], dear: Collection[str] = ()
+    run: Run,
+    sample: Sample,
+    methods: Sequence[AttentionMethod],
+    costs: CostTable,
+    dear: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Profile of every site and errors of every method on one short prompt.
+    """Profile of every site, errors of every method on one short prompt, and what its lists took
+    there.
 
     Lists are run, not weighed by the mass that they hold alone: windows hold much of it and still
     miss keys that outputs are made of, so that families chosen by mass made dearer plans, while
@@ -59,12 +65,13 @@ def screened(
     """
     keys = {s.path: f"screen/{s.path}" for s in run.sites}
     rows = tasks.judged_rows(sample)
+    priced = prices.places(list(keys))
     heavy: dict[str, torch.Tensor] = {}
     shelves: dict[Any, dict[Any, Any]] = {}
 
     def see(call: AttentionCall, dense: Partial) -> None:
         site = call.site
-        bench = Bench(call, dense, rows, shelf=_shelf(shelves, call), batch=run.batch)
+        bench = _bench(run, call, dense, rows, shelves)
         tiles = bench.tiles(UNIT[0])[0]
         found, heavy[site.path] = profile(call, dense, tiles, heavy)
 
@@ -72,7 +79,9 @@ def screened(
             wanted, _ = calibrated_settings(methods, site, call, dense)
             most = run.preset.settings
             few = [thinned(f, 2 if f.settings[0].kind in dear else most) for f in wanted]
-            return {"profile": asdict(found), "families": bench.families(few)}
+            seen = bench.families(few)
+            factors = prices.beside_table(bench, seen, costs) if site.path in priced else {}
+            return {"profile": asdict(found), "families": seen, "on_prompt": factors}
 
         run.tell("screening methods")
         run.journal.unit(keys[site.path], work)
@@ -82,9 +91,13 @@ def screened(
     return {path: run.journal[key] for path, key in keys.items()}
 
 
-def _shelf(shelves: dict[Any, dict[Any, Any]], call: AttentionCall) -> dict[Any, Any]:
-    """What follows from geometry alone at all sites of one prompt that have the shape of `call`."""
-    return shelves.setdefault((call.heads, call.q.shape, call.k.shape, call.v.shape), {})
+def _bench(
+    run: Run, call: AttentionCall, dense: Partial, rows: np.ndarray, shelves: dict[Any, Any]
+) -> Bench:
+    """The bench of a site; all sites of one prompt that have the same shape share a shelf."""
+    shelf = shelves.setdefault((call.heads, call.q.shape, call.k.shape, call.v.shape), {})
+    room = memory.room(run.device, run.most_bytes)
+    return Bench(call, dense, rows, shelf=shelf, batch=run.batch, room=room)
 
 
 def measured(
@@ -152,7 +165,7 @@ def _measure(
 
     def see(call: AttentionCall, dense: Partial) -> None:
         path = call.site.path
-        bench = Bench(call, dense, rows, shelf=_shelf(shelves, call), batch=run.batch)
+        bench = _bench(run, call, dense, rows, shelves)
 
         def work() -> dict[str, Any]:
             found = bench.families(families[path], finest)

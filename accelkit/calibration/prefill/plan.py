@@ -40,11 +40,12 @@ def _nothing_further(
 
 @dataclass(frozen=True)
 class Known:
-    """What is known before search: every site; the length of the screening, and what that found of
-    all settings; and `further(prefix, sample, data, epsilon)`, which adds to the sites what one
-    more prompt says of them, measured anew.
+    """What is known before search: costs; every site; the length of the screening, and what that
+    found of all settings; and `further(prefix, sample, data, epsilon)`, which adds to the sites
+    what one more prompt says of them, measured anew.
     """
 
+    costs: CostTable
     data: list[SiteData]
     brief: int
     screened: Callable[[], list[SiteData]] = list
@@ -56,14 +57,13 @@ def refined(
     inputs: Inputs,
     fingerprint: Fingerprint,
     budget: Budget,
-    costs: CostTable,
     known: Known,
 ) -> Plan:
     """The fastest plan for prefill that holds within the budget on every prompt to check on. Plans
     for tighter budgets that the journal holds compete: a wider one is never slower than these. So
     do, where little is gained, settings in all heads, of which screening tells.
     """
-    data, tokens = list(known.data), inputs.longest
+    data, costs, tokens = list(known.data), known.costs, inputs.longest
     dense_ms = sum(d.table.dense_ms for d in data)
     fronts: dict[str, Any] = {}
     last = None if run.trimmed is None else kept_row(run.heads[run.trimmed], costs, tokens)

@@ -36,6 +36,10 @@ from accelkit.patches.plan import Component, Fingerprint
 
 PHASES = ("prefill",)
 """Phases whose calls are opened to methods; all others run what ran before."""
+MOST_MASKED = 1 << 24
+"""Entries of a mask at a time where many rows of the last layer are kept: attention without a mask
+takes no memory to speak of, and that with one several bytes an entry.
+"""
 NAME = "accelkit-over-"
 ATTRIBUTE = "accelkit_site"
 VOLATILE = {
@@ -345,18 +349,29 @@ def _kept_rows(
     full = isinstance(mask, Tensor) and mask.ndim == 4
     if _dense_reason(module, query, None if full else mask, 0.0, kwargs) is not None:
         return None
-    if mask is not None and mask.ndim == 4:
-        mask = mask[:, :, first:] if mask.shape[2] == rows else mask
-    elif mask is None:
+    if mask is None:
         # An empty static cache is longer than the prompt; the kept rows are at the prompt's end.
         key, value, before = key[:, :, :rows], value[:, :, :rows], 0
         mask = torch.empty(1, dtype=torch.bool, device=query.device)
     visible, left_out = (n * before + n * (n + 1) / 2 for n in (rows, first))
     door.runner.trimmed(door.site.path, left_out / visible)
-    query = query[:, :, first:]
-    mask = _full_mask(module, query, key, mask)
-    out, _ = door.previous(module, query, key, value, mask, scaling=scaling, dropout=0.0, **kwargs)
-    return nn.functional.pad(out, (0, 0, 0, 0, first, 0))
+    step = max(1, MOST_MASKED // (query.shape[0] * key.shape[2]))
+    parts = []
+    for start in range(first, rows, step):
+        stop = min(start + step, rows)
+        some, end = query[:, :, start:stop], before + stop  # keys up to the last of these rows
+        k, v = key[:, :, :end], value[:, :, :end]
+        own = _full_mask(module, some, k, _mask_of(mask, rows, start, stop, end))
+        out, _ = door.previous(module, some, k, v, own, scaling=scaling, dropout=0.0, **kwargs)
+        parts.append(out)
+    return nn.functional.pad(torch.cat(parts, 1), (0, 0, 0, 0, first, 0))
+
+
+def _mask_of(mask: Tensor, rows: int, start: int, stop: int, end: int) -> Tensor:
+    """The mask of some of `rows` rows over the keys before `end`."""
+    if mask.ndim == 4:
+        mask = mask[:, :, start:stop] if mask.shape[2] == rows else mask
+    return mask[..., :end] if mask.ndim in (2, 4) else mask
 
 
 @torch.compiler.assume_constant_result

@@ -1,0 +1,84 @@
+"""What lists cost on the user's prompts, beside what the cost table says of random data.
+
+How far neighbouring tiles agree, and how long runs of keys are, follows from the data: a CPU reads
+lists that agree in few large pieces, others in many small ones, and by the table alone a method
+whose lists agree on noise would look cheaper than it is on text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from accelkit.calibration.candidates import Bench
+from accelkit.calibration.capture import dense_attention
+from accelkit.calibration.fit.methods import lists
+from accelkit.calibration.stages import family_of
+from accelkit.calibration.timing import times_ms
+from accelkit.kernels.cost import CostTable
+
+TYPICAL = 0.03
+"""Error of a head near which plans run a family; its setting next to it is clocked."""
+PLACES = 3
+"""Sites that clock: what lists cost beside their density differs little from one to another."""
+BOUNDS = (0.25, 4.0)
+"""Factors beyond these are a disturbed reading."""
+
+
+def places(sites: Sequence[str]) -> set[str]:
+    """The sites that clock, from the first to the last."""
+    ends = np.linspace(0, len(sites) - 1, min(PLACES, len(sites)))
+    return {sites[round(at)] for at in ends}
+
+
+def beside_table(bench: Bench, found: Mapping[str, Any], costs: CostTable) -> dict[str, float]:
+    """By family of those that were measured on a bench, what the kernels over its lists take for
+    all rows ÷ what the table says of them. Both count in units of dense attention, which is clocked
+    before and after: a machine is not always as fast as it was for the table.
+
+    Nothing on a GPU, whose kernels take one block after another whatever its neighbours read.
+    """
+    call, device = bench.call, bench.call.q.device
+    if device.type != "cpu":
+        return {}
+
+    def ms(run: Callable[[], Any], _: int = 1) -> float:
+        return times_ms(run, 1, 0, device)[0]
+
+    dense = [ms(partial(dense_attention, call))]
+    took: dict[str, float] = {}
+    for name, record in found.items():
+        at = _typical(record["error"])
+        if record["ms"][at] is not None:
+            continue  # clocked as a whole
+        method = family_of(name, record).settings[at]
+        answers = bench.answers(method)
+        if answers is None:
+            continue
+        own, spent = lists(answers[0], method, ms)
+        launches = sum(costs.launch_ms(size) for size, _ in own)
+        said = sum(sum(costs.lists_ms(method.kind, size, call.n_q, each)) for size, each in own)
+        took[name] = max(spent - launches, 0.0) / said if said else 1.0
+    dense.append(ms(partial(dense_attention, call)))
+    speed = float(np.mean(dense)) / (costs.ride_ms(call.n_q) * len(call.heads))
+    return {name: float(f"{one / speed:.4g}") for name, one in took.items()}
+
+
+def on_prompts(costs: CostTable, seen: Iterable[Mapping[str, float]]) -> CostTable:
+    """The table with each family's factor: the median of the places that clocked it."""
+    rows: dict[str, list[float]] = {}
+    for place in seen:
+        for name, factor in place.items():
+            rows.setdefault(name, []).append(factor)
+    factors = {name: float(np.clip(np.median(some), *BOUNDS)) for name, some in rows.items()}
+    return replace(costs, on_prompts=factors)
+
+
+def _typical(errors: Any) -> int:
+    """The setting whose heads' median error is nearest to the typical one, `[setting][head]`."""
+    middle = np.log(np.maximum(np.median(errors, axis=1), 1e-9))
+    return int(np.abs(middle - np.log(TYPICAL)).argmin())

@@ -1,0 +1,147 @@
+"""What lists cost on prompts: clocked beside dense attention, the same for all of a family."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import planted
+import pytest
+import torch
+
+from accelkit.calibration.assemble import head_ms, site_data
+from accelkit.calibration.candidates import Bench, Family, stored
+from accelkit.calibration.capture import dense_attention
+from accelkit.calibration.prefill import prices
+from accelkit.calibration.stages import kept
+from accelkit.kernels.cost import CostTable, Kernel, MethodCost
+from accelkit.kernels.select import density
+from accelkit.patches.method import load
+
+TOKENS = 1024
+NAMES = ("window", "xattention")
+COSTS = CostTable(
+    "cpu", "float32", planted.HEADS, planted.KV_HEADS, 64, ((TOKENS, 8.0),), ((TOKENS, 8.0),),
+    {"128x128": Kernel(0.0, 0.0, 4.0)},
+    {name: MethodCost(((TOKENS, 0.0),)) for name in NAMES},
+)  # fmt: skip
+SETTINGS = (load("xattention")(coverage=0.6, qk="native"), load("xattention")(coverage=0.9))
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    call = planted.planted(TOKENS, everywhere=False)
+    return Bench(call, dense_attention(call), np.zeros(0, dtype=np.int64))
+
+
+def record(errors: list[float], clocked: float | None = None) -> dict[str, Any]:
+    """Two settings with these median errors."""
+    rows = [[e] * planted.HEADS for e in errors]
+    some = [stored(m) for m in SETTINGS]
+    return {"settings": some, "field": "coverage", "error": rows, "ms": [clocked, clocked]}
+
+
+def clocked(monkeypatch, dense: list[float], lists: float) -> list[Any]:
+    """Readings of dense attention, before and after, and of lists; what ran."""
+    ran: list[Any] = []
+
+    def times_ms(run, repeat, warmup, device):
+        ran.append(run)
+        return (lists,) if len(ran) == 2 else (dense.pop(0),)
+
+    monkeypatch.setattr(prices, "times_ms", times_ms)
+    return ran
+
+
+def test_lists_are_clocked_in_units_of_dense_attention(bench, monkeypatch) -> None:
+    """A machine at half of its speed reads twice the table's time, and the factor is 1."""
+    method = SETTINGS[1]
+    own = bench.answers(method)[0].index
+    shares = density([own], bench.call).tolist()
+    said = sum(COSTS.lists_ms("xattention", own.size, TOKENS, shares))
+    ran = clocked(monkeypatch, [15.0, 17.0], 2 * said)
+    factors = prices.beside_table(bench, {"x": record([0.2, 0.04])}, COSTS)
+    assert len(ran) == 3
+    assert factors == {"x": pytest.approx(1.0, rel=1e-3)}
+    clocked(monkeypatch, [8.0, 8.0], 3 * said)
+    assert prices.beside_table(bench, {"x": record([0.2, 0.04])}, COSTS)["x"] == pytest.approx(3.0)
+
+
+def test_the_setting_near_which_plans_run_it_is_clocked(bench, monkeypatch) -> None:
+    asked: list[Any] = []
+    answers = bench.answers
+    monkeypatch.setattr(bench, "answers", lambda m: asked.append(m) or answers(m))
+    for errors, place in (([0.2, 0.04], 1), ([0.02, 0.001], 0)):
+        clocked(monkeypatch, [8.0, 8.0], 1.0)
+        prices.beside_table(bench, {"x": record(errors)}, COSTS)
+        assert stored(asked.pop()) == stored(SETTINGS[place])
+    clocked(monkeypatch, [8.0, 8.0], 1.0)
+    assert prices.beside_table(bench, {"x": record([0.2, 0.04], clocked=5.0)}, COSTS) == {}
+    assert not asked
+
+
+def test_real_readings_are_finite(bench) -> None:
+    found = prices.beside_table(bench, {"x": record([0.2, 0.04])}, COSTS)
+    assert 0 < found["x"] < np.inf
+
+
+def test_a_factor_is_the_median_of_the_places_within_bounds() -> None:
+    seen = [{"a": 1.0, "b": 90.0}, {}, {"a": 1.4}, {"a": 9.0}]
+    assert prices.on_prompts(COSTS, seen).on_prompts == {"a": 1.4, "b": prices.BOUNDS[1]}
+    assert prices.places(list("abcdefg")) == {"a", "d", "g"}
+    assert prices.places(["a", "b"]) == {"a", "b"}
+    assert prices.places([]) == set()
+
+
+def one(name: str, density: float) -> dict[str, Any]:
+    """A setting in all heads, with an error that any plan may have."""
+    heads = planted.HEADS
+    return {
+        "settings": [stored(load(name)())], "field": None, "error": [[0.01] * heads],
+        "recall": [[1.0] * heads], "density": [[density] * heads], "ms": [None],
+        "size": [(128, 128)], "parts": [None],
+    }  # fmt: skip
+
+
+def test_families_are_compared_by_what_their_lists_cost_on_prompts() -> None:
+    found = {"families": {"window": one("window", 0.3), "xattention": one("xattention", 0.4)}}
+    assert [f.name for f in kept(found, COSTS, TOKENS, TOKENS, 1)] == ["window"]
+    dear = replace(COSTS, on_prompts={"window": 1.5})
+    assert [f.name for f in kept(found, dear, TOKENS, TOKENS, 1)] == ["xattention"]
+
+
+def test_search_pays_what_lists_cost_on_prompts_and_borrowers_too() -> None:
+    """Not what choosing costs."""
+    families = [Family("window", (load("window")(),), None)]
+    heads = planted.HEADS
+    loan = {
+        "anchor": "a", "setting": stored(load("window")()), "heads": list(range(heads)),
+        "error": [0.01] * heads, "recall": [1.0] * heads, "density": [0.3] * heads,
+        "size": (128, 128),
+    }  # fmt: skip
+    unit = {
+        "a": {"families": {"window": one("window", 0.3)}, "loans": []},
+        "b": {"families": {}, "loans": [loan]},
+    }
+    weights = [{"a": [1.0] * heads, "b": [1.0] * heads}]
+    choosing = replace(COSTS, methods={"window": MethodCost(((TOKENS, 4.0),), share=0.0)})
+
+    def tables(costs: CostTable) -> tuple[Any, Any]:
+        some = {"a": families, "b": []}
+        data = site_data(["a", "b"], some, unit, [(TOKENS, unit)], TOKENS, weights, costs)
+        return head_ms(data[0].options[0], costs, TOKENS), data[1].table.loans[0].ms
+
+    own, lent = tables(choosing)
+    dear, dearer = tables(replace(choosing, on_prompts={"window": 1.5}))
+    each = 4.0 / heads
+    assert dear - each == pytest.approx(1.5 * (own - each))
+    assert dearer == pytest.approx(1.5 * lent)
+
+
+def test_a_gpu_is_not_asked(bench) -> None:
+    meta = replace(bench.call, q=bench.call.q.to("meta"))
+    other = Bench.__new__(Bench)
+    other.call = meta
+    assert torch.device("meta") == meta.q.device
+    assert prices.beside_table(other, {"x": record([0.2, 0.04])}, COSTS) == {}
