@@ -129,6 +129,23 @@ def test_lost_answers_are_asked_about_on_further_prompts(made) -> None:
     assert not now.held
 
 
+def test_the_further_prompt_that_told_comes_first(made) -> None:
+    one = made((0.01, 0.012, 0.011, 0.009), {3: 1, 103: 1})
+    now = one.round()
+    one.checker.check(now, ALLOWED)
+    assert one.asked == [0, 1, 2, 3, 101, 102, 103]
+    assert one.checker.suspicion(now, [now], ALLOWED) is not None
+    one.asked.clear()
+    one.checker.check(one.round("later"), ALLOWED)
+    assert one.asked[:2] == [3, 103]
+    one.lost.pop(103)  # it is mended, and the others are asked as well
+    one.asked.clear()
+    last = one.round("last")
+    one.checker.check(last, ALLOWED)
+    assert one.asked[:5] == [3, 103, 101, 102, 104]
+    assert last.held
+
+
 def test_what_ends_a_round_is_asked_of_other_plans(made, monkeypatch) -> None:
     lost = made((0.01, 0.012, 0.011, 0.009), {3: 2})
     now = lost.round()

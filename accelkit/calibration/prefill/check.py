@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -62,6 +63,8 @@ class Checker:
         # The prompt that tells most beside the first one, where that failed for a cause of its own.
         self.beside: int | None = None
         self.suspects: set[int] = set()
+        # Of a prompt's further ones the one that lost an answer which was followed to a head.
+        self.telling: dict[int, int] = {}
         self.references: dict[int, quality.Reference] = {}
         self.lifts: dict[int, float] = {}
         # Runs so far, and those of all prompts, in runs of the longest one.
@@ -164,8 +167,11 @@ class Checker:
         """
         sample = self.samples[n]
         rows = [self._row(plan, key, n)]
+        first = self.telling.get(n)
+        left = itertools.chain([] if first is None else [first], itertools.count(1))
         while self.more is not None and rows[0]["error"] <= allowed and self._open(rows):
-            at = len(rows)
+            ran = {row.get("further") for row in rows}
+            at = next(i for i in left if i not in ran)
             further = partial(self.more, sample.task, len(sample.ids), at)
             self.run.tell("checking a plan")
             work = partial(quality.answers, self.run.model, plan, self.still, further)
@@ -187,7 +193,7 @@ class Checker:
         n, further, place = row["prompt"], row.get("further"), row["lost_answers"][0]
         sample = self.samples[n]
         if further is not None and self.more is not None:
-            sample = self.more(sample.task, len(sample.ids), further)
+            sample, self.telling[n] = self.more(sample.task, len(sample.ids), further), further
 
         def gave(other: dict[str, Any]) -> bool:
             same = other["prompt"] == n and other.get("further") == further

@@ -108,8 +108,7 @@ def refined(
     learnt: list[int | Head] = []
 
     def learn(now: Round, rounds: Sequence[Round]) -> bool:
-        held = any(r.held for r in rounds)
-        if len(learnt) == MOST_LEARNT or (held and not checker.affords()):
+        if len(learnt) == MOST_LEARNT or not checker.affords():
             return False
         return measured(now) or blamed(now, rounds)
 
