@@ -26,6 +26,8 @@ def probes() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Examples run for minutes: begun last, one of them would be waited for alone.
+    items.sort(key=lambda item: "test_examples.py" not in item.nodeid)
     if torch.cuda.is_available():
         return
     for item in items:
