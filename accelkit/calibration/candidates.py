@@ -361,11 +361,11 @@ class Bench:
             replace(a, order=None) if there and partly else a, rows=rows if partly else None
         )
         true = self.dense
-        every = at == list(range(len(self.call.heads)))
+        heads = None if at == list(range(len(self.call.heads))) else at
         if there and partly:
             assert order is not None
-            if not every:
-                true, every = Partial(true.out[:, at], true.lse[:, at]), True
+            true = Partial(_of_heads(true.out, heads), _of_heads(true.lse, heads))
+            heads = None
             ids = order.q_table[order.row.long()]  # type: ignore[index]
             ids = (ids if ids.ndim == 3 else ids[None])[:, :, even]
             ids = ids.expand(true.out.shape[0], -1, -1).long()
@@ -374,7 +374,6 @@ class Bench:
             true = Partial(out, true.lse.gather(2, ids))
             even = torch.arange(len(even), device=even.device)
         # Heads after rows: several settings' copies of dense rows would take as much as they do.
-        heads = None if every else at
         errors = [_error(part, true, places, heads) for places in (even, scored) if places.numel()]
         lse, dense = part.lse[:, :, even].float(), _of_heads(true.lse[:, :, even], heads)
         recall = (lse - dense).clamp(max=0.0).exp().nan_to_num(0.0).mean((0, 2))
@@ -400,8 +399,8 @@ def most_together(call: AttentionCall, room: int | None = None) -> int:
     numbers = call.n_q * len(call.heads) * call.v.shape[-1]
     if not call.q.is_cuda or not numbers:
         return 1
-    each = numbers * (call.v.element_size() + JUDGED_BYTES)
-    return min(MOST_TOGETHER // numbers, MOST_TOGETHER if room is None else room // each)
+    most, each = MOST_TOGETHER // numbers, numbers * (call.v.element_size() + JUDGED_BYTES)
+    return most if room is None else min(most, room // each)
 
 
 def for_call(a: Answer, call: AttentionCall) -> Answer:

@@ -167,11 +167,10 @@ class Checker:
         """
         sample = self.samples[n]
         rows = [self._row(plan, key, n)]
-        first = self.telling.get(n)
-        left = itertools.chain([] if first is None else [first], itertools.count(1))
+        first = [self.telling[n]] if n in self.telling else []
+        others = itertools.chain(first, (i for i in itertools.count(1) if i not in first))
         while self.more is not None and rows[0]["error"] <= allowed and self._open(rows):
-            ran = {row.get("further") for row in rows}
-            at = next(i for i in left if i not in ran)
+            at = next(others)
             further = partial(self.more, sample.task, len(sample.ids), at)
             self.run.tell("checking a plan")
             work = partial(quality.answers, self.run.model, plan, self.still, further)

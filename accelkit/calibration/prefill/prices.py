@@ -17,6 +17,7 @@ import numpy as np
 from accelkit.calibration.candidates import Bench
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit.methods import lists
+from accelkit.calibration.refine import short
 from accelkit.calibration.stages import family_of
 from accelkit.calibration.timing import times_ms
 from accelkit.kernels.cost import CostTable
@@ -65,7 +66,7 @@ def beside_table(bench: Bench, found: Mapping[str, Any], costs: CostTable) -> di
         took[name] = max(spent - launches, 0.0) / said if said else 1.0
     dense.append(ms(partial(dense_attention, call)))
     speed = float(np.mean(dense)) / (costs.ride_ms(call.n_q) * len(call.heads))
-    return {name: float(f"{one / speed:.4g}") for name, one in took.items()}
+    return {name: short(one / speed) for name, one in took.items()}
 
 
 def on_prompts(costs: CostTable, seen: Iterable[Mapping[str, float]]) -> CostTable:
