@@ -26,6 +26,7 @@ def toy_costs(monkeypatch: Any) -> None:
     )  # fmt: skip
     monkeypatch.setattr(fit, "fit", lambda *a, **k: table)
     monkeypatch.setattr(prices, "beside_table", lambda *a: {})  # no clock decides
+    monkeypatch.setattr(prices, "beside_dense", lambda *a: None)
     speed = {"dense_ms": 2.0, "ms": 1.0, "tokens": LENGTH}
     monkeypatch.setattr(Checker, "speed", lambda self, plan: speed)
 

@@ -169,8 +169,13 @@ def head_ms(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> 
     if one.ms is not None:
         return np.full(heads, one.ms / heads)
     each = costs.method_ms(one.method.kind, tokens, anew)[1] if anew else 0.0
+    return each + own_ms(one, costs, tokens)
+
+
+def own_ms(one: Measured, costs: CostTable, tokens: int) -> np.ndarray:
+    """Milliseconds that each head's lists take at a length."""
     share = density_at(one, tokens)
-    return each + one.factor * lists_ms(costs, one.method.kind, one.parts, tokens, share)
+    return one.factor * lists_ms(costs, one.method.kind, one.parts, tokens, share)
 
 
 def density_at(one: Measured, tokens: int) -> np.ndarray:

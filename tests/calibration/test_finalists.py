@@ -94,7 +94,7 @@ def test_full_rows_find_what_the_eighth_leaves_out(tmp_path, monkeypatch) -> Non
     assert np.array(seen["error"])[:, :3].max() < 1e-4
     found = units(path, "final/")
     for n in range(2):
-        (errors,) = found[f"final/0.05/{n}/{FIRST}"]
+        ((errors, _),) = found[f"final/0.05/{n}/{FIRST}"]
         assert errors[0] > 0.1 > 1e-4 > max(errors[1:])
     assert "model.layers.1" not in str([k for k in found if k.startswith("final/0.05/1/")])
     first = plan.measured["rounds"][0]
@@ -119,7 +119,7 @@ def test_a_prompt_that_stands_out_is_measured(tmp_path) -> None:
     assert heads(plan) == (False, True, True, False)
     told = units(path, "blame/0.05/0/")
     assert f"blame/0.05/0/{FIRST}" in told
-    assert told[f"blame/0.05/0/final/0/{FIRST}"][0][0] > 0.1
+    assert told[f"blame/0.05/0/final/0/{FIRST}"][0][0][0] > 0.1
 
 
 @pytest.mark.parametrize("far", [(0, 1, 2, 3), (1,)])
@@ -217,7 +217,8 @@ def test_what_is_sparser_than_hopeless_is_as_bad() -> None:
 
 def test_a_borrowing_head_tells_of_the_loan() -> None:
     choices = (Choice((0, DENSE, DENSE), 1, (False, True, False)), Choice((1, 1, DENSE)))
-    found = finalists._of_choices(choices, [[0.1, 0.2, 0.0], None])
+    found = finalists._of_choices({choices[0]: ([0.1, 0.2, 0.0], 0.7), choices[1]: None})
+    assert found.shares == {choices[0]: 0.7}
     assert found.loans.keys() == {1}
     np.testing.assert_array_equal(found.loans[1], [np.nan, 0.2, np.nan])
     assert found.options.keys() == {0}

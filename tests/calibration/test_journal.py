@@ -97,7 +97,7 @@ def test_another_run_is_refused(tmp_path) -> None:
 def test_a_journal_of_another_format_is_refused(tmp_path) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text('{"journal": 1, "model": "a", "seed": 0}\n')
-    with pytest.raises(InvalidInputError, match="journal: 1 there, 3 now"):
+    with pytest.raises(InvalidInputError, match="journal: 1 there, 4 now"):
         Journal(path, HEADER, resume=True)
 
 

@@ -149,6 +149,7 @@ def costs(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(fit, "fit", lambda *a, **k: table)
     monkeypatch.setattr(prices, "beside_table", lambda *a: {})
+    monkeypatch.setattr(prices, "beside_dense", lambda *a: None)
     speed = {"dense_ms": 2.0, "ms": 1.0, "tokens": LENGTH}
     monkeypatch.setattr(prefill_check.Checker, "speed", lambda self, plan: speed)
 

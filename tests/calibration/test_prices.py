@@ -14,6 +14,7 @@ from accelkit.calibration.assemble import head_ms, site_data
 from accelkit.calibration.candidates import Bench, Family, stored
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.prefill import prices
+from accelkit.calibration.search import DENSE, Choice
 from accelkit.calibration.stages import kept
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.kernels.select import density
@@ -145,3 +146,39 @@ def test_a_gpu_is_not_asked(bench) -> None:
     other.call = meta
     assert torch.device("meta") == meta.q.device
     assert prices.beside_table(other, {"x": record([0.2, 0.04])}, COSTS) == {}
+    assert prices.beside_dense(meta, 6.0) is None
+
+
+def places_of(*names: str) -> list[Any]:
+    """Two sites with a setting of each of these methods in their options."""
+    families = {path: [Family(n, (load(n)(),), None) for n in names] for path in ("a", "b")}
+    unit = {p: {"families": {n: one(n, 0.3) for n in names}, "loans": []} for p in families}
+    weights = [{path: [1.0] * planted.HEADS for path in families}]
+    return site_data(["a", "b"], families, unit, [(TOKENS, unit)], TOKENS, weights, COSTS)
+
+
+def test_lists_cost_what_choices_took_as_a_plan_runs_them() -> None:
+    """At its own site what it took there, elsewhere the median of the sites where it ran."""
+    before = places_of(*NAMES)
+    choice = Choice((0, *(DENSE,) * (planted.HEADS - 1)))
+    ride = COSTS.ride_ms(TOKENS)
+    said = float(head_ms(before[0].options[0], COSTS, TOKENS)[0])
+    whole = (planted.HEADS - 1) * ride + 3.0 * said  # three times as much as the table says
+    lent = Choice((DENSE,) * planted.HEADS, 0, (True,) * planted.HEADS)
+    ran = [{choice: whole / (planted.HEADS * ride), lent: 9.0}, {}]
+    for was, now in zip(before, prices.as_they_ran(before, ran, COSTS, TOKENS), strict=True):
+        assert now.options[0].factor == pytest.approx(3.0)
+        assert now.table.options[0].ms == pytest.approx(3.0 * was.table.options[0].ms)
+        assert now.options[1].factor == was.options[1].factor == 1.0
+        assert now.table.options[1].ms == pytest.approx(was.table.options[1].ms)
+
+
+def test_nothing_changes_where_nothing_was_clocked() -> None:
+    before = places_of("window")
+    (a, b) = prices.as_they_ran(before, [{}, {}], COSTS, TOKENS)
+    assert (a.options[0].factor, b.options[0].factor) == (1.0, 1.0)
+
+
+def test_a_call_is_clocked_beside_dense_attention(bench, monkeypatch) -> None:
+    monkeypatch.setattr(prices, "times_ms", lambda *a: (8.0,))
+    assert prices.beside_dense(bench.call, 6.0) == 0.75

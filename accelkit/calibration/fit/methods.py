@@ -28,7 +28,9 @@ from accelkit.patches.sites.attention import PLAIN, Answer, answer, compute, in_
 MOST = 0.8
 """A method whose estimate alone takes this share of dense attention is refused."""
 MOST_BRIEF = 0.5
-"""The same in a search, which hardly takes a method that could halve attention at best."""
+"""The same in a search, which hardly takes a method that could halve attention at best, and on a
+CPU.
+"""
 Size = tuple[int, int]
 Lists = tuple[tuple[Size, list[float]], ...]
 """Units, each with the share of the visible pairs that a method lists for every head."""
@@ -101,7 +103,7 @@ def cost(
             # Static lists are made once for all layers and, in a denoiser, for all steps and runs.
             share = 1.0 if not method.static else 1 / shape.layers if call.causal else 0.0
             chosen = [share * each for each in choosing(call, now, one, ms, brief)]
-            most = MOST_BRIEF if brief else MOST
+            most = MOST_BRIEF if brief or not call.q.is_cuda else MOST
             if reason := _hopeless(found, (n, sum(chosen)), call, longest, dense, most):
                 return reason
             if n < longest and call.q.device.type == "cpu" and one.execution != PLAIN:

@@ -254,7 +254,7 @@ def _measured(
         found = data(families, units)
     if not run.late(0.75, "full rows of finalists"):
         prefix, first = f"final/{epsilon}/", inputs.measure[0]
-        found = with_full_rows(run, prefix, first, found, epsilon, weights[0], tokens)
+        found = with_full_rows(run, prefix, first, found, epsilon, weights[0], costs, tokens)
 
     def further(
         prefix: str, sample: prompts.Sample, found: Sequence[SiteData], epsilon: float
@@ -262,7 +262,7 @@ def _measured(
         unit = measure.further(run, sample, prefix, screen, families, kept)
         own = stages.worst(heads, _alike(sample, probes, by_probe))
         found = worse(found, listed(found, families, unit), own)
-        return with_full_rows(run, f"{prefix}final/", sample, found, epsilon, own, tokens)
+        return with_full_rows(run, f"{prefix}final/", sample, found, epsilon, own, costs, tokens)
 
     seen = partial(uniform.screened, screen, stages.worst(heads, by_probe), costs, brief)
     return Known(costs, found, brief, seen, further)

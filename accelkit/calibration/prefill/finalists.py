@@ -2,14 +2,14 @@
 and held-out prompts that stand out.
 
 An eighth of the query tiles tells the errors of hundreds of settings. Search picks those that look
-best, and so those that the eighth flatters. What it picks near the budget, at most four settings of
-a head, is therefore run once more as a plan runs it: all heads of a layer with their mixture, every
-query row.
+best, and so those that the eighth flatters, or the prices. What it picks near the budget, at most
+four settings of a head, is therefore run once more as a plan runs it: all heads of a layer with
+their mixture, every query row; and, on a CPU, clocked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,8 +22,11 @@ from accelkit.calibration.candidates import Family, stored
 from accelkit.calibration.capture import capture
 from accelkit.calibration.evaluation import tasks
 from accelkit.calibration.evaluation.tasks import Sample
+from accelkit.calibration.prefill import prices
 from accelkit.calibration.search import DENSE, Choice, Solution, predicted, search
 from accelkit.calibration.session import Run
+from accelkit.calibration.timing import times_ms
+from accelkit.kernels.cost import CostTable
 from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import facts
 from accelkit.patches.call import AttentionCall
@@ -39,16 +42,19 @@ SURPRISE = 1.1
 """Predicted error with full rows ÷ the one before from which finalists are named anew."""
 BROKEN = 1e3
 """Error of what is not finite."""
+Ran = tuple[Sequence[float], float | None]
+"""Errors of the heads of a choice, and what it took ÷ dense attention if that was clocked."""
 
 
 @dataclass
 class Errors:
     """Of a place on one prompt: `[H]` for each option and loan, by their places in its table; NaN
-    for heads that were not measured.
+    for heads that were not measured. `shares` is what choices took ÷ dense attention beside them.
     """
 
     options: dict[int, np.ndarray] = field(default_factory=dict)
     loans: dict[int, np.ndarray] = field(default_factory=dict)
+    shares: dict[Choice, float] = field(default_factory=dict)
 
 
 def with_full_rows(
@@ -58,10 +64,12 @@ def with_full_rows(
     data: Sequence[SiteData],
     epsilon: float,
     weights: Mapping[str, Sequence[float]],
+    costs: CostTable,
     tokens: int,
 ) -> list[SiteData]:
     """The tables with what full rows of a prompt, on which the heads have these weights, say of the
-    finalists around `epsilon`; journal units begin with `prefix`.
+    finalists around `epsilon`: errors, and prices where they were clocked; journal units begin with
+    `prefix`.
     """
     data = list(data)
     known: list[set[Choice]] = [set() for _ in data]
@@ -70,6 +78,7 @@ def with_full_rows(
         with run.planning(f"finalists of {key}"):
             some = finalists(data, [t * epsilon for t in times])
         errors = full_rows(run, key, sample, data, some, tokens, known)
+        data = prices.as_they_ran(data, [e.shares for e in errors], costs, tokens)
         data = worse(data, errors, weights)
         if all(_predicted(data, s) <= SURPRISE * s.error for s in some):
             break
@@ -114,16 +123,15 @@ def full_rows(
     scored = torch.from_numpy(tasks.judged_rows(sample)).to(run.device)
 
     def see(call: AttentionCall, dense: Partial) -> None:
-        path, found = call.site.path, dict[Choice, list[float] | None]()
+        path, found = call.site.path, dict[Choice, Ran | None]()
         mine = ran[order.index(path)]
 
-        def work() -> list[list[float] | None]:
+        def work() -> list[Ran | None]:
             for handle, solution in zip(handles, some, strict=True):
                 choice = solution.choices[order.index(path)]
                 new = path in waiting and choice in mine and choice not in found
                 if new or path in handle.state.anchors:  # lists are lent to later sites
-                    out = handle.run(call)
-                    found[choice] = None if out is None else _errors(out, dense.out, scored)
+                    found[choice] = _as_in_a_plan(handle, call, dense, scored)
             return [found[c] for c in mine]
 
         if path in waiting:
@@ -136,9 +144,25 @@ def full_rows(
         lenders = set().union(*(h.state.anchors for h in handles))
         capture(run.model, sample.ids, see, lambda path: path in waiting | lenders)
     return [
-        _of_choices(ran[n], run.journal[keys[path]]) if path in keys else Errors()
+        _of_choices(dict(zip(ran[n], run.journal[keys[path]], strict=True)))
+        if path in keys
+        else Errors()
         for n, path in enumerate(order)
     ]
+
+
+def _as_in_a_plan(
+    handle: PatchHandle, call: AttentionCall, dense: Partial, scored: Tensor
+) -> Ran | None:
+    """Errors of the heads of a call and, on a CPU, what it took ÷ dense attention right after; None
+    where it stays dense.
+    """
+    found: list[Tensor | None] = []
+    (took,) = times_ms(lambda: found.append(handle.run(call)), 1, 0, call.q.device)
+    (out,) = found
+    return (
+        None if out is None else (_errors(out, dense.out, scored), prices.beside_dense(call, took))
+    )
 
 
 def _errors(found: Tensor, true: Tensor, scored: Tensor) -> list[float]:
@@ -154,11 +178,14 @@ def _errors(found: Tensor, true: Tensor, scored: Tensor) -> list[float]:
     return [float(f"{e:.6g}") for e in torch.stack(errors).tolist()]
 
 
-def _of_choices(choices: Iterable[Choice], rows: Sequence[Sequence[float] | None]) -> Errors:
+def _of_choices(rows: Mapping[Choice, Ran | None]) -> Errors:
     """What a unit says of the options and loans that its choices ran."""
     found = Errors()
-    for choice, row in zip(choices, rows, strict=True):
-        for h, error in enumerate(row or ()):
+    for choice, row in rows.items():
+        errors, share = row or ((), None)
+        if share is not None:
+            found.shares[choice] = share
+        for h, error in enumerate(errors):
             lent = bool(choice.borrowed) and choice.borrowed[h]
             at = choice.loan if lent else choice.heads[h]
             if at is not None and at != DENSE:

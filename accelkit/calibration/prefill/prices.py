@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from accelkit.calibration.assemble import SiteData, head_ms, own_ms
 from accelkit.calibration.candidates import Bench
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit.methods import lists
 from accelkit.calibration.refine import short
+from accelkit.calibration.search import DENSE, Choice, cost
 from accelkit.calibration.stages import family_of
 from accelkit.calibration.timing import times_ms
 from accelkit.kernels.cost import CostTable
+from accelkit.patches.call import AttentionCall
 
 TYPICAL = 0.03
 """Error of a head near which plans run a family; its setting next to it is clocked."""
@@ -77,6 +80,53 @@ def on_prompts(costs: CostTable, seen: Iterable[Mapping[str, float]]) -> CostTab
             rows.setdefault(name, []).append(factor)
     factors = {name: float(np.clip(np.median(some), *BOUNDS)) for name, some in rows.items()}
     return replace(costs, on_prompts=factors)
+
+
+def beside_dense(call: AttentionCall, ms: float) -> float | None:
+    """Milliseconds of a layer's call ÷ those of dense attention right now; None on a GPU, where
+    calls one by one wait for the host, as those of a model do not.
+    """
+    device = call.q.device
+    if device.type != "cpu":
+        return None
+    return short(ms / times_ms(partial(dense_attention, call), 1, 0, device)[0])
+
+
+def as_they_ran(
+    data: Sequence[SiteData],
+    ran: Sequence[Mapping[Choice, float]],
+    costs: CostTable,
+    tokens: int,
+) -> list[SiteData]:
+    """Tables whose lists cost what choices of each site took, given as shares of dense attention:
+    search picks what looks cheap, and so what prices flatter. What a family took at a site is the
+    mean of the choices that run it there; where it did not run, the median of other sites.
+    """
+    took: dict[str, dict[str, list[float]]] = {}
+    for d, shares in zip(data, ran, strict=True):
+        for choice, share in shares.items():
+            some = [(d.options[at], h) for h, at in enumerate(choice.heads) if at != DENSE]
+            if any(choice.borrowed) or any(one.ms is not None for one, _ in some):
+                continue  # lists of another site, or clocked as a whole
+            said = sum(own_ms(one, costs, tokens)[h] for one, h in some)
+            if said:
+                whole = share * costs.ride_ms(tokens) * d.table.heads
+                factor = (whole - cost(d.table, choice) + said) / said
+                for family in {one.family for one, _ in some}:
+                    took.setdefault(family, {}).setdefault(d.site, []).append(factor)
+    found = []
+    for d in data:
+        options, rows = list(d.options), list(d.table.options)
+        for n, one in enumerate(options):
+            if one.ms is not None:
+                continue
+            sites = {k: float(np.mean(v)) for k, v in took.get(one.family, {}).items()}
+            factor = sites.get(d.site, float(np.median([*sites.values()] or [1.0])))
+            options[n] = replace(one, factor=one.factor * float(np.clip(factor, *BOUNDS)))
+            rows[n] = replace(rows[n], ms=head_ms(options[n], costs, tokens))
+        table = replace(d.table, options=tuple(rows))
+        found.append(replace(d, table=table, options=tuple(options)))
+    return found
 
 
 def _typical(errors: Any) -> int:
