@@ -29,7 +29,7 @@ FIRST = 1.0
 """ε of the first round ÷ the budget."""
 DUE = 0.85
 """Share of the budget that a look has to expect for all prompts to be run."""
-ENOUGH = 0.8
+ENOUGH = 0.7
 """Share of the budget whose use by all prompts ends the rounds: checking the next plan on all of
 them would cost more than it finds.
 """

@@ -10,11 +10,12 @@ import planted
 import pytest
 import torch
 
+from accelkit.calibration import search
 from accelkit.calibration.assemble import head_ms, site_data
 from accelkit.calibration.candidates import Bench, Family, stored
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.prefill import prices
-from accelkit.calibration.search import DENSE, Choice
+from accelkit.calibration.search import DENSE, Choice, Loan
 from accelkit.calibration.stages import kept
 from accelkit.kernels.cost import CostTable, Kernel, MethodCost
 from accelkit.kernels.select import density
@@ -171,6 +172,16 @@ def test_lists_cost_what_choices_took_as_a_plan_runs_them() -> None:
         assert now.table.options[0].ms == pytest.approx(3.0 * was.table.options[0].ms)
         assert now.options[1].factor == was.options[1].factor == 1.0
         assert now.table.options[1].ms == pytest.approx(was.table.options[1].ms)
+
+
+def test_lent_lists_cost_what_they_cost_where_they_come_from() -> None:
+    a, b = places_of("window")
+    lends = Loan(0, 0, tuple(range(planted.HEADS)), a.options[0].error, a.table.options[0].ms)
+    b = replace(b, table=replace(b.table, loans=(lends,)), loans=(a.options[0],))
+    choice = Choice((0,) * planted.HEADS)
+    share = 2.0 * search.cost(a.table, choice) / (planted.HEADS * COSTS.ride_ms(TOKENS))
+    after = prices.as_they_ran([a, b], [{choice: share}, {}], COSTS, TOKENS)
+    assert after[1].table.loans[0].ms == pytest.approx(2.0 * lends.ms)
 
 
 def test_nothing_changes_where_nothing_was_clocked() -> None:

@@ -2,7 +2,8 @@
 
 How far neighbouring tiles agree, and how long runs of keys are, follows from the data: a CPU reads
 lists that agree in few large pieces, others in many small ones, and by the table alone a method
-whose lists agree on noise would look cheaper than it is on text.
+whose lists agree on noise would look cheaper than it is on text. Lists are clocked twice: while
+methods are screened, one setting of each, and where search is about to choose, as a plan runs them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from accelkit.calibration.assemble import SiteData, head_ms, own_ms
+from accelkit.calibration.assemble import Measured, SiteData, head_ms, own_ms
 from accelkit.calibration.candidates import Bench
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.fit.methods import lists
@@ -114,19 +115,36 @@ def as_they_ran(
                 factor = (whole - cost(d.table, choice) + said) / said
                 for family in {one.family for one, _ in some}:
                     took.setdefault(family, {}).setdefault(d.site, []).append(factor)
-    found = []
+    if not took:
+        return list(data)
+    found: list[SiteData] = []
     for d in data:
-        options, rows = list(d.options), list(d.table.options)
-        for n, one in enumerate(options):
-            if one.ms is not None:
-                continue
-            sites = {k: float(np.mean(v)) for k, v in took.get(one.family, {}).items()}
-            factor = sites.get(d.site, float(np.median([*sites.values()] or [1.0])))
-            options[n] = replace(one, factor=one.factor * float(np.clip(factor, *BOUNDS)))
-            rows[n] = replace(rows[n], ms=head_ms(options[n], costs, tokens))
-        table = replace(d.table, options=tuple(rows))
-        found.append(replace(d, table=table, options=tuple(options)))
+        options = [replace(o, factor=o.factor * _factor(took, o, d.site)) for o in d.options]
+        # Lists that are lent cost what they cost where they come from.
+        lent = [
+            replace(m, factor=found[x.anchor].options[x.option].factor)
+            for m, x in zip(d.loans, d.table.loans, strict=True)
+        ]
+        table = replace(
+            d.table,
+            options=tuple(
+                replace(row, ms=head_ms(o, costs, tokens))
+                for row, o in zip(d.table.options, options, strict=True)
+            ),
+            loans=tuple(
+                replace(row, ms=head_ms(m, costs, tokens, 0.0))
+                for row, m in zip(d.table.loans, lent, strict=True)
+            ),
+        )
+        found.append(replace(d, table=table, options=tuple(options), loans=tuple(lent)))
     return found
+
+
+def _factor(took: Mapping[str, Mapping[str, Sequence[float]]], one: Measured, site: str) -> float:
+    """By which a setting's price at a site is multiplied, from what its family took by site."""
+    sites = {k: float(np.mean(v)) for k, v in took.get(one.family, {}).items()}
+    factor = sites.get(site, float(np.median([*sites.values()] or [1.0])))
+    return float(np.clip(factor, *BOUNDS))
 
 
 def _typical(errors: Any) -> int:
