@@ -129,16 +129,23 @@ def full_rows(
         def work() -> list[Ran | None]:
             for handle, solution in zip(handles, some, strict=True):
                 choice = solution.choices[order.index(path)]
-                new = path in waiting and choice in mine and choice not in found
-                if new or path in handle.state.anchors:  # lists are lent to later sites
+                if choice in mine and choice not in found:
                     found[choice] = _as_in_a_plan(handle, call, dense, scored)
+                else:
+                    lend(handle)
             return [found[c] for c in mine]
+
+        def lend(handle: PatchHandle) -> None:
+            """Leave lists for later sites."""
+            if path in handle.state.anchors:
+                handle.run(call)
 
         if path in waiting:
             run.tell("measuring all rows of finalists")
             run.journal.unit(keys[path], work)
         else:
-            work()
+            for handle in handles:
+                lend(handle)
 
     if waiting:
         lenders = set().union(*(h.state.anchors for h in handles))
@@ -160,9 +167,9 @@ def _as_in_a_plan(
     found: list[Tensor | None] = []
     (took,) = times_ms(lambda: found.append(handle.run(call)), 1, 0, call.q.device)
     (out,) = found
-    return (
-        None if out is None else (_errors(out, dense.out, scored), prices.beside_dense(call, took))
-    )
+    if out is None:
+        return None
+    return _errors(out, dense.out, scored), prices.beside_dense(call, took)
 
 
 def _errors(found: Tensor, true: Tensor, scored: Tensor) -> list[float]:
