@@ -22,6 +22,10 @@ TOLERANCES = (0.02, 0.05, 0.1, 0.2)
 """Errors of a head at which families are compared after screening."""
 LEAST_GAIN = 0.003
 """Share of a layer's time by which another family lowers it, if it is worth measuring."""
+DOUBT = {"cpu": 0.3}
+"""Share by which prices on short prompts may be too high, by device: other programs disturb a CPU,
+and what a method does for each tile weighs more on a short prompt.
+"""
 LEAST_WEIGHT = 0.1
 """Share of the median weight that no head is below: noise that seems to do nothing was drowned."""
 Probe = Callable[[Sequence[str]], quality.Show]
@@ -74,7 +78,8 @@ def kept(
     """The families of a site that are worth measuring on long prompts, the best first.
 
     One after another, the family that makes the layer cheapest beside those before it, summed over
-    the tolerated errors: each head runs the cheapest setting of any of them, or dense.
+    the tolerated errors: each head runs the cheapest setting of any of them, or dense. Beside the
+    first one, others are judged as if they cost less by what a price may be in doubt.
     """
     found = record["families"]
     once: dict[str, float] = {}
@@ -98,11 +103,12 @@ def kept(
         ms[name] = np.array([np.where(error <= t, cost, np.inf).min(0) for t in tolerances])
     chosen: list[str] = []
     best: Any = costs.ride_ms(tokens)
+    sure = 1.0 - DOUBT.get(costs.device, 0.0)
     while len(chosen) < min(most, len(ms)):
         rest = [n for n in ms if n not in chosen]
-        total = {n: float(np.minimum(best, ms[n]).sum()) + len(tolerances) * once[n] for n in rest}
-        first = min(rest, key=lambda n: (total[n], n))
-        if chosen and np.minimum(best, ms[first]).sum() > (1 - LEAST_GAIN) * best.sum():
+        least = {n: np.minimum(best, (sure if chosen else 1.0) * ms[n]).sum() for n in rest}
+        first = min(rest, key=lambda n: (float(least[n]) + len(tolerances) * once[n], n))
+        if chosen and least[first] > (1 - LEAST_GAIN) * best.sum():
             break
         chosen.append(first)
         best = np.minimum(best, ms[first])

@@ -2,9 +2,9 @@
 
 Blocks that all queries of a tile see wholly go through torch's fused CPU attention without a mask:
 first those that a run of neighbouring tiles shares, read by the whole run in one piece, then what
-is left of each tile. Rows with lists of equal length share a call. The diagonal is one call of
-triangles; other blocks that some query sees only in part come last and with a mask. Pieces are
-joined by LSE (`cpu_rows`).
+is left of each tile. Rows with lists of equal length share a call. Tiles over the keys at their own
+positions are causal calls; other blocks that some query sees only in part come last and with a
+mask. Pieces are joined by LSE (`cpu_rows`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ filled.
 """
 
 _SQUARE_KEYS = 16
-"""Tiles over their own blocks become triangles if a block has at least so many keys."""
+"""Tiles over their own blocks are causal calls if a block has at least so many keys."""
 
 
 def refusal(launch: Launch) -> str | None:

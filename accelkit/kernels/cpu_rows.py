@@ -22,9 +22,6 @@ from accelkit.kernels.launch import FAR, Launch
 _CHUNK_BYTES = 8 * 2**20
 """Gathered K and V (and mask) of one fused call: fewer calls, as far as caches hold them."""
 
-_LEAST_TRIANGLE = 64
-"""Rows below which a causal square is computed whole."""
-
 _HIDDEN = -1e30
 """Added to the logits of invisible pairs. Finite, because a fully hidden stretch would give NaN
 with −inf.
@@ -52,22 +49,6 @@ def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     share = torch.sigmoid(more_lse - lse).masked_fill_(more_lse == -math.inf, 0.0)  # of `more`
     out.lerp_(more, share[..., None])
     torch.logaddexp(lse, more_lse, out=lse)
-
-
-def triangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Piece:
-    """Causal attention of as many rows as keys, `[R, 1, n, D]`. The fused kernel computes the whole
-    square: triangles are halved as long as the square left out is worth its join.
-    """
-    rows, half = q.shape[2], q.shape[2] // 2
-    if rows % 2 or half < _LEAST_TRIANGLE:
-        return fused(q, k, v, scale, causal=True)
-    exact = torch.promote_types(q.dtype, torch.float32)
-    halves = [t.reshape(-1, 1, half, t.shape[3]) for t in (q, k, v)]
-    out, lse = triangle(halves[0], halves[1], halves[2], scale)
-    out, lse = out.to(exact).reshape(-1, 2, half, q.shape[3]), lse.reshape(-1, 2, half)
-    below, below_lse = fused(q[:, :, half:], k[:, :, :half], v[:, :, :half], scale)
-    join(out[:, 1], lse[:, 1], below[:, 0].to(exact), below_lse[:, 0])
-    return out.view(-1, 1, rows, q.shape[3]), lse.view(-1, 1, rows)
 
 
 def wide(t: Tensor, rows: int, width: int) -> Tensor:
@@ -178,7 +159,7 @@ class Rows:
         out[:, len(tiles) :], lse[:, len(tiles) :] = 0.0, -math.inf
         for line, kv in enumerate(self.kv.tolist()):
             some = q[line, : len(tiles), None]
-            one = triangle(some, k[kv, places], v[kv, places], self.launch.scale)
+            one = fused(some, k[kv, places], v[kv, places], self.launch.scale, causal=True)
             out[line, : len(tiles)], lse[line, : len(tiles)] = (t[:, 0] for t in one)
         if not own.all():
             out[:, : len(tiles)].masked_fill_(~own[..., None, None], 0.0)

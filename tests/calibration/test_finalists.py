@@ -22,7 +22,7 @@ from accelkit.calibration.candidates import Family, stored
 from accelkit.calibration.evaluation.tasks import Sample
 from accelkit.calibration.journal import Journal
 from accelkit.calibration.prefill import calibrate as journey
-from accelkit.calibration.prefill import finalists
+from accelkit.calibration.prefill import finalists, prices
 from accelkit.calibration.prefill.finalists import Errors, listed, worse
 from accelkit.calibration.prefill.measure import PRESETS
 from accelkit.calibration.search import DENSE, Choice, Loan, Option, Solution, Table
@@ -225,7 +225,7 @@ def test_a_borrowing_head_tells_of_the_loan() -> None:
     np.testing.assert_array_equal(found.options[0], [0.1, np.nan, np.nan])
 
 
-def test_lists_are_lent_to_later_sites() -> None:
+def test_lists_are_lent_to_later_sites(monkeypatch) -> None:
     """A resumed run asks an anchor for its lists again, though its errors are known."""
     model = planted()
     first, second, _ = made(4)
@@ -244,10 +244,17 @@ def test_lists_are_lent_to_later_sites() -> None:
         run = session.Run(
             model, model.device, sites(model), heads, book, PRESETS["fast"], lambda _: None
         )
-        return finalists.full_rows(run, "final/", sample, data, some, 64, [(), ()])
+        return finalists.full_rows(run, "final/", sample, data, some, 64, [(), ()], clocked)
 
+    def beside_dense(call, runs):
+        return [run() for run in runs], [0.5 for _ in runs]
+
+    monkeypatch.setattr(prices, "beside_dense", beside_dense)
+    clocked = True
+    assert errors(Journal(None, {}, False))[0].shares == {lends: 0.5}
+    clocked = False
     a, b = errors(whole)
-    assert (a.options.keys(), b.loans.keys()) == ({0}, {0})
+    assert (a.options.keys(), b.loans.keys(), a.shares) == ({0}, {0}, {})
     assert a.options[0][0] > 0.1 > 1e-4 > b.loans[0][:3].max() > 0.0
     cut.put(f"final/{paths[0]}", whole[f"final/{paths[0]}"], 0.0)
     np.testing.assert_array_equal(errors(cut)[1].loans[0], b.loans[0])

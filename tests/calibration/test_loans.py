@@ -10,6 +10,7 @@ import numpy as np
 import planted
 import pytest
 import torch
+from planted_model import unclocked
 from tiny_cases import tiny_model
 
 from accelkit.calibration import calibrate as flow
@@ -149,7 +150,7 @@ def costs(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(fit, "fit", lambda *a, **k: table)
     monkeypatch.setattr(prices, "beside_table", lambda *a: {})
-    monkeypatch.setattr(prices, "beside_dense", lambda *a: None)
+    monkeypatch.setattr(prices, "beside_dense", unclocked)
     speed = {"dense_ms": 2.0, "ms": 1.0, "tokens": LENGTH}
     monkeypatch.setattr(prefill_check.Checker, "speed", lambda self, plan: speed)
 

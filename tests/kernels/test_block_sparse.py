@@ -105,20 +105,6 @@ def test_cpu_path_shares_what_neighbours_read(size, causal, monkeypatch) -> None
     assert {1024, 256, size[0]} <= set(heights)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("rows", [48, 64, 256, 384])
-def test_halved_triangles_are_causal_attention(rows, dtype) -> None:
-    q, k, v = (torch.randn(3, 1, rows, 32, dtype=dtype) for _ in range(3))
-    out, lse = cpu_rows.triangle(q, k, v, 0.2)
-    scores = (q.double() @ k.double().mT * 0.2).masked_fill(
-        torch.ones(rows, rows, dtype=torch.bool).triu(1), -math.inf
-    )
-    close = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
-    expected = scores.softmax(-1) @ v.double()
-    torch.testing.assert_close(out.double(), expected, atol=close, rtol=close)
-    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=close, rtol=close)
-
-
 def test_cpu_path_keeps_what_is_not_a_number_to_its_readers() -> None:
     """Tiles that share stages, calls and memory with one that reads it do not."""
     n, own = 2048, torch.Generator().manual_seed(3)

@@ -262,7 +262,8 @@ def _measured(
         unit = measure.further(run, sample, prefix, screen, families, kept)
         own = stages.worst(heads, _alike(sample, probes, by_probe))
         found = worse(found, listed(found, families, unit), own)
-        return with_full_rows(run, f"{prefix}final/", sample, found, epsilon, own, costs, tokens)
+        prefix = f"{prefix}final/"  # what lists cost is known by now
+        return with_full_rows(run, prefix, sample, found, epsilon, own, costs, tokens, False)
 
     seen = partial(uniform.screened, screen, stages.worst(heads, by_probe), costs, brief)
     return Known(costs, found, brief, seen, further)

@@ -9,8 +9,9 @@ their mixture, every query row; and, on a CPU, clocked.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ from accelkit.calibration.evaluation.tasks import Sample
 from accelkit.calibration.prefill import prices
 from accelkit.calibration.search import DENSE, Choice, Solution, predicted, search
 from accelkit.calibration.session import Run
-from accelkit.calibration.timing import times_ms
 from accelkit.kernels.cost import CostTable
 from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import facts
@@ -66,10 +66,11 @@ def with_full_rows(
     weights: Mapping[str, Sequence[float]],
     costs: CostTable,
     tokens: int,
+    clocked: bool = True,
 ) -> list[SiteData]:
     """The tables with what full rows of a prompt, on which the heads have these weights, say of the
-    finalists around `epsilon`: errors, and prices where they were clocked; journal units begin with
-    `prefix`.
+    finalists around `epsilon`: errors and, where they are `clocked`, prices; journal units begin
+    with `prefix`.
     """
     data = list(data)
     known: list[set[Choice]] = [set() for _ in data]
@@ -77,7 +78,7 @@ def with_full_rows(
         key = f"{prefix}{n}/"
         with run.planning(f"finalists of {key}"):
             some = finalists(data, [t * epsilon for t in times])
-        errors = full_rows(run, key, sample, data, some, tokens, known)
+        errors = full_rows(run, key, sample, data, some, tokens, known, clocked)
         data = prices.as_they_ran(data, [e.shares for e in errors], costs, tokens)
         data = worse(data, errors, weights)
         if all(_predicted(data, s) <= SURPRISE * s.error for s in some):
@@ -106,10 +107,12 @@ def full_rows(
     some: Sequence[Solution],
     tokens: int,
     known: Sequence[Collection[Choice]],
+    clocked: bool = True,
 ) -> list[Errors]:
     """Errors on every query row of a prompt, and apart on its scored rows, when each layer runs as
     in the plans of these solutions for `tokens`; the larger of the two counts. What is `known` of a
-    place is not run again. A journal unit for each place, whose key begins with `prefix`.
+    place is not run again; on a CPU what runs may be `clocked`. A journal unit for each place, its
+    key beginning with `prefix`.
     """
     fingerprint, order = facts(run.model)[0], [d.site for d in data]
     plans = [assemble(data, s, fingerprint, Budget(), tokens, Limits()) for s in some]
@@ -121,19 +124,30 @@ def full_rows(
     keys = {path: f"{prefix}{path}" for path, choices in zip(order, ran, strict=True) if choices}
     waiting = {path for path, key in keys.items() if key not in run.journal}
     scored = torch.from_numpy(tasks.judged_rows(sample)).to(run.device)
+    # On a GPU calls one by one wait for the host, as those of a model do not.
+    clocked = clocked and run.device.type == "cpu"
 
     def see(call: AttentionCall, dense: Partial) -> None:
-        path, found = call.site.path, dict[Choice, Ran | None]()
+        path = call.site.path
         mine = ran[order.index(path)]
 
         def work() -> list[Ran | None]:
+            runs = dict[Choice, Callable[[], Tensor | None]]()
             for handle, solution in zip(handles, some, strict=True):
                 choice = solution.choices[order.index(path)]
-                if choice in mine and choice not in found:
-                    found[choice] = _as_in_a_plan(handle, call, dense, scored)
+                if choice in mine and choice not in runs:
+                    runs[choice] = partial(handle.run, call)
                 else:
                     lend(handle)
-            return [found[c] for c in mine]
+            each = [runs[c] for c in mine]
+            outs: Iterable[Tensor | None] = (run() for run in each)
+            shares: Sequence[float | None] = [None for _ in each]
+            if clocked:
+                outs, shares = prices.beside_dense(call, each)
+            return [
+                None if out is None else (_errors(out, dense.out, scored), share)
+                for out, share in zip(outs, shares, strict=True)
+            ]
 
         def lend(handle: PatchHandle) -> None:
             """Leave lists for later sites."""
@@ -156,20 +170,6 @@ def full_rows(
         else Errors()
         for n, path in enumerate(order)
     ]
-
-
-def _as_in_a_plan(
-    handle: PatchHandle, call: AttentionCall, dense: Partial, scored: Tensor
-) -> Ran | None:
-    """Errors of the heads of a call and, on a CPU, what it took ÷ dense attention right after; None
-    where it stays dense.
-    """
-    found: list[Tensor | None] = []
-    (took,) = times_ms(lambda: found.append(handle.run(call)), 1, 0, call.q.device)
-    (out,) = found
-    if out is None:
-        return None
-    return _errors(out, dense.out, scored), prices.beside_dense(call, took)
 
 
 def _errors(found: Tensor, true: Tensor, scored: Tensor) -> list[float]:

@@ -32,6 +32,14 @@ PLACES = 3
 """Sites that clock: what lists cost beside their density differs little from one to another."""
 BOUNDS = (0.25, 4.0)
 """Factors beyond these are a disturbed reading."""
+BEFORE = 0.5
+"""What a price from random lists and short prompts counts beside a site that was surely read."""
+READINGS = 2
+"""Of a layer as a plan runs it, and of dense attention beside it."""
+JITTER, SPREAD = 0.06, 0.15
+"""How far such a reading is usually off, and how far a family's factors differ among sites, both as
+shares.
+"""
 
 
 def places(sites: Sequence[str]) -> set[str]:
@@ -83,14 +91,20 @@ def on_prompts(costs: CostTable, seen: Iterable[Mapping[str, float]]) -> CostTab
     return replace(costs, on_prompts=factors)
 
 
-def beside_dense(call: AttentionCall, ms: float) -> float | None:
-    """Milliseconds of a layer's call ÷ those of dense attention right now; None on a GPU, where
-    calls one by one wait for the host, as those of a model do not.
+def beside_dense(
+    call: AttentionCall, runs: Sequence[Callable[[], Any]]
+) -> tuple[list[Any], list[float]]:
+    """What runs of a layer's call on a CPU give, and the time of each ÷ that of dense attention,
+    the lesser of some readings in turns.
     """
-    device = call.q.device
-    if device.type != "cpu":
-        return None
-    return short(ms / times_ms(partial(dense_attention, call), 1, 0, device)[0])
+    found: list[Any] = []
+
+    def ms(run: Callable[[], Any]) -> float:
+        return times_ms(lambda: found.append(run()), 1, 0, call.q.device)[0]
+
+    some: list[Callable[[], Any]] = [*runs, partial(dense_attention, call)]
+    *took, dense = map(min, zip(*[list(map(ms, some)) for _ in range(READINGS)], strict=True))
+    return found[: len(runs)], [short(ms / dense) for ms in took]
 
 
 def as_they_ran(
@@ -101,9 +115,10 @@ def as_they_ran(
 ) -> list[SiteData]:
     """Tables whose lists cost what choices of each site took, given as shares of dense attention:
     search picks what looks cheap, and so what prices flatter. What a family took at a site is the
-    mean of the choices that run it there; where it did not run, the median of other sites.
+    mean of the choices that run it there, drawn towards what it took elsewhere as far as the clock
+    may be wrong.
     """
-    took: dict[str, dict[str, list[float]]] = {}
+    took: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for d, shares in zip(data, ran, strict=True):
         for choice, share in shares.items():
             some = [(d.options[at], h) for h, at in enumerate(choice.heads) if at != DENSE]
@@ -114,12 +129,15 @@ def as_they_ran(
                 whole = share * costs.ride_ms(tokens) * d.table.heads
                 factor = (whole - cost(d.table, choice) + said) / said
                 for family in {one.family for one, _ in some}:
-                    took.setdefault(family, {}).setdefault(d.site, []).append(factor)
+                    took.setdefault(family, {}).setdefault(d.site, []).append(
+                        (factor, JITTER * whole / said)
+                    )
     if not took:
         return list(data)
+    factors = {family: _factors(sites) for family, sites in took.items()}
     found: list[SiteData] = []
     for d in data:
-        options = [replace(o, factor=o.factor * _factor(took, o, d.site)) for o in d.options]
+        options = [replace(o, factor=o.factor * _factor(factors, o, d.site)) for o in d.options]
         # Lists that are lent cost what they cost where they come from.
         lent = [
             replace(m, factor=found[x.anchor].options[x.option].factor)
@@ -140,11 +158,24 @@ def as_they_ran(
     return found
 
 
-def _factor(took: Mapping[str, Mapping[str, Sequence[float]]], one: Measured, site: str) -> float:
-    """By which a setting's price at a site is multiplied, from what its family took by site."""
-    sites = {k: float(np.mean(v)) for k, v in took.get(one.family, {}).items()}
-    factor = sites.get(site, float(np.median([*sites.values()] or [1.0])))
-    return float(np.clip(factor, *BOUNDS))
+def _factors(sites: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str | None, float]:
+    """Factors of a family by site from readings `(factor, its error)` there, and for any other site
+    (None) the mean of them and of what was thought before, in which surer ones count for more.
+    """
+    trust, seen = {}, {}
+    for site, rows in sites.items():
+        seen[site], error = np.mean(rows, axis=0).tolist()
+        trust[site] = SPREAD**2 / (SPREAD**2 + error**2 / len(rows))
+    total = BEFORE + sum(trust[site] * factor for site, factor in seen.items())
+    common = total / (BEFORE + sum(trust.values()))
+    own = {site: common + trust[site] * (factor - common) for site, factor in seen.items()}
+    return {None: common} | own
+
+
+def _factor(factors: Mapping[str, Mapping[str | None, float]], one: Measured, site: str) -> float:
+    """By which a setting's price at a site is multiplied."""
+    mine = factors.get(one.family, {None: 1.0})
+    return float(np.clip(mine.get(site, mine[None]), *BOUNDS))
 
 
 def _typical(errors: Any) -> int:
