@@ -246,6 +246,10 @@ def replaces(path: Any, yes: bool, instead: str = "choose another folder") -> No
 class Commands(TyperGroup):
     """The app's commands; errors meant for the user become one line on stderr and an exit code."""
 
+    def __init__(self, **options: Any) -> None:
+        # The list of commands is plain text: rich's pages take as long to wake as all the rest.
+        super().__init__(**{**options, "rich_markup_mode": None})
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)

@@ -105,7 +105,7 @@ def calibrate(
     as_json: AsJson = False,
     talk: Talk = None,
 ) -> None:
-    """Measure MODEL and write the fastest [bold]plan[/bold] that keeps within the error budget."""
+    """Measure MODEL and write the fastest plan that keeps within the error budget."""
     console.verbosity(talk)
     allowed = None if budget is None else console.share(budget)
     stop = console.seconds(time_limit)
