@@ -43,7 +43,8 @@ class Measured:
     `error` is the worst over prompts, `recall` the least; `density` by length in tokens is a mean.
     `counted` is the error that search counts at the heads' largest weights: the worst of what a
     prompt's own weights make of its own error. `parts` are the units of its lists with their shares
-    of the computed pairs, `factor` what the cost table says of them is multiplied by.
+    of the computed pairs, `factor` what the cost table says of them is multiplied by, one number or
+    one for each head.
     """
 
     family: str
@@ -55,7 +56,7 @@ class Measured:
     recall: np.ndarray
     density: dict[int, np.ndarray]
     ms: float | None = None
-    factor: float = 1.0
+    factor: Any = 1.0
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def head_ms(one: Measured, costs: CostTable, tokens: int, anew: float = 1.0) -> 
 def own_ms(one: Measured, costs: CostTable, tokens: int) -> np.ndarray:
     """Milliseconds that each head's lists take at a length."""
     share = density_at(one, tokens)
-    return one.factor * lists_ms(costs, one.method.kind, one.parts, tokens, share)
+    return lists_ms(costs, one.method.kind, one.parts, tokens, share, one.factor)
 
 
 def density_at(one: Measured, tokens: int) -> np.ndarray:

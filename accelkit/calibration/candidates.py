@@ -277,7 +277,7 @@ class Bench:
         """Measure settings whose lists share a launch."""
         asked = [self._asked[m] for m in settings]
         one = joined([answers[0] for answers in asked if answers is not None])
-        found = {**self._one(one), "density": _density(one)}
+        found = {**self._one(one), "density": one.density()}
         numbers = {k: v.reshape(len(settings), -1) for k, v in found.items()}
         parts, heads = _parts((one,)), len(self.call.heads)
         for n, m in enumerate(settings):
@@ -331,7 +331,7 @@ class Bench:
         order = [self.call.heads.index(h) for a in answers for h in a.call.heads]
         shares = None if shelf is None else shelf.get(("density", name))
         if shares is None:
-            shares = [_density(a) for a in answers]
+            shares = [a.density() for a in answers]
             if shelf is not None:
                 shelf["density", name] = shares
         parts = [{**self._one(a), "density": d} for a, d in zip(answers, shares, strict=True)]
@@ -409,12 +409,6 @@ def for_call(a: Answer, call: AttentionCall) -> Answer:
     return replace(a, call=call if a.order is None else in_kernel_order(call, a.order))
 
 
-def _density(a: Answer) -> Tensor:
-    """Computed ÷ visible pairs of each head; a piece that is computed already counts as all."""
-    listed = [p for p in a.pieces if isinstance(p, BlockIndex)]
-    return density(listed, a.call).cpu() if listed else torch.ones(len(a.call.heads))
-
-
 def _parts(answers: Sequence[Answer]) -> list[Any] | None:
     """Units of several lists, each with its share of every head's computed pairs: one kernel's pair
     may cost several times another's. None: one list.
@@ -436,13 +430,19 @@ def parts_of(record: Mapping[str, Any], at: int) -> Parts:
 
 
 def lists_ms(
-    costs: CostTable, kind: str, parts: Parts, tokens: int, shares: Sequence[float] | np.ndarray
+    costs: CostTable,
+    kind: str,
+    parts: Parts,
+    tokens: int,
+    shares: Sequence[float] | np.ndarray,
+    factor: float | np.ndarray = 1.0,
 ) -> np.ndarray:
-    """Milliseconds that each head's lists take at its density."""
-    return np.sum(
-        [costs.lists_ms(kind, size, tokens, np.asarray(shares) * part) for size, part in parts],
-        axis=0,
-    )
+    """Milliseconds that each head's lists take at its density, `factor` times what the table says.
+    On a CPU their pairs are no cheaper than dense attention's, which has the same kernel.
+    """
+    shares = np.asarray(shares)
+    ms = factor * np.sum([costs.lists_ms(kind, s, tokens, shares * part) for s, part in parts], 0)
+    return np.maximum(ms, shares * costs.ride_ms(tokens)) if costs.device == "cpu" else ms
 
 
 def _error(

@@ -94,7 +94,7 @@ def kept(
         factor = costs.on_prompts.get(name, 1.0)
         cost = np.array(
             [
-                each + factor * lists_ms(costs, kind, parts_of(f, at), tokens, row)
+                each + lists_ms(costs, kind, parts_of(f, at), tokens, row, factor)
                 if clocked is None
                 else [each + clocked * grown] * len(row)
                 for at, (row, clocked) in enumerate(zip(share, f["ms"], strict=True))

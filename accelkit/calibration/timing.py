@@ -1,14 +1,21 @@
-"""Times of runs, one by one and, on a GPU, of pieces of work without their host."""
+"""Times of runs: one by one; on a GPU, of pieces of work without their host; on a CPU that other
+programs use as well, as on one that is always as fast.
+
+Others slow a CPU down for seconds at a time, up to twofold, and what happens to run then would look
+dear. A short piece of dense attention before and after a run tells how fast the machine is just
+then; the run counts as what it would have taken at the speed at which the process found it.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from accelkit.kernels.index import BlockIndex
 from accelkit.patches.sites.attention import Answer, compute
@@ -27,6 +34,13 @@ FULL = 1 << 17
 """Rows of heads that fill a GPU several times over. Calls with fewer are clocked as several prompts
 at once: alone they would take longer than their share of a batch.
 """
+
+PROBE = (1, 4, 1024, 64)
+"""Shape of the attention that tells the speed: a few milliseconds."""
+FIRST = 15
+"""Probes of which the least tells the speed at which times count."""
+FRESH_S = 0.05
+"""A probe that ended no longer ago still tells it."""
 
 
 def times_ms(
@@ -123,3 +137,39 @@ def host_ms(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start)
+
+
+class Steady:
+    """A clock in milliseconds of an even machine."""
+
+    def __init__(self) -> None:
+        self._qkv = torch.randn((3, *PROBE), generator=torch.Generator().manual_seed(0)).unbind()
+        self._probe()
+        self.usual = min(self._probe() for _ in range(FIRST))
+
+    def __call__(self, run: Callable[[], Any]) -> float:
+        """Milliseconds of one run. What disturbs a probe only adds to it: the lesser one counts."""
+        fresh = time.perf_counter() - self._ended < FRESH_S
+        before = self._last if fresh else self._probe()
+        begin = time.perf_counter()
+        run()
+        took = 1e3 * (time.perf_counter() - begin)
+        return took * self.usual / min(before, self._probe())
+
+    def _probe(self) -> float:
+        q, k, v = self._qkv
+        begin = time.perf_counter()
+        scaled_dot_product_attention(q, k, v, is_causal=True)
+        self._ended = time.perf_counter()
+        self._last = 1e3 * (self._ended - begin)
+        return self._last
+
+
+@lru_cache
+def _clock(threads: int) -> Steady:
+    return Steady()
+
+
+def steady_ms(run: Callable[[], Any]) -> float:
+    """Milliseconds of one run on this CPU, as if it was as fast all the time."""
+    return _clock(torch.get_num_threads())(run)

@@ -133,14 +133,5 @@ class PatchState:
         """Record the densities of a sparse call when asked to."""
         if not self.measure_density:
             return
-        from accelkit.kernels.select import density
-
-        # A piece that a method computed itself has no list to count: searching is dense.
-        found = [
-            density(a.pieces, a.call)
-            if all(isinstance(p, BlockIndex) for p in a.pieces)
-            else torch.ones(len(a.call.heads))
-            for a in answers
-        ]
         entry = self.counts.setdefault(call.site.path, SiteCount())
-        entry.densities.append(torch.cat([f.reshape(-1).cpu() for f in found]))
+        entry.densities.append(torch.cat([a.density() for a in answers]))

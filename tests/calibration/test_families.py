@@ -59,7 +59,7 @@ def test_families_complement_each_other() -> None:
 def test_lists_of_two_units_cost_what_each_unit_costs() -> None:
     """Single keys take ten times as long a pair; shares of both differ from head to head."""
     costs = CostTable(
-        "cpu", "float32", 2, 1, 64, ((1024, 10.0),), ((1024, 10.0),),
+        "toy", "float32", 2, 1, 64, ((1024, 10.0),), ((1024, 10.0),),
         {"128x128": Kernel(0.0, 0.0, 1.0), "1024x1": Kernel(0.0, 0.0, 10.0)},
         {"window": MethodCost(((1024, 0.0),))}, causal=False,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from accelkit.calibration import search
 from accelkit.calibration.assemble import head_ms, site_data
-from accelkit.calibration.candidates import Bench, Family, stored
+from accelkit.calibration.candidates import Bench, Family, lists_ms, stored
 from accelkit.calibration.capture import dense_attention
 from accelkit.calibration.prefill import prices
 from accelkit.calibration.search import DENSE, Choice, Loan
@@ -48,11 +48,11 @@ def clocked(monkeypatch, dense: list[float], lists: float) -> list[Any]:
     """Readings of dense attention, before and after, and of lists; what ran."""
     ran: list[Any] = []
 
-    def times_ms(run, repeat, warmup, device):
+    def steady_ms(run):
         ran.append(run)
-        return (lists,) if len(ran) == 2 else (dense.pop(0),)
+        return lists if len(ran) == 2 else dense.pop(0)
 
-    monkeypatch.setattr(prices, "times_ms", times_ms)
+    monkeypatch.setattr(prices, "steady_ms", steady_ms)
     return ran
 
 
@@ -166,13 +166,15 @@ def test_lists_cost_what_choices_took_as_a_plan_runs_them() -> None:
     whole = (planted.HEADS - 1) * ride + 3.0 * said  # three times as much as the table says
     lent = Choice((DENSE,) * planted.HEADS, 0, (True,) * planted.HEADS)
     ran = [{choice: whole / (planted.HEADS * ride), lent: 9.0}, {}]
-    read = prices._factors({"a": [(3.0, prices.JITTER * whole / said)]})
-    factors = {"a": read["a"], "b": read[None]}
-    assert 1.0 < factors["b"] < factors["a"] < 3.0
+    cell = ("window", "a", 0)
+    read = prices.factors([prices.Reading(3.0 * said, prices.JITTER * whole, {cell: said})])
+    factors = {"a": [read[cell], *[read[cell[:2]]] * (planted.HEADS - 1)], "b": read[cell[:1]]}
+    assert 1.0 < factors["b"] < factors["a"][1] < factors["a"][0] < 3.0
     for was, now in zip(before, prices.as_they_ran(before, ran, COSTS, TOKENS), strict=True):
         assert now.options[0].factor == pytest.approx(factors[now.site])
-        assert now.table.options[0].ms == pytest.approx(factors[now.site] * was.table.options[0].ms)
-        assert now.options[1].factor == was.options[1].factor == 1.0
+        ms = np.array(factors[now.site]) * was.table.options[0].ms
+        assert now.table.options[0].ms == pytest.approx(ms)
+        assert now.options[1].factor == pytest.approx(1.0)
         assert now.table.options[1].ms == pytest.approx(was.table.options[1].ms)
 
 
@@ -180,15 +182,39 @@ def test_what_the_clock_tells_less_surely_of_a_site_counts_for_less_there() -> N
     """Lists are most of what the first two layers took and a tenth of the third's: nearly all of
     its reading may be the other heads'.
     """
-    sure, unsure = prices.JITTER * 1.0, prices.JITTER * 10.0
-    sites = {"a": [(1.1, sure)], "b": [(1.5, sure), (1.7, sure)], "c": [(4.0, unsure)]}
-    found = prices._factors(sites)
-    assert 1.2 < found[None] < 1.45
-    assert 1.1 < found["a"] < 1.2
-    assert 1.5 < found["b"] < 1.6
-    assert found[None] < found["c"] < 1.6
-    alone = prices._factors({"a": [(0.5, unsure)]})
-    assert 0.9 < alone["a"] < 1.0
+
+    def reading(site: str, took: float, whole: float) -> prices.Reading:
+        return prices.Reading(took, prices.JITTER * whole, {("f", site, 0): 1.0})
+
+    some = [("a", 1.1, 1.0), ("b", 1.5, 1.0), ("b", 1.7, 1.0), ("c", 4.0, 10.0)]
+    found = prices.factors([reading(*each) for each in some])
+    common = found[("f",)]
+    assert 1.2 < common < 1.45
+    assert 1.1 < found["f", "a", 0] < 1.2
+    assert 1.5 < found["f", "b", 0] < 1.6
+    assert common < found["f", "c", 0] < 1.7
+    alone = prices.factors([reading("a", 0.5, 10.0)])
+    assert 0.9 < alone["f", "a", 0] < 1.0
+
+
+def test_choices_that_differ_by_a_head_tell_what_it_costs() -> None:
+    """Two heads cost what is said of them; with a third one beside them it is twice that."""
+    two = {("f", "a", 0): 1.0, ("f", "a", 1): 1.0}
+    three = two | {("f", "a", 2): 1.0}
+    found = prices.factors([prices.Reading(2.0, 0.1, two), prices.Reading(4.0, 0.1, three)])
+    assert found["f", "a", 2] > 1.3
+    assert found["f", "a", 0] == pytest.approx(found["f", "a", 1]) == pytest.approx(1.0, abs=0.15)
+
+
+def test_on_a_cpu_no_pair_is_cheaper_than_one_of_dense_attention() -> None:
+    shares = np.array([0.5, 1.0])
+    cheap = replace(COSTS, kernels={"128x128": Kernel(0.0, 0.0, 1e-3)})
+    parts = (((128, 128), 1.0),)
+    floor = shares * COSTS.ride_ms(TOKENS)
+    assert lists_ms(cheap, "window", parts, TOKENS, shares) == pytest.approx(floor)
+    assert lists_ms(cheap, "window", parts, TOKENS, shares, 0.5) == pytest.approx(floor)
+    gpu = lists_ms(replace(cheap, device="toy"), "window", parts, TOKENS, shares)
+    assert (gpu < floor).all()
 
 
 def test_lent_lists_cost_what_they_cost_where_they_come_from() -> None:
@@ -199,7 +225,7 @@ def test_lent_lists_cost_what_they_cost_where_they_come_from() -> None:
     share = 2.0 * search.cost(a.table, choice) / (planted.HEADS * COSTS.ride_ms(TOKENS))
     after = prices.as_they_ran([a, b], [{choice: share}, {}], COSTS, TOKENS)
     factor = after[0].options[0].factor
-    assert 1.5 < factor < 2.0
+    assert (factor > 1.5).all() and (factor < 2.0).all()
     assert after[1].table.loans[0].ms == pytest.approx(factor * lends.ms)
 
 
@@ -210,14 +236,14 @@ def test_nothing_changes_where_nothing_was_clocked() -> None:
 
 
 def test_calls_are_clocked_beside_dense_attention(bench, monkeypatch) -> None:
-    """In turns and by the lesser readings; what they give is of their first runs."""
-    readings = iter([6.0, 9.0, 8.0, 7.0, 4.0, 9.0])
+    """In turns and by the mean of readings; what they give is of their first runs."""
+    readings = iter([5.0, 5.0, 7.0, 7.0, 3.0, 9.0])
 
-    def times_ms(run, repeat, warmup, device):
+    def steady_ms(run):
         run()
-        return (next(readings),)
+        return next(readings)
 
-    monkeypatch.setattr(prices, "times_ms", times_ms)
+    monkeypatch.setattr(prices, "steady_ms", steady_ms)
     ran = iter("abcd")
     runs = [lambda: next(ran)] * 2
     assert prices.beside_dense(bench.call, runs) == (["a", "b"], [0.75, 0.5])

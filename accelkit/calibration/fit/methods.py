@@ -38,8 +38,10 @@ LEAST_LISTS = 0.05
 """Share of a measurement that is left to the lists when launches seem to take all of it, and least
 factor of rows and pairs.
 """
-ALIKE = 0.25
-"""Weight of the belief that the factors of rows and pairs are alike, beside that of a reading."""
+ALIKE, ALIKE_ON_CPU = 0.25, 0.75
+"""Weight of the belief that the factors of rows and pairs are alike, beside that of a reading: on a
+CPU, readings are disturbed by as much as lists of two densities differ.
+"""
 Clocked = Callable[..., float]
 """Milliseconds of a piece of work, given it and how often to run it."""
 
@@ -222,7 +224,8 @@ def beside_random(
     thinnest = parts[-1][0]
     if not any(map(sum, parts)):
         return 1.0, 1.0
-    x = np.array([*parts, (ALIKE * thinnest, -ALIKE * thinnest)])
+    alike = thinnest * (ALIKE_ON_CPU if table.device == "cpu" else ALIKE)
+    x = np.array([*parts, (alike, -alike)])
     found = np.linalg.lstsq(x, np.array([1.0] * len(parts) + [0.0]), rcond=None)[0]
     of_rows, of_pairs = found.clip(LEAST_LISTS).tolist()
     return of_rows, of_pairs

@@ -9,28 +9,26 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from statistics import fmean
 from typing import Any
 
-import torch
-
 from accelkit.calibration.fit.kernels import Point, anew, densities, judged, launches
-from accelkit.calibration.timing import times_ms
+from accelkit.calibration.timing import steady_ms
 from accelkit.kernels.cost import Check, Kernel
 from accelkit.patches.call import AttentionCall
 
 TURNS = (2, 4)
-"""Readings of everything, at least and at most; the least one counts."""
+"""Readings of everything, at least and at most; their mean counts."""
 Size = tuple[int, int]
 
 
 class Timer:
     """Times pieces of work that come in the same order in every turn: milliseconds of a run, the
-    least of the turns so far.
+    mean of the turns so far.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._seen: list[float] = []
+    def __init__(self) -> None:
+        self._seen: list[list[float]] = []
         self._at = 0
 
     def begin(self) -> Timer:
@@ -39,12 +37,12 @@ class Timer:
         return self
 
     def __call__(self, run: Callable[[], Any], times: int = 1) -> float:
-        (ms,) = times_ms(run, 1, 0, self.device)
-        if self._at < len(self._seen):
-            ms = min(ms, self._seen[self._at])
-        self._seen[self._at : self._at + 1] = [ms]
+        if self._at == len(self._seen):
+            self._seen.append([])
+        mine = self._seen[self._at]
+        mine.append(steady_ms(run))
         self._at += 1
-        return ms
+        return fmean(mine)
 
 
 class Timers:
@@ -52,8 +50,7 @@ class Timers:
 
     def __init__(self, calls: Mapping[int, AttentionCall]) -> None:
         self.calls = calls
-        self.device = next(iter(calls.values())).q.device
-        self._timers: dict[str, Timer] = defaultdict(partial(Timer, self.device))
+        self._timers: dict[str, Timer] = defaultdict(Timer)
         self._points: dict[Size, list[Point]] = {}
         self._spent: dict[Size, list[float]] = {}
 

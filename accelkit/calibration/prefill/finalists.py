@@ -34,12 +34,12 @@ from accelkit.patches.method import AttentionMethod
 from accelkit.patches.patch import PatchHandle
 from accelkit.patches.plan import Budget, Limits
 
-PASSES = (0.5, 1.0, 2.0), (1.0,)
+PASSES = (0.5, 1.0, 2.0), (1.5,)
 """Predicted errors ÷ ε at which search names the finalists, at most four of a head: at first, and
-anew where full rows told more than they were thought to.
+where plans mostly end, for errors of layers cancel in part, if the first ones told something new.
 """
 SURPRISE = 1.1
-"""Predicted error with full rows ÷ the one before from which finalists are named anew."""
+"""Predicted error with full rows ÷ the one before from which that is something new."""
 BROKEN = 1e3
 """Error of what is not finite."""
 Ran = tuple[Sequence[float], float | None]
@@ -72,16 +72,21 @@ def with_full_rows(
     finalists around `epsilon`: errors and, where they are `clocked`, prices; journal units begin
     with `prefix`.
     """
-    data = list(data)
+    data = told = list(data)
+    shares: list[dict[Choice, float]] = [{} for _ in data]
     known: list[set[Choice]] = [set() for _ in data]
     for n, times in enumerate(PASSES):
         key = f"{prefix}{n}/"
         with run.planning(f"finalists of {key}"):
             some = finalists(data, [t * epsilon for t in times])
         errors = full_rows(run, key, sample, data, some, tokens, known, clocked)
-        data = prices.as_they_ran(data, [e.shares for e in errors], costs, tokens)
-        data = worse(data, errors, weights)
-        if all(_predicted(data, s) <= SURPRISE * s.error for s in some):
+        for mine, e in zip(shares, errors, strict=True):
+            mine.update(e.shares)
+        told = worse(told, errors, weights)
+        data = prices.as_they_ran(told, shares, costs, tokens)
+        # Prices that were clocked lead search to others, which look cheap for want of a clock.
+        priced = any(e.shares for e in errors)
+        if not priced and all(_predicted(data, s) <= SURPRISE * s.error for s in some):
             break
         for seen, choices in zip(known, zip(*(s.choices for s in some), strict=True), strict=True):
             seen.update(choices)

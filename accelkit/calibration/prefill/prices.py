@@ -8,9 +8,10 @@ methods are screened, one setting of each, and where search is about to choose, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from accelkit.calibration.fit.methods import lists
 from accelkit.calibration.refine import short
 from accelkit.calibration.search import DENSE, Choice, cost
 from accelkit.calibration.stages import family_of
-from accelkit.calibration.timing import times_ms
+from accelkit.calibration.timing import steady_ms
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.call import AttentionCall
 
@@ -32,14 +33,27 @@ PLACES = 3
 """Sites that clock: what lists cost beside their density differs little from one to another."""
 BOUNDS = (0.25, 4.0)
 """Factors beyond these are a disturbed reading."""
-BEFORE = 0.5
-"""What a price from random lists and short prompts counts beside a site that was surely read."""
 READINGS = 2
 """Of a layer as a plan runs it, and of dense attention beside it."""
-JITTER, SPREAD = 0.06, 0.15
-"""How far such a reading is usually off, and how far a family's factors differ among sites, both as
-shares.
+JITTER = 0.06
+"""How far such a reading is usually off, as a share."""
+SPREADS = (0.2, 0.15, 0.15)
+"""How far factors usually differ: a family's from 1, a site's from its family's, a head's from its
+site's.
 """
+Key = tuple[str | int, ...]
+"""A family; a family and a site; a family, a site and a head."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Milliseconds that lists took together, their likely error, and what the prices say of each
+    family, site and head in them.
+    """
+
+    took: float
+    error: float
+    said: Mapping[Key, float]
 
 
 def places(sites: Sequence[str]) -> set[str]:
@@ -51,18 +65,14 @@ def places(sites: Sequence[str]) -> set[str]:
 def beside_table(bench: Bench, found: Mapping[str, Any], costs: CostTable) -> dict[str, float]:
     """By family of those that were measured on a bench, what the kernels over its lists take for
     all rows ÷ what the table says of them. Both count in units of dense attention, which is clocked
-    before and after: a machine is not always as fast as it was for the table.
+    before and after: a process may find its machine slower than the one that made the table.
 
     Nothing on a GPU, whose kernels take one block after another whatever its neighbours read.
     """
-    call, device = bench.call, bench.call.q.device
-    if device.type != "cpu":
+    call = bench.call
+    if call.q.device.type != "cpu":
         return {}
-
-    def ms(run: Callable[[], Any], _: int = 1) -> float:
-        return times_ms(run, 1, 0, device)[0]
-
-    dense = [ms(partial(dense_attention, call))]
+    dense = [steady_ms(partial(dense_attention, call))]
     took: dict[str, float] = {}
     for name, record in found.items():
         at = _typical(record["error"])
@@ -72,11 +82,11 @@ def beside_table(bench: Bench, found: Mapping[str, Any], costs: CostTable) -> di
         answers = bench.answers(method)
         if answers is None:
             continue
-        own, spent = lists(answers[0], method, ms)
+        own, spent = lists(answers[0], method, steady_ms)
         launches = sum(costs.launch_ms(size) for size, _ in own)
         said = sum(sum(costs.lists_ms(method.kind, size, call.n_q, each)) for size, each in own)
         took[name] = max(spent - launches, 0.0) / said if said else 1.0
-    dense.append(ms(partial(dense_attention, call)))
+    dense.append(steady_ms(partial(dense_attention, call)))
     speed = float(np.mean(dense)) / (costs.ride_ms(call.n_q) * len(call.heads))
     return {name: short(one / speed) for name, one in took.items()}
 
@@ -95,7 +105,7 @@ def beside_dense(
     call: AttentionCall, runs: Sequence[Callable[[], Any]]
 ) -> tuple[list[Any], list[float]]:
     """What runs of a layer's call on a CPU give, and the time of each ÷ that of dense attention,
-    the lesser of some readings in turns.
+    both the mean of some readings in turns.
     """
     found: list[Any] = []
 
@@ -105,10 +115,9 @@ def beside_dense(
     dense = partial(dense_attention, call)
     turns: list[list[Callable[[], Any]]] = [[*runs, dense] for _ in range(READINGS)]
     turns[0][:-1] = [partial(kept, run) for run in runs]
-    device = call.q.device
-    ms = [[times_ms(run, 1, 0, device)[0] for run in turn] for turn in turns]
-    *took, least = map(min, zip(*ms, strict=True))
-    return found, [short(one / least) for one in took]
+    ms = [[steady_ms(run) for run in turn] for turn in turns]
+    *took, whole = map(fmean, zip(*ms, strict=True))
+    return found, [short(one / whole) for one in took]
 
 
 def as_they_ran(
@@ -118,33 +127,24 @@ def as_they_ran(
     tokens: int,
 ) -> list[SiteData]:
     """Tables whose lists cost what choices of each site took, given as shares of dense attention:
-    search picks what looks cheap, and so what prices flatter. What a family took at a site is the
-    mean of the choices that run it there, drawn towards what it took elsewhere as far as the clock
-    may be wrong.
+    search picks what looks cheap, and so what prices flatter.
     """
-    took: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for d, shares in zip(data, ran, strict=True):
-        for choice, share in shares.items():
-            some = [(d.options[at], h) for h, at in enumerate(choice.heads) if at != DENSE]
-            if any(choice.borrowed) or any(one.ms is not None for one, _ in some):
-                continue  # lists of another site, or clocked as a whole
-            said = sum(own_ms(one, costs, tokens)[h] for one, h in some)
-            if said:
-                whole = share * costs.ride_ms(tokens) * d.table.heads
-                factor = (whole - cost(d.table, choice) + said) / said
-                for family in {one.family for one, _ in some}:
-                    took.setdefault(family, {}).setdefault(d.site, []).append(
-                        (factor, JITTER * whole / said)
-                    )
-    if not took:
+    readings = [
+        r for d, one in zip(data, ran, strict=True) for r in _readings(d, one, costs, tokens)
+    ]
+    if not readings:
         return list(data)
-    factors = {family: _factors(sites) for family, sites in took.items()}
+    known = factors(readings)
     found: list[SiteData] = []
     for d in data:
-        options = [replace(o, factor=o.factor * _factor(factors, o, d.site)) for o in d.options]
+        heads = range(d.table.heads)
+        options = [
+            replace(o, factor=o.factor * np.array([_nearest(known, o, d.site, h) for h in heads]))
+            for o in d.options
+        ]
         # Lists that are lent cost what they cost where they come from.
         lent = [
-            replace(m, factor=found[x.anchor].options[x.option].factor)
+            replace(m, factor=found[x.anchor].options[x.option].factor[list(x.heads)])
             for m, x in zip(d.loans, d.table.loans, strict=True)
         ]
         table = replace(
@@ -162,24 +162,54 @@ def as_they_ran(
     return found
 
 
-def _factors(sites: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str | None, float]:
-    """Factors of a family by site from readings `(factor, its error)` there, and for any other site
-    (None) the mean of them and of what was thought before, in which surer ones count for more.
+def _readings(
+    d: SiteData, shares: Mapping[Choice, float], costs: CostTable, tokens: int
+) -> Iterator[Reading]:
+    """What the lists of a site's choices took, beside what they are said to."""
+    for choice, share in shares.items():
+        some = [(h, d.options[at]) for h, at in enumerate(choice.heads) if at != DENSE]
+        if not some or any(choice.borrowed) or any(one.ms is not None for _, one in some):
+            continue  # lists of another site, or clocked as a whole
+        said: dict[Key, float] = {
+            (one.family, d.site, h): float(own_ms(one, costs, tokens)[h]) for h, one in some
+        }
+        whole = share * costs.ride_ms(tokens) * d.table.heads
+        took = whole - cost(d.table, choice) + sum(said.values())
+        yield Reading(took, JITTER * whole, said)
+
+
+def factors(readings: Sequence[Reading]) -> dict[Key, float]:
+    """The likeliest factors of families, of families at sites, and of heads there: a head is like
+    its site, a site like the others, and a family like what was thought before, each within its
+    spread, and readings are what they sum up to, within their errors.
     """
-    trust, seen = {}, {}
-    for site, rows in sites.items():
-        seen[site], error = np.mean(rows, axis=0).tolist()
-        trust[site] = SPREAD**2 / (SPREAD**2 + error**2 / len(rows))
-    total = BEFORE + sum(trust[site] * factor for site, factor in seen.items())
-    common = total / (BEFORE + sum(trust.values()))
-    own = {site: common + trust[site] * (factor - common) for site, factor in seen.items()}
-    return {None: common} | own
+    keys = dict.fromkeys(cell[:n] for r in readings for cell in r.said for n in (1, 2, 3))
+    place: dict[Key, int] = {key: i for i, key in enumerate(keys)}
+    rows: list[np.ndarray] = []
+    wanted: list[float] = []
+
+    def equal(terms: Mapping[Key, float], value: float, error: float) -> None:
+        row = np.zeros(len(place))
+        for key, times in terms.items():
+            row[place[key]] = times / error
+        rows.append(row)
+        wanted.append(value / error)
+
+    for key in place:
+        if len(key) == 1:
+            equal({key: 1.0}, 1.0, SPREADS[0])
+        else:
+            equal({key: 1.0, key[:-1]: -1.0}, 0.0, SPREADS[len(key) - 1])
+    for r in readings:
+        equal(r.said, r.took, r.error)
+    found = np.linalg.lstsq(np.array(rows), np.array(wanted), rcond=None)[0].clip(*BOUNDS)
+    return dict(zip(place, found.tolist(), strict=True))
 
 
-def _factor(factors: Mapping[str, Mapping[str | None, float]], one: Measured, site: str) -> float:
-    """By which a setting's price at a site is multiplied."""
-    mine = factors.get(one.family, {None: 1.0})
-    return float(np.clip(mine.get(site, mine[None]), *BOUNDS))
+def _nearest(known: Mapping[Key, float], one: Measured, site: str, head: int) -> float:
+    """By which a setting's price for a head is multiplied."""
+    key: Key = (one.family, site, head)
+    return next((known[key[:n]] for n in (3, 2, 1) if key[:n] in known), 1.0)
 
 
 def _typical(errors: Any) -> int:

@@ -47,6 +47,16 @@ class Answer:
     n_q: int = 0
     """Query rows in token order."""
 
+    def density(self) -> Tensor:
+        """Visible pairs in the lists ÷ all visible pairs, fp32 `[H]` on the host; a method that
+        computes everything by itself, as a search does, counts as dense. For reports: it waits for
+        the device.
+        """
+        from accelkit.kernels.select import density
+
+        listed = [p for p in self.pieces if isinstance(p, BlockIndex)]
+        return density(listed, self.call).cpu() if listed else torch.ones(len(self.call.heads))
+
     @property
     def lane(self) -> Hashable | None:
         """Answers of equal lane share a launch: one list each, of one unit and bias, in one order,
