@@ -74,7 +74,7 @@ def compare(
     expected: str | None = None,
     max_new_tokens: int = 64,
     dense: bool = True,
-    repeat: int = 3,
+    repeat: int = 5,
 ) -> Comparison:
     """Generate greedily after `ids` with the plan and, if asked, without it. The model is unpatched
     afterwards.
@@ -86,23 +86,25 @@ def compare(
         raise InvalidInputError("--max-new-tokens and --repeat must be at least 1")
     tasks.need_positions(model, len(ids) + max_new_tokens)
     tokens, n = torch.as_tensor(ids, dtype=torch.long, device=model.device)[None], len(ids)
-    sides = {"sparse": Timed()} | ({"dense": Timed()} if dense else {})
+    sparse, plain = Timed(), Timed() if dense else None
+    short, agreement, report = n < plan.limits.min_length, None, dict[str, Any]()
     run = lambda most: _generate(model, tokenizer, tokens, most)  # noqa: E731
-    if dense:
-        sides["dense"].collect(run, max_new_tokens, repeat - repeat // 2)
-    with patch(model, plan) as handle:
-        short = n < plan.limits.min_length
-        with handle.measuring():
-            run(1)
-        report = handle.report().as_dict()  # before the timed runs add to it
-        if not short:
-            need_sparse(handle, n)
-        sides["sparse"].collect(run, max_new_tokens, repeat)
-        agreement = _led(model, list(ids), sides["dense"].tokens) if dense else None
-    if dense:
-        sides["dense"].collect(run, max_new_tokens, repeat // 2)
-    after = sides["sparse"].answer(tokenizer)
-    before = sides["dense"].answer(tokenizer) if dense else None
+    for turn in range(repeat):  # what disturbs a machine meets both sides
+        warm = not turn or tokens.is_cuda  # a patch's lists from geometry are made once in its life
+        if plain is not None:
+            plain.collect(run, max_new_tokens, warm)
+        with patch(model, plan) as handle:
+            if not turn:
+                with handle.measuring():
+                    run(1)
+                report = handle.report().as_dict()  # before the timed runs add to it
+                if not short:
+                    need_sparse(handle, n)
+            sparse.collect(run, max_new_tokens, warm)
+            if plain is not None and turn == repeat - 1:
+                agreement = _led(model, list(ids), plain.tokens)
+    after = sparse.answer(tokenizer)
+    before = None if plain is None else plain.answer(tokenizer)
     note = None
     if not handle.enabled:
         note = "ACCELKIT_DISABLE is set: the patched model runs dense"
@@ -148,7 +150,7 @@ def table(result: Comparison) -> Table:
 
 
 class Timed:
-    """A greedy answer and the times of its tokens, collected in several goes."""
+    """A greedy answer and the times of its tokens, collected in turns with another side."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -156,13 +158,14 @@ class Timed:
         self.rate: float | None = None
 
     def collect(
-        self, run: Callable[[int], tuple[list[int], list[float]]], most: int, n: int
+        self, run: Callable[[int], tuple[list[int], list[float]]], most: int, warm: bool
     ) -> None:
-        """`n` more times to the first token, after a warm-up; the first go also generates."""
-        if n < 1:
-            return
-        run(1)
-        self.first_ms += [1e3 * run(1)[1][0] for _ in range(n)]
+        """One more time to the first token, `warm` after a run for that; the first turn also
+        generates.
+        """
+        if warm:
+            run(1)
+        self.first_ms.append(1e3 * run(1)[1][0])
         if not self.tokens:
             self.tokens, at = run(most)
             if len(at) > 1 and at[-1] > at[0]:

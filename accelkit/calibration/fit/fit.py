@@ -120,6 +120,8 @@ def _in_turns(
 ) -> tuple[_Seen, turns.Timers]:
     """Everything in turns: other programs slow a CPU down for seconds at a time."""
     timers = turns.Timers(calls)
+    for call in calls.values():
+        dense_attention(call)  # whatever runs first takes longer
     for turn in range(turns.TURNS[1]):
         if turn >= turns.TURNS[0] and time.monotonic() > until:
             break
@@ -144,6 +146,8 @@ def _timed(
     ms = clocked("dense")
     dense = tuple((n, dense_ms(call, ms)) for n, call in calls.items())
     ride = tuple((n, ms(partial(dense_attention, call))) for n, call in calls.items())
+    if next(iter(calls.values())).q.device.type == "cpu":  # two readings of the same kernel
+        dense = ride = tuple((n, (a + b) / 2) for (n, a), (_, b) in zip(dense, ride, strict=True))
     costs: dict[str, Found] = {}
     refused: dict[str, str] = {}
     for method in methods:

@@ -17,7 +17,7 @@ from accelkit.calibration.timing import steady_ms
 from accelkit.kernels.cost import Check, Kernel
 from accelkit.patches.call import AttentionCall
 
-TURNS = (2, 4)
+TURNS = (1, 3)
 """Readings of everything, at least and at most; their mean counts."""
 Size = tuple[int, int]
 

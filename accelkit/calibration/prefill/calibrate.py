@@ -46,6 +46,7 @@ from accelkit.calibration.session import (
     version,
     weights_digest,
 )
+from accelkit.calibration.timing import times_ms
 from accelkit.errors import NothingPatchedError
 from accelkit.kernels.cost import CostTable
 from accelkit.patches.adapters import adapter_for, facts, sites, trimmable
@@ -280,7 +281,10 @@ def _dense_prefill(run: Run, inputs: prompts.Inputs) -> dict[str, Any]:
             work()
             quality.synchronise(run.device)
     memory.restart(run.device)
-    ms = fit.clock(work, 1, run.device, rested=False)
+    if run.device.type == "cuda":
+        ms = fit.clock(work, 1, run.device, rested=False)
+    else:  # long; where a plan is timed, dense prefills are once more
+        (ms,) = times_ms(work, 1, 0, run.device)
     return {"dense_prefill_ms": round(ms, 3), "dense_peak_bytes": memory.peak(run.device)}
 
 
