@@ -50,7 +50,7 @@ $(VENV)/.docs: $(VENV)/.test
 	@touch $@
 
 demo: $(VENV)/.demo
-	$(BIN)/accelkit calibrate $(MODEL) --out $(OUT) --budget 2% --lengths 8k --time-limit 4m --yes
+	$(BIN)/accelkit calibrate $(MODEL) --out $(OUT) --budget 2% --lengths 8k --yes
 	$(BIN)/accelkit patch $(MODEL) --plan $(OUT) --demo
 
 # A size that the model was trained on and a step cache alone, so that two CPU cores need minutes.

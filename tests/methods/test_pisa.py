@@ -11,8 +11,11 @@ import torch
 from accelkit.calibration.candidates import Bench
 from accelkit.calibration.capture import dense_attention
 from accelkit.kernels import BlockIndex, Partial
+from accelkit.kernels.select import density
 from accelkit.patches.methods.pisa import PISA
+from accelkit.patches.plan import Plan
 from accelkit.patches.sites.attention import compute
+from accelkit.patches.state import PatchState
 
 
 def small(**fields: float) -> PISA:
@@ -39,6 +42,21 @@ def test_expanding_beats_dropping():
     dropped = compute(replace(answer, pieces=(index,))).out
     both = compute(answer).out
     assert (both - dense).abs().sum() < 0.6 * (dropped - dense).abs().sum()
+
+
+def test_its_density_is_that_of_what_it_reads():
+    """As calibration counts it; a method that computes everything by itself is dense."""
+    q, k, v = planted.noise(512, seed=3)
+    answer = planted.ask(small(mass=0.3), planted.make_call(q, k, v))
+    index, rest = answer.pieces
+    state = PatchState(Plan.model_construct(sites={}, tables={}))
+    state.measure_density = True
+    state.saw(answer.call, [answer, replace(answer, pieces=(rest,))])
+    (seen,) = state.counts[answer.call.site.path].densities
+    heads = len(answer.call.heads)
+    torch.testing.assert_close(seen[:heads], density(index, answer.call))
+    assert seen[:heads].max() < 0.9
+    assert seen[heads:].tolist() == [1.0] * heads
 
 
 def test_a_chunk_decides_like_the_whole():

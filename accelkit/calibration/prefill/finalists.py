@@ -34,12 +34,14 @@ from accelkit.patches.method import AttentionMethod
 from accelkit.patches.patch import PatchHandle
 from accelkit.patches.plan import Budget, Limits
 
-PASSES = (0.5, 1.0, 2.0), (1.5,)
+PASSES = (0.5, 1.0, 2.0), (1.0,)
 """Predicted errors ÷ ε at which search names the finalists, at most four of a head: at first, and
-where plans mostly end, for errors of layers cancel in part, if the first ones told something new.
+anew where full rows told more than they were thought to.
 """
+CLOCKED = (1.5,)
+"""The same anew where prices were clocked: plans mostly end there, for errors cancel in part."""
 SURPRISE = 1.1
-"""Predicted error with full rows ÷ the one before from which that is something new."""
+"""Predicted error with full rows ÷ the one before from which finalists are named anew."""
 BROKEN = 1e3
 """Error of what is not finite."""
 Ran = tuple[Sequence[float], float | None]
@@ -75,10 +77,11 @@ def with_full_rows(
     data = told = list(data)
     shares: list[dict[Choice, float]] = [{} for _ in data]
     known: list[set[Choice]] = [set() for _ in data]
+    priced = False
     for n, times in enumerate(PASSES):
         key = f"{prefix}{n}/"
         with run.planning(f"finalists of {key}"):
-            some = finalists(data, [t * epsilon for t in times])
+            some = finalists(data, [t * epsilon for t in (CLOCKED if priced else times)])
         errors = full_rows(run, key, sample, data, some, tokens, known, clocked)
         for mine, e in zip(shares, errors, strict=True):
             mine.update(e.shares)
