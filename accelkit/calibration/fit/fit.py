@@ -1,8 +1,8 @@
 """Measures attention on this device and fits the cost table that search and reports predict with.
 
-Random data; on a GPU two readings that agree, the least of a few on a CPU. Methods that cannot win
-here are refused on the way, with the reason, so that no time is spent on them later: two short
-prompts tell whether a long one is worth it.
+Random data; on a GPU two readings that agree, on a CPU one in units of a probe beside it. Methods
+that cannot win here are refused on the way, with the reason, so that no time is spent on them
+later: two short prompts tell whether a long one is worth it.
 
 `inputs` makes what is measured, `clock` times it, `ahead` compiles it beforehand, `methods` and
 `kernels` turn times into the terms of `accelkit.kernels.cost` and check them.

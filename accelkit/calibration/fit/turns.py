@@ -1,7 +1,7 @@
 """A fit on a CPU: everything is timed in turns.
 
-Other programs slow a machine down for seconds at a time. Timed one after another, a method or a
-unit would look cheap or dear by when its turn was, and search would take the wrong one.
+What is read more than once is read in another turn, as far apart as can be: other programs slow a
+machine down for seconds at a time, and a probe beside a reading does not tell all of that.
 """
 
 from __future__ import annotations
