@@ -4,6 +4,7 @@ prompts, and how much each head weighs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -26,6 +27,8 @@ DOUBT = {"cpu": 0.3}
 """Share by which prices on short prompts may be too high, by device: other programs disturb a CPU,
 and what a method does for each tile weighs more on a short prompt.
 """
+VARIANTS = {"cpu": 2}
+"""Families of one method that are kept, where prices are in doubt: they are wrong together."""
 LEAST_WEIGHT = 0.1
 """Share of the median weight that no head is below: noise that seems to do nothing was drowned."""
 Probe = Callable[[Sequence[str]], quality.Show]
@@ -79,7 +82,8 @@ def kept(
 
     One after another, the family that makes the layer cheapest beside those before it, summed over
     the tolerated errors: each head runs the cheapest setting of any of them, or dense. Beside the
-    first one, others are judged as if they cost less by what a price may be in doubt.
+    first one, others are judged as if they cost less by what a price may be in doubt, and few of
+    them are of the same method.
     """
     found = record["families"]
     once: dict[str, float] = {}
@@ -103,9 +107,13 @@ def kept(
         ms[name] = np.array([np.where(error <= t, cost, np.inf).min(0) for t in tolerances])
     chosen: list[str] = []
     best: Any = costs.ride_ms(tokens)
-    sure = 1.0 - DOUBT.get(costs.device, 0.0)
-    while len(chosen) < min(most, len(ms)):
-        rest = [n for n in ms if n not in chosen]
+    sure, variants = 1.0 - DOUBT.get(costs.device, 0.0), VARIANTS.get(costs.device, most)
+    kinds = {name: found[name]["settings"][0]["kind"] for name in ms}
+    while len(chosen) < most:
+        taken = Counter(kinds[n] for n in chosen)
+        rest = [n for n in ms if n not in chosen and taken[kinds[n]] < variants]
+        if not rest:
+            break
         least = {n: np.minimum(best, (sure if chosen else 1.0) * ms[n]).sum() for n in rest}
         first = min(rest, key=lambda n: (float(least[n]) + len(tolerances) * once[n], n))
         if chosen and least[first] > (1 - LEAST_GAIN) * best.sum():

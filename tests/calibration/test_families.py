@@ -56,6 +56,24 @@ def test_families_complement_each_other() -> None:
     assert [f.name for f in kept(record, COSTS, 4096, 1024, 9)] == ["window", "xattention"]
 
 
+def test_few_variants_of_a_method_are_kept_where_prices_are_in_doubt() -> None:
+    """Three variants help a head each, another method the fourth one a little."""
+    good, bad = 0.01, 0.9
+    errors = [[good if h == n else bad for h in range(4)] for n in range(4)]
+    record = {
+        "families": {
+            **{f"window{n}": family("window", errors[n], [0.1] * 4) for n in range(3)},
+            "xattention": family("xattention", errors[3], [0.5] * 4),
+        }
+    }
+    for device, names in (
+        ("cpu", {"window0", "window1", "xattention"}),
+        ("toy", set(record["families"])),
+    ):
+        some = kept(record, replace(COSTS, device=device), 4096, 1024, 9)
+        assert {f.name for f in some} == names
+
+
 def test_lists_of_two_units_cost_what_each_unit_costs() -> None:
     """Single keys take ten times as long a pair; shares of both differ from head to head."""
     costs = CostTable(
