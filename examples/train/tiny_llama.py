@@ -437,8 +437,8 @@ def main() -> None:
     args.end = time.time() + 60 * args.minutes
     lengths = [2048, 8192, 16384, 32768]
     if args.smoke:
-        args.device, args.tokens, corpus_size, answers = "cpu", 2048, 1_000_000, 4
-        args.workers, lengths = min(args.workers, 1), [512, 1024]
+        args.device, args.tokens, corpus_size, answers = "cpu", 1024, 1_000_000, 4
+        args.workers, lengths = min(args.workers, 1), [512]
         STAGES[:] = [(0.0, {512: 0.5, 1024: 0.5})]
     begun = time.time()
     corpus, held_out = read_corpus(False, corpus_size), read_corpus(True, corpus_size // 8)
