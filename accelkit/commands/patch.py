@@ -54,7 +54,7 @@ def patch(
     ] = True,
     repeat: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs behind each median. Default: 5, for pipelines 1."),
+        typer.Option(min=1, help="Runs behind each median. Default: 3, for pipelines 1."),
     ] = None,
     height: Height = None,
     width: Width = None,
@@ -112,7 +112,7 @@ def patch(
             question = text, console.size(length, "--length") if length is not None else None, seed
         if save is not None and (save / "config.json").exists():
             console.replaces(save, yes)
-        how = {"max_new_tokens": max_new_tokens, "dense": compare, "repeat": repeat or 5}
+        how = {"max_new_tokens": max_new_tokens, "dense": compare, "repeat": repeat or 3}
         document, shown = _answer(model, plan, question, save, where, **how)
     console.emit(document, as_json, *shown)
 

@@ -74,7 +74,7 @@ def compare(
     expected: str | None = None,
     max_new_tokens: int = 64,
     dense: bool = True,
-    repeat: int = 5,
+    repeat: int = 3,
 ) -> Comparison:
     """Generate greedily after `ids` with the plan and, if asked, without it. The model is unpatched
     afterwards.
