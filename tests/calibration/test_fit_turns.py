@@ -12,6 +12,7 @@ import torch
 from accelkit.calibration import timing
 from accelkit.calibration.fit import fit, turns
 from accelkit.calibration.fit.inputs import Shape
+from accelkit.kernels.cost import CostTable
 
 CPU = torch.device("cpu")
 
@@ -58,15 +59,24 @@ def test_probes_are_made_anew_after_a_pause(monkeypatch) -> None:
 
 
 def test_a_fit_reads_everything_in_turns(monkeypatch) -> None:
-    count = 0
+    """What two turns read is read once by each, one turn after the other."""
+    ran: list[float] = []
 
-    def reading(run: Callable[[], Any]) -> float:
-        nonlocal count
-        count += 1
-        run()
-        return 1.0
+    def fitted(count: int, ms: Callable[[], float]) -> CostTable:
+        ran.clear()
+        monkeypatch.setattr(turns, "TURNS", (count, count))
 
-    monkeypatch.setattr(turns, "steady_ms", reading)
-    found = fit.fit(Shape(2, 1, 16, 1, 1), torch.float32, CPU, 1024, (), limit_s=0.0)
-    assert found.dense_ms(1024) == 1.0
-    assert count % turns.TURNS[0] == 0
+        def reading(run: Callable[[], Any]) -> float:
+            run()
+            ran.append(ms())
+            return ran[-1]
+
+        monkeypatch.setattr(turns, "steady_ms", reading)
+        return fit.fit(Shape(2, 1, 16, 1, 1), torch.float32, CPU, 1024, (), limit_s=0.0)
+
+    once = fitted(1, lambda: 1.0)
+    turn = len(ran)
+    twice = fitted(2, lambda: 1.0 if len(ran) < turn else 3.0)
+    assert len(ran) == 2 * turn > 2
+    assert once.dense_ms(1024) == 1.0
+    assert twice.dense_ms(1024) == twice.ride_ms(1024) * 2 == 2.0
