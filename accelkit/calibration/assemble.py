@@ -292,26 +292,6 @@ def assemble(
     return plan.with_tables(tables)
 
 
-def kept_row(heads: int, costs: CostTable, tokens: int) -> Evidence:
-    """The last layer when only the last row of `tokens` is computed, as the costs predict it."""
-    density, dense_ms = 2 / (tokens + 1), costs.dense_ms(tokens)
-    return Evidence(
-        tokens=tokens,
-        error=(0.0,) * heads,
-        recall=(1.0,) * heads,
-        density=_rounded((density,) * heads),
-        ms=round(density * dense_ms, 5),
-        dense_ms=round(dense_ms, 5),
-    )
-
-
-def trimmed(plan: Plan, path: str, seen: Evidence) -> Plan:
-    """The plan, with the last layer, whose attention is at `path`, trimmed."""
-    sites = {**plan.sites, path: LayerPlan(evidence={"prefill": seen})}
-    update = {"trim_last_layer": True, "sites": sites}
-    return plan.model_copy(update=update).with_tables(plan.tables)
-
-
 def _with_whole(seen: dict[str, Evidence], phase: str) -> dict[str, Evidence]:
     """Beside what was seen in shares of the steps, the sum: worst errors, mean densities."""
     if phase in seen:
@@ -321,10 +301,10 @@ def _with_whole(seen: dict[str, Evidence], phase: str) -> dict[str, Evidence]:
     share = [e.dense_ms / dense for e in parts]
     whole = Evidence(
         tokens=parts[0].tokens,
-        error=_rounded(np.max([e.error for e in parts], axis=0).tolist()),
-        recall=_rounded(np.min([e.recall for e in parts], axis=0).tolist()),
-        density=_rounded(np.average([e.density for e in parts], axis=0, weights=share).tolist()),
-        weight=_rounded(np.sum([e.weight for e in parts], axis=0).tolist()),
+        error=rounded(np.max([e.error for e in parts], axis=0).tolist()),
+        recall=rounded(np.min([e.recall for e in parts], axis=0).tolist()),
+        density=rounded(np.average([e.density for e in parts], axis=0, weights=share).tolist()),
+        weight=rounded(np.sum([e.weight for e in parts], axis=0).tolist()),
         ms=round(sum(e.ms for e in parts), 5),
         dense_ms=round(dense, 5),
     )
@@ -355,10 +335,10 @@ def _evidence(data: SiteData, choice: Choice, tokens: int) -> Evidence:
 
     return Evidence(
         tokens=tokens,
-        error=_rounded(error),
-        recall=_rounded(recall),
-        density=_rounded(density),
-        weight=_rounded(t.weight.tolist()),
+        error=rounded(error),
+        recall=rounded(recall),
+        density=rounded(density),
+        weight=rounded(t.weight.tolist()),
         ms=round(cost(t, choice), 5),
         dense_ms=round(t.dense_ms, 5),
     )
@@ -467,5 +447,5 @@ def _mean_parts(some: Sequence[Parts]) -> Parts:
     )
 
 
-def _rounded(values: Sequence[float]) -> tuple[float, ...]:
+def rounded(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(f"{v:.5g}") for v in values)

@@ -55,7 +55,8 @@ def calibrate(
         batch: prompts that will be prefilled together; costs are those of such a batch.
         every_row: of a language model, whether it will be asked for the logits of every row.
             Otherwise its last layer is computed for the rows that are asked for, as `generate`
-            asks for the last one; that is exact, and all methods are for the other layers.
+            asks for the last one; that is exact, and all methods are for the other layers. The last
+            rows of a prompt stay dense there, and calls that ask for every row run dense.
         seed: of prompts and choices; the same seed and readings give the same plan.
         time_limit: seconds, after which the best plan that was checked is returned.
         journal: file of finished units; None keeps them in memory.

@@ -20,20 +20,29 @@ See = Callable[[AttentionCall, Partial], None]
 
 @torch.inference_mode()
 def capture(
-    model: Any, ids: np.ndarray, see: See, only: Callable[[str], bool] | None = None
+    model: Any,
+    ids: np.ndarray,
+    see: See,
+    only: Callable[[str], bool] | None = None,
+    dense_rows: int = 0,
 ) -> Tensor:
     """One dense forward over the token ids `[N]` or `[B, N]`; returns the last hidden states.
 
     `see(call, dense)` gets each site's call with its dense output `[B, H, N, Dv]` and LSE
     `[B, H, N]`; both are gone afterwards, and what it writes into the output the model goes on
     with. `only(site path)` says which sites to show; the others run what the model always runs.
+    `dense_rows` last rows of every call stay dense, and are not shown.
     """
 
     def visit(call: AttentionCall) -> Tensor | None:
         if only is not None and not only(call.site.path):
             return None
         dense = dense_attention(call)
-        see(call, dense)
+        if dense_rows:
+            body = call.n_q - dense_rows
+            see(call.first_rows(body), Partial(dense.out[:, :, :body], dense.lse[:, :, :body]))
+        else:
+            see(call, dense)
         return dense.out
 
     with watch(model, visit):

@@ -235,6 +235,12 @@ class Run:
     """Memory of a GPU that nothing may exceed, once it is known."""
     trimmed: str | None = None
     """Attention of the last layer where that is computed for the kept rows only; not a site."""
+    dense_rows: int = 0
+    """Last rows of every prompt that no rule holds for."""
+
+    def ruled(self, tokens: int) -> int:
+        """Rows of a prompt that rules hold for."""
+        return tokens - self.dense_rows
 
     def late(self, share: float, what: str, seconds: float = 0.0) -> bool:
         """Whether this share of the time limit is used up, or `what` may take so many seconds that

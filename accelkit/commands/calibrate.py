@@ -81,7 +81,7 @@ def calibrate(
         bool,
         typer.Option(
             "--every-row",
-            help="Logits of every row will be asked for: do not trim the last layer.",
+            help="Logits of every row will be asked for, not those of the last rows alone.",
             rich_help_panel=console.OF_TEXT,
         ),
     ] = False,

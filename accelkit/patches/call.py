@@ -64,7 +64,9 @@ class AttentionCall(Inputs):
 
     The tensors are those of `kernels.index.Inputs`. `memory` belongs to this site and guidance
     branch and lives for one generation. `tables` holds the plan's side tensors of this site.
-    `ordinal` counts the calls of this site in one forward and is part of the memory's key.
+    `ordinal` counts the calls of this site in one forward and is part of the memory's key. `asked`
+    counts the rows from the first one whose logits are asked for to the end; 0: all, or unknown.
+    `share` is that of a whole call's visible pairs in a call that was cut from it (`first_rows`).
     """
 
     site: Site = Site("", 0)
@@ -73,6 +75,8 @@ class AttentionCall(Inputs):
     memory: dict[Any, Any] = field(default_factory=dict)
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     ordinal: int = 0
+    asked: int = 0
+    share: float = 1.0
     _shared: dict[Any, Any] = field(default_factory=dict)
 
     def take(self, heads: Sequence[int]) -> AttentionCall:
@@ -87,6 +91,22 @@ class AttentionCall(Inputs):
         }
         kv_heads = tuple(self.kv_heads[slot] for slot in slots)
         return replace(self, heads=tuple(heads), kv_heads=kv_heads, **narrowed)
+
+    def first_rows(self, count: int) -> AttentionCall:
+        """The first `count` query rows of a causal call in token order, over the keys that they
+        see: what a shorter prompt would have been. No tensor is copied.
+        """
+        seen = self.q_start + count
+        pairs, whole = (n * self.q_start + n * (n + 1) / 2 for n in (count, self.n_q))
+        return replace(
+            self,
+            q=self.q[:, :, :count],
+            k=self.k[:, :, :seen],
+            v=self.v[:, :, :seen],
+            key_mask=None if self.key_mask is None else self.key_mask[:, :seen],
+            share=self.share * pairs / whole,
+            _shared={},
+        )
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """`compute()`, remembered for this call and these heads: methods and settings share one

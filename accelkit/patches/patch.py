@@ -38,6 +38,10 @@ HANDLE = "accelkit_handle"
 """Where a patched model keeps its handle, so that both go when nobody needs the model any more."""
 TRIMMED = "kept rows only"
 """Reason of dense calls of a trimmed last layer."""
+ANY_ROW = "every row may be asked for"
+"""Reason of dense calls of a plan for calls that ask for the last rows."""
+LAST_ROWS = "dense last rows only"
+"""Reason of dense calls so short that no other rows are there."""
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _EXPECTED = ("decode", "no policy")
 """Reasons for dense calls that nobody needs to be warned about."""
@@ -135,14 +139,32 @@ class PatchHandle:
         if not groups:
             short = call.n_k < self.plan.limits.min_length
             return self._dense(path, "shorter than the minimum length" if short else "no policy")
+        body = call.n_q - self._dense_tail(call)
+        if body <= 0:
+            return self._dense(path, LAST_ROWS if call.asked else self._any_row())
         self._compare(call)
         memory = state.memory.setdefault((path, call.ordinal, call.clock.branch), {})
         call = replace(call, memory=memory, tables=state.tables_of(path, call.q.device))
         out = call.q.new_empty(call.q.shape[0], call.n_q, call.q.shape[1], call.v.shape[3])
-        if not attend(call, groups, state, out.transpose(1, 2)):
+        if not attend(call, groups, state, out.transpose(1, 2), body):
             return self._dense(path, "every head chose dense")
         state.count(path)
         return out
+
+    def _dense_tail(self, call: AttentionCall) -> int:
+        """Last rows of a call that run dense whatever the rules say."""
+        rows = self.plan.dense_rows
+        return (max(rows, call.asked) if call.asked else call.n_q) if rows else 0
+
+    def _any_row(self) -> str:
+        """Warn that a call is none that the plan was made for, and say why it is dense."""
+        message = (
+            f"attention runs dense: {ANY_ROW} (no logits_to_keep, a model without its head, "
+            "compiled code), and the plan holds its budget for the last rows; calibrate with "
+            "every_row for such calls"
+        )
+        self._warn(ANY_ROW, message, DenseFallbackWarning)
+        return ANY_ROW
 
     def _dense(self, site: str, reason: str) -> None:
         self.state.count(site, reason)

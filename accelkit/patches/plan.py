@@ -247,6 +247,11 @@ class Plan(_Part):
     `trim_last_layer`: in calls that ask for the logits of a few rows at the end (`generate` asks
     for the last one), the last layer is computed for these rows alone, dense, whatever the rules
     say of it. Nothing is lost by that; keys and values of all rows are still made.
+
+    `dense_rows`: so many last rows of a prompt, among which the question is, read every key at
+    every site; rules hold for the rows before them, which are read but not answered. A call that
+    asks for the logits of more rows is dense from the first of these on. 0: rules hold for all
+    rows, whatever is asked for.
     """
 
     schema_version: int = plan_file.SCHEMA_VERSION
@@ -257,6 +262,7 @@ class Plan(_Part):
     sites: dict[str, LayerPlan]
     limits: Limits = Limits()
     trim_last_layer: bool = False
+    dense_rows: int = Field(0, ge=0)
     budget: Budget | None = None
     measured: dict[str, Any] = {}
     tables_file: TablesFile | None = None
@@ -265,6 +271,11 @@ class Plan(_Part):
 
     @model_validator(mode="after")
     def _rows_exist(self) -> Plan:
+        if self.dense_rows and not self.trim_last_layer:
+            raise ValueError(
+                f"dense_rows is {self.dense_rows} without trim_last_layer, which tells for which "
+                "rows logits are asked; set both, or dense_rows to 0"
+            )
         for path, layer in self.sites.items():
             for rule in layer.rules:
                 for head, row in enumerate(rule.policies):

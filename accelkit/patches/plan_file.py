@@ -16,7 +16,7 @@ from accelkit.errors import InvalidInputError, PlanCorruptError, PlanError, Plan
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FILE = "accelkit_plan.json"
 TABLES_FILE = "accelkit_plan.safetensors"
 
@@ -24,6 +24,7 @@ TABLES_FILE = "accelkit_plan.safetensors"
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda plan: {"trim_last_layer": False, **plan},
     2: lambda plan: _without(plan, "fingerprint", "weights_hash"),  # was never filled in
+    3: lambda plan: {"dense_rows": 0, **plan},
 }
 
 

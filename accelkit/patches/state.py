@@ -130,8 +130,11 @@ class PatchState:
             entry.dense[reason] += 1
 
     def saw(self, call: AttentionCall, answers: Sequence[Any]) -> None:
-        """Record the densities of a sparse call when asked to."""
+        """Record the densities of a sparse call when asked to; what it was cut from ran dense
+        elsewhere.
+        """
         if not self.measure_density:
             return
         entry = self.counts.setdefault(call.site.path, SiteCount())
-        entry.densities.append(torch.cat([a.density() for a in answers]))
+        found = torch.cat([a.density() for a in answers])
+        entry.densities.append(1.0 - call.share * (1.0 - found))

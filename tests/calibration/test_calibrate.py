@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from planted_model import DIFFUSE, LENGTH, planted, prompts, toy_costs
@@ -17,13 +19,19 @@ from accelkit.calibration import session
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
+from accelkit.calibration.prefill import last_rows
 from accelkit.calibration.prefill import plan as prefill_plan
 from accelkit.calibration.prefill.calibrate import least_dense
 from accelkit.calibration.search import DENSE, Choice, Solution
 from accelkit.calibration.show import report
-from accelkit.errors import InvalidInputError, UnknownMethodError, UnsupportedModelError
-from accelkit.patches.patch import patch
-from accelkit.patches.plan import Plan
+from accelkit.errors import (
+    DenseFallbackWarning,
+    InvalidInputError,
+    UnknownMethodError,
+    UnsupportedModelError,
+)
+from accelkit.patches.patch import ANY_ROW, patch
+from accelkit.patches.plan import Evidence, LayerPlan, Plan
 
 pytestmark = pytest.mark.usefixtures("probes")
 
@@ -85,6 +93,42 @@ def test_the_last_layer_is_trimmed_and_no_site() -> None:
     assert nothing.measured["note"].startswith("dense")
     assert nothing.trim_last_layer
     assert nothing.measured["prefill_speedup"] == 2.0  # the fixture's
+
+
+def test_the_last_rows_stay_dense() -> None:
+    """The budget is for the rows before them; evidence is that of whole prompts, errors apart."""
+    model = planted()
+    plan, whole = run(model, every_row=False), run(model)
+    rows = LENGTH // last_rows.SHARE
+    assert (plan.dense_rows, whole.dense_rows) == (rows, 0)
+    seen, beside = (next(iter(p.sites.values())).evidence["prefill"] for p in (plan, whole))
+    assert seen.tokens == beside.tokens == LENGTH
+    assert seen.dense_ms == pytest.approx(beside.dense_ms, rel=1e-3)
+    ids = prompts(1)[0][None]
+    first = next(iter(plan.sites))
+    with patch(model, plan) as handle, torch.no_grad(), handle.measuring():
+        model(ids, logits_to_keep=1)
+        found = handle.report().sites[first].density
+        with pytest.warns(DenseFallbackWarning):
+            model(ids)
+        assert handle.report().sites[first].dense == {ANY_ROW: 1}
+    assert found == pytest.approx(np.mean(seen.density), rel=0.1)
+    assert seen.density[DIFFUSE] == 1.0
+    body = (LENGTH - rows) * (LENGTH - rows + 1) / (LENGTH * (LENGTH + 1))
+    assert min(seen.density) > 1 - body
+
+
+def test_evidence_of_whole_prompts() -> None:
+    seen = Evidence(tokens=768, error=(0.1,), recall=(0.9,), density=(0.25,), ms=2.0, dense_ms=9.0)
+    costs = SimpleNamespace(dense_ms=lambda n: n * n / 2**16)
+    plan = run(planted()).model_copy(
+        update={"sites": {"a": LayerPlan(evidence={"prefill": seen})}, "trim_last_layer": True}
+    )
+    done = last_rows.whole(plan, 256, costs).sites["a"].evidence["prefill"]  # type: ignore[arg-type]
+    assert (done.tokens, done.error, done.recall) == (1024, (0.1,), (0.9,))
+    share = 768 * 769 / (1024 * 1025)
+    assert done.density == (pytest.approx(1 - 0.75 * share, rel=1e-4),)
+    assert (done.ms, done.dense_ms) == (2.0 + 7.0, 9.0 + 7.0)
 
 
 def test_a_small_budget_stays_dense() -> None:

@@ -132,10 +132,10 @@ def test_a_run_that_was_killed_among_finalists_goes_on(tmp_path, monkeypatch, fa
     shown = []
     real = finalists.capture
 
-    def capture(model, ids, see, only):
+    def capture(model, ids, see, only, dense_rows):
         shown.append([f"model.layers.{n}.self_attn" for n in range(2)])
         shown[-1] = [path for path in shown[-1] if only(path)]
-        return real(model, ids, see, only)
+        return real(model, ids, see, only, dense_rows)
 
     monkeypatch.setattr(finalists, "capture", capture)
     again = run(*far, journal=path, resume=True)

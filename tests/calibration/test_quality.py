@@ -92,6 +92,10 @@ def test_a_trimmed_check_reads_the_same(sample) -> None:
             assert len(dense.rows) * 8 < 512 < len(quality.scored_rows(text)) * 8
             states = quality.forward(model, one.ids)[0, torch.from_numpy(dense.rows)]
             assert torch.allclose(dense.hidden, states, atol=1e-5)
+            few = quality.reference(
+                model, one, plan.model_copy(update={"sites": bare, "dense_rows": 16})
+            )
+            assert len(few.rows) == 15  # with them, no more rows are dense than for a single one
         assert row["error"] > 0
 
 

@@ -76,7 +76,7 @@ def references(model: Any, samples: Sequence[Sample], still: Plan | None = None)
         rows = [scored_rows(s) for s in samples]
         hidden, ms = _hidden(model, samples, rows, False)
     else:
-        rows = [scored_rows(s, _most(s)) for s in samples]
+        rows = [scored_rows(s, _most(s, still.dense_rows)) for s in samples]
         with patch(model, still):
             hidden, ms = _hidden(model, samples, rows, True)
     return [
@@ -356,9 +356,12 @@ def _hidden(
     return [states[n, r].float() for n, r in enumerate(at)], ms
 
 
-def _most(sample: Sample) -> int:
-    """Scored rows of a text, so few that a trimmed layer leaves the others out."""
-    return max(1, len(sample.ids) // TRIM_BELOW - 2)
+def _most(sample: Sample, dense_rows: int) -> int:
+    """Scored rows of a text, so few that a trimmed layer leaves the others out, and that no more
+    are dense than for a single row.
+    """
+    most = max(1, len(sample.ids) // TRIM_BELOW - 2)
+    return min(most, max(1, dense_rows - 1)) if dense_rows else most
 
 
 @torch.inference_mode()

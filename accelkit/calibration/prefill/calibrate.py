@@ -23,7 +23,7 @@ from accelkit.calibration.evaluation import quality
 from accelkit.calibration.evaluation.tasks import MIN_LENGTH
 from accelkit.calibration.fit import fit
 from accelkit.calibration.journal import Journal
-from accelkit.calibration.prefill import measure, prices, uniform
+from accelkit.calibration.prefill import last_rows, measure, prices, uniform
 from accelkit.calibration.prefill.check import whole_check
 from accelkit.calibration.prefill.finalists import listed, with_full_rows, worse
 from accelkit.calibration.prefill.measure import PRESETS, PROBE_TOKENS
@@ -111,6 +111,7 @@ def calibrate(
         # Short enough to be cheap, long enough that methods have something to leave out.
         short = max(MIN_LENGTH, inputs.longest // 4, min(inputs.longest // 2, SCREEN_TOKENS))
         screen_on = prompts.screening(inputs, tokenizer, short, seed)
+        dense_rows = 0 if trimmed is None else last_rows.dense_rows(inputs)
         settings = {
             "accelkit": version(),
             "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
@@ -124,6 +125,7 @@ def calibrate(
             "preset": preset,
             "batch": batch,
             "trimmed": trimmed,
+            "dense_rows": dense_rows,
             "seed": seed,
         }
         with closing(Journal(journal, settings, resume, compiled)) as book:
@@ -141,6 +143,7 @@ def calibrate(
                 time_limit,
                 begun,
                 trimmed=trimmed,
+                dense_rows=dense_rows,
             )
             try:
                 was = bare.training
@@ -198,7 +201,8 @@ def _plan(
     memory.give_back(run.device)
     heads = {s.path: run.heads[s.path] for s in run.sites}
     if late("screening and measuring"):
-        known = Known(costs, assemble.nothing(heads, costs, tokens), tokens)
+        ruled = run.ruled(tokens)
+        known = Known(costs, assemble.nothing(heads, costs, ruled), ruled)
     else:
         probes = _probes(inputs, tokenizer, run.preset.weigh, seed)
         known = _measured(run, inputs, screen_on, methods, costs, budget, heads, probes)
@@ -226,7 +230,8 @@ def _measured(
     heads: Mapping[str, int],
     probes: Sequence[prompts.Sample],
 ) -> Known:
-    tokens, brief, epsilon = inputs.longest, len(screen_on.ids), budget.max_rel_error
+    tokens, brief = run.ruled(inputs.longest), run.ruled(len(screen_on.ids))
+    epsilon = budget.max_rel_error
     able = [m for m in methods if m.kind in costs.methods]
     dear = measure.dear(run, costs, tokens)
     screen = measure.screened(run, screen_on, able, costs, dear)
@@ -236,14 +241,15 @@ def _measured(
             path: stages.kept(record, costs, tokens, brief, run.preset.families)
             for path, record in screen.items()
         }
-    shows = [measure.probe_of(run.model, p) for p in probes]
+    shows = [measure.probe_of(run, p) for p in probes]
     # Half as many tokens at a time as a prefill has.
-    copies = run.batch * tokens // (2 * max(len(p.ids) for p in probes))
+    copies = run.batch * inputs.longest // (2 * max(len(p.ids) for p in probes))
     by_probe = stages.probed(run, heads, shows, lambda place: quality.faintest, copies)
     weights = [stages.worst(heads, _alike(s, probes, by_probe)) for s in inputs.measure]
 
     def data(families: Mapping[str, Sequence[Family]], units: Sequence[Any]) -> list[SiteData]:
-        rows = [(len(s.ids), unit) for s, unit in zip(inputs.measure, units, strict=False)]
+        both = zip(inputs.measure, units, strict=False)
+        rows = [(run.ruled(len(s.ids)), unit) for s, unit in both]
         return assemble.site_data(list(heads), families, screen, rows, brief, weights, costs)
 
     def narrow(families: dict[str, list[Family]], unit: Any) -> dict[str, list[Family]]:

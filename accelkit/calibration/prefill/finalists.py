@@ -21,9 +21,9 @@ from torch import Tensor
 from accelkit.calibration.assemble import SiteData, assemble
 from accelkit.calibration.candidates import Family, stored
 from accelkit.calibration.capture import capture
-from accelkit.calibration.evaluation import tasks
 from accelkit.calibration.evaluation.tasks import Sample
 from accelkit.calibration.prefill import prices
+from accelkit.calibration.prefill.measure import judged_rows
 from accelkit.calibration.search import DENSE, Choice, Solution, predicted, search
 from accelkit.calibration.session import Run
 from accelkit.kernels.cost import CostTable
@@ -131,7 +131,7 @@ def full_rows(
     ]
     keys = {path: f"{prefix}{path}" for path, choices in zip(order, ran, strict=True) if choices}
     waiting = {path for path, key in keys.items() if key not in run.journal}
-    scored = torch.from_numpy(tasks.judged_rows(sample)).to(run.device)
+    scored = torch.from_numpy(judged_rows(run, sample)).to(run.device)
     # On a GPU calls one by one wait for the host, as those of a model do not.
     clocked = clocked and run.device.type == "cpu"
 
@@ -171,7 +171,8 @@ def full_rows(
 
     if waiting:
         lenders = set().union(*(h.state.anchors for h in handles))
-        capture(run.model, sample.ids, see, lambda path: path in waiting | lenders)
+        needed = waiting | lenders
+        capture(run.model, sample.ids, see, lambda path: path in needed, run.dense_rows)
     return [
         _of_choices(dict(zip(ran[n], run.journal[keys[path]], strict=True)))
         if path in keys

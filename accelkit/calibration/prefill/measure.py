@@ -32,6 +32,8 @@ DEAR = 0.25
 """Share of dense attention from which a method's own work makes it an unlikely winner."""
 PROBE_TOKENS = 512
 """Length of the prompts on which weights are measured."""
+PROBED = 8
+"""One in so many rows of such a text is looked at, where last rows stay dense."""
 PRESETS = {
     "fast": Preset(2, 4, 5, 0, 4, ("variables", "text")),
     "balanced": Preset(4, 5, 7, 2, 5, ("needle", "key_value", "variables", "text")),
@@ -64,7 +66,7 @@ def screened(
     settings that share a launch take no longer to run than their masses take to gather.
     """
     keys = {s.path: f"screen/{s.path}" for s in run.sites}
-    rows = tasks.judged_rows(sample)
+    rows = judged_rows(run, sample)
     priced = prices.places(list(keys))
     heavy: dict[str, torch.Tensor] = {}
     shelves: dict[Any, dict[Any, Any]] = {}
@@ -87,8 +89,15 @@ def screened(
         run.journal.unit(keys[site.path], work)
 
     if any(k not in run.journal for k in keys.values()):
-        capture(run.model, sample.ids, see, lambda path: path in keys)
+        capture(run.model, sample.ids, see, lambda path: path in keys, run.dense_rows)
     return {path: run.journal[key] for path, key in keys.items()}
+
+
+def judged_rows(run: Run, sample: Sample) -> np.ndarray:
+    """Positions that are judged beside evenly spread ones; none where the last rows, which have
+    them, stay dense.
+    """
+    return np.zeros(0, np.int64) if run.dense_rows else tasks.judged_rows(sample)
 
 
 def _bench(
@@ -154,7 +163,7 @@ def _measure(
     families: Mapping[str, Sequence[Family]],
     kept_by: Mapping[str, Sequence[Family]],
 ) -> None:
-    rows = tasks.judged_rows(sample)
+    rows = judged_rows(run, sample)
     order = [s.path for s in run.sites]
     waiting = [p for p in order if keys[p] not in run.journal]
     lenders = _lenders(run, order[: order.index(waiting[-1])], n, screen, families, kept_by)
@@ -182,7 +191,7 @@ def _measure(
             offers[path] = offer
 
     needed = {*waiting, *lenders}
-    capture(run.model, sample.ids, see, lambda path: path in needed)
+    capture(run.model, sample.ids, see, lambda path: path in needed, run.dense_rows)
 
 
 def _lenders(
@@ -206,14 +215,22 @@ def _lenders(
     return {path: one for path, one in found.items() if one is not None}
 
 
-def probe_of(model: Any, sample: Sample) -> Callable[[Sequence[str]], quality.Show]:
-    """A short prompt on which weights are measured: last hidden states at its scored rows."""
-    rows = torch.from_numpy(tasks.scored_rows(sample))
+def probe_of(run: Run, sample: Sample) -> Callable[[Sequence[str]], quality.Show]:
+    """A short prompt on which weights are measured: last hidden states at its scored rows. Where
+    last rows stay dense, these are among them, with the question before them, and few of a text.
+    """
+    tokens, dense_rows = len(sample.ids), 0
+    scored = tasks.scored_rows(sample)
+    if run.dense_rows:
+        scored = tasks.scored_rows(sample, tokens // PROBED)
+        dense_rows = min(tokens - 1, tokens - int(scored[0]) + tasks.QUESTION)
+    rows = torch.from_numpy(scored)
 
     def probe(places: Sequence[str]) -> quality.Show:
         def show(copies: int, see: See) -> torch.Tensor:
             ids = np.repeat(sample.ids[None], copies, 0)
-            return capture(model, ids, see, lambda path: path in places)[:, rows]
+            found = capture(run.model, ids, see, lambda path: path in places, dense_rows)
+            return found[:, rows]
 
         return show
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from accelkit.calibration.assemble import SiteData, assemble, crossover, kept_row, trimmed
+from accelkit.calibration.assemble import SiteData, assemble, crossover
 from accelkit.calibration.data import Inputs
 from accelkit.calibration.evaluation import quality
 from accelkit.calibration.evaluation.tasks import Sample
 from accelkit.calibration.prefill import uniform
 from accelkit.calibration.prefill.blame import Head, culprit, raised
 from accelkit.calibration.prefill.check import Checker
+from accelkit.calibration.prefill.last_rows import for_generation, kept_row, whole
 from accelkit.calibration.refine import Proposal, Round, in_turns, outcome_numbers, short
 from accelkit.calibration.search import DENSE, Choice, Solution, search
 from accelkit.calibration.session import Run
@@ -64,17 +65,22 @@ def refined(
     do, where little is gained, settings in all heads, of which screening tells.
     """
     data, costs, tokens = list(known.data), known.costs, inputs.longest
-    dense_ms = sum(d.table.dense_ms for d in data)
+    ruled = run.ruled(tokens)
     fronts: dict[str, Any] = {}
     last = None if run.trimmed is None else kept_row(run.heads[run.trimmed], costs, tokens)
-    rest_ms = 0.0 if last is None else last.ms
+    # What runs beside the rows that rules hold for.
+    rest_ms = len(data) * (costs.dense_ms(tokens) - costs.dense_ms(ruled))
+    dense_ms = sum(d.table.dense_ms for d in data) + rest_ms
+    rest_ms += 0.0 if last is None else last.ms
     dense_ms += 0.0 if last is None else last.dense_ms
 
     def planned(
-        solution: Solution, limits: Limits, data: Sequence[SiteData] = data, seen: int = tokens
+        solution: Solution, limits: Limits, data: Sequence[SiteData] = data, seen: int = ruled
     ) -> Plan:
         plan = assemble(data, solution, fingerprint, budget, seen, limits)
-        return plan if last is None else trimmed(plan, str(run.trimmed), last)
+        if last is None:
+            return plan
+        return for_generation(whole(plan, run.dense_rows, costs), str(run.trimmed), last)
 
     def chosen(epsilon: float) -> Solution:
         return search([d.table for d in data], epsilon, fronts)
@@ -83,7 +89,8 @@ def refined(
         with run.planning(f"{len(learnt)} learnt, {epsilon:.9g} of {budget.max_rel_error:g}"):
             solution = chosen(epsilon)
             low = inputs.shortest // 2  # nothing is known of far shorter prompts
-            wins = max(low, crossover(data, solution, costs, tokens, low))
+            least = crossover(data, solution, costs, ruled, max(1, run.ruled(low)))
+            wins = max(low, least + run.dense_rows)
         limits = Limits(min_length=wins, max_length=tokens)
         dense = all(c.dense for c in solution.choices)
         ms = solution.ms + rest_ms
@@ -94,7 +101,7 @@ def refined(
         found = []
         with run.planning("settings in all heads"):
             seen = known.screened()
-            some = uniform.settings(seen, costs, known.brief, tokens, budget.max_rel_error)
+            some = uniform.settings(seen, costs, known.brief, ruled, budget.max_rel_error)
         for one in some:
             limits = Limits(min_length=tokens // 2, max_length=tokens)
             plan, ms = planned(one, limits, seen, known.brief), one.ms + rest_ms

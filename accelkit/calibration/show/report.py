@@ -152,6 +152,8 @@ def headline(plan: Plan, phase: str | None = None) -> list[tuple[str, str]]:
             gain = f"; by itself {trimmed:.2f} ms, dense {whole:.2f} ms: "
             gain += f"{whole / trimmed:.2f} × faster"
         lines.append(("last layer", f"only for rows whose logits are asked for, exact{gain}"))
+    if plan.dense_rows and phase == phase_of(plan):
+        lines.append(("last rows", f"{plan.dense_rows} or all that are asked for stay dense"))
     if s["step_cache"]:
         lines.append(("step cache", str(s["step_cache"])))
     if is_number(s[f"{phase}_speedup"]):

@@ -40,12 +40,14 @@ TELLING = ("output_hidden_states", "output_attentions", "output_router_logits")
 class Trim(threading.local):
     """How many rows at the end of the prompt the running forward of one model keeps.
 
-    `due` is what the model with its head was asked for, `rows` and `total` are those of the forward
-    under way in its base model. A forward that is broken off leaves `rows` behind, the next one
-    starts anew, also without the head.
+    `due` is what the model with its head was asked for, `asked` the same in the forward under way
+    in its base model, `rows` as far as the last layer is trimmed to them and `total` all rows; 0:
+    every row. A forward that is broken off leaves them behind, the next one starts anew, also
+    without the head.
     """
 
     due: int = 0
+    asked: int = 0
     rows: int = 0
     total: int = 0
     open: nn.Module | None = None
@@ -54,7 +56,7 @@ class Trim(threading.local):
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
 
-    def asked(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
+    def note(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         """Pre-hook of the model with its head: note the rows whose logits are asked for."""
         if not torch.compiler.is_compiling():
             self.due = 0 if args[1:] else kept_rows(model, _prompt(args, kwargs), kwargs)
@@ -64,7 +66,8 @@ class Trim(threading.local):
         if torch.compiler.is_compiling():
             return
         prompt = _prompt(args, kwargs)
-        self.rows, self.due, self.open = self.due, 0, None
+        self.asked = self.rows = self.due
+        self.due, self.open = 0, None
         self.total = 0 if prompt is None else prompt.shape[1]
         if not 0 < MOST * self.rows < self.total:
             self.rows = 0
@@ -77,7 +80,13 @@ class Trim(threading.local):
     def end(self, module: nn.Module, args: Any, out: Any) -> None:
         """Hook of both: what was asked for is done."""
         if not torch.compiler.is_compiling():
-            self.rows = self.due = 0
+            self.asked = self.rows = self.due = 0
+
+    def asked_of(self, rows: int) -> int:
+        """Rows of a call over `rows` rows from the first one whose logits are asked for to the end;
+        0: all of them, or nobody knows.
+        """
+        return min(self.asked, rows) if rows == self.total else 0
 
     def left_out(self, rows: int) -> int:
         """How many rows at the beginning of `rows` the layer leaves out."""
@@ -151,7 +160,7 @@ def connect(model: PreTrainedModel, path: str, runner: Runner, undo: ExitStack) 
     def keep(handle: Any) -> None:
         undo.callback(handle.remove)
 
-    keep(model.register_forward_pre_hook(Hook(trim.asked), with_kwargs=True))
+    keep(model.register_forward_pre_hook(Hook(trim.note), with_kwargs=True))
     keep(base.register_forward_pre_hook(Hook(trim.begin), with_kwargs=True))
     keep(base.register_forward_hook(Hook(trim.end)))
     keep(model.register_forward_hook(Hook(trim.end)))

@@ -72,6 +72,7 @@ class _Door:
     runner: Runner
     previous: Callable[..., Any]
     trim: last_layer.Trim | None = None
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,8 @@ def connect(model: PreTrainedModel, runner: Runner, undo: ExitStack) -> None:
             site,
             runner,
             _implementation(module),
-            trim if path == last else None,
+            trim,
+            path == last,
         )
         undo.callback(_forget, number, door)
         if reason is None:
@@ -341,7 +343,7 @@ def _kept_rows(
     rows are needed, or the call is none that rows can be cut from.
     """
     rows = query.shape[2]
-    first = 0 if door.trim is None else door.trim.left_out(rows)
+    first = 0 if door.trim is None or not door.last else door.trim.left_out(rows)
     module = door.module()
     if not first or module is None:
         return None
@@ -465,6 +467,7 @@ def _attention(
         site=door.site,
         clock=Clock("prefill"),
         geometry=Geometry(),
+        asked=0 if door.trim is None else door.trim.asked_of(n_q),
     )
     out = door.runner.run(call)
     if out is not None:

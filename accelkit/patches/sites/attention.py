@@ -163,13 +163,23 @@ def compute(answered: Answer, *, rows: Tensor | Sequence[int] | None = None) -> 
 
 
 def attend(
-    call: AttentionCall, groups: Sequence[HeadGroup], state: PatchState, out: Tensor
+    call: AttentionCall,
+    groups: Sequence[HeadGroup],
+    state: PatchState,
+    out: Tensor,
+    body: int | None = None,
 ) -> bool:
-    """Run every head group of `call` into `out` `[B, Hq, Nq, Dv]` (any strides, last one 1).
+    """Run every head group of `call` into `out` `[B, Hq, Nq, Dv]` (any strides, last one 1). Of
+    `body` rows only, those after them are dense.
 
     Returns False, with `out` untouched, when every group turned out dense: the caller then runs
     what it ran before.
     """
+    if body is not None and body < call.n_q:
+        if not attend(call.first_rows(body), groups, state, out[:, :, :body]):
+            return False
+        _dense_from(call, body, out[:, :, body:])
+        return True
     answers: list[Answer] = []
     rest: list[int] = []
     ran = False
@@ -198,6 +208,14 @@ def attend(
     if answers:
         _compute_all(call, answers, state, out)
     return True
+
+
+def _dense_from(call: AttentionCall, row: int, out: Tensor) -> None:
+    """All heads of the rows from `row` on over every key, into `out` `[B, Hq, rows, Dv]`."""
+    last = replace(call, q=call.q[:, :, row:], q_start=call.q_start + row)
+    tiles = last.tiles(dense.UNIT)[0]
+    index = BlockIndex.dense(len(call.heads), tiles, dense.UNIT, call.q.device)
+    run(last, index, out=out)
 
 
 def _compute_all(
