@@ -123,6 +123,21 @@ def test_worst_task_decides() -> None:
     assert not quality.holds(quality.by_task([good, bad]), 0.02)
 
 
+def test_text_and_answers_spread_apart() -> None:
+    """A task with one prompt gets the margin of its own kind, where that is known."""
+    row = {"tokens": 512, "kl": 0.0, "right": 9, "dense_right": 9}
+    text = [{**row, "task": "text", "asked": 0, "error": e} for e in (0.002, 0.01)]
+    needles = [{**row, "task": "needle", "asked": 9, "error": e} for e in (0.01, 0.011)]
+    other = {**row, "task": "variables", "asked": 9, "error": 0.015}
+    found = quality.by_task([*text, *needles, other])
+    few, many = quality.margin(needles), quality.margin(text)
+    assert many > 5 * few
+    assert found["variables@512"]["bound"] == pytest.approx(0.015 * few)
+    assert found["text@512"]["bound"] == pytest.approx(0.006 * many)
+    alone = quality.by_task([*text, other])  # nothing else tells
+    assert alone["variables@512"]["bound"] == pytest.approx(0.015 * many)
+
+
 def test_every_prompt_decides_and_their_spread() -> None:
     """Errors e^±x of a task lie √2·x apart from each other: 1.645 of that is the margin."""
     row = {"task": "a", "tokens": 512, "kl": 0.0, "right": 0, "dense_right": 0, "asked": 0}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,7 +180,7 @@ def by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "prompts": len(mine),
             "error": error,
             "worst": worst,
-            "bound": max(worst, error * margin(mine if len(both) > 1 else rows)),
+            "bound": max(worst, error * _margin_of(key, rows)),
             "kl": float(np.mean([r["kl"] for r in both])),
             "perplexity": _perplexity(both, "nats"),
             "dense_perplexity": _perplexity(both, "dense_nats"),
@@ -197,10 +198,23 @@ def _perplexity(rows: Sequence[dict[str, Any]], side: str) -> float | None:
     return None if None in nats else math.exp(float(np.mean(nats)))  # type: ignore[arg-type]
 
 
+def _margin_of(task: str, rows: Sequence[dict[str, Any]]) -> float:
+    """The margin of one task: from its own prompts where there are several, else from those of its
+    kind, with answers or without, else from all.
+    """
+    mine = [r for r in rows if task_of(r) == task]
+    alike = [r for r in rows if bool(r["asked"]) == bool(mine[0]["asked"])]
+    for some in (mine, alike):
+        counts = Counter(task_of(r) for r in some if r["error"] is not None)
+        if max(counts.values(), default=0) > 1:
+            return margin(some)
+    return margin(rows)
+
+
 def margin(rows: Sequence[dict[str, Any]]) -> float:
     """By which factor a prompt's error exceeds the mean of its task in one case of twenty, from the
     spread of the logarithms within the tasks that have several prompts; 1 where none has. Tasks
-    spread differently: needles more than text, so each that has several prompts is asked alone.
+    spread differently: each that has several prompts is asked alone, and text and answers apart.
     """
     squares, freedom = 0.0, 0
     for key in dict.fromkeys(map(task_of, rows)):

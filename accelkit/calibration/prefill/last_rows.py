@@ -15,7 +15,7 @@ from accelkit.kernels.cost import CostTable
 from accelkit.patches.plan import Evidence, LayerPlan, Plan
 
 MOST = 512
-SHARE = 32
+SHARE = 16
 """Last rows of a prompt that stay dense, but not more than one row in so many of a long prompt."""
 
 
