@@ -62,11 +62,9 @@ def attend_listed(launch: Launch) -> None:
 
 def _dense(launch: Launch, slots: Tensor) -> None:
     """Heads that read every visible block, straight through the fused kernel."""
-    width = max(launch.q.shape[3], launch.v.shape[3])
-    q = wide(take(launch.q, launch.q_heads[slots]), launch.n_q, width)
-    k, v = (wide(take(t, launch.kv_heads[slots]), launch.n_k, width) for t in (launch.k, launch.v))
+    q = _wide(launch, take(launch.q, launch.q_heads[slots]))
     if not launch.causal:
-        _write_dense(launch, slots, 0, fused(q, k, v, launch.scale))
+        _write_dense(launch, slots, 0, _over_keys(launch, slots, q, launch.n_k))
         return
     # The kernel deals out runs of rows, and late rows have more to do. Where heads do not divide
     # among the threads, bands of rows do: their triangles are alike, and so are the rows of one
@@ -76,16 +74,13 @@ def _dense(launch: Launch, slots: Tensor) -> None:
     band = launch.n_q // bands // _TALL_ROWS[1] * _TALL_ROWS[1]
     if band < _TALL_ROWS[0] or launch.q_start + launch.n_q > launch.n_k:
         bands, band = 1, launch.n_q
-    _bands(launch, slots, (q, k, v), 0, bands, band)
+    _bands(launch, slots, q, 0, bands, band)
     if bands * band < launch.n_q:
-        _bands(launch, slots, (q, k, v), bands * band, 1, launch.n_q - bands * band)
+        _bands(launch, slots, q, bands * band, 1, launch.n_q - bands * band)
 
 
-def _bands(
-    launch: Launch, slots: Tensor, qkv: tuple[Tensor, ...], first: int, bands: int, band: int
-) -> None:
+def _bands(launch: Launch, slots: Tensor, q: Tensor, first: int, bands: int, band: int) -> None:
     """Causal dense heads, from row `first` on: `bands` bands of `band` rows."""
-    q, k, v = qkv
     start = min(launch.q_start + first, launch.n_k)
 
     def cut(t: Tensor, begin: int) -> Tensor:
@@ -93,7 +88,9 @@ def _bands(
 
     triangles = None
     if start < launch.n_k:
-        triangles = fused(cut(q, first), cut(k, start), cut(v, start), launch.scale, causal=True)
+        own = slice(start, start + bands * band)
+        k, v = _keys(launch, launch.kv_heads[slots], own)
+        triangles = fused(cut(q, first), cut(k, 0), cut(v, 0), launch.scale, causal=True)
     for n in range(bands):
         pieces: list[Piece] = []
         edge, row = start + n * band, first + n * band
@@ -101,13 +98,39 @@ def _bands(
             out, lse = (t[:, n].unflatten(0, q.shape[:2]) for t in triangles)
             pieces.append((out, lse))
         if edge:
-            rows = q[:, :, row : row + band]
-            pieces.append(fused(rows, k[:, :, :edge], v[:, :, :edge], launch.scale))
+            pieces.append(_over_keys(launch, slots, q[:, :, row : row + band], edge))
         if len(pieces) == 2:  # half precisions are joined in fp32 and rounded once
             exact = torch.promote_types(q.dtype, torch.float32)
             pieces = [(out.to(exact), lse) for out, lse in pieces]
             join(*pieces[0], *pieces[1])
         _write_dense(launch, slots, row, pieces[0])
+
+
+def _over_keys(launch: Launch, slots: Tensor, q: Tensor, count: int) -> Piece:
+    """Rows `[B, S, n, D]` of some heads over the first `count` keys, all of which they see. Few
+    rows of heads that share keys are one run: the kernel works on more of them at a time.
+    """
+    heads, (lines, rows) = launch.kv_heads[slots], q.shape[1:3]
+    shared = torch.unique_consecutive(heads)
+    group = lines // len(shared)
+    fold = rows < _TALL_ROWS[0] and torch.equal(heads, shared.repeat_interleave(group))
+    if fold:
+        q, heads = q.unflatten(1, (len(shared), group)).flatten(2, 3), shared
+    out, lse = fused(q, *_keys(launch, heads, slice(0, count)), launch.scale)
+    if fold:
+        out, lse = (t.unflatten(2, (group, rows)).flatten(1, 2) for t in (out, lse))
+    return out, lse
+
+
+def _keys(launch: Launch, heads: Tensor, some: slice) -> tuple[Tensor, Tensor]:
+    """Some keys and values of KV heads, as wide as each other and as the queries."""
+    k, v = (_wide(launch, take(t[:, :, some], heads)) for t in (launch.k, launch.v))
+    return k, v
+
+
+def _wide(launch: Launch, t: Tensor) -> Tensor:
+    """`[…, N, D]` with as many columns as the wider of q and v."""
+    return wide(t, t.shape[2], max(launch.q.shape[3], launch.v.shape[3]))
 
 
 def _write_dense(launch: Launch, slots: Tensor, row: int, piece: Piece) -> None:
