@@ -23,7 +23,8 @@ MIXTURE = (
     "held-out prompts and were timed in turns in one process. Budgets that are no round number are "
     "the errors of single settings that no mixture had beaten before. Settings that are faster "
     "than every mixture of no larger error are under `losses` in the file, and beside every "
-    "setting stands why calibration refuses its method, where it does."
+    "setting stands why calibration refuses its method, where it does. Rules of all sides hold for "
+    "every row."
 )
 CALIBRATION = (
     "One calibration of random weights, whose attention is spread: what it finds there is small, "

@@ -1,0 +1,93 @@
+"""Time to first token of calibrated plans for generation beside dense attention, in turns.
+
+Dense is what the model runs by itself (torch's choice of flash attention or cuDNN on a GPU),
+`trimmed_ms` the same with its last layer for the last row alone; every row is a calibration of its
+own. Medians of whole prefills with the cache that `generate` fills.
+
+    python benchmarks/first_token.py --sizes 16384x8 32768x8 --out first-token.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import accelkit
+from accelkit.calibration import data
+from accelkit.calibration.capture import prefill
+from accelkit.calibration.opening.models import open_model
+from accelkit.calibration.results import environment
+from accelkit.calibration.timing import times_ms
+from accelkit.patches.plan import Plan
+
+NOTE = (
+    "By `benchmarks/first_token.py`: each row is a calibration of its own, then medians in turns "
+    "on a prompt with needles that it did not see. `times dense` is dense ÷ patched; where the error "
+    "is 0 every layer but the trimmed last one is dense."
+)
+
+
+def read(model: Any, tokenizer: Any, tokens: int, batch: int, turns: int) -> dict[str, Any]:
+    """One calibration, and readings of its plan on a prompt with needles that it did not see."""
+    plan = accelkit.calibrate(
+        model, tokenizer=tokenizer, lengths=[tokens], batch=batch, progress=False
+    )
+    bare = {p: s.model_copy(update={"rules": ()}) for p, s in plan.sites.items()}
+    still = plan.model_copy(update={"sites": bare})
+    ids = data.made("needle", tokens, 777, True, tokenizer).ids.astype(np.int64)
+    prompt = torch.from_numpy(np.repeat(ids[None], batch, 0)).to(model.device)
+    sides: dict[str, Plan | None] = {"dense_ms": None, "trimmed_ms": still, "patched_ms": plan}
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(turns):
+        for name, side in sides.items():
+            with accelkit.patch(model, side) if side is not None else nullcontext():
+                found[name] += times_ms(partial(prefill, model, prompt), 1, 1, model.device)
+    median = {name: statistics.median(some) for name, some in found.items()}
+    return {
+        "tokens": tokens,
+        "batch": batch,
+        **median,
+        "times_dense": median["dense_ms"] / median["patched_ms"],
+        "dense_rows": plan.dense_rows,
+        "budget": plan.budget.max_rel_error if plan.budget else None,
+        "measured_error": plan.measured["measured_error"],
+        "lost_answers": sum(t["lost"] for t in plan.measured.get("per_task", {}).values()),
+        "seconds": plan.calibration["seconds"]["whole"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="examples/models/tiny-llama")
+    parser.add_argument("--sizes", nargs="+", default=["8192x1"], help="tokens x prompts at once")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    model, tokenizer = open_model(args.model, device=args.device, dtype=args.dtype)
+    result: dict[str, Any] = {
+        "title": f"First token of {Path(args.model).name} with calibrated plans",
+        "environment": environment(model.device),
+        "dtype": str(model.dtype),
+        "rows": [],
+        "note": NOTE,
+    }
+    for size in args.sizes:
+        tokens, batch = map(int, size.split("x"))
+        row = read(model, tokenizer, tokens, batch, args.turns)
+        result["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        args.out.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
