@@ -30,8 +30,8 @@ from accelkit.patches.plan import Plan
 
 NOTE = (
     "By `benchmarks/first_token.py`: each row is a calibration of its own, then medians in turns "
-    "on a prompt with needles that it did not see. `times dense` is dense ÷ patched; where the error "
-    "is 0 every layer but the trimmed last one is dense."
+    "on a prompt with needles that it did not see. `times dense` is dense ÷ patched; where the "
+    "error is 0 every layer but the trimmed last one is dense."
 )
 
 
