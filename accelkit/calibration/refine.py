@@ -29,9 +29,7 @@ FIRST = 1.0
 """ε of the first round ÷ the budget."""
 DUE = 0.85
 """Share of the budget that a look has to expect for all prompts to be run."""
-UNTOLD = 0.7
-"""The same after a failure, once looks have told nothing."""
-ENOUGH = 0.85
+ENOUGH = 0.7
 """Share of the budget whose use by all prompts ends the rounds: checking the next plan on all of
 them would cost more than it finds.
 """
@@ -297,7 +295,7 @@ class _Turns:
             best = max(known, key=lambda r: r.epsilon, default=None)
             if best is not None:
                 apart = now.apart and (low is None or low[0] < best.epsilon)
-                due = DUE if self.looks_tell else UNTOLD
+                due = DUE if self.looks_tell else ENOUGH
                 if apart or best.reach >= due * self.allowed:
                     return best.epsilon
         return self.bracket.next()
