@@ -10,21 +10,18 @@ own. Medians of whole prefills with the cache that `generate` fills.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import by_size
 import numpy as np
 import torch
 
 import accelkit
 from accelkit.calibration import data
 from accelkit.calibration.capture import prefill
-from accelkit.calibration.opening.models import open_model
-from accelkit.calibration.results import environment
 from accelkit.calibration.timing import times_ms
 from accelkit.patches.plan import Plan
 
@@ -35,7 +32,9 @@ NOTE = (
 )
 
 
-def read(model: Any, tokenizer: Any, tokens: int, batch: int, turns: int) -> dict[str, Any]:
+def read(
+    model: Any, tokenizer: Any, tokens: int, batch: int, args: argparse.Namespace
+) -> dict[str, Any]:
     """One calibration, and readings of its plan on a prompt with needles that it did not see."""
     plan = accelkit.calibrate(
         model, tokenizer=tokenizer, lengths=[tokens], batch=batch, progress=False
@@ -46,7 +45,7 @@ def read(model: Any, tokenizer: Any, tokens: int, batch: int, turns: int) -> dic
     prompt = torch.from_numpy(np.repeat(ids[None], batch, 0)).to(model.device)
     sides: dict[str, Plan | None] = {"dense_ms": None, "trimmed_ms": still, "patched_ms": plan}
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(turns):
+    for _ in range(args.turns):
         for name, side in sides.items():
             with accelkit.patch(model, side) if side is not None else nullcontext():
                 found[name] += times_ms(partial(prefill, model, prompt), 1, 1, model.device)
@@ -66,27 +65,8 @@ def read(model: Any, tokenizer: Any, tokens: int, batch: int, turns: int) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="examples/models/tiny-llama")
-    parser.add_argument("--sizes", nargs="+", default=["8192x1"], help="tokens x prompts at once")
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    model, tokenizer = open_model(args.model, device=args.device, dtype=args.dtype)
-    result: dict[str, Any] = {
-        "title": f"First token of {Path(args.model).name} with calibrated plans",
-        "environment": environment(model.device),
-        "dtype": str(model.dtype),
-        "rows": [],
-        "note": NOTE,
-    }
-    for size in args.sizes:
-        tokens, batch = map(int, size.split("x"))
-        row = read(model, tokenizer, tokens, batch, args.turns)
-        result["rows"].append(row)
-        print(json.dumps(row), flush=True)
-        args.out.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+    by_size.run(parser, "First token of {} with calibrated plans", read, note=NOTE)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accelkit.kernels.index import BlockIndex, Partial
+from accelkit.kernels.index import Partial
 from accelkit.patches.adapters import adapter_for, watch
 from accelkit.patches.call import AttentionCall
+from accelkit.patches.sites import dense
 from accelkit.patches.sites.attention import run
-from accelkit.patches.sites.dense import UNIT
 
 See = Callable[[AttentionCall, Partial], None]
 
@@ -37,13 +37,13 @@ def capture(
     def visit(call: AttentionCall) -> Tensor | None:
         if only is not None and not only(call.site.path):
             return None
-        dense = dense_attention(call)
+        found = dense_attention(call)
         if dense_rows:
             body = call.n_q - dense_rows
-            see(call.first_rows(body), Partial(dense.out[:, :, :body], dense.lse[:, :, :body]))
+            see(call.first_rows(body), Partial(found.out[:, :, :body], found.lse[:, :, :body]))
         else:
-            see(call, dense)
-        return dense.out
+            see(call, found)
+        return found.out
 
     with watch(model, visit):
         return forward(model, ids)
@@ -78,6 +78,4 @@ def prefill(model: Any, ids: Tensor) -> Tensor:
 
 def dense_attention(call: AttentionCall) -> Partial:
     """All heads of a call over every visible key."""
-    tiles = call.tiles(UNIT)[0]
-    index = BlockIndex.dense(len(call.heads), tiles, UNIT, call.q.device)
-    return run(call, index)
+    return run(call, dense.lists(call))

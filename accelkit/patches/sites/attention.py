@@ -131,8 +131,7 @@ def answer(
         # An execution alone (softmax skip, precision) runs over every visible block.
         if execution == PLAIN and not finishers:
             return None
-        rows = -(-call.n_q // dense.UNIT[0])
-        pieces = BlockIndex.dense(len(call.heads), rows, dense.UNIT, call.q.device)
+        pieces = dense.lists(call)
     if not isinstance(pieces, tuple):
         pieces = (pieces,)
     return (Answer(seen, pieces, execution, order, finishers, call.n_q),)
@@ -213,9 +212,7 @@ def attend(
 def _dense_from(call: AttentionCall, row: int, out: Tensor) -> None:
     """All heads of the rows from `row` on over every key, into `out` `[B, Hq, rows, Dv]`."""
     last = replace(call, q=call.q[:, :, row:], q_start=call.q_start + row)
-    tiles = last.tiles(dense.UNIT)[0]
-    index = BlockIndex.dense(len(call.heads), tiles, dense.UNIT, call.q.device)
-    run(last, index, out=out)
+    run(last, dense.lists(last), out=out)
 
 
 def _compute_all(
@@ -369,8 +366,7 @@ def _launch(lane: list[Answer], out: Tensor) -> None:
 def _dense_answer(call: AttentionCall, others: Sequence[Answer]) -> Answer:
     """Dense heads as lists that ride along in a launch of blocks when there is one."""
     size = dense.unit(call, [a.index.size for a in others if a.plain and a.index.size[1] >= 16])
-    index = BlockIndex.dense(len(call.heads), -(-call.n_q // size[0]), size, call.q.device)
-    return Answer(call, (index,))
+    return Answer(call, (dense.lists(call, size),))
 
 
 def _saved(

@@ -1,9 +1,10 @@
-"""Dense heads of a call in which others run sparse: they ride along in a launch of blocks."""
+"""Dense heads as lists that read everything: by themselves, or riding along with sparse ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from accelkit.kernels.index import BlockIndex
 from accelkit.patches.call import AttentionCall
 
 UNIT = (128, 128)
@@ -11,6 +12,11 @@ ALONE = 2**27
 """Query-key pairs from which dense heads get a launch of their own on a GPU: below, it costs more
 than what wide blocks save.
 """
+
+
+def lists(call: AttentionCall, size: tuple[int, int] = UNIT) -> BlockIndex:
+    """Every visible key for all heads of a call, in blocks of this size."""
+    return BlockIndex.dense(len(call.heads), call.tiles(size)[0], size, call.q.device)
 
 
 def unit(call: AttentionCall, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
