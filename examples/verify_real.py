@@ -39,7 +39,7 @@ def main() -> None:
         return print("dense everywhere: nothing was faster within this budget at these lengths")
     size = {"lengths": args.lengths, "samples": args.samples}
     scores = evaluate(model, tokenizer, plan, names=args.tasks, **size)
-    speeds = bench(model, plan, tokenizer, lengths=args.lengths)
+    speeds = bench(model, plan, tokenizer, lengths=args.lengths, repeat=3)
     found = results.about(model, args.model, str(args.out))
     found |= {"scores": [s.as_dict() for s in scores], "results": [m.as_dict() for m in speeds]}
     (args.out / "verify.json").write_text(json.dumps(found, indent=1))

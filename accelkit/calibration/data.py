@@ -42,7 +42,8 @@ class Mix:
 # Balanced measures on text, on a task that is mostly text and on few questions behind much text.
 # Text comes first, since its error is what the budget meets first: the first prompt decides which
 # settings the others measure. It varies most from prompt to prompt, and needles fail at one place
-# or another: several of both are checked, behind one each of the tasks that fail first.
+# or another: several of both are checked, behind one each of the tasks that fail first. Where the
+# last rows stay dense, text keeps far from the budget, and one is enough.
 _FIRST = ("text", "common_words", "variables")
 _TEXTS, _NEEDLES = ("text",) * 2, ("needle",) * 2
 _ALL = ("text", *(t for t in tasks.TASKS if t != "text"))
@@ -114,7 +115,14 @@ def chosen_lengths(lengths: Sequence[int] | None, model: Any) -> list[int]:
     return found
 
 
-def gather(data: Any, tokenizer: Any, lengths: Sequence[int], preset: str, seed: int) -> Inputs:
+def gather(
+    data: Any,
+    tokenizer: Any,
+    lengths: Sequence[int],
+    preset: str,
+    seed: int,
+    every_row: bool = True,
+) -> Inputs:
     """Prompts of at most the given lengths, in tokens.
 
     Args:
@@ -122,6 +130,7 @@ def gather(data: Any, tokenizer: Any, lengths: Sequence[int], preset: str, seed:
             texts, of chats (lists of messages) or of token ids (1-d, `[1, N]`, or a dict with
             `input_ids`); or a function without arguments that returns one of these.
         tokenizer: a Hugging Face tokenizer; not needed for token ids.
+        every_row: whether the plan is for logits of every row, not of the last ones alone.
 
     Raises:
         InvalidInputError: no tokenizer, an empty file, prompts too few or too short.
@@ -136,7 +145,7 @@ def gather(data: Any, tokenizer: Any, lengths: Sequence[int], preset: str, seed:
     if callable(data):
         data = data()
     if data is None:
-        return _built_in(tokenizer, lengths, preset, seed)
+        return _built_in(tokenizer, lengths, preset, seed, every_row)
     if isinstance(data, str | Path):
         data = _read(data)
     if isinstance(data, Mapping) or hasattr(data, "shape"):
@@ -186,7 +195,9 @@ def screening(inputs: Inputs, tokenizer: Any, tokens: int, seed: int) -> Sample:
     return Sample(first.task, first.ids[-tokens:], ())
 
 
-def _built_in(tokenizer: Any, lengths: Sequence[int], preset: str, seed: int) -> Inputs:
+def _built_in(
+    tokenizer: Any, lengths: Sequence[int], preset: str, seed: int, every_row: bool
+) -> Inputs:
     _need(tokenizer)
     mix, longest = MIXES[preset], max(lengths)
     shorter = sorted((n for n in lengths if n < longest), reverse=True)
@@ -196,11 +207,12 @@ def _built_in(tokenizer: Any, lengths: Sequence[int], preset: str, seed: int) ->
     more = (FEWEST,) * (min(MOST_OF_IT, ENOUGH_TOKENS // longest) - 1)
     check = [(t, longest) for t in (*mix.check, *more)]
     check += [(t, n) for n in shorter for t in mix.check_shorter]
+    numbered = list(enumerate(check))
+    if not every_row:
+        numbered = [(i, c) for i, c in numbered if c[0] != "text" or c not in check[:i]]
     return Inputs(
         tuple(made(t, n, first + i, False, tokenizer) for i, (t, n) in enumerate(measure)),
-        tuple(
-            made(t, n, CHECK_SEED + first + i, True, tokenizer) for i, (t, n) in enumerate(check)
-        ),
+        tuple(made(t, n, CHECK_SEED + first + i, True, tokenizer) for i, (t, n) in numbered),
         "built-in tasks: " + ", ".join(dict.fromkeys(mix.longest + mix.shorter)),
         lambda task, tokens, n: made(task, tokens, CHECK_SEED + first + 100 + n, True, tokenizer),
     )

@@ -189,7 +189,8 @@ def in_turns(
             epsilon = now.epsilon
         else:
             now = turns.look(epsilon, propose(epsilon))
-        again = now.failed and not now.taught and learn(now, rounds)
+        done = now.taught or turns.uses_enough(turns.below(now.epsilon))
+        again = now.failed and not done and learn(now, rounds)
         if again:
             now.taught = True
             turns.most += 1
@@ -258,7 +259,9 @@ class _Turns:
                 self.checker.expect(other)
 
     def look(self, epsilon: float, proposal: Proposal) -> Round:
-        """A round of this proposal, looked at, and checked where that tells more."""
+        """A round of this proposal, looked at, and checked where that tells more, or where its ε
+        comes up again.
+        """
         known = next((r for r in self.rounds if r.proposal.choice == proposal.choice), None)
         now = known or Round(epsilon, proposal)
         if proposal.dense:
@@ -268,6 +271,7 @@ class _Turns:
             self.checker.look(now, self.allowed)
             now.looked = float("inf") if now.judged else now.reach
         due = not self.looks_tell or now.reach >= DUE * self.allowed or not self.checker.affords()
+        due = due or (now is known and now.epsilon == epsilon)
         if not now.judged and (due or (len(self.rounds) > self.most - LAST and not self.held)):
             self.check(now)
         return now
@@ -284,19 +288,28 @@ class _Turns:
             self.looks_tell = False
         self.bracket.put(epsilon, now.reach, not now.failed)
 
+    def below(self, epsilon: float) -> Round | None:
+        """The round of largest ε below this one that still seems to fit."""
+        some = [r for r in self.seemed if r.epsilon < epsilon]
+        return max(some, key=lambda r: r.epsilon, default=None)
+
+    def uses_enough(self, some: Round | None) -> bool:
+        """Whether there is such a round, and it should use enough of the budget: to learn from what
+        failed beyond it costs more than it finds.
+        """
+        return some is not None and some.reach >= ENOUGH * self.allowed
+
     def next(self, now: Round) -> float:
         """The ε to look at next. After a failure, that is the largest one that still seems to fit,
-        to be checked, where it should use most of the budget by what is known now (enough of it
-        where looks tell nothing), or where the failure says nothing of ε.
+        to be checked, where it should use enough of the budget by what is known now, or where the
+        failure says nothing of ε.
         """
         low, high = self.bracket.low, self.bracket.high
         if now.failed and high is not None:
-            known = [r for r in self.seemed if r.epsilon < high[0]]
-            best = max(known, key=lambda r: r.epsilon, default=None)
+            best = self.below(high[0])
             if best is not None:
                 apart = now.apart and (low is None or low[0] < best.epsilon)
-                due = DUE if self.looks_tell else ENOUGH
-                if apart or best.reach >= due * self.allowed:
+                if apart or self.uses_enough(best):
                     return best.epsilon
         return self.bracket.next()
 

@@ -139,10 +139,12 @@ def probed(
     probes: Sequence[Probe],
     left_out: Callable[[str], quality.LeftOut | None] = lambda place: None,
     most: int = 1,
+    exact: bool = False,
 ) -> list[dict[str, list[float]]]:
     """Weight of every head of each place on each probe; `probe(places)` is what runs,
     `left_out(place)` what disturbs there instead of noise. Places share a forward of at most `most`
-    entries. Those that time did not allow are not there.
+    entries. In an `exact` model nothing is rounded to half precision. Those that time did not allow
+    are not there.
     """
     every = max(1, -(-sum(heads.values()) // PROBES))
     groups = {
@@ -150,24 +152,25 @@ def probed(
         for place, count in heads.items()
     }
     found: list[dict[str, list[float]]] = [{} for _ in probes]
-    for some in _shared(groups, most):
+    for some in _shared(groups, most, exact):
         for n, probe in enumerate(probes):
             key = f"weight/{n}/{some[0]}"
             if key not in run.journal and run.late(0.7, "weights of some sites"):
                 continue
             run.tell("weighing heads")
-            work = partial(_weigh, probe, {place: groups[place] for place in some}, left_out)
+            mine = {place: groups[place] for place in some}
+            work = partial(_weigh, probe, mine, left_out, exact)
             for place, weights in run.journal.unit(key, work).items():
                 found[n][place] = [weights[h // every] for h in range(heads[place])]
     return found
 
 
-def _shared(groups: Mapping[str, Sequence[Any]], most: int) -> list[list[str]]:
+def _shared(groups: Mapping[str, Sequence[Any]], most: int, exact: bool) -> list[list[str]]:
     """Places whose groups fit into one forward of `most` entries, at least one place each."""
     found: list[list[str]] = []
     room = 0
     for place, some in groups.items():
-        entries = len(some) + 1  # and one for rounding
+        entries = quality.entries_of(some, exact)
         if not found or entries > room:
             found.append([])
             room = most - 1  # one without noise
@@ -199,8 +202,9 @@ def _weigh(
     probe: Probe,
     groups: Mapping[str, Sequence[Sequence[int]]],
     left_out: Callable[[str], quality.LeftOut | None],
+    exact: bool,
 ) -> dict[str, list[float]]:
-    return quality.site_weights(probe(list(groups)), groups, left_out)
+    return quality.site_weights(probe(list(groups)), groups, left_out, exact)
 
 
 def family_of(name: str, record: Mapping[str, Any]) -> Family:

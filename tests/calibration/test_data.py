@@ -48,6 +48,16 @@ def test_short_prompts_ask_as_much_of_the_task_that_fails_first(tokenizer, longe
     assert sum(s.task == "multi_key" for s in found) == 1
 
 
+def test_one_text_is_checked_where_the_last_rows_stay_dense(tokenizer) -> None:
+    """The other prompts are those of a plan for every row."""
+    every = gather(None, tokenizer, (512,), "balanced").check
+    some = data.gather(None, tokenizer, (512,), "balanced", 0, every_row=False).check
+    assert sum(s.task == "text" for s in every) > 1
+    assert sum(s.task == "text" for s in some) == 1
+    rest = [[s.ids.tobytes() for s in found if s.task != "text"] for found in (every, some)]
+    assert rest[0] == rest[1]
+
+
 @pytest.mark.parametrize("kind", ["tensor", "row", "dict", "array", "function"])
 def test_token_ids(kind: str) -> None:
     ids = torch.arange(600) % 250

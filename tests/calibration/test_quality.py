@@ -195,6 +195,8 @@ def test_weights_follow_what_a_head_does(sample) -> None:
     assert found[1] > 5 * found[2] > 0
     again = quality.site_weights(show, {site: [[0], [1], [2], [3]]})[site]
     assert again == found
+    exact = quality.site_weights(show, {site: [[0], [1], [2], [3]]}, exact=True)[site]
+    assert exact == pytest.approx(found, rel=1e-3, abs=1e-6)
     grouped = quality.site_weights(show, {site: [[0, 1], [2, 3]]})[site]
     assert grouped[0] == pytest.approx(found[1] / 2**0.5, rel=0.05)
 

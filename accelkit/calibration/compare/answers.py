@@ -90,17 +90,16 @@ def compare(
     short, agreement, report = n < plan.limits.min_length, None, dict[str, Any]()
     run = lambda most: _generate(model, tokenizer, tokens, most)  # noqa: E731
     for turn in range(repeat):  # what disturbs a machine meets both sides
-        warm = not turn or tokens.is_cuda  # a patch's lists from geometry are made once in its life
         if plain is not None:
-            plain.collect(run, max_new_tokens, warm)
+            plain.collect(run, max_new_tokens, warm=not turn or tokens.is_cuda)
         with patch(model, plan) as handle:
-            if not turn:
+            if not turn:  # a run to warm up, too
                 with handle.measuring():
                     run(1)
                 report = handle.report().as_dict()  # before the timed runs add to it
                 if not short:
                     need_sparse(handle, n)
-            sparse.collect(run, max_new_tokens, warm)
+            sparse.collect(run, max_new_tokens, warm=tokens.is_cuda)
             if plain is not None and turn == repeat - 1:
                 agreement = _led(model, list(ids), plain.tokens)
     after = sparse.answer(tokenizer)
@@ -160,14 +159,15 @@ class Timed:
     def collect(
         self, run: Callable[[int], tuple[list[int], list[float]]], most: int, warm: bool
     ) -> None:
-        """One more time to the first token, `warm` after a run for that; the first turn also
-        generates.
+        """One more time to the first token, `warm` after a run for that; the first turn generates
+        on.
         """
         if warm:
             run(1)
-        self.first_ms.append(1e3 * run(1)[1][0])
+        tokens, at = run(1 if self.tokens else most)
+        self.first_ms.append(1e3 * at[0])
         if not self.tokens:
-            self.tokens, at = run(most)
+            self.tokens = tokens
             if len(at) > 1 and at[-1] > at[0]:
                 self.rate = (len(at) - 1) / (at[-1] - at[0])
 

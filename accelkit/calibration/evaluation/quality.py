@@ -273,20 +273,22 @@ def site_weights(
     show: Show,
     groups: Mapping[str, Sequence[Sequence[int]]],
     left_out: Callable[[str], LeftOut | None] = lambda place: None,
+    exact: bool = False,
 ) -> dict[str, list[float]]:
     """Change of the budget error ÷ the noise when the heads of each group of a place get some on
     their output: 5 % in fp32, more in half precision. What a method leaves out of a head,
     `left_out(place)`, takes the place of noise, brought to the same size.
 
     All places and groups share one forward. Its first entry has no noise; then come, for each
-    place, an entry for every group and one with the noise of rounding. What rounding alone does in
-    half precision is subtracted in squares. Heads of a group share its weight in squares as well.
+    place, an entry for every group and, unless the model is `exact` (fp32), one with the noise of
+    rounding. What rounding alone does in half precision is subtracted in squares. Heads of a group
+    share its weight in squares as well.
     """
     size, entries = NOISE, 1
     first: dict[str, int] = {}
     for place, some in groups.items():
         first[place] = entries
-        entries += len(some) + 1
+        entries += entries_of(some, exact)
 
     def disturb(call: AttentionCall, dense: Partial) -> None:
         nonlocal size
@@ -302,8 +304,9 @@ def site_weights(
             noise = torch.where(real, gap / share.clamp(min=FAINT)[:, None, None], noise)
         for entry, heads in enumerate(groups[place], first[place]):
             dense.out[entry, list(heads)] += (size * noise[list(heads)]).to(dense.out.dtype)
-        rounded = first[place] + len(groups[place])
-        dense.out[rounded] += (ROUNDING * noise).to(dense.out.dtype)
+        if not exact:
+            rounded = first[place] + len(groups[place])
+            dense.out[rounded] += (ROUNDING * noise).to(dense.out.dtype)
 
     found = show(entries, disturb)
     half = found.dtype != torch.float32
@@ -318,6 +321,11 @@ def site_weights(
             for c, heads in zip(change, some, strict=True)
         ]
     return out
+
+
+def entries_of(groups: Sequence[Any], exact: bool) -> int:
+    """How many entries the groups of a place take: one more for rounding, unless it is `exact`."""
+    return len(groups) + (not exact)
 
 
 def faintest(call: AttentionCall, dense: Partial) -> Tensor:

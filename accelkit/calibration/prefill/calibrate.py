@@ -106,7 +106,7 @@ def calibrate(
     with calm(), compile_clock() as compiled, Bar(progress) as bar:
         with first_use("methods"):
             tried = chosen_methods(methods)
-        inputs = prompts.gather(data, tokenizer, lengths, preset, seed)
+        inputs = prompts.gather(data, tokenizer, lengths, preset, seed, trimmed is None)
         prompts.need_known(inputs, bare)
         # Short enough to be cheap, long enough that methods have something to leave out.
         short = max(MIN_LENGTH, inputs.longest // 4, min(inputs.longest // 2, SCREEN_TOKENS))
@@ -244,7 +244,8 @@ def _measured(
     shows = [measure.probe_of(run, p) for p in probes]
     # Half as many tokens at a time as a prefill has.
     copies = run.batch * inputs.longest // (2 * max(len(p.ids) for p in probes))
-    by_probe = stages.probed(run, heads, shows, lambda place: quality.faintest, copies)
+    exact = run.model.dtype == torch.float32
+    by_probe = stages.probed(run, heads, shows, lambda place: quality.faintest, copies, exact)
     weights = [stages.worst(heads, _alike(s, probes, by_probe)) for s in inputs.measure]
 
     def data(families: Mapping[str, Sequence[Family]], units: Sequence[Any]) -> list[SiteData]:

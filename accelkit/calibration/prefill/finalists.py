@@ -38,8 +38,10 @@ PASSES = (0.5, 1.0, 2.0), (1.0,)
 """Predicted errors ÷ ε at which search names the finalists, at most four of a head: at first, and
 anew where full rows told more than they were thought to.
 """
-CLOCKED = (1.5,)
-"""The same anew where prices were clocked: plans mostly end there, for errors cancel in part."""
+CLOCKED = (1.0, 2.0), (1.5,)
+"""The same where they are clocked, so that each takes several runs: plans mostly end in between,
+for errors cancel in part.
+"""
 SURPRISE = 1.1
 """Predicted error with full rows ÷ the one before from which finalists are named anew."""
 BROKEN = 1e3
@@ -77,11 +79,12 @@ def with_full_rows(
     data = told = list(data)
     shares: list[dict[Choice, float]] = [{} for _ in data]
     known: list[set[Choice]] = [set() for _ in data]
-    priced = False
-    for n, times in enumerate(PASSES):
+    # On a GPU calls one by one wait for the host, as those of a model do not.
+    clocked = clocked and run.device.type == "cpu"
+    for n, times in enumerate(CLOCKED if clocked else PASSES):
         key = f"{prefix}{n}/"
         with run.planning(f"finalists of {key}"):
-            some = finalists(data, [t * epsilon for t in (CLOCKED if priced else times)])
+            some = finalists(data, [t * epsilon for t in times])
         errors = full_rows(run, key, sample, data, some, tokens, known, clocked)
         for mine, e in zip(shares, errors, strict=True):
             mine.update(e.shares)
@@ -119,8 +122,8 @@ def full_rows(
 ) -> list[Errors]:
     """Errors on every query row of a prompt, and apart on its scored rows, when each layer runs as
     in the plans of these solutions for `tokens`; the larger of the two counts. What is `known` of a
-    place is not run again; on a CPU what runs may be `clocked`. A journal unit for each place, its
-    key beginning with `prefix`.
+    place is not run again; what runs may be `clocked`. A journal unit for each place, its key
+    beginning with `prefix`.
     """
     fingerprint, order = facts(run.model)[0], [d.site for d in data]
     plans = [assemble(data, s, fingerprint, Budget(), tokens, Limits()) for s in some]
@@ -132,8 +135,6 @@ def full_rows(
     keys = {path: f"{prefix}{path}" for path, choices in zip(order, ran, strict=True) if choices}
     waiting = {path for path, key in keys.items() if key not in run.journal}
     scored = torch.from_numpy(judged_rows(run, sample)).to(run.device)
-    # On a GPU calls one by one wait for the host, as those of a model do not.
-    clocked = clocked and run.device.type == "cpu"
 
     def see(call: AttentionCall, dense: Partial) -> None:
         path = call.site.path
