@@ -87,18 +87,18 @@ def compare(
     tasks.need_positions(model, len(ids) + max_new_tokens)
     tokens, n = torch.as_tensor(ids, dtype=torch.long, device=model.device)[None], len(ids)
     sparse, plain = Timed(), Timed() if dense else None
-    short, agreement, report = n < plan.limits.min_length, None, dict[str, Any]()
+    short, agreement = n < plan.limits.min_length, None
     run = lambda most: _generate(model, tokenizer, tokens, most)  # noqa: E731
+    with patch(model, plan) as handle:
+        with handle.measuring():  # and warming up
+            run(1)
+        report = handle.report().as_dict()
+        if not short:
+            need_sparse(handle, n)
     for turn in range(repeat):  # what disturbs a machine meets both sides
         if plain is not None:
-            plain.collect(run, max_new_tokens, warm=not turn or tokens.is_cuda)
-        with patch(model, plan) as handle:
-            if not turn:  # a run to warm up, too
-                with handle.measuring():
-                    run(1)
-                report = handle.report().as_dict()  # before the timed runs add to it
-                if not short:
-                    need_sparse(handle, n)
+            plain.collect(run, max_new_tokens, warm=tokens.is_cuda)
+        with patch(model, plan):
             sparse.collect(run, max_new_tokens, warm=tokens.is_cuda)
             if plain is not None and turn == repeat - 1:
                 agreement = _led(model, list(ids), plain.tokens)
