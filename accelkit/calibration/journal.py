@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from accelkit.errors import InvalidInputError
 
-FORMAT = 4
+FORMAT = 5
 """Of the units' values; a journal of another one is refused."""
 
 
