@@ -86,7 +86,7 @@ def test_results_carry_their_machine(model, tmp_path):
     row = results.about(model, "m", "p")
     assert row["dtype"] == "float32"
     assert row["components"]["text"]["q_heads"] == 4
-    assert row["environment"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(row["environment"]["torch"])  # maybe with a build behind it
     kept = tmp_path / "a" / "b.jsonl"
     results.append_jsonl(kept, [row])
     results.append_jsonl(kept, [row])

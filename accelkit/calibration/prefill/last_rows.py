@@ -37,19 +37,23 @@ def kept_row(heads: int, costs: CostTable, tokens: int) -> Evidence:
     )
 
 
-def whole(plan: Plan, dense_rows: int, costs: CostTable) -> Plan:
+def for_generation(
+    plan: Plan, path: str, seen: Evidence, dense_rows: int, costs: CostTable
+) -> Plan:
     """A plan for prompts with so many dense rows at their ends, its evidence of densities and
-    milliseconds with them.
+    milliseconds with them; the last layer, whose attention is at `path`, is trimmed, with `seen` as
+    its evidence.
     """
     sites = {
-        path: layer.model_copy(
+        site: layer.model_copy(
             update={
                 "evidence": {k: _with_rows(e, dense_rows, costs) for k, e in layer.evidence.items()}
             }
         )
-        for path, layer in plan.sites.items()
+        for site, layer in plan.sites.items()
     }
-    update = {"dense_rows": dense_rows, "sites": sites}
+    sites[path] = LayerPlan(evidence={"prefill": seen})
+    update = {"dense_rows": dense_rows, "trim_last_layer": True, "sites": sites}
     return plan.model_copy(update=update).with_tables(plan.tables)
 
 
@@ -65,10 +69,3 @@ def _with_rows(seen: Evidence, rows: int, costs: CostTable) -> Evidence:
         "dense_ms": round(seen.dense_ms + more, 5),
     }
     return seen.model_copy(update=update)
-
-
-def for_generation(plan: Plan, path: str, seen: Evidence) -> Plan:
-    """The plan, with the last layer, whose attention is at `path`, trimmed."""
-    sites = {**plan.sites, path: LayerPlan(evidence={"prefill": seen})}
-    update = {"trim_last_layer": True, "sites": sites}
-    return plan.model_copy(update=update).with_tables(plan.tables)

@@ -16,7 +16,7 @@ from accelkit.calibration.evaluation.tasks import Sample
 from accelkit.calibration.prefill import uniform
 from accelkit.calibration.prefill.blame import Head, culprit, raised
 from accelkit.calibration.prefill.check import Checker
-from accelkit.calibration.prefill.last_rows import for_generation, kept_row, whole
+from accelkit.calibration.prefill.last_rows import for_generation, kept_row
 from accelkit.calibration.refine import Proposal, Round, in_turns, outcome_numbers, short
 from accelkit.calibration.search import DENSE, Choice, Solution, search
 from accelkit.calibration.session import Run
@@ -80,7 +80,7 @@ def refined(
         plan = assemble(data, solution, fingerprint, budget, seen, limits)
         if last is None:
             return plan
-        return for_generation(whole(plan, run.dense_rows, costs), str(run.trimmed), last)
+        return for_generation(plan, str(run.trimmed), last, run.dense_rows, costs)
 
     def chosen(epsilon: float) -> Solution:
         return search([d.table for d in data], epsilon, fronts)
