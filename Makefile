@@ -10,6 +10,8 @@ TRITON ?= $(shell grep '^triton==' constraints.txt)
 JOBS   ?= 2
 MODEL  ?= examples/models/tiny-llama
 OUT    ?= runs/tiny-llama
+# A GPU is through with 8k of so small a model before its host has started all of it.
+LENGTH ?= $(if $(shell nvidia-smi -L 2>/dev/null),32k,8k)
 VIDEO  ?= runs/tiny-wan
 
 BIN := $(VENV)/bin
@@ -50,7 +52,7 @@ $(VENV)/.docs: $(VENV)/.test
 	@touch $@
 
 demo: $(VENV)/.demo
-	$(BIN)/accelkit calibrate $(MODEL) --out $(OUT) --budget 2% --lengths 8k --yes
+	$(BIN)/accelkit calibrate $(MODEL) --out $(OUT) --budget 2% --lengths $(LENGTH) --yes
 	$(BIN)/accelkit patch $(MODEL) --plan $(OUT) --demo
 
 # A size that the model was trained on and a step cache alone, so that two CPU cores need minutes.

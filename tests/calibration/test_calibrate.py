@@ -22,6 +22,7 @@ from accelkit.calibration.journal import Journal
 from accelkit.calibration.prefill import last_rows
 from accelkit.calibration.prefill import plan as prefill_plan
 from accelkit.calibration.prefill.calibrate import least_dense
+from accelkit.calibration.prefill.check import Checker
 from accelkit.calibration.search import DENSE, Choice, Solution
 from accelkit.calibration.show import report
 from accelkit.errors import (
@@ -95,6 +96,24 @@ def test_the_last_layer_is_trimmed_and_no_site() -> None:
     assert nothing.measured["prefill_speedup"] == 2.0  # the fixture's
 
 
+def test_nothing_is_trimmed_where_that_is_slower(monkeypatch) -> None:
+    """A model that waits for its host gains nothing from what the device is spared."""
+    slow = {"dense_ms": 2.0, "ms": 1.99, "tokens": LENGTH}
+    monkeypatch.setattr(Checker, "speed", lambda self, plan: slow)
+    model = planted()
+    plan = run(model, every_row=False)
+    assert plan.measured["note"].startswith("dense: no plan was faster")
+    assert not plan.trim_last_layer and not plan.dense_rows
+    assert all(policy.dense for policy in plan.policies)
+    assert "prefill_ms" not in plan.measured
+    ids = prompts(1)[0][None]
+    with torch.no_grad():
+        dense = model(ids, logits_to_keep=1).logits
+        with patch(model, plan) as handle:
+            assert torch.equal(model(ids, logits_to_keep=1).logits, dense)
+            assert handle.report().trimmed_calls == 0
+
+
 def test_the_last_rows_stay_dense() -> None:
     """The budget is for the rows before them; evidence is that of whole prompts, errors apart."""
     model = planted()
@@ -121,10 +140,10 @@ def test_the_last_rows_stay_dense() -> None:
 def test_evidence_of_whole_prompts() -> None:
     seen = Evidence(tokens=768, error=(0.1,), recall=(0.9,), density=(0.25,), ms=2.0, dense_ms=9.0)
     costs = SimpleNamespace(dense_ms=lambda n: n * n / 2**16)
-    plan = run(planted()).model_copy(
-        update={"sites": {"a": LayerPlan(evidence={"prefill": seen})}, "trim_last_layer": True}
-    )
-    done = last_rows.whole(plan, 256, costs).sites["a"].evidence["prefill"]  # type: ignore[arg-type]
+    plan = run(planted()).model_copy(update={"sites": {"a": LayerPlan(evidence={"prefill": seen})}})
+    made = last_rows.for_generation(plan, "b", seen, 256, costs)  # type: ignore[arg-type]
+    assert made.trim_last_layer and made.sites["b"].evidence["prefill"] is seen
+    done = made.sites["a"].evidence["prefill"]
     assert (done.tokens, done.error, done.recall) == (1024, (0.1,), (0.9,))
     share = 768 * 769 / (1024 * 1025)
     assert done.density == (pytest.approx(1 - 0.75 * share, rel=1e-4),)

@@ -17,7 +17,7 @@ from accelkit.calibration.prefill import uniform
 from accelkit.calibration.prefill.blame import Head, culprit, raised
 from accelkit.calibration.prefill.check import Checker
 from accelkit.calibration.prefill.last_rows import for_generation, kept_row
-from accelkit.calibration.refine import Proposal, Round, in_turns, outcome_numbers, short
+from accelkit.calibration.refine import WORTH, Proposal, Round, in_turns, outcome_numbers, short
 from accelkit.calibration.search import DENSE, Choice, Solution, search
 from accelkit.calibration.session import Run
 from accelkit.kernels.cost import CostTable
@@ -109,7 +109,8 @@ def refined(
         return found
 
     choices = tuple(Choice((DENSE,) * d.table.heads) for d in data)
-    still = planned(Solution(choices, dense_ms, 0.0), Limits(max_length=tokens))
+    all_dense = Solution(choices, dense_ms, 0.0)
+    still = planned(all_dense, Limits(max_length=tokens))
     checker = Checker(run, inputs, still)
 
     learnt: list[int | Head] = []
@@ -157,10 +158,13 @@ def refined(
         return _measured(found.best.plan, outcome_numbers(found, dense_ms), found.speed, found.best)
     log.warning("the plan is dense: %s at %d tokens", found.why, tokens)
     numbers = outcome_numbers(found, dense_ms)
-    if last is None:
-        return _measured(still, numbers, {})
-    numbers["ms"] = short(dense_ms - last.dense_ms + last.ms)
-    return _measured(still, numbers, checker.speed(still))
+    speed = {} if last is None else checker.speed(still)
+    if last is not None and speed["ms"] < WORTH * speed["dense_ms"]:
+        numbers["ms"] = short(dense_ms - last.dense_ms + last.ms)
+        return _measured(still, numbers, speed)
+    # Where a model waits for its host, trimming the last layer costs more than it saves.
+    whole = assemble(data, all_dense, fingerprint, budget, ruled, Limits(max_length=tokens))
+    return _measured(whole, numbers, {})
 
 
 def _keep(run: Run, budget: Budget, best: Round) -> None:
