@@ -60,6 +60,8 @@ demo-video: $(VENV)/.demo-video
 	$(BIN)/python examples/video.py --height 48 --width 48 --frames 17 --steps 20 \
 		--budget 0.15 --preset fast --methods mag_cache --out $(VIDEO)
 
+# Tests import a part of what is installed; the rest need not be compiled.
+test: PIP += --no-compile
 test: lint types pytest
 
 lint: $(VENV)/.test

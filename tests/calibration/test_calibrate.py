@@ -106,6 +106,9 @@ def test_nothing_is_trimmed_where_that_is_slower(monkeypatch) -> None:
     assert not plan.trim_last_layer and not plan.dense_rows
     assert all(policy.dense for policy in plan.policies)
     assert "prefill_ms" not in plan.measured
+    (seen,) = (layer.evidence["prefill"] for layer in plan.sites.values())
+    assert (seen.tokens, set(seen.density)) == (LENGTH, {1.0})
+    assert seen.ms == seen.dense_ms
     ids = prompts(1)[0][None]
     with torch.no_grad():
         dense = model(ids, logits_to_keep=1).logits

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from accelkit.calibration.journal import Journal
+from accelkit.calibration.journal import FORMAT, Journal
 from accelkit.errors import InvalidInputError
 
 HEADER = {"model": "a", "seed": 0}
@@ -97,7 +97,7 @@ def test_another_run_is_refused(tmp_path) -> None:
 def test_a_journal_of_another_format_is_refused(tmp_path) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text('{"journal": 1, "model": "a", "seed": 0}\n')
-    with pytest.raises(InvalidInputError, match="journal: 1 there, 4 now"):
+    with pytest.raises(InvalidInputError, match=f"journal: 1 there, {FORMAT} now"):
         Journal(path, HEADER, resume=True)
 
 

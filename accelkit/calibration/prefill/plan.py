@@ -109,8 +109,7 @@ def refined(
         return found
 
     choices = tuple(Choice((DENSE,) * d.table.heads) for d in data)
-    all_dense = Solution(choices, dense_ms, 0.0)
-    still = planned(all_dense, Limits(max_length=tokens))
+    still = planned(Solution(choices, dense_ms, 0.0), Limits(max_length=tokens))
     checker = Checker(run, inputs, still)
 
     learnt: list[int | Head] = []
@@ -163,8 +162,9 @@ def refined(
         numbers["ms"] = short(dense_ms - last.dense_ms + last.ms)
         return _measured(still, numbers, speed)
     # Where a model waits for its host, trimming the last layer costs more than it saves.
-    whole = assemble(data, all_dense, fingerprint, budget, ruled, Limits(max_length=tokens))
-    return _measured(whole, numbers, {})
+    sites = {path: layer for path, layer in still.sites.items() if path != run.trimmed}
+    update = {"trim_last_layer": False, "dense_rows": 0, "sites": sites}
+    return _measured(still.model_copy(update=update).with_tables(still.tables), numbers, {})
 
 
 def _keep(run: Run, budget: Budget, best: Round) -> None:
