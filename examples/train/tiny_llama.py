@@ -357,6 +357,7 @@ def train(args: argparse.Namespace, corpus: str, held_out: str) -> str:
         fused=device == "cuda",
     )
     begun = saved = checked = logged = time.time()
+    args.end = max(args.end, begun + 1)  # however long it took to get here
     step = last_step = 0
     running: dict[int, Tensor] = {}
     while True:

@@ -53,8 +53,8 @@ WHOLE = [family for family in PIPES if family != "hunyuan15"]  # that one branch
 
 @pytest.mark.parametrize(
     ("family", "how"),
-    [(f, "module") for f in ("wan", "flux")]
-    + [(f, "in place") for f in WHOLE]
+    [(f, how) for f in ("wan", "flux") for how in ("module", "in place")]
+    + [(f, "in place") for f in WHOLE if f not in BY_BLOCKS]
     + [(f, "repeated blocks") for f in BY_BLOCKS],
 )
 def test_as_many_graphs_as_without_a_patch_and_equal_to_eager(family, how):
