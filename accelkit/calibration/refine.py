@@ -246,7 +246,7 @@ class _Turns:
 
     def largest(self) -> Round | None:
         """The round of largest ε that was only looked at, checked; None: there is none."""
-        now = max(self.seemed, key=lambda r: r.epsilon, default=None)
+        now = self.below(float("inf"))
         if now is not None:
             self.check(now)
         return now

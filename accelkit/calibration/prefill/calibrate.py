@@ -106,12 +106,13 @@ def calibrate(
     with calm(), compile_clock() as compiled, Bar(progress) as bar:
         with first_use("methods"):
             tried = chosen_methods(methods)
-        inputs = prompts.gather(data, tokenizer, lengths, preset, seed, trimmed is None)
+        generates = trimmed is not None
+        inputs = prompts.gather(data, tokenizer, lengths, preset, seed, every_row=not generates)
         prompts.need_known(inputs, bare)
         # Short enough to be cheap, long enough that methods have something to leave out.
         short = max(MIN_LENGTH, inputs.longest // 4, min(inputs.longest // 2, SCREEN_TOKENS))
         screen_on = prompts.screening(inputs, tokenizer, short, seed)
-        dense_rows = 0 if trimmed is None else last_rows.dense_rows(inputs)
+        dense_rows = last_rows.dense_rows(inputs) if generates else 0
         settings = {
             "accelkit": version(),
             "model": f"{fingerprint.class_name} {fingerprint.config_hash}",
