@@ -19,6 +19,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NEEDS := pyproject.toml constraints.txt
 
 export TOKENIZERS_PARALLELISM = false
+# Many processes import the same: what one has compiled is there for the others.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo demo-video test lint types pytest docs generate clean
 .DELETE_ON_ERROR:
