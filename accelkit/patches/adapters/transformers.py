@@ -2,7 +2,7 @@
 
 Each previous implementation ("sdpa", "eager", …) gets one name of ours, `accelkit-over-<previous>`,
 registered in both interfaces, so that dense calls and masks go back to exactly what ran before.
-Everything that depends on the plan happens inside one custom op, opaque to `torch.compile`.
+Everything that depends on the plan happens in one function, an operator to `torch.compile`.
 
 Our mask function tells the attention function what it needs through the number of dimensions:
     None: first prefill · 1: no padding, queries at the end of the keys · 2: bool key mask, likewise
@@ -309,18 +309,20 @@ def _forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function: the custom op where it may help, otherwise what ran before."""
+    """The attention function: the plan's where it may help, otherwise what ran before."""
     number = getattr(module, ATTRIBUTE, None)
     if not torch.compiler.is_compiling() and number not in _DOORS:
         number = None  # a copy of a model that is not patched any more
-    reason = _dense_reason(module, query, attention_mask, dropout, kwargs)
+    reason = _dense_reason(query, key, value, attention_mask, dropout, kwargs)
     if number is not None and not torch.compiler.is_compiling():
         kept = _kept_rows(_DOORS[number], query, key, value, attention_mask, scaling, kwargs)
         if kept is not None:
             return kept, None
     if number is not None and reason is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return torch.ops.accelkit.attention(query, key, value, attention_mask, scale, number), None
+        # An operator costs its host more than a small layer.
+        attend = torch.ops.accelkit.attention if torch.compiler.is_compiling() else _attend
+        return attend(query, key, value, attention_mask, scale, number), None
     if number is not None:
         _skipped(number, reason or "")
     attention_mask = _full_mask(module, query, key, attention_mask)
@@ -349,7 +351,7 @@ def _kept_rows(
         return None
     before = key.shape[2] - rows
     full = isinstance(mask, Tensor) and mask.ndim == 4
-    if _dense_reason(module, query, None if full else mask, 0.0, kwargs) is not None:
+    if _dense_reason(query, key, value, None if full else mask, 0.0, kwargs) is not None:
         return None
     if mask is None:
         # An empty static cache is longer than the prompt; the kept rows are at the prompt's end.
@@ -385,7 +387,7 @@ def _skipped(number: int, reason: str) -> bool:
 
 
 def _dense_reason(
-    module: nn.Module, query: Tensor, mask: Any, dropout: float, kwargs: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float, kwargs: dict[str, Any]
 ) -> str | None:
     """Why a call cannot be served, as far as shapes and arguments tell."""
     if query.shape[2] == 1:
@@ -399,7 +401,8 @@ def _dense_reason(
             return name.replace("_", " ")
     if kwargs.get("is_causal") is False:
         return "not causal"
-    if torch.is_grad_enabled() and query.requires_grad:
+    wanted = query.requires_grad or key.requires_grad or value.requires_grad
+    if torch.is_grad_enabled() and wanted:
         return "gradients are enabled"
     return None
 
@@ -431,9 +434,7 @@ def _full_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Any) -> Any:
     )
 
 
-# What runs is decided anew in every call; a replayed CUDA graph would repeat the first decision.
-@torch.library.custom_op("accelkit::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _attention(
+def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, number: int
 ) -> Tensor:
     """One attention call of a connected module: `[B, Nq, Hq, Dv]` from q `[B, Hq, Nq, D]` and
@@ -474,12 +475,21 @@ def _attention(
         return out
     mask = _full_mask(module, query, full_key, mask)
     out, _ = door.previous(module, query, full_key, full_value, mask, scaling=scale, dropout=0.0)
-    # A custom op may not hand out its inputs' memory.
-    return out.contiguous()
+    return out
+
+
+# What runs is decided anew in every call; a replayed CUDA graph would repeat the first decision.
+@torch.library.custom_op(
+    "accelkit::attention",
+    mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe,),
+    schema=torch.library.infer_schema(_attend, mutates_args=()),
+)
+def _attention(*given: Any) -> Tensor:
+    """`_attend` as an operator, which may not hand out its inputs' memory."""
+    return _attend(*given).contiguous()
 
 
 @_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, number: int
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
