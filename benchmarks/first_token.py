@@ -1,8 +1,9 @@
 """Time to first token of calibrated plans for generation beside dense attention, in turns.
 
 Dense is what the model runs by itself (torch's choice of flash attention or cuDNN on a GPU),
-`trimmed_ms` the same with its last layer for the last row alone; every row is a calibration of its
-own. Medians of whole prefills with the cache that `generate` fills.
+`trimmed_ms` the same with its last layer for the last row alone, null where the plan does not trim
+it; every row is a calibration of its own. Medians of whole prefills with the cache that `generate`
+fills.
 
     python benchmarks/first_token.py --sizes 16384x8 32768x8 --out first-token.json
 """
@@ -28,7 +29,7 @@ from accelkit.patches.plan import Plan
 NOTE = (
     "By `benchmarks/first_token.py`: each row is a calibration of its own, then medians in turns "
     "on a prompt with needles that it did not see. `times dense` is dense ÷ patched; where the "
-    "error is 0 every layer but the trimmed last one is dense."
+    "error is 0 every layer is dense but the last one, if that is trimmed."
 )
 
 
@@ -39,11 +40,12 @@ def read(
     plan = accelkit.calibrate(
         model, tokenizer=tokenizer, lengths=[tokens], batch=batch, progress=False
     )
-    bare = {p: s.model_copy(update={"rules": ()}) for p, s in plan.sites.items()}
-    still = plan.model_copy(update={"sites": bare})
     ids = data.made("needle", tokens, 777, True, tokenizer).ids.astype(np.int64)
     prompt = torch.from_numpy(np.repeat(ids[None], batch, 0)).to(model.device)
-    sides: dict[str, Plan | None] = {"dense_ms": None, "trimmed_ms": still, "patched_ms": plan}
+    sides: dict[str, Plan | None] = {"dense_ms": None, "patched_ms": plan}
+    if plan.trim_last_layer:
+        bare = {p: s.model_copy(update={"rules": ()}) for p, s in plan.sites.items()}
+        sides["trimmed_ms"] = plan.model_copy(update={"sites": bare})
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.turns):
         for name, side in sides.items():
@@ -53,6 +55,7 @@ def read(
     return {
         "tokens": tokens,
         "batch": batch,
+        "trimmed_ms": None,
         **median,
         "times_dense": median["dense_ms"] / median["patched_ms"],
         "dense_rows": plan.dense_rows,

@@ -53,6 +53,116 @@ class Known:
     further: Callable[[str, Sample, Sequence[SiteData], float], list[SiteData]] = _nothing_further
 
 
+class _Search:
+    """Plans by the error that they may cost, and what failed checks taught of the sites since."""
+
+    def __init__(
+        self, run: Run, inputs: Inputs, fingerprint: Fingerprint, budget: Budget, known: Known
+    ) -> None:
+        self.run, self.inputs, self.known = run, inputs, known
+        self.fingerprint, self.budget = fingerprint, budget
+        self.data, self.tokens = list(known.data), inputs.longest
+        self.ruled = run.ruled(self.tokens)
+        costs, trimmed = known.costs, run.trimmed
+        self.last = None if trimmed is None else kept_row(run.heads[trimmed], costs, self.tokens)
+        # What runs beside the rows that rules hold for.
+        self.rest_ms = len(self.data) * (costs.dense_ms(self.tokens) - costs.dense_ms(self.ruled))
+        self.dense_ms = sum(d.table.dense_ms for d in self.data) + self.rest_ms
+        if self.last is not None:
+            self.rest_ms += self.last.ms
+            self.dense_ms += self.last.dense_ms
+        choices = tuple(Choice((DENSE,) * d.table.heads) for d in self.data)
+        nothing = Solution(choices, self.dense_ms, 0.0)
+        self.still = self.planned(nothing, Limits(max_length=self.tokens))
+        """Dense but for the last layer, where that is trimmed."""
+        self.checker = Checker(run, inputs, self.still)
+        self.learnt: list[int | Head] = []
+        """Prompts that were measured and heads that were found, as checks failed of them."""
+        self._fronts: dict[str, Any] = {}
+
+    def planned(
+        self,
+        solution: Solution,
+        limits: Limits,
+        data: Sequence[SiteData] | None = None,
+        seen: int | None = None,
+    ) -> Plan:
+        """The plan of a solution, by default of these sites as they are known now."""
+        data, seen = self.data if data is None else data, self.ruled if seen is None else seen
+        plan = assemble(data, solution, self.fingerprint, self.budget, seen, limits)
+        if self.last is None:
+            return plan
+        run = self.run
+        return for_generation(plan, str(run.trimmed), self.last, run.dense_rows, self.known.costs)
+
+    def chosen(self, epsilon: float) -> Solution:
+        return search([d.table for d in self.data], epsilon, self._fronts)
+
+    def propose(self, epsilon: float) -> Proposal:
+        """The cheapest plan within this error."""
+        run, costs, budget = self.run, self.known.costs, self.budget.max_rel_error
+        with run.planning(f"{len(self.learnt)} learnt, {epsilon:.9g} of {budget:g}"):
+            solution = self.chosen(epsilon)
+            low = self.inputs.shortest // 2  # nothing is known of far shorter prompts
+            least = crossover(self.data, solution, costs, self.ruled, max(1, run.ruled(low)))
+            wins = max(low, least + run.dense_rows)
+        plan = self.planned(solution, Limits(min_length=wins, max_length=self.tokens))
+        dense = all(c.dense for c in solution.choices)
+        return self._proposal(plan, solution, dense)
+
+    def everywhere(self) -> list[Proposal]:
+        """Settings in all heads, of which screening tells."""
+        known, limits = self.known, Limits(min_length=self.tokens // 2, max_length=self.tokens)
+        with self.run.planning("settings in all heads"):
+            seen, most = known.screened(), self.budget.max_rel_error
+            some = uniform.settings(seen, known.costs, known.brief, self.ruled, most)
+        plans = [self.planned(one, limits, seen, known.brief) for one in some]
+        return [self._proposal(p, one, False) for p, one in zip(plans, some, strict=True)]
+
+    def _proposal(self, plan: Plan, solution: Solution, dense: bool) -> Proposal:
+        ms = solution.ms + self.rest_ms
+        return Proposal(plan, solution.choices, ms, self.dense_ms, solution.error, dense)
+
+    def learn(self, now: Round, rounds: Sequence[Round]) -> bool:
+        """Whether a round that failed taught something that changes what is chosen."""
+        if len(self.learnt) == MOST_LEARNT or not self.checker.affords():
+            return False
+        return self._by_measuring(now) or self._by_blaming(now, rounds)
+
+    def _by_measuring(self, now: Round) -> bool:
+        """Whether search chooses otherwise since a prompt that stands out was measured."""
+        n, checker = self.checker.stands_out(now), self.checker
+        if n is None or self.run.late(0.9, "measuring a prompt that stands out", checker.seconds()):
+            return False
+        prefix = f"blame/{self.budget.max_rel_error}/{n}/"
+        sample = self.inputs.check[n]
+        self._know(n, self.known.further(prefix, sample, self.data, now.epsilon))
+        return self.chosen(now.epsilon).choices != now.proposal.choice
+
+    def _by_blaming(self, now: Round, rounds: Sequence[Round]) -> bool:
+        """Whether a single head was found that lost an answer."""
+        suspected = self.checker.suspicion(now, rounds, self.budget.max_rel_error)
+        if suspected is None:
+            return False
+        choices, (mended, fine) = now.proposal.choice, suspected
+        good = None if fine is None else fine.proposal.choice
+
+        def mends(some: Sequence[Choice]) -> bool:
+            return mended(self.planned(Solution(tuple(some), 0.0, 0.0), now.plan.limits))
+
+        head = culprit(choices, mends, good)
+        if head is not None:
+            changed = raised([d.table for d in self.data], choices, head, good)
+            pairs = zip(self.data, changed, strict=True)
+            self._know(head, [replace(d, table=t) for d, t in pairs])
+        return head is not None
+
+    def _know(self, cause: int | Head, data: list[SiteData]) -> None:
+        self.learnt.append(cause)
+        self.data = data
+        self._fronts.clear()
+
+
 def refined(
     run: Run,
     inputs: Inputs,
@@ -64,107 +174,31 @@ def refined(
     for tighter budgets that the journal holds compete: a wider one is never slower than these. So
     do, where little is gained, settings in all heads, of which screening tells.
     """
-    data, costs, tokens = list(known.data), known.costs, inputs.longest
-    ruled = run.ruled(tokens)
-    fronts: dict[str, Any] = {}
-    last = None if run.trimmed is None else kept_row(run.heads[run.trimmed], costs, tokens)
-    # What runs beside the rows that rules hold for.
-    rest_ms = len(data) * (costs.dense_ms(tokens) - costs.dense_ms(ruled))
-    dense_ms = sum(d.table.dense_ms for d in data) + rest_ms
-    rest_ms += 0.0 if last is None else last.ms
-    dense_ms += 0.0 if last is None else last.dense_ms
+    made = _Search(run, inputs, fingerprint, budget, known)
+    checker, allowed, earlier = made.checker, budget.max_rel_error, _tighter(run, budget)
+    found = in_turns(run, made.propose, checker, allowed, made.learn, earlier)
+    found = uniform.beside(run, found, made.everywhere, checker, allowed)
+    numbers = outcome_numbers(found, made.dense_ms)
+    if found.best is None:
+        log.warning("the plan is dense: %s at %d tokens", found.why, made.tokens)
+        return _dense(made, numbers)
+    _keep(run, budget, found.best)
+    return _measured(found.best.plan, numbers, found.speed, found.best)
 
-    def planned(
-        solution: Solution, limits: Limits, data: Sequence[SiteData] = data, seen: int = ruled
-    ) -> Plan:
-        plan = assemble(data, solution, fingerprint, budget, seen, limits)
-        if last is None:
-            return plan
-        return for_generation(plan, str(run.trimmed), last, run.dense_rows, costs)
 
-    def chosen(epsilon: float) -> Solution:
-        return search([d.table for d in data], epsilon, fronts)
-
-    def propose(epsilon: float) -> Proposal:
-        with run.planning(f"{len(learnt)} learnt, {epsilon:.9g} of {budget.max_rel_error:g}"):
-            solution = chosen(epsilon)
-            low = inputs.shortest // 2  # nothing is known of far shorter prompts
-            least = crossover(data, solution, costs, ruled, max(1, run.ruled(low)))
-            wins = max(low, least + run.dense_rows)
-        limits = Limits(min_length=wins, max_length=tokens)
-        dense = all(c.dense for c in solution.choices)
-        ms = solution.ms + rest_ms
-        plan = planned(solution, limits)
-        return Proposal(plan, solution.choices, ms, dense_ms, solution.error, dense)
-
-    def everywhere() -> list[Proposal]:
-        found = []
-        with run.planning("settings in all heads"):
-            seen = known.screened()
-            some = uniform.settings(seen, costs, known.brief, ruled, budget.max_rel_error)
-        for one in some:
-            limits = Limits(min_length=tokens // 2, max_length=tokens)
-            plan, ms = planned(one, limits, seen, known.brief), one.ms + rest_ms
-            found.append(Proposal(plan, one.choices, ms, dense_ms, one.error, False))
-        return found
-
-    choices = tuple(Choice((DENSE,) * d.table.heads) for d in data)
-    still = planned(Solution(choices, dense_ms, 0.0), Limits(max_length=tokens))
-    checker = Checker(run, inputs, still)
-
-    learnt: list[int | Head] = []
-
-    def learn(now: Round, rounds: Sequence[Round]) -> bool:
-        if len(learnt) == MOST_LEARNT or not checker.affords():
-            return False
-        return measured(now) or blamed(now, rounds)
-
-    def measured(now: Round) -> bool:
-        """Whether search chooses otherwise since a prompt that stands out was measured."""
-        n = checker.stands_out(now)
-        if n is None or run.late(0.9, "measuring a prompt that stands out", checker.seconds()):
-            return False
-        learnt.append(n)
-        prefix = f"blame/{budget.max_rel_error}/{n}/"
-        data[:] = known.further(prefix, inputs.check[n], data, now.epsilon)
-        fronts.clear()
-        return chosen(now.epsilon).choices != now.proposal.choice
-
-    def blamed(now: Round, rounds: Sequence[Round]) -> bool:
-        """Whether a single head was found that lost an answer."""
-        suspected = checker.suspicion(now, rounds, budget.max_rel_error)
-        if suspected is None:
-            return False
-        choices, (mended, fine) = now.proposal.choice, suspected
-        good = None if fine is None else fine.proposal.choice
-
-        def mends(some: Sequence[Choice]) -> bool:
-            return mended(planned(Solution(tuple(some), 0.0, 0.0), now.plan.limits))
-
-        head = culprit(choices, mends, good)
-        if head is not None:
-            learnt.append(head)
-            changed = raised([d.table for d in data], choices, head, good)
-            data[:] = [replace(d, table=t) for d, t in zip(data, changed, strict=True)]
-            fronts.clear()
-        return head is not None
-
-    earlier = _tighter(run, budget)
-    found = in_turns(run, propose, checker, budget.max_rel_error, learn, earlier)
-    found = uniform.beside(run, found, everywhere, checker, budget.max_rel_error)
-    if found.best is not None:
-        _keep(run, budget, found.best)
-        return _measured(found.best.plan, outcome_numbers(found, dense_ms), found.speed, found.best)
-    log.warning("the plan is dense: %s at %d tokens", found.why, tokens)
-    numbers = outcome_numbers(found, dense_ms)
-    speed = {} if last is None else checker.speed(still)
+def _dense(made: _Search, numbers: dict[str, Any]) -> Plan:
+    """The plan where no other one is worth its error: the last layer is trimmed where that is
+    faster.
+    """
+    plan, last = made.still, made.last
+    speed = {} if last is None else made.checker.speed(plan)
     if last is not None and speed["ms"] < WORTH * speed["dense_ms"]:
-        numbers["ms"] = short(dense_ms - last.dense_ms + last.ms)
-        return _measured(still, numbers, speed)
+        numbers = numbers | {"ms": short(made.dense_ms - last.dense_ms + last.ms)}
+        return _measured(plan, numbers, speed)
     # Where a model waits for its host, trimming the last layer costs more than it saves.
-    sites = {path: layer for path, layer in still.sites.items() if path != run.trimmed}
+    sites = {path: layer for path, layer in plan.sites.items() if path != made.run.trimmed}
     update = {"trim_last_layer": False, "dense_rows": 0, "sites": sites}
-    return _measured(still.model_copy(update=update).with_tables(still.tables), numbers, {})
+    return _measured(plan.model_copy(update=update).with_tables(plan.tables), numbers, {})
 
 
 def _keep(run: Run, budget: Budget, best: Round) -> None:
