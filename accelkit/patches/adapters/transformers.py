@@ -320,7 +320,7 @@ def _forward(
             return kept, None
     if number is not None and reason is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        # An operator costs its host more than a small layer.
+        # Outside of graphs an operator would only cost its host.
         attend = torch.ops.accelkit.attention if torch.compiler.is_compiling() else _attend
         return attend(query, key, value, attention_mask, scale, number), None
     if number is not None:
