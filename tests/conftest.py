@@ -4,16 +4,22 @@ imported.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
+from interpreter import patch_language_once
 
 os.environ["COLUMNS"] = "120"  # what commands print does not depend on the terminal
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    patch_language_once()
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +29,11 @@ def probes() -> Iterator[None]:
 
     with probe_methods():
         yield
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what is imported stays; it need not be looked over again and again
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
