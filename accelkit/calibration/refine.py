@@ -302,7 +302,8 @@ class _Turns:
     def next(self, now: Round) -> float:
         """The ε to look at next. After a failure, that is the largest one that still seems to fit,
         to be checked, where it should use enough of the budget by what is known now, or where the
-        failure says nothing of ε.
+        failure says nothing of ε. One that was looked at and uses enough comes before one that is
+        a little larger.
         """
         low, high = self.bracket.low, self.bracket.high
         if now.failed and high is not None:
@@ -311,7 +312,11 @@ class _Turns:
                 apart = now.apart and (low is None or low[0] < best.epsilon)
                 if apart or self.uses_enough(best):
                     return best.epsilon
-        return self.bracket.next()
+        epsilon = self.bracket.next()
+        if not now.failed:
+            return epsilon
+        seen = [r.epsilon for r in self.rounds if not r.judged and self.uses_enough(r)]
+        return max((e for e in seen if epsilon / CLOSE < e <= epsilon), default=epsilon)
 
     def rescue(self, propose: Callable[[float], Proposal]) -> None:
         """Check a proposal that is far more careful than all before."""

@@ -147,6 +147,25 @@ def test_a_plan_just_over_the_budget_is_not_the_end() -> None:
     assert found.best.reach <= ALLOWED
 
 
+def test_what_was_looked_at_is_checked_rather_than_a_plan_a_little_bolder() -> None:
+    """After a failure, further prompts are feared more than they turn out."""
+
+    class Wary(Made):
+        def expect(self, now) -> None:
+            now.bound = 1.45 * now.measured
+
+        def check(self, now, allowed: float) -> None:
+            super().check(now, allowed)
+            now.bound = 1.25 * now.measured
+            now.held = now.bound <= allowed
+
+    made = Wary(lambda e: 0.0139 * (e / 0.02) ** 0.82)
+    found = made.run()
+    first, bold = found.rounds
+    assert made.checked == [bold.epsilon, first.epsilon]
+    assert found.best is first
+
+
 def test_what_the_first_prompt_does_not_tell_is_found_by_all() -> None:
     made = Made(lambda e: 1.2 * e, first=0.8)
     found = made.run()
