@@ -217,14 +217,21 @@ def test_generate_twice_gives_the_same(llama, ids):
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("asks", ["q_proj", "k_proj", "v_proj"])
-def test_gradients_run_dense_and_warn(llama, ids, asks):
-    llama.requires_grad_(False)
-    weight = llama.model.layers[1].self_attn.get_submodule(asks).weight.requires_grad_()
+def test_gradients_run_dense_and_warn(llama, ids):
     with torch.enable_grad(), accelkit.patch(llama, NARROW) as handle:
         with pytest.warns(DenseFallbackWarning, match="gradients"):
             loss = llama(ids).logits.sum()
         loss.backward()
+    assert handle.report().sparse_calls == 0
+    assert llama.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("asks", ["q_proj", "k_proj", "v_proj"])
+def test_whatever_asks_for_gradients_keeps_its_call_dense(llama, ids, asks):
+    llama.requires_grad_(False)
+    weight = llama.model.layers[1].self_attn.get_submodule(asks).weight.requires_grad_()
+    with torch.enable_grad(), accelkit.patch(llama, NARROW) as handle:
+        llama(ids).logits.sum().backward()
     assert handle.report().dense == {"gradients are enabled": 1}
     assert weight.grad.abs().sum() > 0
 
